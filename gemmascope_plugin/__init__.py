@@ -1,0 +1,128 @@
+"""Gemma Scope for SAELens and TransformerLens.
+
+Public names are lazy (PEP 562): importing the package imports none of its floors and no third-party
+library; the first use of a name imports the floor that holds it.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemmascope_plugin.attribution import attribution_patching
+    from gemmascope_plugin.catalog import SaeSpec, SpecList, find
+    from gemmascope_plugin.circuits import Circuit, Scores, discover, evaluate
+    from gemmascope_plugin.cli.doctor import doctor
+    from gemmascope_plugin.demo import tiny
+    from gemmascope_plugin.errors import GemmaScopeError
+    from gemmascope_plugin.features import analyze
+    from gemmascope_plugin.loading import load, register
+    from gemmascope_plugin.models import load_model
+    from gemmascope_plugin.patching import (
+        Effects,
+        Task,
+        activation_patching,
+        logit_diff,
+        probability,
+    )
+    from gemmascope_plugin.splice import Ablate, Add, Clamp, HookedSAE, Scale, splice, steer
+
+__version__: str
+
+__all__ = [
+    "Ablate",
+    "Add",
+    "Circuit",
+    "Clamp",
+    "Effects",
+    "GemmaScopeError",
+    "HookedSAE",
+    "SaeSpec",
+    "Scale",
+    "Scores",
+    "SpecList",
+    "Task",
+    "activation_patching",
+    "analyze",
+    "attribution_patching",
+    "discover",
+    "doctor",
+    "evaluate",
+    "find",
+    "load",
+    "load_model",
+    "logit_diff",
+    "probability",
+    "register",
+    "splice",
+    "steer",
+    "tiny",
+]
+
+_HOMES = {
+    "attribution": ("attribution_patching",),
+    "catalog": ("SaeSpec", "SpecList", "find"),
+    "circuits": ("Circuit", "Scores", "discover", "evaluate"),
+    "cli.doctor": ("doctor",),
+    "demo": ("tiny",),
+    "errors": ("GemmaScopeError",),
+    "features": ("analyze",),
+    "loading": ("load", "register"),
+    "models": ("load_model",),
+    "patching": ("Effects", "Task", "activation_patching", "logit_diff", "probability"),
+    "splice": ("Ablate", "Add", "Clamp", "HookedSAE", "Scale", "splice", "steer"),
+}
+_HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        value = getattr(import_module(_HOME_OF[name]), name)
+    elif name == "__version__":
+        value = _version()
+    else:
+        raise AttributeError(_unknown(name))
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, "__version__", *globals()})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(__name__)
+    except PackageNotFoundError:  # used from a source tree that was never installed
+        return "0.0.0+source"
+
+
+def _unknown(name: str) -> str:
+    from gemmascope_plugin.errors import nearest
+
+    text = f"module {__name__!r} has no attribute {name!r}."
+    close = nearest(name, __all__)
+    hint = f"Did you mean {close}?" if close else f"There is: {', '.join(__all__)}."
+    return f"{text} {hint}"
+
+
+class _Package(ModuleType):
+    """Keeps a public name from being replaced by the floor of the same name.
+
+    Importing ``gemmascope_plugin.splice`` makes Python bind that module as the attribute
+    ``splice``, where the public function belongs. ``from gemmascope_plugin.splice import ...`` is
+    unaffected.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOME_OF and isinstance(value, ModuleType):
+            return
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,8 @@
+"""What dictionaries exist: specs, tables and ``find()``; neither torch nor a network."""
+
+from gemmascope_plugin.catalog.find import find
+from gemmascope_plugin.catalog.spec import SaeSpec
+from gemmascope_plugin.catalog.spec_list import SpecList
+from gemmascope_plugin.catalog.tables import get, releases
+
+__all__ = ["SaeSpec", "SpecList", "find", "get", "releases"]

@@ -1,0 +1,25 @@
+"""Where the files of the bundled suite lie inside the package, and how they are written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+ASSETS = Path(__file__).with_name("assets")
+MODEL_FOLDER = "model"
+SUITE_FILE = "suite.json"
+LABELS_FILE = "labels.json"
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON under a temporary name and renames it."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

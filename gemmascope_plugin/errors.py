@@ -1,0 +1,101 @@
+"""The error family. Every user mistake raises one of these; nothing warns and goes on.
+
+A message has up to four parts, in this order: what was given, what exists, the nearest match, and
+what to type instead. Broken invariants inside the package are asserts, not members of this family.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GemmaScopeError(Exception):
+    """Base of all errors that a user can cause and mend.
+
+    Args:
+        problem: What was given and why it cannot work, one sentence without the full stop.
+        exists: What there is instead.
+        nearest: The nearest valid value or values.
+        fix: What to type or do.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        exists: str | None = None,
+        nearest: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        parts = [f"{problem}."]
+        if exists:
+            parts.append(f"There is: {exists}.")
+        if nearest:
+            parts.append(f"Did you mean {nearest}?")
+        if fix:
+            parts.append(f"Try: {fix}")
+        super().__init__(" ".join(parts))
+
+
+class UnknownNameError(GemmaScopeError):
+    """A model, site, release, dictionary, task, label or option that does not exist."""
+
+
+class AmbiguousSpecError(GemmaScopeError):
+    """A query that should name one dictionary names none or several."""
+
+
+class MissingFileError(GemmaScopeError):
+    """A file that is neither in the given folder nor in the cache, and may not be downloaded."""
+
+
+class BadFileError(GemmaScopeError):
+    """A file that is truncated, has wrong members, wrong shapes or values that are not finite."""
+
+
+class WidthMismatchError(GemmaScopeError):
+    """A dictionary whose width does not fit the tensor it is attached to."""
+
+
+class MissingHookError(GemmaScopeError):
+    """A hook point that the model does not have, or that cannot give the tensor asked for."""
+
+
+class HookNotFiredError(GemmaScopeError):
+    """A hook was attached and the forward pass never reached it."""
+
+
+class FeatureIndexError(GemmaScopeError):
+    """A feature index outside the dictionary."""
+
+
+class EmptySelectionError(GemmaScopeError):
+    """An empty prompt, or a mask that leaves no token."""
+
+
+class TaskError(GemmaScopeError):
+    """Clean and corrupted prompts that cannot be compared, or a metric that cannot be read."""
+
+
+class ModelError(GemmaScopeError):
+    """A model that this package cannot work with as it is."""
+
+
+class MissingExtraError(GemmaScopeError):
+    """An optional library that is not installed."""
+
+
+def nearest(name: str, options: Iterable[str], n: int = 3) -> str | None:
+    """The options most like ``name``, quoted and joined by "or"; None when nothing is close."""
+    lowered = {option.lower(): option for option in options}
+    close = difflib.get_close_matches(str(name).lower(), list(lowered), n=n, cutoff=0.5)
+    contained = [o for o in lowered if str(name).lower() in o][:n] if not close else []
+    return " or ".join(repr(lowered[match]) for match in close or contained) or None
+
+
+def shorten(options: Iterable[object], limit: int = 8) -> str:
+    """A readable list of options: the first few and how many more."""
+    items = [str(option) for option in options]
+    head = ", ".join(items[:limit])
+    return f"{head} and {len(items) - limit} more" if len(items) > limit else head

@@ -1,0 +1,22 @@
+"""Figures and HTML fragments from plain arrays, lists and frames; returned, never shown."""
+
+from __future__ import annotations
+
+from gemmascope_plugin.figures.bars import bars
+from gemmascope_plugin.figures.curves import curves
+from gemmascope_plugin.figures.heatmap import heatmap
+from gemmascope_plugin.figures.page import figure_fragment, frame_html
+from gemmascope_plugin.figures.theme import PAGE_CSS, FigureInputError
+from gemmascope_plugin.figures.tokens import token_rows_html, tokens_html
+
+__all__ = [
+    "PAGE_CSS",
+    "FigureInputError",
+    "bars",
+    "curves",
+    "figure_fragment",
+    "frame_html",
+    "heatmap",
+    "token_rows_html",
+    "tokens_html",
+]

@@ -1,0 +1,133 @@
+"""Tokens coloured by a value each, as HTML that needs nothing else.
+
+White is 0, orange a positive and blue a negative value; the number is in the tooltip. All text is
+escaped, and blanks and line ends are drawn. Cost: linear in the tokens.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Collection, Sequence
+
+from gemmascope_plugin.figures.theme import (
+    FONT,
+    INK,
+    MUTED,
+    Numbers,
+    check_length,
+    finite_max,
+    floats,
+    number,
+    visible,
+)
+
+_ORANGE = (245, 124, 0)
+_BLUE = (33, 102, 172)
+_WRAP = html.escape(
+    f"font-family:{FONT};font-size:14px;color:{INK};background:#fff;line-height:1.9"
+)
+_TOKEN = "padding:2px 1px;border-radius:3px;white-space:pre-wrap"
+
+
+def tokens_html(
+    tokens: Collection[str],
+    values: Numbers,
+    *,
+    title: str | None = None,
+    labels: Collection[str] | None = None,
+    max_value: float | None = None,
+) -> str:
+    """One line of tokens, each coloured by its value.
+
+    Args:
+        tokens: Text of each token.
+        values: One value per token.
+        title: A line above.
+        labels: A note per token, shown in its tooltip.
+        max_value: Value of the full colour; the largest absolute value when None.
+
+    Returns:
+        An HTML fragment.
+
+    Raises:
+        FigureInputError: When tokens, values and labels differ in number.
+    """
+    spans = _spans(tokens, values, labels, max_value)
+    return f'<div class="gs-tokens" style="{_WRAP}">{_title(title)}{spans}</div>'
+
+
+def token_rows_html(
+    tokens: Collection[str],
+    rows: Sequence[tuple[str, Numbers]],
+    *,
+    title: str | None = None,
+    max_value: float | None = None,
+) -> str:
+    """The same tokens once per row, e.g. one row per feature.
+
+    Args:
+        tokens: Text of each token.
+        rows: A label and one value per token for every row.
+        title: A line above.
+        max_value: Value of the full colour; each row's largest absolute value when None.
+
+    Returns:
+        An HTML fragment.
+
+    Raises:
+        FigureInputError: When a row differs from the tokens in length.
+    """
+    label_style = f"color:{MUTED};font-size:12px;padding:2px 12px 2px 0;vertical-align:top"
+    lines = "".join(
+        f'<tr><td style="{label_style}">{html.escape(label)}</td>'
+        f"<td>{_spans(tokens, values, None, max_value)}</td></tr>"
+        for label, values in rows
+    )
+    table = f'<table style="border-collapse:collapse">{lines}</table>'
+    return f'<div class="gs-token-rows" style="{_WRAP}">{_title(title)}{table}</div>'
+
+
+def _spans(
+    tokens: Collection[str],
+    values: Numbers,
+    labels: Collection[str] | None,
+    max_value: float | None,
+) -> str:
+    check_length("values", len(values), len(tokens), "tokens")
+    if labels is not None:
+        check_length("labels", len(labels), len(tokens), "tokens")
+    numbers = floats(values)
+    full = abs(max_value) if max_value else finite_max(numbers)
+    notes = labels if labels is not None else [""] * len(tokens)
+    return "".join(
+        _span(token, value, note, full)
+        for token, value, note in zip(tokens, numbers, notes, strict=True)
+    )
+
+
+def _span(token: str, value: float, note: str, full: float) -> str:
+    tip = f"{visible(token)}: {number(value)}" + (
+        f" ({visible(note, blanks=False)})" if note else ""
+    )
+    style = f"{_TOKEN};background:{_color(value / full)}"
+    # The break after a token lets long prompts wrap without adding a blank to the text.
+    return (
+        f'<span class="gs-token" style="{style}" title="{html.escape(tip)}">'
+        f"{html.escape(visible(token))}</span><wbr>"
+    )
+
+
+def _color(share: float) -> str:
+    """White at 0 to orange at 1, to blue at -1; a value that is not finite stays white."""
+    if share != share:
+        share = 0.0
+    strength = min(abs(share), 1.0)
+    target = _ORANGE if share > 0 else _BLUE
+    red, green, blue = (round(255 + (part - 255) * 0.85 * strength) for part in target)
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def _title(title: str | None) -> str:
+    if not title:
+        return ""
+    return f'<div class="gs-title" style="font-weight:600">{html.escape(title)}</div>'

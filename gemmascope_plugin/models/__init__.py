@@ -1,0 +1,23 @@
+"""One vocabulary over ``HookedTransformer`` and ``TransformerBridge``."""
+
+from gemmascope_plugin.models.gradients import gradients
+from gemmascope_plugin.models.load import load_model
+from gemmascope_plugin.models.points import (
+    flatten_heads,
+    hook_names,
+    hook_point,
+    restore_heads,
+)
+from gemmascope_plugin.models.tokens import special_ids, to_tokens, token_strings
+
+__all__ = [
+    "flatten_heads",
+    "gradients",
+    "hook_names",
+    "hook_point",
+    "load_model",
+    "restore_heads",
+    "special_ids",
+    "to_tokens",
+    "token_strings",
+]

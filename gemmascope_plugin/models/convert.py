@@ -1,0 +1,75 @@
+"""``HookedTransformerConfig`` of any Gemma 2 or Gemma 3 text config.
+
+``HookedTransformer.from_pretrained`` looks Gemma's dimensions up by model *name* and cannot load
+any other shape, so the config is written out here, field by field.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gemmascope_plugin.errors import ModelError
+
+_ATTENTION = {"sliding_attention": "local", "full_attention": "global"}
+
+
+def hooked_config(hf_config: Any, name: str) -> Any:
+    """The TransformerLens config with the same mathematics as ``hf_config``.
+
+    Args:
+        hf_config: ``Gemma2Config`` or ``Gemma3TextConfig``.
+        name: Model name to record.
+
+    Raises:
+        ModelError: A RoPE variant that ``HookedTransformer`` has no field for.
+    """
+    from transformer_lens import HookedTransformerConfig
+
+    is_gemma3 = hf_config.model_type == "gemma3_text"
+    return HookedTransformerConfig(
+        model_name=name,
+        n_layers=hf_config.num_hidden_layers,
+        d_model=hf_config.hidden_size,
+        d_head=hf_config.head_dim,
+        n_heads=hf_config.num_attention_heads,
+        n_key_value_heads=hf_config.num_key_value_heads,
+        d_mlp=hf_config.intermediate_size,
+        d_vocab=hf_config.vocab_size,
+        n_ctx=hf_config.max_position_embeddings,
+        eps=hf_config.rms_norm_eps,
+        act_fn=hf_config.hidden_activation,
+        normalization_type="RMS",
+        final_rms=True,
+        gated_mlp=True,
+        use_normalization_before_and_after=True,
+        positional_embedding_type="rotary",
+        rotary_dim=hf_config.head_dim,
+        rotary_adjacent_pairs=False,
+        use_attn_scale=True,
+        attn_scale=hf_config.query_pre_attn_scalar**0.5,  # TransformerLens divides by it
+        use_local_attn=True,
+        window_size=hf_config.sliding_window,
+        attn_types=[_ATTENTION[kind] for kind in hf_config.layer_types],
+        attn_scores_soft_cap=hf_config.attn_logit_softcapping or -1.0,
+        output_logits_soft_cap=hf_config.final_logit_softcapping or -1.0,
+        original_architecture="Gemma3ForCausalLM" if is_gemma3 else "Gemma2ForCausalLM",
+        device="cpu",
+        **_rotary(hf_config, is_gemma3),
+    )
+
+
+def _rotary(hf_config: Any, is_gemma3: bool) -> dict[str, Any]:
+    rope = hf_config.rope_parameters
+    kinds = list(rope.values()) if is_gemma3 else [rope]
+    if any(kind.get("rope_type", "default") != "default" for kind in kinds):
+        raise ModelError(
+            "HookedTransformer cannot hold this model's scaled rotary embedding",
+            fix='load_model(..., backend="bridge")',
+        )
+    if not is_gemma3:
+        return {"rotary_base": int(rope["rope_theta"])}
+    return {
+        "rotary_base": int(rope["full_attention"]["rope_theta"]),
+        "rotary_base_local": int(rope["sliding_attention"]["rope_theta"]),
+        "use_qk_norm": True,
+    }

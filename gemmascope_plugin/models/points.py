@@ -1,0 +1,97 @@
+"""Hook points by name, the same names on both model classes.
+
+1. A name is looked up in ``hook_dict``, which holds aliases on the bridge as well.
+2. A hook that exists but is switched off by a config flag is refused: attached to it, a function
+   would silently never run.
+3. Attention head outputs come as ``[batch, pos, head, d_head]`` and are flattened for dictionaries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+
+from gemmascope_plugin.errors import MissingHookError, nearest
+from gemmascope_plugin.models.protocol import HookedModel
+
+_GATED = {
+    "hook_mlp_in": "use_hook_mlp_in",
+    "hook_q_input": "use_split_qkv_input",
+    "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input",
+    "hook_result": "use_attn_result",
+    "hook_attn_in": "use_attn_in",
+}
+"""Last part of a hook name to the config flag that must be on for it to fire."""
+
+_D_MODEL_HOOKS = (
+    "hook_embed",
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_attn_out",
+    "hook_mlp_out",
+    "ln2.hook_normalized",
+)
+
+
+def hook_names(model: HookedModel) -> list[str]:
+    """All hook names of the model, aliases included."""
+    return list(model.hook_dict)
+
+
+def hook_point(model: HookedModel, name: str) -> Any:
+    """The hook point called ``name``.
+
+    Raises:
+        MissingHookError: The model has no such hook, or a flag keeps it from firing.
+    """
+    points = model.hook_dict
+    if name not in points:
+        raise MissingHookError(
+            f"The model has no hook {name!r}",
+            exists=f"{n_layers(model)} layers, {len(points)} hooks",
+            nearest=nearest(name, points),
+            fix="list(model.hook_dict) shows every name",
+        )
+    flag = _GATED.get(name.rsplit(".", 1)[-1])
+    if flag and not getattr(model.cfg, flag, False):
+        raise MissingHookError(
+            f"The hook {name!r} exists but never fires while {flag} is off",
+            fix=f"model.set_{flag}(True), or read another hook",
+        )
+    return points[name]
+
+
+def n_layers(model: HookedModel) -> int:
+    """Number of transformer blocks."""
+    return int(model.cfg.n_layers)
+
+
+def n_heads(model: HookedModel) -> int:
+    """Number of query heads per layer."""
+    return int(model.cfg.n_heads)
+
+
+def width_at(model: HookedModel, name: str) -> int | None:
+    """Last dimension of the tensor at a dictionary site, heads flattened; None when not known."""
+    if name.endswith("attn.hook_z"):
+        return n_heads(model) * int(model.cfg.d_head)
+    if name.endswith(_D_MODEL_HOOKS):
+        return int(model.cfg.d_model)
+    return None
+
+
+def flatten_heads(x: torch.Tensor) -> Float[torch.Tensor, "batch pos d_in"]:
+    """``[batch, pos, head, d_head]`` to ``[batch, pos, head * d_head]``; 3-D tensors pass through."""
+    return rearrange(x, "b p h d -> b p (h d)") if x.ndim == 4 else x
+
+
+def restore_heads(
+    x: Float[torch.Tensor, "batch pos d_in"], like: torch.Tensor
+) -> Float[torch.Tensor, "batch pos ..."]:
+    """Inverse of :func:`flatten_heads`; ``like`` tells the shape to return to."""
+    return x.reshape(like.shape)

@@ -1,0 +1,55 @@
+"""What this package asks of a TransformerLens model, as a structural type.
+
+``HookedTransformer`` and ``TransformerBridge`` both fit, in TransformerLens 3.9; neither class is
+imported here, so the code does not break when one of them goes away.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+
+@runtime_checkable
+class HookedModel(Protocol):
+    """A language model with named hook points."""
+
+    cfg: Any
+    tokenizer: Any
+    embed: Any
+    hook_dict: dict[str, Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward pass; token ids in, logits ``[batch, pos, d_vocab]`` out."""
+        ...
+
+    def hooks(self, fwd_hooks: Any = ..., bwd_hooks: Any = ...) -> Any:
+        """Context manager that attaches hooks and removes them."""
+        ...
+
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward pass that also returns activations by hook name."""
+        ...
+
+    def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward pass with temporary hooks."""
+        ...
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample a continuation."""
+        ...
+
+    def parameters(self) -> Any:
+        """All parameters."""
+        ...
+
+
+def device_of(model: HookedModel) -> torch.device:
+    """Device of the embedding, where token ids belong."""
+    return next(iter(model.parameters())).device
+
+
+def dtype_of(model: HookedModel) -> torch.dtype:
+    """Type of the weights."""
+    return next(iter(model.parameters())).dtype

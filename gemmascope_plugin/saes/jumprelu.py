@@ -1,0 +1,88 @@
+"""Encode and decode with a JumpReLU dictionary, whole or a few features at a time.
+
+1. ``pre = x @ W_enc + b_enc``; ``f = pre`` where ``pre > threshold`` and ``pre > 0``, else 0
+   (arXiv 2407.14435, equation 1). The comparison runs in float32 at least.
+2. ``x_hat = f @ W_dec + b_dec``.
+3. For chosen features only their columns of ``W_enc`` and rows of ``W_dec`` are read.
+
+The functions work on the tensors of SAELens' ``JumpReLUSAE`` and ``JumpReLUTranscoder``; unlike
+their methods they never reshape, fire no hooks and keep no state.
+
+Cost: ``2 * tokens * d_in * d_sae`` operations each way; ``d_sae`` shrinks to the number of chosen
+features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+
+from gemmascope_plugin.errors import ModelError
+
+ARCHITECTURES = ("jumprelu", "jumprelu_transcoder")
+"""SAELens architectures that these functions compute exactly."""
+
+
+def check_architecture(sae: Any) -> None:
+    """Refuses dictionaries that are not plain JumpReLU.
+
+    Raises:
+        ModelError: Another architecture, or input normalisation that is not folded in.
+    """
+    architecture = sae.cfg.architecture()
+    if architecture not in ARCHITECTURES:
+        raise ModelError(
+            f"The dictionary is a {architecture!r}",
+            exists="splicing for " + " and ".join(ARCHITECTURES),
+            fix="a Gemma Scope dictionary from gemmascope_plugin.load()",
+        )
+    if sae.cfg.normalize_activations != "none" or sae.cfg.apply_b_dec_to_input:
+        raise ModelError(
+            "The dictionary normalises its input or subtracts b_dec from it",
+            fix="fold both into the weights first, as Gemma Scope files have them",
+        )
+
+
+def pre_activations(
+    sae: Any, x: Float[torch.Tensor, "*tokens d_in"]
+) -> Float[torch.Tensor, "*tokens d_sae"]:
+    """``x @ W_enc + b_enc`` in the dictionary's type."""
+    return x.to(sae.W_enc.dtype) @ sae.W_enc + sae.b_enc
+
+
+def jump(
+    pre: Float[torch.Tensor, "*tokens k"], threshold: Float[torch.Tensor, "k"]
+) -> Float[torch.Tensor, "*tokens k"]:
+    """``pre`` where it exceeds both its threshold and zero, else 0; gradient 1 where active."""
+    return torch.where((pre.float() > threshold.float()) & (pre > 0), pre, 0)
+
+
+def encode(
+    sae: Any, x: Float[torch.Tensor, "*tokens d_in"]
+) -> Float[torch.Tensor, "*tokens d_sae"]:
+    """All features of ``x``."""
+    return jump(pre_activations(sae, x), sae.threshold)
+
+
+def encode_features(
+    sae: Any, x: Float[torch.Tensor, "*tokens d_in"], features: Int[torch.Tensor, "k"]
+) -> Float[torch.Tensor, "*tokens k"]:
+    """The chosen features of ``x``; reads ``k`` encoder columns."""
+    pre = x.to(sae.W_enc.dtype) @ sae.W_enc[:, features] + sae.b_enc[features]
+    return jump(pre, sae.threshold[features])
+
+
+def decode(
+    sae: Any, acts: Float[torch.Tensor, "*tokens d_sae"]
+) -> Float[torch.Tensor, "*tokens d_out"]:
+    """``acts @ W_dec + b_dec``."""
+    return acts @ sae.W_dec + sae.b_dec
+
+
+def write_features(
+    sae: Any, amounts: Float[torch.Tensor, "*tokens k"], features: Int[torch.Tensor, "k"]
+) -> Float[torch.Tensor, "*tokens d_out"]:
+    """``sum_i amounts_i * W_dec[features_i]``, without the bias."""
+    return amounts @ sae.W_dec[features]

@@ -1,0 +1,154 @@
+"""The model with its dictionaries, as long as the ``splice`` block lasts.
+
+Hook and cache names are those of the model plus, per dictionary, ``<output hook>.hook_sae_input``,
+``...acts_pre``, ``...acts_post``, ``...recons``, ``...error`` and ``...output``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from gemmascope_plugin.errors import MissingHookError, nearest
+from gemmascope_plugin.models import hook_point, to_tokens
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.splice.hooked_sae import SUB_HOOKS, HookedSAE
+
+HookFn = Callable[..., Any]
+NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+
+
+class SplicedModel:
+    """A model whose sites run through dictionaries.
+
+    Args:
+        model: The model, with hooks attached by :func:`gemmascope_plugin.splice`.
+        saes: The dictionaries, in the order in which they were given.
+    """
+
+    def __init__(self, model: HookedModel, saes: Sequence[HookedSAE]) -> None:
+        self.model = model
+        self.saes = tuple(saes)
+
+    def __repr__(self) -> str:
+        sites = ", ".join(sae.hook_out for sae in self.saes)
+        return f"SplicedModel({self.model.cfg.n_layers} layers, dictionaries at {sites})"
+
+    def __call__(self, text: Any, **kwargs: Any) -> Any:
+        """Logits ``[batch, pos, d_vocab]`` of text or token ids."""
+        return self.model(to_tokens(self.model, text), **kwargs)
+
+    forward = __call__
+
+    @property
+    def sub_hooks(self) -> dict[str, Any]:
+        """Name to hook point of every dictionary; of two at one site, the last one's."""
+        return {
+            f"{sae.hook_out}.{name}": sae.sub_hook(name) for sae in self.saes for name in SUB_HOOKS
+        }
+
+    def hook_point(self, name: str) -> Any:
+        """A hook point of the model or of a dictionary.
+
+        Raises:
+            MissingHookError: Neither has it.
+        """
+        sub = self.sub_hooks
+        if name in sub:
+            return sub[name]
+        if ".hook_sae_" in name:
+            raise MissingHookError(
+                f"No spliced dictionary has the hook {name!r}", nearest=nearest(name, sub)
+            )
+        return hook_point(self.model, name)
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Sequence[tuple[str, HookFn]] = (),
+        bwd_hooks: Sequence[tuple[str, HookFn]] = (),
+    ) -> Iterator[SplicedModel]:
+        """Attaches hooks by name, on model and dictionaries alike, and removes them."""
+        with_direction = [(n, f, "fwd") for n, f in fwd_hooks] + [(n, f, "bwd") for n, f in bwd_hooks]
+        points = [(self.hook_point(name), fn, way) for name, fn, way in with_direction]
+        handles = []
+        try:
+            for point, fn, way in points:
+                point.add_hook(fn, dir=way)
+                visible = point.fwd_hooks if way == "fwd" else point.bwd_hooks
+                handles.append((visible[-1], visible))
+            yield self
+        finally:
+            for handle, visible in handles:
+                handle.hook.remove()
+                if handle in visible:
+                    visible.remove(handle)
+
+    def run_with_hooks(
+        self,
+        text: Any,
+        *,
+        fwd_hooks: Sequence[tuple[str, HookFn]] = (),
+        bwd_hooks: Sequence[tuple[str, HookFn]] = (),
+        **kwargs: Any,
+    ) -> Any:
+        """Logits with temporary hooks."""
+        with self.hooks(fwd_hooks, bwd_hooks):
+            return self(text, **kwargs)
+
+    def run_with_cache(
+        self, text: Any, *, names_filter: NamesFilter = None, **kwargs: Any
+    ) -> tuple[Any, dict[str, torch.Tensor]]:
+        """Logits and activations by name, of model and dictionaries.
+
+        Args:
+            text: Text or token ids.
+            names_filter: A name, names, or a predicate; None for everything.
+            **kwargs: For the model's forward pass.
+
+        Returns:
+            The logits and a dict from hook name to detached activation.
+
+        Raises:
+            MissingHookError: A name that neither model nor dictionaries have.
+        """
+        cache: dict[str, torch.Tensor] = {}
+
+        def store(name: str) -> HookFn:
+            def hook_fn(activation: torch.Tensor, hook: Any) -> None:
+                cache[name] = activation.detach()
+
+            return hook_fn
+
+        names = self._select(names_filter)
+        with self.hooks([(name, store(name)) for name in names]):
+            logits = self(text, **kwargs)
+        return logits, cache
+
+    def _select(self, names_filter: NamesFilter) -> list[str]:
+        if isinstance(names_filter, str):
+            return [names_filter]
+        if names_filter is not None and not callable(names_filter):
+            return list(names_filter)
+        names = [*self.model.hook_dict, *self.sub_hooks]
+        live = [name for name in names if self._fires(name)]
+        return [name for name in live if names_filter is None or names_filter(name)]
+
+    def _fires(self, name: str) -> bool:
+        try:
+            self.hook_point(name)
+        except MissingHookError:
+            return False
+        return True
+
+    def generate(self, text: Any, *, max_new_tokens: int = 20, **kwargs: Any) -> torch.Tensor:
+        """Token ids ``[batch, pos + new]``; keyword arguments as for the model's ``generate``."""
+        options: dict[str, Any] = {"verbose": False, "stop_at_eos": True, "prepend_bos": False}
+        options.update(kwargs)
+        tokens = to_tokens(self.model, text)
+        return self.model.generate(
+            tokens, max_new_tokens=max_new_tokens, return_type="tokens", **options
+        )

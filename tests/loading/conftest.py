@@ -1,0 +1,80 @@
+"""A catalog that lists generated files, and an offline hub cache."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from npz_files import arrays, save, spec
+
+from gemmascope_plugin.catalog import SaeSpec, tables
+from gemmascope_plugin.loading import sources
+
+
+@dataclass
+class Suite:
+    """A bundled release family of its own: res, att and transcoders, one layer each."""
+
+    assets: Path
+    specs: dict[str, SaeSpec]
+
+    def file(self, name: str) -> Path:
+        found = self.specs[name]
+        return self.assets / found.release / found.filename
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch) -> Iterator[Suite]:
+    specs = {
+        "res": spec(),
+        "att": spec(site="att"),
+        "transcoder": spec(kind="transcoder", site="mlp"),
+    }
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    for table in tables.TABLES.glob("gemma-scope-2b-*.json"):
+        (folder / table.name).write_text(table.read_text())
+    for one in specs.values():
+        tables.dump_release([one], folder=folder)
+    monkeypatch.setattr(tables, "TABLES", folder)
+    monkeypatch.setattr(sources, "ASSETS", tmp_path / "assets")
+    made = Suite(tmp_path / "assets", specs)
+    for name in specs:
+        save(made.file(name), **arrays())
+    clear_tables()
+    yield made
+    monkeypatch.undo()
+    clear_tables()
+    forget_releases(s.release for s in specs.values())
+
+
+def clear_tables() -> None:
+    for cached in (tables._files, tables.tables, tables.canonical_releases):
+        cached.cache_clear()
+
+
+def forget_releases(names: Iterable[str]) -> None:
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    for name in names:
+        get_pretrained_saes_directory().pop(name, None)
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch) -> Callable[..., Path]:
+    """An offline Hugging Face cache; the function puts a file of a spec into it."""
+    from huggingface_hub import constants
+
+    root = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def put(wanted: SaeSpec, revision: str = "main", **values) -> Path:
+        repo = root / f"models--{wanted.repo_id.replace('/', '--')}"
+        commit = f"{len(revision):040d}"
+        (repo / "refs").mkdir(parents=True, exist_ok=True)
+        (repo / "refs" / revision).write_text(commit)
+        return save(repo / "snapshots" / commit / wanted.filename, **values)
+
+    return put
