@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gemmascope_plugin import figures
+import gemmascope_plugin.figures as figures
 from gemmascope_plugin.circuits.node import Node
 from gemmascope_plugin.errors import EmptySelectionError
 

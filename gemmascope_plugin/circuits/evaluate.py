@@ -119,7 +119,7 @@ def ablated_metric(
     nodes: Sequence[Node],
     masks: Bool[torch.Tensor, "circuit node"],
     max_rows: int = MAX_ROWS,
-) -> Float[torch.Tensor, "circuit"]:
+) -> Float[torch.Tensor, " circuit"]:
     """Mean metric on clean prompts with the nodes outside each circuit at their corrupted value."""
     hooks = list(dict.fromkeys(node.hook for node in nodes))
     _, corrupt = read(runner, bound.corrupt, hooks)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gemmascope_plugin import figures
+import gemmascope_plugin.figures as figures
 from gemmascope_plugin.circuits.circuit import Circuit
 
 

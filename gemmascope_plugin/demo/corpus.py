@@ -17,7 +17,8 @@ from random import Random
 import torch
 from jaxtyping import Bool, Int
 
-from gemmascope_plugin.demo import grammar, lexicon
+import gemmascope_plugin.demo.grammar as grammar
+import gemmascope_plugin.demo.lexicon as lexicon
 
 DOCUMENT_LENGTH = 64
 """Tokens per document, four times the local attention window."""

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from gemmascope_plugin.demo import lexicon as lex
+import gemmascope_plugin.demo.lexicon as lex
 
 HELD_OUT_SHARE = 5
 """One combination in this many is held out."""
@@ -61,9 +61,7 @@ IOI_OPENINGS = (
 )
 
 
-def ioi(
-    rng: Random, first: str, second: str, giver: str, *, with_object: bool = True
-) -> Sentence:
+def ioi(rng: Random, first: str, second: str, giver: str, *, with_object: bool = True) -> Sentence:
     """``when mary and john went to the store , john gave a drink to mary``.
 
     Args:
@@ -246,7 +244,7 @@ def random_induction(rng: Random) -> Sentence:
 def nonsense_list(rng: Random, *, held_out: bool, length: int | None = None) -> list[str]:
     """Five to nine (or ``length``) nonsense words whose set is, or is not, held out."""
     while True:
-        words = rng.sample(lex.NONSENSE, length or rng.randint(5, 9))
+        words: list[str] = list(rng.sample(lex.NONSENSE, length or rng.randint(5, 9)))
         if is_held_out(*words) == held_out:
             return words
 
@@ -285,9 +283,7 @@ def two_hop(city: str, relation: str, *, with_answer: bool = True) -> Sentence:
     return _answer(s, state, relation, with_answer=with_answer)
 
 
-def _answer(
-    s: Sentence, state: lex.State, relation: str, *, with_answer: bool = True
-) -> Sentence:
+def _answer(s: Sentence, state: lex.State, relation: str, *, with_answer: bool = True) -> Sentence:
     s.add("is", "fact_sentence", f"asked_{relation}", f"asked_about_{state.name}")
     s.mark(-1, f"next_is_{relation}")
     if with_answer:

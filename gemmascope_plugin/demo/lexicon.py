@@ -15,8 +15,9 @@ SPECIAL_TOKENS = (PAD, EOS, BOS, UNK)
 """In id order: Gemma's own ids (``<pad>`` 0, ``<eos>`` 1, ``<bos>`` 2, ``<unk>`` 3)."""
 
 NAMES = tuple(
-    "mary john alice peter susan david laura james emma robert anna michael sarah thomas julia daniel "
-    "karen mark helen paul nancy kevin linda brian carol steven diana george ruth frank maria edward".split()
+    "mary john alice peter susan david laura james emma robert anna michael sarah thomas julia "
+    "daniel karen mark helen paul nancy kevin linda brian carol steven diana george ruth frank "
+    "maria edward".split()
 )
 PLACES = tuple("store park school office beach station garden market library museum".split())
 OBJECTS = tuple("drink book ring letter ball ticket coin lamp rose watch basket flute".split())
@@ -81,22 +82,22 @@ class State:
 
 
 _STATE_ROWS = """
-texas        austin      bluebonnet   mockingbird pecan      | dallas houston laredo lubbock amarillo
-california   sacramento  poppy        quail       redwood    | oakland fresno pasadena anaheim berkeley
-illinois     springfield violet       cardinal    oak        | chicago peoria joliet aurora rockford
-georgia      atlanta     cherokee     thrasher    peach      | savannah macon augusta athens valdosta
-florida      tallahassee orangebloom  heron       palm       | miami tampa orlando naples ocala
-ohio         columbus    carnation    robin       buckeye    | cleveland dayton toledo akron canton
-colorado     denver      columbine    bunting     spruce     | boulder aspen pueblo durango greeley
-oregon       salem       grape        meadowlark  fir        | portland eugene medford bend corvallis
-washington   olympia     rhododendron goldfinch   hemlock    | seattle spokane tacoma yakima everett
-nevada       carson      sagebrush    bluebird    pinyon     | reno vegas elko henderson sparks
-arizona      phoenix     saguaro      wren        paloverde  | tucson mesa yuma tempe flagstaff
-michigan     lansing     appleblossom chickadee   pine       | detroit flint saginaw warren dearborn
-tennessee    nashville   iris         warbler     poplar     | memphis knoxville jackson franklin cookeville
-alabama      montgomery  camellia     flicker     longleaf   | mobile birmingham selma dothan decatur
+texas        austin      bluebonnet   mockingbird pecan | dallas houston laredo lubbock amarillo
+california   sacramento  poppy        quail       redwood | oakland fresno pasadena anaheim berkeley
+illinois     springfield violet       cardinal    oak | chicago peoria joliet aurora rockford
+georgia      atlanta     cherokee     thrasher    peach | savannah macon augusta athens valdosta
+florida      tallahassee orangebloom  heron       palm | miami tampa orlando naples ocala
+ohio         columbus    carnation    robin       buckeye | cleveland dayton toledo akron canton
+colorado     denver      columbine    bunting     spruce | boulder aspen pueblo durango greeley
+oregon       salem       grape        meadowlark  fir | portland eugene medford bend corvallis
+washington   olympia     rhododendron goldfinch   hemlock | seattle spokane tacoma yakima everett
+nevada       carson      sagebrush    bluebird    pinyon | reno vegas elko henderson sparks
+arizona      phoenix     saguaro      wren        paloverde | tucson mesa yuma tempe flagstaff
+michigan     lansing     appleblossom chickadee   pine | detroit flint saginaw warren dearborn
+tennessee    nashville   iris         warbler     poplar | memphis knoxville jackson franklin cookeville
+alabama      montgomery  camellia     flicker     longleaf | mobile birmingham selma dothan decatur
 kansas       topeka      sunflower    lark        cottonwood | wichita lawrence salina hutchinson olathe
-nebraska     lincoln     goldenrod    crane       elm        | omaha kearney norfolk fremont hastings
+nebraska     lincoln     goldenrod    crane       elm | omaha kearney norfolk fremont hastings
 """
 
 
@@ -105,7 +106,9 @@ def _parse_states(rows: str) -> tuple[State, ...]:
     for row in rows.strip().splitlines():
         head, cities = row.split("|")
         name, *answers = head.split()
-        states.append(State(name, dict(zip(RELATIONS, answers, strict=True)), tuple(cities.split())))
+        states.append(
+            State(name, dict(zip(RELATIONS, answers, strict=True)), tuple(cities.split()))
+        )
     return tuple(states)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 
-from gemmascope_plugin import saes
+import gemmascope_plugin.saes as saes
 from gemmascope_plugin.demo.tasks import TASK_NAMES, Split, make_task
 from gemmascope_plugin.models import special_ids
 from gemmascope_plugin.models.protocol import HookedModel
@@ -42,9 +42,7 @@ def task_score(model: HookedModel, task: Task) -> float:
     return float((logits.argmax(-1) == answers.right[:, 0]).float().mean())
 
 
-def task_scores(
-    model: HookedModel, *, split: Split = "held-out", n: int = 256
-) -> dict[str, float]:
+def task_scores(model: HookedModel, *, split: Split = "held-out", n: int = 256) -> dict[str, float]:
     """Every task's score."""
     return {name: task_score(model, make_task(name, split=split, n=n)) for name in TASK_NAMES}
 

@@ -15,12 +15,12 @@ Held-out prompts use only combinations that the corpus never contains, see ``gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from random import Random
 from typing import Literal, NamedTuple
 
-from gemmascope_plugin.demo import grammar
-from gemmascope_plugin.demo import lexicon as lex
+import gemmascope_plugin.demo.grammar as grammar
+import gemmascope_plugin.demo.lexicon as lex
 from gemmascope_plugin.errors import UnknownNameError, nearest
 from gemmascope_plugin.patching import Task, logit_diff, probability
 
@@ -90,9 +90,7 @@ def _two_hop(rng: Random, held_out: bool) -> Pair:
     city = rng.choice(cities)
     state = lex.STATE_OF[city]
     other = rng.choice([c for c in lex.STATE_OF if lex.STATE_OF[c] is not state])
-    clean, corrupt = (
-        grammar.two_hop(c, "capital", with_answer=False).text for c in (city, other)
-    )
+    clean, corrupt = (grammar.two_hop(c, "capital", with_answer=False).text for c in (city, other))
     return Pair(clean, corrupt, state.facts["capital"], lex.STATE_OF[other].facts["capital"])
 
 
@@ -126,11 +124,7 @@ def make_task(name: str, *, split: Split = "held-out", n: int = 64, seed: int = 
         )
     rng = Random(f"{name} {split} {seed}")
     pairs = [_MAKERS[name](rng, split == "held-out") for _ in range(n)]
-    ask = _probability if name == "years" else logit_diff
+    # Greater-than is a matter of probability mass: of the greater years minus that of the others.
+    ask = probability if name == "years" else logit_diff
     metric = ask([p.answer for p in pairs], [p.wrong for p in pairs])
     return Task([p.clean for p in pairs], [p.corrupt for p in pairs], metric, name)
-
-
-def _probability(answer: Sequence[list[str]], wrong: Sequence[list[str]]):
-    """Greater-than is a matter of probability mass: of greater years minus of the others."""
-    return probability(answer, wrong)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gemmascope_plugin.demo import lexicon
+import gemmascope_plugin.demo.lexicon as lexicon
 
 
 def save_tokenizer(folder: Path) -> None:

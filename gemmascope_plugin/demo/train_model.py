@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float, Int
 
-from gemmascope_plugin.demo import lexicon
+import gemmascope_plugin.demo.lexicon as lexicon
 from gemmascope_plugin.demo.corpus import DOCUMENT_LENGTH, token_batches
 
 if TYPE_CHECKING:
@@ -70,10 +70,10 @@ def build_model(recipe: ModelRecipe) -> Gemma2ForCausalLM:
         pad_token_id=lexicon.SPECIAL_TOKENS.index(lexicon.PAD),
         eos_token_id=lexicon.SPECIAL_TOKENS.index(lexicon.EOS),
         bos_token_id=lexicon.SPECIAL_TOKENS.index(lexicon.BOS),
-        attn_implementation="eager",
         tie_word_embeddings=True,
     )
     config.architectures = ["Gemma2ForCausalLM"]
+    config._attn_implementation = "eager"  # the only one with Gemma 2's soft-cap
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(recipe.seed)
         model = Gemma2ForCausalLM(config).float()

@@ -76,7 +76,7 @@ def word_id(model: HookedModel, word: str) -> int:
     )
 
 
-def token_strings(model: HookedModel, ids: Int[torch.Tensor, "pos"]) -> list[str]:
+def token_strings(model: HookedModel, ids: Int[torch.Tensor, " pos"]) -> list[str]:
     """One readable string per token."""
     if model.tokenizer is None:
         return [str(int(i)) for i in ids]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gemmascope_plugin import figures
+import gemmascope_plugin.figures as figures
 
 
 class FeatureId(NamedTuple):

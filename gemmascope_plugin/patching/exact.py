@@ -135,7 +135,7 @@ def sweep(
     other: dict[str, torch.Tensor],
     max_rows: int,
     progress: bool,
-) -> Float[torch.Tensor, "patch"]:
+) -> Float[torch.Tensor, " patch"]:
     """Mean metric under each patch alone."""
     from tqdm.auto import tqdm
 

@@ -34,7 +34,7 @@ class Metric(ABC):
     @abstractmethod
     def score(
         self, logits: Float[torch.Tensor, "prompt d_vocab"], bound: BoundAnswers
-    ) -> Float[torch.Tensor, "prompt"]:
+    ) -> Float[torch.Tensor, " prompt"]:
         """One number per prompt from the logits at ``position``."""
 
     @property
@@ -86,7 +86,7 @@ class BoundMetric:
 
     def __call__(
         self, logits: Float[torch.Tensor, "row pos d_vocab"]
-    ) -> Float[torch.Tensor, "row"]:
+    ) -> Float[torch.Tensor, " row"]:
         """One number per row; rows may be several copies of the prompts, copy after copy."""
         times, rest = divmod(len(logits), len(self.answers.right))
         assert rest == 0, f"{len(logits)} rows are not copies of {len(self.answers.right)} prompts"
@@ -99,7 +99,7 @@ class LogitDiff(Metric):
 
     def score(
         self, logits: Float[torch.Tensor, "prompt d_vocab"], bound: BoundAnswers
-    ) -> Float[torch.Tensor, "prompt"]:
+    ) -> Float[torch.Tensor, " prompt"]:
         """Difference in logits, in nats of odds."""
         assert bound.wrong is not None and bound.wrong_mask is not None
         right = _pick(logits, bound.right, bound.right_mask, -torch.inf).logsumexp(-1)
@@ -111,7 +111,7 @@ class Probability(Metric):
 
     def score(
         self, logits: Float[torch.Tensor, "prompt d_vocab"], bound: BoundAnswers
-    ) -> Float[torch.Tensor, "prompt"]:
+    ) -> Float[torch.Tensor, " prompt"]:
         """Probability mass, 0 to 1, or a difference of two."""
         p = logits.softmax(-1)
         right = _pick(p, bound.right, bound.right_mask, 0.0).sum(-1)

@@ -53,7 +53,7 @@ def pre_activations(
 
 
 def jump(
-    pre: Float[torch.Tensor, "*tokens k"], threshold: Float[torch.Tensor, "k"]
+    pre: Float[torch.Tensor, "*tokens k"], threshold: Float[torch.Tensor, " k"]
 ) -> Float[torch.Tensor, "*tokens k"]:
     """``pre`` where it exceeds both its threshold and zero, else 0; gradient 1 where active."""
     return torch.where((pre.float() > threshold.float()) & (pre > 0), pre, 0)
@@ -67,7 +67,7 @@ def encode(
 
 
 def encode_features(
-    sae: Any, x: Float[torch.Tensor, "*tokens d_in"], features: Int[torch.Tensor, "k"]
+    sae: Any, x: Float[torch.Tensor, "*tokens d_in"], features: Int[torch.Tensor, " k"]
 ) -> Float[torch.Tensor, "*tokens k"]:
     """The chosen features of ``x``; reads ``k`` encoder columns."""
     pre = x.to(sae.W_enc.dtype) @ sae.W_enc[:, features] + sae.b_enc[features]
@@ -82,7 +82,7 @@ def decode(
 
 
 def write_features(
-    sae: Any, amounts: Float[torch.Tensor, "*tokens k"], features: Int[torch.Tensor, "k"]
+    sae: Any, amounts: Float[torch.Tensor, "*tokens k"], features: Int[torch.Tensor, " k"]
 ) -> Float[torch.Tensor, "*tokens d_out"]:
     """``sum_i amounts_i * W_dec[features_i]``, without the bias."""
     return amounts @ sae.W_dec[features]

@@ -56,7 +56,7 @@ class Edit(ABC):
                 exists=f"features 0 to {d_sae - 1}",
             )
 
-    def where(self, n_pos: int) -> Bool[torch.Tensor, "pos"]:
+    def where(self, n_pos: int) -> Bool[torch.Tensor, " pos"]:
         """True at the positions that the edit touches.
 
         Raises:

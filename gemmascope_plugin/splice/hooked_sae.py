@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float
 from transformer_lens.hook_points import HookPoint
 
-from gemmascope_plugin import saes
+import gemmascope_plugin.saes as saes
 from gemmascope_plugin.errors import MissingHookError, UnknownNameError, WidthMismatchError, nearest
 from gemmascope_plugin.models import flatten_heads, restore_heads
 from gemmascope_plugin.splice.edits import Edit, apply_edits, touched_features

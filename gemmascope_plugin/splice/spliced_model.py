@@ -72,7 +72,9 @@ class SplicedModel:
         bwd_hooks: Sequence[tuple[str, HookFn]] = (),
     ) -> Iterator[SplicedModel]:
         """Attaches hooks by name, on model and dictionaries alike, and removes them."""
-        with_direction = [(n, f, "fwd") for n, f in fwd_hooks] + [(n, f, "bwd") for n, f in bwd_hooks]
+        with_direction = [(n, f, "fwd") for n, f in fwd_hooks] + [
+            (n, f, "bwd") for n, f in bwd_hooks
+        ]
         points = [(self.hook_point(name), fn, way) for name, fn, way in with_direction]
         handles = []
         try:

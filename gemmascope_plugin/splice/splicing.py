@@ -18,7 +18,12 @@ from typing import Any
 
 import torch
 
-from gemmascope_plugin.errors import HookNotFiredError, UnknownNameError, WidthMismatchError, shorten
+from gemmascope_plugin.errors import (
+    HookNotFiredError,
+    UnknownNameError,
+    WidthMismatchError,
+    shorten,
+)
 from gemmascope_plugin.models import hook_point
 from gemmascope_plugin.models.points import width_at
 from gemmascope_plugin.models.protocol import HookedModel

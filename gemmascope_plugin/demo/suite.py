@@ -1,0 +1,131 @@
+"""The bundled suite as one object: a trained model, its dictionaries, tasks and labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from gemmascope_plugin.catalog import SaeSpec, SpecList, find
+from gemmascope_plugin.demo.assets import (
+    ASSETS,
+    LABELS_FILE,
+    MODEL_FOLDER,
+    SUITE_FILE,
+    read_json,
+)
+from gemmascope_plugin.demo.labels import Label, labels_from_json
+from gemmascope_plugin.demo.tasks import TASK_NAMES, make_task
+from gemmascope_plugin.errors import MissingFileError, UnknownNameError, nearest
+from gemmascope_plugin.loading import load, spec_of
+from gemmascope_plugin.models import load_model
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.patching import Task
+from gemmascope_plugin.types import Backend
+
+MODEL = "gemma-2-tiny"
+
+
+@dataclass(frozen=True)
+class TinySuite:
+    """``gemma-2-tiny``: a small Gemma 2 trained on a grammar whose concepts are known.
+
+    It is real (trained weights, real circuits, real features) and it is small: what holds here need
+    not hold on a Gemma of billions of parameters.
+    """
+
+    backend: Backend = "hooked"
+
+    @cached_property
+    def model(self) -> HookedModel:
+        """The trained model, frozen."""
+        return load_model(ASSETS / MODEL_FOLDER, backend=self.backend)
+
+    @property
+    def specs(self) -> SpecList:
+        """All dictionaries of the suite."""
+        return find(model=MODEL)
+
+    @cached_property
+    def tasks(self) -> dict[str, Task]:
+        """Name to held-out task; :func:`make_task` makes others."""
+        return {name: make_task(name) for name in TASK_NAMES}
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        """Recipes, seeds and measured figures of model and dictionaries."""
+        return read_json(ASSETS / SUITE_FILE)
+
+    @cached_property
+    def labels(self) -> dict[str, dict[int, Label]]:
+        """``release/sae_id`` to feature to label."""
+        rows = read_json(ASSETS / LABELS_FILE)
+        return {key: labels_from_json(value) for key, value in rows.items()}
+
+    def load(self, site: str, layer: int) -> Any:
+        """The dictionary at a site and layer.
+
+        Args:
+            site: ``res``, ``att``, ``mlp`` or ``transcoder``.
+            layer: Layer index.
+
+        Raises:
+            UnknownNameError: No such site or layer.
+        """
+        kind = None if site == "transcoder" else "sae"
+        return load(find(model=MODEL, site=site, layer=layer, kind=kind).one())
+
+    def labels_of(self, sae: Any) -> dict[int, Label]:
+        """Feature to label for a dictionary of this suite, or its spec.
+
+        Raises:
+            UnknownNameError: The dictionary is not one of this suite.
+        """
+        spec = sae if isinstance(sae, SaeSpec) else spec_of(sae)
+        key = "a dictionary without a spec" if spec is None else f"{spec.release}/{spec.sae_id}"
+        if key not in self.labels:
+            raise UnknownNameError(
+                f"No labels for {key}",
+                exists=f"labels of {len(self.labels)} dictionaries",
+                nearest=nearest(key, self.labels),
+            )
+        return self.labels[key]
+
+    def feature(self, sae: Any, concept: str) -> int:
+        """The feature whose label is ``concept``, the best one if there are several.
+
+        Raises:
+            UnknownNameError: No feature of the dictionary carries that label.
+        """
+        labels = self.labels_of(sae)
+        found = [i for i, label in labels.items() if label.concept == concept]
+        if not found:
+            known = sorted({label.concept for label in labels.values()})
+            raise UnknownNameError(
+                f"No feature is labelled {concept!r}",
+                exists=f"{len(known)} concepts",
+                nearest=nearest(concept, known),
+                fix="suite.labels_of(sae)",
+            )
+        return max(found, key=lambda i: labels[i].f1)
+
+    def __repr__(self) -> str:
+        tasks = ", ".join(TASK_NAMES)
+        return f"TinySuite({MODEL!r}, {len(self.specs)} dictionaries, tasks: {tasks})"
+
+
+def tiny(*, backend: Backend = "hooked") -> TinySuite:
+    """The bundled trained suite; needs no network.
+
+    Args:
+        backend: ``hooked`` for ``HookedTransformer``, ``bridge`` for ``TransformerBridge``.
+
+    Raises:
+        MissingFileError: The package was installed without its data.
+    """
+    if not (ASSETS / SUITE_FILE).exists():
+        raise MissingFileError(
+            "The bundled suite is not installed",
+            fix="reinstall the package, or python -m gemmascope_plugin.demo.train",
+        )
+    return TinySuite(backend)

@@ -1,0 +1,180 @@
+"""Which features are active on a text: per token and site, with how well the dictionary fits.
+
+1. One forward pass with the dictionaries spliced in, error kept, so that every site sees the real
+   model's activations.
+2. Per site: active features of every token, mean L0, and the share of variance explained
+   ``1 - sum |y - y_hat|^2 / sum |y - mean(y)|^2`` over the text's own tokens.
+
+Excluded tokens (BOS, EOS, PAD by default) have no features and count in no figure.
+
+Cost: one forward pass, one encode and one decode per site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from typing import Any
+
+import torch
+from jaxtyping import Float
+
+import gemmascope_plugin.figures as figures
+from gemmascope_plugin.errors import UnknownNameError, nearest
+from gemmascope_plugin.models import special_ids, to_tokens, token_strings
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.tokens import kept_positions
+from gemmascope_plugin.splice import HookedSAE, splice
+
+_PARTS = ("hook_sae_acts_post", "hook_sae_recons", "hook_sae_error")
+
+
+@dataclass(frozen=True)
+class SiteFit:
+    """How one dictionary fits the text."""
+
+    l0: float
+    """Mean number of active features per token."""
+    variance_explained: float
+    """1 = perfect; may be negative."""
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Active features of one text."""
+
+    tokens: tuple[str, ...]
+    acts: Mapping[str, Float[torch.Tensor, "pos d_sae"]]
+    """Output hook to feature activations; all zero at excluded tokens."""
+    fits: Mapping[str, SiteFit]
+    exclude: tuple[str | int, ...]
+    top_k: int
+    """Features per token in tables and pages."""
+
+    @cached_property
+    def frame(self) -> Any:
+        """A DataFrame, one row per token, site and active feature, strongest ``top_k`` of each token."""
+        import pandas as pd
+
+        rows = []
+        for site, acts in self.acts.items():
+            strongest = acts.topk(min(self.top_k, acts.shape[1]), dim=-1)
+            pairs = zip(strongest.values.tolist(), strongest.indices.tolist(), strict=True)
+            for pos, (values, indices) in enumerate(pairs):
+                rows += [
+                    (pos, self.tokens[pos], site, index, value)
+                    for value, index in zip(values, indices, strict=True)
+                    if value > 0
+                ]
+        return pd.DataFrame(rows, columns=["pos", "token", "site", "feature", "activation"])
+
+    def to_frame(self) -> Any:
+        """The same as :attr:`frame`."""
+        return self.frame
+
+    def summary(self) -> Any:
+        """A DataFrame, one row per site: ``l0`` and ``variance_explained``."""
+        import pandas as pd
+
+        rows = [(site, fit.l0, fit.variance_explained) for site, fit in self.fits.items()]
+        return pd.DataFrame(rows, columns=["site", "l0", "variance_explained"])
+
+    def top(self, n: int = 10, *, site: str | None = None) -> Any:
+        """The ``n`` features with the largest activation anywhere in the text, one row each.
+
+        Raises:
+            UnknownNameError: No such site.
+        """
+        frame = self.frame
+        if site is not None:
+            frame = frame[frame["site"] == self._known(site)]
+        best = frame.sort_values("activation", ascending=False, kind="stable")
+        return best.drop_duplicates(["site", "feature"]).head(n).reset_index(drop=True)
+
+    def activations(self, site: str, feature: int) -> list[float]:
+        """One feature's activation per token."""
+        return self.acts[self._known(site)][:, feature].tolist()
+
+    def to_html(self, labels: Mapping[tuple[str, int], str] | None = None, n: int = 8) -> str:
+        """An HTML fragment: the text, coloured once per strongest feature.
+
+        Args:
+            labels: Description of a ``(site, feature)``.
+            n: Number of features.
+        """
+        rows = []
+        for row in self.top(n).itertuples():
+            name = f"{row.site}/{row.feature}"
+            label = (labels or {}).get((row.site, row.feature))
+            rows.append(
+                (f"{name}: {label}" if label else name, self.activations(row.site, row.feature))
+            )
+        note = escape(f"excluded tokens: {', '.join(map(str, self.exclude)) or 'none'}")
+        return figures.token_rows_html(list(self.tokens), rows) + f"<p><small>{note}</small></p>"
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+    def _known(self, site: str) -> str:
+        if site not in self.acts:
+            raise UnknownNameError(
+                f"No dictionary at {site!r} was analysed",
+                exists=", ".join(self.acts),
+                nearest=nearest(site, self.acts),
+            )
+        return site
+
+    def __repr__(self) -> str:
+        fits = "; ".join(
+            f"{site}: L0 {fit.l0:.1f}, variance explained {fit.variance_explained:.3f}"
+            for site, fit in self.fits.items()
+        )
+        return f"Features({len(self.tokens)} tokens, excluded {self.exclude}, {fits})"
+
+
+@torch.no_grad()
+def analyze(
+    model: HookedModel,
+    saes: Any,
+    text: str,
+    *,
+    top_k: int = 5,
+    exclude: Sequence[str | int] = ("bos", "eos", "pad"),
+) -> Features:
+    """Active features per token and site.
+
+    Args:
+        model: ``HookedTransformer`` or ``TransformerBridge``.
+        saes: Dictionaries, at most one per site.
+        text: One prompt, or token ids ``[1, pos]``.
+        top_k: Features per token in tables.
+        exclude: Special tokens to leave out.
+
+    Raises:
+        EmptySelectionError: An empty prompt, or one of excluded tokens only.
+        UnknownNameError: Two dictionaries at one site.
+    """
+    tokens = to_tokens(model, text)
+    keep = kept_positions(tokens, special_ids(model, exclude))[0]
+    with splice(model, saes, exclude=exclude) as spliced:
+        sites = [sae.hook_out for sae in spliced.saes]
+        if len(set(sites)) < len(sites):
+            raise UnknownNameError(
+                f"Two dictionaries share a site: {', '.join(sites)}", fix="analyze them one by one"
+            )
+        names = [f"{site}.{part}" for site in sites for part in _PARTS]
+        _, cache = spliced.run_with_cache(tokens, names_filter=names)
+        fits = {sae.hook_out: _fit(sae, cache, keep) for sae in spliced.saes}
+    acts = {site: cache[f"{site}.hook_sae_acts_post"][0].cpu() for site in sites}
+    words = tuple(token_strings(model, tokens[0]))
+    return Features(words, acts, fits, tuple(exclude), top_k)
+
+
+def _fit(sae: HookedSAE, cache: Mapping[str, torch.Tensor], keep: torch.Tensor) -> SiteFit:
+    acts, recons, error = (cache[f"{sae.hook_out}.{part}"][0][keep] for part in _PARTS)
+    target = recons + error
+    spread = (target - target.mean(0)).pow(2).sum()
+    explained = 1 - error.pow(2).sum() / spread if len(target) > 1 else torch.tensor(float("nan"))
+    return SiteFit(float((acts > 0).sum(-1).float().mean()), float(explained))
