@@ -66,7 +66,7 @@ def attribution_patching(
     products = {name: slopes[name] * (other[name] - here[name]) for name in grid.hooks}
     values = _per_patch(grid, products)
     shape = [len(grid.labels[axis]) for axis in grid.axes]
-    meta = {"method": "attribution", "mode": mode, **describe(model, bound, component), **ends}
+    meta = {"method": "attribution", "mode": mode, **describe(model, runner, bound, component), **ends}
     return Effects(values.reshape(shape), grid.axes, grid.labels, meta)
 
 

@@ -15,7 +15,7 @@ from gemmascope_plugin.demo.assets import (
     read_json,
 )
 from gemmascope_plugin.demo.labels import Label, labels_from_json
-from gemmascope_plugin.demo.tasks import TASK_NAMES, make_task
+from gemmascope_plugin.demo.tasks import TASK_NAMES, Split, make_task
 from gemmascope_plugin.errors import MissingFileError, UnknownNameError, nearest
 from gemmascope_plugin.loading import load, spec_of
 from gemmascope_plugin.models import load_model
@@ -48,8 +48,22 @@ class TinySuite:
 
     @cached_property
     def tasks(self) -> dict[str, Task]:
-        """Name to held-out task; :func:`make_task` makes others."""
+        """Name to held-out task; :meth:`task` makes others."""
         return {name: make_task(name) for name in TASK_NAMES}
+
+    def task(self, name: str, *, split: Split = "held-out", n: int = 64, seed: int = 0) -> Task:
+        """A task with other prompts than those in :attr:`tasks`.
+
+        Args:
+            name: Task name.
+            split: ``held-out`` prompts never occur in the corpus, ``train`` ones may.
+            n: Number of prompts.
+            seed: Seed of the draw.
+
+        Raises:
+            UnknownNameError: An unknown task.
+        """
+        return make_task(name, split=split, n=n, seed=seed)
 
     @cached_property
     def metrics(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class SuiteRecipe:
 
     documents: int = 6000
     """Documents whose activations the dictionaries are trained on, 64 tokens each."""
-    recipe: Recipe = Recipe(steps=2500, target_l0=10.0)
+    recipe: Recipe = field(default_factory=Recipe)
 
 
 def train_dictionaries(out: Path, suite: SuiteRecipe | None = None) -> dict[str, Any]:

@@ -159,11 +159,7 @@ def analyze(
     tokens = to_tokens(model, text)
     keep = kept_positions(tokens, special_ids(model, exclude))[0]
     with splice(model, saes, exclude=exclude) as spliced:
-        sites = [sae.hook_out for sae in spliced.saes]
-        if len(set(sites)) < len(sites):
-            raise UnknownNameError(
-                f"Two dictionaries share a site: {', '.join(sites)}", fix="analyze them one by one"
-            )
+        sites = list(spliced.by_site)
         names = [f"{site}.{part}" for site in sites for part in _PARTS]
         _, cache = spliced.run_with_cache(tokens, names_filter=names)
         fits = {sae.hook_out: _fit(sae, cache, keep) for sae in spliced.saes}

@@ -78,7 +78,7 @@ def activation_patching(
         values = sweep(runner, bound, grid, base, other, max_rows, progress)
         base_metric = ends["metric_corrupt" if mode == "denoising" else "metric_clean"]
     shape = [len(grid.labels[axis]) for axis in grid.axes]
-    meta = {"method": "exact patching", "mode": mode, **describe(model, bound, component), **ends}
+    meta = {"method": "exact patching", "mode": mode, **describe(model, runner, bound, component), **ends}
     return Effects((values - base_metric).reshape(shape), grid.axes, grid.labels, meta)
 
 
@@ -111,8 +111,9 @@ def both_runs(
     return (bound.corrupt, clean, ends) if mode == "denoising" else (bound.clean, corrupt, ends)
 
 
-def describe(model: HookedModel, bound: BoundTask, component: str) -> dict[str, Any]:
+def describe(model: HookedModel, runner: Any, bound: BoundTask, component: str) -> dict[str, Any]:
     """Metadata that every result carries."""
+    spliced = component == "feature"
     return {
         "component": component,
         "task": bound.name,
@@ -121,8 +122,8 @@ def describe(model: HookedModel, bound: BoundTask, component: str) -> dict[str, 
         "sign": "positive = patching raises the metric",
         "n_prompts": len(bound.clean),
         "tokens": token_strings(model, bound.clean[0]),
-        "exclude": ("bos", "eos", "pad"),
-        "error": "kept" if component == "feature" else None,
+        "exclude": runner.saes[0].exclude if spliced else (),
+        "error": "keep" if spliced else None,
     }
 
 

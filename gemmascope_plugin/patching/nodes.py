@@ -14,7 +14,8 @@ from gemmascope_plugin.errors import EmptySelectionError, UnknownNameError, near
 from gemmascope_plugin.models.points import n_heads, n_layers
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.effects import FeatureId
-from gemmascope_plugin.splice import SplicedModel, splice
+from gemmascope_plugin.splice import HookedSAE, SplicedModel, splice
+from gemmascope_plugin.splice.splicing import as_list
 
 HOOKS = {
     "resid_pre": "blocks.{layer}.hook_resid_pre",
@@ -111,7 +112,13 @@ def patchable(model: HookedModel, component: str, saes: Any) -> Iterator[Any]:
         raise UnknownNameError(
             'component="feature" needs dictionaries', fix="saes=[gemmascope_plugin.load(spec)]"
         )
-    with splice(model, saes, error="keep") as spliced:
+    # A dictionary that was wrapped for another error mode is wrapped again: here the error is kept.
+    kept = [
+        HookedSAE(sae.sae, exclude=sae.exclude) if isinstance(sae, HookedSAE) else sae
+        for sae in as_list(saes)
+    ]
+    with splice(model, kept) as spliced:
+        assert spliced.by_site
         yield spliced
 
 

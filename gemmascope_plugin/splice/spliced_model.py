@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gemmascope_plugin.errors import MissingHookError, nearest
+from gemmascope_plugin.errors import MissingHookError, UnknownNameError, nearest
 from gemmascope_plugin.models import hook_point, to_tokens
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.splice.hooked_sae import SUB_HOOKS, HookedSAE
@@ -42,6 +42,21 @@ class SplicedModel:
         return self.model(to_tokens(self.model, text), **kwargs)
 
     forward = __call__
+
+    @property
+    def by_site(self) -> dict[str, HookedSAE]:
+        """Output hook to dictionary.
+
+        Raises:
+            UnknownNameError: Two dictionaries share an output hook, so names are ambiguous.
+        """
+        sites = {sae.hook_out: sae for sae in self.saes}
+        if len(sites) < len(self.saes):
+            raise UnknownNameError(
+                f"Several dictionaries write to one of {', '.join(sites)}",
+                fix="give one dictionary per site",
+            )
+        return sites
 
     @property
     def sub_hooks(self) -> dict[str, Any]:

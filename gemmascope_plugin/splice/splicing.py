@@ -12,7 +12,7 @@ Cost: that of :class:`HookedSAE` per site and pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -92,7 +92,7 @@ def as_list(saes: Saes) -> list[Any]:
     Raises:
         UnknownNameError: Nothing was given.
     """
-    if isinstance(saes, torch.nn.Module):
+    if isinstance(saes, torch.nn.Module) or not isinstance(saes, Iterable):
         return [saes]
     listed = list(saes.values()) if isinstance(saes, Mapping) else list(saes)
     if not listed:
@@ -103,6 +103,10 @@ def as_list(saes: Saes) -> list[Any]:
 
 
 def _as_hooked(sae: Any, error: ErrorMode, exclude: Sequence[str | int]) -> HookedSAE:
+    if not isinstance(sae, torch.nn.Module):
+        raise UnknownNameError(
+            f"{type(sae).__name__} {sae!r} is not a dictionary", fix="gemmascope_plugin.load(spec)"
+        )
     return sae if isinstance(sae, HookedSAE) else HookedSAE(sae, error=error, exclude=exclude)
 
 
