@@ -94,6 +94,39 @@ def nearest(name: str, options: Iterable[str], n: int = 3) -> str | None:
     return " or ".join(repr(lowered[match]) for match in close or contained) or None
 
 
+def check_choice(what: str, given: object, options: Iterable[str]) -> None:
+    """Refuses a name that is not one of the options.
+
+    Args:
+        what: What the name names, e.g. ``"error mode"``.
+        given: The name.
+        options: All valid names.
+
+    Raises:
+        UnknownNameError: With the options and the nearest of them.
+    """
+    known = tuple(options)
+    if given not in known:
+        raise UnknownNameError(
+            f"Unknown {what} {given!r}",
+            exists=", ".join(known),
+            nearest=nearest(str(given), known),
+        )
+
+
+def check_feature(index: int, d_sae: int, where: str) -> None:
+    """Refuses a feature index outside a dictionary.
+
+    Raises:
+        FeatureIndexError: The index is negative or too large.
+    """
+    if not 0 <= index < d_sae:
+        raise FeatureIndexError(
+            f"Feature {index} does not exist in the dictionary at {where}",
+            exists=f"features 0 to {d_sae - 1}",
+        )
+
+
 def shorten(options: Iterable[object], limit: int = 8) -> str:
     """A readable list of options: the first few and how many more."""
     items = [str(option) for option in options]

@@ -21,8 +21,8 @@ import torch
 from gemmascope_plugin.models.gradients import gradients
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.effects import Effects, FeatureId
-from gemmascope_plugin.patching.exact import both_runs, describe, make_grid
-from gemmascope_plugin.patching.nodes import Grid, check_component, patchable, read
+from gemmascope_plugin.patching.experiment import experiment
+from gemmascope_plugin.patching.nodes import Grid
 from gemmascope_plugin.patching.task import Task
 from gemmascope_plugin.types import Direction
 
@@ -56,18 +56,20 @@ def attribution_patching(
         TaskError: Prompts that cannot be compared, or a metric that does not tell them apart.
         UnknownNameError: An unknown component, or features without dictionaries.
     """
-    check_component(component)
-    bound = task.bind(model)
-    with patchable(model, component, saes) as runner:
-        grid = make_grid(model, runner, component, bound, features, per_position)
-        base, other, ends = both_runs(runner, bound, grid, mode)
-        _, here = read(runner, base, grid.hooks)
-        slopes = gradients(runner, base, lambda logits: bound.metric(logits).mean(), grid.hooks)
-    products = {name: slopes[name] * (other[name] - here[name]) for name in grid.hooks}
-    values = _per_patch(grid, products)
-    shape = [len(grid.labels[axis]) for axis in grid.axes]
-    meta = {"method": "attribution", "mode": mode, **describe(model, runner, bound, component), **ends}
-    return Effects(values.reshape(shape), grid.axes, grid.labels, meta)
+    with experiment(
+        model,
+        task,
+        component,
+        mode=mode,
+        saes=saes,
+        features=features,
+        per_position=per_position,
+    ) as run:
+        slopes = gradients(
+            run.runner, run.base, lambda logits: run.bound.metric(logits).mean(), run.grid.hooks
+        )
+        products = {name: slopes[name] * (run.other[name] - run.here[name]) for name in slopes}
+        return run.effects(_per_patch(run.grid, products), "attribution")
 
 
 def _per_patch(grid: Grid, products: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 from gemmascope_plugin.attribution import attribution_patching
 from gemmascope_plugin.circuits.circuit import Circuit
 from gemmascope_plugin.circuits.node import Node, check_kinds
-from gemmascope_plugin.errors import UnknownNameError, nearest
+from gemmascope_plugin.errors import check_choice
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching import Effects, Task, activation_patching
 
@@ -50,12 +50,7 @@ def discover(
         EmptySelectionError: ``size`` exceeds the number of nodes.
     """
     kinds = check_kinds(nodes)
-    if method not in METHODS:
-        raise UnknownNameError(
-            f"Unknown method {method!r}",
-            exists=", ".join(METHODS),
-            nearest=nearest(method, METHODS),
-        )
+    check_choice("method", method, METHODS)
     measure = activation_patching if method == "exact" else attribution_patching
     found: list[tuple[Node, float]] = []
     for kind in kinds:

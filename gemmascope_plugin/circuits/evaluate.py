@@ -57,13 +57,14 @@ def evaluate(
         max_rows: Prompt copies per forward pass.
 
     Raises:
+        EmptySelectionError: A size below 0 or above the number of nodes.
         TaskError: The metric with everything ablated hardly differs from the full model's.
         UnknownNameError: The circuit has features and no dictionaries were given.
     """
     bound = task.bind(model)
     chosen = sorted({circuit.size, *(sizes or _default_sizes(len(circuit.ranking)))})
     rng = Random(seed)
-    kept = [circuit.ranking[:n] for n in chosen]
+    kept = [circuit.top(n).nodes for n in chosen]
     kept += [tuple(rng.sample(circuit.ranking, n)) for n in chosen for _ in range(n_random)]
     masks = _masks(circuit.ranking, kept + [circuit.ranking, ()])
     has_features = any(node.kind == "feature" for node in circuit.ranking)

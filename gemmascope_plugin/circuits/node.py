@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from gemmascope_plugin.errors import UnknownNameError, nearest
+from gemmascope_plugin.errors import EmptySelectionError, check_choice
 from gemmascope_plugin.patching.effects import FeatureId
 from gemmascope_plugin.patching.nodes import HOOKS, acts_hook
 
@@ -55,17 +55,15 @@ class Node:
 
 
 def check_kinds(nodes: str | Iterable[str]) -> tuple[str, ...]:
-    """Node kinds as a tuple.
+    """Node kinds as a tuple, each once.
 
     Raises:
+        EmptySelectionError: No kind is named.
         UnknownNameError: With the nearest match.
     """
-    kinds = (nodes,) if isinstance(nodes, str) else tuple(nodes)
+    kinds = (nodes,) if isinstance(nodes, str) else tuple(dict.fromkeys(nodes))
+    if not kinds:
+        raise EmptySelectionError("No node kind is named", exists=", ".join(NODE_KINDS))
     for kind in kinds:
-        if kind not in NODE_KINDS:
-            raise UnknownNameError(
-                f"Unknown node kind {kind!r}",
-                exists=", ".join(NODE_KINDS),
-                nearest=nearest(kind, NODE_KINDS),
-            )
+        check_choice("node kind", kind, NODE_KINDS)
     return kinds

@@ -38,11 +38,15 @@ class Scores:
         return self.random_by_size[self.sizes.index(self.circuit.size)]
 
     def smallest(self, at_least: float) -> int | None:
-        """The smallest measured size from which on faithfulness reaches ``at_least``."""
-        reached = [
-            n for n, f in zip(self.sizes, self.faithfulness_by_size, strict=True) if f >= at_least
-        ]
-        return min(reached) if reached else None
+        """The smallest measured size from which on faithfulness stays at ``at_least`` or above."""
+        smallest = None
+        for n, faithfulness in sorted(
+            zip(self.sizes, self.faithfulness_by_size, strict=True), reverse=True
+        ):
+            if faithfulness < at_least:
+                break
+            smallest = n
+        return smallest
 
     def to_frame(self) -> Any:
         """A DataFrame, one row per size."""

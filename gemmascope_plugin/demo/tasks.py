@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import gemmascope_plugin.demo.grammar as grammar
 import gemmascope_plugin.demo.lexicon as lex
-from gemmascope_plugin.errors import UnknownNameError, nearest
+from gemmascope_plugin.errors import check_choice
 from gemmascope_plugin.patching import Task, logit_diff, probability
 
 Split = Literal["held-out", "train"]
@@ -116,12 +116,8 @@ def make_task(name: str, *, split: Split = "held-out", n: int = 64, seed: int = 
     Raises:
         UnknownNameError: An unknown task.
     """
-    if name not in _MAKERS:
-        raise UnknownNameError(
-            f"Unknown task {name!r}",
-            exists=", ".join(TASK_NAMES),
-            nearest=nearest(name, TASK_NAMES),
-        )
+    check_choice("task", name, TASK_NAMES)
+    check_choice("split", split, get_args(Split))
     rng = Random(f"{name} {split} {seed}")
     pairs = [_MAKERS[name](rng, split == "held-out") for _ in range(n)]
     # Greater-than is a matter of probability mass: of the greater years minus that of the others.

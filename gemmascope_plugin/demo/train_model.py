@@ -123,6 +123,7 @@ def train_model(recipe: ModelRecipe, *, progress: bool = True) -> Gemma2ForCausa
 def save_model(model: Gemma2ForCausalLM, folder: Path) -> None:
     """Writes config and weights as a Hugging Face folder."""
     model.save_pretrained(str(folder))
+    (folder / "model.safetensors").chmod(0o644)  # written for its owner alone; a package is shared
 
 
 def _lr_share(step: int, recipe: ModelRecipe) -> float:

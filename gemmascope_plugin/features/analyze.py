@@ -22,11 +22,12 @@ import torch
 from jaxtyping import Float
 
 import gemmascope_plugin.figures as figures
-from gemmascope_plugin.errors import UnknownNameError, nearest
+from gemmascope_plugin.errors import ModelError, check_choice, check_feature
 from gemmascope_plugin.models import special_ids, to_tokens, token_strings
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.splice import HookedSAE, splice
+from gemmascope_plugin.splice.splicing import as_list
 
 _PARTS = ("hook_sae_acts_post", "hook_sae_recons", "hook_sae_error")
 
@@ -89,13 +90,21 @@ class Features:
         """
         frame = self.frame
         if site is not None:
-            frame = frame[frame["site"] == self._known(site)]
+            check_choice("site", site, self.acts)
+            frame = frame[frame["site"] == site]
         best = frame.sort_values("activation", ascending=False, kind="stable")
         return best.drop_duplicates(["site", "feature"]).head(n).reset_index(drop=True)
 
     def activations(self, site: str, feature: int) -> list[float]:
-        """One feature's activation per token."""
-        return self.acts[self._known(site)][:, feature].tolist()
+        """One feature's activation per token.
+
+        Raises:
+            UnknownNameError: No such site.
+            FeatureIndexError: No such feature.
+        """
+        check_choice("site", site, self.acts)
+        check_feature(feature, self.acts[site].shape[1], site)
+        return self.acts[site][:, feature].tolist()
 
     def to_html(self, labels: Mapping[tuple[str, int], str] | None = None, n: int = 8) -> str:
         """An HTML fragment: the text, coloured once per strongest feature.
@@ -117,15 +126,6 @@ class Features:
     def _repr_html_(self) -> str:
         return self.to_html()
 
-    def _known(self, site: str) -> str:
-        if site not in self.acts:
-            raise UnknownNameError(
-                f"No dictionary at {site!r} was analysed",
-                exists=", ".join(self.acts),
-                nearest=nearest(site, self.acts),
-            )
-        return site
-
     def __repr__(self) -> str:
         fits = "; ".join(
             f"{site}: L0 {fit.l0:.1f}, variance explained {fit.variance_explained:.3f}"
@@ -138,7 +138,7 @@ class Features:
 def analyze(
     model: HookedModel,
     saes: Any,
-    text: str,
+    text: str | torch.Tensor,
     *,
     top_k: int = 5,
     exclude: Sequence[str | int] = ("bos", "eos", "pad"),
@@ -147,18 +147,24 @@ def analyze(
 
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge``.
-        saes: Dictionaries, at most one per site.
+        saes: Dictionaries, at most one per site; options of a :class:`HookedSAE` do not count here.
         text: One prompt, or token ids ``[1, pos]``.
         top_k: Features per token in tables.
         exclude: Special tokens to leave out.
 
     Raises:
         EmptySelectionError: An empty prompt, or one of excluded tokens only.
+        ModelError: Several prompts.
         UnknownNameError: Two dictionaries at one site.
     """
     tokens = to_tokens(model, text)
+    if len(tokens) > 1:
+        raise ModelError(
+            f"analyze() takes one prompt, got {len(tokens)}", fix="one call per prompt"
+        )
     keep = kept_positions(tokens, special_ids(model, exclude))[0]
-    with splice(model, saes, exclude=exclude) as spliced:
+    plain = [sae.sae if isinstance(sae, HookedSAE) else sae for sae in as_list(saes)]
+    with splice(model, plain, exclude=exclude) as spliced:
         sites = list(spliced.by_site)
         names = [f"{site}.{part}" for site in sites for part in _PARTS]
         _, cache = spliced.run_with_cache(tokens, names_filter=names)

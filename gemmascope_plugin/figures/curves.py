@@ -73,6 +73,9 @@ def curves(
     if hline is not None:
         figure.add_hline(y=hline, line={"color": MUTED, "dash": "dash", "width": 1})
     styled(figure, title=title, x_title=x_title, y_title=y_title, height=380)
+    # The legend has a line of its own below the title, so that neither covers the other.
+    figure.update_layout(margin_t=76, title={"y": 1, "yanchor": "top", "yref": "container"})
+    figure.update_layout(title_pad={"l": 8, "t": 14})
     return figure
 
 

@@ -31,6 +31,7 @@ def heatmap(
     title: str = "",
     color_title: str = "",
     symmetric: bool = True,
+    limit: float | None = None,
 ) -> Figure:
     """Draw a matrix, its first row on top.
 
@@ -43,6 +44,8 @@ def heatmap(
         title: Title of the figure.
         color_title: What the colour means.
         symmetric: Diverging colours centred at 0; else one colour from least to greatest.
+        limit: Absolute value of the full colours, to make heatmaps comparable; the largest absolute
+            value when None.
 
     Returns:
         A plotly figure.
@@ -54,9 +57,9 @@ def heatmap(
 
     check_length("column labels", len(x), values.shape[1], "columns")
     check_length("row labels", len(y), values.shape[0], "rows")
-    limit = finite_max(floats(values.ravel()))
+    full = limit or finite_max(floats(values.ravel()))
     scale = (
-        {"colorscale": "RdBu", "zmin": -limit, "zmax": limit, "zmid": 0}
+        {"colorscale": "RdBu", "zmin": -full, "zmax": full, "zmid": 0}
         if symmetric
         else {"colorscale": "Oranges"}
     )

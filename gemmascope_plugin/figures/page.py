@@ -18,6 +18,16 @@ _CONFIG = {
     "displayModeBar": "hover",
     # By default a figure offers to upload its data.
     "showSendToCloud": False,
+    # What is left (save as picture, reset) is short enough not to cover titles.
+    "modeBarButtonsToRemove": [
+        "zoom2d",
+        "pan2d",
+        "select2d",
+        "lasso2d",
+        "zoomIn2d",
+        "zoomOut2d",
+        "autoScale2d",
+    ],
 }
 
 

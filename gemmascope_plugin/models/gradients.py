@@ -1,6 +1,7 @@
 """Gradients of a metric with respect to activations, with every parameter frozen.
 
-1. The graph starts at the embedding: its output is detached and made a leaf.
+1. The graph starts at the embedding: its output is made a leaf, unless a dictionary there has already
+   started one.
 2. Backward hooks collect the gradient at each name. ``HookedTransformer`` calls ``ln1`` three times
    per block, so gradients of one name are summed.
 
@@ -9,7 +10,8 @@ Cost: one forward and one backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +21,21 @@ from gemmascope_plugin.errors import HookNotFiredError
 
 
 def leaf(activation: torch.Tensor, hook: Any) -> torch.Tensor:
-    """Hook that makes an activation the start of the autograd graph."""
-    return activation.detach().requires_grad_(True)
+    """Hook that makes an activation the start of the autograd graph, if it is in none yet."""
+    return activation if activation.requires_grad else activation.detach().requires_grad_(True)
+
+
+@contextmanager
+def frozen(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """No parameter collects a gradient inside the block; their flags are put back."""
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 def gradients(
@@ -32,7 +47,7 @@ def gradients(
     """``d metric / d activation`` for each hook name.
 
     Args:
-        model: Model with frozen parameters, or a spliced one.
+        model: A model, or a spliced one; its parameters collect nothing.
         tokens: Token ids.
         metric: Logits to a scalar.
         names: Hooks whose gradient is wanted.
@@ -45,18 +60,27 @@ def gradients(
     """
     collected: dict[str, torch.Tensor] = {}
 
-    def keep(name: str) -> Callable[[torch.Tensor, Any], None]:
-        def hook_fn(grad: torch.Tensor, hook: Any) -> None:
+    def keep(name: str) -> Callable[..., None]:
+        def hook_fn(grad: torch.Tensor, hook: Any = None) -> None:
             collected[name] = collected.get(name, 0) + grad.detach()
 
         return hook_fn
 
-    backward_hooks = [(name, keep(name)) for name in names]
+    def start(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        embedding = leaf(activation, hook)
+        if "hook_embed" in names:  # a backward hook would warn that its input needs no gradient
+            embedding.register_hook(keep("hook_embed"))
+        return embedding
+
+    backward_hooks = [(name, keep(name)) for name in names if name != "hook_embed"]
     with (
         torch.enable_grad(),
-        model.hooks(fwd_hooks=[("hook_embed", leaf)], bwd_hooks=backward_hooks),
+        frozen(getattr(model, "model", model).parameters()),
+        model.hooks(fwd_hooks=[("hook_embed", start)], bwd_hooks=backward_hooks),
     ):
-        metric(model(tokens)).backward()
+        value = metric(model(tokens))
+        if value.requires_grad:
+            value.backward()
     missing = [name for name in names if name not in collected]
     if missing:
         raise HookNotFiredError(

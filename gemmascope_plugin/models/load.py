@@ -12,12 +12,14 @@ Cost: two copies of the weights for a moment with ``backend="hooked"``, one with
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
-from gemmascope_plugin.errors import MissingFileError, ModelError, UnknownNameError, nearest
+from gemmascope_plugin.errors import MissingFileError, ModelError, check_choice
 from gemmascope_plugin.models.convert import hooked_config
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.types import Backend
@@ -49,16 +51,11 @@ def load_model(
         ModelError: The folder holds another architecture.
         UnknownNameError: An unknown backend.
     """
-    if backend not in get_args(Backend):
-        raise UnknownNameError(
-            f"Unknown backend {backend!r}",
-            exists=", ".join(get_args(Backend)),
-            nearest=nearest(backend, get_args(Backend)),
-        )
+    check_choice("backend", backend, get_args(Backend))
     hf, tokenizer, name = _from_transformers(name_or_path, dtype)
     build = hooked_from_hf if backend == "hooked" else bridge_from_hf
     model = build(hf, tokenizer, name)
-    return model.to(device).eval().requires_grad_(False)
+    return model.to(device, print_details=False).eval().requires_grad_(False)
 
 
 def hooked_from_hf(hf: Any, tokenizer: Any, name: str) -> Any:
@@ -70,7 +67,7 @@ def hooked_from_hf(hf: Any, tokenizer: Any, name: str) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         model = HookedTransformer(config, tokenizer=tokenizer, move_to_device=False)
-    model = model.to(hf.dtype)
+    model = model.to(hf.dtype, print_details=False)
     # Several converted tensors are views of hf's parameters; processing works in place.
     state = {k: v.detach().clone() for k, v in convert_gemma_weights(hf, config).items()}
     model.load_and_process_state_dict(
@@ -96,6 +93,7 @@ def bridge_from_hf(hf: Any, tokenizer: Any, name: str) -> Any:
 
 def _from_transformers(name_or_path: str | Path, dtype: torch.dtype) -> tuple[Any, Any, str]:
     """Model, tokenizer and short name; errors translated into ours."""
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(name_or_path)
@@ -110,10 +108,27 @@ def _from_transformers(name_or_path: str | Path, dtype: torch.dtype) -> tuple[An
                 fix="a Gemma 2 or a text-only Gemma 3 model",
             )
         tokenizer = AutoTokenizer.from_pretrained(source)
-        hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager")
-    except (OSError, ValueError) as error:
+        with _no_weight_bar() if folder.is_dir() else nullcontext():
+            hf = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, attn_implementation="eager"
+            )
+    except (OSError, ValueError, SafetensorError) as error:
         raise MissingFileError(
             f"The model {name!r} could not be read ({str(error).splitlines()[0]})",
             fix=f"a local Hugging Face folder, or `hf download {source}` with access to it",
         ) from error
     return hf, tokenizer, folder.name
+
+
+@contextmanager
+def _no_weight_bar() -> Iterator[None]:
+    """Hides transformers' bar over the tensors of local files; it would hide downloads as well."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

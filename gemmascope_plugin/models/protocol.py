@@ -44,6 +44,10 @@ class HookedModel(Protocol):
         """All parameters."""
         ...
 
+    def register_forward_pre_hook(self, hook: Any, *, with_kwargs: bool = ...) -> Any:
+        """Calls ``hook`` before every forward pass."""
+        ...
+
 
 def device_of(model: HookedModel) -> torch.device:
     """Device of the embedding, where token ids belong."""

@@ -15,13 +15,14 @@ SPECIAL_NAMES = ("bos", "eos", "pad")
 
 
 def to_tokens(
-    model: HookedModel, text: str | Sequence[str] | Int[torch.Tensor, "batch pos"]
+    model: HookedModel, text: str | Sequence[str] | Int[torch.Tensor, "*batch pos"]
 ) -> Int[torch.Tensor, "batch pos"]:
     """Token ids on the model's device, BOS in front exactly once.
 
     Args:
         model: Model with a tokenizer; without one only token ids are accepted.
-        text: One prompt, several prompts of equal length in tokens, or ids ``[batch, pos]``.
+        text: One prompt, several prompts of equal length in tokens, or ids ``[batch, pos]`` or
+            ``[pos]``.
 
     Raises:
         EmptySelectionError: No prompt, or a prompt without any text.

@@ -1,0 +1,27 @@
+"""Pages: one self-contained HTML file each, nothing loaded from a network."""
+
+from gemmascope_plugin.pages.report import Columns, PageError, Section, prepare, write_page
+from gemmascope_plugin.pages.sections import (
+    circuit_section,
+    feature_frame,
+    features_section,
+    heads_section,
+    positions_section,
+    site_name,
+    steering_html,
+)
+
+__all__ = [
+    "Columns",
+    "PageError",
+    "Section",
+    "circuit_section",
+    "feature_frame",
+    "features_section",
+    "heads_section",
+    "positions_section",
+    "prepare",
+    "site_name",
+    "steering_html",
+    "write_page",
+]

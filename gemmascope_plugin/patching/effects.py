@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 import gemmascope_plugin.figures as figures
+from gemmascope_plugin.errors import TaskError
 
 
 class FeatureId(NamedTuple):
@@ -72,6 +73,22 @@ class Effects:
         frame = self.to_frame()
         order = frame["effect"].abs().sort_values(ascending=False, kind="stable").index[:n]
         return frame.loc[order].reset_index(drop=True)
+
+    def spearman(self, other: Effects) -> float:
+        """Rank correlation with other effects of the same interventions; ties share their mean rank.
+
+        Raises:
+            TaskError: The two were measured on other interventions.
+        """
+        import pandas as pd
+
+        if self.labels != other.labels:
+            raise TaskError(
+                f"The effects are of different interventions: {self!r} and {other!r}",
+                fix="the same component, prompts and features for both",
+            )
+        mine, theirs = (pd.Series(e.values.flatten().tolist()).rank() for e in (self, other))
+        return float(mine.corr(theirs))
 
     def plot(self) -> Any:
         """A plotly figure: a heatmap for two axes, ranked bars for one."""

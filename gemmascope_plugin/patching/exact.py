@@ -2,10 +2,11 @@
 
 1. Run clean and corrupted prompts once and keep the activations at the patched hooks.
 2. The base run is the corrupted one (denoising, clean values are inserted) or the clean one (noising).
-3. Patches ride on the batch axis: one forward pass carries as many copies of the prompts, each with
-   its own patch, as the memory budget allows (Heimersheim & Nanda, arXiv 2404.15255, for the method).
+3. Patches that insert what is there already have no effect. The others ride on the batch axis: one
+   forward pass carries as many copies of the prompts, each with its own patch, as ``max_rows`` allows
+   (Heimersheim & Nanda, arXiv 2404.15255, for the method).
 
-Cost: ``patches / copies`` forward passes of ``copies * prompts`` rows.
+Cost: ``patches / copies`` forward passes of ``copies * prompts`` rows, and two for the base runs.
 """
 
 from __future__ import annotations
@@ -14,22 +15,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.effects import Effects, FeatureId
-from gemmascope_plugin.patching.nodes import (
-    Grid,
-    Patch,
-    active_features,
-    check_component,
-    component_grid,
-    feature_grid,
-    patchable,
-    read,
-)
-from gemmascope_plugin.patching.task import BoundTask, Task
+from gemmascope_plugin.patching.experiment import Experiment, experiment
+from gemmascope_plugin.patching.nodes import Patch
+from gemmascope_plugin.patching.task import Task
 from gemmascope_plugin.types import Direction
 
 MAX_ROWS = 512
@@ -70,88 +62,41 @@ def activation_patching(
         TaskError: Prompts that cannot be compared, or a metric that does not tell them apart.
         UnknownNameError: An unknown component or mode, or features without dictionaries.
     """
-    check_component(component)
-    bound = task.bind(model)
-    with patchable(model, component, saes) as runner:
-        grid = make_grid(model, runner, component, bound, features, per_position)
-        base, other, ends = both_runs(runner, bound, grid, mode)
-        values = sweep(runner, bound, grid, base, other, max_rows, progress)
-        base_metric = ends["metric_corrupt" if mode == "denoising" else "metric_clean"]
-    shape = [len(grid.labels[axis]) for axis in grid.axes]
-    meta = {"method": "exact patching", "mode": mode, **describe(model, runner, bound, component), **ends}
-    return Effects((values - base_metric).reshape(shape), grid.axes, grid.labels, meta)
-
-
-def make_grid(
-    model: HookedModel,
-    runner: Any,
-    component: str,
-    bound: BoundTask,
-    features: Sequence[FeatureId] | None,
-    per_position: bool,
-) -> Grid:
-    """The interventions of a component for these prompts."""
-    if component != "feature":
-        n_pos = bound.clean.shape[1]
-        return component_grid(model, component, n_pos, per_position=per_position)
-    if features is None:
-        features = active_features(runner, bound.clean, bound.corrupt)
-    return feature_grid(features)
-
-
-def both_runs(
-    runner: Any, bound: BoundTask, grid: Grid, mode: Direction
-) -> tuple[Int[torch.Tensor, "prompt pos"], dict[str, torch.Tensor], dict[str, float]]:
-    """Tokens of the base run, activations to insert, and the metric at both ends."""
-    clean_logits, clean = read(runner, bound.clean, grid.hooks)
-    corrupt_logits, corrupt = read(runner, bound.corrupt, grid.hooks)
-    ends = bound.metric_values(
-        float(bound.metric(clean_logits).mean()), float(bound.metric(corrupt_logits).mean())
-    )
-    return (bound.corrupt, clean, ends) if mode == "denoising" else (bound.clean, corrupt, ends)
-
-
-def describe(model: HookedModel, runner: Any, bound: BoundTask, component: str) -> dict[str, Any]:
-    """Metadata that every result carries."""
-    spliced = component == "feature"
-    return {
-        "component": component,
-        "task": bound.name,
-        "metric": bound.metric.metric.name,
-        "logits": "after the final soft-cap",
-        "sign": "positive = patching raises the metric",
-        "n_prompts": len(bound.clean),
-        "tokens": token_strings(model, bound.clean[0]),
-        "exclude": runner.saes[0].exclude if spliced else (),
-        "error": "keep" if spliced else None,
-    }
+    with experiment(
+        model,
+        task,
+        component,
+        mode=mode,
+        saes=saes,
+        features=features,
+        per_position=per_position,
+    ) as run:
+        return run.effects(sweep(run, max_rows, progress) - run.base_metric, "exact patching")
 
 
 @torch.no_grad()
-def sweep(
-    runner: Any,
-    bound: BoundTask,
-    grid: Grid,
-    base: Int[torch.Tensor, "prompt pos"],
-    other: dict[str, torch.Tensor],
-    max_rows: int,
-    progress: bool,
-) -> Float[torch.Tensor, " patch"]:
-    """Mean metric under each patch alone."""
+def sweep(run: Experiment, max_rows: int, progress: bool) -> Float[torch.Tensor, " patch"]:
+    """Mean metric under each patch alone, on the CPU."""
     from tqdm.auto import tqdm
 
-    copies = max(1, max_rows // len(base))
-    chunks = [grid.patches[i : i + copies] for i in range(0, len(grid.patches), copies)]
-    means = []
-    for chunk in tqdm(chunks, desc=f"patching {grid.component}", disable=not progress):
+    # A patch that inserts what is there already has no effect; running it would only add rounding.
+    live = [i for i, patch in enumerate(run.grid.patches) if run.changes(patch)]
+    patches = [run.grid.patches[i] for i in live]
+    n_prompts = len(run.base)
+    copies = max(1, max_rows // n_prompts)
+    chunks = [patches[i : i + copies] for i in range(0, len(patches), copies)]
+    metric = torch.full((len(run.grid.patches),), run.base_metric)
+    means = [metric[:0]]
+    for chunk in tqdm(chunks, desc=f"patching {run.grid.component}", disable=not progress):
         hooks = [
-            (name, _insert(name, chunk, other[name], len(base)))
+            (name, _insert(name, chunk, run.other[name], n_prompts))
             for name in dict.fromkeys(patch.hook for patch in chunk)
         ]
-        with runner.hooks(fwd_hooks=hooks):
-            logits = runner(base.repeat(len(chunk), 1))
-        means.append(bound.metric(logits).reshape(len(chunk), len(base)).mean(1))
-    return torch.cat(means)
+        with run.runner.hooks(fwd_hooks=hooks):
+            logits = run.runner(run.base.repeat(len(chunk), 1))
+        means.append(run.bound.metric(logits).reshape(len(chunk), n_prompts).mean(1))
+    metric[live] = torch.cat(means).to(metric)
+    return metric
 
 
 def _insert(

@@ -8,11 +8,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 
-from gemmascope_plugin.errors import TaskError
+from gemmascope_plugin.errors import TaskError, UnknownNameError
 from gemmascope_plugin.models.protocol import HookedModel, device_of
 from gemmascope_plugin.models.tokens import word_id
 
@@ -30,6 +31,8 @@ class Metric(ABC):
     """Tokens to compare with, one entry per prompt."""
     position: int = -1
     """Where the next token is asked for."""
+    name: ClassVar[str]
+    """For titles and metadata."""
 
     @abstractmethod
     def score(
@@ -37,17 +40,12 @@ class Metric(ABC):
     ) -> Float[torch.Tensor, " prompt"]:
         """One number per prompt from the logits at ``position``."""
 
-    @property
-    def name(self) -> str:
-        """Name for titles and metadata."""
-        return type(self).__name__
-
     def bind(self, model: HookedModel, n_prompts: int) -> BoundMetric:
         """Turns words into ids of this model.
 
         Raises:
             TaskError: The number of answers differs from the number of prompts.
-            UnknownNameError: A word is not a single token.
+            UnknownNameError: A word is not a single token, or an id is outside the vocabulary.
         """
         for label, entries in (("answer", self.answer), ("wrong", self.wrong)):
             if entries is not None and len(entries) != n_prompts:
@@ -66,8 +64,8 @@ class BoundAnswers:
 
     right: Int[torch.Tensor, "prompt choice"]
     right_mask: Bool[torch.Tensor, "prompt choice"]
-    wrong: Int[torch.Tensor, "prompt choice"] | None
-    wrong_mask: Bool[torch.Tensor, "prompt choice"] | None
+    wrong: Int[torch.Tensor, "prompt choice_wrong"] | None
+    wrong_mask: Bool[torch.Tensor, "prompt choice_wrong"] | None
 
     def repeated(self, times: int) -> BoundAnswers:
         """The same answers for ``times`` copies of the prompts."""
@@ -97,6 +95,8 @@ class BoundMetric:
 class LogitDiff(Metric):
     """``logit(answer) - logit(wrong)``; a set of tokens counts with its log-sum-exp."""
 
+    name = "logit difference"
+
     def score(
         self, logits: Float[torch.Tensor, "prompt d_vocab"], bound: BoundAnswers
     ) -> Float[torch.Tensor, " prompt"]:
@@ -108,6 +108,8 @@ class LogitDiff(Metric):
 
 class Probability(Metric):
     """Probability of the answer, or of the whole set, minus that of ``wrong`` if given."""
+
+    name = "probability"
 
     def score(
         self, logits: Float[torch.Tensor, "prompt d_vocab"], bound: BoundAnswers
@@ -145,6 +147,12 @@ def _ids(
         if not choices:
             raise TaskError(f"Prompt {row} has an empty set of answers")
         found = [c if isinstance(c, int) else word_id(model, c) for c in choices]
+        beyond = [i for i in found if not 0 <= i < model.cfg.d_vocab]
+        if beyond:
+            raise UnknownNameError(
+                f"Token id {beyond[0]} does not exist",
+                exists=f"token ids 0 to {model.cfg.d_vocab - 1}",
+            )
         ids[row, : len(found)] = torch.tensor(found)
         mask[row, : len(found)] = True
     return ids.to(device_of(model)), mask.to(device_of(model))

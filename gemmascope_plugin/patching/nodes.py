@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
-from gemmascope_plugin.errors import EmptySelectionError, UnknownNameError, nearest
+from gemmascope_plugin.errors import (
+    EmptySelectionError,
+    UnknownNameError,
+    check_choice,
+    check_feature,
+)
 from gemmascope_plugin.models.points import n_heads, n_layers
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.effects import FeatureId
@@ -53,20 +58,6 @@ class Grid:
         return list(dict.fromkeys(patch.hook for patch in self.patches))
 
 
-def check_component(component: str) -> None:
-    """Refuses unknown names.
-
-    Raises:
-        UnknownNameError: With the nearest match.
-    """
-    if component not in COMPONENTS:
-        raise UnknownNameError(
-            f"Unknown component {component!r}",
-            exists=", ".join(COMPONENTS),
-            nearest=nearest(component, COMPONENTS),
-        )
-
-
 def component_grid(
     model: HookedModel, component: str, n_pos: int, *, per_position: bool = True
 ) -> Grid:
@@ -87,8 +78,20 @@ def component_grid(
     return Grid(component, ("layer", *places), {"layer": layers, **places}, patches)
 
 
-def feature_grid(features: Sequence[FeatureId]) -> Grid:
-    """One patch per feature, at all positions."""
+def feature_grid(spliced: SplicedModel, features: Sequence[FeatureId]) -> Grid:
+    """One patch per feature, at all positions.
+
+    Raises:
+        EmptySelectionError: No feature is named.
+        UnknownNameError: A site without a spliced dictionary.
+        FeatureIndexError: An index outside its dictionary.
+    """
+    if not features:
+        raise EmptySelectionError("No feature is named", fix="features=None for all that differ")
+    sites = spliced.by_site
+    for site, index in features:
+        check_choice("dictionary site", site, sites)
+        check_feature(index, sites[site].d_sae, site)
     patches = tuple(Patch(acts_hook(f.site), (slice(None), f.feature)) for f in features)
     return Grid("feature", ("feature",), {"feature": tuple(features)}, patches)
 
@@ -118,7 +121,7 @@ def patchable(model: HookedModel, component: str, saes: Any) -> Iterator[Any]:
         for sae in as_list(saes)
     ]
     with splice(model, kept) as spliced:
-        assert spliced.by_site
+        spliced.refuse_shared_sites()
         yield spliced
 
 

@@ -42,7 +42,8 @@ class Task:
         """The same task on its first ``n`` prompts."""
         wrong = None if self.metric.wrong is None else list(self.metric.wrong)[:n]
         metric = replace(self.metric, answer=list(self.metric.answer)[:n], wrong=wrong)
-        return replace(self, clean=self.clean[:n], corrupt=self.corrupt[:n], metric=metric)
+        clean, corrupt = (p if isinstance(p, str) else p[:n] for p in (self.clean, self.corrupt))
+        return replace(self, clean=clean, corrupt=corrupt, metric=metric)
 
     def bind(self, model: HookedModel) -> BoundTask:
         """Token ids and a metric for this model, checked.

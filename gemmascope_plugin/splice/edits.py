@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 
-from gemmascope_plugin.errors import EmptySelectionError, FeatureIndexError
+from gemmascope_plugin.errors import EmptySelectionError, check_feature
 
 Positions = int | slice | Sequence[int] | None
 
@@ -49,12 +49,8 @@ class Edit(ABC):
         """
         if not self.indices:
             raise EmptySelectionError(f"{type(self).__name__} names no feature")
-        wrong = [i for i in self.indices if not 0 <= i < d_sae]
-        if wrong:
-            raise FeatureIndexError(
-                f"Feature {wrong[0]} does not exist in the dictionary at {where}",
-                exists=f"features 0 to {d_sae - 1}",
-            )
+        for index in self.indices:
+            check_feature(index, d_sae, where)
 
     def where(self, n_pos: int) -> Bool[torch.Tensor, " pos"]:
         """True at the positions that the edit touches.

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float
 from transformer_lens.hook_points import HookPoint
 
 import gemmascope_plugin.saes as saes
-from gemmascope_plugin.errors import MissingHookError, UnknownNameError, WidthMismatchError, nearest
+from gemmascope_plugin.errors import MissingHookError, WidthMismatchError, check_choice
 from gemmascope_plugin.models import flatten_heads, restore_heads
 from gemmascope_plugin.splice.edits import Edit, apply_edits, touched_features
 from gemmascope_plugin.types import ErrorMode
@@ -52,7 +52,7 @@ class HookedSAE(torch.nn.Module):
 
     Raises:
         ModelError: The dictionary is not plain JumpReLU.
-        MissingHookError: The dictionary does not say which hook it belongs to.
+        MissingHookError: The dictionary does not say which hooks it belongs to.
         UnknownNameError: An unknown error mode.
     """
 
@@ -65,16 +65,10 @@ class HookedSAE(torch.nn.Module):
     ) -> None:
         super().__init__()
         saes.check_architecture(sae)
-        modes = get_args(ErrorMode)
-        if error not in modes:
-            raise UnknownNameError(
-                f"Unknown error mode {error!r}",
-                exists=", ".join(modes),
-                nearest=nearest(error, modes),
-            )
+        check_choice("error mode", error, get_args(ErrorMode))
         self.sae = sae.requires_grad_(False).eval()
         self.error: ErrorMode = error
-        self.exclude = tuple(exclude)
+        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         self.hook_in, self.hook_out = _site(sae)
         for name in SUB_HOOKS:
             point = HookPoint()
@@ -136,13 +130,18 @@ class HookedSAE(torch.nn.Module):
     def _full(
         self, x: torch.Tensor, y: torch.Tensor, keep: torch.Tensor, edits: Sequence[Edit]
     ) -> torch.Tensor:
-        pre = self.sub_hook("hook_sae_acts_pre")(
-            saes.pre_activations(self.sae, self.sub_hook("hook_sae_input")(x))
-        )
+        read = self.sub_hook("hook_sae_input")(x)
+        unhooked = saes.pre_activations(self.sae, read)
+        pre = self.sub_hook("hook_sae_acts_pre")(unhooked)
         acts = saes.jump(pre, self.sae.threshold) * keep[..., None]
-        target = y.to(acts.dtype)
+        # the wider type, so that a narrow dictionary does not round the stream
+        target = y.to(torch.promote_types(y.dtype, acts.dtype))
         with torch.no_grad():
-            error = target - saes.decode(self.sae, acts)
+            # the error is that of the real features, whatever hooks made of input and pre-activations
+            same = read is x and pre is unhooked
+            real = acts if same else saes.encode(self.sae, x) * keep[..., None]
+            recons = saes.decode(self.sae, real)
+            error = target - recons
         start = _leaf(acts, detach=self.error == "keep")
         edited = start
         if edits:
@@ -150,11 +149,11 @@ class HookedSAE(torch.nn.Module):
         edited = self.sub_hook("hook_sae_acts_post")(edited)
         out = self.sub_hook("hook_sae_recons")(saes.decode(self.sae, edited))
         if self.error != "drop":
-            out = out + self.sub_hook("hook_sae_error")(_leaf(error, detach=True))
-        if self.error == "keep":
-            out = out + _no_value(target)
-            if edits and acts.requires_grad:
-                out = out + _no_value(self._delta_of(acts, edits))
+            # Written as differences, so that what nobody changed adds exactly nothing to the stream.
+            changes = self.sub_hook("hook_sae_error")(_leaf(error, detach=True)) - error
+            out = (target if self.error == "keep" else target.detach()) + (out - recons) + changes
+        if self.error == "keep" and edits and acts.requires_grad:
+            out = out + _no_value(self._delta_of(acts, edits))
         return self.sub_hook("hook_sae_output")(out.to(y.dtype))
 
     def _edit_delta(
@@ -199,7 +198,13 @@ def _site(sae: Any) -> tuple[str, str]:
             "The dictionary does not say which hook it belongs to",
             fix="gemmascope_plugin.load(spec), or set sae.cfg.metadata.hook_name",
         )
-    return hook_in, sae.cfg.metadata.hook_name_out or hook_in
+    hook_out = sae.cfg.metadata.hook_name_out
+    if not hook_out and "transcoder" in sae.cfg.architecture():
+        raise MissingHookError(
+            f"The transcoder reads {hook_in} and does not say which hook it writes to",
+            fix="gemmascope_plugin.load(spec), or set sae.cfg.metadata.hook_name_out",
+        )
+    return hook_in, hook_out or hook_in
 
 
 def _leaf(x: torch.Tensor, *, detach: bool) -> torch.Tensor:

@@ -12,10 +12,17 @@ from typing import Any
 
 import torch
 
-from gemmascope_plugin.errors import MissingHookError, UnknownNameError, nearest
+from gemmascope_plugin.errors import (
+    HookNotFiredError,
+    MissingHookError,
+    UnknownNameError,
+    nearest,
+    shorten,
+)
 from gemmascope_plugin.models import hook_point, to_tokens
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.splice.hooked_sae import SUB_HOOKS, HookedSAE
+from gemmascope_plugin.splice.token_mask import refuse_empty
 
 HookFn = Callable[..., Any]
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
@@ -27,11 +34,16 @@ class SplicedModel:
     Args:
         model: The model, with hooks attached by :func:`gemmascope_plugin.splice`.
         saes: The dictionaries, in the order in which they were given.
+        use_past_kv_cache: Whether generation may run token by token; edits at given positions need
+            the whole text in every pass.
     """
 
-    def __init__(self, model: HookedModel, saes: Sequence[HookedSAE]) -> None:
+    def __init__(
+        self, model: HookedModel, saes: Sequence[HookedSAE], *, use_past_kv_cache: bool = True
+    ) -> None:
         self.model = model
         self.saes = tuple(saes)
+        self._use_past_kv_cache = use_past_kv_cache
 
     def __repr__(self) -> str:
         sites = ", ".join(sae.hook_out for sae in self.saes)
@@ -39,7 +51,11 @@ class SplicedModel:
 
     def __call__(self, text: Any, **kwargs: Any) -> Any:
         """Logits ``[batch, pos, d_vocab]`` of text or token ids."""
-        return self.model(to_tokens(self.model, text), **kwargs)
+        tokens = to_tokens(self.model, text)
+        if not kwargs:  # with a cache of earlier tokens a single special token is in order
+            for sae in self.saes:
+                refuse_empty(self.model, sae, tokens)
+        return self.model(tokens, **kwargs)
 
     forward = __call__
 
@@ -48,15 +64,23 @@ class SplicedModel:
         """Output hook to dictionary.
 
         Raises:
-            UnknownNameError: Two dictionaries share an output hook, so names are ambiguous.
+            UnknownNameError: Two dictionaries share an output hook.
         """
-        sites = {sae.hook_out: sae for sae in self.saes}
+        self.refuse_shared_sites()
+        return {sae.hook_out: sae for sae in self.saes}
+
+    def refuse_shared_sites(self) -> None:
+        """Refuses dictionaries that a hook name cannot tell apart.
+
+        Raises:
+            UnknownNameError: Two dictionaries share an output hook.
+        """
+        sites = {sae.hook_out for sae in self.saes}
         if len(sites) < len(self.saes):
             raise UnknownNameError(
-                f"Several dictionaries write to one of {', '.join(sites)}",
+                f"Several dictionaries write to one of {', '.join(sorted(sites))}",
                 fix="give one dictionary per site",
             )
-        return sites
 
     @property
     def sub_hooks(self) -> dict[str, Any]:
@@ -131,6 +155,7 @@ class SplicedModel:
 
         Raises:
             MissingHookError: A name that neither model nor dictionaries have.
+            HookNotFiredError: A name that was asked for and that the pass never reached.
         """
         cache: dict[str, torch.Tensor] = {}
 
@@ -143,6 +168,9 @@ class SplicedModel:
         names = self._select(names_filter)
         with self.hooks([(name, store(name)) for name in names]):
             logits = self(text, **kwargs)
+        silent = [name for name in names if name not in cache]
+        if silent and names_filter is not None and not callable(names_filter):
+            raise HookNotFiredError(f"The model ran but never reached {shorten(silent)}")
         return logits, cache
 
     def _select(self, names_filter: NamesFilter) -> list[str]:
@@ -165,6 +193,8 @@ class SplicedModel:
         """Token ids ``[batch, pos + new]``; keyword arguments as for the model's ``generate``."""
         options: dict[str, Any] = {"verbose": False, "stop_at_eos": True, "prepend_bos": False}
         options.update(kwargs)
+        if not self._use_past_kv_cache:
+            options["use_past_kv_cache"] = False
         tokens = to_tokens(self.model, text)
         return self.model.generate(
             tokens, max_new_tokens=max_new_tokens, return_type="tokens", **options

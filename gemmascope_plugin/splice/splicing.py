@@ -24,7 +24,7 @@ from gemmascope_plugin.errors import (
     WidthMismatchError,
     shorten,
 )
-from gemmascope_plugin.models import hook_point
+from gemmascope_plugin.models import hook_point, special_ids
 from gemmascope_plugin.models.points import width_at
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.splice.edits import Edit
@@ -76,8 +76,9 @@ def splice(
         stack.callback(mask.detach)
         for i, sae in enumerate(hooked):
             _attach(stack, model, sae, by_sae[i], mask, fired, i)
-        yield SplicedModel(model, hooked)
-    if mask.passes:
+        anywhere = all(edit.positions is None for mine in by_sae for edit in mine)
+        yield SplicedModel(model, hooked, use_past_kv_cache=anywhere)
+    if mask.ran:
         silent = [sae.hook_out for sae, times in zip(hooked, fired, strict=True) if not times]
         if silent:
             raise HookNotFiredError(
@@ -140,6 +141,7 @@ def _name(named: Any) -> str:
 
 def _check_site(model: HookedModel, sae: HookedSAE) -> None:
     widths = ((sae.hook_in, sae.sae.W_enc.shape[0]), (sae.hook_out, sae.sae.W_dec.shape[1]))
+    special_ids(model, sae.exclude)
     for name, width in widths:
         hook_point(model, name)
         there = width_at(model, name)

@@ -1,0 +1,201 @@
+"""Sections of a page from results: features on a text, patching, circuits, steering.
+
+Each function takes the result objects of the floors below and says in the section's lead how to
+read what it shows. Cost: that of the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+import gemmascope_plugin.figures as figures
+from gemmascope_plugin.circuits import Scores
+from gemmascope_plugin.features import Features
+from gemmascope_plugin.pages.report import Columns, Section
+from gemmascope_plugin.patching import Effects, FeatureId
+from gemmascope_plugin.splice.steering import Steering
+
+_SITES = {
+    "hook_resid_post": "res",
+    "hook_mlp_out": "mlp",
+    "attn.hook_z": "att",
+}
+
+MAX_NODES = 20
+"""Rows of a circuit's table."""
+
+Labels = Mapping[FeatureId, Any]
+"""Feature to its label: ``concept``, ``precision`` and ``recall``."""
+
+
+def site_name(site: str) -> str:
+    """A hook name in short: ``res 2`` for ``blocks.2.hook_resid_post``."""
+    parts = site.split(".", 2)
+    if len(parts) == 3 and parts[2] in _SITES:
+        return f"{_SITES[parts[2]]} {parts[1]}"
+    return site
+
+
+def feature_name(feature: FeatureId) -> str:
+    """``res 2 / 17``."""
+    return f"{site_name(feature.site)} / {feature.feature}"
+
+
+def feature_frame(rows: Sequence[tuple[FeatureId, Mapping[str, Any]]], labels: Labels) -> Any:
+    """A table of features with their labels.
+
+    Args:
+        rows: Features and what else is known of each, as columns.
+        labels: What the features stand for.
+    """
+    import pandas as pd
+
+    lines = []
+    for feature, columns in rows:
+        label = labels.get(feature)
+        described = (
+            {"label": "none", "precision": "", "recall": ""}
+            if label is None
+            else {
+                "label": label.concept,
+                "precision": f"{label.precision:.2f}",
+                "recall": f"{label.recall:.2f}",
+            }
+        )
+        lines.append({"feature": feature_name(feature), **described, **columns})
+    return pd.DataFrame(lines)
+
+
+def features_section(
+    features: Features, chosen: Sequence[FeatureId], labels: Labels, *, n: int = 10
+) -> Section:
+    """The text once per chosen feature, then the features that are most active on it.
+
+    Args:
+        features: From :func:`gemmascope_plugin.analyze`.
+        chosen: Features that the tokens are coloured by.
+        labels: What the features stand for.
+        n: Rows of the table.
+    """
+    rows = [(_described(f, labels), features.activations(f.site, f.feature)) for f in chosen]
+    strongest = [
+        (FeatureId(row.site, row.feature), {"token": row.token, "activation": row.activation})
+        for row in features.top(n).itertuples()
+    ]
+    fits = "; ".join(
+        f"{site_name(site)}: L0 {fit.l0:.1f}, variance explained {fit.variance_explained:.2f}"
+        for site, fit in features.fits.items()
+    )
+    return Section(
+        "What the dictionaries see in a sentence",
+        "One line per feature: the darker a token, the more active the feature there (hover for the "
+        "number). A label is a concept of the grammar; precision is the share of the feature's "
+        "tokens where the concept holds, recall the share of the concept's tokens that it finds, "
+        "both on held-out text.",
+        (
+            _token_rows(features.tokens, rows),
+            f"Fit on this sentence. {fits}. Excluded tokens: {', '.join(map(str, features.exclude))}.",
+            "The features with the highest activation, whatever their label:",
+            feature_frame(strongest, labels),
+        ),
+    )
+
+
+def _token_rows(tokens: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> Markup:
+    """Rows of tokens, set apart from each other where the tokens carry no blanks of their own."""
+    style = "tokens" if any(token.startswith(" ") for token in tokens) else "words"
+    html = Markup(figures.token_rows_html(tokens, rows))
+    return Markup('<div class="{}">{}</div>').format(style, html)
+
+
+def positions_section(effects: Effects, agreement: str) -> Section:
+    """Layer by position patching.
+
+    Args:
+        effects: Two axes, layer and position.
+        agreement: How well the estimate from gradients agrees, one sentence.
+    """
+    meta = effects.metadata
+    figure = figures.heatmap(
+        effects.share.cpu().numpy(),
+        x=list(meta["tokens"]),
+        y=[f"layer {layer}" for layer in effects.labels["layer"]],
+        x_title="token (of the first prompt)",
+        title="Share of the answer that one patch brings back",
+        color_title="share",
+    )
+    return Section(
+        "Where the answer is decided",
+        "Each cell copies the residual stream of the clean run into the corrupted run at one layer "
+        f"and position, and runs the rest of the model. 1 (blue) brings back the whole {meta['metric']}, "
+        f"0 (white) nothing. Mean over {meta['n_prompts']} held-out prompts.",
+        (figure, agreement),
+    )
+
+
+def heads_section(exact: Effects, estimate: Effects, agreement: str) -> Section:
+    """Heads patched one by one beside the estimate of the same from one backward pass."""
+    note = f"Mean over {exact.metadata['n_prompts']} held-out prompts."
+    limit = max(float(effects.share.abs().max()) for effects in (exact, estimate))
+    panels = Columns(tuple(_heads(e, e.metadata["method"], limit) for e in (exact, estimate)))
+    return Section(
+        "Which attention heads matter, exactly and by estimate",
+        "Left: every head's output replaced by its clean value, one run per head. Right: the "
+        f"first-order estimate of the same numbers from a single backward pass. {note}",
+        (panels, agreement),
+    )
+
+
+def _heads(effects: Effects, title: str, limit: float) -> Any:
+    return figures.heatmap(
+        effects.share.cpu().numpy(),
+        x=[f"head {head}" for head in effects.labels["head"]],
+        y=[f"layer {layer}" for layer in effects.labels["layer"]],
+        title=title,
+        color_title="share",
+        limit=limit,
+    )
+
+
+def circuit_section(scores: Scores) -> Section:
+    """The ranked nodes and how faithful the circuit is beside random ones."""
+    circuit, frame = scores.circuit, scores.circuit.to_frame()
+    best = max(scores.random, default=float("nan"))
+    meta = scores.metadata
+    ranked = frame.drop(columns="kept")
+    shown = min(circuit.size, MAX_NODES)
+    return Section(
+        "The circuit, checked by ablation",
+        "Nodes ranked on training prompts by how much the metric falls when a node alone gets its "
+        "corrupted value. The curve keeps the best 0, 1, 2, ... nodes and corrupts all others, on "
+        f"{meta['n_prompts']} held-out prompts: 1 is the full model, 0 is everything corrupted. The grey "
+        "band spans random circuits of the same size.",
+        (
+            f"The best {circuit.size} of {len(circuit.ranking)} nodes: faithfulness "
+            f"{scores.faithfulness:.3f}; the best of {len(scores.random)} random circuits of that "
+            f"size: {best:.3f}.",
+            Columns((circuit.plot(), scores.plot())),
+            Markup(figures.frame_html(ranked, max(shown, 1))),
+        ),
+    )
+
+
+def steering_html(steering: Steering) -> Markup:
+    """The continuation without and with steering, side by side."""
+    card = Markup(
+        '<div class="steering"><h3>{}</h3><span class="prompt">{}</span> <mark>{}</mark></div>'
+    )
+    cards = [
+        card.format("before", steering.prompt, steering.before),
+        card.format("after", steering.prompt, steering.after),
+    ]
+    return Markup('<div class="columns">{}</div>').format(Markup("").join(cards))
+
+
+def _described(feature: FeatureId, labels: Labels) -> str:
+    label = labels.get(feature)
+    name = feature_name(feature)
+    return name if label is None else f"{label.concept}  ({name})"

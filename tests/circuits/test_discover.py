@@ -1,0 +1,117 @@
+"""Ranking nodes by effect; circuits and scores as tables and figures."""
+
+from __future__ import annotations
+
+import pytest
+
+from gemmascope_plugin.circuits import Circuit, Scores, discover
+from gemmascope_plugin.circuits.node import Node
+from gemmascope_plugin.errors import EmptySelectionError, UnknownNameError
+from gemmascope_plugin.patching import FeatureId
+from tests import factories
+from tests.patching.tasks import CLEAN, CORRUPT, TASK, metric_under, values_at
+
+NODES = (Node.head(1, 3), Node.mlp(2), Node.of_feature(FeatureId("blocks.0.hook_resid_post", 7)))
+CIRCUIT = Circuit(
+    NODES, (3.0, -2.0, 0.5), 2, {"task": "t", "metric": "LogitDiff", "method": "exact"}
+)
+SCORES = Scores(
+    circuit=CIRCUIT,
+    sizes=(0, 1, 2, 3),
+    faithfulness_by_size=(0.0, 0.9, 0.8, 1.0),
+    random_by_size=((0.0, 0.0), (0.1, 0.3), (0.2, 0.6), (1.0, 1.0)),
+    metric_full=4.0,
+    metric_empty=1.0,
+    metadata={"task": "t", "n_prompts": 5},
+)
+
+
+def drop(model, node: Node) -> float:
+    """How far the metric falls when the node alone gets its corrupted value."""
+    corrupt = values_at(model, CORRUPT, node.hook)
+
+    def patch(x):
+        x = x.clone()
+        place = (slice(None), slice(None), node.index) if node.kind == "head" else slice(None)
+        x[place] = corrupt[place]
+        return x
+
+    return metric_under(model, CLEAN, {}) - metric_under(model, CLEAN, {node.hook: patch})
+
+
+def test_nodes_are_ranked_by_the_size_of_their_effect(model) -> None:
+    circuit = discover(model, TASK)
+    assert len(set(circuit.ranking)) == 15
+    assert circuit.size == 7
+    for node, score in zip(circuit.ranking, circuit.scores, strict=True):
+        assert score == pytest.approx(drop(model, node), abs=1e-5)
+    sizes = [abs(score) for score in circuit.scores]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("method", ["exact", "attribution"])
+def test_features_are_ranked_with_the_rest(hooked2, method: str) -> None:
+    saes = [factories.residual(hooked2, 0), factories.attention(hooked2, 1)]
+    kinds = ("head", "mlp", "feature")
+    circuit = discover(hooked2, TASK, nodes=kinds, saes=saes, method=method, size=4)
+    assert {node.kind for node in circuit.ranking} == set(kinds)
+    assert len(circuit.nodes) == 4
+    assert circuit.metadata["method"] == method
+    assert {node.layer for node in circuit.ranking if node.kind == "feature"} == {0, 1}
+
+
+def test_a_kind_named_twice_is_ranked_once(hooked2) -> None:
+    assert len(discover(hooked2, TASK, nodes=("mlp", "mlp")).ranking) == 3
+    assert len(discover(hooked2, TASK, nodes="mlp").ranking) == 3
+
+
+def test_what_does_not_exist_is_an_error(hooked2) -> None:
+    with pytest.raises(UnknownNameError, match="'heads'.*Did you mean 'head'"):
+        discover(hooked2, TASK, nodes=("heads",))
+    with pytest.raises(UnknownNameError, match="'exakt'.*Did you mean 'exact'"):
+        discover(hooked2, TASK, method="exakt")
+    with pytest.raises(EmptySelectionError, match="No node kind is named"):
+        discover(hooked2, TASK, nodes=())
+    with pytest.raises(EmptySelectionError, match="A circuit of 99 nodes.*15 nodes"):
+        discover(hooked2, TASK, size=99)
+    with pytest.raises(UnknownNameError, match="needs dictionaries"):
+        discover(hooked2, TASK, nodes="feature")
+
+
+def test_labels_say_where_a_node_is() -> None:
+    assert [node.label for node in NODES] == ["L1H3", "MLP2", "blocks.0.hook_resid_post/7"]
+    assert [node.layer for node in NODES] == [1, 2, 0]
+
+
+def test_a_circuit_as_table_figure_and_text() -> None:
+    frame = CIRCUIT.to_frame()
+    assert list(frame.columns) == ["rank", "node", "kind", "layer", "score", "kept"]
+    assert frame["kept"].tolist() == [True, True, False]
+    (bars,) = CIRCUIT.plot().data
+    assert sorted(bars.x) == [-2.0, 3.0]
+    assert repr(CIRCUIT) == "Circuit(t, 2 of 3 nodes by exact: L1H3, MLP2)"
+    assert CIRCUIT.top(1).nodes == NODES[:1]
+
+
+@pytest.mark.parametrize("size", [-1, 4])
+def test_a_circuit_of_more_nodes_than_there_are_is_an_error(size: int) -> None:
+    with pytest.raises(EmptySelectionError, match=f"A circuit of {size} nodes"):
+        CIRCUIT.top(size)
+
+
+def test_scores_as_table_figure_and_text() -> None:
+    frame = SCORES.to_frame()
+    assert frame["size"].tolist() == [0, 1, 2, 3]
+    assert frame.loc[1, ["random_mean", "random_min", "random_max"]].tolist() == [0.2, 0.1, 0.3]
+    assert len(SCORES.plot().data) >= 2
+    assert repr(SCORES) == (
+        "Scores(t, 2 of 3 nodes, faithfulness 0.800, best of 2 random 0.600, metric full 4.000, "
+        "empty 1.000)"
+    )
+
+
+def test_the_size_from_which_on_a_circuit_is_faithful() -> None:
+    """0.9 at size 1 does not count for 0.85: size 2 falls below it again."""
+    assert SCORES.smallest(0.75) == 1
+    assert SCORES.smallest(0.85) == 3
+    assert SCORES.smallest(1.1) is None

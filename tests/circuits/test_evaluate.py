@@ -1,0 +1,156 @@
+"""Faithfulness by ablation equals one forward pass of the bare model per circuit."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+import torch
+
+from gemmascope_plugin.circuits import Circuit, evaluate
+from gemmascope_plugin.circuits.evaluate import ablated_metric
+from gemmascope_plugin.circuits.node import Node
+from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError
+from gemmascope_plugin.models import flatten_heads
+from gemmascope_plugin.patching import FeatureId, Task, logit_diff
+from gemmascope_plugin.patching.nodes import patchable
+from tests import factories
+from tests.factories import n_hooks
+from tests.patching.tasks import (
+    CLEAN,
+    CORRUPT,
+    TASK,
+    metric_under,
+    score,
+    values_at,
+    with_features,
+)
+from tests.splice.reference import features
+
+SITE = "blocks.0.hook_resid_post"
+HEADS = [Node.head(layer, head) for layer in range(3) for head in range(4)]
+MLPS = [Node.mlp(layer) for layer in range(3)]
+FEATURES = [Node.of_feature(FeatureId(SITE, i)) for i in range(0, 96, 3)]
+NODES = (*HEADS, *MLPS, *FEATURES)
+
+
+def slow(model, kept: list[Node], sae=None, nodes=NODES) -> float:
+    """The metric on clean prompts with every other node at its corrupted value."""
+    out = [node for node in nodes if node not in kept]
+    hooks = {}
+    for node in (node for node in out if node.kind != "feature"):
+        corrupt = values_at(model, CORRUPT, node.hook)
+        hooks.setdefault(node.hook, []).append((node, corrupt))
+    functions = {name: replacing(parts) for name, parts in hooks.items()}
+    indices = [node.index for node in out if node.kind == "feature"]
+    if indices:
+        wanted = features(sae, flatten_heads(values_at(model, CORRUPT, SITE)))
+        functions[SITE] = with_features(sae, indices, wanted, CLEAN)
+    return metric_under(model, CLEAN, functions)
+
+
+def replacing(parts):
+    def change(x):
+        x = x.clone()
+        for node, corrupt in parts:
+            if node.kind == "mlp":
+                x[:] = corrupt
+            else:
+                x[:, :, node.index] = corrupt[:, :, node.index]
+        return x
+
+    return change
+
+
+def circuit(nodes=NODES, size: int = 0) -> Circuit:
+    return Circuit(tuple(nodes), tuple(float(len(nodes) - i) for i in range(len(nodes))), size)
+
+
+def random_circuits(n: int) -> list[list[Node]]:
+    rng = Random(0)
+    return [rng.sample(NODES, rng.randrange(1, len(NODES))) for _ in range(n)]
+
+
+def test_random_circuits_equal_one_pass_each(model) -> None:
+    sae = factories.residual(model, 0)
+    circuits = [[], list(NODES), list(FEATURES), [*HEADS, *MLPS], *random_circuits(4)]
+    masks = torch.tensor([[node in kept for node in NODES] for kept in circuits])
+    with torch.no_grad(), patchable(model, "feature", sae) as runner:
+        got = ablated_metric(runner, TASK.bind(model), NODES, masks)
+    expected = [slow(model, kept, sae) for kept in circuits]
+    assert got.tolist() == pytest.approx(expected, abs=1e-5)
+    assert max(expected) - min(expected) > 0.05
+
+
+@pytest.mark.parametrize("max_rows", [1, 4, 512])
+def test_faithfulness_puts_the_metric_on_a_scale(hooked2, max_rows: int) -> None:
+    nodes = (*HEADS[::-1], *MLPS)
+    scores = evaluate(circuit(nodes, 5), hooked2, TASK, n_random=3, max_rows=max_rows)
+    full, empty = slow(hooked2, list(nodes), nodes=nodes), slow(hooked2, [], nodes=nodes)
+    assert scores.metric_full == pytest.approx(full, abs=1e-5)
+    assert scores.metric_empty == pytest.approx(empty, abs=1e-5)
+    for n in (0, 1, 5, 14, 15):
+        share = (slow(hooked2, list(nodes[:n]), nodes=nodes) - empty) / (full - empty)
+        got = scores.faithfulness_by_size[scores.sizes.index(n)]
+        assert got == pytest.approx(share, abs=1e-4)
+    assert scores.faithfulness == scores.faithfulness_by_size[5]
+    assert len(scores.random) == 3
+
+
+def test_all_nodes_are_the_clean_run_and_none_is_measured_too(model) -> None:
+    scores = evaluate(circuit((*HEADS, *MLPS), 15), model, TASK, sizes=[0], n_random=2)
+    with torch.no_grad():
+        assert scores.metric_full == pytest.approx(score(model(CLEAN)), abs=1e-5)
+    assert scores.sizes == (0, 15)
+    assert scores.faithfulness_by_size == pytest.approx((0.0, 1.0), abs=1e-5)
+    assert scores.random_by_size == ((pytest.approx(0.0),) * 2, (pytest.approx(1.0),) * 2)
+
+
+def test_random_circuits_are_reproducible(hooked2) -> None:
+    one, again, other = (
+        evaluate(circuit((*HEADS, *MLPS), 5), hooked2, TASK, sizes=[5], seed=seed)
+        for seed in (0, 0, 1)
+    )
+    assert one.random == again.random
+    assert one.random != other.random
+    assert len(one.random) == 20
+
+
+def test_both_classes_agree() -> None:
+    nodes = (*HEADS, *MLPS, *FEATURES)
+    sae = factories.residual(factories.tiny_model("gemma3", "hooked"), 0)
+    one, other = (
+        evaluate(
+            circuit(nodes, 9),
+            factories.tiny_model("gemma3", backend),
+            TASK,
+            saes=sae,
+            sizes=[3, 9],
+            n_random=2,
+        )
+        for backend in ("hooked", "bridge")
+    )
+    assert one.faithfulness_by_size == pytest.approx(other.faithfulness_by_size, abs=1e-4)
+
+
+def test_nothing_is_left_behind(model) -> None:
+    hooks = n_hooks(model)
+    evaluate(circuit(size=3), model, TASK, saes=factories.residual(model, 0), sizes=[3], n_random=1)
+    assert n_hooks(model) == hooks
+
+
+@pytest.mark.parametrize("size", [-1, 16])
+def test_a_size_that_does_not_exist_is_an_error(hooked2, size: int) -> None:
+    with pytest.raises(EmptySelectionError, match=f"circuit of {size} nodes.*15 nodes"):
+        evaluate(circuit((*HEADS, *MLPS), 5), hooked2, TASK, sizes=[size])
+
+
+def test_features_need_their_dictionaries(hooked2) -> None:
+    with pytest.raises(UnknownNameError, match=r"has features.*saes=\[the same dictionaries\]"):
+        evaluate(circuit(size=3), hooked2, TASK)
+
+
+def test_nodes_without_any_effect_are_an_error(hooked2) -> None:
+    late = Task(CLEAN, CORRUPT, logit_diff([10, 20], [30, 40], position=0))
+    with pytest.raises(TaskError, match="with all nodes and .* with none"):
+        evaluate(circuit((*HEADS, *MLPS), 3), hooked2, late)

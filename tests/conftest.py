@@ -1,0 +1,55 @@
+"""Tiny models shared by all tests; nothing reaches the network."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tiny tensors: more threads only wait for one another, above all on a shared machine.
+torch.set_num_threads(1)
+
+FAMILIES = ("gemma2", "gemma3")
+BACKENDS = ("hooked", "bridge")
+
+
+@pytest.fixture(scope="session", params=[f"{f}-{b}" for f in FAMILIES for b in BACKENDS])
+def kind(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Every family on every model class, as ``(family, backend)``."""
+    family, backend = request.param.split("-")
+    return family, backend
+
+
+@pytest.fixture(scope="session")
+def model(kind: tuple[str, str]) -> Any:
+    """The tiny model of this family and class; never change it."""
+    from tests.factories import tiny_model
+
+    return tiny_model(*kind)
+
+
+@pytest.fixture(scope="session")
+def hf(kind: tuple[str, str]) -> Any:
+    """The transformers model with the same weights as ``model``."""
+    from tests.factories import tiny_hf
+
+    return tiny_hf(kind[0])
+
+
+@pytest.fixture(scope="session")
+def hooked2() -> Any:
+    """Gemma 2 as ``HookedTransformer``, where one model is enough."""
+    from tests.factories import tiny_model
+
+    return tiny_model("gemma2", "hooked")
+
+
+@pytest.fixture(scope="session")
+def double() -> Any:
+    """Gemma 2 as ``HookedTransformer`` in float64, for finite differences."""
+    from tests.factories import tiny_model
+
+    return tiny_model("gemma2", "hooked", double=True)

@@ -1,0 +1,89 @@
+"""The shipped weights are reloaded and every bar they were released under is measured again."""
+
+from __future__ import annotations
+
+import pytest
+
+from gemmascope_plugin.demo import TASK_NAMES, tiny
+from gemmascope_plugin.demo.assets import ASSETS
+from gemmascope_plugin.demo.corpus import make_corpus
+from gemmascope_plugin.demo.measure import dictionary_scores, task_scores
+from gemmascope_plugin.demo.train_dictionaries import HELD_OUT_SEED, label_corpus
+from gemmascope_plugin.errors import UnknownNameError
+from gemmascope_plugin.loading import load
+
+MAX_BYTES = 20_000_000
+MAX_L0, MAX_DELTA_LOSS_SHARE, MAX_DEAD_SHARE = 24, 0.05, 0.25
+MAX_FVU = {"sae": 0.10, "transcoder": 0.25}
+MIN_LABELS, MIN_LABEL_F1 = 20, 0.5
+SPECS = tuple(tiny().specs)
+
+
+@pytest.fixture(scope="module")
+def suite():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return make_corpus(300, HELD_OUT_SEED)
+
+
+def test_package_data_is_at_most_20_megabytes():
+    assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) <= MAX_BYTES
+
+
+def test_there_is_a_dictionary_of_every_kind_for_every_layer(suite):
+    assert len(suite.specs) == 16
+    assert {(s.kind, s.site, s.layer) for s in suite.specs} == {
+        (kind, site, layer)
+        for kind, site in (("sae", "res"), ("sae", "att"), ("sae", "mlp"), ("transcoder", "mlp"))
+        for layer in range(4)
+    }
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_every_task_is_solved_on_held_out_prompts(backend):
+    scores = task_scores(tiny(backend=backend).model, n=128)
+    assert set(scores) == set(TASK_NAMES)
+    assert all(score >= 0.95 for score in scores.values()), scores
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=[f"{s.release}-{s.layer}" for s in SPECS])
+def test_dictionary_meets_its_bars_on_held_out_text(spec, suite, documents):
+    sae = load(spec)
+    scores = dictionary_scores(suite.model, sae, documents.tokens)
+    assert scores["l0"] <= MAX_L0
+    assert scores["fvu"] <= MAX_FVU[spec.kind]
+    assert scores["delta_loss_share"] <= MAX_DELTA_LOSS_SHARE
+    assert scores["dead_share"] <= MAX_DEAD_SHARE
+    assert scores["l0"] == pytest.approx(spec.l0, rel=0.1), "declared and measured L0"
+    stored = suite.metrics["dictionaries"]["scores"][f"{spec.release}/{spec.sae_id}"]
+    for name in ("l0", "fvu"):
+        assert scores[name] == pytest.approx(stored[name], rel=0.15)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=[f"{s.release}-{s.layer}" for s in SPECS])
+def test_labels_hold_on_held_out_text(spec, suite, documents):
+    labels = suite.labels_of(spec)
+    assert len(labels) >= MIN_LABELS
+    assert all(label.f1 >= MIN_LABEL_F1 for label in labels.values())
+    again = label_corpus(suite.model, load(spec), documents)
+    same = [i for i, label in labels.items() if i in again and again[i].concept == label.concept]
+    assert len(same) >= 0.7 * len(labels), "labels depend on the sample"
+
+
+def test_the_json_says_how_to_rebuild_the_suite(suite):
+    for part in ("model", "dictionaries"):
+        record = suite.metrics[part]
+        assert record["command"].startswith("python -m gemmascope_plugin.demo.train")
+        assert "seed" in str(record["recipe"])
+    assert suite.metrics["model"]["minutes"] <= 60
+
+
+def test_suite_finds_features_by_concept_and_names_the_nearest(suite):
+    sae = suite.load("res", 2)
+    concept = next(iter(suite.labels_of(sae).values())).concept
+    assert suite.labels_of(sae)[suite.feature(sae, concept)].concept == concept
+    with pytest.raises(UnknownNameError, match="No feature is labelled 'indirect_objekt'"):
+        suite.feature(sae, "indirect_objekt")

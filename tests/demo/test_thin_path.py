@@ -1,0 +1,119 @@
+"""What must hold on the bundled suite: the splice is exact, causes agree, the circuit is real."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import gemmascope_plugin as gs
+from gemmascope_plugin.circuits import Scores
+from gemmascope_plugin.demo import TinySuite
+from gemmascope_plugin.models import to_tokens
+from gemmascope_plugin.models.gradients import gradients
+from gemmascope_plugin.patching.nodes import COMPONENTS, acts_hook
+
+N_PROMPTS = 16
+
+
+@pytest.fixture(scope="module", params=["hooked", "bridge"])
+def suite(request: pytest.FixtureRequest) -> TinySuite:
+    return gs.tiny(backend=request.param)
+
+
+def dictionaries(suite: TinySuite, *kinds: str) -> list[Any]:
+    return [gs.load(spec) for spec in suite.specs if spec.kind in kinds]
+
+
+@pytest.mark.parametrize("kind", ["sae", "transcoder"])
+def test_all_dictionaries_at_once_leave_the_logits_as_they_are(suite, kind):
+    tokens = to_tokens(suite.model, suite.tasks["ioi"].clean)
+    with torch.no_grad():
+        bare = suite.model(tokens)
+        with gs.splice(suite.model, dictionaries(suite, kind)) as spliced:
+            untouched = spliced(tokens)
+            listened, _ = spliced.run_with_cache(tokens, names_filter=lambda n: "hook_sae" in n)
+    assert float((untouched - bare).abs().max()) <= 1e-5
+    assert float((listened - bare).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_feature_gradients_are_those_of_the_real_model(suite, n):
+    """Against central differences of the bare model along a feature's direction."""
+    model, task = suite.model, suite.tasks["ioi"].first(4).bind(suite.model)
+    saes = [suite.load("res", layer) for layer in range(n)]
+
+    def metric(logits: torch.Tensor) -> torch.Tensor:
+        return task.metric(logits).sum()
+
+    hooks = [acts_hook(sae.cfg.metadata.hook_name) for sae in saes]
+    with gs.splice(model, saes) as spliced:
+        _, acts = spliced.run_with_cache(task.clean, names_filter=hooks)
+        found = gradients(spliced, task.clean, metric, hooks)
+    for sae, hook in zip(saes, hooks, strict=True):
+        for row, pos, feature in active_places(acts[hook]):
+            step = 0.02 * float(acts[hook][row, pos, feature])
+
+            def moved(sign: float, sae=sae, row=row, pos=pos, feature=feature, step=step) -> float:
+                def add(x: torch.Tensor, hook: Any) -> torch.Tensor:
+                    x = x.clone()
+                    x[row, pos] += sign * step * sae.W_dec[feature]
+                    return x
+
+                name = sae.cfg.metadata.hook_name
+                with torch.no_grad(), model.hooks(fwd_hooks=[(name, add)]):
+                    return float(metric(model(task.clean)))
+
+            expected = (moved(1) - moved(-1)) / (2 * step)
+            assert float(found[hook][row, pos, feature]) == pytest.approx(
+                expected, rel=0.05, abs=5e-3
+            )
+
+
+def active_places(acts: torch.Tensor) -> list[tuple[int, int, int]]:
+    """The most active feature at a few tokens."""
+    return [(row, pos, int(acts[row, pos].argmax())) for row, pos in ((0, 9), (1, 13), (2, 14))]
+
+
+@pytest.mark.parametrize(
+    ("component", "mode"),
+    [(c, "denoising") for c in COMPONENTS] + [(c, "noising") for c in ("attn_out", "z", "feature")],
+)
+def test_attribution_ranks_nodes_like_exact_patching(suite, component, mode):
+    task = suite.tasks["ioi"].first(N_PROMPTS if component == "feature" else 64)
+    saes = suite.load("res", 2) if component == "feature" else None
+    exact = gs.activation_patching(suite.model, task, component, mode=mode, saes=saes)
+    guess = gs.attribution_patching(suite.model, task, component, mode=mode, saes=saes)
+    assert exact.spearman(guess) >= 0.8
+
+
+@pytest.mark.parametrize("method", ["exact", "attribution"])
+def test_the_circuit_is_faithful_and_beats_every_random_one(suite, method):
+    circuit = gs.discover(suite.model, suite.task("ioi", split="train"), method=method)
+    scores: Scores = gs.evaluate(circuit, suite.model, suite.tasks["ioi"], n_random=20)
+    assert circuit.size <= len(circuit.ranking) / 2 == 10
+    assert scores.faithfulness >= 0.8
+    assert len(scores.random) == 20
+    assert scores.faithfulness > max(scores.random)
+
+
+def test_a_circuit_of_heads_mlps_and_features_is_ranked_and_checked(suite):
+    task, sae = suite.task("ioi", split="train", n=8), suite.load("res", 2)
+    circuit = gs.discover(
+        suite.model, task, nodes=("head", "mlp", "feature"), saes=sae, method="attribution"
+    )
+    scores = gs.evaluate(circuit, suite.model, suite.tasks["ioi"].first(8), saes=sae, n_random=2)
+    assert {node.kind for node in circuit.nodes} == {"head", "mlp", "feature"}
+    assert scores.faithfulness >= 0.8
+    assert scores.faithfulness > max(scores.random)
+
+
+def test_a_bundled_dictionary_is_an_ordinary_release_of_saelens():
+    from sae_lens import SAE
+
+    gs.register()
+    spec = gs.find(model="gemma-2-tiny", site="mlp", kind="transcoder", layer=1).one()
+    theirs, ours = SAE.from_pretrained(spec.release, spec.sae_id), gs.load(spec)
+    assert type(theirs) is type(ours)
+    assert all(torch.equal(v, ours.state_dict()[k]) for k, v in theirs.state_dict().items())

@@ -1,0 +1,118 @@
+"""Tasks and metrics: what is compared, and what cannot be."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError
+from gemmascope_plugin.patching import Task, activation_patching, logit_diff, probability
+from tests.patching.tasks import CLEAN, CORRUPT, TASK
+
+LOGITS = torch.tensor([[[0.0, 1.0, 2.0, 4.0]], [[3.0, 1.0, 0.0, 0.0]]])
+
+
+def bound(metric, model):
+    return metric.bind(model, 2)
+
+
+def test_logit_diff_is_a_difference_of_logits(hooked2) -> None:
+    metric = bound(logit_diff([3, 0], [1, 1]), hooked2)
+    assert metric(LOGITS).tolist() == [3.0, 2.0]
+
+
+def test_a_set_of_answers_counts_with_its_log_sum_exp(hooked2) -> None:
+    metric = bound(logit_diff([[2, 3], [0]], [0, 1]), hooked2)
+    assert metric(LOGITS).tolist() == pytest.approx([math.log(math.exp(2) + math.exp(4)), 2.0])
+
+
+def test_probability_of_a_set_minus_that_of_another(hooked2) -> None:
+    p = LOGITS[:, -1].softmax(-1)
+    metric = bound(probability([[2, 3], [0, 1]]), hooked2)
+    assert metric(LOGITS).tolist() == pytest.approx([float(p[0, 2:].sum()), float(p[1, :2].sum())])
+    metric = bound(probability([[2, 3], [0]], [1, [1, 2]]), hooked2)
+    expected = [float(p[0, 2:].sum() - p[0, 1]), float(p[1, 0] - p[1, 1:3].sum())]
+    assert metric(LOGITS).tolist() == pytest.approx(expected)
+
+
+def test_copies_of_the_prompts_get_the_same_answers(hooked2) -> None:
+    metric = bound(logit_diff([3, 0], [1, 1]), hooked2)
+    assert metric(LOGITS.repeat(3, 1, 1)).tolist() == [3.0, 2.0] * 3
+
+
+def test_the_position_is_the_one_asked_for(hooked2) -> None:
+    metric = logit_diff([3], [1], position=0).bind(hooked2, 1)
+    logits = torch.stack([LOGITS[0, 0], LOGITS[1, 0]])[None]
+    assert metric(logits).tolist() == [3.0]
+
+
+def test_words_and_ids_mean_the_same(hooked2) -> None:
+    by_word = Task(
+        ["w5 w6 w7", "w8 w9 w7"],
+        ["w5 w9 w7", "w8 w6 w7"],
+        logit_diff(["w10", "w11"], ["w12", "w13"]),
+    )
+    by_id = Task(
+        torch.tensor([[2, 5, 6, 7], [2, 8, 9, 7]]),
+        torch.tensor([[2, 5, 9, 7], [2, 8, 6, 7]]),
+        logit_diff([10, 11], [12, 13]),
+    )
+    one, other = (activation_patching(hooked2, task, "z").values for task in (by_word, by_id))
+    assert torch.equal(one, other)
+    assert by_word.first(1).clean == ["w5 w6 w7"]
+    assert len(by_word) == len(by_id) == 2
+
+
+def test_a_task_of_one_prompt_may_be_a_string(hooked2) -> None:
+    task = Task("w5 w6", "w7 w6", logit_diff(["w10"], ["w11"]), name="one")
+    assert len(task) == 1
+    assert task.first(1) == task
+    assert repr(task) == "Task('one', 1 prompts, logit difference, first 'w5 w6')"
+    assert activation_patching(hooked2, task, "z").values.shape == (3, 4)
+
+
+METRIC = logit_diff([10, 20], [30, 40])
+BAD = {
+    "numbers differ": (CLEAN, CORRUPT[:1], METRIC, r"\(2, 8\), corrupted ones \(1, 8\)"),
+    "lengths differ": (CLEAN, CORRUPT[:, :5], METRIC, r"\(2, 8\), corrupted ones \(2, 5\)"),
+    "texts of two lengths": (["w5 w6", "w5"], ["w7 w6", "w5"], METRIC, "one length in tokens"),
+    "no difference": (CLEAN, CLEAN, METRIC, "are the same tokens"),
+    "few answers": (CLEAN, CORRUPT, logit_diff([10], [30]), "1 entries in answer for 2 prompts"),
+    "few wrong answers": (CLEAN, CORRUPT, logit_diff([1, 2], [3]), "1 entries in wrong for 2"),
+    "an empty answer": (CLEAN, CORRUPT, logit_diff([[], 2], [3, 4]), "Prompt 0 has an empty set"),
+    "far position": (CLEAN, CORRUPT, logit_diff([1, 2], [3, 4], position=8), "position 8 .* 8 tok"),
+    "no gap": (CLEAN, CORRUPT, logit_diff([9, 9], [9, 9]), "0.000000 on clean.*another metric"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_compared_is_an_error(hooked2, case: str) -> None:
+    clean, corrupt, metric, text = BAD[case]
+    with pytest.raises(TaskError, match=text):
+        activation_patching(hooked2, Task(clean, corrupt, metric), "z")
+
+
+def test_an_unknown_answer_is_an_error(hooked2) -> None:
+    with pytest.raises(UnknownNameError, match="'w999x' is not a single token"):
+        activation_patching(hooked2, Task(CLEAN, CORRUPT, logit_diff(["w999x", 1], [2, 3])), "z")
+
+
+@pytest.mark.parametrize("token", [-1, 256])
+def test_an_answer_outside_the_vocabulary_is_an_error(hooked2, token: int) -> None:
+    with pytest.raises(UnknownNameError, match=f"Token id {token} .*0 to 255"):
+        activation_patching(hooked2, Task(CLEAN, CORRUPT, logit_diff([token, 1], [2, 3])), "z")
+
+
+def test_an_empty_prompt_is_an_error(hooked2) -> None:
+    with pytest.raises(EmptySelectionError, match="The prompt is empty"):
+        activation_patching(hooked2, Task("", "w5", logit_diff([1], [2])), "z")
+
+
+def test_the_first_prompts_of_a_task() -> None:
+    first = TASK.first(1)
+    assert torch.equal(first.clean, CLEAN[:1])
+    assert first.metric.answer == [10]
+    assert first.metric.wrong == [30]
+    assert first.name == "random"

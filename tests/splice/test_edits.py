@@ -1,0 +1,228 @@
+"""Edits: ``x + sum_i (a'_i - a_i) W_dec[i]`` at the chosen features and positions, nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemmascope_plugin.errors import EmptySelectionError, FeatureIndexError, UnknownNameError
+from gemmascope_plugin.splice import Ablate, Add, Clamp, Scale, splice
+from gemmascope_plugin.splice.edits import apply_edits
+from tests import factories
+from tests.factories import D_SAE, activations
+from tests.splice.reference import features
+from tests.tiny_models import random_tokens
+
+TOKENS = random_tokens()
+FEATURES = [3, 17, 40, 41, 95]
+EDITS = {
+    "ablate": (Ablate, {}, lambda a: 0 * a),
+    "clamp": (Clamp, {"value": 2.5}, lambda a: 0 * a + 2.5),
+    "scale": (Scale, {"factor": -3.0}, lambda a: -3 * a),
+    "add": (Add, {"amount": 1.5}, lambda a: a + 1.5),
+}
+POSITIONS = {
+    "all": (None, list(range(1, 20))),
+    "one": (4, [4]),
+    "last": (-1, [19]),
+    "several": ([2, -3], [2, 17]),
+    "slice": (slice(5, 9), [5, 6, 7, 8]),
+    "excluded": (0, []),
+}
+
+
+def site_of(sae: Any) -> tuple[str, str]:
+    hook_in = sae.cfg.metadata.hook_name
+    return hook_in, sae.cfg.metadata.hook_name_out or hook_in
+
+
+def edited_tensor(model: Any, sae: Any, edits: Any, *, listened: bool) -> torch.Tensor:
+    """What flows on at the output site."""
+    _, name = site_of(sae)
+    wanted = [name, f"{name}.hook_sae_acts_post"] if listened else [name]
+    with torch.no_grad(), splice(model, sae, edits=edits) as spliced:
+        _, cache = spliced.run_with_cache(TOKENS, names_filter=wanted)
+    return factories.flatten_heads(cache[name])
+
+
+def expected_tensor(model: Any, sae: Any, change: Any, positions: list[int]) -> torch.Tensor:
+    hook_in, hook_out = site_of(sae)
+    acts = features(sae, activations(model, TOKENS, hook_in))
+    y = activations(model, TOKENS, hook_out).clone()
+    for i in FEATURES:
+        delta = change(acts[:, positions, i]) - acts[:, positions, i]
+        y[:, positions] += delta[..., None] * sae.W_dec[i]
+    return y
+
+
+@pytest.mark.parametrize("listened", [False, True])
+@pytest.mark.parametrize("where", POSITIONS)
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_is_what_it_says(hooked2, name: str, where: str, listened: bool) -> None:
+    kind, options, change = EDITS[name]
+    given, positions = POSITIONS[where]
+    sae = factories.residual(hooked2, 1)
+    edit = kind(features=FEATURES, positions=given, **options)
+    got = edited_tensor(hooked2, sae, edit, listened=listened)
+    expected = expected_tensor(hooked2, sae, change, positions)
+    assert torch.allclose(got, expected, atol=1e-5)
+    bare = activations(hooked2, TOKENS, "blocks.1.hook_resid_post")
+    assert torch.allclose(got[:, 0], bare[:, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("listened", [False, True])
+@pytest.mark.parametrize("site", ["attention", "mlp", "transcoder"])
+def test_edits_at_other_sites(model, site: str, listened: bool) -> None:
+    sae = getattr(factories, site)(model, 1)
+    edit = Clamp(features=FEATURES, value=2.0, positions=slice(3, None))
+    got = edited_tensor(model, sae, edit, listened=listened)
+    expected = expected_tensor(model, sae, lambda a: 0 * a + 2, list(range(3, 20)))
+    assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_both_classes_give_the_same_edited_logits() -> None:
+    logits = []
+    saes = factories.four_dictionaries(factories.tiny_model("gemma3", "hooked"))
+    edits = [Add(features=i, amount=2.0, sae=sae) for i, sae in enumerate(saes)]
+    for backend in ("hooked", "bridge"):
+        model = factories.tiny_model("gemma3", backend)
+        with torch.no_grad(), splice(model, saes, edits=edits) as spliced:
+            logits.append(spliced(TOKENS))
+    assert torch.allclose(*logits, atol=1e-5)
+
+
+def test_edits_apply_in_order(hooked2) -> None:
+    sae = factories.residual(hooked2, 1)
+    first, second = Clamp(features=3, value=2.0), Scale(features=[3], factor=5.0)
+    ten = edited_tensor(hooked2, sae, Clamp(features=3, value=10.0), listened=False)
+    two = edited_tensor(hooked2, sae, Clamp(features=3, value=2.0), listened=False)
+    for listened in (False, True):
+        got = edited_tensor(hooked2, sae, [first, second], listened=listened)
+        assert torch.allclose(got, ten, atol=1e-5)
+        got = edited_tensor(hooked2, sae, [second, first], listened=listened)
+        assert torch.allclose(got, two, atol=1e-5)
+
+
+def test_an_edit_without_error_is_an_edit_of_the_reconstruction(hooked2) -> None:
+    sae = factories.residual(hooked2, 1)
+    name = "blocks.1.hook_resid_post"
+    acts = features(sae, activations(hooked2, TOKENS, name))
+    acts[..., 7] = 4.0
+    edit = Clamp(features=7, value=4.0)
+    with torch.no_grad(), splice(hooked2, sae, error="drop", edits=edit, exclude=()) as spliced:
+        _, cache = spliced.run_with_cache(TOKENS, names_filter=name)
+    assert torch.allclose(cache[name], acts @ sae.W_dec + sae.b_dec, atol=1e-5)
+
+
+def test_an_edit_names_its_dictionary_by_object_or_hook(hooked2) -> None:
+    saes = [factories.residual(hooked2, layer) for layer in (0, 1)]
+    results = []
+    for named in (saes[1], "blocks.1.hook_resid_post"):
+        edit = Add(features=2, amount=3.0, sae=named)
+        with torch.no_grad(), splice(hooked2, saes, edits=edit) as spliced:
+            results.append(spliced(TOKENS))
+    with torch.no_grad(), splice(hooked2, saes[1], edits=Add(features=2, amount=3.0)) as spliced:
+        results.append(spliced(TOKENS))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_hooks_may_edit_features_and_pre_activations(hooked2) -> None:
+    """A user's hook on features or pre-activations acts as the edit of the same effect."""
+    sae = factories.residual(hooked2, 1)
+    name = "blocks.1.hook_resid_post"
+
+    def silence(values, hook):
+        values = values.clone()
+        values[..., FEATURES] = 0
+        return values
+
+    with torch.no_grad(), splice(hooked2, sae, edits=Ablate(features=FEATURES)) as spliced:
+        expected = spliced(TOKENS)
+    with torch.no_grad(), splice(hooked2, sae) as spliced:
+        for part in ("acts_pre", "acts_post"):
+            hooks = [(f"{name}.hook_sae_{part}", silence)]
+            assert torch.allclose(
+                spliced.run_with_hooks(TOKENS, fwd_hooks=hooks), expected, atol=1e-5
+            )
+        assert not torch.allclose(spliced(TOKENS), expected, atol=1e-2)
+
+
+ACTS = torch.rand(2, 4, 6)
+factors = st.floats(-4, 4)
+subsets = st.lists(st.integers(0, 5), min_size=1, max_size=6)
+places = st.one_of(st.none(), st.integers(-4, 3), st.lists(st.integers(-4, 3), max_size=4))
+
+
+@given(factors, factors, subsets, places)
+@settings(max_examples=40, deadline=None)
+def test_scaling_twice_is_scaling_by_the_product(a: float, b: float, chosen, at) -> None:
+    twice = [Scale(features=chosen, positions=at, factor=f) for f in (a, b)]
+    once = [Scale(features=chosen, positions=at, factor=a * b)]
+    assert torch.allclose(
+        apply_edits(twice, ACTS, range(6)), apply_edits(once, ACTS, range(6)), atol=1e-5
+    )
+
+
+@given(subsets, places)
+@settings(max_examples=40, deadline=None)
+def test_ablation_is_idempotent_and_touches_only_what_it_names(chosen, at) -> None:
+    edit = Ablate(features=chosen, positions=at)
+    once = apply_edits([edit], ACTS, range(6))
+    assert torch.equal(once, apply_edits([edit, edit], ACTS, range(6)))
+    others = [i for i in range(6) if i not in chosen]
+    assert torch.equal(once[..., others], ACTS[..., others])
+    assert torch.equal(once[:, ~edit.where(4)], ACTS[:, ~edit.where(4)])
+    assert not once[:, edit.where(4)][..., chosen].any()
+
+
+def test_no_edits_are_the_identity() -> None:
+    assert apply_edits([], ACTS, range(6)) is ACTS
+
+
+@pytest.mark.parametrize("index", [-1, D_SAE, 10**9])
+def test_a_feature_outside_the_dictionary_is_an_error(hooked2, index: int) -> None:
+    edit = Ablate(features=[0, index])
+    with (
+        pytest.raises(FeatureIndexError) as raised,
+        splice(hooked2, factories.residual(hooked2, 1), edits=edit),
+    ):
+        pass
+    text = str(raised.value)
+    assert f"Feature {index} does not exist" in text
+    assert "blocks.1.hook_resid_post" in text
+    assert f"features 0 to {D_SAE - 1}" in text
+
+
+def test_an_edit_of_no_feature_is_an_error(hooked2) -> None:
+    with (
+        pytest.raises(EmptySelectionError, match="Ablate names no feature"),
+        splice(hooked2, factories.residual(hooked2, 1), edits=Ablate(features=[])),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("positions", [20, -21, [0, 99]])
+def test_a_position_outside_the_prompt_is_an_error(hooked2, positions) -> None:
+    edit = Ablate(features=1, positions=positions)
+    with (
+        splice(hooked2, factories.residual(hooked2, 1), edits=edit) as spliced,
+        pytest.raises(EmptySelectionError, match="outside the prompt.*positions 0 to 19"),
+    ):
+        spliced(TOKENS)
+
+
+@pytest.mark.parametrize("named", [None, "blocks.2.hook_resid_post", object()])
+def test_an_edit_must_fit_one_of_several_dictionaries(hooked2, named) -> None:
+    saes = [factories.residual(hooked2, layer) for layer in (0, 1)]
+    fits = 2 if named is None else 0
+    with (
+        pytest.raises(UnknownNameError, match=f"fits {fits} of the spliced dictionaries") as raised,
+        splice(hooked2, saes, edits=Ablate(features=1, sae=named)),
+    ):
+        pass
+    assert "'blocks.0.hook_resid_post', 'blocks.1.hook_resid_post'" in str(raised.value)
