@@ -53,7 +53,7 @@ class DemoReport:
                 "dictionaries",
                 f"{len(specs)} of gemma-2-tiny ({', '.join(dict.fromkeys(specs['site']))})",
             ),
-            ("splice, error kept", f"logits change by at most {walk.logit_difference:.1e}"),
+            ("splice, error kept", f"logits change by at most {walk.logit_difference:.2g}"),
             (
                 f"ablate {walk.describe(edit.feature)}",
                 f"probability of the answer {edit.before:.3f} -> {edit.after:.3f}",

@@ -136,7 +136,7 @@ def _key_figures(walk: Walkthrough) -> list[tuple[str, str]]:
     circuit, ablation = walk.scores.circuit, walk.ablation
     return [
         (
-            f"{walk.logit_difference:.0e}",
+            f"{walk.logit_difference:.1g}",
             f"largest logit change by splicing {len(walk.dictionaries)} dictionaries, error kept",
         ),
         (
@@ -173,7 +173,7 @@ def _dictionaries(walk: Walkthrough) -> Section:
         (
             walk.dictionaries,
             "Largest difference between spliced and bare logits on the held-out prompts: "
-            f"{walk.logit_difference:.1e}.",
+            f"{walk.logit_difference:.2g}.",
         ),
     )
 
