@@ -7,7 +7,9 @@ what to type instead. Broken invariants inside the package are asserts, not memb
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterable
+from typing import SupportsIndex
 
 
 class GemmaScopeError(Exception):
@@ -114,15 +116,15 @@ def check_choice(what: str, given: object, options: Iterable[str]) -> None:
         )
 
 
-def check_feature(index: int, d_sae: int, where: str) -> None:
+def check_feature(index: object, d_sae: int, where: str) -> None:
     """Refuses a feature index outside a dictionary.
 
     Raises:
-        FeatureIndexError: The index is negative or too large.
+        FeatureIndexError: The index is no integer, negative or too large.
     """
-    if not 0 <= index < d_sae:
+    if not isinstance(index, SupportsIndex) or not 0 <= operator.index(index) < d_sae:
         raise FeatureIndexError(
-            f"Feature {index} does not exist in the dictionary at {where}",
+            f"Feature {index!r} does not exist in the dictionary at {where}",
             exists=f"features 0 to {d_sae - 1}",
         )
 

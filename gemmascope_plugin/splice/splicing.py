@@ -106,7 +106,7 @@ def as_list(saes: Saes) -> list[Any]:
 def _as_hooked(sae: Any, error: ErrorMode, exclude: Sequence[str | int]) -> HookedSAE:
     if not isinstance(sae, torch.nn.Module):
         raise UnknownNameError(
-            f"{type(sae).__name__} {sae!r} is not a dictionary", fix="gemmascope_plugin.load(spec)"
+            f"A {type(sae).__name__} is not a loaded dictionary", fix="gemmascope_plugin.load(spec)"
         )
     return sae if isinstance(sae, HookedSAE) else HookedSAE(sae, error=error, exclude=exclude)
 

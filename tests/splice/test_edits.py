@@ -9,7 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemmascope_plugin.errors import EmptySelectionError, FeatureIndexError, UnknownNameError
+from gemmascope_plugin.errors import (
+    EmptySelectionError,
+    FeatureIndexError,
+    UnknownNameError,
+    check_feature,
+)
 from gemmascope_plugin.splice import Ablate, Add, Clamp, Scale, splice
 from gemmascope_plugin.splice.edits import apply_edits
 from tests import factories
@@ -226,3 +231,17 @@ def test_an_edit_must_fit_one_of_several_dictionaries(hooked2, named) -> None:
     ):
         pass
     assert "'blocks.0.hook_resid_post', 'blocks.1.hook_resid_post'" in str(raised.value)
+
+
+@pytest.mark.parametrize("feature", ["x", 1.5, None, -1, 96])
+def test_a_feature_that_is_no_index_is_refused(feature: object) -> None:
+    with pytest.raises(FeatureIndexError, match="does not exist.*There is: features 0 to 95"):
+        check_feature(feature, 96, "blocks.1.hook_resid_post")
+
+
+def test_a_spec_is_not_yet_a_dictionary(hooked2) -> None:
+    with (
+        pytest.raises(UnknownNameError, match=r"A dict is not a loaded dictionary.*load\(spec\)"),
+        splice(hooked2, [{}]),
+    ):
+        pass
