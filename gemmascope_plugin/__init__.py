@@ -13,13 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gemmascope_plugin.attribution import attribution_patching
-    from gemmascope_plugin.catalog import SaeSpec, SpecList, find
+    from gemmascope_plugin.catalog import SaeSpec, SpecList, find, refresh
     from gemmascope_plugin.circuits import Circuit, Scores, discover, evaluate
     from gemmascope_plugin.cli.doctor import doctor
     from gemmascope_plugin.demo import tiny
     from gemmascope_plugin.errors import GemmaScopeError
     from gemmascope_plugin.features import analyze
-    from gemmascope_plugin.loading import load, register
+    from gemmascope_plugin.loading import (
+        Footprint,
+        SaeSuite,
+        footprint,
+        load,
+        load_suite,
+        register,
+    )
     from gemmascope_plugin.models import load_model
     from gemmascope_plugin.patching import (
         Effects,
@@ -28,7 +35,17 @@ if TYPE_CHECKING:
         logit_diff,
         probability,
     )
-    from gemmascope_plugin.splice import Ablate, Add, Clamp, HookedSAE, Scale, splice, steer
+    from gemmascope_plugin.splice import (
+        Ablate,
+        Add,
+        Clamp,
+        HookedSAE,
+        Report,
+        Scale,
+        splice,
+        steer,
+        verify,
+    )
 
 __version__: str
 
@@ -38,9 +55,12 @@ __all__ = [
     "Circuit",
     "Clamp",
     "Effects",
+    "Footprint",
     "GemmaScopeError",
     "HookedSAE",
+    "Report",
     "SaeSpec",
+    "SaeSuite",
     "Scale",
     "Scores",
     "SpecList",
@@ -52,28 +72,35 @@ __all__ = [
     "doctor",
     "evaluate",
     "find",
+    "footprint",
     "load",
     "load_model",
+    "load_suite",
     "logit_diff",
     "probability",
+    "refresh",
     "register",
     "splice",
     "steer",
     "tiny",
+    "verify",
 ]
 
 _HOMES = {
     "attribution": ("attribution_patching",),
-    "catalog": ("SaeSpec", "SpecList", "find"),
+    "catalog": ("SaeSpec", "SpecList", "find", "refresh"),
     "circuits": ("Circuit", "Scores", "discover", "evaluate"),
     "cli.doctor": ("doctor",),
     "demo": ("tiny",),
     "errors": ("GemmaScopeError",),
     "features": ("analyze",),
-    "loading": ("load", "register"),
+    "loading": ("Footprint", "SaeSuite", "footprint", "load", "load_suite", "register"),
     "models": ("load_model",),
     "patching": ("Effects", "Task", "activation_patching", "logit_diff", "probability"),
-    "splice": ("Ablate", "Add", "Clamp", "HookedSAE", "Scale", "splice", "steer"),
+    "splice": (
+        *("Ablate", "Add", "Clamp", "HookedSAE", "Report", "Scale"),
+        *("splice", "steer", "verify"),
+    ),
 }
 _HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}
 

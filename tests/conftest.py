@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Neither a manifest nor a stamp of the person at this machine may reach a test, or a test's theirs.  Set
+# before anything is imported or parametrised; subprocesses and notebook kernels inherit it.
+_HOME = tempfile.TemporaryDirectory(prefix="gemmascope-tests-")
+os.environ["GEMMASCOPE_HOME"] = _HOME.name
 # Tiny tensors: more threads only wait for one another, above all on a shared machine.
 torch.set_num_threads(1)
 
 FAMILIES = ("gemma2", "gemma3")
 BACKENDS = ("hooked", "bridge")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home_of_the_tests() -> Iterator[str]:
+    """The folder for what the package keeps between runs, removed when all tests are done."""
+    yield _HOME.name
+    _HOME.cleanup()
 
 
 @pytest.fixture(scope="session", params=[f"{f}-{b}" for f in FAMILIES for b in BACKENDS])

@@ -13,10 +13,13 @@ from gemmascope_plugin.errors import AmbiguousSpecError, shorten
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = ("release", "id", "kind", "site", "layer", "width", "l0", "canonical", "size")
+COLUMNS = (
+    *("release", "id", "kind", "site", "layer", "width", "l0", "canonical", "size"),
+    "provenance",
+)
 TEXT_ROWS = 10
 HTML_ROWS = 50
-_TELLING = ("model", "release", "kind", "site", "layer", "width", "l0")
+_TELLING = ("model", "kind", "site", "layer", "width", "variant", "affine", "l0", "release")
 
 
 class SpecList(Sequence[SaeSpec]):
@@ -71,7 +74,13 @@ class SpecList(Sequence[SaeSpec]):
         for name in _TELLING:
             values = sorted({getattr(s, name) for s in self}, key=lambda v: (v is None, v))
             if name == "width":
-                values = [w for _, w in sorted({(s.d_sae, s.width) for s in self})]
+                values = list(
+                    dict.fromkeys(w for _, w in sorted({(s.d_sae, s.width) for s in self}))
+                )
+            elif name == "variant":
+                values = ["plain" if v is None else v for v in values]
+            elif name == "l0":
+                values = [v for v in values if v is not None]
             if len(values) > 1:
                 marked = (
                     "'canonical' or " if name == "l0" and any(s.canonical for s in self) else ""
@@ -93,11 +102,12 @@ class SpecList(Sequence[SaeSpec]):
                 s.sae_id,
                 s.kind,
                 s.site,
-                str(s.layer),
+                s.layer_text,
                 s.width,
-                "" if s.l0 is None else f"{s.l0:g}",
+                s.l0_text,
                 "*" if s.canonical else "",
                 human_size(s.nbytes),
+                s.provenance,
             )
             for s in self._specs[:limit]
         ]

@@ -14,6 +14,8 @@ import gemmascope_plugin
 from gemmascope_plugin.cli.demo import demo_command
 from gemmascope_plugin.cli.doctor import doctor_command
 from gemmascope_plugin.cli.find import find_command
+from gemmascope_plugin.cli.info import info_command
+from gemmascope_plugin.cli.refresh import refresh_command
 from gemmascope_plugin.errors import GemmaScopeError
 
 
@@ -60,5 +62,7 @@ def options(
 
 
 app.command("find")(find_command)
+app.command("info")(info_command)
+app.command("refresh")(refresh_command)
 app.command("demo")(demo_command)
 app.command("doctor")(doctor_command)

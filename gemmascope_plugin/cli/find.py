@@ -6,7 +6,7 @@ Reads the catalog only: no torch, no pandas, no network. Cost: one pass over the
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,33 +15,55 @@ from gemmascope_plugin.catalog.sites import human_size
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from gemmascope_plugin.catalog import SaeSpec
+    from gemmascope_plugin.catalog import SaeSpec, SpecList
 
-_COLUMNS = ("model", "kind", "site", "layer", "width", "l0", "size", "release", "sae_id")
+_COLUMNS = (
+    *("model", "kind", "site", "layer", "width", "l0", "size", "provenance"),
+    *("release", "sae_id"),
+)
 _RIGHT = {"layer", "width", "l0", "size"}
+
+Model = Annotated[str | None, typer.Option(help="Model, e.g. gemma-2-2b or 4b-it.")]
+Site = Annotated[str | None, typer.Option(help="Site: res, att, mlp, transcoder.")]
+Layer = Annotated[int | None, typer.Option(help="Layer, from 0.")]
+Width = Annotated[str | None, typer.Option(help="Number of features, e.g. 16k.")]
+Level = Annotated[
+    str | None, typer.Option("--l0", help="canonical, medium, a number, nearest:80 or 50-100.")
+]
+Kind = Annotated[str | None, typer.Option(help="sae, transcoder, crosscoder or clt.")]
+Release = Annotated[str | None, typer.Option(help="Name of the release.")]
+Affine = Annotated[
+    bool | None, typer.Option("--affine/--no-affine", help="With or without an affine skip.")
+]
+Variant = Annotated[str | None, typer.Option(help="plain, all, seed_1...")]
+Provenance = Annotated[str | None, typer.Option(help="listed or derived; both by default.")]
 
 
 def find_command(
-    model: Annotated[str | None, typer.Option(help="Model, e.g. gemma-2-2b.")] = None,
-    site: Annotated[str | None, typer.Option(help="Site: res, att, mlp.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Layer, from 0.")] = None,
-    width: Annotated[str | None, typer.Option(help="Number of features, e.g. 16k.")] = None,
-    l0: Annotated[str | None, typer.Option(help="canonical, a number, or nearest:80.")] = None,
-    kind: Annotated[str | None, typer.Option(help="sae or transcoder.")] = None,
-    release: Annotated[str | None, typer.Option(help="Name of the release.")] = None,
+    model: Model = None,
+    site: Site = None,
+    layer: Layer = None,
+    width: Width = None,
+    l0: Level = None,
+    kind: Kind = None,
+    release: Release = None,
+    affine: Affine = None,
+    variant: Variant = None,
+    provenance: Provenance = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the dictionaries that match."""
-    from gemmascope_plugin.catalog import find
-
-    specs = find(
+    specs = search(
         model=model,
         site=site,
         layer=layer,
         width=width,
-        l0=_number_or_word(l0),
+        l0=l0,
         kind=kind,
         release=release,
+        affine=affine,
+        variant=variant,
+        provenance=provenance,
     )
     if as_json:
         typer.echo(json.dumps([spec.to_dict() for spec in specs], indent=2))
@@ -49,8 +71,22 @@ def find_command(
     for line in table(_COLUMNS, [_row(spec) for spec in specs], right=_RIGHT):
         typer.echo(line)
     count = f"{len(specs)} {'dictionary' if len(specs) == 1 else 'dictionaries'}"
-    starred = any(spec.canonical for spec in specs)
-    typer.echo(f"\n{count}" + (" (* the release's canonical choice)" if starred else ""))
+    notes = [
+        *(["* the canonical choice"] if any(s.canonical for s in specs) else []),
+        *(
+            ["derived: not seen in a listing"]
+            if any(s.provenance == "derived" for s in specs)
+            else []
+        ),
+    ]
+    typer.echo(f"\n{count}" + (f" ({'; '.join(notes)})" if notes else ""))
+
+
+def search(*, l0: str | None, **arguments: Any) -> SpecList:
+    """``find()`` with an L0 as it is typed: a number, a word, or ``low-high``."""
+    from gemmascope_plugin.catalog import find
+
+    return find(l0=_number_or_word(l0), **arguments)
 
 
 def table(
@@ -70,23 +106,30 @@ def table(
 
 
 def _row(spec: SaeSpec) -> list[str]:
-    l0 = "-" if spec.l0 is None else f"{spec.l0:g}" + ("*" if spec.canonical else "")
     return [
         spec.model,
         spec.kind,
         spec.site,
-        str(spec.layer),
+        spec.layer_text,
         spec.width,
-        l0,
+        (spec.l0_text or "-") + ("*" if spec.canonical else ""),
         human_size(spec.nbytes),
+        spec.provenance,
         spec.release,
         spec.sae_id,
     ]
 
 
-def _number_or_word(text: str | None) -> str | float | None:
-    """An L0 typed as a number is a number; words such as "canonical" stay words."""
+def _number_or_word(text: str | None) -> str | float | tuple[float, float] | None:
+    """A number or an interval as such; words such as "canonical" stay words."""
+    if text is None:
+        return None
     try:
-        return None if text is None else float(text)
+        return float(text)
+    except ValueError:
+        pass
+    low, _, high = text.partition("-")
+    try:
+        return float(low), float(high)
     except ValueError:
         return text

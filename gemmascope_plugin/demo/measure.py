@@ -57,7 +57,7 @@ def dictionary_scores(
     tensors = collect_activations(model, tokens, list({hook_in, hook_out}))
     acts = saes.encode(sae, tensors[hook_in])
     target = tensors[hook_out]
-    error = (target - saes.decode(sae, acts)).pow(2).sum()
+    error = (target - saes.decode(sae, acts, tensors[hook_in])).pow(2).sum()
     keep = kept_positions(tokens, special_ids(model, EXCLUDE))
     clean = _loss(model, tokens, keep)
     with splice(model, sae, error="drop") as spliced:

@@ -1,6 +1,16 @@
-"""From bytes to a SAELens SAE: files, checks, ``load()`` and SAELens' registry."""
+"""From bytes to dictionaries: files, checks, ``load()``, suites and SAELens' registry."""
 
+from gemmascope_plugin.loading.footprint import Footprint, footprint
 from gemmascope_plugin.loading.load import load, spec_of
 from gemmascope_plugin.loading.register import register
+from gemmascope_plugin.loading.suite import SaeSuite, load_suite
 
-__all__ = ["load", "register", "spec_of"]
+__all__ = [
+    "Footprint",
+    "SaeSuite",
+    "footprint",
+    "load",
+    "load_suite",
+    "register",
+    "spec_of",
+]

@@ -5,13 +5,16 @@
    ``sae_lens_version`` is set, because SAELens drops all unknown metadata of older configs.
 2. The state: checked against the spec, cast and moved one tensor after the other, so that a
    memory-mapped file costs no memory until used.
-3. Embedding dictionaries were trained on embeddings without the factor s = sqrt(d_model) that
+3. An affine skip is stored as ``A [d_in, d_out]`` with ``y += x @ A``; SAELens computes
+   ``x @ W_skip.T``, so ``W_skip = A.T``.
+4. Embedding dictionaries were trained on embeddings without the factor s = sqrt(d_model) that
    ``hook_embed`` carries: W_enc / s, W_dec * s, and b_dec * s (SAELens 6.54 leaves the bias out,
    which shifts every reconstruction by (s - 1) b_dec).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,16 +25,20 @@ from jaxtyping import Float
 
 from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.errors import GemmaScopeError, shorten
-from gemmascope_plugin.loading.npz import read_npz
-from gemmascope_plugin.loading.validate import (
-    OPTIONAL,
-    check_shapes,
-    check_values,
-    drop_scaling_factor,
-    expected_shapes,
-)
+from gemmascope_plugin.loading.arrays import ArrayFile
+from gemmascope_plugin.loading.config_json import check_config, hf_hooks
+from gemmascope_plugin.loading.integrity import check_file
+from gemmascope_plugin.loading.readers import open_checked
+from gemmascope_plugin.loading.validate import drop_scaling_factor
 
-ARCHITECTURES = {"sae": "jumprelu", "transcoder": "jumprelu_transcoder"}
+ARCHITECTURES = {
+    ("sae", False): "jumprelu",
+    ("transcoder", False): "jumprelu_transcoder",
+    ("transcoder", True): "jumprelu_skip_transcoder",
+}
+"""Kind and whether it has an affine skip, to SAELens' architecture."""
+SINGLE_LAYER = ("npz", "gemma-scope-2")
+"""Formats that become SAELens' own JumpReLU classes."""
 SPEC_KEY = "gemmascope_spec"
 _TRAINING = {"dataset_path": "monology/pile-uncopyrighted", "context_size": 1024}
 """What SAELens records for Gemma Scope; not true of bundled or local dictionaries."""
@@ -53,14 +60,16 @@ def config(spec: SaeSpec, *, device: str = "cpu", dtype: str = "float32") -> dic
     """
     import sae_lens
 
-    if spec.kind not in ARCHITECTURES or spec.affine:
+    if (spec.kind, spec.affine) not in ARCHITECTURES or spec.format not in SINGLE_LAYER:
         kind = f"affine {spec.kind}" if spec.affine else spec.kind
         raise GemmaScopeError(
-            f"{spec.release} {spec.sae_id} is of kind {kind!r}, which cannot be loaded",
-            exists=shorten(ARCHITECTURES),
+            f"{spec.release} {spec.sae_id} is of kind {kind!r} and format {spec.format!r}, for "
+            "which SAELens has no class",
+            exists=shorten(f"{k}{' with affine skip' if a else ''}" for k, a in ARCHITECTURES),
+            fix=f"gemmascope_plugin.load(({spec.release!r}, {spec.sae_id!r}))",
         )
     cfg: dict[str, Any] = {
-        "architecture": ARCHITECTURES[spec.kind],
+        "architecture": ARCHITECTURES[spec.kind, spec.affine],
         "d_in": spec.d_in,
         "d_sae": spec.d_sae,
         "dtype": dtype,
@@ -68,15 +77,16 @@ def config(spec: SaeSpec, *, device: str = "cpu", dtype: str = "float32") -> dic
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
         "reshape_activations": "hook_z" if spec.hook_in.endswith("hook_z") else "none",
-        "metadata": {"sae_lens_version": sae_lens.__version__, **_metadata(spec)},
+        "metadata": {"sae_lens_version": sae_lens.__version__, **metadata(spec)},
     }
     if spec.kind == "transcoder":
         cfg["d_out"] = spec.d_out
     return cfg
 
 
-def _metadata(spec: SaeSpec) -> dict[str, Any]:
-    metadata: dict[str, Any] = {
+def metadata(spec: SaeSpec) -> dict[str, Any]:
+    """What is known about a dictionary, as plain values, in SAELens' words where it has some."""
+    facts: dict[str, Any] = {
         "sae_lens_training_version": None,
         "model_name": spec.model,
         "hook_name": spec.hook_in,
@@ -89,23 +99,61 @@ def _metadata(spec: SaeSpec) -> dict[str, Any]:
         "site": spec.site,
         "layer": spec.layer,
         "l0": spec.l0,
-        SPEC_KEY: {**spec.to_dict(), "levels": list(spec.levels)},
+        SPEC_KEY: {**spec.to_dict(), "levels": list(spec.levels), "layers": list(spec.layers)},
     }
+    if spec.levels:
+        facts["levels"] = list(spec.levels)
     if spec.kind == "transcoder":
-        metadata |= {"hook_name_out": spec.hook_out, "hook_head_index_out": None}
-    return metadata if spec.bundled or spec.local else metadata | _TRAINING
+        facts |= {"hook_name_out": spec.hook_out, "hook_head_index_out": None}
+    if spec.gain == "with":
+        # Folding the norm into the MLP takes the gain out of the tensor that is read.
+        facts["model_from_pretrained_kwargs"] = {"fold_ln": False}
+    if paths := hf_hooks(spec):
+        facts["hf_hook_name"] = paths[0]
+        if spec.kind == "transcoder":
+            facts["hf_hook_name_out"] = paths[1]
+    return facts if spec.bundled or spec.local else facts | _TRAINING
 
 
-def state(
-    spec: SaeSpec, path: Path, *, device: str | torch.device, dtype: torch.dtype
-) -> dict[str, Float[torch.Tensor, "*_"]]:
-    """The parameters of a dictionary, checked.
+def open_single(spec: SaeSpec, files: Mapping[str, Path], *, check: bool = False) -> ArrayFile:
+    """The parameter file of a single-layer dictionary, checked against the spec.
 
     Args:
         spec: What the file should be.
-        path: The ``.npz`` file.
+        files: Path in the repository to path on this machine.
+        check: Check the values although they have passed before.
+
+    Returns:
+        The file, ready to be mapped.
+
+    Raises:
+        BadFileError: The file is damaged or is not this dictionary.
+        WidthMismatchError: The file reads or writes tensors of another width.
+    """
+    config_file = spec.config_filename
+    if config_file is not None and config_file in files:
+        check_config(files[config_file], spec)
+    file = open_checked(files[spec.filename], spec)
+    check_file(file, force=check)
+    return file
+
+
+def state(
+    spec: SaeSpec,
+    files: Mapping[str, Path],
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    check: bool = False,
+) -> dict[str, Float[torch.Tensor, "*_"]]:
+    """The parameters of a single-layer dictionary, checked.
+
+    Args:
+        spec: What the file should be.
+        files: Path in the repository to path on this machine.
         device: Where the tensors go.
         dtype: Their type.
+        check: Check the values although they have passed before.
 
     Returns:
         Parameter name to tensor; float32 on the CPU shares the memory map of the file.
@@ -114,12 +162,13 @@ def state(
         BadFileError: The file is damaged or is not this dictionary.
         WidthMismatchError: The file reads or writes tensors of another width.
     """
-    check_shapes(path, spec)
-    tensors = read_npz(path, (*expected_shapes(spec), *OPTIONAL))
-    check_values(path, tensors)
-    drop_scaling_factor(path, tensors)
+    file = open_single(spec, files, check=check)
+    tensors = file.tensors()
+    drop_scaling_factor(file.source, tensors)
     if spec.site == "embedding":
         _scale_embedding(tensors, math.sqrt(spec.d_in))
+    if "A" in tensors:
+        tensors["W_skip"] = tensors.pop("A").T
     for name in list(tensors):
         tensors[name] = tensors.pop(name).to(device=device, dtype=dtype)
     return tensors
@@ -136,4 +185,6 @@ def spec_from_metadata(metadata: Mapping[str, Any]) -> SaeSpec | None:
     fields = dict(metadata.items()).get(SPEC_KEY)
     if fields is None:
         return None
-    return SaeSpec(**{**fields, "levels": tuple(fields["levels"])})
+    tuples = {name: tuple(fields.get(name, ())) for name in ("levels", "layers")}
+    known = {field.name for field in dataclasses.fields(SaeSpec)}
+    return SaeSpec(**{n: v for n, v in {**fields, **tuples}.items() if n in known})

@@ -1,28 +1,39 @@
-"""``load()``: a spec becomes SAELens' own SAE object.
+"""``load()``: a spec becomes an object that encodes and decodes.
 
-1. Find the file (``sources.py``), check it against the spec (``validate.py``).
-2. Build SAELens' class on the meta device and hand it the checked tensors, so that the weights
-   exist once; float32 on the CPU stays memory-mapped.
-3. Freeze: eval mode, no parameter asks for a gradient.
+1. Find the files (``sources.py``) and compare their headers with the spec (``readers.py``).
+2. The first time in a file's life, read it through once: checksums, finite values (``integrity.py``).
+3. Map it.  Dictionaries of one layer become SAELens' own classes (``convert.py``, ``assemble.py``);
+   crosscoders, CLTs and trees become those of ``saes``.  float32 on the CPU stays memory-mapped;
+   other types and devices are converted tensor by tensor.
 
-Costs one pass over the file for checksums and finiteness, and SAELens' import on the first call.
+Opening a file that has been verified before costs a few milliseconds and no memory, whatever its
+size.  SAELens' import on the first call of a process costs several seconds.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from gemmascope_plugin.catalog import SaeSpec, get
 from gemmascope_plugin.errors import GemmaScopeError
+from gemmascope_plugin.loading.assemble import fill, skeleton
 from gemmascope_plugin.loading.convert import config, spec_from_metadata, state
-from gemmascope_plugin.loading.register import register
+from gemmascope_plugin.loading.multi_layer import open_multi_layer
+from gemmascope_plugin.loading.register import renew
+from gemmascope_plugin.loading.saelens_format import open_saelens
 from gemmascope_plugin.loading.sources import locate
+from gemmascope_plugin.loading.tree_file import open_tree
 
-if TYPE_CHECKING:
-    from sae_lens import SAE
+_OPENERS = {
+    "crosscoder": open_multi_layer,
+    "clt": open_multi_layer,
+    "sae_lens": open_saelens,
+    "tree": open_tree,
+}
+"""Formats that do not hold one JumpReLU dictionary of one layer in Gemma Scope's keys."""
 
 
 def load(
@@ -33,8 +44,9 @@ def load(
     local_dir: str | Path | None = None,
     revision: str | None = None,
     offline: bool | None = None,
-) -> SAE[Any]:
-    """A dictionary as a SAELens object, frozen, with its spec in the metadata.
+    check: bool = False,
+) -> Any:
+    """A dictionary, frozen, with its spec in the metadata.
 
     Args:
         spec: A spec, or ``(release, sae_id)``.
@@ -43,32 +55,30 @@ def load(
         local_dir: Folder that mirrors the repository, instead of cache and hub.
         revision: Branch, tag or commit of the repository.
         offline: Never use the network; None follows ``HF_HUB_OFFLINE``.
+        check: Read the file through although it has passed all checks before.
 
     Returns:
-        SAELens' ``JumpReLUSAE`` or ``JumpReLUTranscoder``.  As SAELens has it, an attention SAE
-        takes ``[batch, pos, head, d_head]``.
+        SAELens' ``JumpReLUSAE``, ``JumpReLUTranscoder`` or ``JumpReLUSkipTranscoder``; for other
+        kinds a ``CrossCoder``, ``CrossLayerTranscoder`` or ``TreeSAE``.  As SAELens has it, an
+        attention SAE takes ``[batch, pos, head, d_head]``.
 
     Raises:
         UnknownNameError: The release or the id does not exist.
-        MissingFileError: The file is nowhere, and may not or could not be downloaded.
-        BadFileError: The file is damaged or is not this dictionary.
+        MissingFileError: A file is nowhere, and may not or could not be downloaded.
+        BadFileError: A file is damaged or is not this dictionary.
         WidthMismatchError: The file reads or writes tensors of another width.
     """
     if not isinstance(spec, SaeSpec):
         spec = get(*_pair(spec))
-    path = locate(spec, local_dir=local_dir, revision=revision, offline=offline)
-    register()
-    from sae_lens import SAE
+    files = locate(spec, local_dir=local_dir, revision=revision, offline=offline)
+    renew()
+    if opener := _OPENERS.get(spec.format):
+        return opener(spec, files, device=device, dtype=dtype, check=check)
     from sae_lens.util import dtype_to_str
 
-    cfg = config(spec, device="meta", dtype=dtype_to_str(dtype))
-    tensors = state(spec, path, device=device, dtype=dtype)
-    config_class = SAE.get_sae_config_class_for_architecture(cfg["architecture"])
-    sae_class: Any = SAE.get_sae_class_for_architecture(cfg["architecture"])
-    sae = sae_class(config_class.from_dict(cfg))
-    sae.load_state_dict(tensors, assign=True)
-    sae.to(device=device, dtype=dtype)
-    return sae.eval().requires_grad_(False)
+    sae = skeleton(config(spec, dtype=dtype_to_str(dtype)))
+    tensors = state(spec, files, device=device, dtype=dtype, check=check)
+    return fill(sae, tensors, device=device, dtype=dtype)
 
 
 def _pair(given: object) -> tuple[str, str]:
@@ -81,13 +91,15 @@ def _pair(given: object) -> tuple[str, str]:
     )
 
 
-def spec_of(sae: SAE[Any]) -> SaeSpec | None:
-    """The spec that an SAE was loaded from; None when it did not come from this package.
+def spec_of(sae: Any) -> SaeSpec | None:
+    """The spec that a dictionary was loaded from; None when it did not come from this package.
 
     Args:
-        sae: Any SAELens object; saving and loading it there keeps the spec.
+        sae: What ``load`` returns, or any SAELens object; saving and loading it there keeps the
+            spec.
 
     Returns:
         The spec, equal to the one it was loaded with.
     """
-    return spec_from_metadata(sae.cfg.metadata.to_dict())
+    known = sae.cfg.metadata
+    return spec_from_metadata(known.to_dict() if hasattr(type(known), "to_dict") else known)

@@ -1,16 +1,27 @@
-"""Teach SAELens the catalog: afterwards ``SAE.from_pretrained`` loads every release in it.
+"""Teach SAELens the catalog: afterwards ``SAE.from_pretrained`` is right for every release in it.
 
 1. A loader and a config getter named ``gemmascope`` go into SAELens' two tables of loaders.
-2. A release that SAELens does not list (the bundled ones) is added to its directory.
-3. A release that it lists keeps its rows and is only pointed at our loader, which scales the bias
-   of embedding dictionaries, checks the file, and leaves L0, site and spec in the metadata.
-4. The name of the release travels in the row's config overrides, since SAELens hands its loaders
+2. Releases and ids that SAELens does not list are added to its directory.
+3. Rows of Gemma Scope that it lists are pointed at our loader, and their declared L0 and model are
+   set right.  What this corrects in SAELens 6.54:
+
+   * Gemma Scope 2 transcoders read ``hook_mlp_in``, which is the un-normalised residual stream and
+     usually never fires; they get ``mlp.hook_in``, the norm's output with gain, and the request not
+     to fold layer norms;
+   * Gemma Scope 2 attention dictionaries expect flat heads where the hook has them apart;
+   * nothing of Gemma Scope 2 loads offline, even when cached;
+   * embedding dictionaries lack the factor sqrt(d_model) on their output bias;
+   * files are neither checked nor compared with what their names promise.
+
+4. Crosscoders, CLTs and Tree SAEs have no class in SAELens.  They are listed, and loading them there
+   says to use ``gemmascope_plugin.load``.  Releases in SAELens' own format keep SAELens' loader.
+5. The name of the release travels in the row's config overrides, since SAELens hands its loaders
    only a repository and a folder.
 
 Nothing else in this package writes into SAELens.  The directory is SAELens' own cached dict, so one
-change is seen everywhere; ``load()`` registers again in case that cache was cleared.  The first
-call costs what SAELens needs to import and to parse its list (several seconds), later ones
-microseconds.
+change is seen everywhere; once ``register()`` has run, ``load()`` registers again in case that cache
+was cleared.  The first call costs what SAELens needs to import and to parse its list (several
+seconds), later ones microseconds; ``load()`` alone needs neither the list nor the wait.
 """
 
 from __future__ import annotations
@@ -22,13 +33,18 @@ import torch
 from jaxtyping import Float
 
 from gemmascope_plugin.catalog import SaeSpec, releases
-from gemmascope_plugin.catalog.tables import derive, specs_of, tables
+from gemmascope_plugin.catalog.patterns import spec_of_folder
+from gemmascope_plugin.catalog.tables import derive, models, specs_of
 from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError
-from gemmascope_plugin.loading.convert import config, state
+from gemmascope_plugin.loading.convert import SINGLE_LAYER, config, state
 from gemmascope_plugin.loading.sources import locate
 
 NAME = "gemmascope"
 RELEASE_KEY = "gemmascope_release"
+_ROW_FIELDS = {"conversion_func", "config_overrides", "expected_l0", "model", "saes_map"}
+
+_done: tuple[object, object] | None = None
+"""SAELens' directory and our catalog at the last ``register()``; either may be read anew."""
 
 
 def register() -> None:
@@ -37,6 +53,34 @@ def register() -> None:
     Raises:
         GemmaScopeError: This version of SAELens has moved the names that are needed.
     """
+    global _done
+    loaders, getters, lookup_class, directory = _internals()
+    loaders[NAME] = _load
+    getters[NAME] = _get_config
+    now = directory, models()
+    complete = all(release in directory for release in now[1])
+    if _done and complete and _done[0] is now[0] and _done[1] is now[1]:
+        return
+    for release in releases():
+        specs = specs_of(release)
+        row = directory.get(release)
+        if specs[0].format in SINGLE_LAYER and row is not None:
+            _correct(row, release, specs)
+        elif row is None or row.conversion_func == NAME:
+            directory[release] = _row(lookup_class, release, specs)
+    _done = now
+
+
+def renew() -> None:
+    """Register again if ``register()`` has run before and SAELens has forgotten since."""
+    if _done is not None:
+        register()
+
+
+def _internals() -> tuple[dict[str, Any], dict[str, Any], type[Any], dict[str, Any]]:
+    """What SAELens must still have: both tables of loaders, the class of a row, the directory."""
+    import sae_lens
+
     try:
         from sae_lens.loading.pretrained_sae_loaders import (
             NAMED_PRETRAINED_SAE_CONFIG_GETTERS,
@@ -46,57 +90,71 @@ def register() -> None:
             PretrainedSAELookup,
             get_pretrained_saes_directory,
         )
-    except ImportError as fault:
-        import sae_lens
 
+        if lost := _ROW_FIELDS - {field.name for field in dataclasses.fields(PretrainedSAELookup)}:
+            raise ImportError(f"a release has no {', '.join(sorted(lost))}")
+    except (ImportError, TypeError) as fault:
         raise GemmaScopeError(
             f"SAELens {sae_lens.__version__} has moved the tables that releases are registered in "
             f"({fault})",
             fix="pip install 'sae-lens>=6.54,<7'",
         ) from fault
-    NAMED_PRETRAINED_SAE_LOADERS[NAME] = _load
-    NAMED_PRETRAINED_SAE_CONFIG_GETTERS[NAME] = _get_config
-    directory = get_pretrained_saes_directory()
-    for release in releases():
-        row = directory.get(release)
-        if row is None:
-            directory[release] = _lookup(PretrainedSAELookup, release)
-        elif row.conversion_func != NAME:
-            row.conversion_func = NAME
-            overrides: dict[str, Any] = {**(row.config_overrides or {}), RELEASE_KEY: release}
-            row.config_overrides = overrides
+    return (
+        NAMED_PRETRAINED_SAE_LOADERS,
+        NAMED_PRETRAINED_SAE_CONFIG_GETTERS,
+        PretrainedSAELookup,
+        get_pretrained_saes_directory(),
+    )
 
 
-def _lookup(lookup_class: type[Any], release: str) -> Any:
+def _row(lookup_class: type[Any], release: str, specs: tuple[SaeSpec, ...]) -> Any:
     """A row of SAELens' directory."""
-    specs = specs_of(release)
+    own_format = specs[0].format == "sae_lens"
     values = {
         "release": release,
         "repo_id": specs[0].repo_id,
         "model": specs[0].model,
-        "conversion_func": NAME,
+        "conversion_func": None if own_format else NAME,
         "saes_map": {s.sae_id: s.path for s in specs},
         "expected_var_explained": {s.sae_id: 1.0 for s in specs},
         "expected_l0": {s.sae_id: s.l0 or 0.0 for s in specs},
         "neuronpedia_id": {s.sae_id: s.neuronpedia_id for s in specs},
         "norm_scaling_factor": {},
-        "config_overrides": {RELEASE_KEY: release},
+        "config_overrides": None if own_format else {RELEASE_KEY: release},
     }
     # SAELens adds fields to this class now and then.
     known = {f.name for f in dataclasses.fields(lookup_class)}
     return lookup_class(**{k: v for k, v in values.items() if k in known})
 
 
+def _correct(row: Any, release: str, specs: tuple[SaeSpec, ...]) -> None:
+    """Point a row of SAELens at our loader and set right what it declares."""
+    row.conversion_func = NAME
+    row.config_overrides = {**(row.config_overrides or {}), RELEASE_KEY: release}
+    owner, slash, model = row.model.rpartition("/")
+    if model != specs[0].model:
+        row.model = f"{owner}{slash}{specs[0].model}"
+    for spec in specs:
+        if spec.sae_id not in row.saes_map:
+            row.saes_map[spec.sae_id] = spec.path
+            row.expected_var_explained[spec.sae_id] = 1.0
+            row.neuronpedia_id[spec.sae_id] = spec.neuronpedia_id
+        # SAELens shows 0 where it knows none.
+        row.expected_l0[spec.sae_id] = spec.l0 or row.expected_l0.get(spec.sae_id, 0.0)
+
+
 def _spec(repo_id: str, path: str, release: str | None) -> SaeSpec:
-    names = [release] if release else [n for n, t in tables().items() if t[0].repo_id == repo_id]
+    """The spec of a folder, listed or, as a newer SAELens may know more of them, by its name."""
+    names = [release] if release else [r for r in releases() if specs_of(r)[0].repo_id == repo_id]
     for name in names:
         for spec in specs_of(name):
             if spec.path == path:
                 return spec
+    if (spec := spec_of_folder(repo_id, path)) is not None:
+        return spec
     if not names:
         raise UnknownNameError(f"repository {repo_id!r} is in no release of the catalog")
-    # A newer SAELens may list folders that our tables do not have yet.
-    return derive(names[0], path)
+    return derive(names[0], path)  # refuses, and names the nearest folder
 
 
 def _config(
@@ -137,5 +195,7 @@ def _load(
     from sae_lens.util import str_to_dtype
 
     spec, cfg, revision = _config(repo_id, folder_name, device, cfg_overrides)
-    path = locate(spec, revision=revision, force_download=force_download)
-    return cfg, state(spec, path, device=device, dtype=str_to_dtype(cfg["dtype"])), None
+    files = locate(spec, revision=revision, force_download=force_download)
+    tensors = state(spec, files, device=device, dtype=str_to_dtype(cfg["dtype"]))
+    # Whoever saves what SAELens builds of this needs plain rows, also of the transposed skip.
+    return cfg, {name: tensor.contiguous() for name, tensor in tensors.items()}, None

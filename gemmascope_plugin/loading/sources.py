@@ -1,11 +1,13 @@
-"""Where the parameter file of a spec is, and how it gets there.
+"""Where the files of a spec are, and how they get there.
 
 In this order, first match:
 
 1. a bundled spec: inside this package;
 2. ``local_dir``: a folder that mirrors the repository; a spec made from a folder: that folder;
 3. the Hugging Face cache, for the revision asked for; no request is made;
-4. the hub, unless ``offline`` or ``HF_HUB_OFFLINE=1``: one file, nothing else of the repository.
+4. the hub, unless ``offline`` or ``HF_HUB_OFFLINE=1``: the parameter files and the config beside them,
+   nothing else of the repository.  The size is announced on stderr first; the hub's library shows
+   the progress, locks against parallel downloads, and lets a file appear only when it is whole.
 
 Costs nothing but step 4, which downloads up to ``spec.nbytes``.
 """
@@ -13,6 +15,7 @@ Costs nothing but step 4, which downloads up to ``spec.nbytes``.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from gemmascope_plugin.catalog import SaeSpec
@@ -22,6 +25,8 @@ from gemmascope_plugin.errors import MissingFileError, nearest, shorten
 
 ASSETS = Path(__file__).parents[1] / "demo" / "assets"
 _TRUE = {"1", "ON", "YES", "TRUE"}
+_NEEDS_CONFIG = ("sae_lens", "tree")
+"""Formats that cannot be read without their JSON file."""
 
 
 def locate(
@@ -31,21 +36,22 @@ def locate(
     revision: str | None = None,
     offline: bool | None = None,
     force_download: bool = False,
-) -> Path:
-    """The parameter file of a spec, downloaded if need be.
+) -> dict[str, Path]:
+    """The files of a spec, downloaded if need be.
 
     Args:
         spec: Which dictionary.
         local_dir: Folder that mirrors the repository; looked at instead of cache and hub.
         revision: Branch, tag or commit of the repository.
         offline: Never use the network; None follows ``HF_HUB_OFFLINE``.
-        force_download: Fetch again although the file is in the cache.
+        force_download: Fetch again although the files are in the cache.
 
     Returns:
-        Path of an existing file.
+        Path in the repository to path on this machine, of every parameter file, and of the config
+        where there is one.
 
     Raises:
-        MissingFileError: It is nowhere, and may not or could not be downloaded.
+        MissingFileError: One is nowhere, and may not or could not be downloaded.
     """
     if local_dir is not None:
         return _in_folder(spec, Path(local_dir).expanduser(), "local_dir")
@@ -53,15 +59,20 @@ def locate(
         return _in_folder(spec, ASSETS / spec.repo_id.removeprefix(BUNDLED_PREFIX), "the package")
     if spec.local:
         return _in_folder(spec, Path(spec.repo_id), "the folder of the spec")
-    if not force_download and (cached := _in_cache(spec, revision)):
-        return cached
+    found: dict[str, Path] = {}
+    if not force_download:
+        found = {n: path for n in _names(spec) if (path := _in_cache(spec, n, revision))}
+    missing = [name for name in _required(spec) if name not in found]
+    if not missing:
+        return found
+    wanted = [name for name in _names(spec) if name not in found]
     if is_offline(offline):
         raise MissingFileError(
             f"{spec.release} {spec.sae_id} ({human_size(spec.nbytes)}) is not in the cache and "
-            "offline mode is on",
+            "offline mode is on" + _how_many(spec, missing),
             fix=_advice(spec, revision),
         )
-    return _from_hub(spec, revision, force_download)
+    return found | _from_hub(spec, wanted, revision, force_download)
 
 
 def is_offline(offline: bool | None = None) -> bool:
@@ -74,55 +85,105 @@ def is_offline(offline: bool | None = None) -> bool:
     return asked or bool(constants.HF_HUB_OFFLINE)
 
 
+def _names(spec: SaeSpec) -> tuple[str, ...]:
+    """All files that are of use."""
+    config = spec.config_filename
+    return (*spec.filenames, config) if config else spec.filenames
+
+
+def _required(spec: SaeSpec) -> tuple[str, ...]:
+    return _names(spec) if spec.format in _NEEDS_CONFIG else spec.filenames
+
+
+def _how_many(spec: SaeSpec, missing: list[str]) -> str:
+    n = len(_required(spec))
+    return "" if n == 1 else f"; {len(missing)} of its {n} files are missing"
+
+
 def _advice(spec: SaeSpec, revision: str | None) -> str:
     at = f" --revision {revision}" if revision else ""
-    return f"hf download {spec.repo_id} {spec.filename}{at}"
+    if len(_names(spec)) == 1:
+        return f"hf download {spec.repo_id} {spec.filename}{at}"
+    folder = spec.filename.rpartition("/")[0]
+    ending = spec.filename.rpartition(".")[2]
+    stem = spec.filename.rpartition("/")[2].partition("_layer_")[0].partition(".")[0]
+    # The pattern leaves examples.safetensors out, which is larger than many dictionaries.
+    return (
+        f"hf download {spec.repo_id} --include '{folder}/{stem}*.{ending}' "
+        f"--include '{folder}/*.json'{at}"
+    )
 
 
-def _in_folder(spec: SaeSpec, folder: Path, what: str) -> Path:
-    path = folder / spec.filename
-    if path.is_file():
-        return path
-    there = sorted(p.parent.relative_to(folder).as_posix() for p in folder.glob("**/params.npz"))
+def _in_folder(spec: SaeSpec, folder: Path, what: str) -> dict[str, Path]:
+    found = {name: folder / name for name in _names(spec) if (folder / name).is_file()}
+    missing = [name for name in _required(spec) if name not in found]
+    if not missing:
+        return found
+    path, name = folder / missing[0], missing[0].rpartition("/")[2]
+    there = sorted(p.parent.relative_to(folder).as_posix() for p in folder.glob(f"**/{name}"))
     fix = f"put the file of {spec.release} {spec.sae_id} at {str(path)!r}"
-    if spec.bundled:
+    if folder.is_relative_to(ASSETS):
         fix = "python -m gemmascope_plugin.demo.train makes the bundled files again"
     raise MissingFileError(
         f"no file {str(path)!r} in {what}",
-        exists=shorten(there, 4) if there else "no params.npz in this folder",
+        exists=shorten(there, 4) if there else f"no {name} in this folder",
         nearest=nearest(spec.path, there),
         fix=fix,
     )
 
 
-def _in_cache(spec: SaeSpec, revision: str | None) -> Path | None:
+def _in_cache(spec: SaeSpec, name: str, revision: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(spec.repo_id, spec.filename, revision=revision)
+    found = try_to_load_from_cache(spec.repo_id, name, revision=revision)
     return Path(found) if isinstance(found, str) else None
 
 
-def _from_hub(spec: SaeSpec, revision: str | None, force_download: bool) -> Path:
+def _from_hub(
+    spec: SaeSpec, wanted: list[str], revision: str | None, force_download: bool
+) -> dict[str, Path]:
+    """Fetch files one by one, the config first: it is small and may be absent."""
+    from tqdm import tqdm
+
+    n_large = sum(name in spec.filenames for name in wanted)
+    share = spec.nbytes * n_large // len(spec.filenames)
+    tqdm.write(f"downloading {spec.release} {spec.sae_id}, {human_size(share)}", file=sys.stderr)
+    found: dict[str, Path] = {}
+    for name in sorted(wanted, key=lambda name: (name in spec.filenames, wanted.index(name))):
+        optional = name not in _required(spec)
+        if path := _fetch(spec, name, revision, force_download, optional):
+            found[name] = path
+    return found
+
+
+def _fetch(
+    spec: SaeSpec, name: str, revision: str | None, force: bool, optional: bool
+) -> Path | None:
     """Fetch one file; huggingface_hub shows the progress and writes whole files only."""
     import httpx
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+    )
 
     try:
-        return Path(
-            hf_hub_download(
-                spec.repo_id, spec.filename, revision=revision, force_download=force_download
-            )
-        )
+        return Path(hf_hub_download(spec.repo_id, name, revision=revision, force_download=force))
     except GatedRepoError as fault:
         raise MissingFileError(
             f"{spec.repo_id} is gated and this machine has no access",
             fix=f"accept the terms at https://huggingface.co/{spec.repo_id}, then: hf auth login",
         ) from fault
     except (OSError, ValueError, RuntimeError, EntryNotFoundError, httpx.HTTPError) as fault:
+        absent = isinstance(fault, EntryNotFoundError)
+        if optional and absent and not isinstance(fault, LocalEntryNotFoundError):
+            return None
         reason = str(fault).strip().split("\n")[0].rstrip(".")
+        path = getattr(fault, "filename", None)
+        where = f" at {path!r}" if path else ""
         raise MissingFileError(
-            f"could not download {spec.filename} of {spec.repo_id} "
-            f"({human_size(spec.nbytes)}): {type(fault).__name__} {reason}",
+            f"could not download {name} of {spec.repo_id} "
+            f"({human_size(spec.nbytes)}): {type(fault).__name__} {reason}{where}",
             fix=_advice(spec, revision) + " on a machine with network, or load(..., local_dir=...)",
         ) from fault

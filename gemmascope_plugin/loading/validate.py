@@ -1,53 +1,98 @@
-"""Is what a file holds the dictionary that the spec describes?
+"""Is what a file declares the dictionary that the spec describes?
 
-1. Names: ``W_enc, W_dec, b_enc, b_dec, threshold``; a ``scaling_factor`` of ones may be there too.
+1. Names: those of the format; a ``scaling_factor`` of ones may be there too.  Gemma Scope 2 writes
+   ``w_enc`` and ``affine_skip_connection``; here they are ``W_enc`` and ``A``.
 2. Shapes against the spec, from the headers, before any value is read.
-3. Values: finite, and matrices not all zero, in chunks of 16 MB.
 
-Step 3 touches every page of the file once.
+Costs nothing beyond the headers; values are checked in ``integrity.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 
 from gemmascope_plugin.catalog import SaeSpec
-from gemmascope_plugin.catalog.headers import read_headers
 from gemmascope_plugin.errors import BadFileError, WidthMismatchError, shorten
+from gemmascope_plugin.loading.arrays import FLOATS, StoredArray
 
-CHUNK = 1 << 22
-MATRICES = ("W_enc", "W_dec")
 OPTIONAL = ("scaling_factor",)
+RENAMED = {"w_enc": "W_enc", "w_dec": "W_dec", "affine_skip_connection": "A"}
+"""Names in files to names here."""
+
+Shape = tuple[int, ...]
 
 
-def expected_shapes(spec: SaeSpec) -> dict[str, tuple[int, ...]]:
-    """Array name to shape, as a file of this spec must have them."""
+def renamed(arrays: Mapping[str, StoredArray]) -> dict[str, StoredArray]:
+    """The same arrays under the names that this package gives them."""
     return {
-        "W_enc": (spec.d_in, spec.d_sae),
-        "W_dec": (spec.d_sae, spec.d_out),
-        "b_enc": (spec.d_sae,),
-        "b_dec": (spec.d_out,),
-        "threshold": (spec.d_sae,),
+        RENAMED.get(name, name): replace(array, name=RENAMED.get(name, name))
+        for name, array in arrays.items()
     }
 
 
-def check_shapes(path: Path, spec: SaeSpec) -> None:
+def expected_shapes(spec: SaeSpec) -> dict[str, Shape]:
+    """Array name to shape, as each parameter file of this spec must have them."""
+    n_layers = len(spec.layers) if spec.kind in ("crosscoder", "clt") else 0
+    d_sae = spec.d_sae // max(1, n_layers)
+    shapes: dict[str, Shape] = {
+        "W_enc": (spec.d_in, d_sae),
+        "W_dec": (d_sae, n_layers, spec.d_out) if n_layers else (d_sae, spec.d_out),
+        "b_enc": (d_sae,),
+        "b_dec": (spec.d_out,),
+        "threshold": (d_sae,),
+    }
+    return {**shapes, "A": (spec.d_in, spec.d_out)} if spec.affine else shapes
+
+
+def check_arrays(
+    path: Path,
+    spec: SaeSpec,
+    arrays: Mapping[str, StoredArray],
+    expected: Mapping[str, Shape] | None = None,
+) -> None:
     """Compare the headers of a file with a spec.
 
     Args:
-        path: The ``.npz`` file.
+        path: The file, for the message.
         spec: What it should be.
+        arrays: Its headers, under the names of this package.
+        expected: Array name to shape; those of the spec when None.
 
     Raises:
-        BadFileError: Arrays are missing, unknown or have other shapes.
+        BadFileError: Arrays are missing, unknown, of another rank, length or type.
         WidthMismatchError: The file reads or writes tensors of another width.
     """
-    shapes = {name: member.shape for name, member in read_headers(path).items()}
-    expected = expected_shapes(spec)
+    expected = expected_shapes(spec) if expected is None else expected
+    shapes = {name: array.shape for name, array in arrays.items()}
+    _check_names(path, shapes, expected)
+    for name in expected:
+        if len(shapes[name]) != len(expected[name]):
+            raise _wrong_shape(path, spec, name, shapes[name], expected[name])
+    for label, given, wanted in (
+        ("d_in", shapes["W_enc"][0], spec.d_in),
+        ("d_out", shapes["W_dec"][-1], spec.d_out),
+    ):
+        if given != wanted:
+            raise WidthMismatchError(
+                f"{str(path)!r} has {label} {given}, but {spec.release} {spec.sae_id} at "
+                f"{spec.hook_in!r} of {spec.model} has {label} {wanted}",
+                fix="the file of another model or site lies here; check the folder and the spec",
+            )
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise _wrong_shape(path, spec, name, shapes[name], shape)
+        if arrays[name].dtype not in FLOATS:
+            raise BadFileError(
+                f"{name} of {str(path)!r} has type {arrays[name].dtype}, not a type of floats"
+            )
+
+
+def _check_names(path: Path, shapes: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
     missing = [name for name in expected if name not in shapes]
     unknown = [name for name in shapes if name not in expected and name not in OPTIONAL]
     if missing or unknown:
@@ -61,66 +106,14 @@ def check_shapes(path: Path, spec: SaeSpec) -> None:
             exists=shorten(shapes),
             fix=f"a file with {shorten(expected)}",
         )
-    for name in expected:
-        if len(shapes[name]) != len(expected[name]):
-            raise _wrong_shape(path, spec, name, shapes[name], expected[name])
-    for label, given, wanted in (
-        ("d_in", shapes["W_enc"][0], spec.d_in),
-        ("d_out", shapes["W_dec"][1], spec.d_out),
-    ):
-        if given != wanted:
-            raise WidthMismatchError(
-                f"{str(path)!r} has {label} {given}, but {spec.release} {spec.sae_id} at "
-                f"{spec.hook_in!r} of {spec.model} has {label} {wanted}",
-                fix="the file of another model or site lies here; check the folder and the spec",
-            )
-    for name, shape in expected.items():
-        if shapes[name] != shape:
-            raise _wrong_shape(path, spec, name, shapes[name], shape)
 
 
-def _wrong_shape(
-    path: Path, spec: SaeSpec, name: str, given: tuple[int, ...], wanted: tuple[int, ...]
-) -> BadFileError:
+def _wrong_shape(path: Path, spec: SaeSpec, name: str, given: Shape, wanted: Shape) -> BadFileError:
     return BadFileError(
         f"{name} of {str(path)!r} has shape {list(given)}, but {spec.release} {spec.sae_id} needs "
         f"{list(wanted)}",
         fix="the file of another width lies here; check the folder and the spec",
     )
-
-
-def check_values(path: Path, tensors: Mapping[str, Float[torch.Tensor, "*_"]]) -> None:
-    """Refuse values that are not finite and matrices that are all zero.
-
-    Args:
-        path: Where the tensors come from, for the message.
-        tensors: Name to tensor.
-
-    Raises:
-        BadFileError: Names the tensor and how many values are bad.
-    """
-    for name, tensor in tensors.items():
-        bad, nonzero = _count(tensor)
-        if bad:
-            raise BadFileError(
-                f"{name} of {str(path)!r} has {bad} of {tensor.numel()} values that are NaN or "
-                "infinite",
-                fix="fetch or write the file again",
-            )
-        if name in MATRICES and not nonzero:
-            raise BadFileError(
-                f"{name} of {str(path)!r} is all zero", fix="fetch or write the file again"
-            )
-
-
-def _count(tensor: Float[torch.Tensor, "*_"]) -> tuple[int, bool]:
-    """How many values are not finite, and whether any is not zero."""
-    bad, nonzero = 0, False
-    flat = tensor.reshape(-1)
-    for chunk in flat.split(CHUNK):
-        bad += chunk.numel() - int(torch.isfinite(chunk).sum())
-        nonzero = nonzero or bool(chunk.any())
-    return bad, nonzero
 
 
 def drop_scaling_factor(path: Path, tensors: dict[str, Float[torch.Tensor, "*_"]]) -> None:

@@ -2,6 +2,7 @@
 
 from gemmascope_plugin.models.gradients import gradients
 from gemmascope_plugin.models.load import load_model
+from gemmascope_plugin.models.parity import Parity, parity
 from gemmascope_plugin.models.points import (
     flatten_heads,
     hook_names,
@@ -11,11 +12,13 @@ from gemmascope_plugin.models.points import (
 from gemmascope_plugin.models.tokens import special_ids, to_tokens, token_strings
 
 __all__ = [
+    "Parity",
     "flatten_heads",
     "gradients",
     "hook_names",
     "hook_point",
     "load_model",
+    "parity",
     "restore_heads",
     "special_ids",
     "to_tokens",

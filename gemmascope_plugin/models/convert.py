@@ -1,7 +1,11 @@
-"""``HookedTransformerConfig`` of any Gemma 2 or Gemma 3 text config.
+"""What the two model classes need of a transformers Gemma: a text model, and a config.
 
-``HookedTransformer.from_pretrained`` looks Gemma's dimensions up by model *name* and cannot load
-any other shape, so the config is written out here, field by field.
+1. The multimodal checkpoints (Gemma 3 from 4B on) are cut down to their text tower, a
+   ``Gemma3ForCausalLM`` on the same tensors; the vision part is let go.
+2. ``HookedTransformer.from_pretrained`` looks Gemma's dimensions up by model *name* and cannot load
+   any other shape, so the config is written out here, field by field.
+3. Those checkpoints stretch the rotary embedding of global layers by a linear factor, which
+   ``HookedTransformer`` has a field for; any other kind of scaling is refused.
 """
 
 from __future__ import annotations
@@ -11,6 +15,22 @@ from typing import Any
 from gemmascope_plugin.errors import ModelError
 
 _ATTENTION = {"sliding_attention": "local", "full_attention": "global"}
+
+
+def text_tower(hf: Any) -> Any:
+    """The text model of a multimodal checkpoint, on its tensors; a text model as it is."""
+    if hf.config.model_type != "gemma3":
+        return hf
+    from torch import device
+    from transformers import Gemma3ForCausalLM
+
+    config = hf.config.text_config
+    config.architectures = ["Gemma3ForCausalLM"]
+    with device("meta"):  # neither memory nor random numbers; both parts are replaced
+        text = Gemma3ForCausalLM(config)
+    text.model, text.lm_head = hf.model.language_model, hf.lm_head
+    text.generation_config = hf.generation_config
+    return text.eval()
 
 
 def hooked_config(hf_config: Any, name: str) -> Any:
@@ -60,16 +80,25 @@ def hooked_config(hf_config: Any, name: str) -> Any:
 
 def _rotary(hf_config: Any, is_gemma3: bool) -> dict[str, Any]:
     rope = hf_config.rope_parameters
-    kinds = list(rope.values()) if is_gemma3 else [rope]
-    if any(kind.get("rope_type", "default") != "default" for kind in kinds):
-        raise ModelError(
-            "HookedTransformer cannot hold this model's scaled rotary embedding",
-            fix='load_model(..., backend="bridge")',
-        )
     if not is_gemma3:
+        _only(rope, "default")
         return {"rotary_base": int(rope["rope_theta"])}
+    spread, local = rope["full_attention"], rope["sliding_attention"]
+    _only(spread, "default", "linear")
+    _only(local, "default")
     return {
-        "rotary_base": int(rope["full_attention"]["rope_theta"]),
-        "rotary_base_local": int(rope["sliding_attention"]["rope_theta"]),
+        "rotary_base": int(spread["rope_theta"]),
+        "rotary_base_local": int(local["rope_theta"]),
+        "rotary_scaling_factor": float(spread.get("factor") or 1.0),
         "use_qk_norm": True,
     }
+
+
+def _only(rope: dict[str, Any], *kinds: str) -> None:
+    kind = rope.get("rope_type", "default")
+    if kind not in kinds:
+        raise ModelError(
+            f"HookedTransformer cannot hold this model's scaled rotary embedding ({kind})",
+            exists=" and ".join(kinds),
+            fix='load_model(..., backend="bridge")',
+        )

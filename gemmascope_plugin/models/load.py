@@ -1,10 +1,13 @@
 """Loads a Gemma 2 or Gemma 3 text model so that Gemma Scope dictionaries fit it.
 
-1. transformers reads config, weights and tokenizer from a local folder, the cache or the hub.
-2. The weights go into a ``HookedTransformer`` (``backend="hooked"``) or are wrapped in a
+1. The name is resolved as ``find(model=...)`` does; ``4b-it`` is ``google/gemma-3-4b-it``.
+2. transformers reads config, weights and tokenizer from a local folder, the cache or the hub; of a
+   multimodal checkpoint the text tower is kept.
+3. The weights go into a ``HookedTransformer`` (``backend="hooked"``) or are wrapped in a
    ``TransformerBridge`` (``backend="bridge"``). Nothing is folded or centred: the activations are
    those that Gemma Scope was trained on.
-3. The parameters are frozen and the model is in eval mode.
+4. The parameters are frozen and the model is in eval mode.
+5. On request, logits are compared with those of transformers (``parity.py``).
 
 Cost: two copies of the weights for a moment with ``backend="hooked"``, one with ``"bridge"``.
 """
@@ -19,12 +22,17 @@ from typing import Any, get_args
 
 import torch
 
+from gemmascope_plugin.catalog.model_names import resolve_model
+from gemmascope_plugin.catalog.tables import models
 from gemmascope_plugin.errors import MissingFileError, ModelError, check_choice
-from gemmascope_plugin.models.convert import hooked_config
+from gemmascope_plugin.models.convert import hooked_config, text_tower
+from gemmascope_plugin.models.parity import compare, fixed_tokens, last_logits
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.types import Backend
 
-_SUPPORTED = ("gemma2", "gemma3_text")
+_SUPPORTED = ("gemma2", "gemma3_text", "gemma3")
+_OWNER = "google/"
+_BUNDLED = "gemma-2-tiny"
 
 
 def load_model(
@@ -33,29 +41,61 @@ def load_model(
     backend: Backend = "hooked",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    check_parity: bool = False,
 ) -> HookedModel:
     """A TransformerLens model with raw activations, ready for Gemma Scope.
 
     Args:
-        name_or_path: Name on the hub (``gemma-2-2b`` or ``google/gemma-2-2b``) or a local Hugging
-            Face folder of any Gemma 2 or 3 text config.
+        name_or_path: Name on the hub (``google/gemma-2-2b``, ``gemma-2-2b``, ``2b``) or a local
+            Hugging Face folder of any Gemma 2 or 3 config, multimodal ones included.
         backend: ``"hooked"`` for ``HookedTransformer``, ``"bridge"`` for ``TransformerBridge``.
         device: Where the weights go.
         dtype: Type of the weights.
+        check_parity: Compare logits with transformers on a fixed sequence longer than the sliding
+            window.
 
     Returns:
-        The model, frozen, in eval mode.
+        The model, frozen, in eval mode; with ``check_parity`` the comparison, a ``Parity``, is its
+        attribute ``gemmascope_parity``.
 
     Raises:
         MissingFileError: The files are neither local nor cached and cannot be downloaded.
-        ModelError: The folder holds another architecture.
-        UnknownNameError: An unknown backend.
+        ModelError: The folder holds another architecture, or the comparison fails.
+        UnknownNameError: An unknown backend, or a name that two models share.
     """
     check_choice("backend", backend, get_args(Backend))
     hf, tokenizer, name = _from_transformers(name_or_path, dtype)
+    tokens = fixed_tokens(hf.config) if check_parity else None
+    # Before the bridge takes the model over and changes it.
+    reference = last_logits(hf, tokens) if tokens is not None else None
     build = hooked_from_hf if backend == "hooked" else bridge_from_hf
     model = build(hf, tokenizer, name)
-    return model.to(device, print_details=False).eval().requires_grad_(False)
+    model = model.to(device, print_details=False).eval().requires_grad_(False)
+    if tokens is not None and reference is not None:
+        model.gemmascope_parity = compare(model, reference, tokens).check()
+    return model
+
+
+def hub_name(name: str) -> str:
+    """The repository that a name means: ``2b`` and ``gemma-2-2b`` are ``google/gemma-2-2b``.
+
+    Args:
+        name: As typed; of another owner, or of no known model, it is taken literally.
+
+    Returns:
+        Owner and name.
+
+    Raises:
+        UnknownNameError: Two models share the name.
+    """
+    owner, slash, _ = name.rpartition("/")
+    if slash and f"{owner}/" != _OWNER:
+        return name
+    gemmas = {known for known in models().values() if known.startswith(("gemma-2-", "gemma-3-"))}
+    known = resolve_model(name, gemmas - {_BUNDLED})
+    if known is None:
+        return name if slash else f"{_OWNER}{name}"
+    return f"{_OWNER}{known}"
 
 
 def hooked_from_hf(hf: Any, tokenizer: Any, name: str) -> Any:
@@ -92,32 +132,58 @@ def bridge_from_hf(hf: Any, tokenizer: Any, name: str) -> Any:
 
 
 def _from_transformers(name_or_path: str | Path, dtype: torch.dtype) -> tuple[Any, Any, str]:
-    """Model, tokenizer and short name; errors translated into ours."""
+    """Text model, tokenizer and short name; errors translated into ours."""
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
-    folder = Path(name_or_path)
-    name = str(name_or_path)
-    source = name if folder.is_dir() or "/" in name else f"google/{name}"
+    folder = Path(name_or_path).expanduser()
+    name = str(folder)
+    if name.startswith(("/", ".", "~")) and not folder.is_dir():
+        raise MissingFileError(
+            f"There is no folder {name!r}",
+            fix="the folder that save_pretrained() wrote, or a name on the hub like gemma-2-2b",
+        )
+    source = name if folder.is_dir() else hub_name(name)
     try:
         config = AutoConfig.from_pretrained(source)
         if config.model_type not in _SUPPORTED:
             raise ModelError(
                 f"{name!r} is a {config.model_type!r} model",
                 exists="support for " + " and ".join(_SUPPORTED),
-                fix="a Gemma 2 or a text-only Gemma 3 model",
+                fix="a Gemma 2 or Gemma 3 model",
             )
         tokenizer = AutoTokenizer.from_pretrained(source)
         with _no_weight_bar() if folder.is_dir() else nullcontext():
-            hf = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, attn_implementation="eager"
-            )
+            hf = _weights(source, config, dtype)
     except (OSError, ValueError, SafetensorError) as error:
-        raise MissingFileError(
-            f"The model {name!r} could not be read ({str(error).splitlines()[0]})",
-            fix=f"a local Hugging Face folder, or `hf download {source}` with access to it",
-        ) from error
-    return hf, tokenizer, folder.name
+        raise _unreadable(name, source, folder, error) from error
+    return hf, tokenizer, Path(source).name
+
+
+def _weights(source: str, config: Any, dtype: torch.dtype) -> Any:
+    """The text model on the CPU."""
+    from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
+
+    nested = config.model_type == "gemma3"
+    model_class: Any = Gemma3ForConditionalGeneration if nested else AutoModelForCausalLM
+    return text_tower(model_class.from_pretrained(source, dtype=dtype, attn_implementation="eager"))
+
+
+def _unreadable(name: str, source: str, folder: Path, error: Exception) -> MissingFileError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if name == _BUNDLED:
+        fix = "gemmascope_plugin.tiny().model, which ships with the package"
+    elif folder.is_dir():
+        fix = "a folder with config.json, the tokenizer and whole *.safetensors files"
+    else:
+        from huggingface_hub import constants
+
+        offline = "in a shell without HF_HUB_OFFLINE, " if constants.HF_HUB_OFFLINE else ""
+        fix = (
+            f"{offline}`hf download {source}` with access to it (hf auth login), "
+            "or a local Hugging Face folder"
+        )
+    return MissingFileError(f"The model {name!r} could not be read ({reason})", fix=fix)
 
 
 @contextmanager

@@ -35,6 +35,8 @@ _D_MODEL_HOOKS = (
     "hook_attn_out",
     "hook_mlp_out",
     "ln2.hook_normalized",
+    "ln2.hook_out",
+    "mlp.hook_in",
 )
 
 

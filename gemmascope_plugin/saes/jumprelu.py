@@ -2,11 +2,13 @@
 
 1. ``pre = x @ W_enc + b_enc``; ``f = pre`` where ``pre > threshold`` and ``pre > 0``, else 0
    (arXiv 2407.14435, equation 1). The comparison runs in float32 at least.
-2. ``x_hat = f @ W_dec + b_dec``.
+2. ``x_hat = f @ W_dec + b_dec``; a transcoder with an affine skip adds ``x @ W_skip.T``, SAELens'
+   ``W_skip`` being the transpose of the matrix in Gemma Scope's files.
 3. For chosen features only their columns of ``W_enc`` and rows of ``W_dec`` are read.
 
-The functions work on the tensors of SAELens' ``JumpReLUSAE`` and ``JumpReLUTranscoder``; unlike
-their methods they never reshape, fire no hooks and keep no state.
+The functions work on the tensors of SAELens' ``JumpReLUSAE``, ``JumpReLUTranscoder`` and
+``JumpReLUSkipTranscoder``; unlike their methods they never reshape, fire no hooks and keep no state,
+and ``decode`` never forgets the skip.
 
 Cost: ``2 * tokens * d_in * d_sae`` operations each way; ``d_sae`` shrinks to the number of chosen
 features.
@@ -21,7 +23,7 @@ from jaxtyping import Float, Int
 
 from gemmascope_plugin.errors import ModelError
 
-ARCHITECTURES = ("jumprelu", "jumprelu_transcoder")
+ARCHITECTURES = ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 """SAELens architectures that these functions compute exactly."""
 
 
@@ -74,11 +76,35 @@ def encode_features(
     return jump(pre, sae.threshold[features])
 
 
+def has_skip(sae: Any) -> bool:
+    """Whether the dictionary adds a linear map of its input to what its features write."""
+    return getattr(sae, "W_skip", None) is not None
+
+
 def decode(
-    sae: Any, acts: Float[torch.Tensor, "*tokens d_sae"]
+    sae: Any,
+    acts: Float[torch.Tensor, "*tokens d_sae"],
+    x: Float[torch.Tensor, "*tokens d_in"] | None = None,
 ) -> Float[torch.Tensor, "*tokens d_out"]:
-    """``acts @ W_dec + b_dec``."""
-    return acts @ sae.W_dec + sae.b_dec
+    """``acts @ W_dec + b_dec``, plus ``x @ W_skip.T`` where there is an affine skip.
+
+    Args:
+        sae: The dictionary.
+        acts: Activations of all features.
+        x: What was encoded; needed with an affine skip, else unused.
+
+    Raises:
+        ModelError: The affine skip has no input.
+    """
+    written = acts @ sae.W_dec + sae.b_dec
+    if not has_skip(sae):
+        return written
+    if x is None:
+        raise ModelError(
+            "The transcoder has an affine skip, so decoding needs the tensor that was encoded",
+            fix="decode(sae, acts, x)",
+        )
+    return written + x.to(sae.W_skip.dtype) @ sae.W_skip.T
 
 
 def write_features(

@@ -1,10 +1,12 @@
-"""Dictionaries inside a model: splicing, editing, steering."""
+"""Dictionaries inside a model: splicing, editing, steering, verifying."""
 
 from gemmascope_plugin.splice.edits import Ablate, Add, Clamp, Edit, Scale
 from gemmascope_plugin.splice.hooked_sae import HookedSAE
+from gemmascope_plugin.splice.report import Report
 from gemmascope_plugin.splice.spliced_model import SplicedModel
 from gemmascope_plugin.splice.splicing import splice
 from gemmascope_plugin.splice.steering import Steering, steer
+from gemmascope_plugin.splice.verify import verify
 
 __all__ = [
     "Ablate",
@@ -12,9 +14,11 @@ __all__ = [
     "Clamp",
     "Edit",
     "HookedSAE",
+    "Report",
     "Scale",
     "SplicedModel",
     "Steering",
     "splice",
     "steer",
+    "verify",
 ]

@@ -1,7 +1,8 @@
 """A dictionary with hook points, run at its site.
 
 What flows on, with ``y`` the tensor at the output site, ``f`` the features of the tensor at the input
-site, ``f'`` the edited ones, ``D(f) = f @ W_dec + b_dec`` and ``e = y - D(f)``:
+site, ``f'`` the edited ones, ``D(f) = f @ W_dec + b_dec`` (plus ``x @ A`` for a transcoder with an
+affine skip, whatever the edits) and ``e = y - D(f)``:
 
 * ``keep``: ``D(f') + e``. Value and gradient are those of the real model: ``f`` and ``e`` are leaves
   that collect gradients, and ``y`` receives the full gradient of the output (straight-through, Marks
@@ -45,7 +46,8 @@ class HookedSAE(torch.nn.Module):
     """Gives an SAE or transcoder its hook points and runs it at its site.
 
     Args:
-        sae: SAELens ``JumpReLUSAE`` or ``JumpReLUTranscoder``; its parameters are frozen.
+        sae: SAELens ``JumpReLUSAE``, ``JumpReLUTranscoder`` or ``JumpReLUSkipTranscoder``; its
+            parameters are frozen.
         error: What becomes of the reconstruction error, see the module's first lines.
         exclude: Special tokens by name (``"bos"``, ``"eos"``, ``"pad"``) or id that are left alone.
             Gemma Scope was trained without them.
@@ -140,14 +142,16 @@ class HookedSAE(torch.nn.Module):
             # the error is that of the real features, whatever hooks made of input and pre-activations
             same = read is x and pre is unhooked
             real = acts if same else saes.encode(self.sae, x) * keep[..., None]
-            recons = saes.decode(self.sae, real)
+            recons = saes.decode(self.sae, real, x)
             error = target - recons
         start = _leaf(acts, detach=self.error == "keep")
         edited = start
         if edits:
             edited = apply_edits(edits, start, range(self.d_sae)) * keep[..., None]
         edited = self.sub_hook("hook_sae_acts_post")(edited)
-        out = self.sub_hook("hook_sae_recons")(saes.decode(self.sae, edited))
+        # With the error kept, y carries the whole gradient already, that of the skip included.
+        skipped = read.detach() if self.error == "keep" else read
+        out = self.sub_hook("hook_sae_recons")(saes.decode(self.sae, edited, skipped))
         if self.error != "drop":
             # Written as differences, so that what nobody changed adds exactly nothing to the stream.
             changes = self.sub_hook("hook_sae_error")(_leaf(error, detach=True)) - error

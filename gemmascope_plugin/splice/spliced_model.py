@@ -21,6 +21,7 @@ from gemmascope_plugin.errors import (
 )
 from gemmascope_plugin.models import hook_point, to_tokens
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.sites import Reading, reading
 from gemmascope_plugin.splice.hooked_sae import SUB_HOOKS, HookedSAE
 from gemmascope_plugin.splice.token_mask import refuse_empty
 
@@ -159,14 +160,15 @@ class SplicedModel:
         """
         cache: dict[str, torch.Tensor] = {}
 
-        def store(name: str) -> HookFn:
+        def store(read: Reading) -> HookFn:
             def hook_fn(activation: torch.Tensor, hook: Any) -> None:
-                cache[name] = activation.detach()
+                cache[read.name] = read(activation.detach())
 
             return hook_fn
 
         names = self._select(names_filter)
-        with self.hooks([(name, store(name)) for name in names]):
+        readings = [self._reading(name) for name in names]
+        with self.hooks([(read.hook, store(read)) for read in readings]):
             logits = self(text, **kwargs)
         silent = [name for name in names if name not in cache]
         if silent and names_filter is not None and not callable(names_filter):
@@ -181,6 +183,11 @@ class SplicedModel:
         names = [*self.model.hook_dict, *self.sub_hooks]
         live = [name for name in names if self._fires(name)]
         return [name for name in live if names_filter is None or names_filter(name)]
+
+    def _reading(self, name: str) -> Reading:
+        """Hooks as they fire; a tensor that this model class has no hook for, from its neighbour."""
+        known = name in self.sub_hooks or name in self.model.hook_dict or ".hook_sae_" in name
+        return Reading(name, name) if known else reading(self.model, name)
 
     def _fires(self, name: str) -> bool:
         try:

@@ -2,8 +2,9 @@
 
 1. Everything is checked before anything is touched: hooks, widths, edits.
 2. Each dictionary gets one forward hook at its output point and, if its input is another tensor, one
-   at its input point. No module is replaced, so other hooks at the same points keep working; several
-   dictionaries at one point run in the given order.
+   at its input point; where the model class has no hook with that tensor, at the one before the
+   norm's gain, which is then applied (``models/sites.py``). No module is replaced, so other hooks at
+   the same points keep working; several dictionaries at one point run in the given order.
 3. At exit every hook is removed, exceptions included. A dictionary whose hook never fired although
    the model ran is an error.
 
@@ -27,6 +28,7 @@ from gemmascope_plugin.errors import (
 from gemmascope_plugin.models import hook_point, special_ids
 from gemmascope_plugin.models.points import width_at
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.sites import reading
 from gemmascope_plugin.splice.edits import Edit
 from gemmascope_plugin.splice.hooked_sae import HookedSAE
 from gemmascope_plugin.splice.spliced_model import SplicedModel
@@ -60,7 +62,8 @@ def splice(
         The spliced model: call it, or ``run_with_cache``, ``run_with_hooks``, ``generate``.
 
     Raises:
-        MissingHookError: The model lacks a dictionary's hook.
+        MissingHookError: The model lacks a dictionary's hook, or its norms were folded and the
+            dictionary reads one with its gain.
         WidthMismatchError: A dictionary of another width than the tensor at its site.
         FeatureIndexError: An edit names a feature outside its dictionary.
         HookNotFiredError: The model ran and a dictionary was never reached.
@@ -142,8 +145,9 @@ def _name(named: Any) -> str:
 def _check_site(model: HookedModel, sae: HookedSAE) -> None:
     widths = ((sae.hook_in, sae.sae.W_enc.shape[0]), (sae.hook_out, sae.sae.W_dec.shape[1]))
     special_ids(model, sae.exclude)
+    hook_point(model, sae.hook_out)
+    reading(model, sae.hook_in)
     for name, width in widths:
-        hook_point(model, name)
         there = width_at(model, name)
         if there is not None and there != width:
             raise WidthMismatchError(
@@ -165,9 +169,10 @@ def _attach(
 ) -> None:
     """Adds the hooks of one dictionary; the stack removes them."""
     captured: list[torch.Tensor] = []
+    read = reading(model, sae.hook_in)
 
     def capture(x: torch.Tensor, hook: Any) -> None:
-        captured[:] = [x]
+        captured[:] = [read(x)]
 
     def replace(y: torch.Tensor, hook: Any) -> torch.Tensor:
         if sae.is_transcoder and not captured:
@@ -179,7 +184,7 @@ def _attach(
         return sae(x, y, mask.keep(sae, y), edits)
 
     if sae.is_transcoder:
-        _add(stack, hook_point(model, sae.hook_in), capture)
+        _add(stack, hook_point(model, read.hook), capture)
     _add(stack, hook_point(model, sae.hook_out), replace)
 
 

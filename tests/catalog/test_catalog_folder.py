@@ -1,5 +1,7 @@
 """SaeSpec.from_folder and the header reader under it."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -47,7 +49,7 @@ def test_only_headers_are_read(tmp_path) -> None:
 
 
 def test_errors_name_what_there_is(tmp_path) -> None:
-    with pytest.raises(MissingFileError, match=r"no file '.*params\.npz'\. Try: check the folder"):
+    with pytest.raises(MissingFileError, match=r"no file '.*params\.npz'\. There is: nothing in"):
         SaeSpec.from_folder(tmp_path, model="m", site="res", layer=0)
     write(tmp_path)
     with pytest.raises(UnknownNameError, match=r"no site 'rez'\. There is: res, att, mlp, embed"):
@@ -74,4 +76,56 @@ def test_the_card_is_escaped_and_self_contained(tmp_path) -> None:
     assert "6 -&gt; 16 -&gt; 6" in html and "blocks.3.hook_resid_post" in html
     assert "<script" not in html and "http" not in html
     transcoder = SaeSpec.from_folder(write(tmp_path), model="m", site="transcoder", layer=3)
-    assert "blocks.3.hook_mlp_out (reconstructed)" in transcoder._repr_html_()
+    assert "ln2.hook_normalized, without the gain of the norm" in transcoder._repr_html_()
+
+
+def safetensors(folder, shapes, cut=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    end, rows = 0, {"__metadata__": {"format": "pt"}}
+    for name, shape in shapes.items():
+        size = 4 * int(np.prod(shape))
+        rows[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    header = json.dumps(rows).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(end)
+    (folder / "params.safetensors").write_bytes(data[:cut])
+    return folder
+
+
+SHAPES = {
+    **{"w_enc": (6, 16), "w_dec": (16, 5), "b_enc": (16,), "b_dec": (5,), "threshold": (16,)},
+    "affine_skip_connection": (6, 5),
+}
+
+
+def test_a_folder_of_the_second_suite_reads_the_tensor_with_gain(tmp_path) -> None:
+    folder = safetensors(tmp_path, SHAPES)
+    spec = SaeSpec.from_folder(folder, model="m", site="transcoder", layer=3)
+    assert (spec.d_in, spec.d_sae, spec.d_out, spec.affine) == (6, 16, 5, True)
+    assert (spec.format, spec.gain, spec.hook_in) == (
+        *("gemma-scope-2", "with", "blocks.3.mlp.hook_in"),
+    )
+    assert spec.nbytes == 4 * (16 * 13 + 5 + 30) and spec.filename == "params.safetensors"
+    plain = SaeSpec.from_folder(folder, model="m", site="transcoder", layer=3, gain="without")
+    assert plain.hook_in == "blocks.3.ln2.hook_normalized"
+    assert SaeSpec.from_folder(folder, model="m", site="res", layer=3).gain == "without"
+
+
+@pytest.mark.parametrize("cut", [0, 5, 20])
+def test_a_truncated_header_is_an_error(tmp_path, cut) -> None:
+    safetensors(tmp_path, SHAPES, cut=cut)
+    with pytest.raises(BadFileError, match="truncated or not a safetensors file|no matching"):
+        SaeSpec.from_folder(tmp_path, model="m", site="res", layer=0)
+
+
+@pytest.mark.parametrize(
+    "text", [b"[]", b'{"a": 1}', b'{"a": {"shape": 3}}', b'{"a": {"shape": [-1]}}']
+)
+def test_an_odd_header_is_an_error(tmp_path, text) -> None:
+    data = len(text).to_bytes(8, "little") + text
+    (tmp_path / "params.safetensors").write_bytes(data)
+    with pytest.raises(BadFileError):
+        SaeSpec.from_folder(tmp_path, model="m", site="res", layer=0)
+    (tmp_path / "params.safetensors").write_bytes((1 << 40).to_bytes(8, "little"))
+    with pytest.raises(BadFileError, match="claims a header of"):
+        SaeSpec.from_folder(tmp_path, model="m", site="res", layer=0)

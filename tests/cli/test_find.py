@@ -13,7 +13,10 @@ from gemmascope_plugin.catalog import find
 from gemmascope_plugin.cli.app import app
 from gemmascope_plugin.cli.find import table
 
-ARGUMENTS = ["find", "--model", "gemma-2-2b", "--site", "res", "--layer", "20"]
+ARGUMENTS = [
+    *("find", "--model", "gemma-2-2b", "--site", "res", "--layer", "20"),
+    *("--release", "gemma-scope-2b-pt-res"),
+]
 
 
 def run(*arguments: str) -> str:
@@ -23,10 +26,11 @@ def run(*arguments: str) -> str:
 
 
 def test_table_holds_every_match() -> None:
-    specs = find(model="gemma-2-2b", site="res", layer=20)
+    specs = find(release="gemma-scope-2b-pt-res", layer=20)
     lines = run(*ARGUMENTS).splitlines()
     assert lines[0].split() == [
-        *("model", "kind", "site", "layer", "width", "l0", "size", "release", "sae_id")
+        *("model", "kind", "site", "layer", "width", "l0", "size", "provenance"),
+        *("release", "sae_id"),
     ]
     assert [line.split()[-1] for line in lines[1:-2]] == [spec.sae_id for spec in specs]
     assert lines[-1].startswith(f"{len(specs)} dictionaries")
@@ -35,7 +39,7 @@ def test_table_holds_every_match() -> None:
 
 def test_json_is_the_specs() -> None:
     printed = json.loads(run(*ARGUMENTS, "--width", "16k", "--json"))
-    specs = find(model="gemma-2-2b", site="res", layer=20, width="16k")
+    specs = find(release="gemma-scope-2b-pt-res", layer=20, width="16k")
     assert [each["sae_id"] for each in printed] == [spec.sae_id for spec in specs]
     assert printed[0]["hook_in"] == specs[0].hook_in
 
@@ -45,6 +49,22 @@ def test_l0_as_a_number_and_as_words(l0: str) -> None:
     lines = run(*ARGUMENTS, "--width", "16k", "--l0", l0).splitlines()
     assert lines[-1].startswith("1 dictionary")
     assert lines[1].endswith("layer_20/width_16k/average_l0_71")
+
+
+def test_a_range_of_l0_and_the_flags_of_gemma_scope_2() -> None:
+    lines = run(*ARGUMENTS, "--width", "16k", "--l0", "30-150").splitlines()
+    assert [line.split()[5] for line in lines[1:-2]] == ["38", "71*", "139"]
+    gs2 = ("find", "--model", "4b-it", "--site", "transcoder", "--layer", "9", "--width", "16k")
+    lines = run(*gs2, "--l0", "small", "--affine").splitlines()
+    assert [line.split()[-1] for line in lines[1:-2]] == [
+        *("transcoder/layer_9_width_16k_l0_small_affine", "layer_9_width_16k_l0_small_affine"),
+    ]
+    assert run(*gs2, "--l0", "small", "--no-affine", "--variant", "all").splitlines()[-1] == (
+        "1 dictionary"
+    )
+    lines = run("find", "--model", "1b", "--kind", "clt", "--provenance", "derived").splitlines()
+    assert lines[-1] == "8 dictionaries (derived: not seen in a listing)"
+    assert lines[1].split()[3:6] == ["0-25", "262k", "medium"]
 
 
 def test_no_torch_and_no_pandas() -> None:

@@ -23,6 +23,14 @@ class Suite:
         return self.assets / found.release / found.filename
 
 
+@pytest.fixture(autouse=True)
+def own_home(tmp_path_factory, monkeypatch) -> Path:
+    """No test reads or writes the user's cache folder."""
+    folder = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("GEMMASCOPE_HOME", str(folder))
+    return folder
+
+
 @pytest.fixture
 def suite(tmp_path, monkeypatch) -> Iterator[Suite]:
     specs = {
@@ -32,8 +40,6 @@ def suite(tmp_path, monkeypatch) -> Iterator[Suite]:
     }
     folder = tmp_path / "tables"
     folder.mkdir()
-    for table in tables.TABLES.glob("gemma-scope-2b-*.json"):
-        (folder / table.name).write_text(table.read_text())
     for one in specs.values():
         tables.dump_release([one], folder=folder)
     monkeypatch.setattr(tables, "TABLES", folder)
@@ -41,16 +47,11 @@ def suite(tmp_path, monkeypatch) -> Iterator[Suite]:
     made = Suite(tmp_path / "assets", specs)
     for name in specs:
         save(made.file(name), **arrays())
-    clear_tables()
+    tables.clear_caches()
     yield made
     monkeypatch.undo()
-    clear_tables()
+    tables.clear_caches()
     forget_releases(s.release for s in specs.values())
-
-
-def clear_tables() -> None:
-    for cached in (tables._files, tables.tables, tables.canonical_releases):
-        cached.cache_clear()
 
 
 def forget_releases(names: Iterable[str]) -> None:

@@ -45,6 +45,26 @@ def test_it_is_idempotent_and_survives_a_cleared_cache(suite) -> None:
     assert directory() == once
 
 
+def test_what_a_refreshed_catalog_adds_is_registered(monkeypatch) -> None:
+    from dataclasses import replace
+    from importlib import import_module
+
+    from gemmascope_plugin.catalog import tables
+
+    register()
+    release = "gemma-scope-2b-pt-transcoders"
+    assert "found/later" not in directory()[release].saes_map
+    more = (*tables.specs_of(release), replace(find(release=release)[0], sae_id="found/later"))
+    tables.clear_caches()
+    monkeypatch.setattr(
+        import_module("gemmascope_plugin.loading.register"),
+        "specs_of",
+        lambda name: more if name == release else tables.specs_of(name),
+    )
+    register()
+    assert directory()[release].saes_map.pop("found/later") == more[0].path
+
+
 def test_rows_of_saelens_are_kept_and_only_pointed_at_our_loader(suite) -> None:
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
@@ -53,13 +73,31 @@ def test_rows_of_saelens_are_kept_and_only_pointed_at_our_loader(suite) -> None:
     register()
     for release, row in before.items():
         after = directory()[release]
-        if release in releases():
-            assert after.conversion_func == "gemmascope"
-            assert after.config_overrides == {"gemmascope_release": release}
-            after = copy.copy(after)
-            after.conversion_func = row.conversion_func
-            after.config_overrides = row.config_overrides
-        assert after == row
+        if not release.startswith("gemma-scope"):
+            assert after == row  # SAELens' own format stays with SAELens' own loader
+            continue
+        assert after.conversion_func == "gemmascope"
+        assert after.config_overrides == {"gemmascope_release": release}
+        assert (after.release, after.repo_id) == (row.release, row.repo_id)
+        assert row.saes_map.items() <= after.saes_map.items()
+        assert row.neuronpedia_id.items() <= after.neuronpedia_id.items()
+
+
+def test_what_saelens_declares_wrongly_is_set_right() -> None:
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    get_pretrained_saes_directory.cache_clear()
+    release, sae_id = "gemma-scope-9b-pt-res-canonical", "layer_20/width_524k/canonical"
+    assert directory()[release].expected_l0[sae_id] == 78  # the folder is average_l0_48
+    assert directory()[release].expected_l0["layer_20/width_16k/canonical"] == 0
+    assert directory()["gemma-scope-9b-it-res"].model == "gemma-2-9b"
+    assert "gemma-scope-2-1b-pt-clts" not in directory()
+    register()
+    assert directory()[release].expected_l0[sae_id] == 48
+    assert directory()[release].expected_l0["layer_20/width_16k/canonical"] == 68
+    assert directory()["gemma-scope-9b-it-res"].model == "gemma-2-9b-it"
+    assert directory()["gemma-scope-2-4b-it-res"].model == "google/gemma-3-4b-it"
+    assert len(directory()["gemma-scope-2-1b-pt-clts"].saes_map) == 8
 
 
 def test_configs_need_no_file_and_keep_l0_and_neuronpedia_id(suite) -> None:
@@ -74,6 +112,12 @@ def test_configs_need_no_file_and_keep_l0_and_neuronpedia_id(suite) -> None:
     assert (meta["release"], meta["sae_id"]) == (release, sae_id)
     for name in (r for r in releases() if r.startswith("gemma-scope")):
         first = find(release=name)[0]
+        if first.kind in ("crosscoder", "clt"):
+            with pytest.raises(
+                GemmaScopeError, match="SAELens has no class.*gemmascope_plugin.load"
+            ):
+                load_sae_config_from_huggingface(name, first.sae_id)
+            continue
         cfg = load_sae_config_from_huggingface(name, first.sae_id)
         assert (cfg["d_in"], cfg["metadata"]["hook_name"]) == (first.d_in, first.hook_in)
 

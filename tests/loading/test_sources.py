@@ -8,7 +8,8 @@ from gemmascope_plugin.errors import MissingFileError
 from gemmascope_plugin.loading.sources import is_offline, locate
 
 REMOTE = {"repo_id": "google/gemma-scope-test", "release": "gemma-scope-test"}
-COMMAND = "hf download google/gemma-scope-test layer_1/width_24/average_l0_7/params.npz"
+FILE = "layer_1/width_24/average_l0_7/params.npz"
+COMMAND = f"hf download google/gemma-scope-test {FILE}"
 
 
 def message(*args, **kwargs) -> str:
@@ -19,9 +20,9 @@ def message(*args, **kwargs) -> str:
 
 def test_the_cache_is_used_without_a_request(hub_cache) -> None:
     path = hub_cache(spec(**REMOTE), **arrays())
-    assert locate(spec(**REMOTE)) == path
+    assert locate(spec(**REMOTE)) == {FILE: path}
     other = hub_cache(spec(**REMOTE), revision="v2", **arrays())
-    assert locate(spec(**REMOTE), revision="v2") == other != path
+    assert locate(spec(**REMOTE), revision="v2") == {FILE: other} and other != path
 
 
 def test_offline_says_which_command_fetches_the_file(hub_cache) -> None:
@@ -88,7 +89,8 @@ def test_only_the_needed_file_is_asked_for(hub_cache, monkeypatch, tmp_path) -> 
         return str(tmp_path / "x")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert locate(spec(**REMOTE), revision="v2", offline=False) == tmp_path / "x"
+    found = locate(spec(**REMOTE), revision="v2", offline=False)
+    assert found == {FILE: tmp_path / "x"}
     assert asked == [
         (
             "google/gemma-scope-test",
@@ -112,4 +114,42 @@ def test_a_missing_bundled_file_names_the_command_that_makes_it(suite) -> None:
     text = message(suite.specs["res"])
     assert text.endswith(
         "Try: python -m gemmascope_plugin.demo.train makes the bundled files again"
+    )
+
+
+def test_an_interrupted_download_goes_on_with_what_is_missing(hub_cache, tmp_path, monkeypatch):
+    import huggingface_hub
+    from gemma_scope_2_files import multi_spec, put_multi
+
+    one, asked, broken = multi_spec("clt"), [], ["params_layer_1.safetensors"]
+    put_multi(tmp_path / "mirror", one)
+    cache = tmp_path / "hub" / f"models--{one.repo_id.replace('/', '--')}"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+
+    def download(repo_id, filename, **kwargs):
+        asked.append(filename.rpartition("/")[2])
+        if asked[-1] in broken:
+            raise OSError(28, "No space left on device", str(cache / "blobs" / "x.incomplete"))
+        target = cache / "snapshots" / ("0" * 40) / filename
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((tmp_path / "mirror" / filename).read_bytes())
+        return str(target)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    text = message(one, offline=False)
+    assert "No space left on device" in text and "x.incomplete'" in text
+    assert "; 2 of its 3 files are missing" in message(one)
+    broken.clear()
+    asked.clear()
+    assert set(locate(one, offline=False)) == {*one.filenames, one.config_filename}
+    assert asked == ["params_layer_1.safetensors", "params_layer_2.safetensors"]
+
+
+def test_a_bundled_dictionary_in_a_folder_of_the_user_says_where_its_file_belongs(tmp_path) -> None:
+    bundled = spec()
+    assert bundled.bundled
+    text = message(bundled, local_dir=tmp_path)
+    assert text.endswith(
+        f"Try: put the file of {bundled.release} {bundled.sae_id} at {str(tmp_path / FILE)!r}"
     )

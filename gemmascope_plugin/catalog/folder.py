@@ -1,0 +1,151 @@
+"""What a local folder says about the dictionary in it: shapes from file headers, L0 from its name.
+
+1. ``params.npz`` is read as Gemma Scope 1 lays it out, ``params.safetensors`` as Gemma Scope 2 does.
+2. Site and kind are words of the user; a transcoder's input follows from the layout unless the user
+   says whether the norm's gain is in it.
+3. The header of a safetensors file is a length and JSON; shapes alone are taken from it.
+
+Reads a few kB and none of the values.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from gemmascope_plugin.catalog.sites import (
+    GAINED_HOOK,
+    HOOKS,
+    KINDS,
+    PARAMETER_FILES,
+    SITE_ALIASES,
+    SITES,
+    Format,
+    Gain,
+    hooks,
+    raw_nbytes,
+    width_label,
+)
+from gemmascope_plugin.errors import (
+    BadFileError,
+    MissingFileError,
+    UnknownNameError,
+    nearest,
+    shorten,
+)
+from gemmascope_plugin.types import Kind, Site
+
+MAX_HEADER = 1 << 20
+"""Real headers of five tensors have a few hundred bytes."""
+SKIP = "affine_skip_connection"
+
+
+def folder_fields(
+    path: str | Path, *, model: str, site: str, layer: int, kind: str, gain: Gain | None
+) -> dict[str, Any]:
+    """The fields of a spec for a folder; `SaeSpec.from_folder` documents them."""
+    known_kind, known_site = _known(kind, site)
+    folder = Path(path).expanduser().resolve()
+    layout = _layout(folder)
+    d_in, d_sae, d_out, affine = _shapes(folder, layout)
+    hook_in, hook_out = hooks(known_kind, known_site, layer)
+    by_layout: Gain = "with" if layout == "gemma-scope-2" else "without"
+    given: Gain = (gain or by_layout) if known_kind == "transcoder" else "without"
+    if given == "with":
+        hook_in = GAINED_HOOK.format(layer=layer)
+    l0 = re.fullmatch(r"average_l0_(\d+(?:\.\d+)?)", folder.name)
+    return {
+        "release": "local",
+        "sae_id": folder.as_posix(),
+        "repo_id": folder.as_posix(),
+        "path": ".",
+        "model": model,
+        "kind": known_kind,
+        "site": known_site,
+        "layer": layer,
+        "width": width_label(d_sae),
+        "d_in": d_in,
+        "d_out": d_out,
+        "d_sae": d_sae,
+        "l0": float(l0[1]) if l0 else None,
+        "hook_in": hook_in,
+        "hook_out": hook_out,
+        "nbytes": raw_nbytes(d_in, d_out, d_sae, affine=affine),
+        "affine": affine,
+        "format": layout,
+        "gain": given,
+    }
+
+
+def _known(kind: str, site: str) -> tuple[Kind, Site]:
+    """The kind and the site meant by two words."""
+    word = site.lower()
+    if word in ("transcoder", "transcoders"):
+        return "transcoder", "mlp"
+    if word not in SITE_ALIASES:
+        raise UnknownNameError(
+            f"no site {site!r}", exists=shorten(SITES), nearest=nearest(site, SITE_ALIASES)
+        )
+    known_site = SITE_ALIASES[word]
+    for known_kind in KINDS:
+        if known_kind == kind and (known_kind, known_site) in HOOKS:
+            return known_kind, known_site
+    raise UnknownNameError(
+        f"no dictionary of kind {kind!r} at site {known_site!r}",
+        exists=shorten(f"{k} at {s}" for k, s in HOOKS),
+        nearest=nearest(kind, {k for k, s in HOOKS if s == known_site}),
+    )
+
+
+def _layout(folder: Path) -> Format:
+    layouts: tuple[Format, ...] = ("npz", "gemma-scope-2")
+    for layout in layouts:
+        if (folder / PARAMETER_FILES[layout]).is_file():
+            return layout
+    names = shorten(PARAMETER_FILES[layout] for layout in layouts)
+    there = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    raise MissingFileError(
+        f"no file {str(folder / PARAMETER_FILES['npz'])!r}",
+        exists=shorten(there) if there else "nothing in this folder",
+        fix=f"check the folder; it needs one of {names}",
+    )
+
+
+def _shapes(folder: Path, layout: Format) -> tuple[int, int, int, bool]:
+    """``d_in, d_sae, d_out`` of a file, and whether it has an affine skip."""
+    file = folder / PARAMETER_FILES[layout]
+    if layout == "npz":
+        # Here, because zipfile is a third of the catalog's import time and only this needs it.
+        from gemmascope_plugin.catalog.headers import read_headers
+
+        shapes = {name: member.shape for name, member in read_headers(file).items()}
+    else:
+        shapes = {re.sub("^w_", "W_", name): shape for name, shape in _safetensors(file).items()}
+    encoder, decoder = shapes.get("W_enc", ()), shapes.get("W_dec", ())
+    if len(encoder) != 2 or len(decoder) != 2 or encoder[1] != decoder[0]:
+        raise BadFileError(
+            f"{str(file)!r} has no matching matrices W_enc [d_in, d_sae] and W_dec [d_sae, d_out]",
+            exists=shorten(f"{name} {list(shape)}" for name, shape in shapes.items()),
+        )
+    return encoder[0], encoder[1], decoder[1], SKIP in shapes
+
+
+def _safetensors(file: Path) -> dict[str, tuple[int, ...]]:
+    """Name to shape, from the header."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > MAX_HEADER:
+                raise ValueError(f"it claims a header of {length} bytes")
+            header = json.loads(stream.read(length))
+        rows = {name: row["shape"] for name, row in header.items() if name != "__metadata__"}
+        if not all(type(n) is int and n >= 0 for shape in rows.values() for n in shape):
+            raise ValueError("a shape is not a list of sizes")
+        return {name: tuple(shape) for name, shape in rows.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as fault:
+        raise BadFileError(
+            f"cannot read {str(file)!r}: it is truncated or not a safetensors file ({fault})",
+            fix="fetch or write the file again",
+        ) from fault

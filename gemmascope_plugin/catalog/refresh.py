@@ -1,0 +1,203 @@
+"""``refresh()``: ask the hub what the repositories hold, and remember how the tables differ.
+
+1. Every repository of the catalog (or those named) is listed once; no file is downloaded.
+2. A dictionary is there when all of its parameter files are.  Entries that are there become "listed",
+   entries that are not are dropped, and folders of the known patterns that no table names are added.
+3. The differences are written at the end, in one file that appears whole or not at all; interrupted
+   runs change nothing.  ``find()`` uses it from then on, in every process.
+
+Costs one listing per repository, some seconds each for the large ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import gemmascope_plugin.catalog.manifest as manifest
+import gemmascope_plugin.catalog.tables as tables
+from gemmascope_plugin.catalog.cards import table
+from gemmascope_plugin.catalog.manifest import Listing
+from gemmascope_plugin.catalog.patterns import spec_of_folder
+from gemmascope_plugin.catalog.sites import PARAMETER_FILES
+from gemmascope_plugin.catalog.spec import SaeSpec
+from gemmascope_plugin.errors import (
+    BadFileError,
+    MissingFileError,
+    UnknownNameError,
+    nearest,
+    shorten,
+)
+
+COLUMNS = ("repository", "there", "confirmed", "missing", "added", "not understood")
+_TRUE = {"1", "ON", "YES", "TRUE"}
+_PARAMETERS = tuple(name.format(0) for name in PARAMETER_FILES.values())
+_FIX = "gemmascope refresh on a machine with network; find() works without it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepositoryReport:
+    """What the listing of one repository showed."""
+
+    repo_id: str
+    there: int
+    """Dictionaries that exist."""
+    confirmed: int
+    """Of these, entries that had been derived from the pattern only."""
+    missing: tuple[str, ...]
+    """Folders of the tables that do not exist."""
+    added: tuple[str, ...]
+    """Folders of a known pattern that the tables lack."""
+    unknown: tuple[str, ...]
+    """Folders with parameters whose names follow no known pattern; not used."""
+
+
+@dataclass(frozen=True)
+class RefreshReport:
+    """All repositories, and where the differences were written."""
+
+    repositories: tuple[RepositoryReport, ...]
+    path: Path
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Cells for a table, in the order of ``COLUMNS``."""
+        return [
+            (
+                r.repo_id,
+                *map(str, (r.there, r.confirmed, len(r.missing), len(r.added), len(r.unknown))),
+            )
+            for r in self.repositories
+        ]
+
+    def __repr__(self) -> str:
+        lines = [COLUMNS, *self.rows()]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = "\n".join(
+            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+        return f"{text}\nwritten to {self.path}"
+
+    def _repr_html_(self) -> str:
+        return table(COLUMNS, self.rows(), f"written to {self.path}")
+
+
+def refresh(*, repos: Sequence[str] | None = None, progress: bool = True) -> RefreshReport:
+    """List the repositories on the hub, and correct the catalog of this user by what is there.
+
+    Args:
+        repos: Repositories to list, e.g. ``["google/gemma-scope-2-27b-pt"]``; all of them by default.
+            What earlier runs found about others is kept.
+        progress: Show a progress bar.
+
+    Returns:
+        Per repository, what is there, confirmed, missing and added.
+
+    Raises:
+        UnknownNameError: A repository that the catalog has nothing of.
+        MissingFileError: The hub may not or could not be asked.
+        BadFileError: A repository holds nothing that was expected, so its layout must have changed.
+    """
+    known = tables.repositories()
+    wanted = list(known) if repos is None else list(repos)
+    for repo_id in wanted:
+        if repo_id not in known:
+            raise UnknownNameError(
+                f"no repository {repo_id!r} in the catalog",
+                exists=shorten(known, 12),
+                nearest=nearest(repo_id, known),
+            )
+    api = _api()
+    found = dict(manifest.listings())
+    reports = []
+    for repo_id in _with_progress(wanted, progress):
+        specs = [s for release in known[repo_id] for s in tables.built_in(release)]
+        report = compare(repo_id, specs, _files_of(api, repo_id))
+        reports.append(report)
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        found[repo_id] = Listing(listed_at=now, missing=report.missing, added=report.added)
+    path = manifest.write(found)
+    tables.clear_caches()
+    return RefreshReport(tuple(reports), path)
+
+
+def forget() -> bool:
+    """Remove what refreshes found; False when there was nothing."""
+    existed = manifest.remove()
+    tables.clear_caches()
+    return existed
+
+
+def compare(repo_id: str, specs: Iterable[SaeSpec], files: Iterable[str]) -> RepositoryReport:
+    """The tables against a list of files.
+
+    Args:
+        repo_id: Repository.
+        specs: All that the tables have of it.
+        files: Paths of all files in it.
+
+    Raises:
+        BadFileError: Not one expected dictionary is there.
+    """
+    paths = set(files)
+    here = [spec for spec in specs if paths.issuperset(spec.filenames)]
+    known = {spec.path for spec in specs}
+    there = {spec.path for spec in here}
+    if not here:
+        raise BadFileError(
+            f"none of the {len(known)} expected folders is in {repo_id}",
+            exists=shorten(sorted(paths), 4) or "no file",
+            fix="nothing was changed; a newer version of this package may know the new layout",
+        )
+    folders = {
+        PurePosixPath(p).parent.as_posix() for p in paths if PurePosixPath(p).name in _PARAMETERS
+    }
+    other = sorted(folders - known)
+    added = [path for path in other if spec_of_folder(repo_id, path) is not None]
+    return RepositoryReport(
+        repo_id=repo_id,
+        there=len(there) + len(added),
+        confirmed=sum(spec.provenance == "derived" for spec in here),
+        missing=tuple(sorted(known - there)),
+        added=tuple(added),
+        unknown=tuple(sorted(set(other) - set(added))),
+    )
+
+
+def _api() -> Any:
+    """huggingface_hub's client, if the network may be used."""
+    from huggingface_hub import HfApi, constants
+
+    asked = os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
+    if asked or constants.HF_HUB_OFFLINE:
+        raise MissingFileError(
+            "the repositories cannot be listed: offline mode is on (HF_HUB_OFFLINE)",
+            fix=f"unset HF_HUB_OFFLINE, then {_FIX}",
+        )
+    return HfApi()
+
+
+def _files_of(api: Any, repo_id: str) -> list[str]:
+    """Paths of all files of a repository."""
+    import httpx
+
+    try:
+        return list(api.list_repo_files(repo_id))
+    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as fault:
+        reason = str(fault).strip().split("\n")[0].rstrip(".")
+        raise MissingFileError(
+            f"could not list {repo_id}: {type(fault).__name__} {reason}. Nothing was changed",
+            fix=_FIX,
+        ) from fault
+
+
+def _with_progress(repos: Sequence[str], progress: bool) -> Iterable[str]:
+    if not progress:
+        return repos
+    from tqdm.auto import tqdm
+
+    return tqdm(repos, desc="listing", unit="repository")

@@ -1,0 +1,124 @@
+"""Does the ``config.json`` of a Gemma Scope 2 folder describe the same dictionary as the spec?
+
+Fields that are there are compared, fields that are not are not missed: some folders were published
+without the file.
+
+1. ``type``, ``architecture``, ``width`` (of all layers together), ``affine_connection``: equal.
+2. ``model_name``: equal once ``google/``, a ``v`` before the number, ``-pt`` are left away; the
+   published files spell it ``gemma-v3-...``.
+3. ``hf_hook_point_in`` and ``..._out``: the same layers, written out or as ``{5,9,12,15}`` or
+   ``{all}``, and the same module below the layer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from gemmascope_plugin.catalog import SaeSpec
+from gemmascope_plugin.errors import BadFileError
+
+MAX_SIZE = 1 << 20
+_NORM_IN, _NORM_OUT = "pre_feedforward_layernorm.output", "post_feedforward_layernorm.output"
+_MODULES = {
+    ("sae", "res"): ("output", "output"),
+    ("sae", "att"): ("self_attn.o_proj.input", "self_attn.o_proj.input"),
+    ("sae", "mlp"): (_NORM_OUT, _NORM_OUT),
+    ("transcoder", "mlp"): (_NORM_IN, _NORM_OUT),
+    ("clt", "mlp"): (_NORM_IN, _NORM_OUT),
+    ("crosscoder", "res"): ("output", "output"),
+}
+"""Kind and site to what is read and written, below ``model.layers.L`` of the Hugging Face model."""
+_NESTED = re.compile(r"gemma-3-(4|12|27)b")
+"""Models whose text part lies in ``language_model``."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of at most 1 MB.
+
+    Raises:
+        BadFileError: It is damaged, too large, or not an object.
+    """
+    try:
+        if path.stat().st_size > MAX_SIZE:
+            raise ValueError(f"{path.stat().st_size} bytes are too many")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as fault:
+        raise BadFileError(f"cannot read {str(path)!r}: {fault}", fix="fetch it again") from fault
+    if not isinstance(content, dict):
+        raise BadFileError(f"{str(path)!r} is not a JSON object")
+    return content
+
+
+def hf_hooks(spec: SaeSpec) -> tuple[str, str] | None:
+    """Paths of the tensors read and written in the Hugging Face model; None where there are none."""
+    modules = _MODULES.get((spec.kind, spec.site))
+    if modules is None or spec.format != "gemma-scope-2":
+        return None
+    stem = "model.language_model" if _NESTED.match(spec.model) else "model"
+    read, written = (f"{stem}.layers.{spec.layer}.{module}" for module in modules)
+    return read, written
+
+
+def check_config(path: Path, spec: SaeSpec) -> None:
+    """Compare a Gemma Scope 2 ``config.json`` with a spec.
+
+    Args:
+        path: The file.
+        spec: What it should describe.
+
+    Raises:
+        BadFileError: The file is damaged, or a field says something else than the spec.
+    """
+    content = read_json(path)
+    for name, given, wanted in (
+        ("type", content.get("type"), spec.kind),
+        ("architecture", _letters(content.get("architecture")), "jumprelu"),
+        ("width", content.get("width"), spec.d_sae),
+        ("affine_connection", content.get("affine_connection"), spec.affine),
+        ("model_name", _model(content.get("model_name")), _model(spec.model)),
+    ):
+        if given is not None and given != wanted:
+            raise _contradiction(path, spec, name, content.get(name), wanted)
+    modules = _MODULES.get((spec.kind, spec.site))
+    for name, module in zip(("hf_hook_point_in", "hf_hook_point_out"), modules or (), strict=False):
+        given = content.get(name)
+        if given is None:
+            continue
+        if not _names(given, spec.all_layers, module):
+            layers = ",".join(map(str, spec.all_layers))
+            raise _contradiction(path, spec, name, given, f"model.layers.{layers}.{module}")
+
+
+def _contradiction(
+    path: Path, spec: SaeSpec, name: str, given: object, wanted: object
+) -> BadFileError:
+    return BadFileError(
+        f"{str(path)!r} says {name} {given!r}, but {spec.release} {spec.sae_id} has {wanted!r}",
+        fix="the folder of another dictionary lies here; check the folder and the spec",
+    )
+
+
+def _letters(text: object) -> object:
+    return re.sub("[^a-z]", "", text.lower()) if isinstance(text, str) else text
+
+
+def _model(name: object) -> object:
+    if not isinstance(name, str):
+        return name
+    return name.lower().rpartition("/")[2].replace("-v3", "-3").removesuffix("-pt")
+
+
+def _names(given: object, layers: tuple[int, ...], module: str) -> bool:
+    """Whether a hook string, or a list of one per layer, means this module at these layers."""
+    if isinstance(given, list):
+        return len(given) == len(layers) and all(
+            _names(one, (layer,), module) for one, layer in zip(given, layers, strict=True)
+        )
+    match = re.fullmatch(r".*?layers\.(\d+|\{[\d, ]+\}|\{all\})\.(.+)", str(given)[:500])
+    if match is None or match[2] != module:
+        return False
+    named = match[1].strip("{}")
+    return named == "all" or tuple(int(n) for n in named.split(",") if n.strip()) == layers

@@ -1,0 +1,149 @@
+"""Tree SAE checkpoints (arXiv 2605.07922): ``sae.safetensors`` and ``config.json``.
+
+Keys: ``encoder.weight [d_sae, d_in]``, ``decoder.weight [d_in, d_sae]``, ``b_dec [d_in]``,
+``steps_since_fired [d_sae]``, and for every layer ``l >= 1`` ``parent_index_l [s_l]``.
+
+1. The config gives sizes and sparsity of the layers; its site must be the spec's.
+2. A parent index equal to the first feature of its own layer means the root.  It becomes -1.
+3. The flat baselines of the same authors (top-k, Matryoshka: top-k over the whole dictionary) are
+   trees of one layer.  Matching pursuit is another algorithm and refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+
+from gemmascope_plugin.catalog import SaeSpec
+from gemmascope_plugin.errors import BadFileError, GemmaScopeError, WidthMismatchError
+from gemmascope_plugin.loading.arrays import ArrayFile
+from gemmascope_plugin.loading.config_json import read_json
+from gemmascope_plugin.loading.convert import metadata
+from gemmascope_plugin.loading.integrity import check_file
+from gemmascope_plugin.loading.safetensors import safetensors_arrays
+from gemmascope_plugin.saes.tree import ROOT, TreeSAE, TreeSAEConfig
+
+
+def open_tree(
+    spec: SaeSpec,
+    files: Mapping[str, Path],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    check: bool = False,
+) -> TreeSAE:
+    """A Tree SAE, memory-mapped where possible.
+
+    Args:
+        spec: What the files should be.
+        files: Path in the repository to path on this machine.
+        device: Where the parameters go.
+        dtype: Their type.
+        check: Check the values although they have passed before.
+
+    Returns:
+        The dictionary, frozen.
+
+    Raises:
+        BadFileError: The files are damaged or contradict each other or the spec.
+        GemmaScopeError: A matching-pursuit dictionary.
+    """
+    assert spec.config_filename is not None
+    config_file, path = files[spec.config_filename], files[spec.filename]
+    cfg = _config(config_file, spec)
+    file = ArrayFile(path=path, source=path, arrays=safetensors_arrays(path))
+    _check_arrays(file, cfg)
+    check_file(file, force=check)
+    sae = TreeSAE(
+        cfg,
+        W_enc=file.tensor("encoder.weight").T.to(device, dtype),
+        W_dec=file.tensor("decoder.weight").T.to(device, dtype),
+        b_dec=file.tensor("b_dec").to(device, dtype),
+        parent=_parents(file, cfg).to(device),
+    )
+    return sae.eval()
+
+
+def _config(path: Path, spec: SaeSpec) -> TreeSAEConfig:
+    content = read_json(path)
+    kind = str(content.get("type", "tree")).lower()
+    if "mp" in kind.replace("-", "_").split("_") or "matching" in kind:
+        raise GemmaScopeError(
+            f"{spec.release} {spec.sae_id} is a matching-pursuit dictionary, which is not read",
+            exists="Tree, Matryoshka and top-k checkpoints of the same repository",
+        )
+    for name, wanted in (("d_in", spec.d_in), ("hook_name", spec.hook_in)):
+        if content.get(name, wanted) != wanted:
+            raise BadFileError(
+                f"{str(path)!r} says {name} {content[name]!r}, but {spec.release} {spec.sae_id} "
+                f"has {wanted!r}",
+                fix="the folder of another dictionary lies here; check the folder and the spec",
+            )
+    sizes = _counts(path, content, "features_per_layer") or [spec.d_sae]
+    ks = _counts(path, content, "k_per_layer") or _counts(path, content, "k")
+    if "tree" not in kind:
+        sizes, ks = [sum(sizes)], [sum(ks)]
+    if len(sizes) != len(ks) or sum(sizes) != spec.d_sae:
+        raise BadFileError(
+            f"{str(path)!r} has layers of {sizes} features with k = {ks}, but {spec.release} "
+            f"{spec.sae_id} has {spec.d_sae} features"
+        )
+    standardize = content.get("standardize", True)
+    return TreeSAEConfig(
+        d_in=spec.d_in,
+        features_per_layer=tuple(sizes),
+        k_per_layer=tuple(ks),
+        hook_name=spec.hook_in,
+        standardize=bool(standardize),
+        metadata={**metadata(spec), "type": kind},
+    )
+
+
+def _counts(path: Path, content: Mapping[str, Any], name: str) -> list[int]:
+    """A list of positive integers, from one or from a list of them; empty when absent."""
+    value = content.get(name)
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(n) is int and 0 < n < 1 << 32 for n in values):
+        raise BadFileError(f"{str(path)!r} has {name} {value!r}, not positive integers")
+    return values
+
+
+def _check_arrays(file: ArrayFile, cfg: TreeSAEConfig) -> None:
+    expected: dict[str, tuple[int, ...]] = {
+        "encoder.weight": (cfg.d_sae, cfg.d_in),
+        "decoder.weight": (cfg.d_in, cfg.d_sae),
+        "b_dec": (cfg.d_in,),
+    }
+    for layer, size in enumerate(cfg.features_per_layer[1:], start=1):
+        expected[f"parent_index_{layer}"] = (size,)
+    for name, shape in expected.items():
+        given = file.arrays[name].shape if name in file.arrays else None
+        if given != shape:
+            what = "is missing" if given is None else f"has shape {list(given)}"
+            raise WidthMismatchError(
+                f"{name} of {str(file.source)!r} {what}; the config needs {list(shape)}"
+            )
+        integers = not file.arrays[name].dtype.is_floating_point
+        if integers != name.startswith("parent_index"):
+            raise BadFileError(f"{name} of {str(file.source)!r} has type {file.arrays[name].dtype}")
+
+
+def _parents(file: ArrayFile, cfg: TreeSAEConfig) -> Int[torch.Tensor, " d_sae"]:
+    parent = torch.full((cfg.d_sae,), ROOT, dtype=torch.int64)
+    starts = list(accumulate(cfg.features_per_layer))
+    for layer, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True), start=1):
+        index = file.tensor(f"parent_index_{layer}").to(torch.int64)
+        wrong = (index < 0) | (index > start)
+        if bool(wrong.any()):
+            child = int(wrong.nonzero()[0, 0])
+            raise BadFileError(
+                f"feature {start + child} of {str(file.source)!r} has parent {int(index[child])}",
+                exists=f"0 to {start - 1}, and {start} for the root",
+            )
+        parent[start:stop] = torch.where(index == start, ROOT, index)
+    return parent
