@@ -11,7 +11,6 @@ Costs one listing per repository, some seconds each for the large ones.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -21,6 +20,7 @@ from typing import Any
 import gemmascope_plugin.catalog.manifest as manifest
 import gemmascope_plugin.catalog.tables as tables
 from gemmascope_plugin.catalog.cards import table
+from gemmascope_plugin.catalog.hub import is_offline
 from gemmascope_plugin.catalog.manifest import Listing
 from gemmascope_plugin.catalog.patterns import spec_of_folder
 from gemmascope_plugin.catalog.sites import PARAMETER_FILES
@@ -34,7 +34,6 @@ from gemmascope_plugin.errors import (
 )
 
 COLUMNS = ("repository", "there", "confirmed", "missing", "added", "not understood")
-_TRUE = {"1", "ON", "YES", "TRUE"}
 _PARAMETERS = tuple(name.format(0) for name in PARAMETER_FILES.values())
 _FIX = "gemmascope refresh on a machine with network; find() works without it"
 
@@ -170,10 +169,9 @@ def compare(repo_id: str, specs: Iterable[SaeSpec], files: Iterable[str]) -> Rep
 
 def _api() -> Any:
     """huggingface_hub's client, if the network may be used."""
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi
 
-    asked = os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
-    if asked or constants.HF_HUB_OFFLINE:
+    if is_offline():
         raise MissingFileError(
             "the repositories cannot be listed: offline mode is on (HF_HUB_OFFLINE)",
             fix=f"unset HF_HUB_OFFLINE, then {_FIX}",

@@ -19,6 +19,7 @@ from typing import Literal
 
 import typer
 
+from gemmascope_plugin.catalog.hub import asked_to_stay_offline
 from gemmascope_plugin.catalog.sites import human_size
 from gemmascope_plugin.cli.find import table
 
@@ -179,7 +180,7 @@ def _gpus() -> list[Row]:
 def _hub() -> list[Row]:
     from huggingface_hub import constants, get_token
 
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    offline = asked_to_stay_offline()
     cache = str(constants.HF_HUB_CACHE)
     rows = [Row("Hub cache", "ok", f"{cache}, {human_size(_folder_size(cache))}")]
     if offline:

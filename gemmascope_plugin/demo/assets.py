@@ -7,7 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-ASSETS = Path(__file__).with_name("assets")
+from gemmascope_plugin.loading.sources import ASSETS
+
+__all__ = ["ASSETS", "LABELS_FILE", "MODEL_FOLDER", "SUITE_FILE", "read_json", "write_json"]
+
 MODEL_FOLDER = "model"
 SUITE_FILE = "suite.json"
 LABELS_FILE = "labels.json"

@@ -14,17 +14,16 @@ Costs nothing but step 4, which downloads up to ``spec.nbytes``.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 from gemmascope_plugin.catalog import SaeSpec
+from gemmascope_plugin.catalog.hub import is_offline
 from gemmascope_plugin.catalog.sites import human_size
 from gemmascope_plugin.catalog.spec import BUNDLED_PREFIX
 from gemmascope_plugin.errors import MissingFileError, nearest, shorten
 
 ASSETS = Path(__file__).parents[1] / "demo" / "assets"
-_TRUE = {"1", "ON", "YES", "TRUE"}
 _NEEDS_CONFIG = ("sae_lens", "tree")
 """Formats that cannot be read without their JSON file."""
 
@@ -73,16 +72,6 @@ def locate(
             fix=_advice(spec, revision),
         )
     return found | _from_hub(spec, wanted, revision, force_download)
-
-
-def is_offline(offline: bool | None = None) -> bool:
-    """Whether the network may not be used: the argument, else ``HF_HUB_OFFLINE``."""
-    if offline is not None:
-        return offline
-    from huggingface_hub import constants
-
-    asked = os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
-    return asked or bool(constants.HF_HUB_OFFLINE)
 
 
 def _names(spec: SaeSpec) -> tuple[str, ...]:

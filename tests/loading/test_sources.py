@@ -4,8 +4,9 @@ import httpx
 import pytest
 from npz_files import arrays, save, spec
 
+from gemmascope_plugin.catalog.hub import is_offline
 from gemmascope_plugin.errors import MissingFileError
-from gemmascope_plugin.loading.sources import is_offline, locate
+from gemmascope_plugin.loading.sources import locate
 
 REMOTE = {"repo_id": "google/gemma-scope-test", "release": "gemma-scope-test"}
 FILE = "layer_1/width_24/average_l0_7/params.npz"
