@@ -19,7 +19,7 @@ Cost: with the error kept and nobody listening at a hook point, only the edited 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
@@ -124,7 +124,10 @@ class HookedSAE(torch.nn.Module):
         if self.error == "keep" and not self._listened():
             if not edits:
                 return y
-            out = y_flat + self._edit_delta(x_flat, keep, edits).to(y_flat.dtype)
+            change = self._edit_delta(
+                edits, lambda index: saes.encode_features(self.sae, x_flat, index) * keep[..., None]
+            )
+            out = y_flat + change.to(y_flat.dtype)
         else:
             out = self._full(x_flat, y_flat, keep, edits)
         return restore_heads(torch.where(keep[..., None], out, y_flat), y)
@@ -157,25 +160,17 @@ class HookedSAE(torch.nn.Module):
             changes = self.sub_hook("hook_sae_error")(_leaf(error, detach=True)) - error
             out = (target if self.error == "keep" else target.detach()) + (out - recons) + changes
         if self.error == "keep" and edits and acts.requires_grad:
-            out = out + _no_value(self._delta_of(acts, edits))
+            out = out + _no_value(self._edit_delta(edits, lambda index: acts[..., index]))
         return self.sub_hook("hook_sae_output")(out.to(y.dtype))
 
     def _edit_delta(
-        self, x: torch.Tensor, keep: torch.Tensor, edits: Sequence[Edit]
+        self, edits: Sequence[Edit], acts_of: Callable[[torch.Tensor], torch.Tensor]
     ) -> Float[torch.Tensor, "batch pos d_out"]:
-        """``sum_i (a'_i - a_i) W_dec[i]`` over the edited features, which alone are encoded."""
+        """``sum_i (a'_i - a_i) W_dec[i]`` over the edited features, which alone are asked for."""
         features = touched_features(edits)
-        index = torch.tensor(features, device=x.device)
-        acts = saes.encode_features(self.sae, x, index) * keep[..., None]
+        index = torch.tensor(features, device=self.sae.W_enc.device)
+        acts = acts_of(index)
         return saes.write_features(self.sae, apply_edits(edits, acts, features) - acts, index)
-
-    def _delta_of(
-        self, acts: torch.Tensor, edits: Sequence[Edit]
-    ) -> Float[torch.Tensor, "batch pos d_out"]:
-        features = touched_features(edits)
-        index = torch.tensor(features, device=acts.device)
-        chosen = acts[..., index]
-        return saes.write_features(self.sae, apply_edits(edits, chosen, features) - chosen, index)
 
     def _listened(self) -> bool:
         """Whether any hook is attached to one of the sub-hooks."""
