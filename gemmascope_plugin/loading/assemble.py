@@ -35,8 +35,9 @@ def skeleton(cfg: Mapping[str, Any]) -> SAE[Any]:
     """
     from sae_lens import SAE
 
-    from gemmascope_plugin.saes.tree import TreeSAE  # noqa: F401  (registers its architecture)
+    from gemmascope_plugin.saes.registration import register_all
 
+    register_all()
     metadata = dict(cfg.get("metadata") or {})
     # SAELens warns about this at construction, also when the model is loaded as it asks.
     kwargs = metadata.pop("model_from_pretrained_kwargs", None)

@@ -30,7 +30,6 @@ import and to parse its list (several seconds), later ones microseconds;
 from __future__ import annotations
 
 import dataclasses
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -46,7 +45,6 @@ from gemmascope_plugin.loading.tree_file import tree_config, tree_state
 
 NAME = "gemmascope"
 RELEASE_KEY = "gemmascope_release"
-_CLASSES = ("matryoshka_training", "jumprelu_training", "tree_training")
 _ROW_FIELDS = {"conversion_func", "config_overrides", "expected_l0", "model", "saes_map"}
 
 _done: tuple[object, object] | None = None
@@ -59,8 +57,9 @@ def register() -> None:
     Raises:
         GemmaScopeError: This version of SAELens has moved the names that are needed.
     """
-    for module in _CLASSES:  # each registers its classes with SAELens when it is imported
-        import_module(f"gemmascope_plugin.saes.{module}")
+    from gemmascope_plugin.saes.registration import register_all
+
+    register_all()
     global _done
     loaders, getters, lookup_class, directory = _internals()
     loaders[NAME] = _load

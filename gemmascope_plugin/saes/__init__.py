@@ -43,14 +43,12 @@ if TYPE_CHECKING:
         MatryoshkaJumpReLU,
         MatryoshkaJumpReLUConfig,
     )
-    from gemmascope_plugin.saes.recipes import gemma_scope_1, gemma_scope_2, gemma_scope_trainer
     from gemmascope_plugin.saes.soft import SoftSAE
     from gemmascope_plugin.saes.soft_config import (
         SoftSAEConfig,
         SoftTopKTrainingSAEConfig,
         SoftTrainingSAEConfig,
     )
-    from gemmascope_plugin.saes.soft_register import register_soft
     from gemmascope_plugin.saes.soft_training import SoftTopKTrainingSAE, SoftTrainingSAE
     from gemmascope_plugin.saes.tree import TreeSAE, TreeSAEConfig
     from gemmascope_plugin.saes.tree_training import TreeTrainingSAE
@@ -91,9 +89,6 @@ __all__ = [
     "encode_features",
     "encode_sparse",
     "from_dictionary_learning",
-    "gemma_scope_1",
-    "gemma_scope_2",
-    "gemma_scope_trainer",
     "has_bf16_instructions",
     "has_skip",
     "jump",
@@ -102,7 +97,6 @@ __all__ = [
     "level_width",
     "pre_activations",
     "reconstruct",
-    "register_soft",
     "soft_topk",
     "weights_of",
     "with_levels",
@@ -118,10 +112,8 @@ _LAZY = {
         *("MatryoshkaBatchTopK", "MatryoshkaBatchTopKConfig"),
         *("MatryoshkaJumpReLU", "MatryoshkaJumpReLUConfig"),
     ),
-    "recipes": ("gemma_scope_1", "gemma_scope_2", "gemma_scope_trainer"),
     "soft": ("SoftSAE",),
     "soft_config": ("SoftSAEConfig", "SoftTopKTrainingSAEConfig", "SoftTrainingSAEConfig"),
-    "soft_register": ("register_soft",),
     "soft_training": ("SoftTopKTrainingSAE", "SoftTrainingSAE"),
     "tree": ("TreeSAE", "TreeSAEConfig"),
     "tree_training": ("TreeTrainingSAE",),

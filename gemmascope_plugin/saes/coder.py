@@ -3,10 +3,11 @@
 With ``f`` the features of ``x``, a dictionary writes ``D(f, x) = scale(x) * (f @ W_dec) + bias(x)``.
 
 * JumpReLU: no scale; the bias is ``b_dec``, plus ``x @ W_skip.T`` with an affine skip (``weights.py``).
+* Top-k and SoftSAE: no scale; the bias is ``b_dec`` (``rank_coder.py``).
 * Tree: the scale is the token's deviation, the bias ``b_dec * deviation + mean`` (``tree_coder.py``).
 
 A dictionary class of this package brings its own coder, through a method ``coder(level)``; SAELens'
-JumpReLU classes are read as they are.  ``coder_of`` is the only place that knows of both.
+JumpReLU and top-k classes are read as they are.  ``coder_of`` is the only place that knows of both.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.saes.jumprelu import check_architecture
+from gemmascope_plugin.saes.rank_coder import ARCHITECTURE, topk_coder
 from gemmascope_plugin.saes.sparse import SparseActs
 from gemmascope_plugin.saes.two_stage import TwoStage
 from gemmascope_plugin.saes.weights import weights_of
@@ -69,9 +71,11 @@ class Coder(Protocol):
         ...
 
     def activate(
-        self, pre: Float[torch.Tensor, "*tokens d_sae"]
+        self,
+        pre: Float[torch.Tensor, "*tokens d_sae"],
+        x: Float[torch.Tensor, "*tokens d_in"],
     ) -> Float[torch.Tensor, "*tokens d_sae"]:
-        """The features of pre-activations, as they are or as somebody changed them."""
+        """The features of pre-activations of ``x``, as they are or as somebody changed them."""
         ...
 
     def scale(
@@ -113,17 +117,19 @@ def coder_of(sae: Any, level: int | None = None) -> Coder:
     """Encoder and decoder of a dictionary with one site.
 
     Args:
-        sae: SAELens' ``JumpReLUSAE``, ``JumpReLUTranscoder`` or ``JumpReLUSkipTranscoder``, or a
-            dictionary with a method ``coder(level)``.
+        sae: SAELens' ``JumpReLUSAE``, ``JumpReLUTranscoder``, ``JumpReLUSkipTranscoder`` or
+            ``TopKSAE``, or a dictionary with a method ``coder(level)``.
         level: The prefix of a nested dictionary, 0 for the coarsest, -1 for the whole; None for the
             whole of any dictionary.
 
     Raises:
-        ModelError: A dictionary of another architecture.
+        ModelError: A dictionary of another architecture, or with something left to fold.
         UnknownNameError: The dictionary has no such level.
     """
     own = getattr(sae, "coder", None)
     if own is not None:
         return own(level)
+    if sae.cfg.architecture() == ARCHITECTURE:
+        return topk_coder(sae, level)
     check_architecture(sae)
     return weights_of(sae, level)

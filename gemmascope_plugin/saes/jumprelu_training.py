@@ -16,7 +16,7 @@ Thresholds are SAELens' parameter clamped at 0, not the papers' ``exp(log_thresh
 parameter by about ``lr`` a step; a logarithm at lr 7e-5 needs 10,000 steps to double a threshold of
 0.001, which the papers' million steps allow and a small run does not (SAELens issue 494).
 
-Bandwidth and initial threshold are in units of inputs with ``E||x||^2 = 1`` (``recipes.py`` scales them).
+Bandwidth and initial threshold are in units of inputs with ``E||x||^2 = 1``, training's ``scale="unit"``.
 
 Cost: SAELens' step, a few passes over ``W_dec`` more (4 % at 512 x 8192, 1,024 tokens). 3. adds one
 comparison of ``batch * d_sae``, and the estimator for the features above ``p_max``, which alone have a

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
@@ -25,6 +26,22 @@ if TYPE_CHECKING:
 else:
     # A mixin that inherited SAELens' fields would set them back to SAELens' defaults.
     _Config = object
+
+_MODULES = (
+    *("jumprelu_training", "matryoshka_training", "soft_training", "tree_training"),
+    *("matryoshka", "soft", "tree"),
+)
+"""Each registers its classes when it is imported."""
+
+
+def register_all() -> None:
+    """Makes every class of this package known to SAELens; calling it again changes nothing.
+
+    Raises:
+        ModelError: SAELens has another class under one of the names.
+    """
+    for module in _MODULES:
+        import_module(f"gemmascope_plugin.saes.{module}")
 
 
 def check_keys(what: type[Any], given: Iterable[str]) -> None:

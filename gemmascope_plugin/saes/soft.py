@@ -20,13 +20,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from sae_lens import SAE
 from sae_lens.saes.sae import SAEConfig
 from typing_extensions import override
 
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.saes.lapsum import keep_top
+from gemmascope_plugin.saes.rank_coder import RankCoder, rank_coder
+from gemmascope_plugin.saes.registration import register_class
 from gemmascope_plugin.saes.soft_config import SoftSAEConfig
 
 
@@ -51,8 +53,7 @@ class SoftSAE(SAE[SoftSAEConfig]):
     ) -> Float[torch.Tensor, "*tokens d_sae"]:
         sae_in = self.process_sae_in(x)
         pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
-        k = predict_budget(self.k_estimator, sae_in, self.cfg.k)
-        return self.hook_sae_acts_post(keep_top(pre.relu(), k.long()))
+        return self.hook_sae_acts_post(keep_top(pre.relu(), self._limits(sae_in)))
 
     @override
     def decode(
@@ -60,6 +61,21 @@ class SoftSAE(SAE[SoftSAEConfig]):
     ) -> Float[torch.Tensor, "*given width"]:
         out = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
         return self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
+
+    def coder(self, level: int | None = None) -> RankCoder:
+        """The dictionary's tensors, as splicing reads them.
+
+        Args:
+            level: None: there are no levels.
+
+        Raises:
+            UnknownNameError: A level was asked for.
+            ModelError: The factor on its input is not folded into the weights.
+        """
+        return rank_coder(self, self._limits, level)
+
+    def _limits(self, seen: Float[torch.Tensor, "*tokens d_in"]) -> Int[torch.Tensor, "*tokens"]:
+        return predict_budget(self.k_estimator, seen, self.cfg.k).long()
 
     @override
     @torch.no_grad()
@@ -118,3 +134,6 @@ def refuse_to_fold() -> None:
         "Folding the decoder's norms changes which features a soft top-k dictionary selects",
         fix="leave fold_W_dec_norm False; its decoder rows have unit norm from training",
     )
+
+
+register_class(SoftSAE, SoftSAEConfig)

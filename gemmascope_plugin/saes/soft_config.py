@@ -6,26 +6,23 @@ no dictionary of that width can serve, phases that do not fit into the training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from sae_lens import TopKSAEConfig, TrainingSAEConfig
 from sae_lens.saes.sae import SAEConfig, SAEMetadata
 from typing_extensions import override
 
-from gemmascope_plugin.errors import ModelError, UnknownNameError, nearest
+from gemmascope_plugin.errors import ModelError
+from gemmascope_plugin.saes.registration import StrictConfig
 from gemmascope_plugin.saes.soft_schedule import check_schedule
 
 ARCHITECTURE = "softsae"
 """The name under which SAELens knows both the inference and the training class."""
 
-ADDED_BY_SAELENS = "finetuning_scaling_factor"
-"""A key that SAELens puts into every config it reads from a disk, and has already dealt with."""
-
 
 @dataclass(kw_only=True)
-class SoftSAEConfig(SAEConfig):
+class SoftSAEConfig(StrictConfig, SAEConfig):
     """SAELens' config with the mean budget.
 
     Raises:
@@ -48,20 +45,9 @@ class SoftSAEConfig(SAEConfig):
     def architecture(cls) -> str:
         return ARCHITECTURE
 
-    @override
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any]) -> SoftSAEConfig:
-        """SAELens' reading of a config, which drops unknown keys, with an error instead.
-
-        Raises:
-            UnknownNameError: A key that the config does not have.
-        """
-        check_keys(config_dict, (own.name for own in fields(cls)))
-        return super().from_dict(config_dict)
-
 
 @dataclass(kw_only=True)
-class SoftTopKTrainingSAEConfig(TrainingSAEConfig):
+class SoftTopKTrainingSAEConfig(StrictConfig, TrainingSAEConfig):
     """A fixed budget of ``k`` features, softly selected; saved for inference as SAELens' top-k SAE.
 
     Raises:
@@ -103,17 +89,6 @@ class SoftTopKTrainingSAEConfig(TrainingSAEConfig):
     @classmethod
     def architecture(cls) -> str:
         return "soft_topk"
-
-    @override
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any]) -> SoftTopKTrainingSAEConfig:
-        """SAELens' reading of a config, which drops unknown keys, with an error instead.
-
-        Raises:
-            UnknownNameError: A key that the config does not have.
-        """
-        check_keys(config_dict, (own.name for own in fields(cls)))
-        return super().from_dict(config_dict)
 
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:
@@ -165,19 +140,3 @@ def check_normalisation(given: str) -> None:
             f"A soft top-k dictionary cannot normalise its input by {given!r}",
             exists=", ".join(known),
         )
-
-
-def check_keys(given: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Refuses keys that a config does not have.
-
-    Raises:
-        UnknownNameError: With the nearest key that it has.
-    """
-    names = sorted({*known, "architecture"})
-    for key in given:
-        if key not in (*names, ADDED_BY_SAELENS):
-            raise UnknownNameError(
-                f"The config has no key {key!r}",
-                exists=", ".join(names),
-                nearest=nearest(key, names),
-            )

@@ -29,7 +29,9 @@ from sae_lens import TrainingSAE
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
+from gemmascope_plugin.saes.geometric_median import geometric_median
 from gemmascope_plugin.saes.lapsum import keep_top, soft_topk
+from gemmascope_plugin.saes.registration import register_class
 from gemmascope_plugin.saes.soft import (
     add_soft_weights,
     predict_budget,
@@ -212,15 +214,5 @@ def auxk_loss(
     return torch.where(variance > 0, error / variance, 0)
 
 
-def geometric_median(
-    points: Float[torch.Tensor, "points d_in"], *, steps: int = 100, tolerance: float = 1e-5
-) -> Float[torch.Tensor, " d_in"]:
-    """The point with the least sum of distances to all others, by Weiszfeld's iteration."""
-    guess = points.mean(0)
-    for _ in range(steps):
-        # A point that has been hit would weigh infinitely much.
-        weights = 1 / (points - guess).norm(dim=-1, keepdim=True).clamp(min=1e-9)
-        last, guess = guess, (weights * points).sum(0) / weights.sum()
-        if (guess - last).norm() < tolerance:
-            break
-    return guess
+register_class(SoftTopKTrainingSAE, SoftTopKTrainingSAEConfig)
+register_class(SoftTrainingSAE, SoftTrainingSAEConfig)

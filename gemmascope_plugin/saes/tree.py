@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from sae_lens import SAE, register_sae_class
-from sae_lens.registry import SAE_CLASS_REGISTRY, get_sae_class
+from sae_lens import SAE
+from sae_lens.registry import get_sae_class
 from sae_lens.saes.sae import SAEConfig
 from typing_extensions import override
 
 from gemmascope_plugin.errors import ModelError, UnknownNameError
 from gemmascope_plugin.saes.jumprelu import jump
+from gemmascope_plugin.saes.registration import register_class
 from gemmascope_plugin.saes.tree_coder import TreeCoder, activate
 from gemmascope_plugin.saes.tree_config import Config, TreeSAEConfig
 from gemmascope_plugin.saes.tree_links import (
@@ -255,5 +256,4 @@ def _check_loaded(
         check_parents(parent, module.cfg.layers)
 
 
-if TreeSAEConfig.architecture() not in SAE_CLASS_REGISTRY:
-    register_sae_class(TreeSAEConfig.architecture(), TreeSAE, TreeSAEConfig)
+register_class(TreeSAE, TreeSAEConfig)

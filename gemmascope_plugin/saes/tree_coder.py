@@ -23,13 +23,12 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
+from typing_extensions import override
 
-from gemmascope_plugin.errors import ModelError, WidthMismatchError
 from gemmascope_plugin.saes.jumprelu import jump
-from gemmascope_plugin.saes.sparse import SparseActs
 from gemmascope_plugin.saes.tree_config import Layer
 from gemmascope_plugin.saes.tree_links import ROOT
-from gemmascope_plugin.saes.two_stage import TwoStage
+from gemmascope_plugin.saes.whole_encode import WholeEncode, check_width
 
 EPS = 1e-5
 GATE = 1e-3
@@ -100,8 +99,10 @@ def activate(
 
 
 @dataclass(frozen=True, eq=False)
-class TreeCoder:
+class TreeCoder(WholeEncode):
     """The tensors of a Tree SAE, whole or cut to its first layers; views of the dictionary."""
+
+    what = "tree"
 
     W_enc: Float[torch.Tensor, "d_in d_sae"]
     W_dec: Float[torch.Tensor, "d_sae d_in"]
@@ -114,6 +115,7 @@ class TreeCoder:
     subtract_b_dec: bool
 
     @property
+    @override
     def d_sae(self) -> int:
         """Number of features."""
         return self.W_enc.shape[1]
@@ -135,14 +137,11 @@ class TreeCoder:
         Raises:
             WidthMismatchError: ``x`` has another width than the dictionary.
         """
-        if x.shape[-1] != self.W_enc.shape[0]:
-            raise WidthMismatchError(
-                f"the dictionary has width {self.W_enc.shape[0]}, the tensor has {x.shape[-1]}",
-                fix="the tensor at the dictionary's own hook point",
-            )
+        check_width(x, self.W_enc)
         x = x.to(self.W_enc.dtype)
         return standardise(x) if self.standardize else (x, None, None)
 
+    @override
     def pre_activations(
         self, x: Float[torch.Tensor, "*tokens d_in"]
     ) -> Float[torch.Tensor, "*tokens d_sae"]:
@@ -150,49 +149,16 @@ class TreeCoder:
         scaled = self.units(x)[0]
         return (scaled - self.b_dec if self.subtract_b_dec else scaled) @ self.W_enc
 
+    @override
     def activate(
-        self, pre: Float[torch.Tensor, "*tokens d_sae"]
+        self,
+        pre: Float[torch.Tensor, "*tokens d_sae"],
+        x: Float[torch.Tensor, "*tokens d_in"],
     ) -> Float[torch.Tensor, "*tokens d_sae"]:
         """Gates and sparsity of all layers."""
         return activate(
             pre, self.parent, self.layers, threshold=self.threshold, coverage=self.coverage
         )
-
-    def encode_sparse(
-        self,
-        x: Float[torch.Tensor, "*tokens d_in"],
-        *,
-        keep: Bool[torch.Tensor, "*tokens"] | None = None,
-        two_stage: TwoStage | None = None,
-    ) -> SparseActs:
-        """The active features; unlike JumpReLU's, ties and gates are as exact as one product.
-
-        Args:
-            x: Tokens at the site.
-            keep: Tokens to encode; the others have no active feature.
-            two_stage: Always None, see ``make_two_stage``.
-
-        Raises:
-            ModelError: A kept token is not finite.
-            WidthMismatchError: ``x`` has another width than the dictionary.
-        """
-        assert two_stage is None, "a tree has no two stages"
-        kept = x if keep is None else x[keep]
-        if not bool(torch.isfinite(kept).all()):
-            raise ModelError(
-                "a token that should be encoded has NaN or infinity",
-                fix="keep= without that token, or a model in a type in which it does not overflow",
-            )
-        acts = self.activate(self.pre_activations(kept))
-        if keep is not None:
-            acts = acts.new_zeros(*x.shape[:-1], self.d_sae).index_put((keep,), acts)
-        return SparseActs.from_dense(acts)
-
-    def encode_features(
-        self, x: Float[torch.Tensor, "*tokens d_in"], features: Int[torch.Tensor, " k"]
-    ) -> Float[torch.Tensor, "*tokens k"]:
-        """The chosen features; costs the whole encode."""
-        return self.activate(self.pre_activations(x))[..., features]
 
     def scale(
         self, x: Float[torch.Tensor, "*tokens d_in"]
@@ -206,14 +172,3 @@ class TreeCoder:
         if mean is None or std is None:
             return self.b_dec.expand(*[1] * (x.ndim - 1), -1)
         return self.b_dec * std + mean
-
-    def make_two_stage(self) -> TwoStage:
-        """Refuses: a first pass would have to bound the k-th largest of what gates let through.
-
-        Raises:
-            ModelError: Always.
-        """
-        raise ModelError(
-            "two_stage=True is for JumpReLU dictionaries, this one is a tree",
-            fix="two_stage=False",
-        )

@@ -13,14 +13,15 @@ Everything is checked when the config is made; ``from_dict`` refuses keys that i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from sae_lens.saes.sae import SAEConfig, SAEMetadata
 from typing_extensions import override
 
-from gemmascope_plugin.errors import ModelError, UnknownNameError, check_choice, nearest
+from gemmascope_plugin.errors import ModelError, check_choice
+from gemmascope_plugin.saes.registration import StrictConfig
 
 Config = TypeVar("Config", bound="TreeSAEConfig")
 
@@ -37,7 +38,7 @@ class Layer(NamedTuple):
 
 
 @dataclass
-class TreeSAEConfig(SAEConfig):
+class TreeSAEConfig(StrictConfig, SAEConfig):
     """Shapes, sparsity and site of a Tree SAE.
 
     Raises:
@@ -64,28 +65,6 @@ class TreeSAEConfig(SAEConfig):
     def architecture(cls) -> str:
         """``"tree"``."""
         return "tree"
-
-    @classmethod
-    @override
-    def from_dict(cls, config_dict: dict[str, Any]) -> Any:
-        """A config from what ``to_dict`` gives.
-
-        Raises:
-            UnknownNameError: A key that is not a field.
-        """
-        # SAELens' reader adds the second to every config
-        known = {field.name for field in fields(cls)} | {
-            "architecture",
-            "finetuning_scaling_factor",
-        }
-        for name in config_dict:
-            if name not in known:
-                raise UnknownNameError(
-                    f"The config of a Tree SAE has no {name!r}",
-                    exists=", ".join(sorted(known)),
-                    nearest=nearest(name, known),
-                )
-        return super().from_dict(config_dict)
 
     @override
     def __post_init__(self) -> None:

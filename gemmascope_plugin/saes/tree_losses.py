@@ -92,15 +92,3 @@ def vector_sum_loss(
     sign = own - (above[:, None, :] == index[:, :, None]).to(a.dtype)
     families = torch.einsum("tpj,tj,tjd->tpd", sign, a, W_dec[index])
     return families.pow(2).sum((-1, -2)).mean() / has_children.sum()
-
-
-@torch.no_grad()
-def geometric_median(
-    x: Float[torch.Tensor, "tokens d_in"], n_steps: int = 50
-) -> Float[torch.Tensor, " d_in"]:
-    """The point with the smallest sum of distances to all tokens, by Weiszfeld's iteration."""
-    median = x.mean(0)
-    for _ in range(n_steps):
-        weights = 1 / (x - median).norm(dim=-1, keepdim=True).clamp(min=_TINY)
-        median = (weights * x).sum(0) / weights.sum()
-    return median

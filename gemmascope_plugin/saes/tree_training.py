@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from sae_lens import TrainingSAE, register_sae_training_class
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
+from sae_lens import TrainingSAE
+from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.jumprelu_sae import JumpReLU, Step
 from sae_lens.saes.sae import (
     TrainCoefficientConfig,
@@ -33,13 +33,14 @@ from sae_lens.saes.sae import (
 )
 from typing_extensions import override
 
+from gemmascope_plugin.saes.geometric_median import geometric_median
+from gemmascope_plugin.saes.registration import register_class
 from gemmascope_plugin.saes.tree import TreeDictionary
 from gemmascope_plugin.saes.tree_allocation import move_dead_children, reallocation_steps, shares
 from gemmascope_plugin.saes.tree_coder import EPS, open_gates
 from gemmascope_plugin.saes.tree_links import ROOT
 from gemmascope_plugin.saes.tree_losses import (
     aux_loss,
-    geometric_median,
     prefix_losses,
     scalar_sum_loss,
     vector_sum_loss,
@@ -259,7 +260,4 @@ class TreeTrainingSAE(TreeDictionary[TreeTrainingSAEConfig], TrainingSAE[TreeTra
         return get_sae_training_class(architecture)[1]
 
 
-if TreeTrainingSAEConfig.architecture() not in SAE_TRAINING_CLASS_REGISTRY:
-    register_sae_training_class(
-        TreeTrainingSAEConfig.architecture(), TreeTrainingSAE, TreeTrainingSAEConfig
-    )
+register_class(TreeTrainingSAE, TreeTrainingSAEConfig)

@@ -65,9 +65,11 @@ class Weights:
         return pre_activations(self, x)
 
     def activate(
-        self, pre: Float[torch.Tensor, "*tokens d_sae"]
+        self,
+        pre: Float[torch.Tensor, "*tokens d_sae"],
+        x: Float[torch.Tensor, "*tokens d_in"],
     ) -> Float[torch.Tensor, "*tokens d_sae"]:
-        """``pre`` above threshold and zero."""
+        """``pre`` above threshold and zero, whatever ``x``."""
         return jump(pre, self.threshold)
 
     def scale(self, x: Float[torch.Tensor, "*tokens d_in"]) -> None:

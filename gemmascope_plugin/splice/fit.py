@@ -76,7 +76,7 @@ class _Sums:
         x: Float[torch.Tensor, "token d_in"],
         y: Float[torch.Tensor, "token d_out"],
     ) -> None:
-        acts = coder.activate(coder.pre_activations(x))
+        acts = coder.activate(coder.pre_activations(x), x)
         target = y.double()
         self.n += len(x)
         self.active += int((acts > 0).sum())

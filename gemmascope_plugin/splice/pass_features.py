@@ -213,7 +213,7 @@ class PassFeatures:
         same = same and hooked is pre and before is not None and before == _version(pre)
         if same:  # what is active does not depend on who listens, down to the last bit
             return torch.where(self.real.to_dense() != 0, hooked, 0), False
-        return self.weights.activate(hooked) * self.keep[..., None], True
+        return self.weights.activate(hooked, read) * self.keep[..., None], True
 
     def _change(self, W_dec: torch.Tensor) -> torch.Tensor | None:
         """``sum_i (s' a'_i - s a_i) W_dec[i]``, value only, over the features that changed anywhere."""

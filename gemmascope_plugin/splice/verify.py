@@ -149,7 +149,7 @@ def _bos_l0(model: HookedModel, sae: Any, batches: Batches, own: Candidate) -> f
         name = own.read.hook
         _, cache = model.run_with_cache(tokens[rows], names_filter=[name])
         x = own.read(cache[name])[here[rows]].flatten(1)
-        active += int((coder.activate(coder.pre_activations(x)) > 0).sum())
+        active += int((coder.activate(coder.pre_activations(x), x) > 0).sum())
         n += len(x)
     return active / n if n else None
 

@@ -2,7 +2,8 @@
 
 1. The factor on the activations is folded into the weights, so that raw activations are read.
 2. SAELens' training class says what its inference class is and what of its state that keeps.
-3. JumpReLU dictionaries get Gemma Scope's form: ``b_dec`` is not subtracted from the input
+3. Top-k dictionaries that compared features times the norms of their decoder rows have unit rows.
+   JumpReLU dictionaries get Gemma Scope's form: ``b_dec`` is not subtracted from the input
    (``b_enc - b_dec @ W_enc`` instead) and decoder rows have unit norm, encoder, bias and threshold taking
    the norms (arXiv 2408.05147, sections 3.2 and 3.3).
 4. L0, FVU and share of features that never fire are measured with the result, on raw activations.
@@ -19,6 +20,7 @@ import torch
 
 import gemmascope_plugin.saes.jumprelu as jumprelu
 from gemmascope_plugin.loading.assemble import fill, skeleton
+from gemmascope_plugin.saes.folding import fold_decoder
 from gemmascope_plugin.training.learner import Learner
 from gemmascope_plugin.training.shuffle import Bucket
 
@@ -40,29 +42,21 @@ def finished(learner: Learner) -> Any:
         sae.fold_scales(*learner.scales)
     elif learner.scales[0] != 1:
         sae.fold_activation_norm_scaling_factor(learner.scales[0])
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        # What is saved compares features as they are, which is what splicing reads.
+        sae.fold_W_dec_norm()
+        sae.cfg.rescale_acts_by_decoder_norm = False
     state = {name: value.detach().clone() for name, value in sae.state_dict().items()}
     sae.process_state_dict_for_saving_inference(state)
     config = sae.cfg.get_inference_sae_cfg_dict()
     plain = config["normalize_activations"] == "none"
     if config["architecture"] in jumprelu.ARCHITECTURES and plain:
-        state = _gemma_scope_form(state, subtracts=config["apply_b_dec_to_input"])
+        state["threshold"] = state["threshold"].clamp(min=0)
+        state |= fold_decoder(state, subtracts_b_dec=config["apply_b_dec_to_input"])
         config["apply_b_dec_to_input"] = False
-    return fill(skeleton(config), state, device=learner.device, dtype=sae.dtype)
-
-
-def _gemma_scope_form(
-    state: dict[str, torch.Tensor], *, subtracts: bool
-) -> dict[str, torch.Tensor]:
-    b_enc = state["b_enc"]
-    if subtracts:
-        b_enc = b_enc - state["b_dec"] @ state["W_enc"]
-    norms = state["W_dec"].norm(dim=-1).clamp(min=1e-8)
-    return state | {
-        "W_enc": state["W_enc"] * norms,
-        "b_enc": b_enc * norms,
-        "threshold": state["threshold"].clamp(min=0) * norms,
-        "W_dec": state["W_dec"] / norms[:, None],
-    }
+    result = skeleton(config)
+    result.process_state_dict_for_loading(state)
+    return fill(result, state, device=learner.device, dtype=sae.dtype)
 
 
 @torch.no_grad()

@@ -1,15 +1,18 @@
 """Specs by name: the published recipes, and one for small models.
 
 1. ``gemma-scope`` (arXiv 2408.05147, section 3): one squared norm for all inputs, the L0 penalty with a
-   warm-up of 10,000 steps, bandwidth and first thresholds 0.001, Adam (0, 0.999) at 7e-5, batches of
-   4,096 out of buckets of a million, no loss on dead features. The penalty's coefficients are not
-   published: set ``sparsity_coefficient`` for the L0 that you want.
-2. ``gemma-scope-2`` (its technical paper): the same with the quadratic penalty around ``target_l0``,
-   transcoders that read the norm's output with its gain, and Gemma Scope 2's files. Its Matryoshka
-   levels are not published.
+   warm-up of 10,000 steps, bandwidth and first thresholds 0.001, unit decoder rows without a gradient
+   along them, Adam (0, 0.999) at 7e-5 after a cosine warm-up, batches of 4,096 out of buckets of a
+   million, no loss on dead features. The penalty's coefficients are not published: set
+   ``sparsity_coefficient`` for the L0 that you want. Gradients are clipped, which the papers do not
+   mention and ``max_grad_norm`` sets.
+2. ``gemma-scope-2`` (its technical paper): the same with the quadratic penalty around ``target_l0``, a
+   penalty on frequent features (``saes/jumprelu_training.py``), transcoders that read the norm's output
+   with its gain, and Gemma Scope 2's files. With ``levels``, whose sizes are not published, a Matryoshka.
 3. ``quick``: what trained the bundled suite, minutes on a CPU.
 
-Values that the chosen architecture does not read are left out; what is given goes before the preset.
+Values that the chosen architecture does not read are left out, the scale of activations is the one its
+settings are meant for, and what is given goes before the preset.
 """
 
 from __future__ import annotations
@@ -35,11 +38,15 @@ def preset_spec(name: str, values: Mapping[str, Any]) -> TrainSpec:
     """
     check_choice("preset", name, PRESETS)
     check_keys(values)
-    architecture = values.get("architecture", "jumprelu")
+    recipe: dict[str, Any] = PRESETS[name](dict(values))
+    architecture = values.get("architecture", recipe.get("architecture", "jumprelu"))
     check_choice("architecture", architecture, ARCHITECTURES)
-    unread = set(SELECTIVE) - ARCHITECTURES[architecture].uses
-    recipe = PRESETS[name](dict(values))
-    return TrainSpec.from_dict({k: v for k, v in recipe.items() if k not in unread} | dict(values))
+    entry = ARCHITECTURES[architecture]
+    unread = set(SELECTIVE) - entry.uses
+    known = {key: value for key, value in recipe.items() if key not in unread}
+    options = {**recipe.get("options", {}), **values.get("options", {})}
+    chosen = {"options": options} if options else {}
+    return TrainSpec.from_dict({"scale": entry.scale, **known, **values, **chosen})
 
 
 def _quick(values: dict[str, Any]) -> dict[str, Any]:
@@ -59,6 +66,7 @@ def _quick(values: dict[str, Any]) -> dict[str, Any]:
 
 def _gemma_scope(_: dict[str, Any]) -> dict[str, Any]:
     return {
+        "architecture": "gemma_scope_jumprelu",
         "d_sae": 1 << 14,
         "scale": "unit",
         "sparsity": "step",
@@ -80,7 +88,12 @@ def _gemma_scope(_: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gemma_scope_2(values: dict[str, Any]) -> dict[str, Any]:
+    usual = "matryoshka_prefix_jumprelu" if values.get("levels") else "gemma_scope_jumprelu"
+    coefficient = values.get("sparsity_coefficient", 1e-3)
+    penalised = values.get("architecture", usual) == usual
     return _gemma_scope(values) | {
+        "architecture": usual,
+        "options": {"frequency_coefficient": coefficient} if penalised else {},
         "sparsity": "quadratic",
         "target_l0": 60.0,
         "sparsity_warm_up": 50_000,

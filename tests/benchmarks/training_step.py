@@ -27,12 +27,12 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
 from gemmascope_plugin.saes import (
+    GemmaScopeConfig,
     GemmaScopeTrainingSAE,
     MatryoshkaBatchTopK,
     MatryoshkaBatchTopKConfig,
     MatryoshkaJumpReLU,
-    gemma_scope_1,
-    gemma_scope_2,
+    MatryoshkaJumpReLUConfig,
 )
 
 THREADS, REPEATS, L0 = 2, 15, 40.0
@@ -72,7 +72,10 @@ def main() -> None:
     pool = [torch.randn(given.batch, given.d_in) / given.d_in**0.5 for _ in range(4)]
     batches = itertools.cycle(pool)
     aux = 1 / 32
-    scope_2 = {"target_l0": L0, "max_frequency": 0.01}
+    scope_2 = {
+        **{"target_l0": L0, "max_frequency": 0.01, "frequency_coefficient": 1.0},
+        **{"l0_coefficient": 1.0, "jumprelu_sparsity_loss_mode": "quadratic"},
+    }
     trainers = {
         "SAELens matryoshka_batchtopk": MatryoshkaBatchTopKTrainingSAE(
             MatryoshkaBatchTopKTrainingSAEConfig(
@@ -85,10 +88,10 @@ def main() -> None:
         "SAELens jumprelu": JumpReLUTrainingSAE(
             JumpReLUTrainingSAEConfig(**shapes, jumprelu_bandwidth=0.001, decoder_init_norm=1.0)
         ),
-        "Gemma Scope 1": GemmaScopeTrainingSAE(gemma_scope_1(**shapes, l0_coefficient=0.1)),
-        "Gemma Scope 2, no levels": GemmaScopeTrainingSAE(gemma_scope_2(**shapes, **scope_2)),
+        "Gemma Scope 1": GemmaScopeTrainingSAE(GemmaScopeConfig(**shapes, l0_coefficient=0.1)),
+        "Gemma Scope 2, no levels": GemmaScopeTrainingSAE(GemmaScopeConfig(**shapes, **scope_2)),
         "Gemma Scope 2, 5 levels": MatryoshkaJumpReLU(
-            gemma_scope_2(**shapes, levels=levels, **scope_2)
+            MatryoshkaJumpReLUConfig(**shapes, levels=levels, **scope_2)
         ),
     }
     found = medians({n: trainer(sae, batches, given.batch) for n, sae in trainers.items()}, batches)

@@ -9,18 +9,6 @@ import torch
 
 D_IN, D_SAE, N_FEATURES, ACTIVE, BATCH = 16, 32, 24, 3, 256
 SCALE = 7.0
-TOY: dict[str, Any] = {
-    "l0_warm_up_steps": 100,
-    "jumprelu_bandwidth": 0.05,
-    "jumprelu_init_threshold": 0.05,
-}
-"""A few hundred steps need a wider kernel and a shorter warm-up than a million."""
-TOY_TRAINER: dict[str, Any] = {
-    "batch_size": BATCH,
-    "lr": 5e-3,
-    "lr_warm_up_steps": 20,
-    "scale_batches": 4,
-}
 
 
 def planted_batches(batch: int = BATCH, seed: int = 0) -> Iterator[torch.Tensor]:

@@ -10,7 +10,6 @@ from planted import (
     BATCH,
     D_IN,
     D_SAE,
-    TOY_TRAINER,
     fitted,
     fvu,
     l0,
@@ -183,8 +182,8 @@ def test_training_on_planted_features(tmp_path) -> None:
         SAETrainerConfig(
             total_training_samples=500 * BATCH,
             train_batch_size_samples=BATCH,
-            lr=TOY_TRAINER["lr"],
-            lr_end=TOY_TRAINER["lr"] / 10,
+            lr=5e-3,
+            lr_end=5e-3 / 10,
             lr_scheduler_name="cosineannealing",
             n_batches_for_norm_estimate=4,
         ),

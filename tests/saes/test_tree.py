@@ -252,7 +252,9 @@ def test_unknown_config_keys_are_errors(tmp_path) -> None:
     tree().save_model(tmp_path)
     path = tmp_path / "cfg.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "k_per_layr": [1]}))
-    with pytest.raises(UnknownNameError, match="no 'k_per_layr'.*Did you mean 'k_per_layer'"):
+    with pytest.raises(
+        UnknownNameError, match="no setting 'k_per_layr'.*Did you mean 'k_per_layer'"
+    ):
         TreeSAE.load_from_disk(tmp_path)
 
 

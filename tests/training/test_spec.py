@@ -20,7 +20,7 @@ from tests.training.cases import spec
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_preset_makes_every_architecture_and_json_keeps_it(preset: str, name: str) -> None:
     values = {"layer": 3, "architecture": name, "d_sae": 128}
-    if name.startswith("matryoshka"):
+    if name == "tree" or name.startswith("matryoshka"):
         values["levels"] = [32, 128]
     made = preset_spec(preset, values)
     assert TrainSpec.from_dict(json.loads(json.dumps(made.to_dict()))) == made
@@ -32,9 +32,29 @@ def test_presets_are_the_published_recipes() -> None:
     assert (first.lr, first.beta1, first.beta2, first.batch) == (7e-5, 0.0, 0.999, 4096)
     assert (first.bandwidth, first.init_threshold, first.sparsity) == (0.001, 0.001, "step")
     assert (first.lr_warm_up, first.sparsity_warm_up, first.scale) == (1000, 10_000, "unit")
+    assert (first.architecture, dict(first.options)) == ("gemma_scope_jumprelu", {})
     second = preset_spec("gemma-scope-2", {"layer": 0, "architecture": "jumprelu_transcoder"})
     assert (second.sparsity, second.sparsity_warm_up, second.gain) == ("quadratic", 50_000, "with")
     assert second.hooks("transcoder") == ("blocks.0.mlp.hook_in", "blocks.0.hook_mlp_out")
+    assert not second.options
+    for levels in ({}, {"levels": [8, 64], "d_sae": 64}):
+        third = preset_spec("gemma-scope-2", {"layer": 0, "sparsity_coefficient": 0.5, **levels})
+        assert third.options == {"frequency_coefficient": 0.5}
+        assert third.architecture == (
+            "matryoshka_prefix_jumprelu" if levels else "gemma_scope_jumprelu"
+        )
+    options = {"max_frequency": 0.2}
+    assert preset_spec("gemma-scope-2", {"layer": 0, "options": options}).options == {
+        **{"frequency_coefficient": 1e-3, "max_frequency": 0.2},
+    }
+
+
+def test_scales_are_those_the_architectures_are_meant_for() -> None:
+    levels = {"levels": [8, 64], "d_sae": 64, "layer": 0}
+    for name, scale in (("tree", "layer_norm"), ("softsae", "unit"), ("batchtopk", "sqrt_d")):
+        given = {"architecture": name, **(levels if name == "tree" else {"layer": 0})}
+        assert preset_spec("quick", given).scale == scale
+        assert preset_spec("quick", {**given, "scale": "none"}).scale == "none"
 
 
 def test_what_is_given_goes_before_the_preset() -> None:
@@ -64,6 +84,10 @@ def test_what_is_given_goes_before_the_preset() -> None:
         ({"architecture": "topk", "bandwidth": 0.5}, "bandwidth=0.5 means nothing to .*'topk'"),
         ({"architecture": "jumprelo"}, "Unknown architecture.*Did you mean 'jumprelu'"),
         ({"architecture": "topk", "scale": "layer_norm"}, "cannot be trained on layer-normed"),
+        (
+            {"architecture": "softsae", "dead_features": "ghost"},
+            "A 'softsae' has no pre-activations that ghost gradients could flow through",
+        ),
     ],
 )
 def test_values_that_cannot_be(changes: dict, message: str) -> None:
