@@ -121,6 +121,7 @@ _TREE = _TOPK | {*SPARSITY, "levels", "bandwidth", "init_threshold"}
 ARCHITECTURES: dict[str, Architecture] = {
     "jumprelu": Architecture(build=builders.jumprelu, uses=_JUMPRELU, layer_norm=True),
     "gemma_scope_jumprelu": Architecture(build=builders.gemma_scope, uses=_JUMPRELU),
+    "standard": Architecture(build=builders.standard, uses=_TOPK | {*SPARSITY}),
     "topk": Architecture(build=builders.topk, uses=_TOPK),
     "batchtopk": Architecture(build=builders.batchtopk, uses=_TOPK),
     "matryoshka_batchtopk": Architecture(

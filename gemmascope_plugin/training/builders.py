@@ -116,6 +116,17 @@ def jumprelu(spec: TrainSpec, common: Values) -> TrainingSAE[Any]:
     return JumpReLUTrainingSAE(make_config(JumpReLUTrainingSAEConfig, spec, values))
 
 
+def standard(spec: TrainSpec, common: Values) -> TrainingSAE[Any]:
+    """SAELens' ReLU with an L1 penalty; its coefficient decides the L0, whatever ``target_l0``."""
+    from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
+
+    values = common | {
+        "l1_coefficient": float(spec.sparsity_coefficient),
+        "l1_warm_up_steps": spec.sparsity_warm_up,
+    }
+    return StandardTrainingSAE(make_config(StandardTrainingSAEConfig, spec, values))
+
+
 def gemma_scope(spec: TrainSpec, common: Values) -> TrainingSAE[Any]:
     """JumpReLU with unit decoder rows, gradient projection and, by option, a frequency penalty."""
     from gemmascope_plugin.saes import GemmaScopeConfig, GemmaScopeTrainingSAE

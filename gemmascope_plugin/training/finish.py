@@ -50,6 +50,9 @@ def finished(learner: Learner) -> Any:
     sae.process_state_dict_for_saving_inference(state)
     config = sae.cfg.get_inference_sae_cfg_dict()
     plain = config["normalize_activations"] == "none"
+    if config["architecture"] == "standard":  # ReLU is JumpReLU with thresholds of zero
+        config["architecture"] = jumprelu.ARCHITECTURES[0]
+        state["threshold"] = torch.zeros_like(state["b_enc"])
     if config["architecture"] in jumprelu.ARCHITECTURES and plain:
         state["threshold"] = state["threshold"].clamp(min=0)
         state |= fold_decoder(state, subtracts_b_dec=config["apply_b_dec_to_input"])

@@ -47,6 +47,7 @@ EXPORTED: list[dict[str, Any]] = [
     {"architecture": "batchtopk", "subtract_b_dec": True},
     {"architecture": "matryoshka_batchtopk", "levels": [8, 24], "scale": "none"},
     {"architecture": "gemma_scope_jumprelu", "scale": "unit", "subtract_b_dec": True},
+    {"architecture": "standard", "sparsity_coefficient": 0.1, "sparsity_warm_up": 5},
     {"architecture": "jumprelu_transcoder"},
     {"architecture": "jumprelu_skip_transcoder", "gain": "with", "layout": "gemma-scope-2"},
 ]
