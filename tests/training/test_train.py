@@ -258,6 +258,13 @@ def test_layer_norm_stays_in_the_dictionary_and_has_no_gemma_scope_form(hooked2,
         ({"options": {"l0_coefficient": 2.0}}, "'l0_coefficient' is no option of"),
         ({"architecture": "topk", "target_l0": 2.5}, "target_l0=2.5 is no number of features"),
         ({"architecture": "matryoshka_batchtopk"}, r"levels=\(\) make no Matryoshka"),
+        ({"architecture": "tree"}, r"levels=\(\) make no tree"),
+        (
+            {"architecture": "tree", "levels": [8, 24], "target_l0": 1},
+            "target_l0=1 is too little for 2 layers",
+        ),
+        ({"architecture": "soft_topk", "target_l0": 2.5}, "target_l0=2.5 is no number of features"),
+        ({"architecture": "softsae", "target_l0": 13}, "k is 13.0, for 24 features"),
     ],
 )
 def test_what_an_architecture_refuses(hooked2, changes: dict, message: str) -> None:
@@ -267,7 +274,7 @@ def test_what_an_architecture_refuses(hooked2, changes: dict, message: str) -> N
     assert sae.cfg.metadata.training_architecture_details["jumprelu_tanh_scale"] == 2.0
 
 
-@pytest.mark.parametrize("name", ["standard", "gated", "matching_pursuit"])
+@pytest.mark.parametrize("name", ["gated", "matching_pursuit"])
 def test_any_training_class_of_saelens_is_one_entry(hooked2, tmp_path, monkeypatch, name) -> None:
     sae_class, config_class = get_sae_training_class(name)
 
