@@ -91,6 +91,14 @@ WIDTHS: dict[str, int] = {
 
 STANDARD_PATH = "layer_{layer}/width_{width}/average_l0_{l0:.0f}"
 EMBEDDING_PATH = "embedding/width_{width}/average_l0_{l0:.0f}"
+GEMMA_SCOPE_2_PATH = "{folder}/layer_{{layer}}_width_{{width}}_l0_{{l0:.0f}}{ending}"
+GEMMA_SCOPE_2_FOLDERS: dict[tuple[Kind, Site], str] = {
+    ("sae", "res"): "resid_post",
+    ("sae", "att"): "attn_out",
+    ("sae", "mlp"): "mlp_out",
+    ("transcoder", "mlp"): "transcoder",
+}
+"""Gemma Scope 2's folder of a kind and site."""
 
 
 def standard_path(layer: int, width: str, l0: int | float) -> str:
@@ -105,6 +113,21 @@ def standard_path(layer: int, width: str, l0: int | float) -> str:
         E.g. ``layer_20/width_16k/average_l0_71``.
     """
     return STANDARD_PATH.format(layer=layer, width=width, l0=l0)
+
+
+def path_template(format: Format, kind: Kind, site: Site, *, affine: bool) -> str:
+    """The folder of a dictionary, with places for ``layer``, ``width`` and ``l0``.
+
+    Args:
+        format: ``npz`` or ``gemma-scope-2``.
+        kind: What it maps.
+        site: Where it lives.
+        affine: Whether it has an affine skip.
+    """
+    if format == "gemma-scope-2":
+        folder = GEMMA_SCOPE_2_FOLDERS.get((kind, site), site)
+        return GEMMA_SCOPE_2_PATH.format(folder=folder, ending="_affine" if affine else "")
+    return EMBEDDING_PATH if site == "embedding" else STANDARD_PATH
 
 
 def width_label(d_sae: int) -> str:

@@ -4,11 +4,12 @@ A file holds what all rows share once, and short rows:
 
     {"format": 1, "release": ..., "canonical_release": name or null, "repo_id": ..., "model": ...,
      "groups": [{"kind", "site", "hook_in", "hook_out", "d_in", "d_out", "affine", "levels",
-                 "provenance", "path", "widths": {label: d_sae},
+                 "provenance", "format", "gain", "variant", "path", "widths": {label: d_sae},
                  "rows": [[layer, width, l0, canonical 0/1, neuronpedia id], ...]}]}
 
 1. ``hook_in``, ``hook_out`` and ``path`` are templates in ``layer``, ``width`` and ``l0``; the id
-   of a dictionary is its path.  The last two cells of a row may be left away.
+   of a dictionary is its path.  The last two cells of a row may be left away, and so may format, gain
+   and variant where they are the usual ones.
 2. A ``canonical_release`` lists the rows marked canonical a second time.
 3. A table is written to a temporary name and renamed, after it was read back as what it should be.
 
@@ -24,13 +25,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gemmascope_plugin.catalog.sites import EMBEDDING_PATH, STANDARD_PATH, at_layer, raw_nbytes
-from gemmascope_plugin.catalog.spec import SaeSpec
+from gemmascope_plugin.catalog.sites import at_layer, path_template, raw_nbytes
+from gemmascope_plugin.catalog.spec import DEFAULTS, SaeSpec
 from gemmascope_plugin.errors import GemmaScopeError
 
 FORMAT = 1
 TABLES = Path(__file__).with_name("tables")
 _SHARED = ("kind", "site", "d_in", "d_out", "affine", "levels", "provenance")
+_USUAL = ("format", "gain", "variant")
+"""Fields that only stand in a table where they are not the usual ones."""
 
 
 def read_tables(folder: Path) -> dict[str, dict[str, Any]]:
@@ -53,6 +56,7 @@ def _parse_row(shared: dict[str, Any], group: dict[str, Any], row: list[Any]) ->
     layer, width, l0, canonical, neuronpedia_id = row + [0, None][len(row) - 3 :]
     path = group["path"].format(layer=layer, width=width, l0=l0)
     constants: dict[str, Any] = {key: group[key] for key in _SHARED}
+    constants |= {key: group[key] for key in _USUAL if key in group}
     constants["levels"] = tuple(group["levels"])
     d_in, d_out, d_sae = group["d_in"], group["d_out"], group["widths"][width]
     return SaeSpec(
@@ -109,12 +113,14 @@ def write_table(specs: Sequence[SaeSpec], *, canonical_release: str | None, fold
 
 
 def _group_head(spec: SaeSpec) -> dict[str, Any]:
+    unusual = {key: getattr(spec, key) for key in _USUAL if getattr(spec, key) != DEFAULTS[key]}
     return {
         **{key: getattr(spec, key) for key in _SHARED},
+        **unusual,
         "levels": list(spec.levels),
         "hook_in": at_layer(spec.hook_in, spec.layer, "{layer}"),
         "hook_out": at_layer(spec.hook_out, spec.layer, "{layer}"),
-        "path": EMBEDDING_PATH if spec.site == "embedding" else STANDARD_PATH,
+        "path": path_template(spec.format, spec.kind, spec.site, affine=spec.affine),
     }
 
 

@@ -81,6 +81,8 @@ def config(spec: SaeSpec, *, device: str = "cpu", dtype: str = "float32") -> dic
     }
     if spec.kind == "transcoder":
         cfg["d_out"] = spec.d_out
+    elif spec.levels:
+        cfg |= {"architecture": "matryoshka_jumprelu", "levels": list(spec.levels)}
     return cfg
 
 

@@ -26,7 +26,7 @@ from jaxtyping import Float
 
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.catalog import SaeSpec
-from gemmascope_plugin.catalog.sites import EMBEDDING_PATH, Format, Gain, standard_path, width_label
+from gemmascope_plugin.catalog.sites import Format, Gain, path_template, width_label
 from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.loading.config_json import hf_hooks
 from gemmascope_plugin.loading.npz import write_npz
@@ -34,14 +34,6 @@ from gemmascope_plugin.loading.safetensors import write_safetensors
 from gemmascope_plugin.loading.whole_file import write_whole
 from gemmascope_plugin.saes.jumprelu import ARCHITECTURES
 from gemmascope_plugin.types import Kind, Site
-
-_FOLDERS: dict[tuple[Kind, Site], str] = {
-    ("sae", "res"): "resid_post",
-    ("sae", "att"): "attn_out",
-    ("sae", "mlp"): "mlp_out",
-    ("transcoder", "mlp"): "transcoder",
-}
-"""Gemma Scope 2's folder of a kind and site."""
 
 
 def why_not_exported(sae: Any, layout: Format) -> str | None:
@@ -107,17 +99,15 @@ def export(
         factor = math.sqrt(weights.W_enc.shape[0])
         tensors["W_enc"] = weights.W_enc * factor
         tensors |= {"W_dec": weights.W_dec / factor, "b_dec": weights.b_dec / factor}
+    kind: Kind = "transcoder" if "transcoder" in sae.cfg.architecture() else "sae"
+    affine = weights.W_skip is not None
+    path = path_template(layout, kind, site, affine=affine)
+    own = Path(folder) / path.format(layer=layer, width=label, l0=l0)
     if layout == "npz":
-        path = EMBEDDING_PATH.format(width=label, l0=l0) if site == "embedding" else None
-        own = Path(folder) / (path or standard_path(layer, label, l0))
         write_npz(own / "params.npz", tensors)
         return own
     if weights.W_skip is not None:
         tensors["affine_skip_connection"] = weights.W_skip.T
-    kind: Kind = "transcoder" if "transcoder" in sae.cfg.architecture() else "sae"
-    ending = "_affine" if weights.W_skip is not None else ""
-    name = f"layer_{layer}_width_{label}_l0_{l0:.0f}{ending}"
-    own = Path(folder) / _FOLDERS.get((kind, site), site) / name
     _write_params(own / "params.safetensors", tensors)
     model = str(sae.cfg.metadata.model_name)
     spec = SaeSpec.from_folder(own, model=model, site=site, layer=layer, kind=kind, gain=gain)
