@@ -1,9 +1,10 @@
 """Rebuilds the bundled suite: ``python -m gemmascope_plugin.demo.train``.
 
 1. ``model``: the corpus, the tokenizer and the model (``train_model``).
-2. ``dictionaries``: for each layer, one pass over fresh documents collects the activations at its four
-   sites; residual, attention, MLP and transcoder dictionaries are trained on them, measured on
-   held-out documents, labelled by the grammar's concepts and written in Gemma Scope's layout.
+2. ``dictionaries``: residual, attention, MLP and transcoder dictionaries of every layer in Gemma Scope's
+   layout (``train_dictionaries``), measured on held-out documents and labelled by the grammar's concepts.
+3. ``further``: Matryoshkas of the residual stream and transcoders with affine skip in Gemma Scope 2's
+   layout, likewise.
 
 Each stage writes its part of ``assets/suite.json``: recipe, random seeds, metrics and this command.
 
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +36,17 @@ COMMAND = "python -m gemmascope_plugin.demo.train"
 def main() -> None:
     """Runs the stages that are asked for."""
     parser = argparse.ArgumentParser(description="Rebuilds the bundled suite.")
-    parser.add_argument("--stage", choices=("all", "model", "dictionaries"), default="all")
+    parser.add_argument("--stage", choices=("all", *STAGES), default="all")
     parser.add_argument("--out", type=Path, default=ASSETS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.stage != "dictionaries":
-        _record(args.out, "model", model_stage(args.out, ModelRecipe()))
-    if args.stage != "model":
-        _record(args.out, "dictionaries", train_dictionaries(args.out))
+    for stage in STAGES if args.stage == "all" else (args.stage,):
+        _record(args.out, stage, STAGES[stage](args.out))
 
 
-def model_stage(out: Path, recipe: ModelRecipe) -> dict[str, Any]:
+def model_stage(out: Path) -> dict[str, Any]:
     """Trains and saves the model and its tokenizer; returns what ``suite.json`` says of it."""
-    folder = out / MODEL_FOLDER
+    folder, recipe = out / MODEL_FOLDER, ModelRecipe()
     started = time.monotonic()
     save_model(train_model(recipe), folder)
     save_tokenizer(folder)
@@ -54,7 +55,6 @@ def model_stage(out: Path, recipe: ModelRecipe) -> dict[str, Any]:
         split: task_scores(load_model(folder), split=split) for split in ("held-out", "train")
     }
     return {
-        "command": f"{COMMAND} --stage model",
         "recipe": asdict(recipe),
         "minutes": round(minutes, 1),
         "threads": torch.get_num_threads(),
@@ -65,7 +65,15 @@ def model_stage(out: Path, recipe: ModelRecipe) -> dict[str, Any]:
 def _record(out: Path, part: str, content: dict[str, Any]) -> None:
     path = out / SUITE_FILE
     suite = read_json(path) if path.exists() else {"name": "gemma-2-tiny", "command": COMMAND}
-    write_json(path, {**suite, part: content})
+    write_json(path, {**suite, part: {"command": f"{COMMAND} --stage {part}", **content}})
+
+
+STAGES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "model": model_stage,
+    "dictionaries": train_dictionaries,
+    "further": partial(train_dictionaries, plain=False),
+}
+"""Name to what trains it, in the order in which they build on one another."""
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Encode and decode where the largest pre-activations of a token are active: top-k and SoftSAE.
 
-1. ``z = ReLU((x - b_dec) @ W_enc + b_enc)``; whether ``b_dec`` is subtracted is the dictionary's choice.
+1. ``z = ReLU((x - b_dec) @ W_enc + b_enc)``; whether ``b_dec`` is subtracted, and whether tokens are
+   standardised first (``token_units.py``), is the dictionary's choice.
 2. ``f`` keeps the ``k`` largest ``z`` of each token. ``k`` is one number (arXiv 2406.04093), or what a
    budget network says of the token (SoftSAE, arXiv 2605.06610; ``soft.py``).
 3. ``x_hat = f @ W_dec + b_dec``.
@@ -22,7 +23,8 @@ from typing_extensions import override
 
 from gemmascope_plugin.errors import ModelError, UnknownNameError
 from gemmascope_plugin.saes.lapsum import keep_top
-from gemmascope_plugin.saes.whole_encode import WholeEncode, check_width
+from gemmascope_plugin.saes.token_units import TokenUnits
+from gemmascope_plugin.saes.whole_encode import WholeEncode
 
 Budget = Callable[[torch.Tensor], "Int[torch.Tensor, '*tokens']"]
 """From what the encoder sees of some tokens to how many features each may have."""
@@ -32,7 +34,7 @@ ARCHITECTURE = "topk"
 
 
 @dataclass(frozen=True, eq=False)
-class RankCoder(WholeEncode):
+class RankCoder(TokenUnits, WholeEncode):
     """The tensors of a dictionary that selects by rank."""
 
     what = "dictionary that selects by rank"
@@ -45,23 +47,13 @@ class RankCoder(WholeEncode):
     """One number for all tokens, or a network's."""
     subtract_b_dec: bool
 
-    reads_input = False
+    standardize: bool = False
 
     @property
     @override
     def d_sae(self) -> int:
         """Number of features."""
         return self.W_enc.shape[1]
-
-    def seen(self, x: Float[torch.Tensor, "*tokens d_in"]) -> Float[torch.Tensor, "*tokens d_in"]:
-        """What the encoder sees of some tokens, in the dictionary's type.
-
-        Raises:
-            WidthMismatchError: ``x`` has another width than the dictionary.
-        """
-        check_width(x, self.W_enc)
-        x = x.to(self.W_enc.dtype)
-        return x - self.b_dec if self.subtract_b_dec else x
 
     @override
     def pre_activations(
@@ -79,13 +71,6 @@ class RankCoder(WholeEncode):
         """The largest of each token, where positive."""
         return keep_top(pre.relu(), self.k if isinstance(self.k, int) else self.k(self.seen(x)))
 
-    def scale(self, x: Float[torch.Tensor, "*tokens d_in"]) -> None:
-        """None: features write ``f_i * W_dec[i]``."""
-
-    def bias(self, x: Float[torch.Tensor, "*tokens d_in"]) -> Float[torch.Tensor, "*#tokens d_out"]:
-        """``b_dec``."""
-        return self.b_dec.expand(*[1] * (x.ndim - 1), -1)
-
 
 def rank_coder(sae: Any, k: int | Budget, level: int | None) -> RankCoder:
     """The coder of a dictionary with ``W_enc, b_enc, W_dec, b_dec``.
@@ -97,7 +82,7 @@ def rank_coder(sae: Any, k: int | Budget, level: int | None) -> RankCoder:
 
     Raises:
         UnknownNameError: A level was asked for.
-        ModelError: The input is normalised, which must be folded into the weights first.
+        ModelError: The input has a factor, which must be folded into the weights first.
     """
     if level is not None:
         raise UnknownNameError(
@@ -105,7 +90,7 @@ def rank_coder(sae: Any, k: int | Budget, level: int | None) -> RankCoder:
             exists=f"one dictionary of {sae.W_enc.shape[1]} features",
             fix="level=None",
         )
-    if sae.cfg.normalize_activations != "none":
+    if sae.cfg.normalize_activations not in ("none", "layer_norm"):
         raise ModelError(
             f"The dictionary normalises its input ({sae.cfg.normalize_activations})",
             fix="sae.fold_activation_norm_scaling_factor(factor) first",
@@ -117,6 +102,7 @@ def rank_coder(sae: Any, k: int | Budget, level: int | None) -> RankCoder:
         b_dec=sae.b_dec,
         k=k,
         subtract_b_dec=sae.cfg.apply_b_dec_to_input,
+        standardize=sae.cfg.normalize_activations == "layer_norm",
     )
 
 

@@ -6,6 +6,7 @@ no dictionary of that width can serve, phases that do not fit into the training.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,6 +17,12 @@ from typing_extensions import override
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.saes.registration import StrictConfig
 from gemmascope_plugin.saes.soft_schedule import check_schedule
+
+FOLDABLE = ("none", "expected_average_only_in")
+"""Normalisations that become part of the weights."""
+BUDGETED = (*FOLDABLE, "layer_norm")
+"""SoftSAE's class standardises tokens by itself; SAELens' top-k, as which a fixed budget is saved, keeps
+another token's deviation."""
 
 ARCHITECTURE = "softsae"
 """The name under which SAELens knows both the inference and the training class."""
@@ -38,7 +45,7 @@ class SoftSAEConfig(StrictConfig, SAEConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_mean_budget(self.k, self.d_sae)
-        check_normalisation(self.normalize_activations)
+        check_normalisation(self.normalize_activations, BUDGETED)
 
     @override
     @classmethod
@@ -63,13 +70,14 @@ class SoftTopKTrainingSAEConfig(StrictConfig, TrainingSAEConfig):
     aux_loss_coefficient: float = 1 / 32
     decoder_init_norm: float | None = 1.0
 
+    normalisations: ClassVar[tuple[str, ...]] = FOLDABLE
     rescale_acts_by_decoder_norm: ClassVar[bool] = False
     """A field of SAELens' top-k config."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_k()
-        check_normalisation(self.normalize_activations)
+        check_normalisation(self.normalize_activations, self.normalisations)
         check_schedule(
             total_steps=self.total_steps,
             alpha_steps=self.alpha_steps,
@@ -101,6 +109,8 @@ class SoftTrainingSAEConfig(SoftTopKTrainingSAEConfig):
 
     budget_loss_coefficient: float = 1.0
 
+    normalisations: ClassVar[tuple[str, ...]] = BUDGETED
+
     @override
     def check_k(self) -> None:
         check_mean_budget(self.k, self.d_sae)
@@ -128,13 +138,12 @@ def check_mean_budget(k: float | int, d_sae: int) -> None:
         )
 
 
-def check_normalisation(given: str) -> None:
-    """Refuses input normalisations that the budget network cannot follow when they are folded.
+def check_normalisation(given: str, known: Sequence[str]) -> None:
+    """Refuses input normalisations that a dictionary cannot follow, or that splicing could not.
 
     Raises:
         ModelError: See above.
     """
-    known = ("none", "expected_average_only_in")
     if given not in known:
         raise ModelError(
             f"A soft top-k dictionary cannot normalise its input by {given!r}",

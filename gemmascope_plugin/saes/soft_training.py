@@ -21,6 +21,7 @@ than with a hard top-k.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 import torch
@@ -40,6 +41,7 @@ from gemmascope_plugin.saes.soft import (
 )
 from gemmascope_plugin.saes.soft_config import SoftTopKTrainingSAEConfig, SoftTrainingSAEConfig
 from gemmascope_plugin.saes.soft_schedule import alpha_at, is_hard_at, target_at
+from gemmascope_plugin.saes.token_units import standardise
 
 Config = TypeVar("Config", bound=SoftTopKTrainingSAEConfig)
 
@@ -105,6 +107,10 @@ class SoftTopKTrainingSAE(TrainingSAE[Config], Generic[Config]):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """One step: prepare, encode, reconstruct from unit rows, sum the losses."""
         x, self.step = step_input.sae_in, step_input.n_training_steps
+        if self.cfg.normalize_activations == "layer_norm":
+            # Losses in the units of the encoder, in which standardising again changes nothing.
+            x = standardise(x)[0]
+            step_input = replace(step_input, sae_in=x)
         self._prepare(x)
         acts, scores, budget = self._encode(x)
         # Normalised once more although the rows have unit norm: the gradient then has no part along

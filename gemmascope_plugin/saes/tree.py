@@ -3,10 +3,8 @@
 1. Encode: standardise each token, ``z = (x' - b_dec) @ W_enc``, then gates and sparsity layer by layer
    (``tree_coder.py``).
 2. Decode: ``(f @ W_dec + b_dec) * std + mean``; the first layers alone are a dictionary of their own.
-3. Mean and deviation are the token's.  SAELens keeps those of the last ``encode`` in the dictionary and
-   ``decode`` takes them, whoever's activations it is given.  Here they travel *with the activations*
-   that ``encode`` returned: ``decode(encode(x))`` works as in SAELens, and any other tensor (edited,
-   sliced, loaded) needs ``decode(acts, like=x)``, so that another token's are never used in silence.
+3. Mean and deviation are the token's and travel with the activations (``token_units.py``):
+   ``decode(encode(x))`` works as in SAELens, and any other tensor needs ``decode(acts, like=x)``.
 
 Importing this module registers the architecture ``"tree"`` with SAELens: ``SAE.load_from_disk`` reads
 what ``save_model`` or ``save_inference_model`` wrote, the parents among it.
@@ -28,6 +26,7 @@ from typing_extensions import override
 from gemmascope_plugin.errors import ModelError, UnknownNameError
 from gemmascope_plugin.saes.jumprelu import jump
 from gemmascope_plugin.saes.registration import register_class
+from gemmascope_plugin.saes.token_units import restored, with_units
 from gemmascope_plugin.saes.tree_coder import TreeCoder, activate
 from gemmascope_plugin.saes.tree_config import Config, TreeSAEConfig
 from gemmascope_plugin.saes.tree_links import (
@@ -37,9 +36,6 @@ from gemmascope_plugin.saes.tree_links import (
     from_digits,
     to_digits,
 )
-
-_UNITS = "_tree_units"
-"""Attribute of activations that ``encode`` returned: means and deviations of their tokens."""
 
 
 class TreeDictionary(TreeLinks[Config], SAE[Config]):
@@ -138,9 +134,7 @@ class TreeDictionary(TreeLinks[Config], SAE[Config]):
         """Activations, and pre-activations before gates and sparsity."""
         coder, cfg = self.coder(), self.cfg
         x = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
-        scaled, mean, std = coder.units(x)
-        inner = scaled - self.b_dec if cfg.apply_b_dec_to_input else scaled
-        pre = self.hook_sae_acts_pre(inner @ self.W_enc)
+        pre = self.hook_sae_acts_pre(coder.pre_activations(x))
         acts = activate(
             pre,
             self.parent,
@@ -149,11 +143,7 @@ class TreeDictionary(TreeLinks[Config], SAE[Config]):
             coverage=coder.coverage,
             jump=self.jump,
         )
-        acts = self.hook_sae_acts_post(acts)
-        if hasattr(acts, _UNITS):  # a hook put back what another call returned: leave that alone
-            acts = acts.view_as(acts)
-        setattr(acts, _UNITS, (mean, std))
-        return acts, pre
+        return with_units(self.hook_sae_acts_post(acts), coder.units(x)), pre
 
     @override
     def decode(
@@ -183,25 +173,9 @@ class TreeDictionary(TreeLinks[Config], SAE[Config]):
         stop = self.cfg.bounds[self.n_layers if layers is None else layers]
         out = self.hook_sae_recons(feature_acts[..., :stop] @ self.W_dec[:stop] + self.b_dec)
         if self.cfg.standardize:
-            mean, std = self._units_of(feature_acts, like)
-            out = out * std + mean
+            units = None if like is None else self.coder().units(self.reshape_fn_in(like))
+            out = restored(out, feature_acts, units)
         return self.reshape_fn_out(out, self.d_head)
-
-    def _units_of(
-        self, acts: torch.Tensor, like: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and deviation of the tokens that activations belong to."""
-        if like is not None:
-            _, mean, std = self.coder().units(self.reshape_fn_in(like))
-        else:
-            mean, std = getattr(acts, _UNITS, (None, None))
-        if mean is None or std is None:
-            raise ModelError(
-                "These activations are not the tensor that encode returned, so the mean and deviation "
-                "of their tokens are not known",
-                fix="decode(acts, like=x) with the tokens x that were encoded",
-            )
-        return mean, std
 
     @override
     def fold_W_dec_norm(self) -> None:

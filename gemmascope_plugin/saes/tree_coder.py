@@ -26,28 +26,16 @@ from jaxtyping import Bool, Float, Int
 from typing_extensions import override
 
 from gemmascope_plugin.saes.jumprelu import jump
+from gemmascope_plugin.saes.token_units import TokenUnits
 from gemmascope_plugin.saes.tree_config import Layer
 from gemmascope_plugin.saes.tree_links import ROOT
-from gemmascope_plugin.saes.whole_encode import WholeEncode, check_width
+from gemmascope_plugin.saes.whole_encode import WholeEncode
 
-EPS = 1e-5
 GATE = 1e-3
 """A gate is open where the parent's activation exceeds this."""
 
 Jump = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Pre-activations and thresholds of a layer to its activations."""
-
-
-def standardise(
-    x: Float[torch.Tensor, "*tokens d_in"],
-) -> tuple[
-    Float[torch.Tensor, "*tokens d_in"],
-    Float[torch.Tensor, "*tokens 1"],
-    Float[torch.Tensor, "*tokens 1"],
-]:
-    """The standardised tokens, their means and their deviations."""
-    mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
-    return (x - mean) / (std + EPS), mean, std
 
 
 def open_gates(
@@ -99,7 +87,7 @@ def activate(
 
 
 @dataclass(frozen=True, eq=False)
-class TreeCoder(WholeEncode):
+class TreeCoder(TokenUnits, WholeEncode):
     """The tensors of a Tree SAE, whole or cut to its first layers; views of the dictionary."""
 
     what = "tree"
@@ -120,34 +108,12 @@ class TreeCoder(WholeEncode):
         """Number of features."""
         return self.W_enc.shape[1]
 
-    @property
-    def reads_input(self) -> bool:
-        """True where tokens are standardised: their mean and deviation are put back."""
-        return self.standardize
-
-    def units(
-        self, x: Float[torch.Tensor, "*tokens d_in"]
-    ) -> tuple[
-        Float[torch.Tensor, "*tokens d_in"],
-        Float[torch.Tensor, "*tokens 1"] | None,
-        Float[torch.Tensor, "*tokens 1"] | None,
-    ]:
-        """``x', mean, std`` in the dictionary's type; None where it does not standardise.
-
-        Raises:
-            WidthMismatchError: ``x`` has another width than the dictionary.
-        """
-        check_width(x, self.W_enc)
-        x = x.to(self.W_enc.dtype)
-        return standardise(x) if self.standardize else (x, None, None)
-
     @override
     def pre_activations(
         self, x: Float[torch.Tensor, "*tokens d_in"]
     ) -> Float[torch.Tensor, "*tokens d_sae"]:
         """``(x' - b_dec) @ W_enc``, before gates and sparsity."""
-        scaled = self.units(x)[0]
-        return (scaled - self.b_dec if self.subtract_b_dec else scaled) @ self.W_enc
+        return self.seen(x) @ self.W_enc
 
     @override
     def activate(
@@ -159,16 +125,3 @@ class TreeCoder(WholeEncode):
         return activate(
             pre, self.parent, self.layers, threshold=self.threshold, coverage=self.coverage
         )
-
-    def scale(
-        self, x: Float[torch.Tensor, "*tokens d_in"]
-    ) -> Float[torch.Tensor, "*tokens 1"] | None:
-        """The deviation of each token: feature ``i`` writes ``f_i * W_dec[i] * std``."""
-        return self.units(x)[2]
-
-    def bias(self, x: Float[torch.Tensor, "*tokens d_in"]) -> Float[torch.Tensor, "*#tokens d_in"]:
-        """``b_dec * std + mean``."""
-        _, mean, std = self.units(x)
-        if mean is None or std is None:
-            return self.b_dec.expand(*[1] * (x.ndim - 1), -1)
-        return self.b_dec * std + mean

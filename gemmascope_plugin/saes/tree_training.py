@@ -35,9 +35,10 @@ from typing_extensions import override
 
 from gemmascope_plugin.saes.geometric_median import geometric_median
 from gemmascope_plugin.saes.registration import register_class
+from gemmascope_plugin.saes.token_units import EPS
 from gemmascope_plugin.saes.tree import TreeDictionary
 from gemmascope_plugin.saes.tree_allocation import move_dead_children, reallocation_steps, shares
-from gemmascope_plugin.saes.tree_coder import EPS, open_gates
+from gemmascope_plugin.saes.tree_coder import open_gates
 from gemmascope_plugin.saes.tree_links import ROOT
 from gemmascope_plugin.saes.tree_losses import (
     aux_loss,

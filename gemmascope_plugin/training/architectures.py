@@ -136,8 +136,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "tree": Architecture(
         build=builders.tree, uses=_TREE, layer_norm=True, scale="layer_norm", ghost=False
     ),
-    "softsae": Architecture(build=builders.soft, uses=_TOPK, scale="unit", ghost=False),
-    "soft_topk": Architecture(build=builders.soft_topk, uses=_TOPK, scale="unit", ghost=False),
+    "softsae": Architecture(build=builders.soft, uses=_TOPK, layer_norm=True, ghost=False),
+    "soft_topk": Architecture(build=builders.soft_topk, uses=_TOPK, ghost=False),
     "jumprelu_transcoder": Architecture(build=builders.transcoder, uses=_PAIRS, kind="transcoder"),
     "jumprelu_skip_transcoder": Architecture(
         build=builders.transcoder, uses=_PAIRS, kind="transcoder"

@@ -229,12 +229,19 @@ def _k_per_layer(k: int, sizes: Sequence[int]) -> list[int]:
 
 
 def _soft_values(spec: TrainSpec, common: Values) -> tuple[Values, Values]:
-    """What the spec says, and the paper's phases as shares of the training."""
+    """What the spec says, and phases that short trainings need longer shares for than the paper's.
+
+    At the paper's last ``alpha`` of 1e-4 the gradient of the selection is that of a handful of scores;
+    a few thousand steps need more of them, and more hard steps after.
+    """
     values = common | {
         "total_steps": spec.steps,
         "aux_loss_coefficient": _dead_coefficient(spec, 1 / 32),
     }
-    return values, {"alpha_steps": spec.steps // 10, "hard_steps": spec.steps // 10}
+    usual: Values = {"alpha_steps": spec.steps // 10, "hard_steps": spec.steps // 4}
+    if spec.scale == "sqrt_d":
+        usual["final_alpha"] = 0.02
+    return values, usual
 
 
 def soft(spec: TrainSpec, common: Values) -> TrainingSAE[Any]:

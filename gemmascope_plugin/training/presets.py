@@ -9,7 +9,7 @@
 2. ``gemma-scope-2`` (its technical paper): the same with the quadratic penalty around ``target_l0``, a
    penalty on frequent features (``saes/jumprelu_training.py``), transcoders that read the norm's output
    with its gain, and Gemma Scope 2's files. With ``levels``, whose sizes are not published, a Matryoshka.
-3. ``quick``: what trained the bundled suite, minutes on a CPU.
+3. ``quick``: minutes on a CPU, for small models; close to what trained the bundled suite.
 
 Values that the chosen architecture does not read are left out, the scale of activations is the one its
 settings are meant for, and what is given goes before the preset.
@@ -52,6 +52,7 @@ def preset_spec(name: str, values: Mapping[str, Any]) -> TrainSpec:
 def _quick(values: dict[str, Any]) -> dict[str, Any]:
     steps, lr = values.get("steps", 2000), values.get("lr", 2e-3)
     whole = isinstance(steps, int)
+    selects = any(word in values.get("architecture", "") for word in ("topk", "soft"))
     return {
         "d_sae": 512,
         "steps": steps,
@@ -61,6 +62,9 @@ def _quick(values: dict[str, Any]) -> dict[str, Any]:
         "sparsity_warm_up": steps // 4 if whole else 0,
         "context": 64,
         "rows": 128,
+        # Features that lose the competition in a short run have no time to come back by themselves.
+        "dead_after": max(1, steps // 20) if whole else 100,
+        "dead_coefficient": 1.0 if selects else None,
     }
 
 

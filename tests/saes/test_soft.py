@@ -341,8 +341,40 @@ def test_schedules_that_do_not_fit_are_refused() -> None:
 
 def test_normalisations_the_network_cannot_follow_are_refused() -> None:
     for make in (soft_sae, training_config):
-        with pytest.raises(ModelError, match="cannot normalise its input by 'layer_norm'"):
-            make(normalize_activations="layer_norm")
+        with pytest.raises(
+            ModelError, match="cannot normalise its input by 'covariance_whitening'"
+        ):
+            make(normalize_activations="covariance_whitening")
+    with pytest.raises(ModelError, match="cannot normalise its input by 'layer_norm'.*none, exp"):
+        training_config(SoftTopKTrainingSAEConfig, normalize_activations="layer_norm")
+
+
+def test_standardised_tokens_find_back_with_their_own_mean_and_deviation() -> None:
+    sae = soft_sae(normalize_activations="layer_norm")
+    x = torch.randn(9, D_IN, generator=torch.Generator().manual_seed(2)) * 7 + 3
+    with torch.no_grad():
+        acts, out = sae.encode(x), sae(x)
+        mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+        plain = soft_sae()
+        torch.testing.assert_close(acts, plain.encode((x - mean) / (std + 1e-5)))
+        torch.testing.assert_close(out, plain.decode(acts.clone()) * std + mean)
+        sae.encode(x.flip(0))  # another text in between changes nothing
+        torch.testing.assert_close(sae.decode(acts), out)
+        torch.testing.assert_close(sae.decode(acts.clone(), like=x), out)
+        with pytest.raises(ModelError, match=r"not the tensor that encode returned.*like=x"):
+            sae.decode(acts.clone())
+
+
+def test_losses_of_standardised_tokens_weigh_all_tokens_alike() -> None:
+    raw = torch.randn(9, D_IN, generator=torch.Generator().manual_seed(2))
+    lengths = torch.linspace(1, 50, 9)[:, None]
+    outputs = []
+    for x in (raw, raw * lengths):
+        torch.manual_seed(0)
+        sae = SoftTrainingSAE(training_config(normalize_activations="layer_norm"))
+        outputs.append(sae.training_forward_pass(step_input(x, 1, sae)))
+    torch.testing.assert_close(outputs[0].loss, outputs[1].loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs[0].sae_out, outputs[1].sae_out, rtol=1e-3, atol=1e-3)
 
 
 def test_unknown_keys_are_refused_by_the_configs_and_the_class(tmp_path) -> None:

@@ -51,7 +51,7 @@ def test_presets_are_the_published_recipes() -> None:
 
 def test_scales_are_those_the_architectures_are_meant_for() -> None:
     levels = {"levels": [8, 64], "d_sae": 64, "layer": 0}
-    for name, scale in (("tree", "layer_norm"), ("softsae", "unit"), ("batchtopk", "sqrt_d")):
+    for name, scale in (("tree", "layer_norm"), ("softsae", "sqrt_d"), ("batchtopk", "sqrt_d")):
         given = {"architecture": name, **(levels if name == "tree" else {"layer": 0})}
         assert preset_spec("quick", given).scale == scale
         assert preset_spec("quick", {**given, "scale": "none"}).scale == "none"

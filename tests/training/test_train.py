@@ -59,6 +59,7 @@ KEPT: list[dict[str, Any]] = [
     {"architecture": "tree", "levels": [8, 24], "scale": "layer_norm"},
     {"architecture": "tree", "levels": [8, 16, 24], "subtract_b_dec": True},
     {"architecture": "softsae", "scale": "unit"},
+    {"architecture": "softsae", "scale": "layer_norm", "subtract_b_dec": True},
     {"architecture": "soft_topk", "subtract_b_dec": True},
 ]
 """Architectures whose classes or levels have no place in Gemma Scope's layouts."""
