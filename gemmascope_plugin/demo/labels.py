@@ -1,11 +1,11 @@
 """Names features by the grammar's known concepts, with measured precision and recall.
 
-1. For every feature and concept, count the tokens where both, or one, hold. Concepts are the
-   grammar's roles and the identity of the word (``word=to``).
-2. A feature's label is the concept with the best F1; precision is the share of the feature's tokens
-   where the concept holds, recall the share of the concept's tokens where the feature is active.
+1. Concepts are the grammar's roles and the identity of the word (``word=to``).
+2. A feature's label is the concept with the best F1 (``features/labels.py``); precision is the share of
+   the feature's tokens where the concept holds, recall the share of the concept's tokens where the
+   feature is active.
 
-Cost: one matrix product ``features x tokens x concepts``.
+Cost: the meetings of active features with concepts.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 
-MIN_F1 = 0.5
-"""Below this a feature gets no label."""
+from gemmascope_plugin.features.labels import MIN_F1, best_concepts
+from gemmascope_plugin.saes import SparseActs
 
 
 @dataclass(frozen=True)
@@ -48,24 +48,12 @@ def label_features(
         concepts: Where each concept holds, at the same tokens.
         names: One name per concept.
     """
-    fires, holds = active.float(), concepts.float()
-    both = fires.T @ holds
-    precision = both / fires.sum(0).clamp(min=1)[:, None]
-    recall = both / holds.sum(0).clamp(min=1)[None]
-    f1 = _harmonic_mean(precision, recall)
-    best, column = f1.max(1)
+    best = best_concepts(SparseActs.from_dense(active.float()), concepts)
     labels = {}
-    for i in (best >= MIN_F1).nonzero().flatten().tolist():
-        j = int(column[i])
-        scores = (float(precision[i, j]), float(recall[i, j]), float(best[i]))
-        labels[i] = Label(names[j], *(round(score, 4) for score in scores))
+    for i in (best.f1 >= MIN_F1).nonzero().flatten().tolist():
+        scores = (float(best.precision[i]), float(best.recall[i]), float(best.f1[i]))
+        labels[i] = Label(names[int(best.concept[i])], *(round(score, 4) for score in scores))
     return labels
-
-
-def _harmonic_mean(
-    a: Float[torch.Tensor, "*shape"], b: Float[torch.Tensor, "*shape"]
-) -> Float[torch.Tensor, "*shape"]:
-    return 2 * a * b / (a + b).clamp(min=1e-9)
 
 
 def labels_to_json(labels: dict[int, Label]) -> dict[str, list[Any]]:

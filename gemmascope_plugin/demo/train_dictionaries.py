@@ -69,7 +69,12 @@ class SuiteRecipe:
     recipe: Recipe = field(default_factory=Recipe)
     """Of the plain dictionaries."""
     quick: Mapping[str, Any] = field(
-        default_factory=lambda: {"target_l0": 10.0, "bucket": 1 << 19, "layout": "gemma-scope-2"}
+        default_factory=lambda: {
+            "model": MODEL,
+            "target_l0": 10.0,
+            "bucket": 1 << 19,
+            "layout": "gemma-scope-2",
+        }
     )
     """What the two suites in Gemma Scope 2's layout add to the preset ``quick``."""
     further: Mapping[str, Mapping[str, Any]] = field(

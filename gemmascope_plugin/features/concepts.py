@@ -35,7 +35,14 @@ import torch
 from jaxtyping import Bool, Int64
 
 from gemmascope_plugin.errors import EmptySelectionError, ModelError
-from gemmascope_plugin.features.stream import Tokens, corpus, hooked_for, site_tensors
+from gemmascope_plugin.features.stream import (
+    Tokens,
+    check_names,
+    corpus,
+    encoded,
+    hooked_for,
+    kept_concepts,
+)
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.saes import SparseActs
 
@@ -154,18 +161,9 @@ def concept_scores_of(
         EmptySelectionError: No token, or excluded ones only.
     """
     text = corpus(model, tokens, exclude, batch)
-    shapes = [tuple(part.shape) for part in text.batches]
-    documents = sum(n for n, _ in shapes)
-    if {(documents, pos) for _, pos in shapes} != {tuple(concepts.shape[:2])}:
-        raise ModelError(
-            f"The concepts are given for {list(concepts.shape[:2])} tokens, and the documents are "
-            f"{shapes[0] if len(shapes) == 1 else shapes}",
-            fix="concepts [document, pos, concept] for tokens [document, pos]",
-        )
-    hooked = hooked_for(sae, text.exclude)
-    found = [hooked.weights.encode_sparse(x) for x, _ in site_tensors(model, hooked, text)]
-    keep = torch.cat([text.kept(part) for part in text.batches]).to(concepts.device)
-    return concept_scores(_joined(found), concepts[keep], names, **rules)
+    here = kept_concepts(text, concepts)
+    active = encoded(model, hooked_for(sae, text.exclude), text)
+    return concept_scores(active, here, names, **rules)
 
 
 def _score(
@@ -231,17 +229,6 @@ def _entries(active: torch.Tensor | SparseActs) -> _Entries:
     return _Entries(tokens, features, *active.shape)
 
 
-def _joined(parts: Sequence[SparseActs]) -> SparseActs:
-    """The tokens of several records one after another."""
-    lengths = torch.cat([part.offsets.diff() for part in parts])
-    return SparseActs(
-        torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
-        torch.cat([part.indices for part in parts]),
-        torch.cat([part.values for part in parts]),
-        (len(lengths), parts[0].d_sae),
-    )
-
-
 def _check(entries: _Entries, concepts: torch.Tensor, names: Sequence[str]) -> None:
     if len(concepts) != entries.n_tokens:
         raise ModelError(
@@ -249,10 +236,6 @@ def _check(entries: _Entries, concepts: torch.Tensor, names: Sequence[str]) -> N
             f"{entries.n_tokens}",
             fix="both for the same tokens; concept_scores_of(model, sae, tokens, ...) sees to it",
         )
-    if len(names) != concepts.shape[1]:
-        raise ModelError(
-            f"{len(names)} names were given for {concepts.shape[1]} concepts",
-            fix="one name per column of concepts",
-        )
+    check_names(concepts, names)
     if not entries.n_tokens:
         raise EmptySelectionError("There are no tokens", fix="at least one token with its concepts")

@@ -23,12 +23,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from typing_extensions import override
 
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.features.damage import Damage, damage
 from gemmascope_plugin.features.geometry import mean_max_cosine
 from gemmascope_plugin.features.importance import importance
+from gemmascope_plugin.features.measured import Measured
 from gemmascope_plugin.features.stream import Corpus, Tokens, corpus, hooked_for, site_tensors
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.saes import Coder
@@ -41,16 +43,9 @@ BIN_EDGES = tuple(10 ** (k / 2) for k in range(-10, 1))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Measures:
+class Measures(Measured):
     """What was measured of one dictionary; ``to_frame`` has it as a row."""
 
-    hook_in: str
-    hook_out: str
-    d_sae: int
-    level: int | None
-    """Level of a Matryoshka dictionary; None for the whole."""
-    n_tokens: int
-    exclude: tuple[str | int, ...]
     l0: float
     """Mean number of active features per token."""
     fvu: float
@@ -95,14 +90,11 @@ class Measures:
         rows += zip((0.0, *BIN_EDGES[:-1]), BIN_EDGES, counts, strict=True)
         return pd.DataFrame(rows, columns=["above", "up_to", "n_features"])
 
+    @override
     def row(self) -> dict[str, Any]:
         """Every figure by name."""
         return {
-            "hook_in": self.hook_in,
-            "hook_out": self.hook_out,
-            "d_sae": self.d_sae,
-            "level": self.level,
-            "n_tokens": self.n_tokens,
+            **self._what(),
             "l0": self.l0,
             "fvu": self.fvu,
             "delta_loss": self.delta_loss,
@@ -114,25 +106,9 @@ class Measures:
             "max_cosine": self.max_cosine,
         }
 
-    def to_frame(self) -> Any:
-        """A DataFrame of one row, a column per figure."""
-        import pandas as pd
-
-        return pd.DataFrame([self.row()])
-
-    def _repr_html_(self) -> str:
-        import gemmascope_plugin.figures as figures
-
-        return figures.frame_html(self.to_frame())
-
     def __repr__(self) -> str:
-        route = self.hook_out
-        if self.hook_in != self.hook_out:
-            route = f"{self.hook_in} -> {self.hook_out}"
-        level = "" if self.level is None else f", level {self.level}"
         return (
-            f"Measures({route}{level}, {self.d_sae} features, {self.n_tokens} tokens, excluded "
-            f"{self.exclude}: L0 {self.l0:.1f}, FVU {self.fvu:.3f}, delta loss "
+            f"Measures({self._head()}: L0 {self.l0:.1f}, FVU {self.fvu:.3f}, delta loss "
             f"{self.delta_loss:.4f} ({self.losses.share_of_zero:.1%} of zeros, "
             f"{self.losses.share_of_mean:.1%} of the mean), dead {self.dead_share:.1%}, dense "
             f"{self.dense_share:.1%}, r_L0 {self.r_l0:.3f}, max cosine {self.max_cosine:.3f})"
@@ -158,11 +134,9 @@ class _Sums:
     ) -> None:
         """Counts one batch."""
         acts = coder.encode_sparse(x)
-        written, scale = saes.write(acts, coder.W_dec), coder.scale(x)
-        rebuilt = (written if scale is None else written * scale) + coder.bias(x)
         target = y.double()
         self.n += len(x)
-        self.error += float((target - rebuilt).pow(2).sum())
+        self.error += float((target - saes.reconstruct(coder, acts, x)).pow(2).sum())
         self.squares += float(target.pow(2).sum())
         self.total += target.sum(0)
         self.fires += torch.bincount(acts.indices, minlength=len(self.fires))

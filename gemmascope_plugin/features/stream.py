@@ -4,6 +4,7 @@
 2. A token counts unless it is excluded (BOS, EOS, PAD by default, as Gemma Scope was trained). A next
    token loss is read at a token that counts, unless padding follows.
 3. The output site of a transcoder is another tensor than its input site; both are read in one pass.
+4. Known concepts are given for all tokens and read at those that count.
 
 Cost: one forward pass per sweep over the corpus, and memory for one batch.
 """
@@ -23,6 +24,7 @@ from gemmascope_plugin.models.compiled import refuse_compiled
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import reading
 from gemmascope_plugin.models.tokens import kept_positions
+from gemmascope_plugin.saes import SparseActs
 from gemmascope_plugin.splice import HookedSAE
 
 Tokens = Int[torch.Tensor, "document pos"] | Sequence[Int[torch.Tensor, "_ _"]]
@@ -130,3 +132,74 @@ def site_tensors(
                     fix=f"a dictionary of this model; this one says {hooked.model_name}",
                 )
         yield x, y
+
+
+def joined(parts: Sequence[SparseActs]) -> SparseActs:
+    """The tokens of several records of one dictionary, one after another."""
+    lengths = torch.cat([part.offsets.diff() for part in parts])
+    return SparseActs(
+        torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+        torch.cat([part.indices for part in parts]),
+        torch.cat([part.values for part in parts]),
+        (len(lengths), parts[0].d_sae),
+    )
+
+
+def encoded(model: HookedModel, hooked: HookedSAE, text: Corpus) -> SparseActs:
+    """The dictionary's activations at the tokens that count.
+
+    Raises:
+        ModelError: The model was compiled.
+        MissingHookError: The model has no such tensor.
+        WidthMismatchError: A tensor is not as wide as the dictionary.
+    """
+    return joined([hooked.weights.encode_sparse(x) for x, _ in site_tensors(model, hooked, text)])
+
+
+def kept_concepts(
+    text: Corpus, concepts: Bool[torch.Tensor, "document pos concept"]
+) -> Bool[torch.Tensor, "token concept"]:
+    """Known concepts at the tokens that count.
+
+    Raises:
+        ModelError: They are given for other documents than the corpus has.
+    """
+    shapes = [tuple(part.shape) for part in text.batches]
+    documents = sum(n for n, _ in shapes)
+    if {(documents, pos) for _, pos in shapes} != {tuple(concepts.shape[:2])}:
+        raise ModelError(
+            f"The concepts are given for {list(concepts.shape[:2])} tokens, and the documents are "
+            f"{shapes[0] if len(shapes) == 1 else shapes}",
+            fix="concepts [document, pos, concept] for tokens [document, pos]",
+        )
+    keep = torch.cat([text.kept(part) for part in text.batches]).to(concepts.device)
+    return concepts[keep]
+
+
+def check_names(concepts: Bool[torch.Tensor, "*tokens concept"], names: Sequence[str]) -> None:
+    """Refuses names that do not fit the concepts.
+
+    Raises:
+        ModelError: They differ in number.
+    """
+    if len(names) != concepts.shape[-1]:
+        raise ModelError(
+            f"{len(names)} names were given for {concepts.shape[-1]} concepts",
+            fix="one name per column of concepts",
+        )
+
+
+def check_concepts(concepts: torch.Tensor | None, names: Sequence[str] | None) -> None:
+    """Refuses concepts without names, names without concepts, and names that do not fit.
+
+    Raises:
+        ModelError: See above.
+    """
+    if (concepts is None) != (names is None):
+        given, missing = ("names", "concepts") if concepts is None else ("concepts", "names")
+        raise ModelError(
+            f"There are {given} and no {missing}",
+            fix="both concepts= and names=, or neither of them",
+        )
+    if concepts is not None and names is not None:
+        check_names(concepts, names)

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.saes.jumprelu import check_architecture
 from gemmascope_plugin.saes.rank_coder import ARCHITECTURE, topk_coder
-from gemmascope_plugin.saes.sparse import SparseActs
+from gemmascope_plugin.saes.sparse import SparseActs, write
 from gemmascope_plugin.saes.two_stage import TwoStage
 from gemmascope_plugin.saes.weights import weights_of
 
@@ -99,17 +99,18 @@ class Coder(Protocol):
 
 def reconstruct(
     coder: Coder,
-    acts: Float[torch.Tensor, "*tokens d_sae"],
+    acts: Float[torch.Tensor, "*tokens d_sae"] | SparseActs,
     x: Float[torch.Tensor, "*tokens d_in"],
 ) -> Float[torch.Tensor, "*tokens d_out"]:
     """``D(acts, x)``.
 
     Args:
         coder: The dictionary's.
-        acts: Activations of all features.
+        acts: Activations of all features, dense or sparse.
         x: What was encoded.
     """
-    written, scale = acts @ coder.W_dec, coder.scale(x)
+    sparse = isinstance(acts, SparseActs)
+    written, scale = write(acts, coder.W_dec) if sparse else acts @ coder.W_dec, coder.scale(x)
     return (written if scale is None else written * scale) + coder.bias(x)
 
 

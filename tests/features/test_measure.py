@@ -158,11 +158,10 @@ def test_evenness_is_between_one_over_l0_and_one(hooked2) -> None:
     assert len(uniformity(weights, x, torch.zeros_like(grad))) == 0
 
 
-@torch.no_grad()
-def test_the_affine_skip_is_part_of_the_reconstruction(hooked2) -> None:
+def with_skip(plain: Any) -> Any:
+    """The transcoder as one with an affine skip, as SAELens starts it."""
     from sae_lens import SAE
 
-    plain = factories.transcoder(hooked2, 1)
     architecture = "jumprelu_skip_transcoder"
     config = {**plain.cfg.to_dict(), "architecture": architecture}
     config["metadata"] = dict(
@@ -172,6 +171,13 @@ def test_the_affine_skip_is_part_of_the_reconstruction(hooked2) -> None:
     skip: Any = SAE.get_sae_class_for_architecture(architecture)(config_class.from_dict(config))
     for name in ("W_enc", "b_enc", "threshold", "W_dec", "b_dec"):
         getattr(skip, name).data = getattr(plain, name).data.clone()
+    return skip
+
+
+@torch.no_grad()
+def test_the_affine_skip_is_part_of_the_reconstruction(hooked2) -> None:
+    plain = factories.transcoder(hooked2, 1)
+    skip = with_skip(plain)
     x, y = sites(hooked2, plain)
     # what the features leave over, as far as a linear map of the input can give it
     A = torch.linalg.lstsq(x, y - reconstruction(plain, x)).solution

@@ -43,3 +43,15 @@ def test_known_concepts_are_found_again(suite) -> None:
         row = frame.loc[label.concept]
         assert row["f1"] > label.f1 - 0.05
         assert row["splitting"] >= 1 and row["absorption"] < 0.1
+
+
+def test_forests_of_trained_dictionaries_are_no_chance(suite) -> None:
+    names, concepts = DOCUMENTS.concept_matrix()
+    found = gs.hierarchy(
+        *(suite.model, suite.load("res", 1), DOCUMENTS.tokens, concepts, names), n_parents=0
+    )
+    assert found.recovery is not None and found.chance is not None
+    assert found.recovery.f1 > 3 * found.chance.f1 > 0
+    assert found.recovery.n_children > 5 and found.n_edges > 100
+    follows = gs.adaptivity(suite.model, suite.load("res", 1), DOCUMENTS.tokens, concepts, names)
+    assert abs(follows.k_spearman) > 0.1 and follows.std > 1
