@@ -1,5 +1,6 @@
 """Statistics of features."""
 
+from gemmascope_plugin.features.absorption import probe_absorption
 from gemmascope_plugin.features.adaptivity import Adaptivity, adaptivity
 from gemmascope_plugin.features.analyze import Features, analyze
 from gemmascope_plugin.features.compare import compare, plot_comparison
@@ -41,6 +42,7 @@ __all__ = [
     "mcs_parents",
     "measure",
     "plot_comparison",
+    "probe_absorption",
     "probe_edges",
     "sibling_overlap",
     "tree_recovery",

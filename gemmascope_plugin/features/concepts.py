@@ -48,7 +48,7 @@ from gemmascope_plugin.saes import SparseActs
 
 COLUMNS = (
     *("concept", "n_tokens", "feature", "precision", "recall", "f1"),
-    *("splitting", "absorption", "absorbed_by"),
+    *("splitting", "absorption", "absorbed_by", "split_features"),
 )
 
 
@@ -111,9 +111,10 @@ def concept_scores(
     Returns:
         A DataFrame, one row per concept in the given order: ``concept``, ``n_tokens``, ``feature``,
         ``precision``, ``recall``, ``f1``, ``splitting``, ``absorption``, ``absorbed_by`` (the
-        more specific feature that is most often active where the main one is silent). A concept that
-        holds nowhere, or where no feature is active, has no feature and no absorption (NA and NaN),
-        and a splitting of 0.
+        more specific feature that is most often active where the main one is silent) and
+        ``split_features``, the main feature and those that were added to it. A concept that holds
+        nowhere, or where no feature is active, has no feature and no absorption (NA and NaN), and a
+        splitting of 0.
 
     Raises:
         ModelError: Tokens or names do not fit together.
@@ -171,35 +172,36 @@ def _score(
     fires: Int64[torch.Tensor, " d_sae"],
     holds: Bool[torch.Tensor, " token"],
     rules: _Rules,
-) -> tuple[int, int | None, float, float, float, int, float, int | None]:
+) -> tuple[int, int | None, float, float, float, int, float, int | None, tuple[int, ...]]:
     n, inside = int(holds.sum()), entries.at(holds)
     if not n or not len(inside.tokens):
         nothing = 0.0 if n else math.nan
-        return n, None, math.nan, nothing, nothing, 0, math.nan, None
+        return n, None, math.nan, nothing, nothing, 0, math.nan, None, ()
     both = inside.counts()
     main = int(((2 * both).double() / (fires + n)).argmax())
     hit = int(both[main])
     precision, recall = hit / int(fires[main]), hit / n
     absorption, by = _absorption(inside, fires, both, main, n, rules)
     f1 = 2 * hit / (int(fires[main]) + n)
-    return n, main, precision, recall, f1, _splitting(inside, fires, main, n, rules), absorption, by
+    split = _split(inside, fires, main, n, rules)
+    return n, main, precision, recall, f1, len(split), absorption, by, split
 
 
-def _splitting(
+def _split(
     inside: _Entries, fires: Int64[torch.Tensor, " d_sae"], main: int, n: int, rules: _Rules
-) -> int:
-    """Number of features until recall stops rising; ``inside`` are the entries of the concept."""
+) -> tuple[int, ...]:
+    """Features until recall stops rising; ``inside`` are the entries of the concept."""
     allowed = inside.counts().double() / fires.clamp(min=1) >= rules.min_precision
-    left, best, found = inside, main, 0
+    left, found = inside, [main]
     while True:
-        found += 1
         chosen = torch.zeros_like(allowed)
-        chosen[best] = True
+        chosen[found[-1]] = True
         left = left.at(~left.of(chosen))
         gain = left.counts() * allowed
         best = int(gain.argmax())
         if not int(gain[best]) or int(gain[best]) / n < rules.min_gain:
-            return found
+            return tuple(found)
+        found.append(best)
 
 
 def _absorption(

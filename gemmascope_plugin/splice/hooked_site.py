@@ -2,8 +2,8 @@
 
 With ``y`` the tensor at the output hook, ``f`` the features, ``f'`` the same after edits and hooks,
 ``D(f) = s * (f @ W_dec) + b`` and ``e = y - D(f)``.  ``b`` is what is written whatever the edits:
-``b_dec``, plus ``x @ A`` for an affine skip. ``s`` is 1, but where tokens are standardised (trees, SoftSAEs) the
-token's deviation, and then ``b = b_dec * s + mean`` (``saes/coder.py``).
+``b_dec``, plus ``x @ A`` for an affine skip. ``s`` is 1, but where tokens are standardised (trees,
+SoftSAEs) the token's deviation, and then ``b = b_dec * s + mean`` (``saes/coder.py``).
 
 * ``keep``: ``y + D(f') - D(f)``. Value and gradient are those of the real model: ``f`` and ``e`` are
   leaves that collect gradients, and ``y`` receives the full gradient of the output (straight-through,

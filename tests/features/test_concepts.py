@@ -19,7 +19,7 @@ from tests.tiny_models import PAD_ID, random_tokens
 
 COLUMNS = [
     *("concept", "n_tokens", "feature", "precision", "recall", "f1"),
-    *("splitting", "absorption", "absorbed_by"),
+    *("splitting", "absorption", "absorbed_by", "split_features"),
 ]
 
 
