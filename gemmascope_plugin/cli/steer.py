@@ -78,7 +78,7 @@ def steer_command(
 
     The dictionary is named as in find. An example on the bundled model, without a network:
 
-    gemmascope steer --model gemma-2-tiny --site res --layer 2 \
+    gemmascope steer --model gemma-2-tiny --site res --layer 2 --l0 canonical \
     --feature next_is_singular_verb --strength 16 --max-new-tokens 3 \
     --prompt "today the keys near the cabinet"
     """

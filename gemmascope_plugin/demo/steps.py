@@ -53,8 +53,9 @@ Labels = dict[FeatureId, Label]
 
 # --------------------------------------------------------------------------- dictionaries
 def load_dictionaries(suite: TinySuite) -> Dictionaries:
-    """Every dictionary of the suite, by its spec."""
-    return {spec: load(spec) for spec in suite.specs}
+    """The plain dictionaries of the suite, by their specs."""
+    plain = (spec for spec in suite.specs if not (spec.variant or spec.affine))
+    return {spec: load(spec) for spec in plain}
 
 
 def residual_labels(suite: TinySuite, saes: Dictionaries) -> Labels:

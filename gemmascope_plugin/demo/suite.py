@@ -24,6 +24,12 @@ from gemmascope_plugin.patching import Task
 from gemmascope_plugin.types import Backend
 
 MODEL = "gemma-2-tiny"
+_SUITES: dict[str, dict[str, Any]] = {
+    "transcoder": {"site": "transcoder", "affine": False},
+    "skip-transcoder": {"site": "transcoder", "affine": True},
+    "matryoshka": {"site": "res", "variant": "matryoshka"},
+}
+"""Words of ``TinySuite.load`` that are no site, as arguments of ``find``."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +86,15 @@ class TinySuite:
         """The dictionary at a site and layer.
 
         Args:
-            site: ``res``, ``att``, ``mlp`` or ``transcoder``.
+            site: ``res``, ``att``, ``mlp`` or ``transcoder``; ``matryoshka`` for the residual
+                dictionary with levels, ``skip-transcoder`` for the transcoder with an affine skip.
             layer: Layer index.
 
         Raises:
             UnknownNameError: No such site or layer.
         """
-        kind = None if site == "transcoder" else "sae"
-        return load(find(model=MODEL, site=site, layer=layer, kind=kind).one())
+        given = _SUITES.get(site, {"site": site, "kind": "sae", "variant": "plain"})
+        return load(find(model=MODEL, layer=layer, **given).one())
 
     def labels_of(self, sae: Any) -> dict[int, Label]:
         """Feature to label for a dictionary of this suite, or its spec.

@@ -14,7 +14,10 @@ from gemmascope_plugin.cli.app import app
 
 PROMPT = "today the keys near the cabinet"
 LABEL = "next_is_singular_verb"
-SAE = ("--model", "gemma-2-tiny", "--site", "res", "--layer", "2")
+SAE = (
+    *("--model", "gemma-2-tiny", "--site", "res", "--layer", "2"),
+    *("--l0", "canonical"),
+)
 TEXT = ("--prompt", PROMPT, "--max-new-tokens", "3")
 ARGUMENTS = (*SAE, "--feature", LABEL, *TEXT)
 
@@ -149,7 +152,7 @@ def test_mistakes(arguments: tuple[str, ...], message: str) -> None:
 def test_mistakes_of_the_dictionary() -> None:
     several = ("--model", "gemma-2-tiny", "--site", "mlp", "--layer", "2", "--feature", "1")
     line = mistake(*several, *TEXT, "--strength", "1")
-    assert "2 dictionaries match, one is needed" in line and "kind=" in line
+    assert "3 dictionaries match, one is needed" in line and "kind=" in line
     big = ("--release", "gemma-scope-2b-pt-res", "--layer", "20", "--width", "16k", "--l0", "71")
     line = mistake(*big, *TEXT, "--strength", "1", "--feature", LABEL)
     assert "the features of gemma-2-2b have no labels here" in line

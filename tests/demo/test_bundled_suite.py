@@ -10,7 +10,10 @@ from gemmascope_plugin.demo.corpus import make_corpus
 from gemmascope_plugin.demo.measure import dictionary_scores, task_scores
 from gemmascope_plugin.demo.train_dictionaries import HELD_OUT_SEED, label_corpus
 from gemmascope_plugin.errors import UnknownNameError
+from gemmascope_plugin.features import measure
 from gemmascope_plugin.loading import load
+from gemmascope_plugin.saes import MatryoshkaSAE
+from gemmascope_plugin.splice import HookedSAE
 
 MAX_BYTES = 20_000_000
 MAX_L0, MAX_DELTA_LOSS_SHARE, MAX_DEAD_SHARE = 24, 0.05, 0.25
@@ -34,12 +37,41 @@ def test_package_data_is_at_most_20_megabytes():
 
 
 def test_there_is_a_dictionary_of_every_kind_for_every_layer(suite):
-    assert len(suite.specs) == 16
-    assert {(s.kind, s.site, s.layer) for s in suite.specs} == {
-        (kind, site, layer)
-        for kind, site in (("sae", "res"), ("sae", "att"), ("sae", "mlp"), ("transcoder", "mlp"))
+    assert len(suite.specs) == 24
+    plain, matryoshka = ("npz", None), ("gemma-scope-2", "matryoshka")
+    assert {(s.kind, s.site, s.layer, s.affine, s.format, s.variant) for s in suite.specs} == {
+        (kind, site, layer, affine, *suite_of)
+        for kind, site, affine, suite_of in (
+            ("sae", "res", False, plain),
+            ("sae", "att", False, plain),
+            ("sae", "mlp", False, plain),
+            ("transcoder", "mlp", False, plain),
+            ("sae", "res", False, matryoshka),
+            ("transcoder", "mlp", True, ("gemma-scope-2", None)),
+        )
         for layer in range(4)
     }
+
+
+def test_matryoshkas_have_levels_and_skip_transcoders_read_the_gained_norm(suite):
+    for layer in range(4):
+        nested, skip = suite.load("matryoshka", layer), suite.load("skip-transcoder", layer)
+        assert isinstance(nested, MatryoshkaSAE) and nested.cfg.levels == (64, 192, 512)
+        assert skip.cfg.metadata.hook_name == f"blocks.{layer}.mlp.hook_in"
+        assert float(skip.W_skip.norm()) > 0
+        assert suite.load("transcoder", layer).cfg.architecture() == "jumprelu_transcoder"
+        assert suite.load("res", layer).cfg.architecture() == "jumprelu"
+
+
+def test_coarser_levels_fit_worse(suite, documents):
+    sae = suite.load("matryoshka", 1)
+    fits = [
+        measure(
+            suite.model, HookedSAE(sae, level=level), documents.tokens, batch=100, n_positions=0
+        )
+        for level in (0, 1, -1)
+    ]
+    assert 0.5 > fits[0].fvu > fits[1].fvu > fits[2].fvu and fits[0].l0 < fits[1].l0 < fits[2].l0
 
 
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
@@ -58,7 +90,9 @@ def test_dictionary_meets_its_bars_on_held_out_text(spec, suite, documents):
     assert scores["delta_loss_share"] <= MAX_DELTA_LOSS_SHARE
     assert scores["dead_share"] <= MAX_DEAD_SHARE
     assert scores["l0"] == pytest.approx(spec.l0, rel=0.1), "declared and measured L0"
-    stored = suite.metrics["dictionaries"]["scores"][f"{spec.release}/{spec.sae_id}"]
+    stored = (suite.metrics["dictionaries"]["scores"] | suite.metrics["further"]["scores"])[
+        f"{spec.release}/{spec.sae_id}"
+    ]
     for name in ("l0", "fvu"):
         assert scores[name] == pytest.approx(stored[name], rel=0.15)
 
@@ -74,7 +108,7 @@ def test_labels_hold_on_held_out_text(spec, suite, documents):
 
 
 def test_the_json_says_how_to_rebuild_the_suite(suite):
-    for part in ("model", "dictionaries"):
+    for part in ("model", "dictionaries", "further"):
         record = suite.metrics[part]
         assert record["command"].startswith("python -m gemmascope_plugin.demo.train")
         assert "seed" in str(record["recipe"])

@@ -1,0 +1,170 @@
+"""Which architecture is good at what, on the bundled model, where all concepts are known?
+
+    python tests/benchmarks/architectures.py [--layer 2] [--seeds 0 1 2] [--only NAME ...] [--out FOLDER]
+    python tests/benchmarks/architectures.py --summary FOLDER [FOLDER ...] [--record FILE]
+
+Every architecture is trained on the same activations of one residual layer with ``training.train``, at
+equal width and nearly equal L0, once per seed, one thread; then all are measured on held-out documents by
+``features.compare`` and by the probes for absorption. The first form writes ``rows.csv`` (one row per
+architecture and seed) and prints the summary, mean and spread over seeds; the second puts the rows of
+several runs together. ``--record`` writes the summary as JSON, from where docs and notebook quote it.
+
+"Broad" concepts, for absorption, are those that contain at least four other known concepts. Milliseconds
+per step are those of the whole run on activations from the disk, divided by its steps.
+
+Cost: about 1.5 minutes per architecture and seed of width 512.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+import gemmascope_plugin as gs
+from gemmascope_plugin.demo.corpus import make_corpus
+from gemmascope_plugin.features import compare, probe_absorption
+from gemmascope_plugin.features.tree_recovery import concept_order
+from gemmascope_plugin.training import preset_spec, store_activations, train
+
+TRAIN_DOCUMENTS, HELD_OUT_DOCUMENTS, BROAD = 6000, 400, 4
+SOFT = {
+    **{"architecture": "softsae", "target_l0": 10.0, "lr": 3e-3, "subtract_b_dec": True},
+    "options": {"final_alpha": 0.02},
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "JumpReLU": {"target_l0": 10.0},
+    "JumpReLU, Gemma Scope": {
+        **{"architecture": "gemma_scope_jumprelu", "scale": "sqrt_d", "target_l0": 8.7},
+        "sparsity_coefficient": 0.6,
+    },
+    "TopK": {"architecture": "topk", "target_l0": 10},
+    "BatchTopK": {"architecture": "batchtopk", "target_l0": 10.0},
+    "soft top-k": {"architecture": "soft_topk", "target_l0": 10, "subtract_b_dec": True},
+    "SoftSAE": SOFT,
+    "SoftSAE, standardised": {**SOFT, "scale": "layer_norm"},
+    "Matryoshka BatchTopK": {
+        **{"architecture": "matryoshka_prefix_batchtopk", "target_l0": 10.0},
+        "levels": [64, 192, 512],
+    },
+    "Matryoshka JumpReLU": {
+        **{"architecture": "matryoshka_prefix_jumprelu", "scale": "sqrt_d", "target_l0": 9.0},
+        **{"levels": [64, 192, 512], "sparsity_coefficient": 1.5},
+    },
+    "Tree": {
+        **{"architecture": "tree", "target_l0": 11, "levels": [320, 512], "dead_after": 50},
+        "options": {"k_per_layer": [8, 3], "aux_layers": [0, 1]},
+    },
+    "BatchTopK, 2048": {"architecture": "batchtopk", "target_l0": 10.0, "d_sae": 2048},
+    "Matryoshka BatchTopK, 2048": {
+        **{"architecture": "matryoshka_prefix_batchtopk", "target_l0": 10.0, "d_sae": 2048},
+        "levels": [64, 256, 2048],
+    },
+}
+SHOWN = [
+    *("l0", "fvu", "share_of_zero", "dead_share", "concept_f1", "splitting", "absorption"),
+    *("full_absorption", "absorption_fraction", "coverage", "s_res", "tree_precision"),
+    *("tree_recall", "tree_f1", "k_spearman", "k_std", "ms_per_step", "n_parameters"),
+]
+
+
+def trained(name: str, layer: int, seed: int, steps: int, store: Any) -> tuple[Any, float]:
+    """The dictionary, and milliseconds per step."""
+    fields = {"layer": layer, "seed": seed, "steps": steps, "model": "gemma-2-tiny"}
+    spec = preset_spec("quick", {**fields, **ARCHITECTURES[name]})
+    start = time.perf_counter()
+    sae = train(None, spec, store, progress=False)
+    return sae, (time.perf_counter() - start) / steps * 1e3
+
+
+def measured(model: Any, name: str, sae: Any) -> dict[str, Any]:
+    """One row of ``compare``, with absorption over broad concepts."""
+    held_out = make_corpus(HELD_OUT_DOCUMENTS, 2000)
+    names, concepts = held_out.concept_matrix()
+    options: dict[str, Any] = {"concepts": concepts, "names": names, "batch": 64}
+    frame = compare(
+        model, {name: sae}, held_out.tokens, n_positions=0, n_parents=200, cost=True, **options
+    )
+    order = concept_order(concepts[held_out.tokens > 2], names)
+    broad = [order.names[i] for i in (order.above.sum(1) >= BROAD).nonzero()[:, 0].tolist()]
+    columns = [names.index(concept) for concept in broad]
+    absorbed = probe_absorption(model, sae, held_out.tokens, concepts[..., columns], broad)
+    spread = gs.adaptivity(model, sae, held_out.tokens, batch=64).std
+    means = absorbed[["full_absorption", "absorption_fraction"]].mean().to_dict()
+    return {**frame.iloc[0].to_dict(), **means, "k_std": spread}
+
+
+def run(layer: int, seeds: list[int], only: list[str], steps: int, out: Path) -> pd.DataFrame:
+    """Trains and measures; every row is written as soon as it is there."""
+    model, rows = gs.tiny().model, []
+    with tempfile.TemporaryDirectory() as folder:
+        hook = f"blocks.{layer}.hook_resid_post"
+        tokens = make_corpus(TRAIN_DOCUMENTS, 1000).tokens
+        store = store_activations(
+            model, tokens, [hook], Path(folder) / "store", tokens=330_000, shard=1 << 16, rows=128
+        )
+        for seed in seeds:
+            for name in only:
+                sae, milliseconds = trained(name, layer, seed, steps, store)
+                row = {"seed": seed, "ms_per_step": milliseconds, **measured(model, name, sae)}
+                rows.append(row)
+                print(name, seed, {k: round(row[k], 4) for k in SHOWN if k in row}, flush=True)
+                pd.DataFrame(rows).to_csv(out / "rows.csv", index=False)
+    return pd.DataFrame(rows)
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean and sample deviation over seeds, ``a +- b``, one row per architecture."""
+    groups = rows.groupby("name", sort=False)[SHOWN]
+    mean, spread = groups.mean(), groups.std()
+    text = mean.copy().astype(object)
+    for name in mean.index:
+        for column in SHOWN:
+            a, b = mean.loc[name, column], spread.loc[name, column]
+            text.loc[name, column] = f"{a:.3g} +- {b:.1g}" if b == b else f"{a:.3g}"
+    text.insert(0, "seeds", groups.size())
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--layer", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--only", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--out", type=Path, default=Path("architectures"))
+    parser.add_argument("--summary", type=Path, nargs="+")
+    parser.add_argument("--record", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.summary:
+        rows = pd.concat([pd.read_csv(folder / "rows.csv") for folder in given.summary])
+    else:
+        given.out.mkdir(parents=True, exist_ok=True)
+        rows = run(given.layer, given.seeds, given.only, given.steps, given.out)
+    with pd.option_context("display.width", 250, "display.max_columns", None):
+        print(summary(rows).T.to_string())
+    if given.record:
+        groups = rows.groupby("name", sort=False)[SHOWN]
+        mean, spread = groups.mean().round(5), groups.std().round(5)
+        content = {
+            "command": "python tests/benchmarks/architectures.py",
+            "layer": given.layer,
+            "steps": given.steps,
+            "seeds": int(groups.size().min()),
+            "rows": {
+                name: {c: [mean.loc[name, c], spread.loc[name, c]] for c in SHOWN}
+                for name in mean.index
+            },
+        }
+        given.record.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
