@@ -43,7 +43,13 @@ SKIP = "affine_skip_connection"
 
 
 def folder_fields(
-    path: str | Path, *, model: str, site: str, layer: int, kind: str, gain: Gain | None
+    path: str | Path,
+    *,
+    model: str,
+    site: str,
+    layer: int,
+    kind: str,
+    gain: Gain | None,
 ) -> dict[str, Any]:
     """The fields of a spec for a folder; `SaeSpec.from_folder` documents them."""
     known_kind, known_site = _known(kind, site)
@@ -122,7 +128,9 @@ def _shapes(folder: Path, layout: Format) -> tuple[int, int, int, bool]:
 
         shapes = {name: member.shape for name, member in read_headers(file).items()}
     else:
-        shapes = {re.sub("^w_", "W_", name): shape for name, shape in _safetensors(file).items()}
+        shapes = {
+            re.sub("^w_", "W_", name): shape for name, shape in safetensors_shapes(file).items()
+        }
     encoder, decoder = shapes.get("W_enc", ()), shapes.get("W_dec", ())
     if len(encoder) != 2 or len(decoder) != 2 or encoder[1] != decoder[0]:
         raise BadFileError(
@@ -132,7 +140,7 @@ def _shapes(folder: Path, layout: Format) -> tuple[int, int, int, bool]:
     return encoder[0], encoder[1], decoder[1], SKIP in shapes
 
 
-def _safetensors(file: Path) -> dict[str, tuple[int, ...]]:
+def safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Name to shape, from the header."""
     try:
         with file.open("rb") as stream:

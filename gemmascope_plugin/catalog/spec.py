@@ -6,12 +6,14 @@ pages) is a property.  Making one from a local folder reads the headers of its f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gemmascope_plugin.catalog.cards import card
 from gemmascope_plugin.catalog.folder import folder_fields
+from gemmascope_plugin.catalog.folder_layers import layers_fields
 from gemmascope_plugin.catalog.sites import (
     CONFIG_FILES,
     PARAMETER_FILES,
@@ -208,6 +210,36 @@ class SaeSpec:
             BadFileError: The file has no matching encoder and decoder matrices.
         """
         return cls(**folder_fields(path, model=model, site=site, layer=layer, kind=kind, gain=gain))
+
+    @classmethod
+    def from_layers_folder(
+        cls,
+        path: str | Path,
+        *,
+        model: str,
+        kind: str,
+        layers: Sequence[int] | None = None,
+        gain: Gain | None = None,
+    ) -> SaeSpec:
+        """A spec for a local crosscoder or CLT of any model, one file per layer.
+
+        Args:
+            path: Folder that holds ``params_layer_0.safetensors`` and so on, in Gemma Scope 2's keys.
+            model: Name of the model, as you want to find it in results.
+            kind: ``crosscoder`` or ``clt``.
+            layers: The model's layers, one for each file; by default those in the folder's name, or
+                all from 0.
+            gain: Whether a CLT reads the norm's output ``with`` (the default) or ``without`` the gain.
+
+        Returns:
+            The spec, shapes read from the header of the first file.
+
+        Raises:
+            UnknownNameError: There is no such kind.
+            MissingFileError: The folder has no such files.
+            BadFileError: Not one layer for each file, or no matching encoder and decoder.
+        """
+        return cls(**layers_fields(path, model=model, kind=kind, layers=layers, gain=gain))
 
     def facts(self) -> list[tuple[str, str]]:
         """What a person wants to know, as pairs of name and text."""

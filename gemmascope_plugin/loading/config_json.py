@@ -22,7 +22,7 @@ from gemmascope_plugin.errors import BadFileError
 
 MAX_SIZE = 1 << 20
 _NORM_IN, _NORM_OUT = "pre_feedforward_layernorm.output", "post_feedforward_layernorm.output"
-_MODULES = {
+MODULES = {
     ("sae", "res"): ("output", "output"),
     ("sae", "att"): ("self_attn.o_proj.input", "self_attn.o_proj.input"),
     ("sae", "mlp"): (_NORM_OUT, _NORM_OUT),
@@ -54,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def hf_hooks(spec: SaeSpec) -> tuple[str, str] | None:
     """Paths of the tensors read and written in the Hugging Face model; None where there are none."""
-    modules = _MODULES.get((spec.kind, spec.site))
+    modules = MODULES.get((spec.kind, spec.site))
     if modules is None or spec.format != "gemma-scope-2":
         return None
     stem = "model.language_model" if _NESTED.match(spec.model) else "model"
@@ -82,7 +82,7 @@ def check_config(path: Path, spec: SaeSpec) -> None:
     ):
         if given is not None and given != wanted:
             raise _contradiction(path, spec, name, content.get(name), wanted)
-    modules = _MODULES.get((spec.kind, spec.site))
+    modules = MODULES.get((spec.kind, spec.site))
     for name, module in zip(("hf_hook_point_in", "hf_hook_point_out"), modules or (), strict=False):
         given = content.get(name)
         if given is None:

@@ -108,7 +108,7 @@ def export(
         return own
     if weights.W_skip is not None:
         tensors["affine_skip_connection"] = weights.W_skip.T
-    _write_params(own / "params.safetensors", tensors)
+    write_params(own / "params.safetensors", tensors)
     model = str(sae.cfg.metadata.model_name)
     spec = SaeSpec.from_folder(own, model=model, site=site, layer=layer, kind=kind, gain=gain)
     text = json.dumps(_config(spec, l0), indent=1).encode() + b"\n"
@@ -116,7 +116,13 @@ def export(
     return own
 
 
-def _write_params(path: Path, tensors: Mapping[str, Float[torch.Tensor, "*_"]]) -> None:
+def write_params(path: Path, tensors: Mapping[str, Float[torch.Tensor, "*_"]]) -> None:
+    """Writes parameters as one safetensors file under Gemma Scope 2's names, in float32.
+
+    Args:
+        path: The file.
+        tensors: ``W_enc`` and so on; their names are written in lower case.
+    """
     named = {
         name.replace("W_", "w_"): value.to("cpu", torch.float32) for name, value in tensors.items()
     }

@@ -34,6 +34,18 @@ from gemmascope_plugin.saes.two_stage import TwoStage, has_bf16_instructions
 from gemmascope_plugin.saes.weights import Weights, layer_weights, level_width, weights_of
 
 if TYPE_CHECKING:
+    from gemmascope_plugin.saes.cross_layer_sae import (
+        CLTSAE,
+        CLTSAEConfig,
+        CrossCoderSAE,
+        CrossCoderSAEConfig,
+    )
+    from gemmascope_plugin.saes.cross_layer_training import (
+        CLTTrainingConfig,
+        CLTTrainingSAE,
+        CrossCoderTrainingConfig,
+        CrossCoderTrainingSAE,
+    )
     from gemmascope_plugin.saes.jumprelu_training import GemmaScopeConfig, GemmaScopeTrainingSAE
     from gemmascope_plugin.saes.matryoshka import MatryoshkaSAE, MatryoshkaSAEConfig
     from gemmascope_plugin.saes.matryoshka_sources import from_dictionary_learning, with_levels
@@ -55,8 +67,16 @@ if TYPE_CHECKING:
     from gemmascope_plugin.saes.tree_training_config import TreeTrainingSAEConfig
 
 __all__ = [
+    "CLTSAE",
+    "CLTSAEConfig",
+    "CLTTrainingConfig",
+    "CLTTrainingSAE",
     "Coder",
     "CrossCoder",
+    "CrossCoderSAE",
+    "CrossCoderSAEConfig",
+    "CrossCoderTrainingConfig",
+    "CrossCoderTrainingSAE",
     "CrossLayerConfig",
     "CrossLayerTranscoder",
     "GemmaScopeConfig",
@@ -105,6 +125,11 @@ __all__ = [
 ]
 
 _LAZY = {
+    "cross_layer_sae": ("CLTSAE", "CLTSAEConfig", "CrossCoderSAE", "CrossCoderSAEConfig"),
+    "cross_layer_training": (
+        *("CLTTrainingConfig", "CLTTrainingSAE"),
+        *("CrossCoderTrainingConfig", "CrossCoderTrainingSAE"),
+    ),
     "jumprelu_training": ("GemmaScopeConfig", "GemmaScopeTrainingSAE"),
     "matryoshka": ("MatryoshkaSAE", "MatryoshkaSAEConfig"),
     "matryoshka_sources": ("from_dictionary_learning", "with_levels"),

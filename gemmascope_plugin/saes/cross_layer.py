@@ -259,6 +259,14 @@ class CrossLayerDictionary(torch.nn.Module):
         )
 
 
+def cross_layer_of(sae: Any) -> CrossLayerDictionary | None:
+    """The dictionary over several layers that this is, or that SAELens' class of it gives; else None."""
+    if isinstance(sae, CrossLayerDictionary):
+        return sae
+    own = getattr(sae, "dictionary", None)
+    return None if own is None else own()
+
+
 class CrossCoder(CrossLayerDictionary):
     """Weakly causal crosscoder: residual streams of a few layers to themselves."""
 

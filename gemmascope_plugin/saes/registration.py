@@ -29,7 +29,7 @@ else:
 
 _MODULES = (
     *("jumprelu_training", "matryoshka_training", "soft_training", "tree_training"),
-    *("matryoshka", "soft", "tree"),
+    *("matryoshka", "soft", "tree", "cross_layer_sae", "cross_layer_training"),
 )
 """Each registers its classes when it is imported."""
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.errors import MissingHookError, ModelError
 from gemmascope_plugin.saes import Coder
-from gemmascope_plugin.saes.cross_layer import CrossLayerDictionary
+from gemmascope_plugin.saes.cross_layer import cross_layer_of
 from gemmascope_plugin.splice.edit import Edit
 from gemmascope_plugin.splice.hooked_site import HookedSite
 from gemmascope_plugin.splice.window import Positions, Window
@@ -56,9 +56,9 @@ class HookedSAE(HookedSite):
         level: int | None = None,
         two_stage: bool = False,
     ) -> None:
-        if isinstance(sae, CrossLayerDictionary):
+        if (layers := cross_layer_of(sae)) is not None:
             raise ModelError(
-                f"A {sae.cfg.kind} has many sites, a HookedSAE has one",
+                f"A {layers.cfg.kind} has many sites, a HookedSAE has one",
                 fix="splice(model, sae), or HookedCrossLayer(sae)",
             )
         weights = saes.coder_of(sae, level)

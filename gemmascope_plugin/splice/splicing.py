@@ -32,7 +32,7 @@ from gemmascope_plugin.models.passes import PassWatch
 from gemmascope_plugin.models.points import width_at
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import reading
-from gemmascope_plugin.saes.cross_layer import CrossLayerDictionary
+from gemmascope_plugin.saes.cross_layer import cross_layer_of
 from gemmascope_plugin.splice.assign import assign
 from gemmascope_plugin.splice.attach import Course
 from gemmascope_plugin.splice.edit import Edit
@@ -135,8 +135,8 @@ def _as_hooked(
         raise UnknownNameError(
             f"A {type(sae).__name__} is not a loaded dictionary", fix="gemmascope_plugin.load(spec)"
         )
-    if isinstance(sae, CrossLayerDictionary):
-        return HookedCrossLayer(sae, error=error, exclude=exclude, positions=positions)
+    if (layers := cross_layer_of(sae)) is not None:
+        return HookedCrossLayer(layers, error=error, exclude=exclude, positions=positions)
     return HookedSAE(sae, error=error, exclude=exclude, positions=positions)
 
 

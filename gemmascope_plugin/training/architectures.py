@@ -26,7 +26,7 @@ Builder = Callable[[TrainSpec, dict[str, Any]], "TrainingSAE[Any]"]
 SPARSITY = ("sparsity_coefficient", "sparsity_warm_up")
 SELECTIVE = (
     *(*SPARSITY, "sparsity", "bandwidth", "init_threshold"),
-    *("levels", "subtract_b_dec", "options", "gain"),
+    *("levels", "subtract_b_dec", "options", "gain", "layers"),
 )
 """Fields of a spec that only some architectures read."""
 
@@ -103,8 +103,11 @@ def build(spec: TrainSpec, d_in: int, d_out: int, metadata: dict[str, Any]) -> T
         "reshape_activations": "hook_z" if metadata["hook_name"].endswith("hook_z") else "none",
         "metadata": SAEMetadata(**metadata),
     }
-    if entry.kind == "transcoder":
+    if entry.kind != "sae":
         common["d_out"] = d_out
+    if spec.layers:
+        reads, writes = spec.sites(entry.kind)
+        common |= {"layers": spec.layers, "hooks_in": reads, "hooks_out": writes}
     try:
         return entry.build(spec, common)
     except (TypeError, ValueError) as fault:
@@ -116,6 +119,7 @@ _JUMPRELU = frozenset(
 )
 _TOPK = frozenset({"options", "subtract_b_dec"})
 _PAIRS = _JUMPRELU - {"subtract_b_dec"} | {"gain"}
+_LAYERS = _JUMPRELU - {"subtract_b_dec"} | {"layers"}
 _TREE = _TOPK | {*SPARSITY, "levels", "bandwidth", "init_threshold"}
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -141,6 +145,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "jumprelu_transcoder": Architecture(build=builders.transcoder, uses=_PAIRS, kind="transcoder"),
     "jumprelu_skip_transcoder": Architecture(
         build=builders.transcoder, uses=_PAIRS, kind="transcoder"
+    ),
+    # Ghost gradients would reach the part of the decoder that must stay zero.
+    "jumprelu_crosscoder": Architecture(
+        build=builders.crosscoder, uses=_LAYERS, kind="crosscoder", ghost=False
+    ),
+    "jumprelu_clt": Architecture(
+        build=builders.clt, uses=_LAYERS | {"gain"}, kind="clt", ghost=False
     ),
 }
 """Name to how it is built."""

@@ -260,3 +260,19 @@ def soft_topk(spec: TrainSpec, common: Values) -> TrainingSAE[Any]:
     values, usual = _soft_values(spec, common)
     values["k"] = _whole_k(spec)
     return SoftTopKTrainingSAE(make_config(SoftTopKTrainingSAEConfig, spec, values, usual))
+
+
+def crosscoder(spec: TrainSpec, common: Values) -> TrainingSAE[Any]:
+    """A weakly causal crosscoder of the residual stream."""
+    from gemmascope_plugin.saes import CrossCoderTrainingConfig, CrossCoderTrainingSAE
+
+    values = _jumprelu_values(spec, common)
+    return CrossCoderTrainingSAE(make_config(CrossCoderTrainingConfig, spec, values))
+
+
+def clt(spec: TrainSpec, common: Values) -> TrainingSAE[Any]:
+    """A cross-layer transcoder, with an affine skip by option."""
+    from gemmascope_plugin.saes import CLTTrainingConfig, CLTTrainingSAE
+
+    values = _jumprelu_values(spec, common)
+    return CLTTrainingSAE(make_config(CLTTrainingConfig, spec, values))

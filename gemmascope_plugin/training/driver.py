@@ -177,7 +177,7 @@ def whole_spec(spec: TrainSpec | Mapping[str, Any], preset: str | None) -> Train
 
 
 def _checked(spec: TrainSpec) -> TrainSpec:
-    spec.hooks(architecture(spec).kind)
+    spec.sites(architecture(spec).kind)
     return spec
 
 
@@ -203,7 +203,8 @@ def _source(
 ) -> tuple[ShuffledActivations, str, torch.device]:
     """Where activations come from, the name of the model, and the device to train on."""
     spec = next(iter(specs.values()))
-    hooks = sorted({h for one in specs.values() for h in one.hooks(architecture(one).kind)})
+    sites = [one.sites(architecture(one).kind) for one in specs.values()]
+    hooks = sorted({hook for site in sites for names in site for hook in names})
     if isinstance(corpus, ActivationStore):
         reader: Reader = StoreReader(corpus, hooks, seed=spec.seed)
         name, home = spec.model or corpus.model, torch.device("cpu")

@@ -38,10 +38,7 @@ def finished(learner: Learner) -> Any:
     """
     learner.trainer.set_final_sae_metadata()
     sae: Any = copy.deepcopy(learner.sae)
-    if learner.is_transcoder:
-        sae.fold_scales(*learner.scales)
-    elif learner.scales[0] != 1:
-        sae.fold_activation_norm_scaling_factor(learner.scales[0])
+    _fold_scales(sae, learner)
     if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
         # What is saved compares features as they are, which is what splicing reads.
         sae.fold_W_dec_norm()
@@ -62,6 +59,19 @@ def finished(learner: Learner) -> Any:
     return fill(result, state, device=learner.device, dtype=sae.dtype)
 
 
+def _fold_scales(sae: Any, learner: Learner) -> None:
+    """Makes it a dictionary of raw activations; of several layers with unit decoder rows."""
+    scales_in, scales_out = learner.scales
+    if learner.kind in ("crosscoder", "clt"):
+        sae.fold_scales(torch.tensor(scales_in), torch.tensor(scales_out))
+        sae.threshold.data.clamp_(min=0)
+        sae.fold_W_dec_norm()
+    elif learner.kind == "transcoder":
+        sae.fold_scales(scales_in[0], scales_out[0])
+    elif scales_in[0] != 1:
+        sae.fold_activation_norm_scaling_factor(scales_in[0])
+
+
 @torch.no_grad()
 def measured(sae: Any, learner: Learner, bucket: Bucket) -> dict[str, float]:
     """L0, FVU around the mean, and share of features that never fire, on raw activations.
@@ -71,10 +81,8 @@ def measured(sae: Any, learner: Learner, bucket: Bucket) -> dict[str, float]:
         learner: Which hooks it reads and reconstructs.
         bucket: Activations; the first ``_MEASURED`` of them are used.
     """
-    x, y = (
-        bucket[h][:_MEASURED].to(learner.device, torch.float32)
-        for h in (learner.hook_in, learner.hook_out)
-    )
+    some = {hook: values[:_MEASURED] for hook, values in bucket.items()}
+    x, y = learner.tensors_of(some)
     reshape = sae.cfg.reshape_activations == "hook_z"
     if reshape:  # the bucket's heads are flat
         sae.turn_off_forward_pass_hook_z_reshaping()

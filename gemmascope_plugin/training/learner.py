@@ -57,13 +57,16 @@ class Learner:
         self, spec: TrainSpec, bucket: Bucket, *, model_name: str, device: torch.device
     ) -> None:
         self.spec, self.device = spec, device
-        self.is_transcoder = architecture(spec).kind == "transcoder"
-        self.hook_in, self.hook_out = spec.hooks(architecture(spec).kind)
-        d_in, d_out = bucket[self.hook_in].shape[1], bucket[self.hook_out].shape[1]
-        self.scales = (self._scale(bucket, self.hook_in), self._scale(bucket, self.hook_out))
-        metadata = {"model_name": model_name, "hook_name": self.hook_in, "prepend_bos": True}
-        if self.is_transcoder:
-            metadata["hook_name_out"] = self.hook_out
+        self.kind = architecture(spec).kind
+        self.hooks_in, self.hooks_out = spec.sites(self.kind)
+        self.has_targets = self.hooks_in != self.hooks_out
+        d_in, d_out = (sum(bucket[h].shape[1] for h in own) for own in self._sides)
+        self.scales: list[list[float]] = [
+            [self._scale(bucket, hook) for hook in own] for own in self._sides
+        ]
+        metadata = {"model_name": model_name, "hook_name": self.hooks_in[0], "prepend_bos": True}
+        if self.has_targets:
+            metadata["hook_name_out"] = self.hooks_out[0]
         self._random: dict[str, torch.Tensor] = {}
         with self._own_random():
             torch.manual_seed(spec.seed)
@@ -104,12 +107,32 @@ class Learner:
             raise BadFileError(f"The activations at {hook!r} are all zero")
         return math.sqrt((x.shape[1] if self.spec.scale == "sqrt_d" else 1) / square)
 
+    @property
+    def _sides(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The hooks read and those reconstructed."""
+        return self.hooks_in, self.hooks_out
+
+    def tensors_of(
+        self, bucket: Bucket, *, scaled: bool = False
+    ) -> list[Float[torch.Tensor, "token _"]]:
+        """What is read and what is reconstructed, each with all layers side by side.
+
+        Args:
+            bucket: Raw activations by hook.
+            scaled: Whether to scale every layer's tensor.
+        """
+        sides = []
+        for hooks, scales in zip(self._sides, self.scales, strict=True):
+            own = [bucket[hook].to(self.device, torch.float32) for hook in hooks]
+            if scaled:
+                own = [scale * x for scale, x in zip(scales, own, strict=True)]
+            sides.append(own[0] if len(own) == 1 else torch.cat(own, dim=-1))
+        return sides
+
     def inputs(self, bucket: Bucket) -> Float[torch.Tensor, "token width"]:
         """What the dictionary is trained on, for some activations."""
-        x = self.scales[0] * bucket[self.hook_in].to(self.device, torch.float32)
-        if not self.is_transcoder:
-            return x
-        return torch.cat([x, self.scales[1] * bucket[self.hook_out].to(x)], dim=-1)
+        read, written = self.tensors_of(bucket, scaled=True)
+        return torch.cat([read, written], dim=-1) if self.has_targets else read
 
     def step(self, batch: Bucket) -> TrainStepOutput:
         """One step.
@@ -154,7 +177,7 @@ class Learner:
         trainer = self.trainer
         coefficients = {n: s.state_dict() for n, s in trainer.coefficient_schedulers.items()}
         return {
-            "scales": list(self.scales),
+            "scales": self.scales,
             "counts": {name: getattr(trainer, name) for name in _NUMBERS},
             "coefficients": coefficients,
             "lr_scheduler": trainer.lr_scheduler.state_dict(),
@@ -196,7 +219,7 @@ class Learner:
             setattr(trainer, name, tensors[f"count.{name}"].to(self.device, copy=True))
         for name, value in numbers["counts"].items():
             setattr(trainer, name, value)
-        self.scales = (numbers["scales"][0], numbers["scales"][1])
+        self.scales = numbers["scales"]
         self._random = {
             name.removeprefix("random."): value.clone()
             for name, value in tensors.items()

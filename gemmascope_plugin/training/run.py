@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.loading.export import export, why_not_exported
+from gemmascope_plugin.loading.export_layers import export_layers
 from gemmascope_plugin.training.architectures import architecture
 from gemmascope_plugin.training.checkpoint import (
     Checkpoint,
@@ -149,10 +150,13 @@ def _write_result(sae: Any, spec: TrainSpec, folder: RunFolder, name: str) -> No
             f"cannot write {str(final)!r}: {fault}",
             fix="free space or mend the permissions, then resume=True",
         ) from fault
+    out, l0 = folder.result("export", name), float(sae.cfg.metadata.l0)
+    if spec.layers:
+        remove(out)
+        export_layers(sae, out, l0=l0, gain=spec.gain)
+        return
     if spec.layer is None or why_not_exported(sae, spec.layout):
         return
-    out = folder.result("export", name)
     remove(out)
     site = "mlp" if architecture(spec).kind == "transcoder" else spec.site
-    l0 = float(sae.cfg.metadata.l0)
     export(sae, out, layout=spec.layout, site=site, layer=spec.layer, l0=l0, gain=spec.gain)

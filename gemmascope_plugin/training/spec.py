@@ -39,9 +39,11 @@ class TrainSpec:
     d_sae: int
     """Number of features."""
     layer: int | None = None
-    """Zero-based layer; None with ``hook_in``."""
+    """Zero-based layer; None with ``hook_in`` or ``layers``."""
     site: Site = "res"
     """``res``, ``att``, ``mlp`` or ``embedding``; transcoders live at ``mlp`` whatever this says."""
+    layers: tuple[int, ...] = ()
+    """Layers of a crosscoder or cross-layer transcoder, increasing; ``d_sae`` is the total over them."""
     hook_in: str | None = None
     """Hook that is read, where ``site`` and ``layer`` do not say it."""
     hook_out: str | None = None
@@ -106,10 +108,11 @@ class TrainSpec:
     """Gemma Scope layout of the export."""
 
     def __post_init__(self) -> None:
-        if (self.hook_in is None) == (self.layer is None):
+        named = [self.hook_in is not None, self.layer is not None, bool(self.layers)]
+        if sum(named) != 1:
             raise GemmaScopeError(
-                "The spec names no site" if self.layer is None else "The spec names two sites",
-                fix="site= and layer=, or hook_in= (and hook_out=) alone",
+                "The spec names two sites" if any(named) else "The spec names no site",
+                fix="site= and layer=, or hook_in= (and hook_out=) alone, or layers= alone",
             )
         if self.hook_out is not None and self.hook_in is None:
             raise GemmaScopeError("hook_out without hook_in", fix="both, or site= and layer=")
@@ -128,6 +131,11 @@ class TrainSpec:
             raise _out_of_range("target_l0", self.target_l0, f"{self.d_sae} features (d_sae)")
         if self.lr_warm_up >= self.steps:
             raise _out_of_range("lr_warm_up", self.lr_warm_up, f"{self.steps} steps")
+        layers = self.layers
+        if layers and (sorted(set(layers)) != list(layers) or layers[0] < 0):
+            raise _out_of_range("layers", layers, "increasing layers from 0")
+        if layers and self.d_sae % len(layers):
+            raise _out_of_range("d_sae", self.d_sae, f"multiples of the {len(layers)} layers")
         levels = self.levels
         if levels and (
             sorted(set(levels)) != list(levels) or levels[0] < 1 or levels[-1] != self.d_sae
@@ -135,6 +143,26 @@ class TrainSpec:
             raise _out_of_range(
                 "levels", levels, f"growing sizes of which the last is {self.d_sae}"
             )
+
+    def sites(self, kind: Kind) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of all tensors read, and of all reconstructed.
+
+        Args:
+            kind: What the dictionary maps.
+
+        Raises:
+            GemmaScopeError: There is no such site, or none for this kind.
+        """
+        if kind not in ("crosscoder", "clt"):
+            read, written = self.hooks(kind)
+            return (read,), (written,)
+        if not self.layers:
+            raise GemmaScopeError(f"A {kind} needs layers", fix="layers=(0, 1, 2), without layer=")
+        pair = ("sae", "res") if kind == "crosscoder" else ("transcoder", "mlp")
+        reads, writes = zip(*(sites.hooks(*pair, layer) for layer in self.layers), strict=True)
+        if kind == "clt" and self.gain == "with":
+            reads = tuple(sites.GAINED_HOOK.format(layer=layer) for layer in self.layers)
+        return reads, writes
 
     def hooks(self, kind: Kind) -> tuple[str, str]:
         """Names of the tensors read and reconstructed.
@@ -145,6 +173,12 @@ class TrainSpec:
         Raises:
             GemmaScopeError: There is no such site, or an SAE that reconstructs another tensor.
         """
+        if self.layers:
+            raise GemmaScopeError(
+                f"layers={self.layers} mean nothing to the architecture {self.architecture!r}",
+                exists="layers of jumprelu_crosscoder, jumprelu_clt",
+                fix="layer= for one layer",
+            )
         if self.hook_in is not None:
             read, written = self.hook_in, self.hook_out or self.hook_in
         else:
@@ -164,6 +198,8 @@ class TrainSpec:
     @property
     def name(self) -> str:
         """A name for folders and logs: ``res_1``, ``jumprelu_transcoder_1``, or that of the hook."""
+        if self.layers:
+            return "_".join([self.architecture, *map(str, self.layers)])
         if self.layer is None:
             return (self.hook_in or "").replace(".", "_")
         prefix = self.architecture if "transcoder" in self.architecture else self.site
