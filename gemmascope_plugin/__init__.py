@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         hierarchy,
         measure,
         plot_comparison,
+        probe_absorption,
     )
     from gemmascope_plugin.loading import (
         Footprint,
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
         steer,
         verify,
     )
+    from gemmascope_plugin.training import TrainSpec, train
 
 __version__: str
 
@@ -95,6 +97,7 @@ __all__ = [
     "Steering",
     "SteeringSweep",
     "Task",
+    "TrainSpec",
     "activation_patching",
     "adaptivity",
     "analyze",
@@ -116,11 +119,13 @@ __all__ = [
     "measure",
     "plot_comparison",
     "probability",
+    "probe_absorption",
     "refresh",
     "register",
     "splice",
     "steer",
     "tiny",
+    "train",
     "verify",
 ]
 
@@ -134,7 +139,7 @@ _HOMES = {
     "features": (
         *("Adaptivity", "Cost", "Hierarchy", "Measures", "adaptivity", "analyze", "compare"),
         *("concept_scores", "concept_scores_of", "cost", "hierarchy", "measure"),
-        *("plot_comparison",),
+        *("plot_comparison", "probe_absorption"),
     ),
     "loading": ("Footprint", "SaeSuite", "footprint", "load", "load_suite", "register"),
     "models": ("load_model",),
@@ -144,6 +149,7 @@ _HOMES = {
         *("HookedCrossLayer", "HookedSAE", "Report", "Steering", "SteeringSweep"),
         *("splice", "steer", "verify"),
     ),
+    "training": ("TrainSpec", "train"),
 }
 _HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}
 

@@ -33,7 +33,7 @@ def train_command(
     site: Annotated[str | None, typer.Option(help="res, att, mlp; transcoders are at mlp.")] = None,
     layer: Annotated[int | None, typer.Option(help="Layer, from 0.")] = None,
     architecture: Annotated[
-        str | None, typer.Option(help="jumprelu, topk, batchtopk, jumprelu_transcoder...")
+        str | None, typer.Option(help="jumprelu, batchtopk, tree, softsae, jumprelu_transcoder...")
     ] = None,
     d_sae: Annotated[int | None, typer.Option(help="Number of features.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of training.")] = None,
@@ -57,6 +57,8 @@ def train_command(
 
     gemmascope train --model gemma-2-tiny --site res --layer 1 --architecture jumprelu \
     --d-sae 256 --steps 50 --out run
+
+    A tree has --set levels=[64,256], a crosscoder or CLT --set layers=[0,1,2] and no --layer.
     """
     given: dict[str, Any] = {"site": site, "layer": layer, "architecture": architecture}
     given |= {"d_sae": d_sae, "steps": steps}
@@ -172,8 +174,10 @@ def _report(sae: Any, spec: TrainSpec, out: Path) -> list[str]:
     known = sae.cfg.metadata
     read, written = known.hook_name, known.hook_name_out or known.hook_name
     route = read if read == written else f"{read} -> {written}"
+    if spec.layers:
+        route += f" and the same of layers {', '.join(map(str, spec.layers[1:]))}"
     excluded = ", ".join(map(str, spec.exclude)) or "nothing"
-    parameters = sorted((out / "export").rglob("params.*"))
+    parameters = sorted((out / "export").rglob("params*.*"))
     exported = str(parameters[0].parent) if parameters else "no form in Gemma Scope's layout"
     pairs = [
         ("trained", f"{spec.architecture} of {spec.d_sae} features at {route}, {spec.steps} steps"),

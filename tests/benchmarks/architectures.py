@@ -46,7 +46,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "TopK": {"architecture": "topk", "target_l0": 10},
     "BatchTopK": {"architecture": "batchtopk", "target_l0": 10.0},
-    "soft top-k": {"architecture": "soft_topk", "target_l0": 10, "subtract_b_dec": True},
+    "soft top-k": {
+        **{"architecture": "soft_topk", "target_l0": 10, "lr": 3e-3, "subtract_b_dec": True},
+    },
     "SoftSAE": SOFT,
     "SoftSAE, standardised": {**SOFT, "scale": "layer_norm"},
     "Matryoshka BatchTopK": {
@@ -54,17 +56,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "levels": [64, 192, 512],
     },
     "Matryoshka JumpReLU": {
-        **{"architecture": "matryoshka_prefix_jumprelu", "scale": "sqrt_d", "target_l0": 9.0},
+        **{"architecture": "matryoshka_prefix_jumprelu", "scale": "sqrt_d", "target_l0": 9.6},
         **{"levels": [64, 192, 512], "sparsity_coefficient": 1.5},
     },
     "Tree": {
-        **{"architecture": "tree", "target_l0": 11, "levels": [320, 512], "dead_after": 50},
-        "options": {"k_per_layer": [8, 3], "aux_layers": [0, 1]},
-    },
-    "BatchTopK, 2048": {"architecture": "batchtopk", "target_l0": 10.0, "d_sae": 2048},
-    "Matryoshka BatchTopK, 2048": {
-        **{"architecture": "matryoshka_prefix_batchtopk", "target_l0": 10.0, "d_sae": 2048},
-        "levels": [64, 256, 2048],
+        **{"architecture": "tree", "target_l0": 12, "levels": [320, 512], "dead_after": 50},
+        "options": {"k_per_layer": [9, 3], "aux_layers": [0, 1]},
     },
 }
 SHOWN = [

@@ -118,3 +118,18 @@ def test_nothing_to_resume_and_empty_text(tmp_path) -> None:
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n")
     assert "has no text" in mistake(*SITE, "--out", str(tmp_path / "r"), "--corpus", str(empty))
+
+
+def test_a_cross_layer_transcoder(tmp_path) -> None:
+    printed = run(
+        *("--model", "gemma-2-tiny", "--architecture", "jumprelu_clt", "--d-sae", "32"),
+        *("--steps", "10", "--set", "layers=[0,2]", "--set", "gain=with", "--no-progress"),
+        *("--out", str(tmp_path / "r")),
+    )
+    assert "jumprelu_clt of 32 features at blocks.0.mlp.hook_in -> blocks.0.hook_mlp_out" in printed
+    assert "and the same of layers 2, 10 steps" in printed
+    folder = tmp_path / "r/export/clt"
+    assert str(folder) in printed
+    (file,) = folder.rglob("params_layer_1.safetensors")
+    spec = SaeSpec.from_layers_folder(file.parent, model="gemma-2-tiny", kind="clt", layers=[0, 2])
+    assert gs.load(spec).cfg.layers == (0, 2)
