@@ -7,7 +7,8 @@ Every architecture is trained on the same activations of one residual layer with
 equal width and nearly equal L0, once per seed, one thread; then all are measured on held-out documents by
 ``features.compare`` and by the probes for absorption. The first form writes ``rows.csv`` (one row per
 architecture and seed) and prints the summary, mean and spread over seeds; the second puts the rows of
-several runs together. ``--record`` writes the summary as JSON, from where docs and notebook quote it.
+several runs together, later ones in place of earlier ones of the same seed. ``--record`` writes the
+summary as JSON, from where docs and notebook quote it.
 
 "Broad" concepts, for absorption, are those that contain at least four other known concepts. Milliseconds
 per step are those of the whole run on activations from the disk, divided by its steps.
@@ -142,6 +143,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.summary:
         rows = pd.concat([pd.read_csv(folder / "rows.csv") for folder in given.summary])
+        rows = rows.drop_duplicates(["name", "seed"], keep="last")
+        rows = rows.set_index("name").loc[[n for n in ARCHITECTURES if n in set(rows["name"])]]
+        rows = rows.reset_index()
     else:
         given.out.mkdir(parents=True, exist_ok=True)
         rows = run(given.layer, given.seeds, given.only, given.steps, given.out)
