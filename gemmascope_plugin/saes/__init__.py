@@ -34,12 +34,8 @@ from gemmascope_plugin.saes.two_stage import TwoStage, has_bf16_instructions
 from gemmascope_plugin.saes.weights import Weights, layer_weights, level_width, weights_of
 
 if TYPE_CHECKING:
-    from gemmascope_plugin.saes.cross_layer_sae import (
-        CLTSAE,
-        CLTSAEConfig,
-        CrossCoderSAE,
-        CrossCoderSAEConfig,
-    )
+    from gemmascope_plugin.saes.cross_layer_sae import CLTSAE, CrossCoderSAE
+    from gemmascope_plugin.saes.cross_layer_sae_config import CLTSAEConfig, CrossCoderSAEConfig
     from gemmascope_plugin.saes.cross_layer_training import (
         CLTTrainingConfig,
         CLTTrainingSAE,
@@ -125,7 +121,8 @@ __all__ = [
 ]
 
 _LAZY = {
-    "cross_layer_sae": ("CLTSAE", "CLTSAEConfig", "CrossCoderSAE", "CrossCoderSAEConfig"),
+    "cross_layer_sae": ("CLTSAE", "CrossCoderSAE"),
+    "cross_layer_sae_config": ("CLTSAEConfig", "CrossCoderSAEConfig"),
     "cross_layer_training": (
         *("CLTTrainingConfig", "CLTTrainingSAE"),
         *("CrossCoderTrainingConfig", "CrossCoderTrainingSAE"),

@@ -15,16 +15,13 @@ Cost: encode ``2 * tokens * d * d_sae`` operations, decode half of ``2 * tokens 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, ClassVar, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from sae_lens import SAE
 from sae_lens.registry import get_sae_class
-from sae_lens.saes.sae import SAEConfig, SAEMetadata
+from sae_lens.saes.sae import SAEConfig
 from typing_extensions import override
 
 from gemmascope_plugin.errors import ModelError, WidthMismatchError
@@ -35,100 +32,15 @@ from gemmascope_plugin.saes.cross_layer import (
     CrossLayerTranscoder,
     LayerWeights,
 )
+from gemmascope_plugin.saes.cross_layer_sae_config import (
+    CLTSAEConfig,
+    CrossCoderSAEConfig,
+    CrossLayerSAEConfig,
+)
 from gemmascope_plugin.saes.jumprelu import jump
-from gemmascope_plugin.saes.registration import StrictConfig, register_class
+from gemmascope_plugin.saes.registration import register_class
 
 Config = TypeVar("Config", bound="CrossLayerSAEConfig")
-
-
-@dataclass(kw_only=True)
-class CrossLayerSAEConfig(StrictConfig, SAEConfig):
-    """SAELens' config with layers; ``d_in`` and ``d_out`` are widths of all layers together.
-
-    Raises:
-        ModelError: Layers that do not increase, hooks that are not one per layer, sizes that the number
-            of layers does not divide, or something left to fold.
-    """
-
-    layers: Sequence[int] = ()
-    hooks_in: Sequence[str] = ()
-    hooks_out: Sequence[str] = ()
-    d_out: int = 0
-    affine: bool = False
-    apply_b_dec_to_input: bool = False
-    metadata: Any = field(default_factory=SAEMetadata)
-    """SAELens' metadata; its ``from_dict`` passes a dict first and replaces it afterwards."""
-
-    kind: ClassVar[str] = ""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.layers = tuple(self.layers)
-        self.hooks_in, self.hooks_out = tuple(self.hooks_in), tuple(self.hooks_out)
-        check_layers(self.layers)
-        n = len(self.layers)
-        if len(self.hooks_in) != n or len(self.hooks_out) != n:
-            raise ModelError(
-                f"{n} layers with {len(self.hooks_in)} hooks to read and {len(self.hooks_out)} to write",
-                fix="one of each per layer",
-            )
-        for name in ("d_in", "d_out", "d_sae"):
-            size = getattr(self, name)
-            if size < n or size % n:
-                raise ModelError(
-                    f"{name} is {size}, which {n} layers do not divide", fix=f"a multiple of {n}"
-                )
-        if self.normalize_activations != "none" or self.apply_b_dec_to_input:
-            raise ModelError(
-                f"A {self.kind} neither normalises its input nor subtracts b_dec from it",
-                fix="normalize_activations='none', apply_b_dec_to_input=False",
-            )
-
-    @property
-    def n_layers(self) -> int:
-        """Number of layers."""
-        return len(self.layers)
-
-    @property
-    def block(self) -> int:
-        """Features that read one layer."""
-        return self.d_sae // self.n_layers
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        """Width of one tensor that is read, and of one that is written."""
-        return self.d_in // self.n_layers, self.d_out // self.n_layers
-
-
-@dataclass(kw_only=True)
-class CrossCoderSAEConfig(CrossLayerSAEConfig):
-    """A weakly causal crosscoder: residual streams of a few layers to themselves."""
-
-    kind: ClassVar[str] = "crosscoder"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.affine:
-            raise ModelError("A crosscoder has no affine skip", fix="affine=False")
-
-    @override
-    @classmethod
-    def architecture(cls) -> str:
-        """``"jumprelu_crosscoder"``."""
-        return "jumprelu_crosscoder"
-
-
-@dataclass(kw_only=True)
-class CLTSAEConfig(CrossLayerSAEConfig):
-    """A cross-layer transcoder: MLP inputs to the MLP outputs of the same and all later layers."""
-
-    kind: ClassVar[str] = "clt"
-
-    @override
-    @classmethod
-    def architecture(cls) -> str:
-        """``"jumprelu_clt"``."""
-        return "jumprelu_clt"
 
 
 class CrossLayerWeights(SAE[Config]):
@@ -295,19 +207,6 @@ class CrossCoderSAE(CrossLayerSAE[CrossCoderSAEConfig]):
 
 class CLTSAE(CrossLayerSAE[CLTSAEConfig]):
     """A cross-layer transcoder, with or without affine skip."""
-
-
-def check_layers(layers: Sequence[int]) -> None:
-    """Refuses anything but increasing layers from 0.
-
-    Raises:
-        ModelError: None, negative ones, repeated ones or in another order.
-    """
-    if not layers or layers[0] < 0 or any(b <= a for a, b in pairwise(layers)):
-        raise ModelError(
-            f"The layers {list(layers)} do not increase from 0",
-            fix=f"layers={sorted({n for n in layers if n >= 0}) or [0, 1]}",
-        )
 
 
 register_class(CrossCoderSAE, CrossCoderSAEConfig)

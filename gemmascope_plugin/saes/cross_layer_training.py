@@ -15,7 +15,7 @@ the decoder.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -26,12 +26,13 @@ from sae_lens.saes.jumprelu_sae import JumpReLU
 from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig, TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
-from gemmascope_plugin.saes.cross_layer_sae import (
+from gemmascope_plugin.saes.cross_layer_sae import CrossLayerWeights
+from gemmascope_plugin.saes.cross_layer_sae_config import (
     CLTSAEConfig,
     CrossCoderSAEConfig,
     CrossLayerSAEConfig,
-    CrossLayerWeights,
 )
+from gemmascope_plugin.saes.paired_step import paired_step
 from gemmascope_plugin.saes.registration import register_class
 
 
@@ -102,17 +103,7 @@ class CrossLayerTrainingSAE(CrossLayerWeights[Any], JumpReLUTrainingSAE):
             self.threshold.data.clamp_(min=0.0)
         acts, pre = self.encode_with_hidden_pre(x)
         out = self.hook_sae_recons(self.write(acts, x))
-        losses = {"mse_loss": self.mse_loss_fn(out, target).sum(-1).mean()}
-        losses |= self.calculate_aux_loss(
-            step_input=replace(step_input, sae_in=x),
-            feature_acts=acts,
-            hidden_pre=pre,
-            sae_out=out,
-        )
-        loss = torch.stack(list(losses.values())).sum()
-        return TrainStepOutput(
-            sae_in=target, sae_out=out, feature_acts=acts, hidden_pre=pre, loss=loss, losses=losses
-        )
+        return paired_step(self, step_input, x, target, acts, pre, out)
 
     @override
     def forward(self, x: Float[torch.Tensor, "batch d_in"]) -> Float[torch.Tensor, "batch d_out"]:

@@ -17,7 +17,7 @@ Cost: ``2 * tokens * d_sae * (d_in + d_out)`` operations forward, plus ``2 * tok
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,8 @@ from sae_lens import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import nn
 from typing_extensions import override
+
+from gemmascope_plugin.saes.paired_step import paired_step
 
 
 @dataclass(kw_only=True)
@@ -91,18 +93,7 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
         with torch.no_grad():
             self.threshold.data.clamp_(min=0.0)
         acts, pre = self.encode_with_hidden_pre(x)
-        out = self.write(acts, x)
-        losses = {"mse_loss": self.mse_loss_fn(out, target).sum(-1).mean()}
-        losses |= self.calculate_aux_loss(
-            step_input=replace(step_input, sae_in=x),
-            feature_acts=acts,
-            hidden_pre=pre,
-            sae_out=out,
-        )
-        loss = torch.stack(list(losses.values())).sum()
-        return TrainStepOutput(
-            sae_in=target, sae_out=out, feature_acts=acts, hidden_pre=pre, loss=loss, losses=losses
-        )
+        return paired_step(self, step_input, x, target, acts, pre, self.write(acts, x))
 
     @override
     def process_sae_in(self, sae_in: torch.Tensor) -> torch.Tensor:

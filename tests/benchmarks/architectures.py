@@ -130,6 +130,11 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     return text
 
 
+def _number(value: Any) -> float | None:
+    """A number as JSON has it: no NaN."""
+    return None if pd.isna(value) else float(value)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layer", type=int, default=2)
@@ -160,7 +165,7 @@ def main() -> None:
             "steps": given.steps,
             "seeds": int(groups.size().min()),
             "rows": {
-                name: {c: [mean.loc[name, c], spread.loc[name, c]] for c in SHOWN}
+                name: {c: [_number(mean.loc[name, c]), _number(spread.loc[name, c])] for c in SHOWN}
                 for name in mean.index
             },
         }

@@ -141,8 +141,8 @@ def test_the_result_is_the_trained_dictionary_in_raw_units(hooked2, monkeypatch,
     bucket = {
         hook: 3 * torch.randn(64, width, generator=generator)
         for hook, width in (
-            (learner.hook_in, sae.cfg.d_in),
-            (learner.hook_out, sae.W_dec.shape[1]),
+            (learner.hooks_in[0], sae.cfg.d_in),
+            (learner.hooks_out[0], sae.W_dec.shape[1]),
         )
     }
     trained = learner.sae.eval()
@@ -152,12 +152,12 @@ def test_the_result_is_the_trained_dictionary_in_raw_units(hooked2, monkeypatch,
             # Trained on the largest of a batch, saved with one threshold.
             pre = trained.encode_with_hidden_pre(inputs)[1]
             acts = torch.where(pre > trained.topk_threshold, pre.relu(), 0)
-            expected = trained.decode(acts) / learner.scales[1]
+            expected = trained.decode(acts) / learner.scales[1][0]
         else:
-            expected = trained(inputs[:, : sae.cfg.d_in]) / learner.scales[1]
+            expected = trained(inputs[:, : sae.cfg.d_in]) / learner.scales[1][0]
     if sae.cfg.reshape_activations == "hook_z":
         sae.turn_off_forward_pass_hook_z_reshaping()
-    torch.testing.assert_close(sae(bucket[learner.hook_in]), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(sae(bucket[learner.hooks_in[0]]), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_training_explains_the_activations_and_says_how_much(hooked2, tmp_path) -> None:
