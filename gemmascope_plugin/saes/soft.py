@@ -12,7 +12,7 @@ Method (arXiv 2605.06610):
 Tokens may be standardised first (``normalize_activations="layer_norm"``, ``token_units.py``), which the
 paper does not do. Squared errors then weigh all tokens alike, and the budget follows what is in a token
 and not how long it is: on the bundled model its rank correlation with the number of known concepts is
-0.7 with it and 0.2 without (``tests/benchmarks/architectures.py``).
+0.7 with it and 0.1 without (``tests/benchmarks/architectures.py``).
 
 A fixed budget needs no class of its own here: trained softly it selects hard like SAELens' ``TopKSAE``,
 and is saved as one.

@@ -29,7 +29,7 @@ def suite():
 
 @pytest.fixture(scope="module")
 def documents():
-    return make_corpus(300, HELD_OUT_SEED)
+    return make_corpus(150, HELD_OUT_SEED)
 
 
 def test_package_data_is_at_most_20_megabytes():
