@@ -1,8 +1,8 @@
 """What a local folder says about the dictionary in it: shapes from file headers, L0 from its name.
 
 1. ``params.npz`` is read as Gemma Scope 1 lays it out, ``params.safetensors`` as Gemma Scope 2 does.
-2. Site and kind are words of the user; a transcoder's input follows from the layout unless the user
-   says whether the norm's gain is in it.
+2. Site and kind are words of the user; whether the norm's gain is in a transcoder's input the user says,
+   or ``config.json`` where this package wrote it, or it follows from the layout.
 3. The header of a safetensors file is a length and JSON; shapes alone are taken from it.
 
 Reads a few kB and none of the values.
@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from gemmascope_plugin.catalog.json_file import read_json
 from gemmascope_plugin.catalog.sites import (
     GAINED_HOOK,
     HOOKS,
@@ -58,7 +59,9 @@ def folder_fields(
     d_in, d_sae, d_out, affine = _shapes(folder, layout)
     hook_in, hook_out = hooks(known_kind, known_site, layer)
     by_layout: Gain = "with" if layout == "gemma-scope-2" else "without"
-    given: Gain = (gain or by_layout) if known_kind == "transcoder" else "without"
+    given: Gain = "without"
+    if known_kind == "transcoder":
+        given = gain or said_gain(said(folder), folder) or by_layout
     if given == "with":
         hook_in = GAINED_HOOK.format(layer=layer)
     l0 = re.fullmatch(r"average_l0_(\d+(?:\.\d+)?)", folder.name)
@@ -85,6 +88,28 @@ def folder_fields(
     }
 
 
+def said(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` says; nothing where it is not there."""
+    file = folder / "config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def said_gain(content: dict[str, Any], folder: Path) -> Gain | None:
+    """Whether a transcoder reads the norm's output with its gain; None where nothing says it.
+
+    Raises:
+        BadFileError: The word is none of the two.
+    """
+    gain = content.get("gain")
+    if gain not in (None, *get_args(Gain)):
+        raise BadFileError(
+            f"{str(folder / 'config.json')!r} says gain {gain!r}",
+            exists=" or ".join(get_args(Gain)),
+            fix="write the dictionary again",
+        )
+    return gain
+
+
 def _known(kind: str, site: str) -> tuple[Kind, Site]:
     """The kind and the site meant by two words."""
     word = site.lower()
@@ -98,10 +123,12 @@ def _known(kind: str, site: str) -> tuple[Kind, Site]:
     for known_kind in KINDS:
         if known_kind == kind and (known_kind, known_site) in HOOKS:
             return known_kind, known_site
+    several = kind in ("crosscoder", "clt")
     raise UnknownNameError(
         f"no dictionary of kind {kind!r} at site {known_site!r}",
         exists=shorten(f"{k} at {s}" for k, s in HOOKS),
         nearest=nearest(kind, {k for k, s in HOOKS if s == known_site}),
+        fix=f"SaeSpec.from_layers_folder(path, model=..., kind={kind!r})" if several else None,
     )
 
 

@@ -1,7 +1,8 @@
 """What a local folder says about the crosscoder or CLT in it, one file per layer.
 
-1. The layers are given, or stand in the name of the folder (``layer_5_9_12_15_width_...``), or are all
-   from 0 where there is no such name.
+1. The layers are given, or stand in ``config.json`` where this package wrote it, or in the name of the
+   folder (``layer_5_9_12_15_width_...``), or are all from 0 where nothing says them.  Whether a CLT reads
+   a norm's output with its gain is given or stands there too; Gemma Scope 2's do.
 2. Shapes are those of the first file; the reader compares every file with them.
 
 Reads a few kB and none of the values.
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gemmascope_plugin.catalog.folder import SKIP, safetensors_shapes
+from gemmascope_plugin.catalog.folder import SKIP, safetensors_shapes, said, said_gain
 from gemmascope_plugin.catalog.sites import (
     GAINED_HOOK,
     Gain,
@@ -44,11 +45,15 @@ def layers_fields(
             f"no file {str(folder / 'params_layer_0.safetensors')!r}",
             fix="the folder of a crosscoder or CLT, with one file per layer",
         )
-    numbers = _layers(folder, len(files), layers)
+    content = said(folder)
+    told = _said_layers(content, folder) if layers is None else layers
+    numbers = _layers(folder, len(files), told)
     d_in, block, d_out, affine = _shapes(folder / "params_layer_0.safetensors")
     known, single, site = _SITES[kind]
     hook_in, hook_out = hooks(single, site, numbers[0])
-    given: Gain = (gain or "with") if kind == "clt" else "without"
+    given: Gain = "without"
+    if kind == "clt":
+        given = gain or said_gain(content, folder) or "with"
     if given == "with":
         hook_in = GAINED_HOOK.format(layer=numbers[0])
     d_sae, n = block * len(files), len(files)
@@ -60,6 +65,17 @@ def layers_fields(
         **{"hook_in": hook_in, "hook_out": hook_out},
         "nbytes": multi_layer_nbytes(d_in, d_sae, n, affine=affine),
     }
+
+
+def _said_layers(content: dict[str, Any], folder: Path) -> list[int] | None:
+    layers = content.get("layers")
+    if layers is None or (isinstance(layers, list) and all(type(n) is int for n in layers)):
+        return layers
+    raise BadFileError(
+        f"{str(folder / 'config.json')!r} says layers {layers!r}",
+        exists="a list of layers",
+        fix="write the dictionary again",
+    )
 
 
 def _layers(folder: Path, n: int, given: Sequence[int] | None) -> tuple[int, ...]:

@@ -199,7 +199,8 @@ class SaeSpec:
             layer: Zero-based layer.
             kind: ``sae`` or ``transcoder``.
             gain: Whether a transcoder reads the norm's output ``with`` or ``without`` the gain; by
-                default without for ``.npz`` and with for ``.safetensors``, as the two suites do.
+                default what ``config.json`` says; where it says nothing, without for ``.npz`` and with
+                for ``.safetensors``, as the two suites do.
 
         Returns:
             The spec, shapes read from the headers of the file.
@@ -227,9 +228,10 @@ class SaeSpec:
             path: Folder that holds ``params_layer_0.safetensors`` and so on, in Gemma Scope 2's keys.
             model: Name of the model, as you want to find it in results.
             kind: ``crosscoder`` or ``clt``.
-            layers: The model's layers, one for each file; by default those in the folder's name, or
-                all from 0.
-            gain: Whether a CLT reads the norm's output ``with`` (the default) or ``without`` the gain.
+            layers: The model's layers, one for each file; by default those in its ``config.json`` or
+                its name, or all from 0.
+            gain: Whether a CLT reads the norm's output ``with`` or ``without`` the gain; by default what
+                ``config.json`` says, and ``with`` where it says nothing, as in Gemma Scope 2.
 
         Returns:
             The spec, shapes read from the header of the first file.
@@ -237,7 +239,8 @@ class SaeSpec:
         Raises:
             UnknownNameError: There is no such kind.
             MissingFileError: The folder has no such files.
-            BadFileError: Not one layer for each file, or no matching encoder and decoder.
+            BadFileError: Not one layer for each file, no matching encoder and decoder, or a damaged
+                ``config.json``.
         """
         return cls(**layers_fields(path, model=model, kind=kind, layers=layers, gain=gain))
 

@@ -8,19 +8,18 @@ without the file.
    published files spell it ``gemma-v3-...``.
 3. ``hf_hook_point_in`` and ``..._out``: the same layers, written out or as ``{5,9,12,15}`` or
    ``{all}``, and the same module below the layer.
+4. ``layers`` and ``gain``, which our exports write and the published files do not have: equal.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 from gemmascope_plugin.catalog import SaeSpec
+from gemmascope_plugin.catalog.json_file import read_json
 from gemmascope_plugin.errors import BadFileError
 
-MAX_SIZE = 1 << 20
 _NORM_IN, _NORM_OUT = "pre_feedforward_layernorm.output", "post_feedforward_layernorm.output"
 MODULES = {
     ("sae", "res"): ("output", "output"),
@@ -33,23 +32,6 @@ MODULES = {
 """Kind and site to what is read and written, below ``model.layers.L`` of the Hugging Face model."""
 _NESTED = re.compile(r"gemma-3-(4|12|27)b")
 """Models whose text part lies in ``language_model``."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of at most 1 MB.
-
-    Raises:
-        BadFileError: It is damaged, too large, or not an object.
-    """
-    try:
-        if path.stat().st_size > MAX_SIZE:
-            raise ValueError(f"{path.stat().st_size} bytes are too many")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as fault:
-        raise BadFileError(f"cannot read {str(path)!r}: {fault}", fix="fetch it again") from fault
-    if not isinstance(content, dict):
-        raise BadFileError(f"{str(path)!r} is not a JSON object")
-    return content
 
 
 def hf_hooks(spec: SaeSpec) -> tuple[str, str] | None:
@@ -79,6 +61,8 @@ def check_config(path: Path, spec: SaeSpec) -> None:
         ("width", content.get("width"), spec.d_sae),
         ("affine_connection", content.get("affine_connection"), spec.affine),
         ("model_name", _model(content.get("model_name")), _model(spec.model)),
+        ("layers", content.get("layers"), list(spec.layers)),
+        ("gain", content.get("gain"), spec.gain),
     ):
         if given is not None and given != wanted:
             raise _contradiction(path, spec, name, content.get(name), wanted)

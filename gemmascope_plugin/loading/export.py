@@ -4,7 +4,8 @@
    threshold`` in float32.
 2. Gemma Scope 2: ``SITE/layer_L_width_W_l0_N[_affine]/`` with ``params.safetensors`` (``w_enc, w_dec,
    b_enc, b_dec, threshold``, ``affine_skip_connection [d_in, d_out]``, the transpose of SAELens'
-   ``W_skip``) and ``config.json``.
+   ``W_skip``) and ``config.json``, which has one key more than the published ones, ``gain``, since Gemma
+   Scope 2 has no name for a norm's output without its gain.
 
 What is read back with ``load(SaeSpec.from_folder(folder, ...))`` has the same tensors, bit by bit (for
 embeddings up to rounding: their files leave the factor sqrt(d_model) out). Prefix sizes of Matryoshka
@@ -36,12 +37,13 @@ from gemmascope_plugin.saes.jumprelu import ARCHITECTURES
 from gemmascope_plugin.types import Kind, Site
 
 
-def why_not_exported(sae: Any, layout: Format) -> str | None:
+def why_not_exported(sae: Any, layout: Format, gain: Gain = "without") -> str | None:
     """Why a dictionary has no form in a layout; None if it has.
 
     Args:
         sae: SAELens' object.
         layout: ``npz`` or ``gemma-scope-2``.
+        gain: Whether it reads a norm's output with its gain.
     """
     architecture = sae.cfg.architecture()
     if architecture not in ARCHITECTURES:
@@ -50,6 +52,8 @@ def why_not_exported(sae: Any, layout: Format) -> str | None:
         return "it normalises its input or subtracts b_dec from it"
     if saes.has_skip(sae) and layout == "npz":
         return "params.npz has no affine skip; layout='gemma-scope-2' has"
+    if gain == "with" and layout == "npz":
+        return "transcoders in params.npz read without gain; layout='gemma-scope-2' says which"
     return None
 
 
@@ -80,7 +84,7 @@ def export(
     Raises:
         GemmaScopeError: The dictionary has no form in this layout, or the disk is full.
     """
-    if reason := why_not_exported(sae, layout):
+    if reason := why_not_exported(sae, layout, gain):
         raise GemmaScopeError(
             f"The dictionary cannot be written in the layout {layout!r}: {reason}",
             fix="sae.save_model(folder), SAELens' own format",
@@ -142,4 +146,5 @@ def _config(spec: SaeSpec, l0: float) -> dict[str, Any]:
         "l0": l0,
         "affine_connection": spec.affine,
         "type": spec.kind,
+        "gain": spec.gain,
     }

@@ -4,8 +4,11 @@
 2. ``params_layer_I.safetensors`` holds ``w_enc, b_enc, threshold`` and ``w_dec [features, layer, d_out]``
    of the features that read the ``I``-th layer, ``b_dec`` of what is written there, and the
    ``affine_skip_connection [d_in, d_out]`` of that layer.
+3. ``config.json`` has two keys more than Gemma Scope 2's, ``layers`` and ``gain``: the name of a CLT's
+   folder does not say its layers, and Gemma Scope 2 has no name for a norm's output without its gain.
 
-What is read back with ``load(SaeSpec.from_layers_folder(folder, ...))`` has the same tensors, bit by bit.
+What is read back with ``load(SaeSpec.from_layers_folder(folder, ...))`` has the same tensors, bit by bit,
+at the same hooks.
 
 Cost: one copy of the weights on disk.
 """
@@ -30,7 +33,7 @@ def export_layers(sae: Any, folder: str | Path, *, l0: float, gain: Gain = "with
         folder: Where the layout begins.
         l0: Its L0; the name of the folder and ``config.json`` say it.
         gain: Whether a CLT reads the norm's output with its gain, as Gemma Scope 2's do; where it does
-            not, ``config.json`` names no tensors.
+            not, ``config.json`` names no tensors of the Hugging Face model.
 
     Returns:
         The folder with the parameters.
@@ -62,6 +65,8 @@ def export_layers(sae: Any, folder: str | Path, *, l0: float, gain: Gain = "with
         "l0": l0,
         "affine_connection": cfg.affine,
         "type": cfg.kind,
+        "layers": list(cfg.layers),
+        "gain": gain if cfg.kind == "clt" else "without",
     }
     if cfg.kind == "crosscoder" or gain == "with":
         listed = "{" + ",".join(map(str, cfg.layers)) + "}"

@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Int, Shaped
 
 from gemmascope_plugin.catalog import SaeSpec
+from gemmascope_plugin.catalog.json_file import read_json
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, WidthMismatchError
 from gemmascope_plugin.loading.arrays import ArrayFile
 from gemmascope_plugin.loading.assemble import fill, skeleton
-from gemmascope_plugin.loading.config_json import read_json
 from gemmascope_plugin.loading.convert import metadata
 from gemmascope_plugin.loading.integrity import check_file
 from gemmascope_plugin.loading.safetensors import safetensors_arrays

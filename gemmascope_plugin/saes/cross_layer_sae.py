@@ -5,7 +5,8 @@ in the order of ``layers``; features that read layer ``i`` are the ``i``-th of `
 
 1. ``W_enc [d, d_sae]``: the columns of block ``i`` are multiplied with the ``i``-th tensor.
 2. ``W_dec [d_sae, n * d_out]``: tensor ``j`` is written by the blocks ``i <= j`` alone.  What lies below
-   is zero, never read, and so never has a gradient: no mask can be forgotten.
+   is zero, never read, and so never has a gradient: no mask can be forgotten.  Weights that have anything
+   there are refused when they are loaded, since norms and files would have it.
 3. ``W_skip [n, d_out, d]``, of CLTs if ``affine``: ``y_j += x_j @ W_skip_j.T``.
 
 ``dictionary()`` gives the ``CrossLayerDictionary`` that splicing runs (formulas: ``cross_layer.py``).
@@ -15,7 +16,7 @@ Cost: encode ``2 * tokens * d * d_sae`` operations, decode half of ``2 * tokens 
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -44,11 +45,19 @@ Config = TypeVar("Config", bound="CrossLayerSAEConfig")
 
 
 class CrossLayerWeights(SAE[Config]):
-    """The parameters, and what they compute; for inference and training alike."""
+    """The parameters, and what they compute; for inference and training alike.
+
+    Raises:
+        ModelError: On loading features that write to a layer before their own.
+    """
 
     b_enc: torch.nn.Parameter
     threshold: torch.nn.Parameter
     W_skip: torch.nn.Parameter | None
+
+    def __init__(self, cfg: Config, use_error_term: bool = False) -> None:
+        super().__init__(cfg, use_error_term)
+        self.register_load_state_dict_pre_hook(_check_causal)
 
     @override
     def initialize_weights(self) -> None:
@@ -79,6 +88,14 @@ class CrossLayerWeights(SAE[Config]):
         Raises:
             WidthMismatchError: ``x`` is not as wide as all layers together.
         """
+        encoders = self.W_enc.split(self.cfg.block, dim=1)
+        tensors = self._layers_of(x)
+        pre = torch.cat([x_i @ W for x_i, W in zip(tensors, encoders, strict=True)], dim=-1)
+        return pre + self.b_enc
+
+    def _layers_of(
+        self, x: Float[torch.Tensor, "*tokens d_in"]
+    ) -> tuple[Float[torch.Tensor, "*tokens _"], ...]:
         cfg = self.cfg
         if x.shape[-1] != cfg.d_in:
             raise WidthMismatchError(
@@ -86,10 +103,7 @@ class CrossLayerWeights(SAE[Config]):
                 f"the tensor has width {x.shape[-1]}",
                 fix=f"torch.cat of the tensors at {', '.join(cfg.hooks_in)}",
             )
-        tensors = x.to(self.dtype).split(cfg.widths[0], dim=-1)
-        encoders = self.W_enc.split(cfg.block, dim=1)
-        pre = torch.cat([x_i @ W for x_i, W in zip(tensors, encoders, strict=True)], dim=-1)
-        return pre + self.b_enc
+        return x.to(self.dtype).split(cfg.widths[0], dim=-1)
 
     def write(
         self,
@@ -100,8 +114,15 @@ class CrossLayerWeights(SAE[Config]):
 
         Raises:
             ModelError: The affine skip has no input.
+            WidthMismatchError: Not one activation per feature, or an input of another width.
         """
         cfg = self.cfg
+        if acts.shape[-1] != cfg.d_sae:
+            raise WidthMismatchError(
+                f"the {cfg.kind} has {cfg.d_sae} features over {cfg.n_layers} layers, "
+                f"the activations have width {acts.shape[-1]}",
+                fix="what encode returned, edited or not",
+            )
         columns = self.W_dec.split(cfg.widths[1], dim=1)
         out = torch.cat(
             [
@@ -118,8 +139,33 @@ class CrossLayerWeights(SAE[Config]):
                 f"This {cfg.kind} has an affine skip, so decoding needs the tensors that were encoded",
                 fix="decode(acts, like=x)",
             )
-        tensors = x.to(self.dtype).split(cfg.widths[0], dim=-1)
-        return out + torch.cat([t @ A.T for t, A in zip(tensors, self.W_skip, strict=True)], dim=-1)
+        skipped = [t @ A.T for t, A in zip(self._layers_of(x), self.W_skip, strict=True)]
+        return out + torch.cat(skipped, dim=-1)
+
+    @override
+    def decode(
+        self,
+        feature_acts: Float[torch.Tensor, "*tokens d_sae"],
+        like: Float[torch.Tensor, "*tokens d_in"] | None = None,
+    ) -> Float[torch.Tensor, "*tokens d_out"]:
+        """Reconstructions of all layers; ``like`` is what was encoded, needed with an affine skip."""
+        return self.hook_sae_recons(self.write(feature_acts, like))
+
+    @override
+    def forward(
+        self, x: Float[torch.Tensor, "*tokens d_in"]
+    ) -> Float[torch.Tensor, "*tokens d_out"]:
+        """``decode(encode(x), x)``.
+
+        Raises:
+            ModelError: ``use_error_term`` is set; a splice knows what the model has at its outputs.
+        """
+        if self.use_error_term:
+            raise ModelError(
+                f"A {self.cfg.kind} has no error term of its own (use_error_term=True)",
+                fix="splice(model, sae, error='keep')",
+            )
+        return self.hook_sae_output(self.decode(self.encode(x), like=x))
 
     @override
     def fold_W_dec_norm(self) -> None:
@@ -159,22 +205,6 @@ class CrossLayerSAE(CrossLayerWeights[Config]):
         pre = self.hook_sae_acts_pre(self.pre_activations(self.hook_sae_input(x)))
         return self.hook_sae_acts_post(jump(pre, self.threshold))
 
-    @override
-    def decode(
-        self,
-        feature_acts: Float[torch.Tensor, "*tokens d_sae"],
-        like: Float[torch.Tensor, "*tokens d_in"] | None = None,
-    ) -> Float[torch.Tensor, "*tokens d_out"]:
-        """Reconstructions of all layers; ``like`` is what was encoded, needed with an affine skip."""
-        return self.hook_sae_recons(self.write(feature_acts, like))
-
-    @override
-    def forward(
-        self, x: Float[torch.Tensor, "*tokens d_in"]
-    ) -> Float[torch.Tensor, "*tokens d_out"]:
-        """``decode(encode(x), x)``."""
-        return self.hook_sae_output(self.decode(self.encode(x), like=x))
-
     def dictionary(self) -> CrossLayerDictionary:
         """What splicing runs; its tensors are views of this object's."""
         cfg = self.cfg
@@ -207,6 +237,22 @@ class CrossCoderSAE(CrossLayerSAE[CrossCoderSAEConfig]):
 
 class CLTSAE(CrossLayerSAE[CLTSAEConfig]):
     """A cross-layer transcoder, with or without affine skip."""
+
+
+def _check_causal(
+    module: CrossLayerWeights[Any], state_dict: dict[str, Any], prefix: str, *others: object
+) -> None:
+    """Weights are checked before they are taken over, wherever they come from."""
+    cfg, name = module.cfg, f"{prefix}W_dec"
+    if name not in state_dict or state_dict[name].shape != (cfg.d_sae, cfg.d_out):
+        return  # PyTorch says what is missing, or has another shape
+    for i, own in enumerate(state_dict[name].split(cfg.block)):
+        if own[:, : i * cfg.widths[1]].any():
+            raise ModelError(
+                f"The features of layer {cfg.layers[i]} write to a layer before it",
+                exists=f"a {cfg.kind}, whose features write to their own layer and later ones",
+                fix="the weights that save_model wrote",
+            )
 
 
 register_class(CrossCoderSAE, CrossCoderSAEConfig)

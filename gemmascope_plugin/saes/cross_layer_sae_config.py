@@ -26,7 +26,7 @@ class CrossLayerSAEConfig(StrictConfig, SAEConfig):
 
     Raises:
         ModelError: Layers that do not increase, hooks that are not one per layer, sizes that the number
-            of layers does not divide, or something left to fold.
+            of layers does not divide, or something left to fold or to reshape.
     """
 
     layers: Sequence[int] = ()
@@ -62,6 +62,12 @@ class CrossLayerSAEConfig(StrictConfig, SAEConfig):
                 f"A {self.kind} neither normalises its input nor subtracts b_dec from it",
                 fix="normalize_activations='none', apply_b_dec_to_input=False",
             )
+        if self.reshape_activations != "none":
+            raise ModelError(
+                f"A {self.kind} does not reshape its input "
+                f"(reshape_activations={self.reshape_activations!r})",
+                fix="reshape_activations='none', heads flattened",
+            )
 
     @property
     def n_layers(self) -> int:
@@ -89,6 +95,11 @@ class CrossCoderSAEConfig(CrossLayerSAEConfig):
         super().__post_init__()
         if self.affine:
             raise ModelError("A crosscoder has no affine skip", fix="affine=False")
+        if self.d_out != self.d_in:
+            raise ModelError(
+                f"A crosscoder writes what it reads, and has d_in {self.d_in} and d_out {self.d_out}",
+                fix=f"d_out={self.d_in}",
+            )
 
     @override
     @classmethod
@@ -114,8 +125,12 @@ def check_layers(layers: Sequence[int]) -> None:
     """Refuses anything but increasing layers from 0.
 
     Raises:
-        ModelError: None, negative ones, repeated ones or in another order.
+        ModelError: None, negative ones, repeated ones or in another order, or no whole numbers.
     """
+    if not all(type(layer) is int for layer in layers):
+        raise ModelError(
+            f"The layers {list(layers)} are not all whole numbers", fix="layers=[0, 1]"
+        )
     if not layers or layers[0] < 0 or any(b <= a for a, b in pairwise(layers)):
         raise ModelError(
             f"The layers {list(layers)} do not increase from 0",

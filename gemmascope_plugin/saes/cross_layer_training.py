@@ -6,6 +6,8 @@
    so that each counts alike (Gemma Scope 2 normalises likewise).
 3. The sparsity term is SAELens', over the features of all layers together: they share one budget. A
    feature's decoder norm, where a term has it, is that of its row over all layers.
+4. Decoder rows begin in the space of their own layer, with one norm; the encoder of a crosscoder begins
+   as their transpose, that of a CLT with directions of its own, since the spaces differ.
 
 Gemma Scope 2 begins with dictionaries of single layers, which is not done here.
 
@@ -26,6 +28,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLU
 from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig, TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
+from gemmascope_plugin.errors import ModelError, WidthMismatchError
 from gemmascope_plugin.saes.cross_layer_sae import CrossLayerWeights
 from gemmascope_plugin.saes.cross_layer_sae_config import (
     CLTSAEConfig,
@@ -38,9 +41,28 @@ from gemmascope_plugin.saes.registration import register_class
 
 @dataclass(kw_only=True)
 class CrossLayerTrainingConfig(CrossLayerSAEConfig, JumpReLUTrainingSAEConfig):
-    """Layers, and SAELens' settings of JumpReLU training."""
+    """Layers, and SAELens' settings of JumpReLU training.
+
+    Raises:
+        ModelError: As for ``CrossLayerSAEConfig``, or decoder rows that begin without a norm.
+    """
 
     apply_b_dec_to_input: bool = False
+    decoder_init_norm: float | None = 1.0
+    """Of decoder rows and encoder columns at the beginning, as in Gemma Scope."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decoder_init_norm is None or not self.decoder_init_norm > 0:
+            raise ModelError(
+                f"decoder_init_norm is {self.decoder_init_norm}, no norm that a row can begin with",
+                fix="decoder_init_norm=1.0",
+            )
+
+    @property
+    def batch_width(self) -> int:
+        """Width of a batch: of what a crosscoder reads and writes, of a CLT's inputs and outputs."""
+        return self.d_in if self.kind == CrossCoderSAEConfig.kind else self.d_in + self.d_out
 
 
 @dataclass(kw_only=True)
@@ -85,6 +107,15 @@ class CrossLayerTrainingSAE(CrossLayerWeights[Any], JumpReLUTrainingSAE):
     cfg: CrossLayerTrainingConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @override
+    def initialize_weights(self) -> None:
+        """Decoder rows and encoder columns of ``cfg.decoder_init_norm``."""
+        super().initialize_weights()
+        norm = self.cfg.decoder_init_norm
+        assert norm is not None, "the config refuses it"
+        self.W_dec.data.mul_(norm)
+        self.W_enc.data.mul_(norm)
+
+    @override
     def encode_with_hidden_pre(
         self, x: Float[torch.Tensor, "batch d_in"]
     ) -> tuple[Float[torch.Tensor, "batch d_sae"], Float[torch.Tensor, "batch d_sae"]]:
@@ -97,18 +128,30 @@ class CrossLayerTrainingSAE(CrossLayerWeights[Any], JumpReLUTrainingSAE):
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """One step on ``[batch, d_in]``, of a CLT ``[batch, d_in + d_out]``."""
+        """One step on ``[batch, d_in]``, of a CLT ``[batch, d_in + d_out]``.
+
+        Raises:
+            WidthMismatchError: A batch of another width, such as a CLT's inputs without its targets.
+        """
+        width = step_input.sae_in.shape[-1]
+        if width != self.cfg.batch_width:
+            raise WidthMismatchError(
+                f"a {self.cfg.kind} learns from batches of width {self.cfg.batch_width}, "
+                f"this one has {width}",
+                fix="the tensors of all layers side by side; of a clt the inputs, then the outputs",
+            )
         x, target = step_input.sae_in[:, : self.cfg.d_in], step_input.sae_in[:, -self.cfg.d_out :]
         with torch.no_grad():
             self.threshold.data.clamp_(min=0.0)
         acts, pre = self.encode_with_hidden_pre(x)
-        out = self.hook_sae_recons(self.write(acts, x))
+        out = self.decode(acts, like=x)
         return paired_step(self, step_input, x, target, acts, pre, out)
 
     @override
-    def forward(self, x: Float[torch.Tensor, "batch d_in"]) -> Float[torch.Tensor, "batch d_out"]:
-        """Encodes and writes."""
-        return self.hook_sae_output(self.write(self.encode(x), x))
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        """Thresholds that the last step left below zero; the live tensors stay as they are."""
+        super().process_state_dict_for_saving_inference(state_dict)
+        state_dict["threshold"] = state_dict["threshold"].clamp(min=0)
 
     @torch.no_grad()
     def fold_scales(

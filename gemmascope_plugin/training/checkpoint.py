@@ -26,8 +26,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from gemmascope_plugin.catalog.json_file import read_json
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError
-from gemmascope_plugin.loading.config_json import read_json
 
 STATE = "state.json"
 

@@ -35,7 +35,7 @@ from gemmascope_plugin.training.learner import Learner
 from gemmascope_plugin.training.metrics import Journal, row
 from gemmascope_plugin.training.run_folder import RunFolder
 from gemmascope_plugin.training.shuffle import ShuffledActivations
-from gemmascope_plugin.training.spec import TrainSpec
+from gemmascope_plugin.training.spec import Layout, TrainSpec
 from gemmascope_plugin.training.stops import explained
 
 
@@ -155,8 +155,12 @@ def _write_result(sae: Any, spec: TrainSpec, folder: RunFolder, name: str) -> No
         remove(out)
         export_layers(sae, out, l0=l0, gain=spec.gain)
         return
-    if spec.layer is None or why_not_exported(sae, spec.layout):
+    layouts: tuple[Layout, ...] = (spec.layout, "gemma-scope-2")
+    layout: Layout | None = next(
+        (one for one in layouts if not why_not_exported(sae, one, spec.gain)), None
+    )
+    if spec.layer is None or layout is None:
         return
     remove(out)
     site = "mlp" if architecture(spec).kind == "transcoder" else spec.site
-    export(sae, out, layout=spec.layout, site=site, layer=spec.layer, l0=l0, gain=spec.gain)
+    export(sae, out, layout=layout, site=site, layer=spec.layer, l0=l0, gain=spec.gain)

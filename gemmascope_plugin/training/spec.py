@@ -41,7 +41,8 @@ class TrainSpec:
     layer: int | None = None
     """Zero-based layer; None with ``hook_in`` or ``layers``."""
     site: Site = "res"
-    """``res``, ``att``, ``mlp`` or ``embedding``; transcoders live at ``mlp`` whatever this says."""
+    """``res``, ``att``, ``mlp`` or ``embedding``; transcoders and CLTs live at ``mlp``
+    whatever this says, crosscoders at ``res``."""
     layers: tuple[int, ...] = ()
     """Layers of a crosscoder or cross-layer transcoder, increasing; ``d_sae`` is the total over them."""
     hook_in: str | None = None
@@ -105,7 +106,7 @@ class TrainSpec:
     """Steps without firing after which a feature counts as dead."""
     seed: int = 0
     layout: Layout = "npz"
-    """Gemma Scope layout of the export."""
+    """Gemma Scope layout of the export; ``gemma-scope-2`` wherever ``npz`` has no form for it."""
 
     def __post_init__(self) -> None:
         named = [self.hook_in is not None, self.layer is not None, bool(self.layers)]
@@ -158,6 +159,10 @@ class TrainSpec:
             return (read,), (written,)
         if not self.layers:
             raise GemmaScopeError(f"A {kind} needs layers", fix="layers=(0, 1, 2), without layer=")
+        if kind == "crosscoder" and self.site != "res":
+            raise GemmaScopeError(
+                f"A crosscoder reads the residual stream, not site={self.site!r}", fix="site='res'"
+            )
         pair = ("sae", "res") if kind == "crosscoder" else ("transcoder", "mlp")
         reads, writes = zip(*(sites.hooks(*pair, layer) for layer in self.layers), strict=True)
         if kind == "clt" and self.gain == "with":

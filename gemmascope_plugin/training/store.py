@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 
+from gemmascope_plugin.catalog.json_file import read_json
 from gemmascope_plugin.errors import (
     BadFileError,
     GemmaScopeError,
@@ -30,7 +31,6 @@ from gemmascope_plugin.errors import (
     shorten,
 )
 from gemmascope_plugin.loading.arrays import ArrayFile
-from gemmascope_plugin.loading.config_json import read_json
 from gemmascope_plugin.loading.safetensors import safetensors_arrays, write_safetensors
 from gemmascope_plugin.loading.whole_file import write_whole
 from gemmascope_plugin.models.protocol import HookedModel

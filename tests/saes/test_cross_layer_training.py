@@ -212,3 +212,35 @@ def test_tensors_of_another_width() -> None:
         WidthMismatchError, match="reads 3 tensors of width 5 side by side.*width 5"
     ):
         inference("clt").encode(tokens(2, 5))
+
+
+def test_weights_that_write_below_their_layer_are_refused() -> None:
+    sae = inference("clt")
+    state = {name: value.clone() for name, value in sae.state_dict().items()}
+    state["W_dec"][BLOCK, 0] = 1.0
+    with pytest.raises(ModelError, match="features of layer 2 write to a layer before it"):
+        sae.load_state_dict(state)
+
+
+def test_batches_and_activations_of_another_width() -> None:
+    sae = training("clt")
+    with pytest.raises(
+        WidthMismatchError, match="learns from batches of width 27, this one has 15"
+    ):
+        sae.training_forward_pass(step_input(tokens(), l0=0.1))
+    with pytest.raises(WidthMismatchError, match="has 18 features over 3 layers.*width 6"):
+        inference("clt").decode(torch.zeros(2, BLOCK))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # booleans: of a list, the type checker of the tests looks at one item only
+        ({"layers": [False, True, 2]}, "are not all whole numbers"),
+        ({"reshape_activations": "hook_z"}, "does not reshape its input"),
+        ({"d_out": 30}, "writes what it reads, and has d_in 15 and d_out 30.*d_out=15"),
+    ],
+)
+def test_crosscoders_that_cannot_be(changes: dict, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        CrossCoderSAEConfig(**values("crosscoder", **changes))

@@ -49,7 +49,9 @@ EXPORTED: list[dict[str, Any]] = [
     {"architecture": "gemma_scope_jumprelu", "scale": "unit", "subtract_b_dec": True},
     {"architecture": "standard", "sparsity_coefficient": 0.1, "sparsity_warm_up": 5},
     {"architecture": "jumprelu_transcoder"},
+    {"architecture": "jumprelu_transcoder", "gain": "with"},
     {"architecture": "jumprelu_skip_transcoder", "gain": "with", "layout": "gemma-scope-2"},
+    {"architecture": "jumprelu_skip_transcoder", "gain": "without"},
 ]
 
 KEPT: list[dict[str, Any]] = [
@@ -77,9 +79,8 @@ def test_both_formats_give_identical_activations(hooked2, tmp_path, changes: dic
     transcoder = "transcoder" in given.architecture
     kind, site = ("transcoder", "mlp") if transcoder else ("sae", given.site)
     (file,) = (tmp_path / "r/export").rglob("params.*")
-    own = SaeSpec.from_folder(
-        file.parent, model="gemma-2-toy", site=site, layer=1, kind=kind, gain=given.gain
-    )
+    own = SaeSpec.from_folder(file.parent, model="gemma-2-toy", site=site, layer=1, kind=kind)
+    assert own.gain == given.gain and own.hook_in == given.hooks(kind)[0]
     ours = load(own)
     assert type(theirs) is type(ours) is type(sae)
     assert same(theirs, sae) and same(ours, sae)
@@ -250,6 +251,9 @@ def test_layer_norm_stays_in_the_dictionary_and_has_no_gemma_scope_form(hooked2,
     skip = run(hooked2, spec(architecture="jumprelu_skip_transcoder"), run_dir=tmp_path / "s")
     with pytest.raises(GemmaScopeError, match="has no affine skip; layout='gemma-scope-2' has"):
         export(skip, tmp_path / "e", layout="npz", site="mlp", layer=1, l0=1.0)
+    plain = run(hooked2, spec(architecture="jumprelu_transcoder", gain="with"))
+    with pytest.raises(GemmaScopeError, match="read without gain; layout='gemma-scope-2'"):
+        export(plain, tmp_path / "e", layout="npz", site="mlp", layer=1, l0=1.0, gain="with")
 
 
 @pytest.mark.parametrize(
