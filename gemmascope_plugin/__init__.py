@@ -12,9 +12,21 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gemmascope_plugin.attribution import attribution_patching
+    from gemmascope_plugin.attribution import (
+        attribution_patching,
+        edge_attribution,
+        missed_effects,
+        verify_top,
+    )
     from gemmascope_plugin.catalog import SaeSpec, SpecList, find, refresh
-    from gemmascope_plugin.circuits import Circuit, Scores, discover, evaluate
+    from gemmascope_plugin.circuits import (
+        Circuit,
+        Graph,
+        Scores,
+        discover,
+        evaluate,
+        evaluate_ranking,
+    )
     from gemmascope_plugin.cli.doctor import doctor
     from gemmascope_plugin.demo import tiny
     from gemmascope_plugin.errors import GemmaScopeError
@@ -44,10 +56,23 @@ if TYPE_CHECKING:
     )
     from gemmascope_plugin.models import load_model
     from gemmascope_plugin.patching import (
+        EdgeEffects,
         Effects,
+        LogitLens,
+        Node,
+        Reader,
         Task,
+        accumulated_logit_diff,
         activation_patching,
+        cross_entropy,
+        custom,
+        direct_logit_attribution,
+        edge_patching,
+        kl_divergence,
         logit_diff,
+        logit_lens,
+        margin,
+        path_patching,
         probability,
     )
     from gemmascope_plugin.splice import (
@@ -79,14 +104,19 @@ __all__ = [
     "Clamp",
     "Cost",
     "Custom",
+    "EdgeEffects",
     "Effects",
     "Footprint",
     "GemmaScopeError",
+    "Graph",
     "Hierarchy",
     "HookedCrossLayer",
     "HookedSAE",
+    "LogitLens",
     "Measures",
+    "Node",
     "Project",
+    "Reader",
     "Replace",
     "Report",
     "SaeSpec",
@@ -98,6 +128,7 @@ __all__ = [
     "SteeringSweep",
     "Task",
     "TrainSpec",
+    "accumulated_logit_diff",
     "activation_patching",
     "adaptivity",
     "analyze",
@@ -106,17 +137,28 @@ __all__ = [
     "concept_scores",
     "concept_scores_of",
     "cost",
+    "cross_entropy",
+    "custom",
+    "direct_logit_attribution",
     "discover",
     "doctor",
+    "edge_attribution",
+    "edge_patching",
     "evaluate",
+    "evaluate_ranking",
     "find",
     "footprint",
     "hierarchy",
+    "kl_divergence",
     "load",
     "load_model",
     "load_suite",
     "logit_diff",
+    "logit_lens",
+    "margin",
     "measure",
+    "missed_effects",
+    "path_patching",
     "plot_comparison",
     "probability",
     "probe_absorption",
@@ -127,12 +169,13 @@ __all__ = [
     "tiny",
     "train",
     "verify",
+    "verify_top",
 ]
 
 _HOMES = {
-    "attribution": ("attribution_patching",),
+    "attribution": ("attribution_patching", "edge_attribution", "missed_effects", "verify_top"),
     "catalog": ("SaeSpec", "SpecList", "find", "refresh"),
-    "circuits": ("Circuit", "Scores", "discover", "evaluate"),
+    "circuits": ("Circuit", "Graph", "Scores", "discover", "evaluate", "evaluate_ranking"),
     "cli.doctor": ("doctor",),
     "demo": ("tiny",),
     "errors": ("GemmaScopeError",),
@@ -143,7 +186,12 @@ _HOMES = {
     ),
     "loading": ("Footprint", "SaeSuite", "footprint", "load", "load_suite", "register"),
     "models": ("load_model",),
-    "patching": ("Effects", "Task", "activation_patching", "logit_diff", "probability"),
+    "patching": (
+        *("EdgeEffects", "Effects", "LogitLens", "Node", "Reader", "Task"),
+        *("accumulated_logit_diff", "activation_patching", "cross_entropy", "custom"),
+        *("direct_logit_attribution", "edge_patching", "kl_divergence", "logit_diff"),
+        *("logit_lens", "margin", "path_patching", "probability"),
+    ),
     "splice": (
         *("Ablate", "Add", "Clamp", "Custom", "Project", "Replace", "Scale"),
         *("HookedCrossLayer", "HookedSAE", "Report", "Steering", "SteeringSweep"),

@@ -1,75 +1,215 @@
-"""A circuit: all nodes of a task ranked by effect, and which of them are kept."""
+"""A circuit: a graph and which of its units are kept.
+
+The units are the edges of the graph or, where it has none, its nodes. They are ranked by the absolute
+value of their scores (or by the signed scores, ``signed=True``), equal ones in the order of the graph.
+Circuits come from :func:`~gemmascope_plugin.circuits.select.top_n`, ``greedy`` and ``threshold``; another
+size, pruning and so on make new ones that share the graph.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
+from html import escape
+from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Bool, Int64
+
 import gemmascope_plugin.figures as figures
-from gemmascope_plugin.circuits.node import Node
-from gemmascope_plugin.errors import EmptySelectionError
+from gemmascope_plugin.circuits.graph import PORTS, SHOWN, Graph
+from gemmascope_plugin.circuits.places import places_in
+from gemmascope_plugin.circuits.prune import prune
+from gemmascope_plugin.circuits.storage import load_circuit, save_circuit
+from gemmascope_plugin.circuits.to_networkx import to_networkx
+from gemmascope_plugin.errors import EmptySelectionError, GemmaScopeError
+from gemmascope_plugin.patching.edges import EdgeMap
+from gemmascope_plugin.patching.node import Node, Reader
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Circuit:
-    """Nodes ranked by the size of their effect on a task, the first ``size`` of them kept."""
+    """The kept units of a graph; immutable."""
 
-    ranking: tuple[Node, ...]
-    """Every node that was considered, most important first."""
-    scores: tuple[float, ...]
-    """Effect of each node on the metric, in the order of ``ranking``."""
-    size: int
-    """How many nodes the circuit keeps."""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    graph: Graph
+    kept: Bool[torch.Tensor, " unit"]
+    """True where an edge (or node, in a graph without edges) is kept."""
+    signed: bool = False
+    """Whether units are ranked by score, not by its absolute value."""
+
+    def __post_init__(self) -> None:
+        assert len(self.kept) == len(self.graph.unit_scores), "not of this graph"
 
     @property
-    def nodes(self) -> tuple[Node, ...]:
-        """The kept nodes."""
-        return self.ranking[: self.size]
+    def metadata(self) -> Mapping[str, Any]:
+        """Task, metric, method, sign convention."""
+        return self.graph.metadata
 
-    def top(self, n: int) -> Circuit:
-        """The circuit of the ``n`` most important nodes.
+    @property
+    def n_units(self) -> int:
+        """How many edges (or nodes) there are to choose from."""
+        return len(self.kept)
+
+    @cached_property
+    def size(self) -> int:
+        """How many of them are kept."""
+        return int(self.kept.sum())
+
+    @property
+    def share(self) -> float:
+        """``size / n_units``."""
+        return self.size / self.n_units
+
+    @property
+    def order(self) -> Int64[torch.Tensor, " unit"]:
+        """All units, most important first, as places in the graph."""
+        return self.graph.order(self.signed)
+
+    @property
+    def kept_order(self) -> Int64[torch.Tensor, " kept"]:
+        """The kept units, most important first, as places in the graph."""
+        return self.order[self.kept[self.order]]
+
+    @property
+    def scores(self) -> tuple[float, ...]:
+        """Scores of all units, most important first."""
+        return tuple(self.graph.unit_scores[self.order].tolist())
+
+    @cached_property
+    def ranking(self) -> tuple[Node, ...]:
+        """All nodes, most important first.
 
         Raises:
-            EmptySelectionError: ``n`` is negative or larger than the number of nodes.
+            GemmaScopeError: The circuit ranks edges.
         """
-        if not 0 <= n <= len(self.ranking):
-            raise EmptySelectionError(
-                f"A circuit of {n} nodes was asked for", exists=f"{len(self.ranking)} nodes"
+        if self.graph.has_edges:
+            raise GemmaScopeError(
+                f"{self!r} ranks edges, not nodes",
+                fix="circuit.edges, circuit.order, or circuit.to_frame()",
             )
-        return replace(self, size=n)
+        return tuple(self.graph.nodes[i] for i in self.order.tolist())
 
-    def to_frame(self) -> Any:
-        """A DataFrame, one row per considered node, most important first."""
-        import pandas as pd
+    @cached_property
+    def nodes(self) -> tuple[Node, ...]:
+        """The kept nodes, most important first; of edges, all their ends in the order of the graph."""
+        kept = self.kept_order
+        if self.graph.has_edges:
+            ends = torch.cat([self.graph.source[kept], self.graph.target[kept]])
+            kept = ends.unique()
+        return tuple(self.graph.nodes[i] for i in kept.tolist())
 
-        rows = [
-            {
-                "rank": i + 1,
-                "node": node.label,
-                "kind": node.kind,
-                "layer": node.layer,
-                "score": score,
-                "kept": i < self.size,
-            }
-            for i, (node, score) in enumerate(zip(self.ranking, self.scores, strict=True))
-        ]
-        return pd.DataFrame(rows)
+    @cached_property
+    def edges(self) -> tuple[tuple[Node, Reader], ...]:
+        """The kept edges, most important first; none in a circuit of nodes."""
+        if not self.graph.has_edges:
+            return ()
+        graph, kept = self.graph, self.kept_order
+        ends = torch.stack([graph.source[kept], graph.target[kept], graph.port[kept].long()], 1)
+        nodes = graph.nodes
+        return tuple((nodes[s], Reader(nodes[t], PORTS[p])) for s, t, p in ends.tolist())
+
+    def mask(self, edge_map: EdgeMap) -> Bool[torch.Tensor, "writer reader"]:
+        """True where an edge of a model is kept.
+
+        Args:
+            edge_map: The model's edges.
+
+        Raises:
+            GemmaScopeError: The circuit is one of nodes, or its edges have positions.
+            UnknownNameError: An edge does not exist in the model.
+        """
+        rows, columns = places_in(self.graph, edge_map)
+        mask = torch.zeros(edge_map.mask.shape, dtype=torch.bool)
+        mask[rows[self.kept], columns[self.kept]] = True
+        return mask
+
+    def top(self, n: int) -> Circuit:
+        """The circuit of the ``n`` most important units.
+
+        Raises:
+            EmptySelectionError: ``n`` is negative or larger than the number of units.
+        """
+        if not 0 <= n <= self.n_units:
+            unit = self.graph.unit
+            raise EmptySelectionError(
+                f"A circuit of {n} {unit}s was asked for", exists=f"{self.n_units} {unit}s"
+            )
+        kept = torch.zeros(self.n_units, dtype=torch.bool)
+        kept[self.order[:n]] = True
+        return replace(self, kept=kept)
+
+    def pruned(self) -> Circuit:
+        """Without dead ends; see :func:`~gemmascope_plugin.circuits.prune.prune`.
+
+        Raises:
+            GemmaScopeError: The circuit is one of nodes, or the graph has no embedding or no logits.
+        """
+        return replace(self, kept=prune(self.graph, self.kept))
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes graph and selection into a folder, as ``circuit.json`` and ``circuit.safetensors``.
+
+        Returns:
+            The folder.
+
+        Raises:
+            GemmaScopeError: The folder cannot be written, or the metadata do not fit into JSON.
+        """
+        return save_circuit(folder, self.graph, self.kept, signed=self.signed)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Circuit:
+        """Reads what :meth:`save` has written.
+
+        Raises:
+            MissingFileError: There is no circuit in the folder.
+            BadFileError: It is damaged, contradicts itself, or is of an unknown version.
+        """
+        return cls(*load_circuit(folder))
+
+    def to_networkx(self) -> Any:
+        """A ``networkx.MultiDiGraph``; see :func:`~gemmascope_plugin.circuits.to_networkx.to_networkx`.
+
+        Raises:
+            MissingExtraError: networkx is not installed.
+        """
+        return to_networkx(self.graph, self.kept)
+
+    def to_frame(self, n: int | None = None) -> Any:
+        """A DataFrame, one row per unit, most important first.
+
+        Args:
+            n: Only the first ``n`` rows.
+        """
+        order = self.order[:n]
+        frame = self.graph.to_frame(order)
+        frame.insert(0, "rank", range(1, len(order) + 1))
+        frame["kept"] = self.kept[order].numpy()
+        return frame
 
     def plot(self) -> Any:
-        """A plotly figure of the kept nodes and their scores."""
-        return figures.bars(
-            [node.label for node in self.nodes],
-            list(self.scores[: self.size]),
-            title=f"Circuit for {self.metadata.get('task')}: {self.size} of {len(self.ranking)}",
-            x_title=f"effect on {self.metadata.get('metric')}",
-        )
+        """A plotly figure of the kept units: edges between layers, or bars of nodes."""
+        title = f"Circuit for {self.metadata.get('task')}: {self._count}"
+        return self.graph.draw(self.kept_order, title)
+
+    @property
+    def _count(self) -> str:
+        return f"{self.size} of {self.n_units} {self.graph.unit}s"
 
     def __repr__(self) -> str:
-        head = ", ".join(node.label for node in self.nodes[:6])
+        first = self.kept_order[:6]
+        if self.graph.has_edges:
+            labels = self.graph.labels_of(first).tolist()
+        else:
+            labels = [self.graph.nodes[i].label for i in first.tolist()]
         more = f", and {self.size - 6} more" if self.size > 6 else ""
         return (
-            f"Circuit({self.metadata.get('task')}, {self.size} of {len(self.ranking)} nodes by "
-            f"{self.metadata.get('method')}: {head}{more})"
+            f"Circuit({self.metadata.get('task')}, {self._count} by "
+            f"{self.metadata.get('method')}: {', '.join(labels)}{more})"
         )
+
+    def _repr_html_(self) -> str:
+        frame = self.graph.to_frame(self.kept_order[:SHOWN])
+        return f"<p>{escape(repr(self))}</p>{figures.frame_html(frame, SHOWN)}"

@@ -1,26 +1,46 @@
-"""Ranks heads, MLPs and features of a model by their effect on a task.
+"""Finds a circuit: scores the nodes or the edges of a model for a task, keeps the best.
 
-1. Each node's effect is measured by noising: how much the metric falls when the node alone gets its
-   corrupted value, exactly (``method="exact"``) or by one backward pass (``"attribution"``).
-2. The nodes are ranked by the size of that effect; the circuit keeps the first ``size``.
+* ``exact``, of nodes or edges: how far the metric falls if the unit alone is corrupted;
+* ``atp``, ``ig``, ``atp*``, ``relp``, of nodes: first-order estimates of that, ``attribution_patching``;
+* ``eap``, ``eap-ig``, ``eap-ig-activations``, ``clean-corrupted``, of edges: ``edge_attribution``;
+* ``acdc``, of edges: the rise of the divergence when the edge was tried; kept is what ACDC leaves.
 
-Cost: that of :func:`activation_patching` or :func:`attribution_patching` per node kind.
+Nodes are attention heads and MLPs, at all positions at once, and features of dictionaries.  Positive
+scores support the metric.  A ranking is a hypothesis: :func:`evaluate` checks it on other prompts.
+
+Cost: that of the method.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from gemmascope_plugin.attribution import attribution_patching
+from gemmascope_plugin.attribution.edge_attribution import edge_attribution
+from gemmascope_plugin.attribution.edge_options import EDGE_METHODS
+from gemmascope_plugin.circuits.acdc import acdc
 from gemmascope_plugin.circuits.circuit import Circuit
-from gemmascope_plugin.circuits.node import Node, check_kinds
-from gemmascope_plugin.errors import check_choice
+from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
+from gemmascope_plugin.circuits.graph import Graph
+from gemmascope_plugin.circuits.places import places_in
+from gemmascope_plugin.circuits.select import greedy, threshold, top_n
+from gemmascope_plugin.errors import TaskError, check_choice
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching import Effects, Task, activation_patching
+from gemmascope_plugin.patching.edge_effects import EdgeEffects
+from gemmascope_plugin.patching.edge_patching import edge_patching
+from gemmascope_plugin.patching.memory import Limit
+from gemmascope_plugin.patching.metrics import kl_divergence
+from gemmascope_plugin.patching.node import Node, check_kinds
+from gemmascope_plugin.patching.writer_replacement import WriterReplacement
 
-METHODS = ("exact", "attribution")
+Units = Literal["nodes", "edges"]
+Selection = Literal["top", "greedy"]
+NODE_METHODS = ("exact", "atp", "ig", "atp*", "relp")
+METHODS = tuple(dict.fromkeys((*NODE_METHODS, *EDGE_METHODS, "acdc")))
 _COMPONENT = {"head": "z", "mlp": "mlp_out", "feature": "feature"}
+_MAX_ROWS = 512
 
 
 def discover(
@@ -30,44 +50,189 @@ def discover(
     nodes: str | Sequence[str] = ("head", "mlp"),
     saes: Any = None,
     method: str = "exact",
+    units: Units | None = None,
     size: int | None = None,
+    tau: float | None = None,
+    select: Selection = "top",
+    steps: int = 10,
+    replacement: WriterReplacement = "other",
+    memory_budget: int | str = "2 GB",
+    progress: bool = False,
 ) -> Circuit:
-    """A ranked circuit for a task.
+    """A circuit for a task: all units ranked, the best of them kept.
 
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge``.
         task: Clean and corrupted prompts and a metric.
-        nodes: Node kinds: ``head``, ``mlp``, ``feature``.
+        nodes: Node kinds, for circuits of nodes: ``head``, ``mlp``, ``feature``.
         saes: Dictionaries, when features are among the nodes.
-        method: ``exact`` or ``attribution``.
-        size: How many nodes to keep; half of them by default.
+        method: How units are scored.
+        units: ``nodes`` or ``edges``; None for what the method scores, nodes for ``exact``.
+        size: How many units to keep; half of the nodes, a tenth of the edges by default.
+        tau: Keep the units with an absolute score of at least this instead; for ``acdc`` the bar of the
+            divergence, .01 by default.
+        select: ``top`` scores, or, of edges, ``greedy`` growth from the logits.
+        steps: Points on the line, for integrated gradients.
+        replacement: What stands in for a removed writer, for edges: the ``other`` (corrupted) run,
+            ``zero``, ``mean`` or ``overall_mean``.
+        memory_budget: Bytes, or ``"2 GB"``, for edges.
+        progress: Show a progress bar.
 
     Returns:
         The circuit; :func:`evaluate` checks it by ablation.
 
     Raises:
-        UnknownNameError: An unknown node kind or method.
-        EmptySelectionError: ``size`` exceeds the number of nodes.
+        UnknownNameError: An unknown node kind, method, unit, selection or replacement.
+        TaskError: A method that does not score these units, or prompts that cannot be compared.
+        EmptySelectionError: ``size`` exceeds the number of units.
     """
     kinds = check_kinds(nodes)
     check_choice("method", method, METHODS)
-    measure = activation_patching if method == "exact" else attribution_patching
+    check_choice("selection", select, get_args(Selection))
+    scored = _units(method, units)
+    _refuse_unused(
+        scored,
+        {
+            "nodes": scored == "edges" and (kinds != ("head", "mlp") or saes is not None),
+            "select": select != "top" and (scored == "nodes" or method == "acdc"),
+            "replacement": scored == "nodes" and replacement != "other",
+            "size": method == "acdc" and size is not None,
+        },
+        method,
+    )
+    if scored == "nodes":
+        graph = _node_graph(model, task, kinds, saes, method, progress)
+        return _selected(graph, size, tau, "top", len(graph.nodes) // 2)
+    options: dict[str, Any] = {
+        "replacement": replacement,
+        "memory_budget": memory_budget,
+        "progress": progress,
+    }
+    if method == "acdc":
+        return _acdc(model, task, 0.01 if tau is None else tau, options)
+    if method == "exact":
+        effects = edge_patching(model, task, **options)
+    else:
+        given: Any = method
+        effects = edge_attribution(model, task, method=given, steps=steps, **options)
+    graph = graph_of(effects)
+    return _selected(graph, size, tau, select, graph.n_edges // 10)
+
+
+def graph_of(effects: EdgeEffects) -> Graph:
+    """Edges with the fall of the metric as their score, whichever run was patched.
+
+    Args:
+        effects: From ``edge_attribution`` or ``edge_patching``.
+    """
+    sign = -1 if effects.metadata["mode"] == "noising" else 1
+    known = (
+        "task",
+        "metric",
+        "method",
+        "mode",
+        "replacement",
+        "writer_delta",
+        "steps",
+        "n_prompts",
+    )
+    details = {key: effects.metadata[key] for key in known if key in effects.metadata}
+    return Graph.of_edges(effects.edges, sign * effects.values, details)
+
+
+def _refuse_unused(scored: Units, unused: dict[str, bool], method: str) -> None:
+    """Options that would change nothing are mistakes.
+
+    Raises:
+        TaskError: With the option.
+    """
+    for option, bad in unused.items():
+        if bad:
+            what = "nodes and saes choose" if option == "nodes" else f"{option} plays"
+            raise TaskError(
+                f"{what} no part in circuits of {scored} by {method!r}",
+                fix="tau=0.01 sets what ACDC keeps" if option == "size" else f"without {option}=",
+            )
+
+
+def _units(method: str, asked: str | None) -> Units:
+    """What is scored.
+
+    Raises:
+        UnknownNameError: Neither nodes nor edges.
+        TaskError: The method does not score them.
+    """
+    if asked is not None:
+        check_choice("units", asked, get_args(Units))
+    if method == "exact":
+        return "edges" if asked == "edges" else "nodes"
+    scored: Units = "nodes" if method in NODE_METHODS else "edges"
+    if asked not in (None, scored):
+        others = [m for m in METHODS if m == "exact" or (m in NODE_METHODS) == (asked == "nodes")]
+        raise TaskError(
+            f"method={method!r} scores {scored}, not {asked}",
+            exists=f"{', '.join(others)} for {asked}",
+        )
+    return scored
+
+
+def _selected(
+    graph: Graph, size: int | None, tau: float | None, select: Selection, default: int
+) -> Circuit:
+    if size is not None and tau is not None:
+        raise TaskError(f"Both size={size} and tau={tau} say what to keep", fix="one of them")
+    if tau is not None:
+        return threshold(graph, tau)
+    wanted = default if size is None else size
+    return greedy(graph, wanted) if select == "greedy" else top_n(graph, wanted)
+
+
+def _acdc(model: HookedModel, task: Task, tau: float, options: dict[str, Any]) -> Circuit:
+    asked = task.asked
+    metric = kl_divergence(position=asked.position, before_cap=asked.before_cap)
+    bound = Task(task.clean, task.corrupt, metric, task.name, task.mask).bind(model)
+    limit = Limit(_MAX_ROWS, options["memory_budget"])
+    ablation = EdgeAblation(model, bound, options["replacement"], limit)
+    pruned = acdc(ablation, tau, progress=options["progress"])
+    details = {
+        "task": task.name,
+        "metric": metric.name,
+        "method": "acdc",
+        "tau": tau,
+        "replacement": options["replacement"],
+        "n_prompts": len(bound),
+        "circuits_run": pruned.n_rows,
+    }
+    graph = Graph.of_edges(ablation.edges, pruned.rise, details)
+    rows, columns = places_in(graph, ablation.edges)
+    return Circuit(graph, pruned.kept[rows, columns])
+
+
+def _node_graph(
+    model: HookedModel,
+    task: Task,
+    kinds: tuple[str, ...],
+    saes: Any,
+    method: str,
+    progress: bool,
+) -> Graph:
     found: list[tuple[Node, float]] = []
     for kind in kinds:
-        effects = measure(
-            model, task, _COMPONENT[kind], mode="noising", saes=saes, per_position=False
-        )
-        found += _drops(kind, effects)
-    found.sort(key=lambda pair: -abs(pair[1]))
-    metadata = {"task": task.name, "metric": task.metric.name, "method": method, "kinds": kinds}
-    ranking, scores = zip(*found, strict=True)
-    circuit = Circuit(ranking, scores, 0, metadata)
-    return circuit.top(len(ranking) // 2 if size is None else size)
+        component, given = _COMPONENT[kind], {"saes": saes} if kind == "feature" else {}
+        asked: dict[str, Any] = {"mode": "noising", "per_position": False, **given}
+        if method == "exact":
+            effects = activation_patching(model, task, component, progress=progress, **asked)
+        else:
+            asked["method"] = method
+            effects = attribution_patching(model, task, component, **asked)
+        found += _drops(kind, effects, method == "atp*")  # which says sizes only
+    details = {"task": task.name, "metric": task.asked.name, "method": method, "kinds": kinds}
+    return Graph.of_nodes([node for node, _ in found], [drop for _, drop in found], details)
 
 
-def _drops(kind: str, effects: Effects) -> list[tuple[Node, float]]:
-    """Each node with the fall of the metric when it is corrupted."""
-    drops = -effects.values
+def _drops(kind: str, effects: Effects, magnitudes: bool) -> list[tuple[Node, float]]:
+    """Each node with the fall of the metric when it is corrupted, or the size of its change."""
+    drops = effects.values.abs() if magnitudes else -effects.values
     if kind == "feature":
         features = effects.labels["feature"]
         return [(Node.of_feature(f), float(v)) for f, v in zip(features, drops, strict=True)]

@@ -1,37 +1,45 @@
 """Checks a circuit by ablating everything outside it in the real model.
 
-1. Outside nodes get their value from the corrupted run at every position; the circuit's nodes are
-   recomputed in that context. Reconstruction errors of dictionaries are kept.
-2. Faithfulness ``f(C) = (m(C) - m(none)) / (m(all) - m(none))`` with ``m(none)`` the metric when every
-   node is ablated: a ratio of means over prompts, never a mean of ratios (Marks et al., arXiv
-   2403.19647, section 4).
-3. The same for the first 0, 1, 2, ... nodes of the ranking, and for random circuits of each size.
+1. What the circuit does not keep is replaced, by default by its value in the corrupted run: a node's
+   output at every position, or what one reader sees of one writer, see ``edge_ablation``.
+2. Faithfulness ``f(C) = (m(C) - m(none)) / (m(all) - m(none))``, ``m(none)`` with everything replaced: a
+   ratio of means over prompts, never a mean of ratios (Marks et al., arXiv 2403.19647, section 4).
+3. Completeness ``f(M - C)``: what is left without the circuit, near 0 if nothing is missing from it.
+4. Minimality: ``|m(C - e) - m(C)| / |m(all) - m(none)|`` for every unit ``e`` of the circuit.
+5. The divergence of its next-token distribution from the model's, summed over the vocabulary.
+6. Faithfulness of the first 0, 1, 2, ... units of the ranking, and of random circuits of each size.
 
 Cost: one row of prompts per circuit; circuits ride on the batch axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 
+from gemmascope_plugin.circuits.ablator import Ablator, ablator
 from gemmascope_plugin.circuits.circuit import Circuit
-from gemmascope_plugin.circuits.node import Node
+from gemmascope_plugin.circuits.graph import Graph
+from gemmascope_plugin.circuits.mib import Curve, MibScores, sizes_of
+from gemmascope_plugin.circuits.prune import prune
 from gemmascope_plugin.circuits.scores import Scores
-from gemmascope_plugin.errors import TaskError, UnknownNameError
+from gemmascope_plugin.circuits.select import top_n
+from gemmascope_plugin.errors import TaskError, check_choice
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching import Task
 from gemmascope_plugin.patching.exact import MAX_ROWS
-from gemmascope_plugin.patching.nodes import patchable, read
-from gemmascope_plugin.patching.task import MIN_GAP, BoundTask
+from gemmascope_plugin.patching.memory import Limit
+from gemmascope_plugin.patching.metrics import kl_divergence
+from gemmascope_plugin.patching.task import MIN_GAP
+from gemmascope_plugin.patching.writer_replacement import WRITER_REPLACEMENTS, WriterReplacement
+
+_N_SIZES, _FEW = 12, 24
 
 
-@torch.no_grad()
 def evaluate(
     circuit: Circuit,
     model: HookedModel,
@@ -41,7 +49,11 @@ def evaluate(
     sizes: Sequence[int] | None = None,
     n_random: int = 20,
     seed: int = 0,
+    replacement: WriterReplacement = "other",
+    minimality: bool = False,
     max_rows: int = MAX_ROWS,
+    memory_budget: int | str = "2 GB",
+    progress: bool = False,
 ) -> Scores:
     """Faithfulness of a circuit, of every prefix of its ranking, and of random circuits.
 
@@ -50,110 +62,160 @@ def evaluate(
         model: The model.
         task: Held-out prompts.
         saes: The dictionaries that the circuit's features belong to.
-        sizes: Circuit sizes to measure; 0 to all nodes by default, at most 25 of them, always
-            with the circuit's own size.
+        sizes: Circuit sizes to measure; 0 to all units by default, all of up to 24, else 13 of
+            them, always with the circuit's own size.
         n_random: Random circuits of each size.
         seed: Seed of the random circuits.
-        max_rows: Prompt copies per forward pass.
+        replacement: What stands in for what is not kept: the ``other`` (corrupted) run, ``zero``,
+            ``mean`` over its prompts per position, or ``overall_mean``.
+        minimality: Take out every kept unit alone as well.
+        max_rows: Prompt copies per forward pass at most.
+        memory_budget: Bytes, or ``"2 GB"``.
+        progress: Show a progress bar.
 
     Raises:
-        EmptySelectionError: A size below 0 or above the number of nodes.
-        TaskError: The metric with everything ablated hardly differs from the full model's.
-        UnknownNameError: The circuit has features and no dictionaries were given.
+        EmptySelectionError: A size below 0 or above the number of units.
+        TaskError: The metric with everything replaced hardly differs from the full model's.
+        UnknownNameError: The circuit has features and no dictionaries were given, edges that the model
+            does not have, or an unknown replacement.
     """
+    check_choice("replacement", replacement, WRITER_REPLACEMENTS)
     bound = task.bind(model)
-    chosen = sorted({circuit.size, *(sizes or _default_sizes(len(circuit.ranking)))})
+    chosen = sorted({circuit.size, *(_sizes(circuit.n_units) if sizes is None else sizes)})
+    prefixes = [circuit.top(n).kept for n in chosen]
     rng = Random(seed)
-    kept = [circuit.top(n).nodes for n in chosen]
-    kept += [tuple(rng.sample(circuit.ranking, n)) for n in chosen for _ in range(n_random)]
-    masks = _masks(circuit.ranking, kept + [circuit.ranking, ()])
-    has_features = any(node.kind == "feature" for node in circuit.ranking)
-    if has_features and saes is None:
-        raise UnknownNameError(
-            "The circuit has features", fix="evaluate(..., saes=[the same dictionaries])"
-        )
-    context = patchable(model, "feature", saes) if has_features else nullcontext(model)
-    with context as runner:
-        values = ablated_metric(runner, bound, circuit.ranking, masks, max_rows)
-    full, empty = float(values[-2]), float(values[-1])
-    if abs(full - empty) < MIN_GAP:
-        raise TaskError(
-            f"The metric is {full:.6f} with all nodes and {empty:.6f} with none; faithfulness "
-            "cannot be put on a scale between them"
-        )
-    share = ((values[:-2] - empty) / (full - empty)).tolist()
-    random = [
-        tuple(share[len(chosen) + i * n_random : len(chosen) + (i + 1) * n_random])
-        for i in range(len(chosen))
-    ]
+    random = [_random(rng, circuit.n_units, n) for n in chosen for _ in range(n_random)]
+    everything = torch.ones_like(circuit.kept)
+    alone = _without_one(circuit.kept) if minimality else []
+    masks = [*prefixes, *random, *alone, ~circuit.kept, circuit.kept, everything, ~everything]
+    limit = Limit(max_rows, memory_budget)
+    with ablator(
+        circuit.graph, model, saes, replacement=replacement, limit=limit, progress=progress
+    ) as run:
+        values = run(bound, torch.stack(masks))
+        far = _divergence(run, model, task, circuit.kept)
+    scale = _scale(values)
+    shares = ((values.mean(1) - scale[1]) / (scale[0] - scale[1])).tolist()
+    n = len(chosen)
+    own = values[-3].mean()
+    changes = (values[n + len(random) : len(masks) - 4].mean(1) - own) / (scale[0] - scale[1])
     return Scores(
         circuit=circuit,
         sizes=tuple(chosen),
-        faithfulness_by_size=tuple(share[: len(chosen)]),
-        random_by_size=tuple(random),
-        metric_full=full,
-        metric_empty=empty,
-        metadata={"task": bound.name, "n_prompts": len(bound.clean), "ablation": "corrupt"},
+        faithfulness_by_size=tuple(shares[:n]),
+        random_by_size=tuple(
+            tuple(shares[n + i * n_random : n + (i + 1) * n_random]) for i in range(n)
+        ),
+        metric_full=scale[0],
+        metric_empty=scale[1],
+        own=shares[-3],
+        completeness=shares[-4],
+        kl=far,
+        by_prompt=values[-3:],
+        minimality=tuple(changes.abs().tolist()) if minimality else None,
+        metadata={
+            "task": bound.name,
+            "metric": bound.metric.metric.name,
+            "logits": bound.logits,
+            "n_prompts": len(bound),
+            "replacement": replacement,
+        },
     )
 
 
-def _default_sizes(n_nodes: int) -> list[int]:
-    step = max(1, -(-n_nodes // 24))
-    return [*range(0, n_nodes, step), n_nodes]
-
-
-def _masks(
-    ranking: Sequence[Node], circuits: Sequence[Sequence[Node]]
-) -> Bool[torch.Tensor, "circuit node"]:
-    """True where a circuit keeps a node."""
-    column = {node: i for i, node in enumerate(ranking)}
-    masks = torch.zeros(len(circuits), len(ranking), dtype=torch.bool)
-    for row, nodes in enumerate(circuits):
-        for node in nodes:
-            masks[row, column[node]] = True
-    return masks
-
-
-def ablated_metric(
-    runner: Any,
-    bound: BoundTask,
-    nodes: Sequence[Node],
-    masks: Bool[torch.Tensor, "circuit node"],
+def evaluate_ranking(
+    graph: Graph,
+    model: HookedModel,
+    task: Task,
+    *,
+    saes: Any = None,
+    replacement: WriterReplacement = "other",
     max_rows: int = MAX_ROWS,
-) -> Float[torch.Tensor, " circuit"]:
-    """Mean metric on clean prompts with the nodes outside each circuit at their corrupted value."""
-    hooks = list(dict.fromkeys(node.hook for node in nodes))
-    _, corrupt = read(runner, bound.corrupt, hooks)
-    copies = max(1, max_rows // len(bound.clean))
-    means = []
-    for chunk in masks.split(copies):
-        fwd_hooks = [(name, _ablate(name, nodes, chunk, corrupt[name])) for name in hooks]
-        with runner.hooks(fwd_hooks=fwd_hooks):
-            logits = runner(bound.clean.repeat(len(chunk), 1))
-        means.append(bound.metric(logits).reshape(len(chunk), -1).mean(1))
-    return torch.cat(means)
+    memory_budget: int | str = "2 GB",
+    progress: bool = False,
+) -> MibScores:
+    """CPR and CMD of a graph's ranking, exactly as MIB defines them, and on a logarithmic axis.
+
+    Args:
+        graph: Scored edges, or nodes.
+        model: The model.
+        task: Held-out prompts.
+        saes: The dictionaries that features belong to.
+        replacement: What stands in for what is not kept.
+        max_rows: Prompt copies per forward pass at most.
+        memory_budget: Bytes, or ``"2 GB"``.
+        progress: Show a progress bar.
+
+    Raises:
+        TaskError: The metric with everything replaced hardly differs from the full model's.
+    """
+    bound, n = task.bind(model), len(graph.unit_scores)
+    kept = [
+        top_n(graph, size, signed=signed).kept for signed in (True, False) for size in sizes_of(n)
+    ]
+    everything = torch.ones_like(kept[0])
+    limit = Limit(max_rows, memory_budget)
+    with ablator(
+        graph, model, saes, replacement=replacement, limit=limit, progress=progress
+    ) as run:
+        values = run(bound, torch.stack([*kept, everything, ~everything]))
+    full, empty = _scale(values)
+    shares = ((values.mean(1) - empty) / (full - empty)).tolist()
+    left = [int(prune(graph, one).sum()) if graph.has_edges else int(one.sum()) for one in kept]
+    half = len(kept) // 2
+    curves = [
+        Curve(tuple(sizes_of(n)), tuple(left[part]), tuple(shares[: len(kept)][part]), n)
+        for part in (slice(0, half), slice(half, None))
+    ]
+    details = {"task": bound.name, "n_prompts": len(bound), "replacement": replacement}
+    return MibScores(*curves, metadata=details)
 
 
-def _ablate(
-    name: str,
-    nodes: Sequence[Node],
-    masks: Bool[torch.Tensor, "circuit node"],
-    corrupt: torch.Tensor,
-) -> Callable[..., torch.Tensor]:
-    """Hook that replaces the nodes at ``name`` that each copy's circuit does not keep."""
-    here = [(i, node) for i, node in enumerate(nodes) if node.hook == name]
-    columns = torch.tensor([i for i, _ in here])
-    index = torch.tensor([node.index for _, node in here], device=corrupt.device)
-    is_mlp = here[0][1].kind == "mlp"
+def _sizes(n_units: int) -> list[int]:
+    """All of them if there are few, else a scale that is fine where circuits are small."""
+    if n_units <= _FEW:
+        return list(range(n_units + 1))
+    steps = [n_units * (i / _N_SIZES) ** 2 for i in range(1, _N_SIZES + 1)]
+    return sorted({0, *(round(step) for step in steps)})
 
-    def hook_fn(activation: torch.Tensor, hook: Any) -> torch.Tensor:
-        copies = activation.unflatten(0, (len(masks), -1))
-        keep = masks[:, columns].to(activation.device)
-        if is_mlp:
-            return torch.where(keep[:, :, None, None], copies, corrupt).flatten(0, 1)
-        # heads and features lie on axis 2 of [prompt, pos, head or feature, ...]
-        old, new = copies.index_select(3, index), corrupt.index_select(2, index)
-        keep = keep.reshape(len(masks), 1, 1, -1, *([1] * (old.ndim - 4)))
-        return copies.index_copy(3, index, torch.where(keep, old, new)).flatten(0, 1)
 
-    return hook_fn
+def _random(rng: Random, n_units: int, size: int) -> Bool[torch.Tensor, " unit"]:
+    kept = torch.zeros(n_units, dtype=torch.bool)
+    kept[torch.tensor(rng.sample(range(n_units), size), dtype=torch.long)] = True
+    return kept
+
+
+def _without_one(kept: Bool[torch.Tensor, " unit"]) -> list[Bool[torch.Tensor, " unit"]]:
+    """The circuit without each of its units, in the order of the graph."""
+    found = []
+    for unit in kept.nonzero().flatten().tolist():
+        without = kept.clone()
+        without[unit] = False
+        found.append(without)
+    return found
+
+
+def _divergence(
+    run: Ablator, model: HookedModel, task: Task, kept: Bool[torch.Tensor, " unit"]
+) -> float:
+    """Mean divergence of the circuit's next-token distribution from the clean run's."""
+    asked = task.asked
+    metric = kl_divergence(position=asked.position, before_cap=asked.before_cap)
+    bound = Task(task.clean, task.corrupt, metric, task.name, task.mask).bind(model)
+    return -float(run(bound, kept[None]).mean())
+
+
+def _scale(values: Float[torch.Tensor, "circuit prompt"]) -> tuple[float, float]:
+    """Metric with everything and with nothing kept, the last two rows.
+
+    Raises:
+        TaskError: They hardly differ.
+    """
+    full, empty = float(values[-2].mean()), float(values[-1].mean())
+    if abs(full - empty) < MIN_GAP:
+        raise TaskError(
+            f"The metric is {full:.6f} with everything and {empty:.6f} with nothing kept; "
+            "faithfulness cannot be put on a scale between them",
+            fix="other prompts, another metric, or another replacement",
+        )
+    return full, empty

@@ -12,9 +12,11 @@ from typer.core import TyperGroup
 
 import gemmascope_plugin
 from gemmascope_plugin.cli.demo import demo_command
+from gemmascope_plugin.cli.discover import discover_command
 from gemmascope_plugin.cli.doctor import doctor_command
 from gemmascope_plugin.cli.find import find_command
 from gemmascope_plugin.cli.info import info_command
+from gemmascope_plugin.cli.patch import patch_command
 from gemmascope_plugin.cli.refresh import refresh_command
 from gemmascope_plugin.cli.steer import steer_command
 from gemmascope_plugin.cli.train import train_command
@@ -67,6 +69,8 @@ app.command("find")(find_command)
 app.command("info")(info_command)
 app.command("refresh")(refresh_command)
 app.command("steer")(steer_command)
+app.command("patch")(patch_command)
+app.command("discover")(discover_command)
 app.command("train")(train_command)
 app.command("demo")(demo_command)
 app.command("doctor")(doctor_command)

@@ -25,12 +25,12 @@ EXCLUDE = ("bos", "eos", "pad")
 def task_score(model: HookedModel, task: Task) -> float:
     """Share of prompts whose most probable next token is right; for years, the greater years' mass."""
     bound = task.bind(model)
-    logits = model(bound.clean)[:, task.metric.position]
-    answers = bound.metric.answers
+    logits = bound.answer_logits(model, bound.clean)
+    right = bound.metric.right
+    assert right is not None, "the tasks of the suite have answers"
     if task.name == "years":
-        mass = logits.softmax(-1).gather(-1, answers.right).masked_fill(~answers.right_mask, 0)
-        return float(mass.sum(-1).mean())
-    return float((logits.argmax(-1) == answers.right[:, 0]).float().mean())
+        return float(right.pick(logits.softmax(-1), 0.0).sum(-1).mean())
+    return float((logits.argmax(-1) == right.ids[:, 0]).float().mean())
 
 
 def task_scores(model: HookedModel, *, split: Split = "held-out", n: int = 256) -> dict[str, float]:

@@ -160,7 +160,7 @@ def rank_features(model: HookedModel, task: Task, saes: list[Any]) -> Comparison
     exact = activation_patching(
         model, task, "feature", mode="noising", saes=saes, features=features
     )
-    estimate = replace(guess, values=guess.values[first], labels={"feature": tuple(features)})
+    estimate = guess.at(feature=features)
     return Comparison(exact, estimate, exact.spearman(estimate))
 
 

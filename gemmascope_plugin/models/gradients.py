@@ -58,6 +58,27 @@ def gradients(
     Raises:
         HookNotFiredError: The metric does not depend on an activation, or its hook never fired.
     """
+    return gradients_of(model, lambda: metric(model(tokens)), names)
+
+
+def gradients_of(
+    model: Any,
+    run: Callable[[], Float[torch.Tensor, ""]],
+    names: Sequence[str],
+    *,
+    fwd_hooks: Sequence[tuple[str, Callable[..., Any]]] = (),
+) -> dict[str, torch.Tensor]:
+    """``d run() / d activation`` for each hook name.
+
+    Args:
+        model: The model, or the spliced one, that ``run`` runs.
+        run: Runs it once and gives a scalar.
+        names: Hooks whose gradient is wanted.
+        fwd_hooks: Attached before the embedding becomes the start of the graph.
+
+    Raises:
+        HookNotFiredError: The scalar does not depend on an activation, or its hook never fired.
+    """
     collected: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -76,9 +97,9 @@ def gradients(
     with (
         torch.enable_grad(),
         frozen(getattr(model, "model", model).parameters()),
-        model.hooks(fwd_hooks=[("hook_embed", start)], bwd_hooks=backward_hooks),
+        model.hooks(fwd_hooks=[*fwd_hooks, ("hook_embed", start)], bwd_hooks=backward_hooks),
     ):
-        value = metric(model(tokens))
+        value = run()
         if value.requires_grad:
             value.backward()
     missing = [name for name in names if name not in collected]

@@ -124,6 +124,12 @@ def norm_gain(model: HookedModel, layer: int) -> Float[torch.Tensor, " d_model"]
     return _gain(model, weight)
 
 
+def gain_of(model: HookedModel, norm: Any) -> Float[torch.Tensor, " d_model"] | None:
+    """What a norm really multiplies by; None where folding took its gain away."""
+    weight = _weight(norm)
+    return None if weight is None else _gain(model, weight)
+
+
 def _norm(model: Any, layer: int) -> Any:
     return getattr(model.blocks[layer], "ln2", None)
 

@@ -1,5 +1,7 @@
 """Pages: one self-contained HTML file each, nothing loaded from a network."""
 
+from gemmascope_plugin.pages.circuit import circuit_html, write_circuit
+from gemmascope_plugin.pages.effects import effects_html, write_effects
 from gemmascope_plugin.pages.report import Columns, PageError, Section, prepare, write_page
 from gemmascope_plugin.pages.sections import (
     circuit_section,
@@ -15,7 +17,9 @@ __all__ = [
     "Columns",
     "PageError",
     "Section",
+    "circuit_html",
     "circuit_section",
+    "effects_html",
     "feature_frame",
     "features_section",
     "heads_section",
@@ -23,5 +27,7 @@ __all__ = [
     "prepare",
     "site_name",
     "steering_html",
+    "write_circuit",
+    "write_effects",
     "write_page",
 ]

@@ -11,8 +11,9 @@ Cost: about 5 MB per page with figures, for the library; a few kB without.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -97,18 +98,78 @@ def write_page(
     Raises:
         PageError: The file cannot be written.
     """
-    path = prepare(path)
+    html = page_html(title, sections, lead=lead, key_figures=key_figures, footer=footer)
+    return write_html(path, html)
+
+
+def page_html(
+    title: str,
+    sections: Sequence[Section],
+    *,
+    lead: str = "",
+    key_figures: Pairs = (),
+    footer: Pairs = (),
+    style: str = "",
+) -> str:
+    """One page as text.
+
+    Args:
+        title: Title and heading.
+        sections: What it shows, in order.
+        lead: A sentence or two under the heading.
+        key_figures: ``(value, what it is)``, shown large under the lead.
+        footer: ``(name, value)``.
+        style: More rules for its style sheet.
+    """
     renderer = _Renderer()
-    html = _template().render(
+    return template(TEMPLATE).render(
         title=title,
         lead=lead,
         key_figures=key_figures,
         sections=[(s.title, s.lead, [renderer.html(p) for p in s.parts]) for s in sections],
         footer=footer,
-        fragments_css=Markup(figures.PAGE_CSS),
+        fragments_css=Markup(figures.PAGE_CSS + style),
     )
+
+
+def write_html(path: str | Path, html: str) -> Path:
+    """Writes the text of a page; its folder is made if need be, an older page is replaced.
+
+    Raises:
+        PageError: The file cannot be written.
+    """
+    path = prepare(path)
     _replace(path, html)
     return path
+
+
+def facts(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a result says of itself, as lines of a footer; what is None is left out."""
+    return [(str(name), _fact(value)) for name, value in metadata.items() if value is not None]
+
+
+def even_digits(frame: Any, names: Iterable[str]) -> Any:
+    """The frame with columns of numbers as text: all as precise as the largest with four digits.
+
+    Args:
+        frame: A data frame.
+        names: The columns.
+    """
+    texts = {}
+    for name in names:
+        largest = max((abs(x) for x in frame[name] if math.isfinite(x)), default=0.0)
+        places = max(3, 3 - math.floor(math.log10(largest))) if largest else 3
+        # nothing is shown as minus zero
+        texts[name] = [f"{round(x, places) + 0.0:.{places}f}" for x in frame[name]]
+    return frame.assign(**texts)
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {_fact(each)}" for name, each in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_fact, value)) or "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 class _Renderer:
@@ -138,8 +199,9 @@ class _Renderer:
         return Markup(figures.figure_fragment(figure, first, div_id=name))
 
 
-def _template() -> Template:
-    source = resources.files(__package__ or "").joinpath(TEMPLATE).read_text(encoding="utf-8")
+def template(name: str) -> Template:
+    """A template beside this file; what it is given is escaped, and has to be all that it names."""
+    source = resources.files(__package__ or "").joinpath(name).read_text(encoding="utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

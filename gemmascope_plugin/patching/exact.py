@@ -1,31 +1,30 @@
 """Exact activation patching: replace, recompute everything downstream, read the metric.
 
 1. Run clean and corrupted prompts once and keep the activations at the patched hooks.
-2. The base run is the corrupted one (denoising, clean values are inserted) or the clean one (noising).
-3. Patches that insert what is there already have no effect. The others ride on the batch axis: one
-   forward pass carries as many copies of the prompts, each with its own patch, as ``max_rows`` allows
+2. The base run is the corrupted one (denoising, clean values are inserted) or the clean one (noising);
+   zeros, means or another prompt's values can be inserted in place of the other run's
    (Heimersheim & Nanda, arXiv 2404.15255, for the method).
+3. Every patch is run alone, many of them side by side in one forward pass (``sweep.py``).
 
-Cost: ``patches / copies`` forward passes of ``copies * prompts`` rows, and two for the base runs.
+Cost: four forward passes, and ``patches * prompts / rows`` passes that start at the patched layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-import torch
-from jaxtyping import Float
 
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.effects import Effects, FeatureId
-from gemmascope_plugin.patching.experiment import Experiment, experiment
-from gemmascope_plugin.patching.nodes import Patch
+from gemmascope_plugin.patching.experiment import experiment
+from gemmascope_plugin.patching.memory import Limit
+from gemmascope_plugin.patching.replacement import Replacement
+from gemmascope_plugin.patching.sweep import sweep
 from gemmascope_plugin.patching.task import Task
 from gemmascope_plugin.types import Direction
 
 MAX_ROWS = 512
-"""Prompt copies in one forward pass by default."""
+"""Rows of prompts in one forward pass by default."""
 
 
 def activation_patching(
@@ -34,33 +33,62 @@ def activation_patching(
     component: str,
     *,
     mode: Direction = "denoising",
+    axes: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    neurons: Sequence[int] | None = None,
+    per_position: bool = True,
     saes: Any = None,
     features: Sequence[FeatureId] | None = None,
-    per_position: bool = True,
+    replacement: Replacement = "other",
+    seed: int = 0,
     max_rows: int = MAX_ROWS,
+    memory_budget: int | str | None = None,
     progress: bool = False,
 ) -> Effects:
     """The exact effect on the metric of patching each node alone.
 
+    A prompt that is shorter than others has no token at later positions: patches there leave it as it is.
+
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge``.
         task: Clean and corrupted prompts and a metric.
-        component: ``resid_pre``, ``attn_out``, ``mlp_out`` (layer by position), ``z`` (layer by head,
-            all positions) or ``feature`` (all positions, reconstruction error kept).
+        component: ``resid_pre``, ``resid_mid``, ``resid_post``, ``attn_out``, ``mlp_out`` (layer by
+            position); ``z``, ``q``, ``pattern`` (layer by head), ``k``, ``v`` (layer by key-value
+            head); ``neuron`` (layer by neuron); ``ln1_scale``, ``ln1_post_scale``, ``ln2_scale``,
+            ``ln2_post_scale`` (layer by position), ``ln_final_scale`` (position); ``feature``,
+            and ``error`` for the whole reconstruction error of each dictionary, which is else kept.
         mode: ``denoising`` puts clean values into the corrupted run, ``noising`` the reverse.
-        saes: Dictionaries, for ``feature``.
-        features: Which features; None for all whose activation differs between the prompts.
-        per_position: One patch per position, or one per layer that covers all positions
-            (``resid_pre``, ``attn_out``, ``mlp_out``).
-        max_rows: Prompt copies per forward pass.
+        axes: One patch per coordinate along these, such as ``("layer", "head", "pos")``; along the
+            others a patch covers everything at once. None for the axes in brackets above.
+        layers: Only these layers.
+        heads: Only these heads; key-value heads for ``k`` and ``v``.
+        positions: Only these positions, from the start of each prompt; queries for ``pattern``.
+        neurons: Only these neurons.
+        per_position: Whether components without heads have the axis ``pos``, where ``axes`` does not
+            say.
+        saes: Dictionaries, for ``feature`` and ``error``.
+        features: Which features; None for all whose activation the replacement changes.
+        replacement: ``other``, the other run's activation; ``zero``; ``mean``, the other run's mean at
+            each position over prompts; ``overall_mean``, over positions as well; ``resample``, the
+            other run's activation of another prompt of the same length.
+        seed: For ``resample``.
+        max_rows: Most prompts, copies counted, in one forward pass.
+        memory_budget: Bytes, or e.g. ``"2 GB"``, for activations (``memory.py`` says what is counted).
         progress: Show a progress bar.
 
     Returns:
-        Effects with ``values[axes] = metric(patched) - metric(base)``, averaged over prompts.
+        Effects with ``values[axes] = metric(patched) - metric(base)``, averaged over prompts, and the
+        same of each prompt.
 
     Raises:
-        TaskError: Prompts that cannot be compared, or a metric that does not tell them apart.
-        UnknownNameError: An unknown component or mode, or features without dictionaries.
+        TaskError: Prompts that cannot be compared, a metric that does not tell them apart, or a
+            replacement that the component or the prompts do not allow.
+        UnknownNameError: An unknown component, mode, replacement, axis, layer, head, position or
+            neuron, or features without dictionaries.
+        EmptySelectionError: An empty list of axes or coordinates.
+        GemmaScopeError: A memory budget too small for one prompt.
     """
     with experiment(
         model,
@@ -70,46 +98,14 @@ def activation_patching(
         saes=saes,
         features=features,
         per_position=per_position,
+        axes=axes,
+        layers=layers,
+        heads=heads,
+        positions=positions,
+        neurons=neurons,
+        replacement=replacement,
+        seed=seed,
+        limit=Limit(max_rows, memory_budget),
     ) as run:
-        return run.effects(sweep(run, max_rows, progress) - run.base_metric, "exact patching")
-
-
-@torch.no_grad()
-def sweep(run: Experiment, max_rows: int, progress: bool) -> Float[torch.Tensor, " patch"]:
-    """Mean metric under each patch alone, on the CPU."""
-    from tqdm.auto import tqdm
-
-    # A patch that inserts what is there already has no effect; running it would only add rounding.
-    live = [i for i, patch in enumerate(run.grid.patches) if run.changes(patch)]
-    patches = [run.grid.patches[i] for i in live]
-    n_prompts = len(run.base)
-    copies = max(1, max_rows // n_prompts)
-    chunks = [patches[i : i + copies] for i in range(0, len(patches), copies)]
-    metric = torch.full((len(run.grid.patches),), run.base_metric)
-    means = [metric[:0]]
-    for chunk in tqdm(chunks, desc=f"patching {run.grid.component}", disable=not progress):
-        hooks = [
-            (name, _insert(name, chunk, run.other[name], n_prompts))
-            for name in dict.fromkeys(patch.hook for patch in chunk)
-        ]
-        with run.runner.hooks(fwd_hooks=hooks):
-            logits = run.runner(run.base.repeat(len(chunk), 1))
-        means.append(run.bound.metric(logits).reshape(len(chunk), n_prompts).mean(1))
-    metric[live] = torch.cat(means).to(metric)
-    return metric
-
-
-def _insert(
-    name: str, chunk: Sequence[Patch], other: torch.Tensor, n_prompts: int
-) -> Callable[..., torch.Tensor]:
-    """Hook that gives copy ``j`` of the prompts the patch ``chunk[j]``, if it is at this hook."""
-
-    def hook_fn(activation: torch.Tensor, hook: Any) -> torch.Tensor:
-        patched = activation.clone()
-        for j, patch in enumerate(chunk):
-            if patch.hook == name:
-                rows = slice(j * n_prompts, (j + 1) * n_prompts)
-                patched[(rows, *patch.index)] = other[(slice(None), *patch.index)]
-        return patched
-
-    return hook_fn
+        changes = sweep(run, progress=progress) - run.base_by_prompt
+        return run.effects(changes.mean(1), "exact patching", by_prompt=changes)

@@ -2,35 +2,44 @@
 
 1. Clean and corrupted prompts are run once; the activations at the nodes' hooks are kept.
 2. The base run is the corrupted one (denoising: clean values are inserted) or the clean one (noising).
-3. With dictionaries, they are spliced in with their error kept for as long as the experiment lasts.
+3. What is inserted is the other run's activation, or what ``replacement`` makes of it.
+4. With dictionaries, they are spliced in with their error kept for as long as the experiment lasts.
 
-Cost: two forward passes, and two more to find the features that differ.
+Cost: four forward passes over the prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from gemmascope_plugin.errors import check_choice
+from gemmascope_plugin.errors import EmptySelectionError, check_choice
 from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.patching.components import COMPONENTS, layer_of, sizes_of
 from gemmascope_plugin.patching.effects import Effects, FeatureId
+from gemmascope_plugin.patching.grid import (
+    Choice,
+    component_grid,
+    coordinates,
+    error_grid,
+    feature_grid,
+)
+from gemmascope_plugin.patching.memory import Limit, footprint
 from gemmascope_plugin.patching.nodes import (
-    COMPONENTS,
     Grid,
     Patch,
-    active_features,
-    component_grid,
-    feature_grid,
+    acts_hook,
+    needs_dictionaries,
     patchable,
     read,
 )
+from gemmascope_plugin.patching.replacement import Replacement, check_replacement, replaced
 from gemmascope_plugin.patching.task import BoundTask, Task
 from gemmascope_plugin.splice.hooked_site import HookedSite
 from gemmascope_plugin.types import Direction
@@ -40,6 +49,7 @@ from gemmascope_plugin.types import Direction
 class Experiment:
     """A task on a model, ready to be patched."""
 
+    model: HookedModel
     runner: Any
     """The model, or the model with dictionaries spliced in."""
     bound: BoundTask
@@ -49,9 +59,13 @@ class Experiment:
     here: dict[str, torch.Tensor]
     """Activations of that run, by hook name."""
     other: dict[str, torch.Tensor]
-    """Activations of the other run."""
+    """What is inserted there: the other run's activations, unless ``replacement`` says otherwise."""
     metadata: dict[str, Any]
     """What the result will say of itself, the metric at both ends among it."""
+    base_by_prompt: Float[torch.Tensor, " prompt"]
+    """The metric of the run that is patched, on the CPU."""
+    rows: int
+    """Prompts in one forward pass."""
 
     @property
     def base_metric(self) -> float:
@@ -61,14 +75,22 @@ class Experiment:
 
     def changes(self, patch: Patch) -> bool:
         """Whether the patch inserts anything that is not there already."""
-        index = (slice(None), *patch.index)
-        return not torch.equal(self.here[patch.hook][index], self.other[patch.hook][index])
+        return any(
+            not torch.equal(patch.entries(self.here[hook]), patch.entries(self.other[hook]))
+            for hook in patch.hooks
+        )
 
-    def effects(self, values: Float[torch.Tensor, " patch"], method: str) -> Effects:
+    def effects(
+        self,
+        values: Float[torch.Tensor, " patch"],
+        method: str,
+        *,
+        by_prompt: Float[torch.Tensor, "patch prompt"] | None = None,
+    ) -> Effects:
         """Changes of the metric per patch, in the shape of the grid."""
-        shape = [len(self.grid.labels[axis]) for axis in self.grid.axes]
-        metadata = {**self.metadata, "method": method}
-        return Effects(values.reshape(shape), self.grid.axes, self.grid.labels, metadata)
+        shape, metadata = self.grid.shape, {**self.metadata, "method": method}
+        each = None if by_prompt is None else by_prompt.reshape(*shape, -1)
+        return Effects(values.reshape(shape), self.grid.axes, self.grid.labels, metadata, each)
 
 
 @contextmanager
@@ -78,46 +100,179 @@ def experiment(
     component: str,
     *,
     mode: Direction,
-    saes: Any,
-    features: Sequence[FeatureId] | None,
-    per_position: bool,
+    saes: Any = None,
+    features: Sequence[FeatureId] | None = None,
+    per_position: bool = True,
+    axes: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    neurons: Sequence[int] | None = None,
+    replacement: Replacement = "other",
+    seed: int = 0,
+    limit: Limit | None = None,
 ) -> Iterator[Experiment]:
     """Checks everything, runs both prompts, and splices for the length of the block.
 
+    Args:
+        model: ``HookedTransformer`` or ``TransformerBridge``.
+        task: Clean and corrupted prompts and a metric.
+        component: A name in ``components.py``.
+        mode: ``denoising`` or ``noising``.
+        saes: Dictionaries, for ``feature`` and ``error``.
+        features: Which features; None for all that the replacement changes.
+        per_position: See :func:`gemmascope_plugin.activation_patching`, as all that follow.
+        axes: One patch per coordinate along these.
+        layers: Only these.
+        heads: Only these.
+        positions: Only these.
+        neurons: Only these.
+        replacement: What is inserted.
+        seed: Of ``resample``.
+        limit: How large a forward pass may be; None for all prompts at once.
+
     Raises:
-        TaskError: Prompts that cannot be compared, or a metric that does not tell them apart.
-        UnknownNameError: An unknown component or mode, or features without dictionaries.
+        TaskError: Prompts that cannot be compared, a metric that does not tell them apart, or a
+            replacement that the component or the prompts do not allow.
+        GemmaScopeError: A memory budget that is too small.
+        UnknownNameError: An unknown component, mode, replacement, axis or coordinate, or features
+            without dictionaries.
     """
     check_choice("component", component, COMPONENTS)
     check_choice("mode", mode, get_args(Direction))
+    check_replacement(replacement, component)
+    choice = Choice(
+        axes=axes,
+        per_position=per_position,
+        layers=layers,
+        heads=heads,
+        positions=positions,
+        neurons=neurons,
+        features=features,
+    )
+    choice.check(component)
     bound = task.bind(model)
+    denoising = mode == "denoising"
+    base, away = (bound.corrupt, bound.clean) if denoising else (bound.clean, bound.corrupt)
     with patchable(model, component, saes) as runner:
-        if component == "feature":
-            if features is None:
-                features = active_features(runner, bound.clean, bound.corrupt)
-            grid = feature_grid(runner, features)
-        else:
-            n_pos = bound.clean.shape[1]
-            grid = component_grid(model, component, n_pos, per_position=per_position)
-        clean_logits, clean = read(runner, bound.clean, grid.hooks)
-        corrupt_logits, corrupt = read(runner, bound.corrupt, grid.hooks)
-        ends = bound.metric_values(
-            float(bound.metric(clean_logits).mean()), float(bound.metric(corrupt_logits).mean())
+        sizes = sizes_of(model, component, base.shape[1])
+        sites = _sites(runner, component, layers, sizes["layer"])
+        grid = _grid(component, sites, choice, sizes)
+        hooks = [acts_hook(site) for site in sites] if grid is None else grid.hooks
+        need = footprint(model, component, len(base), base.shape[1], hooks, sites)
+        rows = len(base) if limit is None else limit.rows(need)
+        metrics = [_metric(runner, bound, tokens, rows) for tokens in (bound.clean, bound.corrupt)]
+        ends = bound.metric_values(*(float(metric.mean()) for metric in metrics))
+
+        def insert(x: torch.Tensor) -> torch.Tensor:
+            return replaced(x, component, bound.mask, replacement, seed)
+
+        here, other = _activations(runner, component, hooks, (base, away), insert, rows)
+        if grid is None:
+            chosen = _differing(sites, here, other, bound.mask)
+            grid = feature_grid(sites, replace(choice, features=chosen), base.shape[1])
+        metadata = {
+            **_describe(model, runner, bound, component),
+            **{"mode": mode, "replacement": replacement},
+            **({"seed": seed} if replacement == "resample" else {}),
+            **ends,
+        }
+        by_prompt = metrics[int(denoising)]
+        yield Experiment(model, runner, bound, grid, base, here, other, metadata, by_prompt, rows)
+
+
+@torch.no_grad()
+def _metric(
+    runner: Any, bound: BoundTask, tokens: torch.Tensor, rows: int
+) -> Float[torch.Tensor, " prompt"]:
+    """The metric of each prompt of a run."""
+    index = torch.arange(len(tokens), device=tokens.device)
+    parts = [bound.part(some).measure(runner, tokens[some]) for some in index.split(rows)]
+    return torch.cat(parts).cpu()
+
+
+def _sites(
+    runner: Any, component: str, layers: Sequence[int] | None, n_layers: int
+) -> dict[str, HookedSite]:
+    """Dictionary sites of the chosen layers; none for components of the model itself."""
+    if not needs_dictionaries(component):
+        return {}
+    if layers is None:
+        return dict(runner.sites)
+    wanted = coordinates("layer", layers, n_layers)
+    sites = {name: site for name, site in runner.sites.items() if layer_of(name) in wanted}
+    if not sites:
+        raise EmptySelectionError(
+            f"No dictionary lies in layers {list(wanted)}", exists=", ".join(runner.sites)
         )
-        metadata = {**_describe(model, runner, bound, component), "mode": mode, **ends}
-        if mode == "denoising":
-            yield Experiment(runner, bound, grid, bound.corrupt, corrupt, clean, metadata)
-        else:
-            yield Experiment(runner, bound, grid, bound.clean, clean, corrupt, metadata)
+    return sites
+
+
+def _grid(
+    component: str,
+    sites: Mapping[str, HookedSite],
+    choice: Choice,
+    sizes: Mapping[str, int],
+) -> Grid | None:
+    """The patches; None while it is not known which features differ."""
+    choice.axes_of(component)
+    if component == "feature":
+        return None if choice.features is None else feature_grid(sites, choice, sizes["pos"])
+    if component == "error":
+        return error_grid(sites, choice, sizes["pos"])
+    return component_grid(component, choice, sizes)
+
+
+def _activations(
+    runner: Any,
+    component: str,
+    hooks: Sequence[str],
+    tokens: tuple[torch.Tensor, torch.Tensor],
+    insert: Callable[[torch.Tensor], torch.Tensor],
+    rows: int,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What is at the hooks in the base run, and what is inserted there."""
+    elsewhere = COMPONENTS[component].reads
+    at = {h: h if elsewhere is None else elsewhere.format(layer=layer_of(h)) for h in hooks}
+    here, there = (read(runner, each, list(at.values()), rows=rows) for each in tokens)
+    other = {hook: insert(there[name]) for hook, name in at.items()}
+    if elsewhere is None:
+        return here, other
+    # what to write so that the stream is the wanted one, beside what the base run has there
+    written = read(runner, tokens[0], hooks, rows=rows)
+    return written, {hook: written[hook] + (other[hook] - here[at[hook]]) for hook in hooks}
+
+
+def _differing(
+    sites: Mapping[str, HookedSite],
+    here: Mapping[str, torch.Tensor],
+    other: Mapping[str, torch.Tensor],
+    mask: Bool[torch.Tensor, "prompt pos"],
+) -> list[FeatureId]:
+    """Features that the replacement changes at any token; all others have no effect.
+
+    Raises:
+        EmptySelectionError: No feature differs.
+    """
+    found = []
+    for name in sites:
+        hook = acts_hook(name)
+        changed = (here[hook] != other[hook]) & mask.to(here[hook].device)[..., None]
+        found += [
+            FeatureId(name, i) for i in changed.flatten(0, 1).any(0).nonzero().flatten().tolist()
+        ]
+    if not found:
+        raise EmptySelectionError("No feature differs between clean and corrupted prompts")
+    return found
 
 
 def _describe(model: HookedModel, runner: Any, bound: BoundTask, component: str) -> dict[str, Any]:
-    spliced = component == "feature"
+    spliced = needs_dictionaries(component)
     return {
         "component": component,
         "task": bound.name,
         "metric": bound.metric.metric.name,
-        "logits": "after the final soft-cap",
+        "logits": f"{'before' if bound.metric.metric.before_cap else 'after'} the final soft-cap",
         "sign": "positive = patching raises the metric",
         "n_prompts": len(bound.clean),
         "tokens": token_strings(model, bound.clean[0]),

@@ -1,46 +1,47 @@
-"""What can be patched, by component name: hooks, axes and labels."""
+"""Patches as entries of activations, and the model that they are read from, bare or with dictionaries."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
-from gemmascope_plugin.errors import (
-    EmptySelectionError,
-    UnknownNameError,
-    check_choice,
-    check_feature,
-)
-from gemmascope_plugin.models.points import n_heads, n_layers
+from gemmascope_plugin.errors import HookNotFiredError, UnknownNameError
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.patching.effects import FeatureId
-from gemmascope_plugin.splice import HookedCrossLayer, HookedSAE, SplicedModel, splice
+from gemmascope_plugin.patching.components import COMPONENTS
+from gemmascope_plugin.splice import HookedCrossLayer, HookedSAE, splice
 from gemmascope_plugin.splice.splicing import as_list
 
-HOOKS = {
-    "resid_pre": "blocks.{layer}.hook_resid_pre",
-    "attn_out": "blocks.{layer}.hook_attn_out",
-    "mlp_out": "blocks.{layer}.hook_mlp_out",
-    "z": "blocks.{layer}.attn.hook_z",
-}
-"""Component to hook name. ``attn_out`` and ``mlp_out`` are after Gemma's post-norms: what is added to
-the stream. ``z`` is per head, before ``W_O``."""
-
-COMPONENTS = (*HOOKS, "feature")
+At = int | slice | tuple[int, ...]
+"""One coordinate, all of them, or some."""
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One intervention: entries of one activation that are replaced."""
+    """One intervention: entries that are replaced, at one hook or at several."""
 
-    hook: str
-    index: tuple[Any, ...]
-    """Index after the batch axis: ``(pos,)``, ``(all,)``, ``(all, head)`` or ``(all, feature)``."""
+    hooks: tuple[str, ...]
+    index: tuple[At, ...]
+    """Index after the batch axis, the same at every hook: ``(pos,)``, ``(all, head)`` or the like."""
+
+    @property
+    def hook(self) -> str:
+        """The only hook."""
+        assert len(self.hooks) == 1, "the patch covers several layers"
+        return self.hooks[0]
+
+    def entries(self, x: Shaped[torch.Tensor, "prompt ..."]) -> Shaped[torch.Tensor, "prompt ..."]:
+        """What the patch covers of an activation at one of its hooks."""
+        for axis, at in reversed(list(enumerate(self.index, start=1))):
+            if isinstance(at, int):
+                x = x.select(axis, at)
+            elif isinstance(at, tuple):
+                x = x.index_select(axis, torch.tensor(at, device=x.device))
+        return x
 
 
 @dataclass(frozen=True)
@@ -55,65 +56,56 @@ class Grid:
     @property
     def hooks(self) -> list[str]:
         """The hooks that the patches touch."""
-        return list(dict.fromkeys(patch.hook for patch in self.patches))
+        return list(dict.fromkeys(hook for patch in self.patches for hook in patch.hooks))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Number of coordinates along each axis."""
+        return tuple(len(self.labels[axis]) for axis in self.axes)
+
+    def sums(
+        self, products: Mapping[str, Float[torch.Tensor, "prompt ..."]]
+    ) -> Float[torch.Tensor, "patch prompt"]:
+        """Sum of a quantity per entry over what each patch covers, prompt by prompt.
+
+        Args:
+            products: Hook name to one number per entry of the activation there.
+        """
+        sums = []
+        for patch in self.patches:
+            parts = [_row_sums(patch.entries(products[hook])) for hook in patch.hooks]
+            sums.append(torch.stack(parts).sum(0))
+        return torch.stack(sums)
 
 
-def component_grid(
-    model: HookedModel, component: str, n_pos: int, *, per_position: bool = True
-) -> Grid:
-    """Layer by head for ``z``; else layer by position, or layer alone with all positions at once."""
-    layers = tuple(range(n_layers(model)))
-    every = slice(None)
-    if component == "z":
-        heads = tuple(range(n_heads(model)))
-        places = {"head": heads}
-        indices: list[tuple[Any, ...]] = [(every, head) for head in heads]
-    elif per_position:
-        places = {"pos": tuple(range(n_pos))}
-        indices = [(pos,) for pos in range(n_pos)]
-    else:
-        places, indices = {}, [(every,)]
-    hooks = [HOOKS[component].format(layer=layer) for layer in layers]
-    patches = tuple(Patch(hook, index) for hook in hooks for index in indices)
-    return Grid(component, ("layer", *places), {"layer": layers, **places}, patches)
-
-
-def feature_grid(spliced: SplicedModel, features: Sequence[FeatureId]) -> Grid:
-    """One patch per feature, at all positions.
-
-    Raises:
-        EmptySelectionError: No feature is named.
-        UnknownNameError: A site without a spliced dictionary.
-        FeatureIndexError: An index outside its dictionary.
-    """
-    if not features:
-        raise EmptySelectionError("No feature is named", fix="features=None for all that differ")
-    sites = spliced.sites
-    for site, index in features:
-        check_choice("dictionary site", site, sites)
-        check_feature(index, sites[site].d_sae, site)
-    patches = tuple(Patch(acts_hook(f.site), (slice(None), f.feature)) for f in features)
-    return Grid("feature", ("feature",), {"feature": tuple(features)}, patches)
+def _row_sums(x: Float[torch.Tensor, "prompt ..."]) -> Float[torch.Tensor, " prompt"]:
+    return x.reshape(len(x), -1).sum(1)
 
 
 def acts_hook(site: str) -> str:
     """Hook of the feature activations of the dictionary at ``site``."""
-    return f"{site}.hook_sae_acts_post"
+    return COMPONENTS["feature"].hook.format(site=site)
+
+
+def needs_dictionaries(component: str) -> bool:
+    """Whether a component belongs to dictionaries and not to the model itself."""
+    return "{site}" in COMPONENTS[component].hook
 
 
 @contextmanager
 def patchable(model: HookedModel, component: str, saes: Any) -> Iterator[Any]:
-    """The model itself, or spliced with the error kept when features are to be patched.
+    """The model itself, or spliced with the error kept when features or errors are to be patched.
 
     Raises:
-        UnknownNameError: Features are asked for without dictionaries.
+        UnknownNameError: Features or errors are asked for without dictionaries.
     """
-    if component != "feature":
+    if not needs_dictionaries(component):
         yield model
         return
     if saes is None:
         raise UnknownNameError(
-            'component="feature" needs dictionaries', fix="saes=[gemmascope_plugin.load(spec)]"
+            f'component="{component}" needs dictionaries',
+            fix="saes=[gemmascope_plugin.load(spec)]",
         )
     # A dictionary that was wrapped for another error mode is wrapped again: here the error is kept.
     kept = [
@@ -125,34 +117,39 @@ def patchable(model: HookedModel, component: str, saes: Any) -> Iterator[Any]:
 
 
 def read(
-    runner: Any, tokens: Int[torch.Tensor, "prompt pos"], hooks: Sequence[str]
-) -> tuple[Float[torch.Tensor, "prompt pos d_vocab"], dict[str, torch.Tensor]]:
-    """Logits and the activations at ``hooks``."""
-    with torch.no_grad():
-        logits, cache = runner.run_with_cache(tokens, names_filter=list(hooks))
-    return logits, {name: cache[name] for name in hooks}
-
-
-def active_features(
-    spliced: SplicedModel,
-    clean: Int[torch.Tensor, "prompt pos"],
-    corrupt: Int[torch.Tensor, "prompt pos"],
-) -> list[FeatureId]:
-    """Features whose activation differs anywhere between clean and corrupted prompts.
-
-    All others have no effect when patched.
+    runner: Any,
+    tokens: Int[torch.Tensor, "prompt pos"],
+    hooks: Sequence[str],
+    *,
+    rows: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """The activations at ``hooks``, in passes of at most ``rows`` prompts.
 
     Raises:
-        EmptySelectionError: No feature differs.
+        HookNotFiredError: A hook that the pass never reached.
     """
-    hooks = [acts_hook(name) for name in spliced.sites]
-    _, one = read(spliced, clean, hooks)
-    _, other = read(spliced, corrupt, hooks)
-    found = [
-        FeatureId(name, int(i))
-        for name, hook in zip(spliced.sites, hooks, strict=True)
-        for i in (one[hook] != other[hook]).flatten(0, 1).any(0).nonzero().flatten()
-    ]
-    if not found:
-        raise EmptySelectionError("No feature differs between clean and corrupted prompts")
-    return found
+    parts = [_read(runner, part, hooks) for part in tokens.split(rows or len(tokens))]
+    if len(parts) == 1:
+        return parts[0]
+    return {name: torch.cat([part[name] for part in parts]) for name in hooks}
+
+
+def _read(runner: Any, tokens: torch.Tensor, hooks: Sequence[str]) -> dict[str, torch.Tensor]:
+    held: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook_fn(x: torch.Tensor, hook: Any) -> None:
+            held[name] = x.detach()
+
+        return hook_fn
+
+    def nothing(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        return x[:, :1]  # logits are not asked for
+
+    keepers = [(name, keep(name)) for name in hooks]
+    with torch.no_grad(), runner.hooks(fwd_hooks=[*keepers, ("unembed.hook_in", nothing)]):
+        runner(tokens)
+    missing = [name for name in hooks if name not in held]
+    if missing:
+        raise HookNotFiredError(f"The hooks {', '.join(missing)} never fired")
+    return held

@@ -1,19 +1,30 @@
-"""A causal question: clean prompts, corrupted prompts of the same length, and a metric."""
+"""A causal question: clean prompts, corrupted prompts of the same length, and a metric.
+
+1. Prompts may differ in length from each other, though not from their corrupted partner: activations are
+   exchanged position by position. Shorter ones are padded **behind their end**, where a causal model does
+   not look, so every number is that of the prompt alone and no attention mask is needed.
+2. Token ids that are padded in front come with ``mask=`` and are moved.
+3. ``BoundTask.measure`` runs the model and cuts the residual stream down to the positions that are asked
+   about before the unembedding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 
-from gemmascope_plugin.errors import ModelError, TaskError
-from gemmascope_plugin.models import to_tokens
+from gemmascope_plugin.errors import TaskError
+from gemmascope_plugin.models.padding import padded, right_padded
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.metric import BoundMetric, Metric
+from gemmascope_plugin.patching.metrics import Custom, KLDivergence
 
 Prompts = str | Sequence[str] | torch.Tensor
+Hooks = Sequence[tuple[str, Callable[..., Any]]]
 
 MIN_GAP = 1e-4
 """Smallest difference between the clean and the corrupted metric that can be divided by."""
@@ -27,23 +38,39 @@ class Task:
     """Text or token ids ``[prompt, pos]``."""
     corrupt: Prompts
     """As many prompts, each as long in tokens as its clean partner."""
-    metric: Metric
-    """Higher is better; one answer per prompt."""
+    metric: Any
+    """A metric, higher is better; a function of the logits stands for ``custom(function)``."""
     name: str = "task"
+    mask: Bool[torch.Tensor, "prompt pos"] | None = None
+    """False where token ids are padding, for both kinds of prompts."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.metric, Metric):
+            if not callable(self.metric):
+                raise TaskError(
+                    f"The metric of task {self.name!r} is {self.metric!r}",
+                    fix="logit_diff(answer, wrong), or a function of logits [prompt, d_vocab]",
+                )
+            object.__setattr__(self, "metric", Custom(fn=self.metric))
+
+    @property
+    def asked(self) -> Metric:
+        """The metric as an object."""
+        assert isinstance(self.metric, Metric)
+        return self.metric
 
     def __repr__(self) -> str:
         first = self.clean if isinstance(self.clean, str) else self.clean[0]
-        return f"Task({self.name!r}, {len(self)} prompts, {self.metric.name}, first {first!r})"
+        return f"Task({self.name!r}, {len(self)} prompts, {self.asked.name}, first {first!r})"
 
     def __len__(self) -> int:
         return 1 if isinstance(self.clean, str) else len(self.clean)
 
     def first(self, n: int) -> Task:
         """The same task on its first ``n`` prompts."""
-        wrong = None if self.metric.wrong is None else list(self.metric.wrong)[:n]
-        metric = replace(self.metric, answer=list(self.metric.answer)[:n], wrong=wrong)
         clean, corrupt = (p if isinstance(p, str) else p[:n] for p in (self.clean, self.corrupt))
-        return replace(self, clean=clean, corrupt=corrupt, metric=metric)
+        mask = None if self.mask is None else self.mask[:n]
+        return replace(self, clean=clean, corrupt=corrupt, metric=self.asked.first(n), mask=mask)
 
     def bind(self, model: HookedModel) -> BoundTask:
         """Token ids and a metric for this model, checked.
@@ -52,27 +79,36 @@ class Task:
             TaskError: Prompts that differ in number or length, or that do not differ at all.
             EmptySelectionError: An empty prompt.
         """
-        try:
-            clean, corrupt = to_tokens(model, self.clean), to_tokens(model, self.corrupt)
-        except ModelError as error:
+        clean, lengths = self._tokens(model, self.clean)
+        corrupt, others = self._tokens(model, self.corrupt)
+        if len(clean) != len(corrupt):
             raise TaskError(
-                f"The prompts of task {self.name!r} cannot be put in one batch ({error})",
-                fix="prompts of one length in tokens",
-            ) from error
-        if clean.shape != corrupt.shape:
+                f"There are {len(clean)} clean and {len(corrupt)} corrupted prompts",
+                fix="one corrupted prompt for each clean one",
+            )
+        if not torch.equal(lengths, others):
+            row = int((lengths != others).nonzero()[0])
             raise TaskError(
-                f"Clean prompts have shape {tuple(clean.shape)}, corrupted ones "
-                f"{tuple(corrupt.shape)} (prompts, tokens)",
-                fix="corrupted prompts of the same number and length in tokens",
+                f"Prompt {row} has {int(lengths[row])} tokens clean and {int(others[row])} corrupted",
+                fix="corrupted prompts of the same length in tokens as their clean partner",
             )
         if torch.equal(clean, corrupt):
             raise TaskError("Clean and corrupted prompts are the same tokens")
-        if not -clean.shape[1] <= self.metric.position < clean.shape[1]:
+        metric = self.asked.bind(model, len(clean))
+        bound = replace(metric, at=self.asked.positions(lengths))
+        task = BoundTask(clean, corrupt, lengths, bound, self.name)
+        return task.with_reference(model) if isinstance(self.asked, KLDivergence) else task
+
+    def _tokens(self, model: HookedModel, prompts: Prompts) -> Any:
+        if self.mask is None:
+            return padded(model, prompts)
+        if not isinstance(prompts, torch.Tensor) or prompts.shape != self.mask.shape:
+            given = tuple(prompts.shape) if isinstance(prompts, torch.Tensor) else "texts"
             raise TaskError(
-                f"Answer position {self.metric.position} lies outside prompts of "
-                f"{clean.shape[1]} tokens"
+                f"mask has shape {tuple(self.mask.shape)}, the prompts are {given}",
+                fix="token ids [prompt, pos] and a mask of the same shape",
             )
-        return BoundTask(clean, corrupt, self.metric.bind(model, len(clean)), self.name)
+        return right_padded(model, prompts, self.mask)
 
 
 @dataclass(frozen=True)
@@ -81,8 +117,97 @@ class BoundTask:
 
     clean: Int[torch.Tensor, "prompt pos"]
     corrupt: Int[torch.Tensor, "prompt pos"]
+    lengths: Int[torch.Tensor, " prompt"]
+    """Tokens of each prompt; what follows is padding."""
     metric: BoundMetric
     name: str
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    @property
+    def logits(self) -> str:
+        """Which logits the metric reads, for metadata."""
+        return f"{'before' if self.metric.metric.before_cap else 'after'} the final soft-cap"
+
+    @property
+    def mask(self) -> Bool[torch.Tensor, "prompt pos"]:
+        """True at the prompts' own tokens."""
+        at = torch.arange(self.clean.shape[1], device=self.clean.device)
+        return at < self.lengths[:, None]
+
+    def measure(self, runner: Any, tokens: Any, **kwargs: Any) -> Float[torch.Tensor, " row"]:
+        """The metric of each row of a run; arguments as for :meth:`answer_logits`."""
+        return self.metric.of_rows(self.answer_logits(runner, tokens, **kwargs))
+
+    def answer_logits(
+        self,
+        runner: Any,
+        tokens: Any,
+        *,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        **kwargs: Any,
+    ) -> Float[torch.Tensor, "row d_vocab"]:
+        """Logits at the position that each row is asked about, of a run with hooks.
+
+        Args:
+            runner: A model, or one with dictionaries spliced in.
+            tokens: Copies of the prompts, copy after copy, ``[row, pos]``; or what else the runner
+                starts from.
+            fwd_hooks: Functions by hook name.
+            bwd_hooks: The same, on the backward pass.
+            **kwargs: For the forward pass.
+        """
+        at, held = self.metric.at, []
+        assert at is not None
+
+        def cut(x: torch.Tensor, hook: Any) -> torch.Tensor:
+            rows = torch.arange(len(x), device=x.device)
+            return x[rows, at.to(x.device)[rows % len(at)]][:, None]
+
+        def hold(x: torch.Tensor, hook: Any) -> None:
+            held.append(x)
+
+        asking: list[tuple[str, Callable[..., Any]]] = [("unembed.hook_in", cut)]
+        if self.metric.metric.before_cap:
+            asking.append(("unembed.hook_out", hold))
+        with runner.hooks(fwd_hooks=[*fwd_hooks, *asking], bwd_hooks=list(bwd_hooks)):
+            logits = runner(tokens, **kwargs)
+        return (held[0] if held else logits)[:, 0]
+
+    def parts(self, size: int) -> Iterator[BoundTask]:
+        """The task in parts of at most ``size`` prompts."""
+        for index in torch.arange(len(self), device=self.clean.device).split(size):
+            yield self.part(index)
+
+    def part(self, index: Int[torch.Tensor, " row"]) -> BoundTask:
+        """Some of its prompts."""
+        return BoundTask(
+            self.clean[index],
+            self.corrupt[index],
+            self.lengths[index],
+            self.metric.part(index),
+            self.name,
+        )
+
+    @torch.no_grad()
+    def with_reference(self, model: HookedModel) -> BoundTask:
+        """The same with the clean run's next-token log-probabilities."""
+        reference = self.answer_logits(model, self.clean).float().log_softmax(-1)
+        return replace(self, metric=replace(self.metric, reference=reference))
+
+    def ends(self, runner: Any) -> dict[str, float]:
+        """Mean metric of both runs, checked to lie apart.
+
+        Raises:
+            TaskError: The metric hardly differs between clean and corrupted prompts.
+        """
+        with torch.no_grad():
+            clean, corrupt = (
+                float(self.measure(runner, tokens).mean()) for tokens in (self.clean, self.corrupt)
+            )
+        return self.metric_values(clean, corrupt)
 
     def metric_values(self, clean: float, corrupt: float) -> dict[str, float]:
         """Both ends of the scale, checked to lie apart.

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from gemmascope_plugin.circuits import Circuit, Scores, discover
-from gemmascope_plugin.circuits.node import Node
-from gemmascope_plugin.errors import EmptySelectionError, UnknownNameError
+from gemmascope_plugin.attribution import edge_attribution
+from gemmascope_plugin.circuits import Graph, Scores, discover, top_n
+from gemmascope_plugin.circuits.discover import graph_of
+from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError
 from gemmascope_plugin.patching import FeatureId
+from gemmascope_plugin.patching.node import Node
 from tests import factories
+from tests.factories import unchecked
 from tests.patching.tasks import CLEAN, CORRUPT, TASK, metric_under, values_at
 
 NODES = (Node.head(1, 3), Node.mlp(2), Node.of_feature(FeatureId("blocks.0.hook_resid_post", 7)))
-CIRCUIT = Circuit(
-    NODES, (3.0, -2.0, 0.5), 2, {"task": "t", "metric": "LogitDiff", "method": "exact"}
+CIRCUIT = top_n(
+    Graph.of_nodes(
+        NODES, [3.0, -2.0, 0.5], {"task": "t", "metric": "LogitDiff", "method": "exact"}
+    ),
+    2,
 )
 SCORES = Scores(
     circuit=CIRCUIT,
@@ -49,7 +56,7 @@ def test_nodes_are_ranked_by_the_size_of_their_effect(model) -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize("method", ["exact", "attribution"])
+@pytest.mark.parametrize("method", ["exact", "atp"])
 def test_features_are_ranked_with_the_rest(hooked2, method: str) -> None:
     saes = [factories.residual(hooked2, 0), factories.attention(hooked2, 1)]
     kinds = ("head", "mlp", "feature")
@@ -115,3 +122,51 @@ def test_the_size_from_which_on_a_circuit_is_faithful() -> None:
     assert SCORES.smallest(0.75) == 1
     assert SCORES.smallest(0.85) == 3
     assert SCORES.smallest(1.1) is None
+
+
+@pytest.mark.parametrize(
+    "method", ["eap", "eap-ig", "eap-ig-activations", "clean-corrupted", "exact", "acdc"]
+)
+def test_methods_of_edges(hooked2, method: str) -> None:
+    options = {"steps": 2} if "ig" in method else {}
+    circuit = discover(hooked2, TASK, method=method, units="edges", **options)
+    assert circuit.graph.has_edges and circuit.n_units == 190
+    assert circuit.metadata["method"] == method
+    assert circuit.size == 19 or method == "acdc"
+
+
+def test_sizes_bars_and_growth(hooked2) -> None:
+    best = discover(hooked2, TASK, method="eap", size=12)
+    bar = sorted(map(abs, best.scores), reverse=True)[11]
+    assert torch.equal(discover(hooked2, TASK, method="eap", tau=bar).kept, best.kept)
+    grown = discover(hooked2, TASK, method="eap", size=12, select="greedy")
+    assert grown.size == 12
+    assert torch.equal(grown.pruned().kept | grown.kept, grown.kept)
+
+
+def test_scores_of_edges_say_how_far_the_metric_falls(hooked2) -> None:
+    """The same sign whichever run is patched, and that of nodes."""
+    noising = graph_of(edge_attribution(hooked2, TASK, method="eap"))
+    denoising = graph_of(edge_attribution(hooked2, TASK, method="eap", mode="denoising"))
+    assert float((noising.unit_scores * denoising.unit_scores).sum()) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"method": "eap", "units": "nodes"}, TaskError, "scores edges, not nodes.*exact, atp"),
+        ({"method": "atp", "units": "edges"}, TaskError, "scores nodes, not edges.*eap-ig"),
+        ({"method": "eap", "units": "edge"}, UnknownNameError, "Unknown units 'edge'"),
+        ({"method": "eap", "size": 3, "tau": 0.1}, TaskError, "Both size=3 and tau=0.1"),
+        ({"method": "eap", "size": 191}, EmptySelectionError, "191 edges.*190 edges"),
+        ({"method": "eapig"}, UnknownNameError, "Unknown method 'eapig'.*'eap-ig'"),
+        ({"method": "eap", "nodes": "mlp"}, TaskError, "no part in circuits of edges"),
+        ({"method": "acdc", "size": 9}, TaskError, "tau=0.01 sets what ACDC keeps"),
+        ({"method": "atp", "select": "greedy"}, TaskError, "select plays no part.*nodes"),
+        ({"replacement": "zero"}, TaskError, "replacement plays no part.*'exact'"),
+        ({"method": "eap", "select": "greed"}, UnknownNameError, "Unknown selection 'greed'"),
+    ],
+)
+def test_what_discover_refuses(hooked2, options: dict, error, text: str) -> None:
+    with pytest.raises(error, match=text):
+        unchecked(discover)(hooked2, TASK, **options)

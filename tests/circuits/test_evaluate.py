@@ -7,12 +7,12 @@ from random import Random
 import pytest
 import torch
 
-from gemmascope_plugin.circuits import Circuit, evaluate
-from gemmascope_plugin.circuits.evaluate import ablated_metric
-from gemmascope_plugin.circuits.node import Node
+from gemmascope_plugin.circuits import Circuit, Graph, discover, evaluate, top_n
+from gemmascope_plugin.circuits.node_ablation import node_metric
 from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError
 from gemmascope_plugin.models import flatten_heads
 from gemmascope_plugin.patching import FeatureId, Task, logit_diff
+from gemmascope_plugin.patching.node import Node
 from gemmascope_plugin.patching.nodes import patchable
 from tests import factories
 from tests.factories import n_hooks
@@ -63,7 +63,7 @@ def replacing(parts):
 
 
 def circuit(nodes=NODES, size: int = 0) -> Circuit:
-    return Circuit(tuple(nodes), tuple(float(len(nodes) - i) for i in range(len(nodes))), size)
+    return top_n(Graph.of_nodes(nodes, [float(len(nodes) - i) for i in range(len(nodes))]), size)
 
 
 def random_circuits(n: int) -> list[list[Node]]:
@@ -76,7 +76,7 @@ def test_random_circuits_equal_one_pass_each(model) -> None:
     circuits = [[], list(NODES), list(FEATURES), [*HEADS, *MLPS], *random_circuits(4)]
     masks = torch.tensor([[node in kept for node in NODES] for kept in circuits])
     with torch.no_grad(), patchable(model, "feature", sae) as runner:
-        got = ablated_metric(runner, TASK.bind(model), NODES, masks)
+        got = node_metric(runner, TASK.bind(model), NODES, masks, max_rows=64).mean(1)
     expected = [slow(model, kept, sae) for kept in circuits]
     assert got.tolist() == pytest.approx(expected, abs=1e-5)
     assert max(expected) - min(expected) > 0.05
@@ -152,5 +152,72 @@ def test_features_need_their_dictionaries(hooked2) -> None:
 
 def test_nodes_without_any_effect_are_an_error(hooked2) -> None:
     late = Task(CLEAN, CORRUPT, logit_diff([10, 20], [30, 40], position=0))
-    with pytest.raises(TaskError, match="with all nodes and .* with none"):
+    with pytest.raises(TaskError, match="with everything and .* with nothing kept"):
         evaluate(circuit((*HEADS, *MLPS), 3), hooked2, late)
+
+
+def test_completeness_divergence_minimality_and_an_interval(hooked2) -> None:
+    """Each from its definition, on the bare model."""
+    nodes = (*HEADS, *MLPS)
+    scores = evaluate(circuit(nodes, 4), hooked2, TASK, sizes=[4], n_random=0, minimality=True)
+    full, empty = slow(hooked2, list(nodes), nodes=nodes), slow(hooked2, [], nodes=nodes)
+    rest = (slow(hooked2, list(nodes[4:]), nodes=nodes) - empty) / (full - empty)
+    assert scores.completeness == pytest.approx(rest, abs=1e-4)
+    own = slow(hooked2, list(nodes[:4]), nodes=nodes)
+    without = [
+        slow(hooked2, [n for n in nodes[:4] if n != node], nodes=nodes) for node in nodes[:4]
+    ]
+    expected = [abs((value - own) / (full - empty)) for value in without]
+    assert list(scores.minimality) == pytest.approx(expected, abs=1e-4)
+    low, high = scores.interval(n=200)
+    assert low <= scores.faithfulness <= high
+    parts: dict = {}
+    for node in nodes[4:]:
+        parts.setdefault(node.hook, []).append((node, values_at(hooked2, CORRUPT, node.hook)))
+    functions = {name: replacing(pairs) for name, pairs in parts.items()}
+    with torch.no_grad():
+        hooks = [(name, lambda x, hook, fn=fn: fn(x.clone())) for name, fn in functions.items()]
+        with hooked2.hooks(fwd_hooks=hooks):
+            q = torch.distributions.Categorical(logits=hooked2(CLEAN)[:, -1])
+        p = torch.distributions.Categorical(logits=hooked2(CLEAN)[:, -1])
+    kl = float(torch.distributions.kl_divergence(p, q).mean())
+    assert scores.kl == pytest.approx(kl, abs=1e-5)
+
+
+@pytest.mark.parametrize("replacement", ["zero", "mean", "overall_mean"])
+def test_other_replacements(hooked2, replacement: str) -> None:
+    nodes = (*HEADS, *MLPS)
+    scores = evaluate(circuit(nodes, 4), hooked2, TASK, sizes=[4], replacement=replacement)
+    values = {name: values_at(hooked2, CORRUPT, name) for name in {n.hook for n in nodes}}
+    axes = {"zero": None, "mean": (0,), "overall_mean": (0, 1)}[replacement]
+    given = {
+        name: torch.zeros_like(x) if axes is None else x.mean(axes, keepdim=True).expand_as(x)
+        for name, x in values.items()
+    }
+    hooks = {
+        name: replacing([(node, x) for node in nodes[4:] if node.hook == name])
+        for name, x in given.items()
+    }
+    own = metric_under(hooked2, CLEAN, {name: lambda x, fn=fn: fn(x) for name, fn in hooks.items()})
+    share = (own - scores.metric_empty) / (scores.metric_full - scores.metric_empty)
+    assert scores.faithfulness == pytest.approx(share, abs=1e-4)
+
+
+def test_circuits_of_edges_are_evaluated_as_well(model) -> None:
+    found = discover(model, TASK, method="eap", size=40)
+    scores = evaluate(found, model, TASK, n_random=3)
+    assert scores.sizes[0] == 0 and scores.sizes[-1] == 190 and 40 in scores.sizes
+    assert scores.faithfulness_by_size[-1] == pytest.approx(1, abs=1e-4)
+    assert scores.faithfulness_by_size[0] == pytest.approx(0, abs=1e-4)
+    assert repr(scores).startswith("Scores(random, 40 of 190 edges, faithfulness")
+    pruned = evaluate(found.pruned(), model, TASK, sizes=[], n_random=0)
+    assert pruned.faithfulness == pytest.approx(scores.faithfulness, abs=1e-4)
+
+
+def test_an_edge_circuit_of_another_model_is_an_error(hooked2) -> None:
+    from tests.ground_truth.cases import CASES
+
+    found = discover(CASES[0].make("hooked"), CASES[0].task, method="eap", size=3)
+    other = CASES[1]
+    with pytest.raises(UnknownNameError, match="The model has no edge.*discovered in"):
+        evaluate(found, other.make("hooked"), other.task)

@@ -22,7 +22,17 @@ def test_version() -> None:
 def test_help_names_the_commands() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("find", "info", "refresh", "steer", "train", "demo", "doctor"):
+    for command in (
+        "find",
+        "info",
+        "refresh",
+        "steer",
+        "patch",
+        "discover",
+        "train",
+        "demo",
+        "doctor",
+    ):
         assert command in result.output
 
 

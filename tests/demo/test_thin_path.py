@@ -12,7 +12,7 @@ from gemmascope_plugin.circuits import Scores
 from gemmascope_plugin.demo import TinySuite
 from gemmascope_plugin.models import to_tokens
 from gemmascope_plugin.models.gradients import gradients
-from gemmascope_plugin.patching.nodes import COMPONENTS, acts_hook
+from gemmascope_plugin.patching.nodes import acts_hook
 
 N_PROMPTS = 16
 
@@ -78,7 +78,8 @@ def active_places(acts: torch.Tensor) -> list[tuple[int, int, int]]:
 
 @pytest.mark.parametrize(
     ("component", "mode"),
-    [(c, "denoising") for c in COMPONENTS] + [(c, "noising") for c in ("attn_out", "z", "feature")],
+    [(c, "denoising") for c in ("resid_pre", "attn_out", "mlp_out", "z", "feature")]
+    + [(c, "noising") for c in ("attn_out", "z", "feature")],
 )
 def test_attribution_ranks_nodes_like_exact_patching(suite, component, mode):
     task = suite.tasks["ioi"].first(N_PROMPTS if component == "feature" else 64)
@@ -88,7 +89,7 @@ def test_attribution_ranks_nodes_like_exact_patching(suite, component, mode):
     assert exact.spearman(guess) >= 0.8
 
 
-@pytest.mark.parametrize("method", ["exact", "attribution"])
+@pytest.mark.parametrize("method", ["exact", "atp"])
 def test_the_circuit_is_faithful_and_beats_every_random_one(suite, method):
     circuit = gs.discover(suite.model, suite.task("ioi", split="train"), method=method)
     scores: Scores = gs.evaluate(circuit, suite.model, suite.tasks["ioi"], n_random=20)
@@ -101,7 +102,7 @@ def test_the_circuit_is_faithful_and_beats_every_random_one(suite, method):
 def test_a_circuit_of_heads_mlps_and_features_is_ranked_and_checked(suite):
     task, sae = suite.task("ioi", split="train", n=8), suite.load("res", 2)
     circuit = gs.discover(
-        suite.model, task, nodes=("head", "mlp", "feature"), saes=sae, method="attribution"
+        suite.model, task, nodes=("head", "mlp", "feature"), saes=sae, method="atp"
     )
     scores = gs.evaluate(circuit, suite.model, suite.tasks["ioi"].first(8), saes=sae, n_random=2)
     assert {node.kind for node in circuit.nodes} == {"head", "mlp", "feature"}

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import gemmascope_plugin.figures as figures
-from gemmascope_plugin.circuits import Circuit, Scores
-from gemmascope_plugin.circuits.node import Node
+from gemmascope_plugin.circuits import Graph, Scores, top_n
 from gemmascope_plugin.demo.labels import Label
 from gemmascope_plugin.features import Features
 from gemmascope_plugin.features.analyze import SiteFit
@@ -24,6 +23,7 @@ from gemmascope_plugin.pages import (
     write_page,
 )
 from gemmascope_plugin.patching import Effects, FeatureId
+from gemmascope_plugin.patching.node import Node
 from gemmascope_plugin.splice import Steering
 from gemmascope_plugin.splice.next_tokens import NextTokens
 from gemmascope_plugin.splice.sampling import Sampling
@@ -80,9 +80,16 @@ def hostile_steering() -> Steering:
 
 def scores(n: int = 4) -> Scores:
     ranking = tuple(Node.head(0, head) for head in range(n))
-    circuit = Circuit(ranking, (4.0, -3.0, 2.0, 1.0), 2, {"task": BAD, "metric": "LogitDiff"})
+    metadata = {"task": BAD, "metric": "LogitDiff"}
+    circuit = top_n(Graph.of_nodes(ranking, [4.0, -3.0, 2.0, 1.0], metadata), 2)
     return Scores(
-        circuit, (0, 2, 4), (0.0, 0.9, 1.0), ((0.0,), (0.3,), (1.0,)), 3.0, -3.0, {"n_prompts": 8}
+        circuit,
+        (0, 2, 4),
+        (0.0, 0.9, 1.0),
+        ((0.0,), (0.3,), (1.0,)),
+        3.0,
+        -3.0,
+        metadata={"n_prompts": 8},
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemmascope_plugin.errors import TaskError
+from gemmascope_plugin.errors import TaskError, UnknownNameError
 from gemmascope_plugin.patching import Effects, FeatureId
 
 META = {
@@ -73,6 +73,71 @@ def test_the_repr_states_the_essentials() -> None:
         "Effects(z, exact patching, denoising, 2 layer x 2 head, metric clean 3.000, "
         "corrupt -1.000, excluded tokens ())"
     )
+
+
+EACH = torch.tensor([[[1.0, 1.0, 1.0], [-3.0, -1.0, -2.0]], [[0.0, 0.5, 1.0], [1.0, -1.0, 0.0]]])
+BY_PROMPT = Effects(EACH.mean(-1), GRID.axes, GRID.labels, META, EACH)
+
+
+def test_one_coordinate_drops_an_axis_and_several_keep_it() -> None:
+    row = BY_PROMPT.at(layer=1)
+    assert row.axes == ("head",)
+    assert row.values.tolist() == [0.5, 0.0]
+    assert torch.equal(row.values_by_prompt, EACH[1])
+    assert row.metadata["at"] == {"layer": 1}
+    column = BY_PROMPT.at(layer=[1, 0], head=1)
+    assert column.labels == {"layer": (1, 0)}
+    assert column.values.tolist() == [0.0, -2.0]
+    one = FEATURES.at(feature=FEATURES.labels["feature"][1])
+    assert (one.axes, float(one.values)) == ((), -1.0)
+    assert GRID.at(head=1).values_by_prompt is None
+
+
+def test_what_is_not_among_the_effects_is_an_error() -> None:
+    with pytest.raises(UnknownNameError, match="no layer 2 among.*0, 1"):
+        GRID.at(layer=2)
+    with pytest.raises(UnknownNameError, match="Unknown axis 'heads'.*Did you mean 'head'"):
+        GRID.at(heads=0)
+    with pytest.raises(UnknownNameError, match=r"no head \[3\]|no head 3"):
+        GRID.at(head=[0, 3])
+
+
+def test_tables_say_how_sure_they_are() -> None:
+    frame = BY_PROMPT.to_frame(significance=True)
+    assert list(frame.columns) == ["layer", "head", "effect", "share", "se", "low", "high"]
+    lower, upper = BY_PROMPT.bootstrap()
+    assert frame["low"].tolist() == lower.flatten().tolist()
+    assert frame["high"].tolist() == upper.flatten().tolist()
+    assert frame["se"].tolist() == pytest.approx([0, 1 / 3**0.5, 0.5 / 3**0.5, 1 / 3**0.5])
+    assert BY_PROMPT.permutation_test().single.tolist() == [[0.25, 0.25], [0.5, 1.0]]
+
+
+def test_means_alone_say_nothing_about_how_sure_they_are() -> None:
+    for measure in (GRID.standard_error, GRID.bootstrap, GRID.permutation_test):
+        with pytest.raises(
+            TaskError, match="exact patching gives means .* only.*activation_patching"
+        ):
+            measure()
+    one = Effects(EACH[..., 0], GRID.axes, GRID.labels, META, EACH[..., :1])
+    with pytest.raises(TaskError, match="One prompt"):
+        one.to_frame(significance=True)
+
+
+def test_three_axes_are_drawn_one_layer_at_a_time() -> None:
+    labels = {**GRID.labels, "pos": (0, 1)}
+    cube = Effects(torch.ones(2, 2, 2), ("layer", "head", "pos"), labels, META)
+    with pytest.raises(TaskError, match=r"have 3.*effects.at\(layer=0\).plot\(\)"):
+        cube.plot()
+    figure = cube.at(layer=1).plot()
+    assert figure.data[0].type == "heatmap"
+    assert "layer 1" in figure.layout.title.text
+    with pytest.raises(TaskError, match="have 0.*one effect of 1"):
+        cube.at(layer=0, head=0, pos=0).plot()
+
+
+def test_chosen_positions_keep_their_tokens() -> None:
+    one = Effects(torch.ones(2, 1), ("layer", "pos"), {"layer": (0, 1), "pos": (1,)}, META)
+    assert one.plot().data[0].x == ("b",)
 
 
 def test_labels_must_fit_the_values() -> None:

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError
-from gemmascope_plugin.patching import Task, activation_patching, logit_diff, probability
+from gemmascope_plugin.patching import (
+    Task,
+    activation_patching,
+    cross_entropy,
+    custom,
+    kl_divergence,
+    logit_diff,
+    margin,
+    probability,
+)
 from tests.patching.tasks import CLEAN, CORRUPT, TASK
 
 LOGITS = torch.tensor([[[0.0, 1.0, 2.0, 4.0]], [[3.0, 1.0, 0.0, 0.0]]])
@@ -35,6 +44,89 @@ def test_probability_of_a_set_minus_that_of_another(hooked2) -> None:
     metric = bound(probability([[2, 3], [0]], [1, [1, 2]]), hooked2)
     expected = [float(p[0, 2:].sum() - p[0, 1]), float(p[1, 0] - p[1, 1:3].sum())]
     assert metric(LOGITS).tolist() == pytest.approx(expected)
+
+
+def test_margin_is_the_distance_to_the_best_other_token(hooked2) -> None:
+    metric = bound(margin([3, [1, 2]]), hooked2)
+    assert metric(LOGITS).tolist() == [2.0, -2.0]
+    # the padding of a narrower set points at token 0, which stays a rival
+    narrow = torch.tensor([[[9.0, 1.0, 2.0, 4.0]], [[3.0, 1.0, 0.0, 0.0]]])
+    assert bound(margin([3, [0, 2]]), hooked2)(narrow).tolist() == [-5.0, 2.0]
+
+
+def test_cross_entropy_is_a_log_probability(hooked2) -> None:
+    log_p = LOGITS[:, -1].log_softmax(-1)
+    metric = bound(cross_entropy([3, [0, 1]]), hooked2)
+    expected = [float(log_p[0, 3]), float(log_p[1, :2].logsumexp(-1))]
+    assert metric(LOGITS).tolist() == pytest.approx(expected)
+
+
+def test_divergence_is_that_of_torch(model) -> None:
+    task = Task(CLEAN, CORRUPT, kl_divergence()).bind(model)
+    with torch.no_grad():
+        p, q = (
+            torch.distributions.Categorical(logits=model(tokens)[:, -1])
+            for tokens in (CLEAN, CORRUPT)
+        )
+        expected = -torch.distributions.kl_divergence(p, q)
+        assert torch.allclose(task.measure(model, CORRUPT), expected, atol=1e-5)
+        assert task.measure(model, CLEAN).abs().max() < 1e-5
+    assert expected.max() < -1e-3
+
+
+def test_any_function_of_the_logits_is_a_metric(hooked2) -> None:
+    right = torch.tensor([10, 20])
+
+    def largest(logits, prompts):
+        return logits.gather(1, right[prompts][:, None])[:, 0]
+
+    named = Task(CLEAN, CORRUPT, custom(largest, name="largest"))
+    effects = activation_patching(hooked2, named, "z")
+    assert effects.metadata["metric"] == "largest"
+    assert torch.equal(
+        effects.values, activation_patching(hooked2, Task(CLEAN, CORRUPT, largest), "z").values
+    )
+    bad = Task(CLEAN, CORRUPT, custom(lambda logits, prompts: logits))
+    with pytest.raises(TaskError, match="gave .2, 256. for logits .2, 256.*one number per prompt"):
+        activation_patching(hooked2, bad, "z")
+    with pytest.raises(TaskError, match="The metric of task 'task' is 3"):
+        Task(CLEAN, CORRUPT, 3)
+
+
+@pytest.mark.parametrize("before_cap", [False, True])
+def test_logits_before_and_after_the_cap(model, before_cap: bool) -> None:
+    metric = logit_diff([10, 20], [30, 40], before_cap=before_cap)
+    task = Task(CLEAN, CORRUPT, metric).bind(model)
+    hook = {"names_filter": ["unembed.hook_out"]}
+    with torch.no_grad():
+        after, cache = model.run_with_cache(CLEAN, **hook)
+        logits = cache["unembed.hook_out"] if before_cap else after
+        expected = [
+            float(row[-1, r] - row[-1, w])
+            for row, r, w in zip(logits, (10, 20), (30, 40), strict=True)
+        ]
+        assert task.measure(model, CLEAN).tolist() == pytest.approx(expected, abs=1e-5)
+    where = activation_patching(model, Task(CLEAN, CORRUPT, metric), "mlp_out", layers=[2])
+    assert where.metadata["logits"].startswith("before" if before_cap else "after")
+    # both ends of a late start are read the same way
+    whole = activation_patching(
+        model, Task(CLEAN, CORRUPT, metric), "resid_pre", per_position=False
+    )
+    assert whole.values.tolist() == pytest.approx([whole.gap] * 3, abs=1e-5)
+
+
+def test_each_prompt_has_its_own_position(hooked2) -> None:
+    metric = logit_diff([10, 20], [30, 40], position=[3, -2])
+    with torch.no_grad():
+        logits = hooked2(CLEAN)
+        expected = [
+            float(logits[0, 3, 10] - logits[0, 3, 30]),
+            float(logits[1, 6, 20] - logits[1, 6, 40]),
+        ]
+        task = Task(CLEAN, CORRUPT, metric).bind(hooked2)
+        assert task.measure(hooked2, CLEAN).tolist() == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(TaskError, match="1 positions for 2 prompts"):
+        Task(CLEAN, CORRUPT, logit_diff([1, 2], [3, 4], position=[0])).bind(hooked2)
 
 
 def test_copies_of_the_prompts_get_the_same_answers(hooked2) -> None:
@@ -75,14 +167,29 @@ def test_a_task_of_one_prompt_may_be_a_string(hooked2) -> None:
 
 METRIC = logit_diff([10, 20], [30, 40])
 BAD = {
-    "numbers differ": (CLEAN, CORRUPT[:1], METRIC, r"\(2, 8\), corrupted ones \(1, 8\)"),
-    "lengths differ": (CLEAN, CORRUPT[:, :5], METRIC, r"\(2, 8\), corrupted ones \(2, 5\)"),
-    "texts of two lengths": (["w5 w6", "w5"], ["w7 w6", "w5"], METRIC, "one length in tokens"),
+    "numbers differ": (CLEAN, CORRUPT[:1], METRIC, "2 clean and 1 corrupted"),
+    "lengths differ": (
+        CLEAN,
+        CORRUPT[:, :5],
+        METRIC,
+        "Prompt 0 has 8 tokens clean and 5 corrupted",
+    ),
+    "a pair of two lengths": (
+        ["w5 w6", "w5"],
+        ["w7", "w5"],
+        METRIC,
+        "Prompt 0 has 3 tokens clean and 2",
+    ),
     "no difference": (CLEAN, CLEAN, METRIC, "are the same tokens"),
     "few answers": (CLEAN, CORRUPT, logit_diff([10], [30]), "1 entries in answer for 2 prompts"),
     "few wrong answers": (CLEAN, CORRUPT, logit_diff([1, 2], [3]), "1 entries in wrong for 2"),
     "an empty answer": (CLEAN, CORRUPT, logit_diff([[], 2], [3, 4]), "Prompt 0 has an empty set"),
-    "far position": (CLEAN, CORRUPT, logit_diff([1, 2], [3, 4], position=8), "position 8 .* 8 tok"),
+    "far position": (
+        CLEAN,
+        CORRUPT,
+        logit_diff([1, 2], [3, 4], position=8),
+        "position 8 .* prompt 0 of 8 tok",
+    ),
     "no gap": (CLEAN, CORRUPT, logit_diff([9, 9], [9, 9]), "0.000000 on clean.*another metric"),
 }
 

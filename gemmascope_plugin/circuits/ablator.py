@@ -1,0 +1,93 @@
+"""The metric under any choice of a graph's units: edges are removed, or nodes replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+
+from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
+from gemmascope_plugin.circuits.graph import Graph
+from gemmascope_plugin.circuits.node_ablation import node_metric
+from gemmascope_plugin.circuits.places import places_in
+from gemmascope_plugin.errors import UnknownNameError
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.patching.memory import Limit
+from gemmascope_plugin.patching.nodes import patchable
+from gemmascope_plugin.patching.task import BoundTask
+from gemmascope_plugin.patching.writer_replacement import WriterReplacement
+
+Ablator = Callable[
+    [BoundTask, Bool[torch.Tensor, "circuit unit"]], Float[torch.Tensor, "circuit prompt"]
+]
+"""A task and circuits, True where a unit is kept, to the metric of every prompt."""
+
+
+@contextmanager
+def ablator(
+    graph: Graph,
+    model: HookedModel,
+    saes: Any = None,
+    *,
+    replacement: WriterReplacement = "other",
+    limit: Limit,
+    progress: bool = False,
+) -> Iterator[Ablator]:
+    """What runs circuits of a graph; dictionaries are spliced in as long as the block lasts.
+
+    Args:
+        graph: Its units.
+        model: The model.
+        saes: The dictionaries that features among the nodes belong to.
+        replacement: What stands in for what a circuit does not keep.
+        limit: How large a pass may be.
+        progress: Show a progress bar.
+
+    Raises:
+        UnknownNameError: The graph has features and no dictionaries were given, or edges that the model
+            does not have.
+    """
+    if graph.has_edges:
+        yield _of_edges(graph, model, replacement, limit, progress)
+        return
+    features = any(node.kind == "feature" for node in graph.nodes)
+    if features and saes is None:
+        raise UnknownNameError(
+            "The circuit has features", fix="evaluate(..., saes=[the same dictionaries])"
+        )
+
+    def run(runner: Any) -> Ablator:
+        def of_nodes(bound: BoundTask, kept: torch.Tensor) -> torch.Tensor:
+            return node_metric(
+                runner,
+                bound,
+                graph.nodes,
+                kept,
+                replacement=replacement,
+                max_rows=limit.max_rows,
+            )
+
+        return torch.no_grad()(of_nodes)
+
+    with patchable(model, "feature", saes) if features else nullcontext(model) as runner:
+        yield run(runner)
+
+
+def _of_edges(
+    graph: Graph,
+    model: HookedModel,
+    replacement: WriterReplacement,
+    limit: Limit,
+    progress: bool,
+) -> Ablator:
+    def of_edges(bound: BoundTask, kept: torch.Tensor) -> torch.Tensor:
+        ablation = EdgeAblation(model, bound, replacement, limit)
+        rows, columns = places_in(graph, ablation.edges)
+        masks = torch.zeros(len(kept), *ablation.edges.mask.shape, dtype=torch.bool)
+        masks[:, rows, columns] = kept
+        return ablation.metric(masks, progress)
+
+    return of_edges

@@ -1,0 +1,222 @@
+"""Runs the model with only some of its edges: every other reader input is the replaced writer's.
+
+1. The clean prompts run through the model. Writers write what they compute **in this run**; a reader sees
+   the live stream with, for every writer whose edge to it is removed, the replacement instead:
+
+   ``x_v = x + sum_{MLP, embed u removed} (u' - u) + sum_layers [ln1_post(a + sum_h m_hv (r'_h - r_h)) -
+   ln1_post(a)]``, ``m_hv = 1`` where the edge from head ``h`` is removed.
+
+   The norm after attention makes the removed heads of a layer act together, not one by one.
+2. Queries, keys and values get ``(ln1(x_v) - ln1(x)) W`` added per head, keys and values per
+   **key-value** head; an MLP its input; the logits the last residual stream.
+3. Many circuits ride one pass on the batch axis. All edges kept is the clean run, none kept is the run of
+   the replacements.
+
+Cost: one row per circuit and prompt; ``2 * edges * d_model`` operations and ``writers * d_model`` numbers
+per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+
+from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.patching.edge_patching import edge_footprint
+from gemmascope_plugin.patching.edges import EdgeMap
+from gemmascope_plugin.patching.memory import Limit
+from gemmascope_plugin.patching.task import BoundTask
+from gemmascope_plugin.patching.writer_replacement import WriterReplacement, replacements
+from gemmascope_plugin.patching.writes import Writes
+
+MAX_ROWS = 512
+"""Prompt copies in one pass by default."""
+_PORTS = ("q", "k", "v")
+
+
+@dataclass(frozen=True)
+class EdgeAblation:
+    """A task on a model of which some edges are removed.
+
+    Args:
+        model: ``HookedTransformer`` or ``TransformerBridge``.
+        bound: The task.
+        replacement: What removed writers are replaced by; means are those of the corrupted run.
+        limit: How large a pass may be.
+    """
+
+    model: HookedModel
+    bound: BoundTask
+    replacement: WriterReplacement = "other"
+    limit: Limit = field(default_factory=lambda: Limit(MAX_ROWS, "2 GB"))
+    anatomy: Anatomy = field(init=False)
+    edges: EdgeMap = field(init=False)
+    _parts: list[tuple[BoundTask, Writes]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        anatomy = Anatomy(self.model)
+        object.__setattr__(self, "anatomy", anatomy)
+        object.__setattr__(self, "edges", EdgeMap.of(anatomy))
+        size = min(len(self.bound), self._rows)
+        other = replacements(
+            self.model,
+            self.bound,
+            anatomy.n_layers,
+            self.replacement,
+            rows=size,
+            tokens=lambda part: part.corrupt,
+        )
+        parts = [(part, other.of(part.corrupt)) for part in self.bound.parts(size)]
+        object.__setattr__(self, "_parts", parts)
+
+    @property
+    def _rows(self) -> int:
+        return self.limit.rows(edge_footprint(self.anatomy, self.bound.clean.shape[1]))
+
+    @torch.no_grad()
+    def metric(
+        self, kept: Bool[torch.Tensor, "circuit writer reader"], progress: bool = False
+    ) -> Float[torch.Tensor, "circuit prompt"]:
+        """The metric of every prompt under every circuit.
+
+        Args:
+            kept: True where a circuit keeps an edge; what lies outside ``edges.mask`` does not matter.
+            progress: Show a progress bar.
+        """
+        from tqdm.auto import tqdm
+
+        found = []
+        with tqdm(total=len(kept) * len(self._parts), desc="circuits", disable=not progress) as bar:
+            for part, other in self._parts:
+                copies = max(1, self._rows // len(part))
+                values = []
+                for chunk in kept.split(copies):
+                    values.append(self._measure(part, other, chunk))
+                    bar.update(len(chunk))
+                found.append(torch.cat(values))
+        return torch.cat(found, 1)
+
+    def _measure(
+        self, part: BoundTask, other: Writes, kept: Bool[torch.Tensor, "circuit writer reader"]
+    ) -> Float[torch.Tensor, "circuit prompt"]:
+        removed = ~kept & self.edges.mask
+        device = part.clean.device
+        run = _Run(self.anatomy, self.edges, removed.to(device, torch.float32), other)
+        rows = part.clean.repeat(len(kept), 1)
+        values = part.measure(self.model, rows, fwd_hooks=run.hooks())
+        return values.reshape(len(kept), -1).cpu()
+
+
+class _Run:
+    """One pass: what writers wrote so far, and what each reader must see instead of the stream."""
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        edges: EdgeMap,
+        removed: Float[torch.Tensor, "circuit writer reader"],
+        other: Writes,
+    ) -> None:
+        self.anatomy, self.edges, self.removed, self.other = anatomy, edges, removed, other
+        self.n_circuits = len(removed)
+        self.any_removed = removed.any(0)
+        self.plain: dict[int, torch.Tensor] = {}
+        """Row of an MLP or the embedding to ``u' - u``."""
+        self.heads: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Layer to ``a`` and ``r'_h - r_h``."""
+        self.stream: dict[str, torch.Tensor] = {}
+
+    def hooks(self) -> list[tuple[str, Callable[..., Any]]]:
+        """Functions by hook name, in the order of the forward pass."""
+        n, found = self.anatomy.n_layers, [("hook_embed", self._wrote(0, self.other.embed))]
+        for layer in range(n):
+            name = f"blocks.{layer}."
+            row = self.edges.mlp(layer)
+            found += [
+                (f"{name}hook_resid_pre", self._saw("pre")),
+                *((f"{name}attn.hook_{port}", self._read_heads(layer, port)) for port in _PORTS),
+                (f"{name}attn.hook_z", self._attended(layer)),
+                (f"{name}hook_resid_mid", self._saw("mid")),
+                (self.anatomy.mlp_input(layer).hook, self._read_mlp(layer)),
+                (f"{name}hook_mlp_out", self._wrote(row, self.other.mlp[layer])),
+            ]
+        return [*found, (f"blocks.{n - 1}.hook_resid_post", self._read_logits)]
+
+    def change(self, readers: slice) -> Float[torch.Tensor, "circuit reader prompt pos d"] | None:
+        """What these readers see beyond the live stream; None if they miss nothing."""
+        removed = self.removed[:, :, readers]
+        total: torch.Tensor | None = None
+        for row, difference in self.plain.items():
+            if bool(self.any_removed[row, readers].any()):
+                part = torch.einsum("cr,cbsd->crbsd", removed[:, row], difference)
+                total = part if total is None else total + part
+        for layer, (a, moved) in self.heads.items():
+            rows = self.edges.heads(layer)
+            if bool(self.any_removed[rows, readers].any()):
+                joint = torch.einsum("chr,cbshd->crbsd", removed[:, rows], moved)
+                post = self.anatomy.norm(layer, "ln1_post")
+                part = joint if post is None else post(a[:, None] + joint) - post(a)[:, None]
+                total = part if total is None else total + part
+        return total
+
+    def _wrote(
+        self, row: int, other: Float[torch.Tensor, "prompt pos d_model"]
+    ) -> Callable[..., None]:
+        def hook_fn(x: torch.Tensor, hook: Any) -> None:
+            if bool(self.any_removed[row].any()):
+                self.plain[row] = other - self._by_circuit(x)
+
+        return hook_fn
+
+    def _attended(self, layer: int) -> Callable[..., None]:
+        def hook_fn(z: torch.Tensor, hook: Any) -> None:
+            if bool(self.any_removed[self.edges.heads(layer)].any()):
+                live = self._by_circuit(z)
+                dr = self.anatomy.head_results(layer, self.other.z[layer] - live)
+                self.heads[layer] = (self.anatomy.head_sum(layer, live), dr)
+
+        return hook_fn
+
+    def _saw(self, name: str) -> Callable[..., None]:
+        def hook_fn(x: torch.Tensor, hook: Any) -> None:
+            self.stream[name] = self._by_circuit(x)
+
+        return hook_fn
+
+    def _read_heads(self, layer: int, port: str) -> Callable[..., Any]:
+        weight = {"q": self.anatomy.W_Q, "k": self.anatomy.W_K, "v": self.anatomy.W_V}[port]
+        ln1 = self.anatomy.norm(layer, "ln1")
+        assert ln1 is not None, "models without it are refused"
+
+        def hook_fn(values: torch.Tensor, hook: Any) -> torch.Tensor:
+            change = self.change(self.edges.inputs(layer, port))
+            if change is None:
+                return values
+            x = self.stream["pre"][:, None]
+            add = torch.einsum("chbsm,hmd->cbshd", ln1(x + change) - ln1(x), weight(layer))
+            return values + add.flatten(0, 1).to(values.dtype)
+
+        return hook_fn
+
+    def _read_mlp(self, layer: int) -> Callable[..., Any]:
+        mlp_input = self.anatomy.mlp_input(layer)
+
+        def hook_fn(values: torch.Tensor, hook: Any) -> torch.Tensor:
+            change = self.change(self.edges.inputs(layer, "mlp"))
+            if change is None:
+                return values
+            return mlp_input.value(self.stream["mid"] + change[:, 0]).flatten(0, 1).to(values.dtype)
+
+        return hook_fn
+
+    def _read_logits(self, x: torch.Tensor, hook: Any) -> torch.Tensor:
+        change = self.change(self.edges.inputs(0, "logits"))
+        return x if change is None else x + change[:, 0].flatten(0, 1).to(x.dtype)
+
+    def _by_circuit(self, x: torch.Tensor) -> Float[torch.Tensor, "circuit prompt ..."]:
+        return x.detach().unflatten(0, (self.n_circuits, -1))

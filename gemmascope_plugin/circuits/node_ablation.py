@@ -1,0 +1,93 @@
+"""Runs the model with only some of its nodes: every other one gets its replacement at every position.
+
+The kept nodes are recomputed in that context. Reconstruction errors of dictionaries are kept.  What
+takes a node's place is what it is in the corrupted run of the same prompt, zero, or a mean over that
+run.
+
+Cost: one row per circuit and prompt; circuits ride on the batch axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+
+from gemmascope_plugin.patching.node import Node
+from gemmascope_plugin.patching.nodes import read
+from gemmascope_plugin.patching.task import BoundTask
+from gemmascope_plugin.patching.writer_replacement import WriterReplacement
+
+
+def node_metric(
+    runner: Any,
+    bound: BoundTask,
+    nodes: Sequence[Node],
+    kept: Bool[torch.Tensor, "circuit node"],
+    *,
+    replacement: WriterReplacement = "other",
+    max_rows: int,
+) -> Float[torch.Tensor, "circuit prompt"]:
+    """The metric of every prompt with the nodes outside each circuit replaced.
+
+    Args:
+        runner: The model, or the model with dictionaries spliced in.
+        bound: The task.
+        nodes: All nodes that may be replaced.
+        kept: True where a circuit keeps a node.
+        replacement: What the others get.
+        max_rows: Prompt copies per forward pass.
+    """
+    hooks = list(dict.fromkeys(node.hook for node in nodes))
+    corrupt = read(runner, bound.corrupt, hooks)
+    given = {name: _replaced(x, bound.mask, replacement) for name, x in corrupt.items()}
+    copies = max(1, max_rows // len(bound))
+    values = []
+    for chunk in kept.split(copies):
+        fwd_hooks = [(name, _ablate(name, nodes, chunk, given[name])) for name in hooks]
+        rows = bound.clean.repeat(len(chunk), 1)
+        measured = bound.measure(runner, rows, fwd_hooks=fwd_hooks)
+        values.append(measured.reshape(len(chunk), -1).cpu())
+    return torch.cat(values)
+
+
+def _replaced(
+    x: Float[torch.Tensor, "prompt pos ..."],
+    mask: Bool[torch.Tensor, "prompt pos"],
+    replacement: WriterReplacement,
+) -> Float[torch.Tensor, "prompt pos ..."]:
+    if replacement == "other":
+        return x
+    if replacement == "zero":
+        return torch.zeros_like(x)
+    weight = mask.reshape(*mask.shape, *[1] * (x.ndim - 2)).to(x.dtype)
+    axes = (0,) if replacement == "mean" else (0, 1)
+    mean = (x * weight).sum(axes, keepdim=True) / weight.sum(axes, keepdim=True).clamp(min=1)
+    return mean.expand_as(x)
+
+
+def _ablate(
+    name: str,
+    nodes: Sequence[Node],
+    kept: Bool[torch.Tensor, "circuit node"],
+    given: Float[torch.Tensor, "prompt pos ..."],
+) -> Callable[..., torch.Tensor]:
+    """Hook that replaces the nodes at ``name`` that each copy's circuit does not keep."""
+    here = [(i, node) for i, node in enumerate(nodes) if node.hook == name]
+    columns = torch.tensor([i for i, _ in here])
+    index = torch.tensor([node.index for _, node in here], device=given.device)
+    whole = here[0][1].kind not in ("head", "feature")
+
+    def hook_fn(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        copies = activation.unflatten(0, (len(kept), -1))
+        keep = kept[:, columns].to(activation.device)
+        if whole:
+            return torch.where(keep[:, :, None, None], copies, given).flatten(0, 1)
+        # heads and features lie on axis 2 of [prompt, pos, head or feature, ...]
+        old, new = copies.index_select(3, index), given.index_select(2, index)
+        keep = keep.reshape(len(kept), 1, 1, -1, *([1] * (old.ndim - 4)))
+        return copies.index_copy(3, index, torch.where(keep, old, new)).flatten(0, 1)
+
+    return hook_fn

@@ -1,0 +1,108 @@
+"""Chooses the units of a graph that make a circuit: the best, those above a bar, or grown.
+
+* ``top_n``: the units with the largest scores, connected or not; prune the result.
+* ``threshold``: all units with a score of at least a bar.
+* ``greedy``: edges only, grown from the logits backwards as in EAP-IG (arXiv 2403.17806): at each step
+  the edge with the largest absolute score whose target is in the circuit already comes in, and its
+  source with it. A head that comes in brings the inputs of its key-value head too.
+
+Cost of ``greedy``: a sort of the edges and one step of a heap per chosen edge; the heap holds one edge
+per node in the circuit, the best one not yet chosen among those that end there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from heapq import heappop, heappush
+from itertools import islice
+
+import torch
+
+from gemmascope_plugin.circuits.circuit import Circuit
+from gemmascope_plugin.circuits.graph import Graph
+from gemmascope_plugin.circuits.prune import check_edges, ends
+from gemmascope_plugin.errors import EmptySelectionError
+
+
+def top_n(graph: Graph, n: int, *, signed: bool = False) -> Circuit:
+    """The circuit of the ``n`` best edges, or nodes of a graph without edges.
+
+    Args:
+        graph: The graph.
+        n: How many to keep.
+        signed: Rank by score (those that support the metric first), not by its absolute value.
+
+    Raises:
+        EmptySelectionError: ``n`` is negative or larger than the number of units.
+    """
+    nothing = torch.zeros(len(graph.unit_scores), dtype=torch.bool)
+    return Circuit(graph, nothing, signed).top(n)
+
+
+def threshold(graph: Graph, tau: float) -> Circuit:
+    """The circuit of all units with an absolute score of at least ``tau``.
+
+    Raises:
+        EmptySelectionError: ``tau`` is negative or NaN.
+    """
+    if not tau >= 0:
+        raise EmptySelectionError(f"The threshold is {tau}", fix="a number from 0 up")
+    return Circuit(graph, graph.unit_scores.abs() >= tau)
+
+
+def greedy(graph: Graph, n: int) -> Circuit:
+    """The circuit of ``n`` edges grown from the logits backwards.
+
+    Args:
+        graph: A graph with edges.
+        n: How many to keep.
+
+    Raises:
+        GemmaScopeError: The graph has no edges.
+        EmptySelectionError: ``n`` is negative or larger than the number of edges, or of those from which
+            the logits can be reached; or there are no logits.
+    """
+    check_edges(graph, "Greedy circuits")
+    kept = torch.zeros_like(top_n(graph, n).kept)  # refuses numbers out of range
+    grown = list(islice(_growth(graph), n))
+    if len(grown) < n:
+        raise EmptySelectionError(
+            f"A circuit of {n} edges was asked for", exists=f"{len(grown)} that lead to the logits"
+        )
+    kept[torch.tensor(grown, dtype=torch.int64)] = True
+    return Circuit(graph, kept)
+
+
+def _growth(graph: Graph) -> Iterator[int]:
+    """Edges in the order in which they come in."""
+    order = graph.order()
+    # ranks of the edges that end at a node, best first, lie side by side
+    ranked = graph.target[order].argsort(stable=True)
+    bounds = torch.searchsorted(graph.target[order][ranked], torch.arange(len(graph.nodes) + 1))
+    starts, ranks = bounds.tolist(), ranked.tolist()
+    sources, edges = graph.source[order].tolist(), order.tolist()
+    shared: dict[int, list[int]] = {}
+    for kv, head in graph.feeds.tolist():
+        shared.setdefault(head, []).append(kv)
+
+    heap: list[tuple[int, int]] = []
+    joined: set[int] = set()
+
+    def offer(place: int, node: int) -> None:
+        if place < starts[node + 1]:
+            heappush(heap, (ranks[place], place))
+
+    def join(node: int) -> None:
+        for reader in (node, *shared.get(node, ())):
+            if reader not in joined:
+                joined.add(reader)
+                offer(starts[reader], reader)
+
+    targets = graph.target[order].tolist()
+    for node in ends(graph, "logits").nonzero().flatten().tolist():
+        join(node)
+    while heap:
+        rank, place = heappop(heap)
+        offer(place + 1, targets[rank])
+        join(sources[rank])
+        yield edges[rank]

@@ -1,0 +1,209 @@
+"""``gemmascope patch``: what replacing each part of a model, alone, does to its answer.
+
+1. The task is named or given, see ``task_options.py``.
+2. ``exact`` runs every patch; the other methods estimate all of them from gradients.
+3. The largest effects are printed; ``--out`` writes a page with a figure, and says how to read it.
+
+Cost: loading the model, then that of ``activation_patching`` or ``attribution_patching``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+
+import typer
+
+from gemmascope_plugin.cli.find import table
+from gemmascope_plugin.cli.task_options import (
+    BUNDLED,
+    Answer,
+    BackendName,
+    BeforeCap,
+    Clean,
+    Corrupt,
+    Device,
+    MetricName,
+    ModelName,
+    Out,
+    Prompts,
+    Question,
+    TaskName,
+    Wrong,
+    check_out,
+    refuse_dictionaries,
+)
+from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choice
+from gemmascope_plugin.types import Direction
+
+if TYPE_CHECKING:
+    from gemmascope_plugin.patching import Effects
+
+_N_PROMPTS = 64
+
+
+def patch_command(
+    task: TaskName = None,
+    prompts: Prompts = None,
+    split: Annotated[
+        str | None, typer.Option(help="Prompts of the task: held-out (default) or train.")
+    ] = None,
+    clean: Clean = None,
+    corrupt: Corrupt = None,
+    answer: Answer = None,
+    wrong: Wrong = None,
+    metric: MetricName = None,
+    before_cap: BeforeCap = False,
+    component: Annotated[
+        str, typer.Option(help="What is patched: z, q, k, v, pattern, mlp_out, resid_post...")
+    ] = "z",
+    mode: Annotated[
+        str,
+        typer.Option(help="denoising: clean values into corrupted runs; noising: the reverse."),
+    ] = "denoising",
+    axes: Annotated[
+        str | None, typer.Option(help="One patch per coordinate of these: layer,head,pos.")
+    ] = None,
+    replacement: Annotated[
+        str, typer.Option(help="other (run), zero, mean, overall_mean or resample.")
+    ] = "other",
+    method: Annotated[
+        str, typer.Option(help="exact, or an estimate: atp, ig, ig-inputs, atp*, relp.")
+    ] = "exact",
+    top: Annotated[int, typer.Option(help="Effects to show, the largest.")] = 20,
+    model: ModelName = BUNDLED,
+    backend: BackendName = "hooked",
+    device: Device = "cpu",
+    out: Out = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    r"""Replace parts of a model one at a time, and show what that does to its answer.
+
+    An example on the bundled model, without a network:
+
+    gemmascope patch --task ioi --component z --mode noising --prompts 16 --out patch.html
+    """
+    question = Question(
+        task=task,
+        prompts=prompts,
+        clean=clean,
+        corrupt=corrupt,
+        answer=answer,
+        wrong=wrong,
+        metric=metric,
+        before_cap=before_cap,
+        model=model,
+        backend=backend,
+        device=device,
+    )
+    question.check()
+    named = [name.strip() for name in axes.split(",")] if axes is not None else None
+    options = {"mode": mode, "axes": named, "replacement": replacement}
+    _check(question, split, component, method, top, options)
+    check_out(out)
+
+    effects = _effects(question, cast("Any", split or "held-out"), component, method, options)
+
+    from gemmascope_plugin.pages.effects import write_effects
+
+    if as_json:
+        typer.echo(json.dumps(_record(question, effects, top), indent=2))
+    else:
+        for line in _report(question, split or "held-out", effects, top):
+            typer.echo(line)
+    if out is not None:
+        write_effects(out, effects, n=top)
+        typer.echo(f"page: {out}", err=as_json)
+
+
+def _check(
+    question: Question,
+    split: str | None,
+    component: str,
+    method: str,
+    top: int,
+    options: dict[str, Any],
+) -> None:
+    """Refuses, without the model, what would be refused with it."""
+    from gemmascope_plugin.attribution.patching import NAMES
+    from gemmascope_plugin.demo.tasks import Split
+    from gemmascope_plugin.patching.components import COMPONENTS
+    from gemmascope_plugin.patching.grid import Choice
+    from gemmascope_plugin.patching.nodes import needs_dictionaries
+    from gemmascope_plugin.patching.replacement import check_replacement
+
+    if split is not None and not question.bundled:
+        raise TaskError("--split is for the tasks of the suite", fix="leave --split out")
+    check_choice("split", split or "held-out", get_args(Split))
+    check_choice("component", component, COMPONENTS)
+    if needs_dictionaries(component):
+        refuse_dictionaries(
+            f"--component {component}", f"activation_patching(model, task, {component!r}, saes=...)"
+        )
+    check_choice("mode", options["mode"], get_args(Direction))
+    check_choice("method", method, ("exact", *NAMES))
+    check_replacement(options["replacement"], component)
+    Choice(axes=options["axes"]).axes_of(component)
+    if top < 1:
+        raise EmptySelectionError(f"--top {top} shows nothing", fix="--top 20")
+
+
+def _effects(
+    question: Question, split: Any, component: str, method: Any, options: dict[str, Any]
+) -> Effects:
+    import gemmascope_plugin as gs
+
+    model, task = question.load(), question.ask(split, _N_PROMPTS)
+    if method == "exact":
+        watched = sys.stderr.isatty()
+        return gs.activation_patching(model, task, component, progress=watched, **options)
+    return gs.attribution_patching(model, task, component, method=method, **options)
+
+
+def _report(question: Question, split: str, effects: Effects, top: int) -> list[str]:
+    """What was patched, and the largest effects."""
+    from gemmascope_plugin.pages.effects import NUMBERS, meaning, top_frame
+    from gemmascope_plugin.pages.report import even_digits
+
+    meta, frame = effects.metadata, top_frame(effects, top)
+    noun = "prompt" if meta["n_prompts"] == 1 else "prompts"
+    prompts = f"{meta['n_prompts']} {split if question.bundled else 'own'} {noun}"
+    runs = {"noising": "the clean run", "denoising": "the corrupted run"}[meta["mode"]]
+    pairs = [
+        ("task", f"{meta['task']}, {prompts}" if question.bundled else prompts),
+        ("patched", f"{meta['mode']}: into {runs}, replacement {meta['replacement']}"),
+        (
+            "metric",
+            f"{meta['metric']} {meta['logits']}: clean {meta['metric_clean']:.3f}, "
+            f"corrupted {meta['metric_corrupt']:.3f}",
+        ),
+        *([("numbers", "sizes only, no direction")] if meta.get("magnitudes") else []),
+        ("result", meaning(effects)),
+    ]
+    shown = even_digits(frame, [name for name in NUMBERS if name in frame])
+    rows = [[str(cell) for cell in row] for row in shown.itertuples(index=False, name=None)]
+    names = list(frame.columns)
+    left = effects.values.numel() - len(frame)
+    return [
+        f"{meta['component']} of {question.model}, {meta['method']}",
+        *(f"  {name.ljust(9)}{text}" for name, text in pairs),
+        "",
+        *table(names, rows, right=names),
+        *([f"... and {left} smaller effects"] if left else []),
+    ]
+
+
+def _record(question: Question, effects: Effects, top: int) -> dict[str, Any]:
+    """The same as plain values."""
+    from gemmascope_plugin.pages.effects import top_frame
+
+    known = ("task", "component", "method", "mode", "replacement", "metric", "logits", "sign")
+    numbers = ("n_prompts", "metric_clean", "metric_corrupt")
+    return {
+        "model": question.model,
+        **{name: effects.metadata[name] for name in (*known, *numbers)},
+        "axes": list(effects.axes),
+        "n_effects": effects.values.numel(),
+        "effects": top_frame(effects, top).to_dict("records"),
+    }

@@ -1,0 +1,227 @@
+"""What ``gemmascope patch`` and ``gemmascope discover`` ask: options that name a task and a model.
+
+1. ``--task`` is a task of the bundled suite, which draws its prompts; or ``--clean``, ``--corrupt``,
+   ``--answer`` and ``--wrong`` give the prompts of any model, each option once per prompt.
+2. ``--metric`` is what is asked of the logits; a task of the suite brings its own.
+3. All that can be checked without the model is checked before it is loaded.
+
+Cost: loading the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+
+import typer
+
+from gemmascope_plugin.errors import (
+    EmptySelectionError,
+    MissingFileError,
+    TaskError,
+    check_choice,
+)
+from gemmascope_plugin.types import Backend
+
+if TYPE_CHECKING:
+    from gemmascope_plugin.demo.tasks import Split
+    from gemmascope_plugin.models.protocol import HookedModel
+    from gemmascope_plugin.patching import Task
+
+BUNDLED = "gemma-2-tiny"
+_READS = {
+    "logit_diff": ("answer", "wrong"),
+    "probability": ("answer", "wrong"),
+    "margin": ("answer",),
+    "cross_entropy": ("answer",),
+    "kl_divergence": (),
+}
+"""What each metric reads of a prompt."""
+_MAY_LACK = {"probability": "wrong"}
+_PROMPTS = "--clean TEXT --corrupt TEXT --answer WORD --wrong WORD"
+
+TaskName = Annotated[
+    str | None, typer.Option("--task", help="Task of the bundled suite, e.g. ioi or agreement.")
+]
+Prompts = Annotated[int | None, typer.Option(help="Prompts of that task.")]
+Clean = Annotated[list[str] | None, typer.Option(help="Own clean prompt; once per prompt.")]
+Corrupt = Annotated[
+    list[str] | None, typer.Option(help="Its corruption, as long in tokens as the clean prompt.")
+]
+Answer = Annotated[list[str] | None, typer.Option(help="Right next word of a clean prompt.")]
+Wrong = Annotated[list[str] | None, typer.Option(help="Word to compare the answer with.")]
+MetricName = Annotated[
+    str | None,
+    typer.Option("--metric", help="logit_diff, probability, margin, cross_entropy, kl_divergence."),
+]
+BeforeCap = Annotated[
+    bool, typer.Option("--before-cap", help="Read logits before the final soft-cap.")
+]
+ModelName = Annotated[
+    str, typer.Option("--model", help="Model: gemma-2-tiny, a name on the hub or a folder.")
+]
+BackendName = Annotated[str, typer.Option("--backend", help="Model class: hooked or bridge.")]
+Device = Annotated[str, typer.Option(help="Where the model goes.")]
+Out = Annotated[Path | None, typer.Option(help="HTML page to write.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A task and a model, as they were typed."""
+
+    task: str | None
+    prompts: int | None
+    clean: Sequence[str] | None
+    corrupt: Sequence[str] | None
+    answer: Sequence[str] | None
+    wrong: Sequence[str] | None
+    metric: str | None
+    before_cap: bool
+    model: str
+    backend: str
+    device: str
+
+    @property
+    def bundled(self) -> bool:
+        """Whether it is a task of the suite, which has prompts of several splits."""
+        return self.task is not None
+
+    def check(self) -> None:
+        """Refuses what cannot be asked.
+
+        Raises:
+            EmptySelectionError: No prompts.
+            TaskError: Prompts and answers that differ in number, or options that do not go together.
+            UnknownNameError: No such task, metric or backend.
+        """
+        from gemmascope_plugin.demo.tasks import TASK_NAMES
+
+        if self.metric is not None:
+            check_choice("metric", self.metric, _READS)
+        check_choice("backend", self.backend, get_args(Backend))
+        given = [f"--{name}" for name in ("clean", "corrupt", "answer", "wrong") if self._own(name)]
+        if self.task is None and not given:
+            raise EmptySelectionError(
+                "No prompts are named",
+                exists=f"the tasks {', '.join(TASK_NAMES)}",
+                fix=f"--task ioi, or {_PROMPTS}",
+            )
+        if self.task is None:
+            self._check_own()
+            return
+        if given:
+            raise TaskError(
+                f"--task {self.task} brings its own prompts, and there is {', '.join(given)} as well",
+                fix="one of the two",
+            )
+        check_choice("task", self.task, TASK_NAMES)
+        if self.model != BUNDLED:
+            raise TaskError(
+                f"--task {self.task} is made of the words of {BUNDLED}, and the model is {self.model}",
+                fix=_PROMPTS,
+            )
+        if self.prompts is not None and self.prompts < 1:
+            raise EmptySelectionError(
+                f"--prompts {self.prompts} are no prompts", fix="--prompts 32"
+            )
+
+    def _check_own(self) -> None:
+        if self.prompts is not None:
+            raise TaskError(
+                "--prompts is for the tasks of the suite, which draw them", fix="--task"
+            )
+        metric = self.metric or "logit_diff"
+        reads = _READS[metric]
+        unread = [name for name in ("answer", "wrong") if self._own(name) and name not in reads]
+        if unread:
+            raise TaskError(
+                f"--metric {metric} does not read --{unread[0]}", fix=f"leave --{unread[0]} out"
+            )
+        optional = _MAY_LACK.get(metric)
+        names = [n for n in ("clean", "corrupt", *reads) if n != optional or self._own(n)]
+        counts = [len(self._own(name)) for name in names]
+        if len(set(counts)) > 1:
+            found = ", ".join(f"{n} --{name}" for n, name in zip(counts, names, strict=True))
+            raise TaskError(
+                f"There are {found}", fix=f"one of each for every prompt: --{' --'.join(names)}"
+            )
+
+    def _own(self, name: str) -> list[str]:
+        """What was given of one option."""
+        return list(getattr(self, name) or ())
+
+    def n_prompts(self, default: int) -> int:
+        """How many prompts of one split there are; ``default`` where ``--prompts`` does not say."""
+        return (self.prompts or default) if self.bundled else len(self._own("clean"))
+
+    def load(self) -> HookedModel:
+        """The model.
+
+        Raises:
+            MissingFileError: There is none of this name.
+        """
+        import torch
+
+        import gemmascope_plugin as gs
+
+        backend = cast("Any", self.backend)
+        if self.model != BUNDLED:
+            return gs.load_model(self.model, backend=backend, device=self.device)
+        # so small that on a busy machine threads only wait for one another
+        torch.set_num_threads(1)
+        bundled: Any = gs.tiny(backend=backend).model
+        return bundled if self.device == "cpu" else bundled.to(self.device, print_details=False)
+
+    def ask(self, split: Split, default: int) -> Task:
+        """The task.
+
+        Args:
+            split: Which prompts of a task of the suite; own prompts are all that there are.
+            default: Prompts of a task of the suite, where ``--prompts`` does not say.
+        """
+        from gemmascope_plugin.demo.tasks import make_task
+        from gemmascope_plugin.patching import Task
+
+        if self.task is None:
+            metric = self._metric(self.metric or "logit_diff", self.answer, self.wrong)
+            return Task(self._own("clean"), self._own("corrupt"), metric, "own prompts")
+        task = make_task(self.task, split=split, n=self.n_prompts(default))
+        asked = cast("Any", task.asked)
+        if self.metric is None:
+            return replace(task, metric=replace(asked, before_cap=self.before_cap))
+        return replace(task, metric=self._metric(self.metric, asked.answer, asked.wrong))
+
+    def _metric(self, name: str, answer: Any, wrong: Any) -> Any:
+        import gemmascope_plugin.patching as patching
+
+        given = {"answer": answer, "wrong": wrong or None}
+        reads = {each: given[each] for each in _READS[name]}
+        return getattr(patching, name)(**reads, before_cap=self.before_cap)
+
+
+def check_out(path: Path | None, what: str = "--out") -> None:
+    """Refuses a place that cannot be written to, before any work is done.
+
+    Args:
+        path: The file or folder to be written; None for none.
+        what: The option.
+
+    Raises:
+        MissingFileError: It lies in a folder that does not exist.
+    """
+    if path is not None and not path.expanduser().parent.is_dir():
+        raise MissingFileError(
+            f"There is no folder {str(path.parent)!r} for {what} {str(path)!r}",
+            fix=f"make the folder, or {what} {path.name}",
+        )
+
+
+def refuse_dictionaries(what: str, call: str) -> None:
+    """Says that features are for Python.
+
+    Raises:
+        TaskError: Always.
+    """
+    raise TaskError(f"{what} needs dictionaries, which this command does not load", fix=call)

@@ -1,0 +1,181 @@
+"""The weights that circuits are made of, in one vocabulary for both model classes and every folding.
+
+1. ``W_Q [head, d_model, d_head]``, ``W_K`` and ``W_V`` per key-value head (``HookedTransformer`` shows
+   them repeated for every query head), ``W_O [head, d_head, d_model]``.
+2. Norms as functions, see ``Norm``: the gain is ``w`` on one class and ``1 + w`` on the other, and gone
+   where folding took it into the weights after it.
+3. What attention writes is ``ln1_post(a)`` with ``a = sum_h z_h W_O[h] + b_O`` where a block has a norm
+   after attention, as Gemma 2 and 3 do, else ``a`` itself.
+
+Reading costs nothing: views of the model's own tensors, on the model's device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+
+from gemmascope_plugin.errors import ModelError
+from gemmascope_plugin.models.norm import Norm
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.sites import gain_of
+
+NormName = Literal["ln1", "ln1_post", "ln2", "ln2_post"]
+
+
+@dataclass(frozen=True)
+class MlpInput:
+    """A hook that only the MLP sees.
+
+    ``TransformerBridge`` has one before the norm, where ``HookedTransformer`` has a copy only behind a
+    switch; that has one behind the norm's division, where the bridge warns of edits.
+    """
+
+    hook: str
+    norm: Norm | None
+    """What lies between the stream and the hook; None for nothing."""
+
+    def value(
+        self, x: Float[torch.Tensor, "*axes d_model"]
+    ) -> Float[torch.Tensor, "*axes d_model"]:
+        """What stands at the hook if the MLP reads the stream ``x``."""
+        return x if self.norm is None else self.norm(x)
+
+    def pulled(
+        self,
+        x: Float[torch.Tensor, "*axes d_model"],
+        gradient: Float[torch.Tensor, "*axes d_model"],
+    ) -> Float[torch.Tensor, "*axes d_model"]:
+        """The gradient at the stream ``x``, from the one at the hook."""
+        return gradient if self.norm is None else self.norm.vjp(x, gradient)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Sizes and weights of a model.
+
+    Args:
+        model: ``HookedTransformer`` or ``TransformerBridge``.
+
+    Raises:
+        ModelError: Norms that are no RMS norms, or attention and MLP side by side.
+    """
+
+    model: HookedModel
+
+    def __post_init__(self) -> None:
+        block = self.model.blocks[0]
+        if getattr(self.model.cfg, "parallel_attn_mlp", False):
+            raise ModelError(
+                "Attention and MLP of this model read the same tensor", fix="a Gemma model"
+            )
+        if not hasattr(block, "ln2") or getattr(block.ln1, "b", None) is not None:
+            raise ModelError("The blocks of this model have no RMS norms", fix="a Gemma model")
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return int(self.model.cfg.n_layers)
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads of a layer."""
+        return int(self.model.cfg.n_heads)
+
+    @property
+    def n_kv(self) -> int:
+        """Key-value heads of a layer."""
+        return int(getattr(self.model.cfg, "n_key_value_heads", None) or self.n_heads)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key-value head: query head ``h`` reads ``h // group``."""
+        return self.n_heads // self.n_kv
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.model.cfg.d_model)
+
+    @property
+    def d_head(self) -> int:
+        """Width of a head."""
+        return int(self.model.cfg.d_head)
+
+    @property
+    def soft_cap(self) -> float | None:
+        """The final soft-cap of the logits; None without one."""
+        cap = getattr(self.model.cfg, "output_logits_soft_cap", None)
+        return float(cap) if cap is not None and cap > 0 else None
+
+    def W_Q(self, layer: int) -> Float[torch.Tensor, "head d_model d_head"]:
+        """Query weights."""
+        return self._attn(layer).W_Q.detach()
+
+    def W_K(self, layer: int) -> Float[torch.Tensor, "kv d_model d_head"]:
+        """Key weights, one per key-value head."""
+        return self._per_kv(self._attn(layer).W_K)
+
+    def W_V(self, layer: int) -> Float[torch.Tensor, "kv d_model d_head"]:
+        """Value weights, one per key-value head."""
+        return self._per_kv(self._attn(layer).W_V)
+
+    def W_O(self, layer: int) -> Float[torch.Tensor, "head d_head d_model"]:
+        """Output weights."""
+        return self._attn(layer).W_O.detach()
+
+    def head_sum(
+        self, layer: int, z: Float[torch.Tensor, "*axes head d_head"]
+    ) -> Float[torch.Tensor, "*axes d_model"]:
+        """``a``: what all heads of a layer write before the post-norm, bias included."""
+        bias = getattr(self._attn(layer), "b_O", None)
+        out = z.flatten(-2) @ self.W_O(layer).flatten(0, 1)
+        return out if bias is None else out + bias.detach()
+
+    def head_results(
+        self, layer: int, z: Float[torch.Tensor, "*axes head d_head"]
+    ) -> Float[torch.Tensor, "*axes head d_model"]:
+        """What each head writes before the post-norm."""
+        return torch.einsum("...hd,hdm->...hm", z, self.W_O(layer))
+
+    def norm(self, layer: int, name: NormName) -> Norm | None:
+        """A norm of a block; None where the block has no such norm."""
+        module = getattr(self.model.blocks[layer], name, None)
+        return None if module is None else self._norm(module)
+
+    def mlp_input(self, layer: int) -> MlpInput:
+        """Where the input of an MLP alone, not the stream beside it, is read, changed, differentiated."""
+        ln2 = self.norm(layer, "ln2")
+        assert ln2 is not None, "models without it are refused"
+        before = f"blocks.{layer}.ln2.hook_in"
+        if self._has_input_hooks:
+            return MlpInput(before, None)
+        return MlpInput(f"blocks.{layer}.ln2.hook_normalized", Norm(None, ln2.eps))
+
+    @cached_property
+    def _has_input_hooks(self) -> bool:
+        return "blocks.0.ln2.hook_in" in self.model.hook_dict
+
+    @property
+    def ln_final(self) -> Norm:
+        """The norm before the unembedding."""
+        return self._norm(self.model.ln_final)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def W_U(self) -> Float[torch.Tensor, "d_model d_vocab"]:
+        """The unembedding."""
+        return self.model.W_U.detach()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _norm(self, module: Any) -> Norm:
+        eps = getattr(module, "eps", None)
+        return Norm(gain_of(self.model, module), float(self.model.cfg.eps if eps is None else eps))
+
+    def _attn(self, layer: int) -> Any:
+        return self.model.blocks[layer].attn
+
+    def _per_kv(self, weight: torch.Tensor) -> Float[torch.Tensor, "kv d_model d_head"]:
+        return weight.detach()[:: len(weight) // self.n_kv]

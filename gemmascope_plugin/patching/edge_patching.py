@@ -1,0 +1,275 @@
+"""Exact edge patching: one reader sees another value of one writer, everything else stays as it was.
+
+1. Both runs are read once. What the stream would gain if the writer alone changed is
+   ``ln1_post(a + dr_h) - ln1_post(a)`` for a head, ``z' - z`` for an MLP and the embedding.
+2. The base run is repeated with the reader's input moved by that: queries
+   ``q[h] + (ln1(x + d) - ln1(x)) W_Q[h]``, keys and values likewise per **key-value** head, an MLP's
+   input, or the last residual stream.  No other reader sees the change directly.
+3. Many edges ride one pass on the batch axis, and passes start at the layer of their readers.
+
+It is what the brute-force definition gives (patch the writer, freeze all others, splice the stream into
+one reader), for one pass instead of two per edge.
+
+Cost: one row of a pass, from the reader's layer on, per edge and prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from jaxtyping import Float, Int
+
+from gemmascope_plugin.errors import EmptySelectionError, UnknownNameError, check_choice
+from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.restart import Restart
+from gemmascope_plugin.patching.edge_effects import EdgeEffects
+from gemmascope_plugin.patching.edges import EdgeMap
+from gemmascope_plugin.patching.memory import Footprint, Limit
+from gemmascope_plugin.patching.node import Node, Reader
+from gemmascope_plugin.patching.nodes import read
+from gemmascope_plugin.patching.task import BoundTask, Task
+from gemmascope_plugin.patching.writer_replacement import WriterReplacement, replacements
+from gemmascope_plugin.patching.writes import Writes, write_deltas
+from gemmascope_plugin.types import Direction
+
+MAX_ROWS = 512
+"""Prompt copies in one pass by default."""
+
+
+def edge_patching(
+    model: HookedModel,
+    task: Task,
+    *,
+    edges: Sequence[tuple[Node, Reader]] | None = None,
+    mode: Direction = "noising",
+    replacement: WriterReplacement = "other",
+    memory_budget: int | str = "2 GB",
+    max_rows: int = MAX_ROWS,
+    progress: bool = False,
+) -> EdgeEffects:
+    """The exact effect on the metric of patching each edge alone.
+
+    Args:
+        model: ``HookedTransformer`` or ``TransformerBridge``.
+        task: Clean and corrupted prompts and a metric.
+        edges: Which edges; None for all. The others stay at 0 in the result.
+        mode: ``noising`` patches the clean run, ``denoising`` the corrupted one.
+        replacement: What a writer is replaced by: the ``other`` run, ``zero``, ``overall_mean``
+            or ``mean``.
+        memory_budget: Bytes, or ``"2 GB"``.
+        max_rows: Prompt copies in one pass at most.
+        progress: Show a progress bar.
+
+    Returns:
+        Effects ``[writer, reader]`` with the effects of every prompt; positive = patching the edge
+        raises the metric.
+
+    Raises:
+        TaskError: Prompts that cannot be compared, or a metric that does not tell them apart.
+        UnknownNameError: An unknown mode, replacement or edge.
+        EmptySelectionError: No edge.
+        GemmaScopeError: The memory budget is too small for one prompt.
+    """
+    check_choice("mode", mode, get_args(Direction))
+    anatomy, bound = Anatomy(model), task.bind(model)
+    wanted = _places(EdgeMap.of(anatomy), edges)
+    ends = bound.ends(model)
+    run = _Run(anatomy, wanted, replacement, Limit(max_rows, memory_budget), mode, progress)
+    by_prompt = run.values(bound)
+    details = {
+        "method": "exact",
+        "mode": mode,
+        "replacement": replacement,
+        "task": bound.name,
+        "metric": bound.metric.metric.name,
+        "logits": bound.logits,
+        "sign": "positive = patching the edge raises the metric",
+        "n_prompts": len(bound),
+        "n_patched": len(wanted),
+        **ends,
+    }
+    return EdgeEffects(by_prompt.mean(0), EdgeMap.of(anatomy), details, by_prompt)
+
+
+def _places(
+    edges: EdgeMap, given: Sequence[tuple[Node, Reader]] | None
+) -> Int[torch.Tensor, "edge two"]:
+    """Writer and reader of each edge, sorted by reader."""
+    if given is None:
+        places = edges.mask.nonzero()
+    else:
+        if not given:
+            raise EmptySelectionError("No edge is named", fix="edges=None for all")
+        known = {node: i for i, node in enumerate(edges.writers)}
+        columns = {reader: i for i, reader in enumerate(edges.readers)}
+        for writer, reader in given:
+            row, column = known.get(writer), columns.get(reader)
+            if row is None or column is None or not edges.mask[row, column]:
+                raise UnknownNameError(
+                    f"There is no edge from {writer.label} to {reader.label}",
+                    exists=f"{edges.n_edges} edges from a writer to a reader after it",
+                )
+        places = torch.tensor([[known[w], columns[r]] for w, r in given])
+    return places[places[:, 1].argsort(stable=True)]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call of ``edge_patching``."""
+
+    anatomy: Anatomy
+    wanted: Int[torch.Tensor, "edge two"]
+    replacement: WriterReplacement
+    limit: Limit
+    mode: Direction
+    progress: bool
+
+    @torch.no_grad()
+    def values(self, bound: BoundTask) -> Float[torch.Tensor, "prompt writer reader"]:
+        """Effects of every prompt."""
+        from tqdm.auto import tqdm
+
+        need = edge_footprint(self.anatomy, bound.clean.shape[1])
+        rows = self.limit.rows(need)
+        # half of the rows' memory for what lies beside a pass: the writers' differences
+        size = max(1, min(len(bound), rows))
+        other = replacements(
+            self.anatomy.model,
+            bound,
+            self.anatomy.n_layers,
+            self.replacement,
+            rows=size,
+            tokens=lambda part: self._tokens(part)[1],
+        )
+        shape = EdgeMap.of(self.anatomy).mask.shape
+        found = []
+        total = len(self.wanted) * -(-len(bound) // size)
+        with tqdm(total=total, desc="patching edges", disable=not self.progress) as bar:
+            for part in bound.parts(size):
+                out = torch.zeros(len(part), *shape)
+                tokens, others = self._tokens(part)
+                patches = _Patches(self.anatomy, part, tokens, other.of(others))
+                for chunk in self._chunks(max(1, rows // len(part))):
+                    out[:, chunk[:, 0], chunk[:, 1]] = patches.effects(chunk).T.cpu()
+                    bar.update(len(chunk))
+                found.append(out)
+        return torch.cat(found)
+
+    def _chunks(self, copies: int) -> Iterator[Int[torch.Tensor, "edge two"]]:
+        """Edges into readers of one layer, ``copies`` at a time."""
+        starts = _start_layers(EdgeMap.of(self.anatomy))[self.wanted[:, 1]]
+        for layer in starts.unique().tolist():
+            yield from self.wanted[starts == layer].split(copies)
+
+    def _tokens(self, part: BoundTask) -> tuple[torch.Tensor, torch.Tensor]:
+        noising = self.mode == "noising"
+        return (part.clean, part.corrupt) if noising else (part.corrupt, part.clean)
+
+
+class _Patches:
+    """Some prompts, ready for edges to be patched."""
+
+    def __init__(
+        self, anatomy: Anatomy, part: BoundTask, tokens: torch.Tensor, other: Writes
+    ) -> None:
+        model, n = anatomy.model, anatomy.n_layers
+        self.anatomy, self.part, self.edges = anatomy, part, EdgeMap.of(anatomy)
+        self.starts = _start_layers(self.edges)
+        self.restart = Restart(model, tokens, range(n + 1))
+        names = [f"blocks.{layer}.hook_resid_mid" for layer in range(n)]
+        cache = read(model, tokens, [*Writes.hooks(n), *names])
+        self.mid = [cache[name] for name in names]
+        self.deltas = write_deltas(anatomy, Writes.of(cache, n), other)
+        self.base = part.measure(model, tokens)
+
+    def effects(self, edges: Int[torch.Tensor, "edge two"]) -> Float[torch.Tensor, "edge prompt"]:
+        """Change of the metric under each edge alone; all readers are of one layer."""
+        start = int(self.starts[edges[0, 1]])
+        moved = self.deltas[:, :, edges[:, 0]].movedim(2, 0)
+        stream = self.restart.stream(start, len(edges))
+        hooks = []
+        if start == self.anatomy.n_layers:
+            stream = stream + moved.flatten(0, 1)
+        else:
+            hooks = list(self._hooks(start, edges[:, 1], moved))
+        values = self.part.measure(self.restart, stream, start_at_layer=start, fwd_hooks=hooks)
+        return values.reshape(len(edges), -1) - self.base
+
+    def _hooks(
+        self,
+        layer: int,
+        readers: Int[torch.Tensor, " edge"],
+        moved: Float[torch.Tensor, "edge prompt pos d_model"],
+    ) -> Iterator[tuple[str, Callable[..., torch.Tensor]]]:
+        x, ln1 = self.restart.stream(layer, 1), self.anatomy.norm(layer, "ln1")
+        assert ln1 is not None, "models without it are refused"
+        weights = {"q": self.anatomy.W_Q, "k": self.anatomy.W_K, "v": self.anatomy.W_V}
+        for port, weight in weights.items():
+            columns = self.edges.inputs(layer, port)
+            rows = ((readers >= columns.start) & (readers < columns.stop)).nonzero().flatten()
+            if len(rows):
+                heads = readers[rows] - columns.start
+                change = ln1(x + moved[rows]) - ln1(x)
+                add = torch.einsum("ebsm,emd->ebsd", change, weight(layer)[heads])
+                yield f"blocks.{layer}.attn.hook_{port}", _add_to_heads(rows, heads, add)
+        rows = (readers == self.edges.inputs(layer, "mlp").start).nonzero().flatten()
+        if len(rows):
+            mlp_input = self.anatomy.mlp_input(layer)
+            yield (
+                mlp_input.hook,
+                _replace_rows(rows, mlp_input.value(self.mid[layer] + moved[rows])),
+            )
+
+
+def _add_to_heads(
+    rows: Int[torch.Tensor, " some"],
+    heads: Int[torch.Tensor, " some"],
+    add: Float[torch.Tensor, "some prompt pos d_head"],
+) -> Callable[..., torch.Tensor]:
+    """Hook that adds to one head of each of some copies of the prompts."""
+
+    def hook_fn(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        copies = x.clone().unflatten(0, (-1, add.shape[1]))
+        copies[rows, :, :, heads] += add.to(x.dtype)
+        return copies.flatten(0, 1)
+
+    return hook_fn
+
+
+def _replace_rows(
+    rows: Int[torch.Tensor, " some"], new: Float[torch.Tensor, "some prompt pos d_model"]
+) -> Callable[..., torch.Tensor]:
+    """Hook that gives some copies of the prompts another value."""
+
+    def hook_fn(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        copies = x.clone().unflatten(0, (-1, new.shape[1]))
+        copies[rows] = new.to(x.dtype)
+        return copies.flatten(0, 1)
+
+    return hook_fn
+
+
+def _start_layers(edges: EdgeMap) -> Int[torch.Tensor, " reader"]:
+    """The layer from which on a pass differs if a reader sees something else."""
+    return torch.tensor(
+        [edges.n_layers if r.node.kind == "logits" else r.node.layer for r in edges.readers]
+    )
+
+
+def edge_footprint(anatomy: Anatomy, n_pos: int) -> Footprint:
+    """Bytes per prompt: the writers' differences, and a row of a pass with one edge's change.
+
+    Args:
+        anatomy: The model's.
+        n_pos: Tokens of a prompt.
+    """
+    cfg, d = anatomy.model.cfg, anatomy.d_model
+    writers = len(EdgeMap.of(anatomy).writers) + 4 * anatomy.n_heads
+    d_mlp = int(getattr(cfg, "d_mlp", None) or 4 * d)
+    passing = 16 * d + 4 * max(d_mlp, anatomy.n_heads * (2 * anatomy.d_head + n_pos))
+    row = n_pos * (writers * d + anatomy.n_layers * 4 * d + passing) + 4 * int(cfg.d_vocab)
+    return Footprint(0, 4 * row)

@@ -1,0 +1,174 @@
+"""The usual metrics. All are signed so that higher is better.
+
+==================== =============================================================================
+``logit_diff``       ``logit(answer) - logit(wrong)``; a set counts with its log-sum-exp
+``probability``      probability of the answer or set, minus that of ``wrong`` if given
+``margin``           ``logit(answer) - max logit of all other tokens``
+``cross_entropy``    *minus* the cross-entropy: ``log p(answer)``, in nats
+``kl_divergence``    *minus* ``sum_v p(v) log(p(v) / q(v))``, ``p`` of the clean run, ``q`` of the
+                     run asked about: 0 on the clean run. Its gradient there is zero, so first-order
+                     methods on the clean run say nothing about it.
+``custom``           any function of the logits
+==================== =============================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+
+from gemmascope_plugin.errors import TaskError
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.patching.answers import Answer
+from gemmascope_plugin.patching.metric import AnswerMetric, BoundMetric, Logits, Metric
+
+
+class LogitDiff(AnswerMetric):
+    """``logit(answer) - logit(wrong)``."""
+
+    name = "logit difference"
+
+    def score(self, logits: Logits, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+        """Difference in logits, in nats of odds."""
+        assert bound.right is not None and bound.wrong is not None
+        right = bound.right.pick(logits, -torch.inf).logsumexp(-1)
+        return right - bound.wrong.pick(logits, -torch.inf).logsumexp(-1)
+
+
+class Probability(AnswerMetric):
+    """Probability of the answer, or of the whole set, minus that of ``wrong`` if given."""
+
+    name = "probability"
+
+    def score(self, logits: Logits, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+        """Probability mass, 0 to 1, or a difference of two."""
+        assert bound.right is not None
+        p = logits.softmax(-1)
+        right = bound.right.pick(p, 0.0).sum(-1)
+        return right if bound.wrong is None else right - bound.wrong.pick(p, 0.0).sum(-1)
+
+
+class Margin(AnswerMetric):
+    """``logit(answer) - max`` over all tokens that are no answer."""
+
+    name = "margin"
+
+    def score(self, logits: Logits, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+        """Difference in logits; positive where the answer is the prediction."""
+        assert bound.right is not None
+        right = bound.right.pick(logits, -torch.inf).amax(-1)
+        return right - bound.right.outside(logits).amax(-1)
+
+
+class CrossEntropy(AnswerMetric):
+    """``log p(answer)``: minus the cross-entropy, so that higher is better."""
+
+    name = "minus cross-entropy"
+
+    def score(self, logits: Logits, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+        """In nats, at most 0."""
+        assert bound.right is not None
+        return bound.right.pick(logits.log_softmax(-1), -torch.inf).logsumexp(-1)
+
+
+class KLDivergence(Metric):
+    """Minus the Kullback-Leibler divergence from the clean run, summed over the vocabulary."""
+
+    name = "minus KL divergence"
+
+    def bind(self, model: HookedModel, n_prompts: int) -> BoundMetric:
+        """Knows the clean run only once the task has run it."""
+        return BoundMetric(self, n_prompts)
+
+    def score(self, logits: Logits, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+        """In nats, at most 0."""
+        assert bound.reference is not None, "the task gives the clean run's log-probabilities"
+        clean = bound.reference
+        return -(clean.exp() * (clean - logits.log_softmax(-1))).sum(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Custom(Metric):
+    """Any function of the logits."""
+
+    fn: Callable[..., Any]
+    """Logits ``[prompt, d_vocab]`` and the numbers ``[prompt]`` of these prompts to ``[prompt]``."""
+    name: str = "custom metric"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def bind(self, model: HookedModel, n_prompts: int) -> BoundMetric:
+        """Nothing to look up."""
+        return BoundMetric(self, n_prompts)
+
+    def score(self, logits: Logits, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+        """What the function says.
+
+        Raises:
+            TaskError: It does not give one number per prompt.
+        """
+        value = self.fn(logits, bound.prompts)
+        if not isinstance(value, torch.Tensor) or value.shape != logits.shape[:1]:
+            shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise TaskError(
+                f"The metric {self.name!r} gave {shape} for logits {tuple(logits.shape)}",
+                fix=f"a tensor of shape {tuple(logits.shape[:1])}, one number per prompt",
+            )
+        return value.float()
+
+
+Position = int | Sequence[int]
+
+
+def logit_diff(
+    answer: Sequence[Answer],
+    wrong: Sequence[Answer],
+    *,
+    position: Position = -1,
+    before_cap: bool = False,
+) -> LogitDiff:
+    """``logit(answer) - logit(wrong)`` at ``position``, one entry per prompt."""
+    return LogitDiff(answer=answer, wrong=wrong, position=position, before_cap=before_cap)
+
+
+def probability(
+    answer: Sequence[Answer],
+    wrong: Sequence[Answer] | None = None,
+    *,
+    position: Position = -1,
+    before_cap: bool = False,
+) -> Probability:
+    """Probability of ``answer`` (minus that of ``wrong``) at ``position``."""
+    return Probability(answer=answer, wrong=wrong, position=position, before_cap=before_cap)
+
+
+def margin(
+    answer: Sequence[Answer], *, position: Position = -1, before_cap: bool = False
+) -> Margin:
+    """``logit(answer)`` minus the largest logit of all other tokens."""
+    return Margin(answer=answer, position=position, before_cap=before_cap)
+
+
+def cross_entropy(
+    answer: Sequence[Answer], *, position: Position = -1, before_cap: bool = False
+) -> CrossEntropy:
+    """``log p(answer)``: minus the cross-entropy, higher is better."""
+    return CrossEntropy(answer=answer, position=position, before_cap=before_cap)
+
+
+def kl_divergence(*, position: Position = -1, before_cap: bool = False) -> KLDivergence:
+    """Minus the divergence of the run's next-token distribution from the clean run's."""
+    return KLDivergence(position=position, before_cap=before_cap)
+
+
+def custom(
+    fn: Callable[..., Any],
+    *,
+    name: str = "custom metric",
+    position: Position = -1,
+    before_cap: bool = False,
+) -> Custom:
+    """Any function of logits ``[prompt, d_vocab]`` and prompt numbers ``[prompt]``; higher is better."""
+    return Custom(fn=fn, name=name, position=position, before_cap=before_cap)

@@ -1,0 +1,49 @@
+"""ACDC in chains equals ACDC one edge at a time, and finds hand-built circuits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gemmascope_plugin.circuits import discover
+from gemmascope_plugin.circuits.acdc import acdc
+from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
+from gemmascope_plugin.patching import Task, kl_divergence
+from tests.ground_truth.cases import CASES
+
+
+def one_by_one(ablation: EdgeAblation, tau: float) -> torch.Tensor:
+    kept = ablation.edges.mask.clone()
+    now = float(ablation.metric(kept[None]).mean())
+    for column in reversed(range(kept.shape[1])):
+        for row in reversed(range(kept.shape[0])):
+            if not ablation.edges.mask[row, column]:
+                continue
+            kept[row, column] = False
+            value = float(ablation.metric(kept[None]).mean())
+            if now - value >= tau:
+                kept[row, column] = True
+            else:
+                now = value
+    return kept
+
+
+def test_chains_are_one_by_one() -> None:
+    case = CASES[3]
+    model = case.make("hooked")
+    task = Task(case.task.clean, case.task.corrupt, kl_divergence())
+    ablation = EdgeAblation(model, task.bind(model))
+    expected = one_by_one(ablation, 1e-9)
+    got = acdc(ablation, 1e-9, chain=8)
+    assert torch.equal(got.kept & ablation.edges.mask, expected)
+    assert 3 < int(expected.sum()) < 80
+    assert bool((got.rise[expected] >= 1e-9).all())
+    assert got.n_rows >= ablation.edges.n_edges
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_hand_built_circuits_are_what_is_left(case) -> None:
+    circuit = discover(case.make("hooked"), case.task, method="acdc")
+    assert set(circuit.edges) == case.true_edges
+    assert circuit.metadata["tau"] == 0.01
+    assert circuit.metadata["circuits_run"] >= circuit.n_units

@@ -1,0 +1,112 @@
+"""The estimate of a pass is an upper bound, and a budget decides how many rows ride on it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError
+from gemmascope_plugin.patching import activation_patching
+from gemmascope_plugin.patching.experiment import experiment
+from gemmascope_plugin.patching.memory import Footprint, Limit, footprint
+from gemmascope_plugin.patching.sweep import sweep
+from tests import tiny_models
+from tests.factories import bridge_from_hf, hooked_from_hf, tiny_tokenizer
+from tests.patching.tasks import TASK
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of tensors that are alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self.known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                key = storage._cdata
+                if key not in self.known:
+                    self.known[key] = storage.nbytes()
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self.free, key)
+        return out
+
+    def free(self, key: int) -> None:
+        self.live -= self.known.pop(key)
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+@pytest.mark.parametrize("shape", [{"hidden_size": 128}, {"intermediate_size": 1024}])
+def test_the_estimate_of_a_row_is_an_upper_bound(backend: str, shape: dict[str, int]) -> None:
+    build = {"hooked": hooked_from_hf, "bridge": bridge_from_hf}[backend]
+    model = build(tiny_models.gemma2(**shape), tiny_tokenizer(), "tiny")
+    tokens = tiny_models.random_tokens(batch=4, length=64)
+    hooks = [
+        ("unembed.hook_in", lambda x, hook: x[:, -1:]),
+        ("blocks.1.hook_attn_out", lambda x, hook: x.clone()),
+    ]
+
+    def peak(rows: int) -> int:
+        with torch.no_grad(), model.hooks(fwd_hooks=hooks), Peak() as found:
+            model(tokens[:rows]).log_softmax(-1)
+        return found.peak
+
+    peak(1)
+    measured = (peak(4) - peak(1)) / 3
+    need = footprint(model, "attn_out", 1, 64, ["blocks.1.hook_attn_out"], {}).row
+    assert measured <= need <= 3 * measured
+
+
+def test_what_is_held_is_counted(hooked2) -> None:
+    for component in ("z", "pattern", "k", "neuron", "resid_post"):
+        with experiment(hooked2, TASK, component, mode="noising") as run:
+            held = sum(x.nbytes for each in (run.here, run.other) for x in each.values())
+            need = footprint(hooked2, component, *run.base.shape, run.grid.hooks, {})
+        assert held <= need.held <= 4 * held
+
+
+def test_a_budget_decides_the_rows() -> None:
+    need = Footprint(held=1_000_000, row=300_000)
+    assert Limit(512).rows(need) == 512
+    assert Limit(512, "2 MB").rows(need) == 3
+    assert Limit(2, "2 MB").rows(need) == 2
+    assert Limit(512, 1_300_000).rows(need) == 1
+    text = r"budget of 1.2 MB is too small.*1.0 MB.*300.0 kB.*memory_budget=1_300_000 or"
+    with pytest.raises(GemmaScopeError, match=text):
+        Limit(512, "1.2 MB").rows(need)
+    with pytest.raises(UnknownNameError, match="no size 'much'"):
+        Limit(512, "much")
+    with pytest.raises(UnknownNameError, match="max_rows=0 leaves no row"):
+        Limit(0)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 9])
+def test_passes_stay_within_their_rows(hooked2, rows: int) -> None:
+    seen: list[int] = []
+    whole = activation_patching(hooked2, TASK, "z")
+    with experiment(hooked2, TASK, "z", mode="denoising", limit=Limit(rows)) as run:
+        handle = hooked2.blocks[2].register_forward_hook(lambda m, a, out: seen.append(len(out)))
+        try:
+            got = sweep(run) - run.base_by_prompt
+        finally:
+            handle.remove()
+    assert max(seen) <= rows
+    assert torch.allclose(got.mean(1), whole.values.flatten(), atol=1e-6)
+
+
+def test_a_budget_for_activations(hooked2) -> None:
+    whole = activation_patching(hooked2, TASK, "z")
+    tight = activation_patching(hooked2, TASK, "z", memory_budget="120 kB")
+    assert torch.allclose(whole.values, tight.values, atol=1e-6)
+    with pytest.raises(GemmaScopeError, match="too small"):
+        activation_patching(hooked2, TASK, "z", memory_budget=1000)
