@@ -93,10 +93,10 @@ def test_the_size_of_attention_outputs_does_not_matter() -> None:
 
 def test_a_small_difference_is_first_order(double) -> None:
     """Halving the difference divides what is missing from the exact effect by about four."""
-    gaps = []
+    own, gaps = copy.deepcopy(double), []
     for share in (0.02, 0.01):
-        task = _nudged(double, share)
-        exact, guess = edge_patching(double, task), edge_attribution(double, task, method="eap")
+        task = _nudged(own, share)
+        exact, guess = edge_patching(own, task), edge_attribution(own, task, method="eap")
         gaps.append(largest(exact.flat - guess.flat))
     assert gaps[0] / gaps[1] == pytest.approx(4, rel=0.35)
 
@@ -227,16 +227,15 @@ def test_hand_built_circuits_rank_first(case) -> None:
         assert found == case.true_edges, method
 
 
-def test_whole_tokens_are_far_for_a_first_order_estimate_and_the_norm_matters() -> None:
+def test_edges_rank_as_exactly_patched_ones_do_and_the_norm_matters() -> None:
     for family in ("gemma2", "gemma3"):
         model = tiny_model(family, "hooked")
         exact = edge_patching(model, TASK)
-        found = {
-            form: edge_attribution(model, TASK, method="eap", writer_delta=form).pearson(exact)
+        ranks = {
+            form: edge_attribution(model, TASK, method="eap", writer_delta=form).spearman(exact)
             for form in ("exact", "naive")
         }
-        assert found["exact"] > 0.7
-        assert found["exact"] > found["naive"]
+        assert ranks["exact"] > max(0.8, ranks["naive"])
 
 
 def test_the_model_is_left_alone(model) -> None:
