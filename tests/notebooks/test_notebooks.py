@@ -15,7 +15,7 @@ SAYS = {
     "01_find_and_load": "does not fit: wrong layer",
     "02_splice_and_edit": "touches excluded tokens only",
     "03_architectures": "levels=(64, 16, 128) is out of range",
-    "04_patching": "There is no component 'mlp_outs'",
+    "04_patching": "Unknown component 'mlp_outs'",
     "05_component_circuits": "ACDC keeps",
 }
 """What each notebook must have printed at the end of its run."""
