@@ -32,7 +32,11 @@ from gemmascope_plugin.patching.memory import Footprint, Limit
 from gemmascope_plugin.patching.node import Node, Reader
 from gemmascope_plugin.patching.nodes import read
 from gemmascope_plugin.patching.task import BoundTask, Task
-from gemmascope_plugin.patching.writer_replacement import WriterReplacement, replacements
+from gemmascope_plugin.patching.writer_replacement import (
+    WRITER_REPLACEMENTS,
+    WriterReplacement,
+    replacements,
+)
 from gemmascope_plugin.patching.writes import Writes, write_deltas
 from gemmascope_plugin.types import Direction
 
@@ -75,6 +79,7 @@ def edge_patching(
         GemmaScopeError: The memory budget is too small for one prompt.
     """
     check_choice("mode", mode, get_args(Direction))
+    check_choice("replacement", replacement, WRITER_REPLACEMENTS)
     anatomy, bound = Anatomy(model), task.bind(model)
     wanted = _places(EdgeMap.of(anatomy), edges)
     ends = bound.ends(model)
