@@ -3,17 +3,14 @@
     python tests/benchmarks/causes.py [--part sweep ig correlation wide tasks] [--threads 2]
 
 sweep        Every head at every position patched alone: ours against TransformerLens' own loop.
-ig           EAP-IG at equal accuracy: midpoints and many rows per pass against left ends. The peer is
-             the algorithm of EAP-IG (arXiv 2403.17806) written down here, since its code needs other
-             versions: points k/n from the corrupted end, one point per pass, gradients at
-             TransformerLens' split inputs. Heads' differences go through the norm after attention
-             as ours do (EAP-IG leaves it out), so that only points and passes differ. It runs one
-             prompt per pass, and beside that all of them.
+ig           EAP-IG at equal accuracy: midpoints and many rows per pass, against left ends and one prompt
+             per pass (and all of them); ``causes_ig.py`` says what the peer is.
 correlation  First-order scores against exact single edges, random Gemmas, also after ``W_O *= 10``.
-wide         Layers of Gemma 2 2B's shape with random weights: tokens per second and memory. Memory is
-             the peak of this process above what it holds with the model loaded, from ``/proc/self``,
-             so this part runs on Linux only.
-tasks        The bundled suite: the smallest faithful circuit of every task and method.
+wide         A few layers of Gemma 2 2B's shape with random weights: tokens per second (of the clean
+             prompts) and memory, each call once after a forward pass. Memory is the peak of this process
+             above what it holds before the call, from ``/proc/self``: this part runs on Linux only.
+tasks        The bundled suite: the smallest faithful circuit of every task and method, see
+             ``causes_tasks.py``.
 
 Random or bundled weights, float32, fixed threads. What is compared runs once before it is timed and
 takes turns; medians. Ratios above 1 are in our favour.
@@ -27,38 +24,27 @@ import gc
 import io
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformer_lens.patching import get_act_patch_attn_head_out_by_pos
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import gemmascope_plugin as gs
 from gemmascope_plugin.attribution.edge_attribution import edge_attribution
-from gemmascope_plugin.circuits import evaluate
-from gemmascope_plugin.circuits.discover import graph_of
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
-from gemmascope_plugin.circuits.evaluate import evaluate_ranking
-from gemmascope_plugin.circuits.recovery import auroc, bootstrap_stability
-from gemmascope_plugin.circuits.select import top_n
-from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.models.gradients import gradients_of
-from gemmascope_plugin.models.load import hooked_from_hf
+from gemmascope_plugin.models.load import bridge_from_hf, hooked_from_hf
 from gemmascope_plugin.patching import Task, activation_patching, logit_diff
 from gemmascope_plugin.patching.edge_effects import EdgeEffects
 from gemmascope_plugin.patching.edge_patching import edge_patching
-from gemmascope_plugin.patching.edges import EdgeMap
-from gemmascope_plugin.patching.task import BoundTask
-from gemmascope_plugin.patching.writes import DeltaForm, Writes, write_deltas
+from gemmascope_plugin.patching.writes import DeltaForm
 from tests import tiny_models
+from tests.benchmarks.causes_ig import equal_steps, left_ends, midpoints, split_input_scores
+from tests.benchmarks.causes_tasks import table
 from tests.factories import tiny_hf, tiny_model, tiny_tokenizer
-
-MOST_LEFT_ENDS = 2000
-TASKS = ("ioi", "agreement", "years", "induction", "two_hop")
 
 
 def medians(*runs: Callable[[], object], seconds: float = 15) -> list[float]:
@@ -145,7 +131,7 @@ def sweep_pair(title: str, model: Any, task: Task) -> None:
 def ig() -> None:
     """EAP-IG at the same conservation residual."""
     suite = gs.tiny()
-    for name in TASKS:
+    for name in suite.tasks:
         task = suite.task(name, split="train", n=16)
         ig_pair(f"bundled model, {name}, 16 prompts", suite.model, task)
     for family in ("gemma2", "gemma3"):
@@ -153,111 +139,32 @@ def ig() -> None:
         ig_pair(f"random {family}, 4 prompts", tiny_model(family, "hooked"), task)
 
 
-def ig_pair(title: str, model: Any, task: Task, n: int = 10) -> None:
-    """Left ends that are as good as 5 to 10 midpoints, and the time of both for ``n``."""
-    steps = equal_steps(model, task)
-    found = ", ".join(f"{k} ~ {left} ({target:.4f})" for k, (left, target) in steps.items())
-    print(f"{title}: midpoints ~ left ends (residual of the midpoints): {found}")
+def ig_pair(title: str, model: Any, task: Task) -> None:
+    """Left ends that are as good as 5 to 10 midpoints, and the time of both where that is the median."""
+    steps = equal_steps(model, task, range(5, 11))
+    found = ", ".join(f"{k} ~ {left} ({residual:.4f})" for k, (left, residual) in steps.items())
+    n = sorted(steps, key=lambda k: steps[k][0] / k)[(len(steps) - 1) // 2]
+    left = steps[n][0]
 
     def ours(n: int = n) -> EdgeEffects:
         return edge_attribution(model, task, method="eap-ig", steps=n)
 
-    def theirs(alphas: np.ndarray, rows: int) -> torch.Tensor:
-        return split_input_scores(model, task, alphas.tolist(), rows)
-
-    same = float(
-        (theirs(midpoints(3), 1) - ours(3).values).abs().max() / ours(3).values.abs().max()
-    )
-    left = steps[n][0]
+    equal = ours(3).values
+    same = (
+        split_input_scores(model, task, midpoints(3), 1) - equal
+    ).abs().max() / equal.abs().max()
     (own,) = medians(ours)
-    single, batched = (once(lambda r=r: theirs(left_ends(left), r)) for r in (1, len(task)))
+    single, batched = (
+        once(lambda rows=rows: split_input_scores(model, task, left_ends(left), rows))
+        for rows in (1, len(task))
+    )
     print(
+        f"{title}: midpoints ~ left ends (residual of the midpoints): {found}\n"
         f"  {n} midpoints {own:.2f} s; {left} left ends, one prompt per pass {single:.2f} s: "
         f"{single / own:.1f}x; all prompts per pass {batched:.2f} s: {batched / own:.1f}x; at equal "
-        f"points the scores differ by {same:.0e} of the largest"
+        f"points the scores differ by {float(same):.0e} of the largest",
+        flush=True,
     )
-
-
-def midpoints(n: int) -> np.ndarray:
-    return (np.arange(n) + 0.5) / n
-
-
-def left_ends(n: int) -> np.ndarray:
-    """Points on the line from clean (0) to corrupted (1), counted from the corrupted end."""
-    return 1 - np.arange(n) / n
-
-
-def equal_steps(model: Any, task: Task) -> dict[int, tuple[int, float]]:
-    """Midpoints to the left ends from which on the residual stays as small, and that residual.
-
-    Scores out of the embedding sum to the metric's slope along the line. It is read at 97 places; the
-    polynomial through them stands for it, so that thousands of rules cost nothing.
-    """
-    bound = task.bind(model)
-    ends = bound.ends(model)
-    whole = ends["metric_corrupt"] - ends["metric_clean"]
-    slope = np.polynomial.Chebyshev.interpolate(
-        lambda alphas: slopes(model, bound, alphas), 96, domain=[0, 1]
-    )
-
-    def residual(alphas: np.ndarray) -> float:
-        return abs(float(slope(alphas).mean()) / whole - 1)
-
-    lefts = [residual(left_ends(m)) for m in range(1, MOST_LEFT_ENDS)]
-    targets = {n: residual(midpoints(n)) for n in range(5, 11)}
-    return {
-        n: (1 + max((m for m, found in enumerate(lefts, 1) if found > target), default=0), target)
-        for n, target in targets.items()
-    }
-
-
-def slopes(model: Any, bound: BoundTask, alphas: np.ndarray) -> np.ndarray:
-    """Derivative of the mean metric along the line at each point."""
-    clean, corrupt = (Writes.read(model, t, 1).embed for t in (bound.clean, bound.corrupt))
-    found = []
-    for alpha in alphas.tolist():
-        slope = slopes_at(model, bound, torch.lerp(clean, corrupt, alpha), ["hook_embed"])
-        found.append(float((slope["hook_embed"] * (corrupt - clean)).sum()) / len(bound))
-    return np.array(found)
-
-
-def slopes_at(
-    model: Any, bound: BoundTask, embed: torch.Tensor, names: Sequence[str]
-) -> dict[str, torch.Tensor]:
-    """Gradients of the clean prompts' metric with other embeddings."""
-    return gradients_of(
-        model,
-        lambda: bound.measure(model, bound.clean).sum(),
-        names,
-        fwd_hooks=[("hook_embed", lambda x, hook: embed)],
-    )
-
-
-def split_input_scores(model: Any, task: Task, alphas: Sequence[float], rows: int) -> torch.Tensor:
-    """The peer: scores ``[writer, reader]``, gradients read at TransformerLens' split inputs."""
-    anatomy, bound = Anatomy(model), task.bind(model)
-    edges, layers = EdgeMap.of(anatomy), range(anatomy.n_layers)
-    ports = ("hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in")
-    names = [f"blocks.{layer}.{port}" for layer in layers for port in ports]
-    names.append(f"blocks.{len(layers) - 1}.hook_resid_post")
-    total = torch.zeros(edges.mask.shape)
-    model.set_use_split_qkv_input(True)
-    model.set_use_hook_mlp_in(True)
-    try:
-        for part in bound.parts(rows):
-            runs = [
-                Writes.read(model, tokens, len(layers)) for tokens in (part.clean, part.corrupt)
-            ]
-            deltas = write_deltas(anatomy, *runs)
-            for alpha in alphas:
-                embed = torch.lerp(runs[0].embed, runs[1].embed, alpha)
-                found = slopes_at(model, part, embed, names)
-                readers = [g if g.ndim == 4 else g[:, :, None] for g in map(found.get, names)]
-                total += torch.einsum("bpwm,bprm->wr", deltas, torch.cat(readers, 2))
-    finally:
-        model.set_use_split_qkv_input(False)
-        model.set_use_hook_mlp_in(False)
-    return (total / (len(bound) * len(alphas))).masked_fill(~edges.mask, 0)
 
 
 # --- correlation ------------------------------------------------------------------------------------
@@ -311,38 +218,47 @@ def scaled_model(family: str, factor: float) -> Any:
 def wide(n_layers: int = 4, n: int = 4, length: int = 64) -> None:
     """Tokens per second and memory at Gemma 2 2B's width."""
     vocab = 256_000 if available() > 16e9 else 32_000
-    model = wide_model(n_layers, vocab)
-    weights = sum(p.nbytes for p in model.parameters()) / 1e9
+    cut = "" if vocab == 256_000 else " (of 256,000: there is too little memory)"
+    print(f"{n_layers} layers, vocabulary {vocab:,}{cut}, {n} prompts of {length} tokens")
     task = random_task(n, length, vocab, changed=length - 1)
-    cut = "" if vocab == 256_000 else ", of 256,000: there is too little memory"
-    print(
-        f"{n_layers} layers of Gemma 2 2B's shape, random weights, vocabulary {vocab:,}{cut}: "
-        f"{weights:.1f} GB; {n} prompts of {length} tokens"
-    )
-    ablation = EdgeAblation(model, task.bind(model))
-    generator = torch.Generator().manual_seed(0)
-    kept = torch.rand(20, *ablation.edges.mask.shape, generator=generator) < 0.1
-    layer = n_layers // 2
-    runs = {
-        "EAP": lambda: edge_attribution(model, task, method="eap"),
-        "EAP-IG, 5 midpoints": lambda: edge_attribution(model, task, method="eap-ig", steps=5),
-        f"sweep of the heads of layer {layer}": lambda: activation_patching(
-            model, task, "z", layers=[layer]
-        ),
-        "20 circuits of a tenth of the edges": lambda: ablation.metric(kept),
-    }
-    with torch.no_grad():
-        model(task.bind(model).clean[:1])
-    for name, run in runs.items():
+    for build, n_calls in ((bridge_from_hf, None), (hooked_from_hf, 2)):
+        model = build(wide_hf(n_layers, vocab), tiny_tokenizer(), "random")
+        print(f"{type(model).__name__}, {status('VmRSS') / 1e3:.1f} GB with the model")
+        print_costs(wide_runs(model, task), n_calls, n * length)
+        del model
+
+
+def print_costs(runs: dict[str, Callable[[], object]], n_calls: int | None, n_tokens: int) -> None:
+    """Time and memory of the first calls, the first of which is the measure of the others."""
+    forward = next(iter(runs.values()))
+    forward()
+    unit = once(forward)
+    for name, run in list(runs.items())[:n_calls]:
         seconds, memory = costs(run)
         print(
-            f"  {name}: {seconds:.1f} s, {n * length / seconds:.1f} tokens/s, peak +{memory:.2f} GB "
-            f"on {status('VmRSS') / 1e3:.1f} GB"
+            f"  {name}: {seconds:.1f} s, {n_tokens / seconds:.0f} tokens/s, "
+            f"{seconds / unit:.1f} forward passes, peak +{memory:.2f} GB",
+            flush=True,
         )
 
 
-def wide_model(n_layers: int, vocab: int) -> Any:
-    """A random Gemma 2 of few layers."""
+def wide_runs(model: Any, task: Task) -> dict[str, Callable[[], object]]:
+    """What is measured."""
+    bound = task.bind(model)
+    ablation = EdgeAblation(model, bound)
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.rand(20, *ablation.edges.mask.shape, generator=generator) < 0.1
+    return {
+        "a forward pass": torch.no_grad()(lambda: bound.measure(model, bound.clean)),
+        "EAP": lambda: edge_attribution(model, task, method="eap"),
+        "EAP-IG, 5 midpoints": lambda: edge_attribution(model, task, method="eap-ig", steps=5),
+        "heads of the third layer": lambda: activation_patching(model, task, "z", layers=[2]),
+        "20 circuits of a tenth of the edges": lambda: ablation.metric(kept),
+    }
+
+
+def wide_hf(n_layers: int, vocab: int) -> Any:
+    """A random Gemma 2 of 2B's width and few layers."""
     config = Gemma2Config(
         vocab_size=vocab,
         num_hidden_layers=n_layers,
@@ -353,7 +269,7 @@ def wide_model(n_layers: int, vocab: int) -> Any:
     )
     config.architectures = ["Gemma2ForCausalLM"]
     torch.manual_seed(0)
-    return hooked_from_hf(Gemma2ForCausalLM(config).eval(), tiny_tokenizer(), "random")
+    return Gemma2ForCausalLM(config).eval()
 
 
 def available() -> float:
@@ -377,61 +293,12 @@ def costs(run: Callable[[], object]) -> tuple[float, float]:
     return seconds, (status("VmHWM") - before) / 1e3
 
 
-# --- tasks ------------------------------------------------------------------------------------------
-
-
-def tasks(n: int = 64) -> None:
-    """The smallest faithful circuits of the bundled suite."""
-    suite = gs.tiny()
-    print(
-        f"{n} training prompts for scores, {n} held-out ones for faithfulness; smallest circuit from "
-        "which on faithfulness stays at .9 or above; AUROC with the tenth of the edges with the largest "
-        "exact effects as the truth; overlap of the best 20 edges between resamples of the prompts"
-    )
-    for name in TASKS:
-        train, held_out = suite.task(name, split="train", n=n), suite.task(name, n=n)
-        exact = edge_patching(suite.model, train)
-        print(f"{name}: {exact.edges.n_edges} edges")
-        for label, options in METHODS.items():
-            effects = exact
-            if options:
-                effects = edge_attribution(suite.model, train, by_prompt=True, **options)
-            print(f"  {label:<22}: {row(suite.model, held_out, effects, exact)}", flush=True)
-
-
-METHODS: dict[str, dict[str, Any]] = {
-    "eap": {"method": "eap"},
-    "eap, naive": {"method": "eap", "writer_delta": "naive"},
-    "eap-ig, 10": {"method": "eap-ig", "steps": 10},
-    "eap-ig-activations, 5": {"method": "eap-ig-activations", "steps": 5},
-    "exact": {},
-}
-
-
-def row(model: Any, held_out: Task, effects: EdgeEffects, exact: EdgeEffects) -> str:
-    graph, large = graph_of(effects), exact.flat.abs()
-    n_edges = graph.n_edges
-    circuit = top_n(graph, n_edges)
-    sizes = [*range(61), *range(64, n_edges, 4), n_edges]
-    smallest = evaluate(circuit, model, held_out, sizes=sizes, n_random=0).smallest(0.9)
-    assert smallest is not None, "all edges together are the model"
-    random = evaluate(circuit.top(smallest), model, held_out, sizes=[], n_random=20).random
-    curve = evaluate_ranking(graph, model, held_out)
-    embed = float(effects.total[0].sum()) / -effects.gap - 1
-    return (
-        f"{smallest:>3} edges, {smallest / n_edges:.1%} (best of 20 random {max(random):.2f}); AUROC "
-        f"{auroc(effects.flat, large >= large.quantile(0.9)):.3f}, Pearson {effects.pearson(exact):.3f}, "
-        f"out of the embedding {embed:+.4f}, overlap {bootstrap_stability(effects, 20)[0]:.2f}, "
-        f"CPR {curve.cpr:.2f}, CMD {curve.cmd:.3f}"
-    )
-
-
-PARTS = {"sweep": sweep, "ig": ig, "correlation": correlation, "wide": wide, "tasks": tasks}
+PARTS = {"sweep": sweep, "ig": ig, "correlation": correlation, "wide": wide, "tasks": table}
 
 
 def main() -> None:
     """Print the figures of each part."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
