@@ -226,6 +226,7 @@ def wide(n_layers: int = 4, n: int = 4, length: int = 64) -> None:
         print(f"{type(model).__name__}, {status('VmRSS') / 1e3:.1f} GB with the model")
         print_costs(wide_runs(model, task), n_calls, n * length)
         del model
+        gc.collect()
 
 
 def print_costs(runs: dict[str, Callable[[], object]], n_calls: int | None, n_tokens: int) -> None:
