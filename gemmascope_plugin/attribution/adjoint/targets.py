@@ -1,0 +1,241 @@
+"""What a trace explains: logits, differences of logits, directions of the stream, features.
+
+The logit of a token before the soft-cap is ``<W_U[:, y], w_f x / s_f>``. A logit alone says little: all
+logits may rise together. Targets are therefore ``W_U[:, y] - mean_v W_U[:, v]``, or the difference of two
+tokens, as in Ameisen et al., "Circuit Tracing", 2025.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+
+from gemmascope_plugin.attribution.adjoint.frozen_pass import FrozenPass
+from gemmascope_plugin.attribution.adjoint.site import PER_LAYER
+from gemmascope_plugin.errors import TaskError, WidthMismatchError
+from gemmascope_plugin.models.tokens import token_strings, word_id
+
+
+@dataclass(frozen=True)
+class Logit:
+    """The logit of a token, minus the mean of all tokens."""
+
+    token: str | int
+    position: int = -1
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """The logit of a token minus that of another."""
+
+    token: str | int
+    other: str | int
+    position: int = -1
+
+
+@dataclass(frozen=True, eq=False)
+class StreamDirection:
+    """The product of the residual stream with a vector, such as a probe."""
+
+    vector: Float[torch.Tensor, " d_model"]
+    layer: int
+    """Behind which layer the stream is read."""
+    position: int = -1
+    name: str = "direction"
+
+
+@dataclass(frozen=True)
+class FeatureTarget:
+    """The pre-activation of an active feature."""
+
+    site: str
+    """The output hook of its dictionary, as caches name it."""
+    feature: int
+    position: int = -1
+
+
+Target = str | int | tuple[Any, Any] | Logit | LogitDifference | StreamDirection | FeatureTarget
+
+
+@dataclass(frozen=True, eq=False)
+class Seed:
+    """A target that is no feature: a vector that reads the stream."""
+
+    label: str
+    position: int
+    after: int
+    """When it enters the sweep."""
+    vector: Float[torch.Tensor, " d_model"]
+    own: float
+    value: float
+    """What it explains."""
+    token: int
+    """The token; -1 for what is not one token's logit."""
+    probability: float
+    """Of that token; 1 for others."""
+
+
+def as_target(given: Target) -> Logit | LogitDifference | StreamDirection | FeatureTarget:
+    """A word or id is a logit, a pair of them a difference.
+
+    Raises:
+        TaskError: Something else.
+    """
+    if isinstance(given, (str, int)) and not isinstance(given, bool):
+        return Logit(given)
+    if isinstance(given, tuple) and len(given) == 2:
+        return LogitDifference(*given)
+    if isinstance(given, (Logit, LogitDifference, StreamDirection, FeatureTarget)):
+        return given
+    raise TaskError(
+        f"{given!r} is no target",
+        fix='"word", ("word", "other"), Logit(...), LogitDifference(...), StreamDirection(...) or '
+        "FeatureTarget(...)",
+    )
+
+
+def position_in(given: int, n_pos: int) -> int:
+    """A position counted from the start.
+
+    Raises:
+        TaskError: It lies outside the prompt.
+    """
+    if not -n_pos <= given < n_pos:
+        raise TaskError(
+            f"Target position {given} lies outside the prompt of {n_pos} tokens",
+            exists=f"positions 0 to {n_pos - 1}, or {-n_pos} to -1 from the end",
+        )
+    return given % n_pos
+
+
+class Readout:
+    """Logits of a frozen pass as vectors that read the end of the stream.
+
+    Args:
+        record: The prompt.
+    """
+
+    def __init__(self, record: FrozenPass) -> None:
+        self._record = record
+        self._W_U = record.anatomy.W_U
+        self._mean = self._W_U.to(record.dtype).mean(1)
+        self._scale = record.final_scale()
+        bias = getattr(record.model, "b_U", None)
+        self._b_U = None if bias is None or not bool(bias.detach().any()) else bias.detach()
+
+    def top(self, count: int, share: float, position: int) -> list[Seed]:
+        """The likeliest next tokens: as many as reach a share of the probability.
+
+        Args:
+            count: Most of them.
+            share: Of the probability.
+            position: Where the next token is asked for.
+        """
+        values, ids = self._probabilities(position).topk(min(count, self._W_U.shape[1]))
+        enough = int((values.cumsum(0) < share).sum()) + 1
+        return [self.logit(Logit(int(token), position)) for token in ids[:enough]]
+
+    def logit(self, target: Logit) -> Seed:
+        """One token's logit minus the mean."""
+        token = self._id(target.token)
+        position = position_in(target.position, self._record.n_pos)
+        chance = float(self._probabilities(position)[token])
+        bias = 0.0 if self._b_U is None else float(self._b_U[token] - self._b_U.mean())
+        vector = self._W_U[:, token].to(self._mean) - self._mean
+        return self._seed(self._word(token), position, vector, bias, token, chance)
+
+    def difference(self, target: LogitDifference) -> Seed:
+        """One token's logit minus another's.
+
+        Raises:
+            TaskError: They are the same token.
+        """
+        token, other = self._id(target.token), self._id(target.other)
+        if token == other:
+            raise TaskError(f"The difference of {self._word(token)!r} and itself is zero")
+        position = position_in(target.position, self._record.n_pos)
+        bias = 0.0 if self._b_U is None else float(self._b_U[token] - self._b_U[other])
+        vector = (self._W_U[:, token] - self._W_U[:, other]).to(self._mean)
+        label = f"{self._word(token)} - {self._word(other)}"
+        return self._seed(label, position, vector, bias, -1, 1.0)
+
+    def direction(self, target: StreamDirection) -> Seed:
+        """A vector at the stream behind a layer.
+
+        Raises:
+            TaskError: No such layer.
+            WidthMismatchError: The vector has another width.
+        """
+        record, layer = self._record, target.layer
+        if not 0 <= layer < record.n_layers:
+            raise TaskError(
+                f"There is no layer {layer}", exists=f"layers 0 to {record.n_layers - 1}"
+            )
+        if target.vector.shape != (record.anatomy.d_model,):
+            raise WidthMismatchError(
+                f"The direction has shape {tuple(target.vector.shape)}, the stream width "
+                f"{record.anatomy.d_model}"
+            )
+        position = position_in(target.position, record.n_pos)
+        vector = target.vector.to(self._mean)
+        value = float(vector @ record.stream(layer + 1)[position])
+        after = PER_LAYER * layer + PER_LAYER - 1
+        return Seed(target.name, position, after, vector, 0.0, value, -1, 1.0)
+
+    def _seed(
+        self,
+        label: str,
+        position: int,
+        vector: torch.Tensor,
+        bias: float,
+        token: int,
+        chance: float,
+    ) -> Seed:
+        record, gain = self._record, self._record.anatomy.ln_final.gain
+        reads = vector if gain is None else vector * gain.to(vector)
+        reads = reads / self._scale[position]
+        value = float(reads @ record.stream(record.n_layers)[position]) + bias
+        after = PER_LAYER * record.n_layers - 1
+        return Seed(label, position, after, reads, bias, value, token, chance)
+
+    def _probabilities(self, position: int) -> Float[torch.Tensor, " d_vocab"]:
+        """The model's own, after the soft-cap."""
+        record, anatomy = self._record, self._record.anatomy
+        logits = anatomy.ln_final(record.stream(record.n_layers)[position]) @ self._W_U.to(
+            record.dtype
+        )
+        logits = logits if self._b_U is None else logits + self._b_U
+        if anatomy.soft_cap is not None:
+            logits = anatomy.soft_cap * torch.tanh(logits / anatomy.soft_cap)
+        return logits.softmax(-1)
+
+    def _id(self, token: str | int) -> int:
+        if isinstance(token, str):
+            return word_id(self._record.model, token)
+        n = self._W_U.shape[1]
+        if not 0 <= token < n:
+            raise TaskError(f"There is no token {token}", exists=f"ids 0 to {n - 1}")
+        return token
+
+    def _word(self, token: int) -> str:
+        return token_strings(self._record.model, torch.tensor([token]))[0].strip() or repr(token)
+
+
+def check_distinct(labels: Sequence[tuple[Any, ...]]) -> None:
+    """Every target once.
+
+    Raises:
+        TaskError: With the one that is there twice.
+    """
+    seen: set[tuple[Any, ...]] = set()
+    for label in labels:
+        if label in seen:
+            raise TaskError(
+                f"The target {label[0]!r} at position {label[1]} is given twice",
+                fix="each target once",
+            )
+        seen.add(label)

@@ -1,0 +1,307 @@
+"""From a prompt and dictionaries to the rows of a trace: checks, nodes, chunks of targets.
+
+1. One frozen pass; every site is encoded.
+2. Targets that enter at one place are sorted by token and taken in chunks that fit the memory budget.
+3. With a limit on the number of feature rows the most influential ones are taken, as found from the rows
+   known so far, some at a time (as circuit-tracer does).
+
+Cost: that of the sweep; rows are stored sparsely as they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from tqdm.auto import tqdm
+
+from gemmascope_plugin.attribution.adjoint.adjacency import Adjacency, compressed, stacked
+from gemmascope_plugin.attribution.adjoint.frozen_pass import FrozenPass
+from gemmascope_plugin.attribution.adjoint.layout import Layout
+from gemmascope_plugin.attribution.adjoint.site import PER_LAYER, Site, activities, site_of
+from gemmascope_plugin.attribution.adjoint.sweep import Entry, Sweep
+from gemmascope_plugin.attribution.adjoint.targets import Seed
+from gemmascope_plugin.catalog.sites import human_size
+from gemmascope_plugin.errors import EmptySelectionError, GemmaScopeError, ModelError
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.sites import reading
+from gemmascope_plugin.models.tokens import special_ids
+from gemmascope_plugin.saes.cross_layer import CrossLayerDictionary, cross_layer_of
+from gemmascope_plugin.splice.hooked_cross_layer import HookedCrossLayer
+from gemmascope_plugin.splice.hooked_sae import HookedSAE
+from gemmascope_plugin.splice.splicing import as_list
+
+MAX_TARGETS = 2048
+"""Targets of a chunk at most: more are no faster."""
+ROUNDS = 8
+"""Times that the most influential features are chosen anew."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tracer:
+    """What can be asked of one prompt."""
+
+    record: FrozenPass
+    layout: Layout
+    sweep: Sweep
+    budget: int
+    """Bytes that a chunk may take."""
+    min_share: float = 0.0
+    """Entries that are a smaller share of their row are dropped."""
+
+    @classmethod
+    def of(
+        cls,
+        model: HookedModel,
+        prompt: str | Int[torch.Tensor, "*batch pos"],
+        dictionaries: Any,
+        *,
+        exclude: Any,
+        budget: int,
+        min_share: float = 0.0,
+    ) -> Tracer:
+        """Runs the model once and encodes the prompt at every site.
+
+        Args:
+            model: ``HookedTransformer`` or ``TransformerBridge`` of a Gemma.
+            prompt: One text, or token ids.
+            dictionaries: A transcoder (or SAE of the MLP's output) for every layer, or a CLT; SAEs of
+                the stream and of attention beside them.
+            exclude: Special tokens that dictionaries leave alone.
+            budget: Bytes for all that is not the result.
+            min_share: Entries that are a smaller share of their row are dropped.
+
+        Raises:
+            ModelError: A layer without a dictionary, two at one site, or one that cannot be traced.
+            EmptySelectionError: No feature is active.
+        """
+        sites = sites_of(model, dictionaries, exclude)
+        hooks = [name for site in sites for name in (site.hooked.hook_in, site.hooked.hook_out)]
+        record = FrozenPass.of(model, prompt, _readable(model, hooks), budget // 2)
+        found = activities(record, sites, lambda site: special_ids(model, site.hooked.exclude))
+        if not any(one.n_features for one in found):
+            raise EmptySelectionError(
+                f"No feature of {len(found)} dictionaries is active on this prompt",
+                fix="a longer prompt, exclude=(), or dictionaries of this model",
+            )
+        layout = Layout(record.n_pos, record.n_layers, tuple(found))
+        sweep = Sweep(record, layout, budget // 4)
+        return cls(record, layout, sweep, budget // 4, min_share)
+
+    def rows(
+        self,
+        seeds: Sequence[Seed],
+        features: Sequence[int],
+        weights: np.ndarray,
+        max_features: int | None,
+        progress: bool,
+    ) -> Adjacency:
+        """The matrix: rows of targets and of features.
+
+        Args:
+            seeds: Targets that are no features; their nodes come last, in this order.
+            features: Nodes of features that are targets.
+            weights: Importance of every target, ``[node]``, as influence starts from.
+            max_features: Most rows of features; None for all.
+            progress: Show a progress bar.
+        """
+        n_nodes = self.layout.n_nodes + len(seeds)
+        total = self.layout.n_features if max_features is None else max_features
+        with tqdm(total=total + len(seeds), disable=not progress, desc="rows") as bar:
+            known = _Rows(self, n_nodes, bar)
+            known.add_seeds(seeds)
+            if max_features is None or max_features >= self.layout.n_features:
+                for site in self._targets():
+                    known.add(self._feature_nodes(site))
+                return known.adjacency()
+            known.add(np.array(sorted(features), dtype=np.int64))
+            step = -(-max_features // ROUNDS)
+            while (left := max_features - known.n_features) > 0:
+                chosen = self._next(known.adjacency(), weights, min(step, left))
+                if not len(chosen):
+                    break
+                known.add(chosen)
+            return known.adjacency()
+
+    def site_of_node(self, node: int) -> int:
+        """The site that a feature's or error's node belongs to."""
+        return int(np.searchsorted(self.layout.starts, node, side="right")) - 1
+
+    def entry(self, site: int, nodes: np.ndarray) -> Entry:
+        """Some features of one site as targets.
+
+        Args:
+            site: Which.
+            nodes: Ascending, so that tokens are.
+        """
+        own = self.layout.activities[site]
+        start = self.layout.starts[site]
+        entries = torch.from_numpy(nodes).to(own.acts.indices.device) - start
+        vectors, constant = own.readers(entries)
+        positions = own.acts.rows[entries]
+        return Entry(own.site.time, positions, vectors, constant, start)
+
+    def _targets(self) -> list[int]:
+        return [
+            i for i, a in enumerate(self.layout.activities) if a.site.is_target and a.n_features
+        ]
+
+    def _feature_nodes(self, site: int) -> np.ndarray:
+        own = self.layout.features(site)
+        return np.arange(own.start, own.stop)
+
+    def chunks(self, entry: Entry) -> Iterator[Entry]:
+        """An entry in parts that fit the budget.
+
+        Raises:
+            GemmaScopeError: Not even one target fits.
+        """
+        n_pos = int(entry.positions.max()) + 1
+        each = self.sweep.bytes_per_target(n_pos, entry.n_below)
+        size = min(MAX_TARGETS, self.budget // each)
+        if size < 1:
+            raise GemmaScopeError(
+                f"One target of {n_pos} tokens takes {human_size(each)}, the memory budget is "
+                f"{human_size(4 * self.budget)}",
+                fix=f"memory_budget={8 * each:_} or more",
+            )
+        parts = -(-len(entry.positions) // size)
+        for index in torch.arange(len(entry.positions)).tensor_split(parts):
+            yield Entry(
+                entry.after,
+                entry.positions[index],
+                entry.vectors[index],
+                entry.own[index],
+                entry.n_below,
+            )
+
+    def _next(self, known: Adjacency, weights: np.ndarray, count: int) -> np.ndarray:
+        """The most influential features without a row."""
+        influence = known.restricted(self.counted(known.n_nodes)).normalised.influence(weights)
+        influence = influence + weights
+        wanted = np.zeros(known.n_nodes, dtype=bool)
+        for site in self._targets():
+            wanted[self._feature_nodes(site)] = True
+        wanted[known.nodes] = False
+        wanted &= influence > 0
+        candidates = wanted.nonzero()[0]
+        best = candidates[np.argsort(-influence[candidates], kind="stable")[:count]]
+        return np.sort(best)
+
+    def counted(self, n_nodes: int) -> np.ndarray:
+        """True for nodes that influence is shared among: all but biases."""
+        found = np.ones(n_nodes, dtype=bool)
+        found[self.layout.n_pos : self.layout.n_fixed] = False
+        return found
+
+
+class _Rows:
+    """Rows as they come."""
+
+    def __init__(self, tracer: Tracer, n_nodes: int, bar: Any) -> None:
+        self._tracer, self._n_nodes, self._bar = tracer, n_nodes, bar
+        self._parts: list[Any] = []
+        self._nodes: list[np.ndarray] = []
+        self.n_features = 0
+
+    def add_seeds(self, seeds: Sequence[Seed]) -> None:
+        """Rows of targets that are no features."""
+        first = self._tracer.layout.n_nodes
+        for after in sorted({seed.after for seed in seeds}):
+            own = [i for i, seed in enumerate(seeds) if seed.after == after]
+            own.sort(key=lambda i: seeds[i].position)
+            entry = self._entry(after, [seeds[i] for i in own])
+            self._sweep(entry, np.array(own) + first)
+
+    def add(self, nodes: np.ndarray) -> None:
+        """Rows of features, which must be ascending."""
+        sites = np.array([self._tracer.site_of_node(node) for node in nodes])
+        for site in np.unique(sites):
+            own = nodes[sites == site]
+            self.n_features += len(own)
+            self._sweep(self._tracer.entry(int(site), own), own)
+
+    def adjacency(self) -> Adjacency:
+        """What is known."""
+        return stacked(self._parts, self._nodes)
+
+    def _entry(self, after: int, seeds: Sequence[Seed]) -> Entry:
+        layout = self._tracer.layout
+        below = [i for i, a in enumerate(layout.activities) if a.site.time < after]
+        dtype = self._tracer.record.dtype
+        return Entry(
+            after,
+            torch.tensor([seed.position for seed in seeds]),
+            torch.stack([seed.vector for seed in seeds]).to(dtype),
+            torch.tensor([seed.own for seed in seeds], dtype=dtype),
+            layout.starts[len(below)],
+        )
+
+    def _sweep(self, entry: Entry, nodes: np.ndarray) -> None:
+        done = 0
+        for part in self._tracer.chunks(entry):
+            effects = self._tracer.sweep(part)
+            self._parts.append(compressed(effects, self._n_nodes, self._tracer.min_share))
+            self._nodes.append(nodes[done : done + len(part.positions)])
+            done += len(part.positions)
+            self._bar.update(len(part.positions))
+
+
+def sites_of(model: HookedModel, dictionaries: Any, exclude: Any) -> list[Site]:
+    """The sites of all dictionaries, in the order of the forward pass.
+
+    Args:
+        model: The model.
+        dictionaries: One, several, or a mapping whose values they are.
+        exclude: Special tokens that they leave alone, unless they were wrapped with their own choice.
+
+    Raises:
+        ModelError: A layer without a dictionary, two at one site, or one that cannot be traced.
+    """
+    sites: list[Site] = []
+    for one in as_list(dictionaries):
+        hooked = _hooked(one, exclude)
+        for place, site in enumerate(hooked.sites):
+            sites.append(site_of(site, place, place + 1))
+    sites.sort(key=lambda site: site.time)
+    for one, other in zip(sites, sites[1:], strict=False):
+        if one.time == other.time:
+            raise ModelError(
+                f"Two dictionaries stand at {other.hooked.hook_out}: what it writes would count twice",
+                fix="one dictionary per site",
+            )
+    covered = {site.layer for site in sites if site.time % PER_LAYER == 1}
+    missing = [layer for layer in range(int(model.cfg.n_layers)) if layer not in covered]
+    if missing:
+        raise ModelError(
+            f"The MLPs of layers {', '.join(map(str, missing))} have no dictionary, and an MLP is not "
+            "linear",
+            exists=f"dictionaries of MLPs at layers {', '.join(map(str, sorted(covered))) or 'none'}",
+            fix='[load(spec) for spec in find(model=..., site="transcoder", ...)], one per layer',
+        )
+    return sites
+
+
+def _hooked(one: Any, exclude: Any) -> HookedSAE | HookedCrossLayer:
+    if isinstance(one, (HookedSAE, HookedCrossLayer)):
+        return one
+    layers = cross_layer_of(one)
+    if layers is None:
+        return HookedSAE(one, exclude=exclude)
+    if layers.cfg.kind != "clt":
+        raise ModelError(
+            f"A {layers.cfg.kind} reads and writes the stream of several layers at once; it has no "
+            "place in a trace",
+            fix="transcoders, a CLT, or residual SAEs",
+        )
+    assert isinstance(layers, CrossLayerDictionary)
+    return HookedCrossLayer(layers, exclude=exclude)
+
+
+def _readable(model: HookedModel, names: Sequence[str]) -> list[str]:
+    points = model.hook_dict
+    return [reading(model, name, points).hook for name in names]

@@ -1,0 +1,1 @@
+"""Attribution graphs of single prompts: trace, prune, compare, check, keep."""
