@@ -127,9 +127,9 @@ class Tracer:
                 known.add(chosen)
             return known.adjacency()
 
-    def site_of_node(self, node: int) -> int:
-        """The site that a feature's or error's node belongs to."""
-        return int(np.searchsorted(self.layout.starts, node, side="right")) - 1
+    def sites_of(self, nodes: np.ndarray) -> np.ndarray:
+        """The sites that nodes of features and errors belong to."""
+        return np.searchsorted(self.layout.starts, nodes, side="right") - 1
 
     def entry(self, site: int, nodes: np.ndarray) -> Entry:
         """Some features of one site as targets.
@@ -219,7 +219,7 @@ class _Rows:
 
     def add(self, nodes: np.ndarray) -> None:
         """Rows of features, which must be ascending."""
-        sites = np.array([self._tracer.site_of_node(node) for node in nodes])
+        sites = self._tracer.sites_of(nodes)
         for site in np.unique(sites):
             own = nodes[sites == site]
             self.n_features += len(own)
