@@ -24,13 +24,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.attribution.adjoint.adjacency import Adjacency
-from gemmascope_plugin.circuits.tracing.influence import Pruned, TraceScores, prune_masks, scores_of
+from gemmascope_plugin.circuits.tracing import graph_json
+from gemmascope_plugin.circuits.tracing.graph_json_reading import read_graph
+from gemmascope_plugin.circuits.tracing.graph_networkx import to_networkx
+from gemmascope_plugin.circuits.tracing.graph_storage import load_graph, save_graph
+from gemmascope_plugin.circuits.tracing.influence import (
+    Pruned,
+    TraceScores,
+    cumulative,
+    prune_masks,
+    scores_of,
+)
+from gemmascope_plugin.circuits.tracing.parts import Parts, ends
 from gemmascope_plugin.errors import EmptySelectionError, UnknownNameError, nearest
 
 if TYPE_CHECKING:
@@ -224,6 +236,49 @@ class AttributionGraph:
             if found:
                 nodes.at[row, "label"] = str(found)
         return replace(self, nodes=nodes)
+
+    @cached_property
+    def shares(self) -> np.ndarray:
+        """Cumulative share of influence, small for what is important; that before any pruning."""
+        if "influence" in self.nodes:
+            return self.nodes["influence"].to_numpy()
+        return cumulative(self.influence)
+
+    @property
+    def _parts(self) -> Parts:
+        return Parts(self.nodes, self.edges, self.tokens, self.metadata)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the graph into one file, exactly; see ``graph_storage.py``."""
+        return save_graph(path, self._parts)
+
+    @classmethod
+    def load(cls, path: str | Path) -> AttributionGraph:
+        """Reads what :meth:`save` has written."""
+        return cls(*load_graph(path))
+
+    def to_json(self, slug: str, **options: Any) -> dict[str, Any]:
+        """What circuit-tracer's viewer and Neuronpedia show; for options see ``graph_json.to_json``."""
+        return graph_json.to_json(self._parts, self.scores, self.shares, slug=slug, **options)
+
+    @classmethod
+    def from_json(cls, source: str | Path | Mapping[str, Any]) -> AttributionGraph:
+        """Reads such JSON, circuit-tracer's own too, from a file or as it is; it has no biases."""
+        return cls(*read_graph(source))
+
+    def to_networkx(self) -> Any:
+        """A ``DiGraph`` of networkx; see ``graph_networkx.py``."""
+        return to_networkx(self._parts)
+
+    def plot(self, max_edges: int = 150) -> Any:
+        """A plotly figure: tokens from left to right, layers from the bottom up; prune first.
+
+        Args:
+            max_edges: Draw only so many edges, the largest, and the nodes that they touch.
+        """
+        from gemmascope_plugin.figures.token_graph import token_graph
+
+        return token_graph(self.nodes, self.tokens, *ends(self.edges), max_edges)
 
     def __len__(self) -> int:
         return len(self.nodes)

@@ -96,10 +96,15 @@ def prune_masks(
     scores = _edge_scores(left, weights)
     kept = left.entries(scores >= _bar(scores, edge_threshold))
     nodes, kept = _without_dead_ends(kept, nodes, where("feature"), where("error"), always)
+    return Pruned(nodes, kept, cumulative(influence))
+
+
+def cumulative(influence: np.ndarray) -> np.ndarray:
+    """The share that each node and all more influential ones have."""
     order = np.argsort(-influence, kind="stable")
     shares = np.empty(len(influence))
     shares[order] = np.cumsum(influence[order]) / max(influence.sum(), 1e-30)
-    return Pruned(nodes, kept, shares)
+    return shares
 
 
 def _edge_scores(edges: Adjacency, weights: np.ndarray) -> np.ndarray:

@@ -1,0 +1,202 @@
+"""An attribution graph as the JSON that circuit-tracer's viewer and Neuronpedia show.
+
+The keys are those of circuit-tracer's ``frontend/graph_models.py`` and of Neuronpedia's
+``graph-schema.json`` 1.0.0; nodes are named in ``graph_json_nodes.py``.
+
+1. Biases are no nodes, as Neuronpedia would take them for targets: their column sums and the largest
+   residual of a row stand in ``metadata.gemmascope``, beside all else that the format has no place for,
+   and what a viewer will not show (``limits``).
+2. The viewers compute scores from nodes and links; on graphs with transcoders only they are ours.
+3. A folder has a list of its graphs, ``graph-metadata.json``, one entry per name.
+
+Cost: about 75 bytes an edge and 400 a node.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemmascope_plugin.circuits.tracing.graph_json_nodes import node_records
+from gemmascope_plugin.circuits.tracing.influence import TraceScores
+from gemmascope_plugin.circuits.tracing.parts import Parts, as_json, ends
+from gemmascope_plugin.errors import BadFileError, GemmaScopeError, UnknownNameError, nearest
+from gemmascope_plugin.loading.whole_file import write_whole
+
+INDEX = "graph-metadata.json"
+_SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def to_json(
+    parts: Parts,
+    scores: TraceScores,
+    shares: np.ndarray,
+    *,
+    slug: str,
+    scan: str | None = None,
+    source_set: str | None = None,
+    transcoder_list: Sequence[str] = (),
+    groups: Mapping[str, Sequence[str]] | None = None,
+    sae_ids: Mapping[str, str] | None = None,
+    description: str = "",
+) -> dict[str, Any]:
+    """The content of a graph file.
+
+    Args:
+        parts: The graph.
+        scores: Its scores.
+        shares: Cumulative share of influence of each node, ``[node]``.
+        slug: Name of the graph, that of its file without ``.json``.
+        scan: The model as Neuronpedia names it, or where circuit-tracer's viewer finds examples; the
+            model's own name by default.
+        source_set: Neuronpedia's dashboards of the features, e.g. ``gemmascope-transcoder-16k``.
+        transcoder_list: For circuit-tracer's viewer: where examples of each layer lie.
+        groups: Supernodes: name to ids of nodes.
+        sae_ids: Site to the dictionary there, to be remembered.
+        description: Shown with the graph.
+
+    Raises:
+        UnknownNameError: A group has a node that is not there, or the slug is no file name.
+        GemmaScopeError: The metadata do not fit into JSON.
+    """
+    if not _SLUG.fullmatch(slug):
+        raise UnknownNameError(
+            f"The slug {slug!r} is no file name", exists="letters, digits, '.', '_', '-'"
+        )
+    kept = (parts.nodes["kind"] != "bias").to_numpy()
+    rows = parts.nodes.assign(share=shares).loc[kept].to_dict("records")
+    explained = (parts.edges.row_of >= 0)[kept].tolist()
+    nodes = node_records(rows, explained, parts.tokens, _n_layers(parts))
+    names = np.full(len(kept), "", dtype=object)
+    names[kept] = [node["node_id"] for node in nodes]
+    own = dict(zip(parts.nodes["id"][kept], names[kept], strict=True))
+    supernodes = [[name, *_group(ids, own)] for name, ids in (groups or {}).items()]
+    head = {"slug": slug, "scan": scan or str(parts.metadata.get("model", "model"))}
+    details = {**_own_metadata(parts, scores, sae_ids or {}), "limits": _limits(rows)}
+    shown = _metadata(parts, description, source_set, transcoder_list)
+    return {
+        "metadata": {**head, **shown, "gemmascope": details},
+        "qParams": {"pinnedIds": [], "supernodes": supernodes, "linkType": "both", "sg_pos": ""},
+        "nodes": nodes,
+        "links": _links(parts, names, kept),
+    }
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> Path:
+    """Writes a graph file, whole or not at all.
+
+    Raises:
+        GemmaScopeError: The file cannot be written.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise GemmaScopeError(f"{str(path)!r} is a folder", fix=f"{str(path / 'graph.json')!r}")
+    data = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+    return write_whole(path, lambda file: file.write(data))
+
+
+def add_to_folder(folder: str | Path, content: Mapping[str, Any]) -> Path:
+    """Writes ``<slug>.json`` and enters it in ``graph-metadata.json``, in the place of an older one.
+
+    Returns:
+        The graph file.
+
+    Raises:
+        BadFileError: The list that is there is damaged.
+        GemmaScopeError: A file cannot be written.
+    """
+    folder, metadata = Path(folder).expanduser(), content["metadata"]
+    info = {**metadata["info"], "create_time_ms": time.time_ns() // 10**6}
+    metadata = {**metadata, "info": info}
+    index, known = folder / INDEX, []
+    if index.is_file():
+        try:
+            known = json.loads(index.read_text(encoding="utf-8"))["graphs"]
+            known = [each for each in known if each["slug"] != metadata["slug"]]
+        except (OSError, ValueError, KeyError, TypeError) as fault:
+            raise BadFileError(
+                f"cannot read {str(index)!r}: {fault!r}", fix="mend it, or another folder"
+            ) from fault
+    path = write_json(folder / f"{metadata['slug']}.json", {**content, "metadata": metadata})
+    listed = {name: value for name, value in metadata.items() if name != "gemmascope"}
+    write_json(index, {"graphs": [*known, listed]})
+    return path
+
+
+def _links(parts: Parts, names: np.ndarray, kept: np.ndarray) -> list[dict[str, Any]]:
+    source, target, weight = ends(parts.edges)
+    there = kept[source]
+    # by way of the shortest text that gives the same number in its own type
+    weights = weight[there].astype(str).astype(np.float64).tolist()
+    found = zip(names[source[there]], names[target[there]], weights, strict=True)
+    return [{"source": s, "target": t, "weight": w} for s, t, w in found]
+
+
+def _metadata(
+    parts: Parts, description: str, source_set: str | None, transcoder_list: Sequence[str]
+) -> dict[str, Any]:
+    given = parts.metadata
+    settings = ("max_feature_nodes", "min_share")
+    thresholds = ("node_threshold", "edge_threshold")
+    return {
+        "schema_version": 1,
+        "prompt": str(given.get("prompt", "".join(parts.tokens))),
+        "prompt_tokens": list(parts.tokens),
+        "transcoder_list": list(transcoder_list),
+        "node_threshold": given.get("node_threshold"),
+        "feature_details": {} if source_set is None else {"neuronpedia_source_set": source_set},
+        "info": {"description": description, "generator": {"name": "gemmascope_plugin"}},
+        "generation_settings": {name: as_json(given.get(name)) for name in settings},
+        "pruning_settings": {name: given.get(name) for name in thresholds},
+    }
+
+
+def _own_metadata(parts: Parts, scores: TraceScores, sae_ids: Mapping[str, str]) -> dict[str, Any]:
+    sums = np.asarray(parts.edges.matrix.sum(0)).ravel()
+    biases = (parts.nodes["kind"] == "bias").to_numpy()
+    names = parts.nodes["id"].to_numpy()[biases]
+    return {
+        "metadata": as_json(parts.metadata),
+        "replacement_score": scores.replacement,
+        "completeness_score": scores.completeness,
+        "residual": as_json(parts.metadata.get("residual")),
+        "bias_sums": dict(zip(names, map(float, sums[biases]), strict=True)),
+        "pruned": "influence" in parts.nodes,
+        "dtype": str(parts.edges.matrix.dtype),
+        "sae_ids": dict(sae_ids),
+    }
+
+
+def _limits(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a viewer will not show as it is."""
+    found = []
+    if max((row["layer"] for row in rows if row["kind"] != "target"), default=0) < 1:
+        found.append("Neuronpedia shows no graph without a node above layer 0")
+    if any(row["kind"] == "feature" and row["weight"] for row in rows):
+        found.append("features are targets, from which the viewers start no scores")
+    if any(row["site"] and not row["site"].endswith("hook_mlp_out") for row in rows):
+        found.append("dictionaries beside the MLPs' are shown without examples")
+    return found
+
+
+def _n_layers(parts: Parts) -> int:
+    inner = parts.nodes.loc[parts.nodes["kind"] != "target", "layer"]
+    return int(parts.metadata.get("n_layers", int(inner.max()) + 1))
+
+
+def _group(ids: Sequence[str], own: Mapping[str, str]) -> list[str]:
+    """Names of the nodes of a group in the file."""
+    for name in ids:
+        if name not in own:
+            raise UnknownNameError(
+                f"A group has the node {name!r}, which the graph has not",
+                nearest=nearest(name, own),
+                fix="graph.nodes.id",
+            )
+    return [own[name] for name in ids]

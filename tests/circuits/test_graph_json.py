@@ -1,0 +1,259 @@
+"""The JSON of attribution graphs: the viewers' rules, and the way back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gemmascope_plugin.circuits import AttributionGraph
+from gemmascope_plugin.circuits.tracing.graph_json import INDEX, add_to_folder, write_json
+from gemmascope_plugin.circuits.tracing.graph_json_nodes import cantor, from_cantor
+from gemmascope_plugin.errors import (
+    BadFileError,
+    GemmaScopeError,
+    MissingFileError,
+    UnknownNameError,
+)
+from tests.circuits.graph_rules import check_rules, scores_from_file
+from tests.circuits.traces import same, traced, without_biases
+
+GRAPHS = ("plain", "mixed", "targets", "some")
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_files_obey_the_rules_and_come_back(name: str) -> None:
+    graph = traced(name)
+    content = graph.to_json("a-graph", scan="gemma-2-2b")
+    check_rules(content)
+    assert content["metadata"]["scan"] == "gemma-2-2b"
+    same(AttributionGraph.from_json(json.loads(json.dumps(content))), without_biases(graph))
+
+
+def test_pruned_graphs_come_back_with_their_shares() -> None:
+    graph = traced().prune()
+    content = graph.to_json("pruned")
+    check_rules(content)
+    assert content["metadata"]["node_threshold"] == 0.8
+    assert content["metadata"]["pruning_settings"]["edge_threshold"] == 0.98
+    same(AttributionGraph.from_json(content), graph)
+
+
+@pytest.mark.parametrize("name", ["plain", "some"])
+def test_the_viewers_compute_our_scores(name: str) -> None:
+    for graph in (traced(name), traced(name).prune()):
+        content = graph.to_json("scores")
+        assert scores_from_file(content) == pytest.approx(tuple(graph.scores), rel=1e-6)
+        own = content["metadata"]["gemmascope"]
+        assert own["replacement_score"] == graph.scores.replacement
+        assert own["completeness_score"] == graph.scores.completeness
+
+
+def test_influence_falls_with_importance() -> None:
+    graph = traced()
+    content = graph.to_json("x")
+    shown = {n["gemmascope"]["id"]: n["influence"] for n in content["nodes"]}
+    kept = [i for i in np.argsort(-graph.influence, kind="stable") if graph.influence[i] > 0]
+    shares = [shown[graph.nodes["id"][i]] for i in kept]
+    assert shares == sorted(shares) and shares[0] > 0
+
+
+def test_biases_are_sums_in_the_metadata() -> None:
+    graph = traced()
+    content = graph.to_json("x")
+    sums = content["metadata"]["gemmascope"]["bias_sums"]
+    names = graph.nodes["id"][graph.where("bias")]
+    assert list(sums) == list(names) and not set(names) & {n["node_id"] for n in content["nodes"]}
+    column = graph.edges.matrix[:, [graph.find(names.iloc[0])]].sum()
+    assert sums[names.iloc[0]] == pytest.approx(float(column))
+    assert content["metadata"]["gemmascope"]["residual"] == graph.metadata["residual"]
+
+
+def test_names_of_nodes() -> None:
+    content = traced("mixed").to_json("x", sae_ids={"blocks.1.hook_resid_post": "own/res"})
+    nodes = content["nodes"]
+    by_site: dict[str, Any] = {n["gemmascope"]["site"]: n for n in nodes if n["feature"] >= 0}
+    res, att = by_site["blocks.1.hook_resid_post"], by_site["blocks.2.attn.hook_z"]
+    layer, word, index, _ = res["node_id"].split("_")
+    assert (layer, word) == ("1", "res") and res["clerp"].startswith(f"res:{index} L1 resid")
+    assert from_cantor(res["feature"]) == (1, int(index) + 2 * 2**21)
+    assert from_cantor(att["feature"])[1] >> 21 == 1 and att["node_id"].startswith("2_att_")
+    errors = {n["node_id"] for n in nodes if n["feature"] == -1}
+    assert {"1_error_res_3", "2_error_att_3", "2_error_mlp_3"} <= errors
+    own = content["metadata"]["gemmascope"]
+    assert own["sae_ids"] == {"blocks.1.hook_resid_post": "own/res"}
+    assert own["limits"] == ["dictionaries beside the MLPs' are shown without examples"]
+
+
+def test_targets_of_every_kind() -> None:
+    content = traced("targets").to_json("x")
+    targets = [n for n in content["nodes"] if n["feature_type"] == "logit"]
+    assert [n["clerp"] for n in targets] == [
+        'Output "<unk>" (p=0.200)',
+        'Output "w4 - w5" (p=0.200)',
+        'Output "w5 - w4" (p=0.200)',
+        'Output "a \u201db\u201d (p =" (p=0.200)',
+    ]
+    assert [n["feature"] for n in targets] == [3, 2**20, 2**20 + 1, 2**20 + 2]
+    assert [n["is_target_logit"] for n in targets] == [True, False, False, False]
+    assert "features are targets" in content["metadata"]["gemmascope"]["limits"][0]
+
+
+def test_a_graph_of_one_layer_says_what_will_not_show_it() -> None:
+    graph = traced()
+    shallow = (graph.nodes["layer"] < 1).to_numpy() | graph.where("target")
+    nodes = graph.nodes[shallow].reset_index(drop=True)
+    cut = AttributionGraph(nodes, graph.edges.compacted(shallow), graph.tokens, graph.metadata)
+    content = cut.to_json("x")
+    check_rules(content)
+    assert "no graph without a node above layer 0" in content["metadata"]["gemmascope"]["limits"][0]
+
+
+def test_groups_become_supernodes() -> None:
+    graph = traced()
+    ids = list(graph.nodes["id"][graph.where("feature")][:2])
+    content = graph.to_json("x", groups={"two": ids}, source_set="set-16k", description="why")
+    ((name, *members),) = content["qParams"]["supernodes"]
+    shown = {n["node_id"]: n["gemmascope"]["id"] for n in content["nodes"]}
+    assert name == "two" and [shown[m] for m in members] == ids
+    assert content["metadata"]["feature_details"] == {"neuronpedia_source_set": "set-16k"}
+    assert content["metadata"]["info"]["description"] == "why"
+    with pytest.raises(
+        UnknownNameError, match=r"A group has the node 'blocks.0.hook.*Did you mean"
+    ):
+        graph.to_json("x", groups={"two": [ids[0][:-1] + "99"]})
+
+
+@given(layer=st.integers(0, 200), index=st.integers(0, 2**24))
+def test_pairs_are_numbers_and_back(layer: int, index: int) -> None:
+    number = cantor(layer, index)
+    assert from_cantor(number) == (layer, index)
+    # the viewers' own inverse, in floating point
+    diagonal = int((np.sqrt(8 * number + 1) - 1) // 2)
+    assert number - diagonal * (diagonal + 1) // 2 == index or index > 10**7
+
+
+def test_a_folder_lists_its_graphs(tmp_path: Path) -> None:
+    graph = traced("some")
+    first = add_to_folder(tmp_path, graph.to_json("one"))
+    add_to_folder(tmp_path, graph.to_json("two"))
+    add_to_folder(tmp_path, graph.to_json("one", description="newer"))
+    assert first == tmp_path / "one.json"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [INDEX, "one.json", "two.json"]
+    listed = json.loads((tmp_path / INDEX).read_text())["graphs"]
+    assert [(g["slug"], g["info"]["description"]) for g in listed] == [
+        ("two", ""),
+        ("one", "newer"),
+    ]
+    assert listed[0]["info"]["create_time_ms"] > 10**12
+    same(AttributionGraph.from_json(first), without_biases(graph))
+    (tmp_path / INDEX).write_text("[]")
+    with pytest.raises(BadFileError, match="graph-metadata.json"):
+        add_to_folder(tmp_path, graph.to_json("one"))
+
+
+def peer_file() -> dict[str, Any]:
+    """As circuit-tracer 0.5.0 writes it, with an error that is called as a feature is."""
+    common = {"ctx_idx": 1, "influence": 0.5, "activation": 1.0, "run_idx": 0}
+    feature = {**common, "feature_type": "cross layer transcoder", "clerp": "", "jsNodeId": "1_2-0"}
+    error = {**common, "feature_type": "mlp reconstruction error", "clerp": "", "feature": -1}
+    token = {**common, "feature_type": "embedding", "feature": 1, "clerp": 'Emb: "a"', "layer": "E"}
+    logit = {**common, "feature_type": "logit", "feature": 9, "layer": "3", "token_prob": 0.25}
+    nodes = [
+        {**feature, "node_id": "0_1_1", "layer": "0", "feature": cantor(0, 1)},
+        {**feature, "node_id": "1_7_1", "layer": "1", "feature": cantor(1, 7)},
+        {**error, "node_id": "0_1_1", "layer": "1", "jsNodeId": "0_1-1"},
+        {**token, "node_id": "E_4_1", "jsNodeId": "E_4-1"},
+        {**logit, "node_id": "3_9_1", "jsNodeId": "L_9-1", "clerp": 'Output "b" (p=0.250)'},
+    ]
+    ends = [("E_4_1", "0_1_1", 1.0), ("0_1_1", "1_7_1", 2.0), ("1_7_1", "3_9_1", 3.0)]
+    # of the feature and of the error, in this order
+    ends += [("0_1_1", "3_9_1", 4.0), ("0_1_1", "3_9_1", -5.0)]
+    return {
+        "metadata": {
+            "slug": "peer",
+            "scan": "gemma-2-2b",
+            "prompt": "a",
+            "prompt_tokens": ["<bos>", "a"],
+            "transcoder_list": [],
+            "node_threshold": 0.8,
+            "schema_version": 1,
+        },
+        "qParams": {},
+        "nodes": nodes,
+        "links": [{"source": s, "target": t, "weight": w} for s, t, w in ends],
+    }
+
+
+def test_files_of_circuit_tracer_are_read() -> None:
+    graph = AttributionGraph.from_json(peer_file())
+    rows = graph.nodes[["id", "kind", "layer", "index", "weight"]].to_numpy().tolist()
+    assert rows == [
+        ["token:E_4_1", "token", -1, 4, 0.0],
+        ["feature:0_1_1", "feature", 0, 1, 0.0],
+        ["feature:1_7_1", "feature", 1, 7, 0.0],
+        ["error:0_1_1", "error", 1, -1, 0.0],
+        ["target:3_9_1", "target", 2, 9, 0.25],
+    ]
+    found = graph.sources_of("target:3_9_1")
+    assert dict(zip(found["id"], found["weight"], strict=True)) == {
+        "feature:1_7_1": 3.0,
+        "feature:0_1_1": 4.0,
+        "error:0_1_1": -5.0,
+    }
+    assert graph.metadata["ambiguous_links"] == 0 and graph.metadata["node_threshold"] == 0.8
+    check_rules(graph.to_json("again"))
+
+
+def test_a_link_that_could_begin_at_two_nodes_is_counted() -> None:
+    content = peer_file()
+    del content["links"][-1]
+    graph = AttributionGraph.from_json(content)
+    assert graph.metadata["ambiguous_links"] == 1
+    assert graph.n_edges == 4
+
+
+def test_old_files_have_the_index_in_the_name() -> None:
+    content = peer_file()
+    del content["metadata"]["schema_version"]
+    content["nodes"][1]["feature"] = 100007
+    assert AttributionGraph.from_json(content).nodes["index"].tolist() == [4, 1, 7, -1, 9]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("links"), "'links'"),
+        (lambda c: c["nodes"][0].update(feature_type="bias"), "'0_1_1' is of the type 'bias'"),
+        (lambda c: c["links"][0].update(source="E_5_1"), "ends at 'E_5_1', which is no node"),
+        (lambda c: c["links"].append(c["links"][0]), "from 'E_4_1' to '0_1_1' is there twice"),
+        (
+            lambda c: c["links"][0].update(source="3_9_1"),
+            "leads backwards, from '3_9_1' to '0_1_1'",
+        ),
+        (lambda c: c["nodes"].append(c["nodes"][1]), "'feature:1_7_1' is there twice"),
+    ],
+)
+def test_damaged_content_is_refused(change: Any, message: str) -> None:
+    content = peer_file()
+    change(content)
+    with pytest.raises(BadFileError, match=message):
+        AttributionGraph.from_json(content)
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    graph = traced("some")
+    with pytest.raises(UnknownNameError, match="The slug 'a/b' is no file name"):
+        graph.to_json("a/b")
+    with pytest.raises(GemmaScopeError, match="is a folder"):
+        write_json(tmp_path, graph.to_json("x"))
+    with pytest.raises(MissingFileError, match="There is no graph at"):
+        AttributionGraph.from_json(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(BadFileError, match="cannot read"):
+        AttributionGraph.from_json(tmp_path / "bad.json")
