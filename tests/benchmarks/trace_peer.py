@@ -16,6 +16,10 @@ as columns, both in the order
 
     features by (layer, position, index) | errors by (layer, position) | tokens | logits by probability.
 
+Time it on an idle machine, and at more than one batch size, as the fastest one is not the largest. Two
+threads that have to share their cores with other processes take up to ten times as long as one thread,
+waiting for each other; where that cannot be helped, take ``--threads 1``.
+
 Nothing is asked of the hub: the ``HookedTransformer`` is made from its config, tokens come as ids, and
 the tokenizer is a stub.
 """
