@@ -70,7 +70,7 @@ class FrozenModel:
             if site.skip is None:
                 return leaf
             passed = self.seen[site.label] @ site.skip.T
-            return leaf + (passed - passed.detach()) * keep
+            return leaf + (passed - passed.detach())
 
         return hook_fn
 

@@ -47,7 +47,7 @@ class FrozenAttention:
     W_V: Float[torch.Tensor, "kv d_head d_model"]
     """Value weights with the gain of the norm before attention, transposed."""
     mix: Float[torch.Tensor, "kv key groupquery"]
-    """``pattern[h, q, k] / (s_1p[q] s_1[k])``; the last axis runs over the heads of the group, then ``q``."""
+    """``pattern[h, q, k] / (s_1p[q] s_1[k])``; the last axis is heads of the group, then ``q``."""
     bias_O: Float[torch.Tensor, " d_model"] | None
     """What ``b_O`` writes, before the scale of the post-norm; None for nothing, as in every Gemma."""
     bias_V: Float[torch.Tensor, " d_model"] | None

@@ -10,8 +10,8 @@ kind             reads                writes                                    
 ================ ==================== ============================================== =================
 
 What a dictionary writes at a token is ``sum_i f_i W_dec[i] + b_dec (+ x A)``; what is missing to the real
-tensor is the error. At special tokens, which dictionaries were not trained on, the output of an MLP is a
-source as a whole, and nothing is cut.
+tensor is the error. At special tokens, which dictionaries were not trained on, no feature is active, the
+output of an MLP is a source as a whole, but for what an affine skip passes on, and nothing is cut.
 
 Cost: one encoding of the prompt per site.
 """
@@ -96,7 +96,7 @@ class Activity:
     keep: Bool[torch.Tensor, " pos"]
     """False at special tokens."""
     rest: Float[torch.Tensor, "pos d_out"]
-    """The error; at special tokens the whole output of an MLP, and nothing at other sites."""
+    """The error; at special tokens the output of an MLP without the skip, and nothing at other sites."""
     b_dec: Float[torch.Tensor, " d_out"]
     read_gain: Float[torch.Tensor, "pos d_in"] | None
     """What the stream is multiplied by before the encoder reads it; None for 1."""
@@ -203,10 +203,11 @@ def _activity(
         wide = own.with_values(own.values.to(dtype))
         written = written + write(wide, site.hooked.decoder_from(place).detach()).to(dtype)
     bias = site.weights.bias(x.to(site.weights.W_enc.dtype)).detach().to(dtype)
-    # an MLP is a source as a whole where its dictionary does nothing; other tensors flow on there
-    passed = y if site.time % PER_LAYER == STAGES["mlp"] else torch.zeros_like(y)
-    rest = torch.where(keep[:, None], y - written - bias, passed)
     b_dec = bias if bias.ndim == 1 else _constant(site, dtype)
+    # an MLP is a source where its dictionary has no features; other tensors flow on there
+    is_mlp = site.time % PER_LAYER == STAGES["mlp"]
+    passed = y - (bias - b_dec) if is_mlp else torch.zeros_like(y)
+    rest = torch.where(keep[:, None], y - written - bias, passed)
     gain = _read_gain(record, site)
     return Activity(site, acts.with_values(acts.values.to(dtype)), keep, rest, b_dec, gain)
 

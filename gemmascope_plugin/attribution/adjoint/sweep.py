@@ -2,7 +2,7 @@
 
 With attention patterns and norm scales frozen the stream is linear in what is written into it, so the
 effect of a source is ``a_s <write_s, J^T read_t>``: its write times the target's gradient there (Ameisen
-et al., "Circuit Tracing", 2025, where autograd does it).  From the top, for all targets of a chunk at once:
+et al., "Circuit Tracing", 2025, where autograd does it).  From the top, for a chunk of targets at once:
 
 1. A residual SAE screens everything below it: its features, error and bias are read against the
    gradient, which then ends at the tokens it works on.
@@ -136,7 +136,7 @@ class Sweep:
         if skip is None:
             return state
         assert own.read_gain is not None, "only transcoders have a skip"
-        gain = torch.where(own.keep[:, None], own.read_gain, 0)
+        gain = own.read_gain
         through = state.values @ skip.detach().to(state.values)
         factor = gain[: state.n_pos, None] if state.dense else gain[state.positions]
         return state.with_values(state.values + through * factor)
