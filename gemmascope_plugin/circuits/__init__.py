@@ -9,6 +9,13 @@ from gemmascope_plugin.attribution.adjoint.targets import (
 from gemmascope_plugin.circuits.circuit import Circuit
 from gemmascope_plugin.circuits.discover import discover
 from gemmascope_plugin.circuits.evaluate import evaluate, evaluate_ranking
+from gemmascope_plugin.circuits.feature_circuits.discover import discover_features
+from gemmascope_plugin.circuits.feature_circuits.errors_compared import (
+    FeatureScores,
+    evaluate_features,
+)
+from gemmascope_plugin.circuits.feature_circuits.levels import discover_levels
+from gemmascope_plugin.circuits.feature_circuits.stability import stability
 from gemmascope_plugin.circuits.graph import Graph
 from gemmascope_plugin.circuits.scores import Scores
 from gemmascope_plugin.circuits.select import greedy, threshold, top_n
@@ -19,6 +26,7 @@ from gemmascope_plugin.patching.node import Node
 __all__ = [
     "AttributionGraph",
     "Circuit",
+    "FeatureScores",
     "FeatureTarget",
     "Graph",
     "Logit",
@@ -27,9 +35,13 @@ __all__ = [
     "Scores",
     "StreamDirection",
     "discover",
+    "discover_features",
+    "discover_levels",
     "evaluate",
+    "evaluate_features",
     "evaluate_ranking",
     "greedy",
+    "stability",
     "threshold",
     "top_n",
     "trace",

@@ -1,4 +1,8 @@
-"""The metric under any choice of a graph's units: edges are removed, or nodes replaced."""
+"""The metric under any choice of a graph's units: edges are removed, or nodes replaced.
+
+Nodes of a circuit of features (``feature_circuits``) replace whole sites, errors among them; those of
+other graphs replace what they name and leave everything else alone.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,12 @@ import torch
 from jaxtyping import Bool, Float
 
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
+from gemmascope_plugin.circuits.feature_circuits.ablation import Errors, feature_metric
+from gemmascope_plugin.circuits.feature_circuits.graphs import (
+    check_prompts,
+    is_feature_graph,
+    layout_of_graph,
+)
 from gemmascope_plugin.circuits.graph import Graph
 from gemmascope_plugin.circuits.node_ablation import node_metric
 from gemmascope_plugin.circuits.places import places_in
@@ -21,9 +31,11 @@ from gemmascope_plugin.patching.task import BoundTask
 from gemmascope_plugin.patching.writer_replacement import WriterReplacement
 
 Ablator = Callable[
-    [BoundTask, Bool[torch.Tensor, "circuit unit"]], Float[torch.Tensor, "circuit prompt"]
+    [BoundTask, Bool[torch.Tensor, "circuit unit"], Bool[torch.Tensor, " circuit"]],
+    Float[torch.Tensor, "circuit prompt"],
 ]
-"""A task and circuits, True where a unit is kept, to the metric of every prompt."""
+"""A task and circuits, True where a unit is kept, and whether a circuit keeps what is in no unit of a
+graph of features (elsewhere that is always kept), to the metric of every prompt."""
 
 
 @contextmanager
@@ -33,6 +45,7 @@ def ablator(
     saes: Any = None,
     *,
     replacement: WriterReplacement = "other",
+    errors: Errors = "as-circuit",
     limit: Limit,
     progress: bool = False,
 ) -> Iterator[Ablator]:
@@ -43,6 +56,7 @@ def ablator(
         model: The model.
         saes: The dictionaries that features among the nodes belong to.
         replacement: What stands in for what a circuit does not keep.
+        errors: Which reconstruction errors are kept, of circuits of features.
         limit: How large a pass may be.
         progress: Show a progress bar.
 
@@ -50,8 +64,11 @@ def ablator(
         UnknownNameError: The graph has features and no dictionaries were given, or edges that the model
             does not have.
     """
-    if graph.has_edges:
+    if graph.ranks_edges:
         yield _of_edges(graph, model, replacement, limit, progress)
+        return
+    if is_feature_graph(graph):
+        yield _of_features(graph, model, saes, replacement, errors, limit, progress)
         return
     features = any(node.kind == "feature" for node in graph.nodes)
     if features and saes is None:
@@ -60,7 +77,7 @@ def ablator(
         )
 
     def run(runner: Any) -> Ablator:
-        def of_nodes(bound: BoundTask, kept: torch.Tensor) -> torch.Tensor:
+        def of_nodes(bound: BoundTask, kept: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
             return node_metric(
                 runner,
                 bound,
@@ -83,7 +100,7 @@ def _of_edges(
     limit: Limit,
     progress: bool,
 ) -> Ablator:
-    def of_edges(bound: BoundTask, kept: torch.Tensor) -> torch.Tensor:
+    def of_edges(bound: BoundTask, kept: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
         ablation = EdgeAblation(model, bound, replacement, limit)
         rows, columns = places_in(graph, ablation.edges)
         masks = torch.zeros(len(kept), *ablation.edges.mask.shape, dtype=torch.bool)
@@ -91,3 +108,31 @@ def _of_edges(
         return ablation.metric(masks, progress)
 
     return of_edges
+
+
+def _of_features(
+    graph: Graph,
+    model: HookedModel,
+    saes: Any,
+    replacement: WriterReplacement,
+    errors: Errors,
+    limit: Limit,
+    progress: bool,
+) -> Ablator:
+    layout = layout_of_graph(graph, model, saes)
+
+    def of_features(bound: BoundTask, kept: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+        check_prompts(graph, bound)
+        return feature_metric(
+            model,
+            bound,
+            layout,
+            kept,
+            rest,
+            errors=errors,
+            replacement=replacement,
+            limit=limit,
+            progress=progress,
+        )
+
+    return of_features

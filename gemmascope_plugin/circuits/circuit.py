@@ -1,6 +1,6 @@
 """A circuit: a graph and which of its units are kept.
 
-The units are the edges of the graph or, where it has none, its nodes. They are ranked by the absolute
+The units are what the graph ranks: its edges, or its nodes. They are ranked by the absolute
 value of their scores (or by the signed scores, ``signed=True``), equal ones in the order of the graph.
 Circuits come from :func:`~gemmascope_plugin.circuits.select.top_n`, ``greedy`` and ``threshold``; another
 size, pruning and so on make new ones that share the graph.
@@ -8,7 +8,7 @@ size, pruning and so on make new ones that share the graph.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
@@ -28,6 +28,9 @@ from gemmascope_plugin.errors import EmptySelectionError, GemmaScopeError
 from gemmascope_plugin.patching.edges import EdgeMap
 from gemmascope_plugin.patching.node import Node, Reader
 
+Labels = Mapping[Node, str] | Mapping[str, Mapping[int, str]] | Callable[[Node], str | None]
+"""What nodes mean: by node, by site and feature, or as a function."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Circuit:
@@ -35,7 +38,7 @@ class Circuit:
 
     graph: Graph
     kept: Bool[torch.Tensor, " unit"]
-    """True where an edge (or node, in a graph without edges) is kept."""
+    """True where an edge (or node, where nodes are ranked) is kept."""
     signed: bool = False
     """Whether units are ranked by score, not by its absolute value."""
 
@@ -84,7 +87,7 @@ class Circuit:
         Raises:
             GemmaScopeError: The circuit ranks edges.
         """
-        if self.graph.has_edges:
+        if self.graph.ranks_edges:
             raise GemmaScopeError(
                 f"{self!r} ranks edges, not nodes",
                 fix="circuit.edges, circuit.order, or circuit.to_frame()",
@@ -95,20 +98,23 @@ class Circuit:
     def nodes(self) -> tuple[Node, ...]:
         """The kept nodes, most important first; of edges, all their ends in the order of the graph."""
         kept = self.kept_order
-        if self.graph.has_edges:
+        if self.graph.ranks_edges:
             ends = torch.cat([self.graph.source[kept], self.graph.target[kept]])
             kept = ends.unique()
         return tuple(self.graph.nodes[i] for i in kept.tolist())
 
     @cached_property
     def edges(self) -> tuple[tuple[Node, Reader], ...]:
-        """The kept edges, most important first; none in a circuit of nodes."""
-        if not self.graph.has_edges:
-            return ()
-        graph, kept = self.graph, self.kept_order
+        """The kept edges, most important first; where nodes are ranked, all edges between kept ones."""
+        graph, kept = self.graph, self.kept_edges
         ends = torch.stack([graph.source[kept], graph.target[kept], graph.port[kept].long()], 1)
         nodes = graph.nodes
         return tuple((nodes[s], Reader(nodes[t], PORTS[p])) for s, t, p in ends.tolist())
+
+    @property
+    def kept_edges(self) -> Int64[torch.Tensor, " edge"]:
+        """The same, as places in the graph."""
+        return self.kept_order if self.graph.ranks_edges else self.graph.joins(self.kept)
 
     def mask(self, edge_map: EdgeMap) -> Bool[torch.Tensor, "writer reader"]:
         """True where an edge of a model is kept.
@@ -189,8 +195,28 @@ class Circuit:
         frame["kept"] = self.kept[order].numpy()
         return frame
 
+    def edges_to_frame(self, n: int | None = None) -> Any:
+        """A DataFrame of :attr:`edges`, one row each, most important first.
+
+        Args:
+            n: Only the first ``n`` rows.
+        """
+        return self.graph.edge_frame(self.kept_edges[:n])
+
+    def with_labels(self, labels: Labels) -> Circuit:
+        """The same circuit, whose nodes say in tables and figures what they mean.
+
+        Args:
+            labels: A mapping from dictionary site (its output hook) to feature to text, as
+                ``suite.meanings(saes)`` makes; one from :class:`Node` to text; or a function of a node,
+                None where there is none. Earlier labels of the same nodes are replaced.
+        """
+        found = {node: text for node in self.graph.nodes if (text := meaning_of(node, labels))}
+        meanings = {**self.graph.meanings, **found}
+        return replace(self, graph=replace(self.graph, meanings=meanings))
+
     def plot(self) -> Any:
-        """A plotly figure of the kept units: edges between layers, or bars of nodes."""
+        """A plotly figure of what is kept: edges between layers, nodes with their edges, or bars."""
         title = f"Circuit for {self.metadata.get('task')}: {self._count}"
         return self.graph.draw(self.kept_order, title)
 
@@ -198,12 +224,16 @@ class Circuit:
     def _count(self) -> str:
         return f"{self.size} of {self.n_units} {self.graph.unit}s"
 
+    def _named(self, node: Node) -> str:
+        words = self.graph.meanings.get(node)
+        return f"{node.label} ({words})" if words else node.label
+
     def __repr__(self) -> str:
         first = self.kept_order[:6]
-        if self.graph.has_edges:
+        if self.graph.ranks_edges:
             labels = self.graph.labels_of(first).tolist()
         else:
-            labels = [self.graph.nodes[i].label for i in first.tolist()]
+            labels = [self._named(self.graph.nodes[i]) for i in first.tolist()]
         more = f", and {self.size - 6} more" if self.size > 6 else ""
         return (
             f"Circuit({self.metadata.get('task')}, {self._count} by "
@@ -213,3 +243,14 @@ class Circuit:
     def _repr_html_(self) -> str:
         frame = self.graph.to_frame(self.kept_order[:SHOWN])
         return f"<p>{escape(repr(self))}</p>{figures.frame_html(frame, SHOWN)}"
+
+
+def meaning_of(node: Node, labels: Labels) -> str | None:
+    """What a node means; None if the labels do not say."""
+    if not isinstance(labels, Mapping):
+        return labels(node)
+    by_key: Mapping[Any, Any] = labels
+    if node in by_key:
+        return str(by_key[node])
+    found = by_key.get(node.site, {}).get(node.index) if node.kind == "feature" else None
+    return None if found is None else str(found)

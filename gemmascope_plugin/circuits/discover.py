@@ -3,7 +3,9 @@
 * ``exact``, of nodes or edges: how far the metric falls if the unit alone is corrupted;
 * ``atp``, ``ig``, ``atp*``, ``relp``, of nodes: first-order estimates of that, ``attribution_patching``;
 * ``eap``, ``eap-ig``, ``eap-ig-activations``, ``clean-corrupted``, of edges: ``edge_attribution``;
-* ``acdc``, of edges: the rise of the divergence when the edge was tried; kept is what ACDC leaves.
+* ``acdc``, of edges: the rise of the divergence when the edge was tried; kept is what ACDC leaves;
+* ``ig``, ``atp``, of a circuit of features (``nodes="features"``): features, errors, and raw heads and
+  MLPs, joined by edges that are not ranked, see ``feature_circuits``.
 
 Nodes are attention heads and MLPs, at all positions at once, and features of dictionaries.  Positive
 scores support the metric.  A ranking is a hypothesis: :func:`evaluate` checks it on other prompts.
@@ -22,6 +24,7 @@ from gemmascope_plugin.attribution.edge_options import EDGE_METHODS
 from gemmascope_plugin.circuits.acdc import acdc
 from gemmascope_plugin.circuits.circuit import Circuit
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
+from gemmascope_plugin.circuits.feature_circuits.discover import OPTIONS, discover_features
 from gemmascope_plugin.circuits.graph import Graph
 from gemmascope_plugin.circuits.places import places_in
 from gemmascope_plugin.circuits.select import greedy, threshold, top_n
@@ -39,6 +42,8 @@ Units = Literal["nodes", "edges"]
 Selection = Literal["top", "greedy"]
 NODE_METHODS = ("exact", "atp", "ig", "atp*", "relp")
 METHODS = tuple(dict.fromkeys((*NODE_METHODS, *EDGE_METHODS, "acdc")))
+FEATURES = "features"
+"""Among ``nodes``: a circuit of features."""
 _COMPONENT = {"head": "z", "mlp": "mlp_out", "feature": "feature"}
 _MAX_ROWS = 512
 
@@ -49,7 +54,7 @@ def discover(
     *,
     nodes: str | Sequence[str] = ("head", "mlp"),
     saes: Any = None,
-    method: str = "exact",
+    method: str | None = None,
     units: Units | None = None,
     size: int | None = None,
     tau: float | None = None,
@@ -58,17 +63,20 @@ def discover(
     replacement: WriterReplacement = "other",
     memory_budget: int | str = "2 GB",
     progress: bool = False,
+    **features: Any,
 ) -> Circuit:
     """A circuit for a task: all units ranked, the best of them kept.
 
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge``.
         task: Clean and corrupted prompts and a metric.
-        nodes: Node kinds, for circuits of nodes: ``head``, ``mlp``, ``feature``.
+        nodes: Node kinds, for circuits of nodes: ``head``, ``mlp``, ``feature``. With ``features`` among
+            them a circuit of features, errors, and raw ``head`` and ``mlp`` where no dictionary is.
         saes: Dictionaries, when features are among the nodes.
-        method: How units are scored.
+        method: How units are scored; ``exact`` by default, ``ig`` (or ``atp``) for circuits of features.
         units: ``nodes`` or ``edges``; None for what the method scores, nodes for ``exact``.
-        size: How many units to keep; half of the nodes, a tenth of the edges by default.
+        size: How many units to keep; half of the nodes, a tenth of the edges, 60 nodes of a circuit of
+            features by default.
         tau: Keep the units with an absolute score of at least this instead; for ``acdc`` the bar of the
             divergence, .01 by default.
         select: ``top`` scores, or, of edges, ``greedy`` growth from the logits.
@@ -77,6 +85,8 @@ def discover(
             ``zero``, ``mean`` or ``overall_mean``.
         memory_budget: Bytes, or ``"2 GB"``, for edges.
         progress: Show a progress bar.
+        **features: For circuits of features: ``per_position``, ``errors``, ``edges``, ``level``,
+            ``labels``, ``max_rows``, as :func:`~gemmascope_plugin.circuits.discover_features` has them.
 
     Returns:
         The circuit; :func:`evaluate` checks it by ablation.
@@ -86,7 +96,29 @@ def discover(
         TaskError: A method that does not score these units, or prompts that cannot be compared.
         EmptySelectionError: ``size`` exceeds the number of units.
     """
-    kinds = check_kinds(nodes)
+    if FEATURES in ((nodes,) if isinstance(nodes, str) else nodes):
+        for option in features:
+            check_choice("option of circuits of features", option, OPTIONS)
+        _refuse_choice(units, select, replacement)
+        return discover_features(
+            model,
+            task,
+            saes=saes,
+            raw=_raw(nodes),
+            method="ig" if method is None else method,
+            size=size,
+            tau=tau,
+            steps=steps,
+            memory_budget=memory_budget,
+            progress=progress,
+            **features,
+        )
+    if features:
+        raise TaskError(
+            f"{next(iter(features))} plays no part in circuits of {nodes!r}",
+            fix='nodes="features", or without it',
+        )
+    kinds, method = check_kinds(nodes), "exact" if method is None else method
     check_choice("method", method, METHODS)
     check_choice("selection", select, get_args(Selection))
     scored = _units(method, units)
@@ -117,6 +149,38 @@ def discover(
         effects = edge_attribution(model, task, method=given, steps=steps, **options)
     graph = graph_of(effects)
     return _selected(graph, size, tau, select, graph.n_edges // 10)
+
+
+def _raw(nodes: str | Sequence[str]) -> tuple[str, ...]:
+    """The raw components beside features.
+
+    Raises:
+        UnknownNameError: Another kind.
+    """
+    kinds = () if isinstance(nodes, str) else tuple(dict.fromkeys(nodes))
+    for kind in kinds:
+        check_choice(f"node kind beside {FEATURES!r}", kind, (FEATURES, "head", "mlp"))
+    return tuple(kind for kind in kinds if kind != FEATURES)
+
+
+def _refuse_choice(units: str | None, select: str, replacement: str) -> None:
+    """Options of other circuits.
+
+    Raises:
+        TaskError: With the option.
+    """
+    unused = {
+        "units": units not in (None, "nodes"),
+        "select": select != "top",
+        "replacement": replacement != "other",
+    }
+    for option, bad in unused.items():
+        if bad:
+            raise TaskError(
+                f"{option} plays no part in circuits of features, whose nodes are ranked by "
+                "corrupting them",
+                fix=f"without {option}=",
+            )
 
 
 def graph_of(effects: EdgeEffects) -> Graph:

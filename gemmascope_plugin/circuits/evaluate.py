@@ -16,13 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float
 
 from gemmascope_plugin.circuits.ablator import Ablator, ablator
 from gemmascope_plugin.circuits.circuit import Circuit
+from gemmascope_plugin.circuits.feature_circuits.ablation import Errors
+from gemmascope_plugin.circuits.feature_circuits.graphs import is_feature_graph
 from gemmascope_plugin.circuits.graph import Graph
 from gemmascope_plugin.circuits.mib import Curve, MibScores, sizes_of
 from gemmascope_plugin.circuits.prune import prune
@@ -50,6 +52,7 @@ def evaluate(
     n_random: int = 20,
     seed: int = 0,
     replacement: WriterReplacement = "other",
+    errors: Errors | None = None,
     minimality: bool = False,
     max_rows: int = MAX_ROWS,
     memory_budget: int | str = "2 GB",
@@ -68,6 +71,9 @@ def evaluate(
         seed: Seed of the random circuits.
         replacement: What stands in for what is not kept: the ``other`` (corrupted) run, ``zero``,
             ``mean`` over its prompts per position, or ``overall_mean``.
+        errors: Of circuits of features: reconstruction errors are kept where the circuit has them
+            (``as-circuit``, the default), ``kept`` all, or all ``ablated``. Faithfulness is 0 where all
+            else is replaced, under the same rule for errors.
         minimality: Take out every kept unit alone as well.
         max_rows: Prompt copies per forward pass at most.
         memory_budget: Bytes, or ``"2 GB"``.
@@ -77,9 +83,10 @@ def evaluate(
         EmptySelectionError: A size below 0 or above the number of units.
         TaskError: The metric with everything replaced hardly differs from the full model's.
         UnknownNameError: The circuit has features and no dictionaries were given, edges that the model
-            does not have, or an unknown replacement.
+            does not have, or an unknown replacement or treatment of errors.
     """
     check_choice("replacement", replacement, WRITER_REPLACEMENTS)
+    treated = _errors(circuit, errors)
     bound = task.bind(model)
     chosen = sorted({circuit.size, *(_sizes(circuit.n_units) if sizes is None else sizes)})
     prefixes = [circuit.top(n).kept for n in chosen]
@@ -88,11 +95,19 @@ def evaluate(
     everything = torch.ones_like(circuit.kept)
     alone = _without_one(circuit.kept) if minimality else []
     masks = [*prefixes, *random, *alone, ~circuit.kept, circuit.kept, everything, ~everything]
-    limit = Limit(max_rows, memory_budget)
+    # what is in no unit is kept where everything is, and in the complement
+    rest = torch.zeros(len(masks), dtype=torch.bool)
+    rest[-4] = rest[-2] = True
     with ablator(
-        circuit.graph, model, saes, replacement=replacement, limit=limit, progress=progress
+        circuit.graph,
+        model,
+        saes,
+        replacement=replacement,
+        errors=treated,
+        limit=Limit(max_rows, memory_budget),
+        progress=progress,
     ) as run:
-        values = run(bound, torch.stack(masks))
+        values = run(bound, torch.stack(masks), rest)
         far = _divergence(run, model, task, circuit.kept)
     scale = _scale(values)
     shares = ((values.mean(1) - scale[1]) / (scale[0] - scale[1])).tolist()
@@ -119,8 +134,28 @@ def evaluate(
             "logits": bound.logits,
             "n_prompts": len(bound),
             "replacement": replacement,
+            **({"errors": treated} if is_feature_graph(circuit.graph) else {}),
         },
     )
+
+
+def _errors(circuit: Circuit, errors: str | None) -> Errors:
+    """What becomes of reconstruction errors.
+
+    Raises:
+        UnknownNameError: An unknown treatment.
+        TaskError: The circuit has no sites of dictionaries.
+    """
+    known: tuple[Errors, ...] = get_args(Errors)
+    if errors is None:
+        return known[0]
+    check_choice("treatment of errors", errors, known)
+    if not is_feature_graph(circuit.graph):
+        raise TaskError(
+            f"errors={errors!r} plays no part in {circuit!r}, where reconstruction errors are kept",
+            fix='a circuit of discover(..., nodes="features", saes=...), or without errors=',
+        )
+    return next(one for one in known if one == errors)
 
 
 def evaluate_ranking(
@@ -158,10 +193,12 @@ def evaluate_ranking(
     with ablator(
         graph, model, saes, replacement=replacement, limit=limit, progress=progress
     ) as run:
-        values = run(bound, torch.stack([*kept, everything, ~everything]))
+        rest = torch.zeros(len(kept) + 2, dtype=torch.bool)
+        rest[-2] = True
+        values = run(bound, torch.stack([*kept, everything, ~everything]), rest)
     full, empty = _scale(values)
     shares = ((values.mean(1) - empty) / (full - empty)).tolist()
-    left = [int(prune(graph, one).sum()) if graph.has_edges else int(one.sum()) for one in kept]
+    left = [int(prune(graph, one).sum()) if graph.ranks_edges else int(one.sum()) for one in kept]
     half = len(kept) // 2
     curves = [
         Curve(tuple(sizes_of(n)), tuple(left[part]), tuple(shares[: len(kept)][part]), n)
@@ -202,7 +239,7 @@ def _divergence(
     asked = task.asked
     metric = kl_divergence(position=asked.position, before_cap=asked.before_cap)
     bound = Task(task.clean, task.corrupt, metric, task.name, task.mask).bind(model)
-    return -float(run(bound, kept[None]).mean())
+    return -float(run(bound, kept[None], torch.zeros(1, dtype=torch.bool)).mean())
 
 
 def _scale(values: Float[torch.Tensor, "circuit prompt"]) -> tuple[float, float]:

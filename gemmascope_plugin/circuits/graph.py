@@ -4,8 +4,8 @@
    that writes to a port of a node that reads: queries of a head, keys or values of a key-value head.
 2. A key-value head has no output edges of its own: it *feeds* the heads of its group (``feeds``), so what
    reaches it reaches them.
-3. Scores are signed; ``metadata["sign"]`` says how to read them. A graph without edges ranks nodes, one
-   with edges ranks edges: these are its *units*.
+3. Scores are signed; ``metadata["sign"]`` says how to read them. What is ranked, edges or nodes, are its
+   *units*: edges where there are any, unless ``ranked="node"``. Then edges join nodes and are no units.
 
 Cost: indexing only, no loop over edges; 500,000 edges take a fraction of a second.
 """
@@ -19,10 +19,17 @@ from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Float, Float32, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int64, UInt8
 
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.circuits.soundness import content_fault, group_rows
+from gemmascope_plugin.circuits.tables import (
+    caption,
+    edge_frame,
+    layer_of,
+    node_frame,
+    row_of,
+)
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.figures.graph import layered_graph
 from gemmascope_plugin.patching.edges import EdgeMap
@@ -62,9 +69,16 @@ class Graph:
     edge_scores: Float32[torch.Tensor, " edge"] = _empty(torch.float32)
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Task, metric, method, sign convention; lists become tuples."""
+    ranked: Literal["edge", "node"] | None = None
+    """The unit; None for edges where there are any, else nodes."""
+    meanings: Mapping[Node, str] = field(default_factory=dict)
+    """What some of the nodes stand for, in words."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "metadata", _frozen(self.metadata))
+        object.__setattr__(self, "meanings", dict(self.meanings))
+        if self.ranked is None:
+            object.__setattr__(self, "ranked", "edge" if self.n_edges else "node")
         arrays = [self.target, self.port, self.edge_scores]
         arrays += [self.pos] if self.pos is not None else []
         assert all(len(array) == self.n_edges for array in arrays), "edge arrays differ in length"
@@ -77,6 +91,7 @@ class Graph:
             self.port,
             self.pos,
             self.edge_scores,
+            self.ranked,
         )
         assert fault is None, fault
 
@@ -150,20 +165,34 @@ class Graph:
 
     @property
     def has_edges(self) -> bool:
-        """Whether edges are ranked, not nodes."""
+        """Whether there are edges, ranked or not."""
         return self.n_edges > 0
+
+    @property
+    def ranks_edges(self) -> bool:
+        """Whether edges are ranked, not nodes."""
+        return self.ranked == "edge"
 
     @property
     def unit(self) -> Literal["edge", "node"]:
         """What is ranked."""
-        return "edge" if self.has_edges else "node"
+        return "edge" if self.ranks_edges else "node"
 
     @property
     def unit_scores(self) -> Float32[torch.Tensor, " unit"]:
-        """Score of every edge; of every node if there are no edges."""
-        scores = self.edge_scores if self.has_edges else self.node_scores
+        """Score of every edge, or of every node where nodes are ranked."""
+        scores = self.edge_scores if self.ranks_edges else self.node_scores
         assert scores is not None
         return scores
+
+    def joins(self, kept: Bool[torch.Tensor, " node"]) -> Int64[torch.Tensor, " edge"]:
+        """The edges between some nodes, the largest first.
+
+        Args:
+            kept: True for these nodes.
+        """
+        inside = (kept[self.source] & kept[self.target]).nonzero().flatten()
+        return inside[self.edge_scores[inside].abs().argsort(descending=True, stable=True)]
 
     def order(self, signed: bool = False) -> Int64[torch.Tensor, " unit"]:
         """All units, most important first; equal ones in the order of the graph.
@@ -209,56 +238,72 @@ class Graph:
         return np.array([node.label for node in self.nodes], dtype=object)
 
     def to_frame(self, units: Int64[torch.Tensor, " some"] | None = None) -> Any:
-        """A DataFrame, one row per edge, or per node if there are no edges.
+        """A DataFrame, one row per unit.
 
         Args:
             units: Which of them, in which order; all by default.
         """
-        import numpy as np
-        import pandas as pd
-
         units = torch.arange(len(self.unit_scores)) if units is None else units
-        layers = pd.array([layer_of(node) for node in self.nodes], dtype="Int64")
-        scores = self.unit_scores[units].numpy()
-        if not self.has_edges:
-            kinds = np.array([node.kind for node in self.nodes], dtype=object)
-            here = units.numpy()
-            columns = {"node": self._labels[here], "kind": kinds[here], "layer": layers[here]}
-            return pd.DataFrame({**columns, "score": scores})
-        source, target = self.source[units].numpy(), self.target[units].numpy()
-        ports = np.array(PORTS, dtype=object)[self.port[units].numpy()]
-        columns = {"source": self._labels[source], "target": self._labels[target], "port": ports}
+        if self.ranks_edges:
+            return self.edge_frame(units)
+        return node_frame(self.nodes, units, self.unit_scores[units], self.meanings)
+
+    def edge_frame(self, edges: Int64[torch.Tensor, " some"]) -> Any:
+        """A DataFrame, one row per edge.
+
+        Args:
+            edges: Which of them, in which order.
+        """
+        import numpy as np
+
+        more: dict[str, Any] = {}
+        if self.ranks_edges:
+            more["port"] = np.array(PORTS, dtype=object)[self.port[edges].numpy()]
         if self.pos is not None:
-            columns["pos"] = self.pos[units].numpy()
-        columns |= {"source_layer": layers[source], "target_layer": layers[target]}
-        return pd.DataFrame({**columns, "score": scores})
+            more["pos"] = self.pos[edges].numpy()
+        ends, scores = (self.source[edges], self.target[edges]), self.edge_scores[edges]
+        return edge_frame(self.nodes, self._labels, ends, more, scores, self.meanings)
 
     def draw(self, units: Int64[torch.Tensor, " some"], title: str) -> Any:
-        """A plotly figure of some units: edges between layers, or bars of nodes.
+        """A plotly figure of some units: edges between layers, nodes with their edges, or bars.
 
         Args:
             units: Which.
             title: Title; says so itself when only the largest are drawn.
         """
-        scores = self.unit_scores[units]
+        if self.ranks_edges:
+            return self._layers(units, title)
         if self.has_edges:
-            return layered_graph(
-                self._labels.tolist(),
-                [node.kind for node in self.nodes],
-                [layer_of(node) for node in self.nodes],
-                source=self.source[units].numpy(),
-                target=self.target[units].numpy(),
-                weights=scores.numpy(),
-                edge_labels=self.labels_of(units),
-                links=self.feeds.numpy(),
-                title=title,
-            )
+            kept = torch.zeros(len(self.nodes), dtype=torch.bool)
+            kept[units] = True
+            return self._layers(self.joins(kept), title, units)
+        scores = self.unit_scores[units]
         largest = scores.abs().argsort(descending=True, stable=True)[:MAX_BARS]
         if len(largest) < len(units):
             title += f", the {len(largest)} largest"
-        names = self._labels[units[largest].numpy()]
+        names = [caption(self.nodes[i], self.meanings) for i in units[largest].tolist()]
         x_title = f"effect on {self.metadata.get('metric')}"
-        return figures.bars(names.tolist(), scores[largest].tolist(), title=title, x_title=x_title)
+        return figures.bars(names, scores[largest].tolist(), title=title, x_title=x_title)
+
+    def _layers(
+        self,
+        edges: Int64[torch.Tensor, " some"],
+        title: str,
+        nodes: Int64[torch.Tensor, " other"] | None = None,
+    ) -> Any:
+        """Edges between layers, and nodes that are drawn whether they have edges or not."""
+        return layered_graph(
+            [caption(node, self.meanings) for node in self.nodes],
+            [row_of(node) for node in self.nodes],
+            [layer_of(node) for node in self.nodes],
+            source=self.source[edges].numpy(),
+            target=self.target[edges].numpy(),
+            weights=self.edge_scores[edges].numpy(),
+            edge_labels=self.labels_of(edges),
+            links=self.feeds.numpy(),
+            nodes=None if nodes is None else nodes.numpy(),
+            title=title,
+        )
 
     def plot(self) -> Any:
         """A plotly figure of all units; the largest of them if there are many."""
@@ -275,11 +320,6 @@ class Graph:
     def _repr_html_(self) -> str:
         table = figures.frame_html(self.to_frame(self.order()[:SHOWN]), SHOWN)
         return f"<p>{escape(repr(self))}; the largest scores:</p>{table}"
-
-
-def layer_of(node: Node) -> int | None:
-    """Layer of a node; None for the logits, which have none."""
-    return None if node.kind == "logits" else node.layer
 
 
 def _forward_order(edge_map: EdgeMap) -> tuple[Node, ...]:

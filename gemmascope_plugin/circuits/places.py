@@ -24,8 +24,8 @@ def places_in(graph: Graph, edge_map: EdgeMap) -> Places:
         GemmaScopeError: The graph is one of nodes, or its edges have positions.
         UnknownNameError: An edge does not exist in the model.
     """
-    if not graph.has_edges or graph.pos is not None:
-        has = "edges at single positions" if graph.has_edges else "nodes only"
+    if not graph.ranks_edges or graph.pos is not None:
+        has = "edges at single positions" if graph.ranks_edges else "nodes only"
         raise GemmaScopeError(
             f"{graph!r} has {has}, and no mask over edges",
             fix="a graph of edges without positions",

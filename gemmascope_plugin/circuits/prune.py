@@ -45,17 +45,18 @@ def prune(graph: Graph, kept: Bool[torch.Tensor, " edge"]) -> Bool[torch.Tensor,
 
 
 def check_edges(graph: Graph, what: str) -> None:
-    """Refuses a graph of nodes only.
+    """Refuses a graph that ranks nodes.
 
     Args:
         graph: The graph.
         what: What needs edges.
 
     Raises:
-        GemmaScopeError: It has no edges.
+        GemmaScopeError: It has no edges, or does not rank them.
     """
-    if not graph.has_edges:
-        raise GemmaScopeError(f"{what} need edges, and {graph!r} has none", fix="Graph.of_edges")
+    if not graph.ranks_edges:
+        has = "ranks nodes" if graph.has_edges else "has none"
+        raise GemmaScopeError(f"{what} need edges, and {graph!r} {has}", fix="Graph.of_edges")
 
 
 def ends(graph: Graph, kind: NodeKind) -> Bool[torch.Tensor, " node"]:

@@ -25,7 +25,7 @@ from gemmascope_plugin.errors import EmptySelectionError
 
 
 def top_n(graph: Graph, n: int, *, signed: bool = False) -> Circuit:
-    """The circuit of the ``n`` best edges, or nodes of a graph without edges.
+    """The circuit of the ``n`` best edges, or nodes of a graph that ranks nodes.
 
     Args:
         graph: The graph.

@@ -3,7 +3,7 @@
 1. There are nodes, each once. Key-value heads of a layer come with all heads of the layer, in equal
    groups.
 2. Edges lie between nodes that exist, through ports that exist, and are there once.
-3. Scores are finite; where there are no edges, the nodes have scores.
+3. Scores are finite; what is ranked is there, and nodes have scores where they are ranked.
 
 Cost: a sort of the edges.
 """
@@ -30,6 +30,7 @@ def content_fault(
     port: UInt8[torch.Tensor, " edge"],
     pos: Int64[torch.Tensor, " edge"] | None,
     edge_scores: Float32[torch.Tensor, " edge"],
+    ranked: str | None = None,
 ) -> str | None:
     """Why these arrays of right lengths are no graph; None if they are one."""
     if not nodes:
@@ -42,8 +43,13 @@ def content_fault(
     scores = [edge_scores] if node_scores is None else [edge_scores, node_scores]
     if not all(bool(each.isfinite().all()) for each in scores):
         return "a score is NaN or infinite"
+    if ranked == "edge" and len(source) == 0:
+        return "there are no edges to rank"
+    if node_scores is None and (len(source) == 0 or ranked == "node"):
+        nothing = "no" if ranked == "node" and len(source) else "neither edges nor"
+        return f"there are {nothing} scores of nodes"
     if len(source) == 0:
-        return "there are neither edges nor scores of nodes" if node_scores is None else None
+        return None
     for name, ends in (("source", source), ("target", target)):
         if int(ends.min()) < 0 or int(ends.max()) >= len(nodes):
             return f"the {name} of an edge is not among the {len(nodes)} nodes"

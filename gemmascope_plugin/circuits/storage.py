@@ -1,8 +1,11 @@
 """Keeps a circuit in a folder and reads it back, exactly.
 
-    circuit.json         format, version, hooks of the nodes, names of the ports, counts, metadata
+    circuit.json         format, version, hooks of the nodes, names of the ports, what is ranked, counts,
+                         meanings of nodes (by their place), metadata
     circuit.safetensors  node_site (place in ``sites``), node_index, kept; source, target, port,
-                         edge_scores; node_scores and pos where there are any
+                         edge_scores; node_scores, node_pos (-1 for all) and pos where there are any
+
+Version 2; version 1 had neither ranks, meanings nor positions of nodes, and is read.
 
 1. The arrays are written first, then the JSON, which holds their SHA-256: each file under a temporary
    name that is then renamed. A JSON beside the arrays of another save is found out.
@@ -26,13 +29,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from gemmascope_plugin.catalog.json_file import MAX_SIZE, read_json
-from gemmascope_plugin.circuits.graph import PORTS, Graph, layer_of
+from gemmascope_plugin.circuits.graph import PORTS, Graph
 from gemmascope_plugin.circuits.soundness import content_fault
+from gemmascope_plugin.circuits.tables import layer_of
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, MissingFileError
 from gemmascope_plugin.loading.whole_file import write_whole
 from gemmascope_plugin.patching.node import Node, NodeKind
 
-FORMAT, VERSION = "gemmascope_plugin circuit", 1
+FORMAT, VERSION = "gemmascope_plugin circuit", 2
 JSON, ARRAYS = "circuit.json", "circuit.safetensors"
 _EDGES = {
     "source": torch.int64,
@@ -44,6 +48,7 @@ _NODES = {"node_site": torch.int32, "node_index": torch.int64}
 _TYPES = {
     **_NODES,
     **_EDGES,
+    "node_pos": torch.int64,
     "node_scores": torch.float32,
     "pos": torch.int64,
     "kept": torch.bool,
@@ -78,6 +83,9 @@ def save_circuit(
     arrays |= {name: array for name, array in optional.items() if array is not None}
     arrays["node_site"] = torch.tensor([place[n.kind, n.hook] for n in graph.nodes]).int()
     arrays["node_index"] = torch.tensor([node.index for node in graph.nodes])
+    if any(node.pos is not None for node in graph.nodes):
+        at = [-1 if node.pos is None else node.pos for node in graph.nodes]
+        arrays["node_pos"] = torch.tensor(at)
     arrays["kept"] = kept
     data = save({name: array.clone().contiguous() for name, array in arrays.items()})
     content = {
@@ -87,15 +95,21 @@ def save_circuit(
         "n_edges": graph.n_edges,
         "n_kept": int(kept.sum()),
         "signed": signed,
+        "ranked": graph.ranked,
         "ports": PORTS,
         "sites": sites,
+        "meanings": {
+            str(i): graph.meanings[node]
+            for i, node in enumerate(graph.nodes)
+            if node in graph.meanings
+        },
         "metadata": graph.metadata,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     text = json.dumps(content, indent=1).encode() + b"\n"
     if len(text) > MAX_SIZE:
         raise GemmaScopeError(
-            f"The metadata of {graph!r} take {len(text)} bytes as JSON",
+            f"The metadata and meanings of {graph!r} take {len(text)} bytes as JSON",
             exists=f"room for {MAX_SIZE}",
             fix="Graph(..., metadata=) without large entries",
         )
@@ -124,10 +138,10 @@ def load_circuit(folder: str | Path) -> tuple[Graph, Bool[torch.Tensor, " unit"]
     content = read_json(folder / JSON)
     if content.get("format") != FORMAT:
         raise _bad(folder / JSON, f"its format is {content.get('format')!r}, not {FORMAT!r}")
-    if content.get("version") != VERSION:
+    if content.get("version") not in (1, VERSION):
         raise BadFileError(
             f"{str(folder / JSON)!r} is of version {content.get('version')!r}",
-            exists=f"version {VERSION}",
+            exists=f"versions 1 and {VERSION}",
             fix="a newer gemmascope_plugin",
         )
     try:
@@ -135,7 +149,7 @@ def load_circuit(folder: str | Path) -> tuple[Graph, Bool[torch.Tensor, " unit"]
         if hashlib.sha256(data).hexdigest() != content.get("sha256"):
             raise _bad(folder / ARRAYS, f"it is not the file that {JSON} was written with")
         arrays = load(data)
-        _check_arrays(arrays)
+        _check_arrays(arrays, content.get("ranked"))
         return _decoded(content, arrays)
     except (OSError, SafetensorError) as fault:
         raise _bad(folder / ARRAYS, str(fault)) from fault
@@ -164,21 +178,30 @@ def _check_plain(value: Any, where: str) -> None:
         )
 
 
-def _check_arrays(arrays: Arrays) -> None:
+def _check_arrays(arrays: Arrays, ranked: Any) -> None:
     """Names, types and lengths.
 
     Raises:
         ValueError: What is wrong.
     """
     has_edges = any(name in arrays for name in (*_EDGES, "pos"))
-    wanted = {*_NODES, "kept", *(_EDGES if has_edges else ["node_scores"])}
+    ranks_edges = has_edges if ranked is None else ranked == "edge"
+    wanted = {
+        *_NODES,
+        "kept",
+        *(_EDGES if has_edges else []),
+        *([] if ranks_edges else ["node_scores"]),
+    }
     if missing := wanted - set(arrays):
         raise ValueError(f"array {min(missing)!r} is missing")
     if unknown := set(arrays) - set(_TYPES):
         raise ValueError(f"array {min(unknown)!r} is unknown")
-    unit = "source" if has_edges else "node_index"
+    unit = "source" if ranks_edges else "node_index"
+    if unit not in arrays:
+        raise ValueError("edges are ranked, and there are none")
     for name, array in arrays.items():
-        length = len(arrays["node_index"] if name.startswith("node") else arrays["kept"])
+        of = {"k": unit, "n": "node_index"}.get(name[0], "source")
+        length = len(arrays[of])
         if array.dtype != _TYPES[name] or array.shape != (length,):
             raise ValueError(
                 f"array {name!r} is {tuple(array.shape)} of {array.dtype}, not ({length},) of "
@@ -197,6 +220,9 @@ def _decoded(
         ValueError: What is wrong; also KeyError, TypeError, IndexError.
     """
     signed, metadata = content["signed"], content["metadata"]
+    ranked = content.get("ranked")
+    if ranked not in (None, "edge", "node"):
+        raise ValueError(f"ranked is {ranked!r}, neither edge nor node")
     if not isinstance(signed, bool) or not isinstance(metadata, dict):
         raise ValueError("signed is no truth value, or metadata no object")
     if content["ports"] != list(PORTS):
@@ -208,10 +234,18 @@ def _decoded(
     for name, count in counts.items():
         if content[name] != count:
             raise ValueError(f"{name} is {content[name]!r}, but the arrays have {count}")
-    fault = content_fault(nodes, **optional, **edges)
+    meanings = _meanings(content.get("meanings", {}), nodes)
+    fault = content_fault(nodes, **optional, **edges, ranked=ranked)
     if fault is not None:
         raise ValueError(fault)
-    return Graph(nodes, **optional, **edges, metadata=metadata), kept, signed
+    graph = Graph(nodes, **optional, **edges, metadata=metadata, ranked=ranked, meanings=meanings)
+    return graph, kept, signed
+
+
+def _meanings(content: Any, nodes: tuple[Node, ...]) -> dict[Node, str]:
+    if not isinstance(content, dict) or not all(isinstance(x, str) for x in content.values()):
+        raise ValueError("meanings are no texts by node")
+    return {nodes[int(place)]: text for place, text in content.items()}
 
 
 def _nodes(sites: Any, arrays: Arrays) -> tuple[Node, ...]:
@@ -221,9 +255,12 @@ def _nodes(sites: Any, arrays: Arrays) -> tuple[Node, ...]:
     places, indices = arrays["node_site"].tolist(), arrays["node_index"].tolist()
     if min(places + indices, default=0) < 0:
         raise ValueError("a node has a negative place or index")
+    at = arrays["node_pos"].tolist() if "node_pos" in arrays else [-1] * len(places)
+    if min(at, default=-1) < -1:
+        raise ValueError("a node has a negative position")
     nodes = tuple(
-        Node(sites[place][0], sites[place][1], index)
-        for place, index in zip(places, indices, strict=True)
+        Node(sites[place][0], sites[place][1], index, None if pos < 0 else pos)
+        for place, index, pos in zip(places, indices, at, strict=True)
     )
     for node in nodes:
         layer_of(node)

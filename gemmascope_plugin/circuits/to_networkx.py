@@ -8,20 +8,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int64
 
-from gemmascope_plugin.circuits.graph import PORTS, Graph, layer_of
+from gemmascope_plugin.circuits.graph import PORTS, Graph
+from gemmascope_plugin.circuits.tables import layer_of
 from gemmascope_plugin.errors import MissingExtraError
 from gemmascope_plugin.patching.node import Node
 
 
 def to_networkx(graph: Graph, kept: Bool[torch.Tensor, " unit"]) -> Any:
-    """A ``MultiDiGraph`` of the kept edges and their ends, or of the kept nodes.
+    """A ``MultiDiGraph`` of the kept edges and their ends, or of kept nodes and edges between them.
 
-    Nodes are :class:`Node` objects with ``kind``, ``label``, ``layer`` (not the logits) and ``score``
-    (if nodes have one). Edges have ``port`` and ``score``, and ``pos`` at a position of their own. A
-    key-value head leads to the heads that it feeds by edges with port ``"feeds"`` and score 0, which are
-    no edges of the circuit but make its paths walkable.
+    Nodes are :class:`Node` objects with ``kind``, ``label``, ``layer`` (not the logits), and ``score``,
+    ``pos`` and ``meaning`` where they have one. Edges have ``port`` and ``score``, and ``pos`` at a
+    position of their own. A key-value head leads to the heads that it feeds by edges with port
+    ``"feeds"`` and score 0, which are no edges of the circuit but make its paths walkable.
 
     Args:
         graph: The graph.
@@ -37,16 +38,16 @@ def to_networkx(graph: Graph, kept: Bool[torch.Tensor, " unit"]) -> Any:
             "A circuit was asked for as a graph of networkx, which is not installed",
             fix="pip install networkx",
         ) from fault
-    there = kept.clone()
-    if graph.has_edges:
+    there, edges = kept, graph.joins(kept) if not graph.ranks_edges else kept.nonzero().flatten()
+    if graph.ranks_edges:
         there = torch.zeros(len(graph.nodes), dtype=torch.bool)
-        there[torch.cat([graph.source[kept], graph.target[kept]])] = True
+        there[torch.cat([graph.source[edges], graph.target[edges]])] = True
     result = nx.MultiDiGraph()
     result.graph.update({str(key): str(value) for key, value in graph.metadata.items()})
     for place in there.nonzero().flatten().tolist():
         result.add_node(graph.nodes[place], **_node_attributes(graph, place))
     if graph.has_edges:
-        _add_edges(result, graph, kept, there)
+        _add_edges(result, graph, edges, there)
     return result
 
 
@@ -56,6 +57,10 @@ def _node_attributes(graph: Graph, place: int) -> dict[str, Any]:
     layer = layer_of(node)
     if layer is not None:
         attributes["layer"] = layer
+    if node.pos is not None:
+        attributes["pos"] = node.pos
+    if node in graph.meanings:
+        attributes["meaning"] = graph.meanings[node]
     if graph.node_scores is not None:
         attributes["score"] = float(graph.node_scores[place])
     return attributes
@@ -64,11 +69,11 @@ def _node_attributes(graph: Graph, place: int) -> dict[str, Any]:
 def _add_edges(
     result: Any,
     graph: Graph,
-    kept: Bool[torch.Tensor, " edge"],
+    edges: Int64[torch.Tensor, " edge"],
     there: Bool[torch.Tensor, " node"],
 ) -> None:
     nodes = graph.nodes
-    for edge in kept.nonzero().flatten().tolist():
+    for edge in edges.tolist():
         source, target = nodes[int(graph.source[edge])], nodes[int(graph.target[edge])]
         attributes = {"port": PORTS[int(graph.port[edge])], "score": float(graph.edge_scores[edge])}
         if graph.pos is not None:

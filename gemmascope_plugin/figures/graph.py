@@ -1,6 +1,7 @@
 """A graph in layers: nodes in rows from the bottom up, edges as curves between them.
 
-1. Only the edges with the largest absolute weights are drawn, and the nodes that they touch.
+1. Only the edges with the largest absolute weights are drawn, and the nodes that they touch or that are
+   asked for.
 2. A row for the key-value heads of a layer, above it its heads, above them its MLP, so that edges go up;
    nodes without a layer stand on top of all. Rows without nodes are left out.
 3. Width of an edge: its absolute weight, in a few steps, each step and sign one trace of plotly. Curves
@@ -35,7 +36,11 @@ MAX_EDGES = 300
 """Edges that are drawn at most."""
 MAX_LABELS = 20
 """Nodes of one row that are labelled; more are named when pointed at."""
-LIFT = {"kv": 0.0, "head": 0.3, "mlp": 0.6, "feature": 0.6}
+LIFT = {
+    **{"kv": 0.0, "head": 0.3, "attention feature": 0.3, "attention error": 0.35},
+    **{"mlp": 0.6, "MLP feature": 0.6, "MLP error": 0.65},
+    **{"feature": 0.6, "residual feature": 0.8, "residual error": 0.85},
+}
 """Order of the rows of a layer by kind."""
 WIDTHS = (1.0, 2.0, 3.2, 4.6)
 _T = np.linspace(0, 1, 13)
@@ -56,6 +61,7 @@ def layered_graph(
     weights: Float[np.ndarray, " edge"],
     edge_labels: Sequence[str] | Shaped[np.ndarray, " edge"],
     links: Int[np.ndarray, "link two"] | None = None,
+    nodes: Int[np.ndarray, " some"] | None = None,
     title: str = "",
     max_edges: int = MAX_EDGES,
 ) -> Figure:
@@ -70,6 +76,7 @@ def layered_graph(
         weights: Its signed weight.
         edge_labels: Its name.
         links: Pairs of nodes that belong together, joined by a dotted line where both are drawn.
+        nodes: Nodes that are drawn whether edges touch them or not.
         title: Title of the figure; says so itself when edges are left out.
         max_edges: Draw only so many edges, the largest.
 
@@ -91,7 +98,7 @@ def layered_graph(
     # Small ones first, so that large ones lie on top.
     chosen = chosen[::-1]
     ends, sizes = np.stack([source[chosen], target[chosen]], 1), weights[chosen]
-    drawn = np.unique(ends)
+    drawn = np.unique(ends if nodes is None else np.concatenate([ends.ravel(), nodes]))
     heights = _heights(kinds, layers)
     places = _places(heights, drawn)
     figure = go.Figure()

@@ -64,14 +64,21 @@ class Restart:
         self, stream: Float[torch.Tensor, "row pos d_model"], *, start_at_layer: int
     ) -> Float[torch.Tensor, "row asked d_vocab"]:
         """The logits of a stream before ``start_at_layer``."""
-        copies = len(stream) // self._n_prompts
-        blocks = zip(self._model.blocks, self._given, strict=True)
-        for block, given in list(blocks)[start_at_layer:]:
-            out = block(stream, **{name: self._repeat(x, copies) for name, x in given.items()})
-            stream = out[0] if isinstance(out, tuple) else out
+        stream = self.blocks(stream, start_at_layer, n_layers(self._model))
         logits = self._model.unembed(self._model.ln_final(stream))
         cap = getattr(self._model.cfg, "output_logits_soft_cap", None)
         return cap * torch.tanh(logits / cap) if cap is not None and cap > 0 else logits
+
+    def blocks(
+        self, stream: Float[torch.Tensor, "row pos d_model"], start: int, stop: int
+    ) -> Float[torch.Tensor, "row pos d_model"]:
+        """The stream before ``stop``, of one before ``start``: the layers between them, and no more."""
+        copies = len(stream) // self._n_prompts
+        blocks = zip(self._model.blocks, self._given, strict=True)
+        for block, given in list(blocks)[start:stop]:
+            out = block(stream, **{name: self._repeat(x, copies) for name, x in given.items()})
+            stream = out[0] if isinstance(out, tuple) else out
+        return stream
 
     def _repeat(self, given: Any, copies: int) -> Any:
         """One row per row of the stream; what is the same for all prompts stays one row."""

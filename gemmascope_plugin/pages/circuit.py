@@ -121,7 +121,7 @@ def ranked(circuit: Circuit, n: int | None = None) -> Any:
 def _key_figures(circuit: Circuit, scores: Scores | None) -> list[tuple[str, str]]:
     unit = circuit.graph.unit
     kept = f"{unit}s kept of {circuit.n_units} ({circuit.share:.2%})"
-    if circuit.graph.has_edges:
+    if circuit.graph.ranks_edges:
         kept += f", {len(circuit.nodes)} nodes of {len(circuit.graph.nodes)} touched"
     pairs = [(str(circuit.size), kept)]
     if scores is None:
@@ -183,6 +183,9 @@ def _picture(circuit: Circuit) -> Section:
             "Kept edges, from the embedding at the bottom to the logits on top; the wider, the larger "
             "the score. Dotted: a key-value head and the heads that share it. Point at an edge or a node "
             "for its name."
+            if circuit.graph.ranks_edges
+            else "Kept nodes, early layers at the bottom, and the edges between them; the wider, the "
+            "larger the score. Point at an edge or a node for its name."
         )
         return Section(title, lead, (_spread(figure),))
     return Section(title, "Kept nodes and their scores.", (figure,))

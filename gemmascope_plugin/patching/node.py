@@ -8,26 +8,29 @@ head     one attention head's output                     ``blocks.L.attn.hook_z`
 kv       one key-value head, shared by a group of heads  ``blocks.L.attn.hook_k``
 mlp      an MLP                                          ``blocks.L.hook_mlp_out``
 feature  one feature of a spliced dictionary             ``<site>.hook_sae_acts_post``
+error    what a dictionary's features leave at its site  ``<site>.hook_sae_error``
 logits   the end of the residual stream                  ``unembed.hook_in``
 ======== =============================================== ==========================================
+
+A node stands for all positions, or for one: ``pos``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from gemmascope_plugin.errors import EmptySelectionError, check_choice
 from gemmascope_plugin.patching.effects import FeatureId
 
-NodeKind = Literal["embed", "head", "kv", "mlp", "feature", "logits"]
+NodeKind = Literal["embed", "head", "kv", "mlp", "feature", "error", "logits"]
 NODE_KINDS: tuple[NodeKind, ...] = ("head", "mlp", "feature")
 """Kinds that ``discover`` ranks."""
 Port = Literal["", "q", "k", "v"]
 """Through which input a node reads: queries of a head, keys and values of a key-value head; empty for
 nodes with one input."""
-_FEATURES = ".hook_sae_acts_post"
+_FEATURES, _ERROR = ".hook_sae_acts_post", ".hook_sae_error"
 
 
 @dataclass(frozen=True, order=True)
@@ -39,6 +42,8 @@ class Node:
     """Hook of the activation."""
     index: int = 0
     """Head, key-value head or feature; 0 for the others."""
+    pos: int | None = None
+    """Position; None for all of them."""
 
     @property
     def layer(self) -> int:
@@ -54,15 +59,26 @@ class Node:
 
     @property
     def label(self) -> str:
-        """``L1H3``, ``L1KV0``, ``MLP2``, ``embed``, ``logits`` or ``blocks.2.hook_resid_post/17``."""
+        """``L1H3``, ``L1KV0``, ``MLP2``, ``embed``, ``logits``, ``blocks.2.hook_resid_post/17`` or
+        ``.../error``; with ``@4`` at a position of its own.
+        """
+        return self._name if self.pos is None else f"{self._name}@{self.pos}"
+
+    @property
+    def site(self) -> str:
+        """Output hook of the dictionary, of features and errors; the hook itself of the others."""
+        return self.hook.removesuffix(_FEATURES).removesuffix(_ERROR)
+
+    @property
+    def _name(self) -> str:
         if self.kind == "head":
             return f"L{self.layer}H{self.index}"
         if self.kind == "kv":
             return f"L{self.layer}KV{self.index}"
         if self.kind == "mlp":
             return f"MLP{self.layer}"
-        if self.kind == "feature":
-            return f"{self.hook.removesuffix(_FEATURES)}/{self.index}"
+        if self.kind in ("feature", "error"):
+            return f"{self.site}/{self.index if self.kind == 'feature' else 'error'}"
         return self.kind
 
     @classmethod
@@ -94,6 +110,19 @@ class Node:
     def of_feature(cls, feature: FeatureId) -> Node:
         """A feature of a spliced dictionary."""
         return cls("feature", f"{feature.site}{_FEATURES}", feature.feature)
+
+    @classmethod
+    def error(cls, site: str) -> Node:
+        """What a dictionary's features leave at its site.
+
+        Args:
+            site: Output hook of the dictionary.
+        """
+        return cls("error", f"{site}{_ERROR}")
+
+    def at(self, pos: int | None) -> Node:
+        """The same at one position, or at all."""
+        return replace(self, pos=pos)
 
 
 class Reader(NamedTuple):

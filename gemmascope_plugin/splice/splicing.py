@@ -95,7 +95,7 @@ def splice(
         by_site = assign(hooked, [edits] if isinstance(edits, Edit) else list(edits))
         points = model.hook_dict
         for site in sites:
-            _check_site(model, site, points)
+            check_site(model, site, points)
         watch = PassWatch(model)
         watch.attach()
         stack.callback(watch.detach)
@@ -151,7 +151,19 @@ def _name_apart(stack: ExitStack, sites: Sequence[HookedSite]) -> None:
         counts[site.hook_out] += 1
 
 
-def _check_site(model: HookedModel, site: HookedSite, points: Mapping[str, Any]) -> None:
+def check_site(model: HookedModel, site: HookedSite, points: Mapping[str, Any]) -> None:
+    """Refuses a dictionary that does not fit the model.
+
+    Args:
+        model: The model.
+        site: Where the dictionary reads and writes.
+        points: ``model.hook_dict``.
+
+    Raises:
+        MissingHookError: The model lacks a hook, or its norms were folded and the site reads one with its
+            gain.
+        WidthMismatchError: A tensor of another width.
+    """
     special_ids(model, site.exclude)
     hook_point(model, site.hook_out, points)
     reading(model, site.hook_in, points)

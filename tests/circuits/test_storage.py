@@ -113,10 +113,10 @@ def test_a_missing_file(folder: Path, name: str) -> None:
 
 
 def test_another_format_or_version(folder: Path) -> None:
-    rewrite(folder, version=2)
-    with pytest.raises(BadFileError, match="is of version 2. There is: version 1.*newer"):
+    rewrite(folder, version=3)
+    with pytest.raises(BadFileError, match="is of version 3. There is: versions 1 and 2.*newer"):
         Circuit.load(folder)
-    rewrite(folder, format="else")
+    rewrite(folder, version=2, format="else")
     with pytest.raises(BadFileError, match="its format is 'else', not 'gemmascope_plugin circuit'"):
         Circuit.load(folder)
 
