@@ -77,6 +77,10 @@ class Layout:
         """The errors of a site, one per token that is not special."""
         return slice(self.features(site).stop, self.starts[site + 1])
 
+    def n_below(self, after: int) -> int:
+        """Nodes that come before a time, the first ones."""
+        return self.starts[sum(one.site.time < after for one in self.activities)]
+
     @cached_property
     def n_features(self) -> int:
         """Active features of all sites."""

@@ -31,6 +31,8 @@ from gemmascope_plugin.attribution.adjoint.frozen_pass import FrozenPass
 from gemmascope_plugin.attribution.adjoint.layout import Layout
 from gemmascope_plugin.attribution.adjoint.site import PER_LAYER, Activity
 from gemmascope_plugin.attribution.adjoint.written import Written
+from gemmascope_plugin.catalog.sites import human_size
+from gemmascope_plugin.errors import GemmaScopeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +46,8 @@ class Entry:
 
     after: int
     positions: Int64[torch.Tensor, " target"]
-    vectors: Float[torch.Tensor, "target width"]
+    vectors: Float[torch.Tensor, "*pos target width"]
+    """At each target's token; or ``[pos, target, width]`` up to it, which the sweep then writes into."""
     own: Float[torch.Tensor, " target"]
     """What each target has of its own."""
     n_below: int
@@ -73,6 +76,26 @@ class Sweep:
         per_token = 2 * anatomy.d_model + 2 * heads + anatomy.n_kv * anatomy.d_head
         rows = max((w.n_rows for w in self._written), default=0)
         return (n_pos * per_token + 2 * n_below + rows) * self.record.embed.element_size()
+
+    def fitting(self, n_pos: int, n_below: int, budget: int) -> int:
+        """Targets that a sweep may take at once.
+
+        Args:
+            n_pos: Tokens up to the last of them.
+            n_below: Nodes that can reach them.
+            budget: Bytes, a quarter of what was asked for.
+
+        Raises:
+            GemmaScopeError: Not even one target fits.
+        """
+        each = self.bytes_per_target(n_pos, n_below)
+        if budget < each:
+            raise GemmaScopeError(
+                f"One target of {n_pos} tokens takes {human_size(each)}, the memory budget is "
+                f"{human_size(4 * budget)}",
+                fix=f"memory_budget={8 * each:_} or more",
+            )
+        return budget // each
 
     @torch.no_grad()
     def __call__(self, entry: Entry) -> Float[torch.Tensor, "node target"]:
@@ -104,7 +127,7 @@ class Sweep:
             self._read(index, state, effects)
             state = self._skipped(self.layout.activities[index], state)
         if after == z:  # features of an attention SAE read z itself
-            return through_values(self.record.attention(layer), self._unscaled(layer, state), None)
+            return self._through(layer, self._unscaled(layer, state), None)
         return self._attention(layer, state, effects)
 
     def _attention(self, layer: int, stream: Cotangent, effects: torch.Tensor) -> Cotangent:
@@ -124,7 +147,11 @@ class Sweep:
         if attention.bias_V is not None:
             sums = stream.sums(attention.bias_V, attention.post * through)
             effects[self.layout.attention_bias(layer)] += sums
-        return through_values(attention, heads, stream)
+        return self._through(layer, heads, stream)
+
+    def _through(self, layer: int, heads: Cotangent, stream: Cotangent | None) -> Cotangent:
+        """To earlier tokens; see :func:`through_values`."""
+        return through_values(self.record.attention(layer), heads, stream)
 
     def _unscaled(self, layer: int, heads: Cotangent) -> Cotangent:
         """Gradients at ``z`` itself, as the pattern with the post-norm's scale in it takes them."""

@@ -25,8 +25,7 @@ from gemmascope_plugin.attribution.adjoint.layout import Layout
 from gemmascope_plugin.attribution.adjoint.site import PER_LAYER, Site, activities, site_of
 from gemmascope_plugin.attribution.adjoint.sweep import Entry, Sweep
 from gemmascope_plugin.attribution.adjoint.targets import Seed
-from gemmascope_plugin.catalog.sites import human_size
-from gemmascope_plugin.errors import EmptySelectionError, GemmaScopeError, ModelError
+from gemmascope_plugin.errors import EmptySelectionError, ModelError
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import reading
 from gemmascope_plugin.models.tokens import special_ids
@@ -145,6 +144,22 @@ class Tracer:
         positions = own.acts.rows[entries]
         return Entry(own.site.time, positions, vectors, constant, start)
 
+    def seed_entry(self, after: int, seeds: Sequence[Seed]) -> Entry:
+        """Targets that are no features.
+
+        Args:
+            after: When they enter.
+            seeds: By token, ascending.
+        """
+        dtype = self.record.dtype
+        return Entry(
+            after,
+            torch.tensor([seed.position for seed in seeds]),
+            torch.stack([seed.vector for seed in seeds]).to(dtype),
+            torch.tensor([seed.own for seed in seeds], dtype=dtype),
+            self.layout.n_below(after),
+        )
+
     def _targets(self) -> list[int]:
         return [
             i for i, a in enumerate(self.layout.activities) if a.site.is_target and a.n_features
@@ -161,14 +176,7 @@ class Tracer:
             GemmaScopeError: Not even one target fits.
         """
         n_pos = int(entry.positions.max()) + 1
-        each = self.sweep.bytes_per_target(n_pos, entry.n_below)
-        size = min(MAX_TARGETS, self.budget // each)
-        if size < 1:
-            raise GemmaScopeError(
-                f"One target of {n_pos} tokens takes {human_size(each)}, the memory budget is "
-                f"{human_size(4 * self.budget)}",
-                fix=f"memory_budget={8 * each:_} or more",
-            )
+        size = min(MAX_TARGETS, self.sweep.fitting(n_pos, entry.n_below, self.budget))
         parts = -(-len(entry.positions) // size)
         for index in torch.arange(len(entry.positions)).tensor_split(parts):
             yield Entry(
@@ -214,7 +222,7 @@ class _Rows:
         for after in sorted({seed.after for seed in seeds}):
             own = [i for i, seed in enumerate(seeds) if seed.after == after]
             own.sort(key=lambda i: seeds[i].position)
-            entry = self._entry(after, [seeds[i] for i in own])
+            entry = self._tracer.seed_entry(after, [seeds[i] for i in own])
             self._sweep(entry, np.array(own) + first)
 
     def add(self, nodes: np.ndarray) -> None:
@@ -228,18 +236,6 @@ class _Rows:
     def adjacency(self) -> Adjacency:
         """What is known."""
         return stacked(self._parts, self._nodes)
-
-    def _entry(self, after: int, seeds: Sequence[Seed]) -> Entry:
-        layout = self._tracer.layout
-        below = [i for i, a in enumerate(layout.activities) if a.site.time < after]
-        dtype = self._tracer.record.dtype
-        return Entry(
-            after,
-            torch.tensor([seed.position for seed in seeds]),
-            torch.stack([seed.vector for seed in seeds]).to(dtype),
-            torch.tensor([seed.own for seed in seeds], dtype=dtype),
-            layout.starts[len(below)],
-        )
 
     def _sweep(self, entry: Entry, nodes: np.ndarray) -> None:
         done = 0
