@@ -94,7 +94,7 @@ def trace(
     if targets is None:
         seeds, features = readout.top(max_n_logits, desired_logit_prob, -1), {}
     else:
-        seeds, features = _chosen(tracer, readout, targets)
+        seeds, features = chosen(tracer, readout, targets)
     weights = _weights(tracer, seeds, features)
     edges = tracer.rows(seeds, sorted(features), weights, max_feature_nodes, progress)
     nodes = node_table(tracer, seeds, weights)
@@ -113,10 +113,15 @@ def trace(
     return AttributionGraph(nodes, edges, tuple(words), details)
 
 
-def _chosen(
+def chosen(
     tracer: Tracer, readout: Readout, targets: Sequence[Target] | Target
 ) -> tuple[list[Seed], dict[int, FeatureTarget]]:
     """Targets by kind: seeds, and nodes of features.
+
+    Args:
+        tracer: The prompt's.
+        readout: Of its logits.
+        targets: What is asked for.
 
     Raises:
         TaskError: None, or one twice.
