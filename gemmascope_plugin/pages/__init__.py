@@ -12,6 +12,7 @@ from gemmascope_plugin.pages.sections import (
     site_name,
     steering_html,
 )
+from gemmascope_plugin.pages.trace import trace_html, write_trace
 
 __all__ = [
     "Columns",
@@ -27,7 +28,9 @@ __all__ = [
     "prepare",
     "site_name",
     "steering_html",
+    "trace_html",
     "write_circuit",
     "write_effects",
     "write_page",
+    "write_trace",
 ]

@@ -137,11 +137,10 @@ class AttributionGraph:
                 fix="node_threshold=0.9, edge_threshold=0.99",
             )
         nodes = self.nodes.assign(influence=masks.shares)[masks.nodes].reset_index(drop=True)
-        details = {
-            **self.metadata,
-            "node_threshold": node_threshold,
-            "edge_threshold": edge_threshold,
-        }
+        sizes = {"n_nodes": int((~self.where("bias")).sum()), "n_edges": self._counted.n_edges}
+        thresholds = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
+        # pruned twice, it still says where it comes from
+        details = {"whole": {**sizes, **self.scores._asdict()}, **self.metadata, **thresholds}
         return replace(
             self, nodes=nodes, edges=masks.edges.compacted(masks.nodes), metadata=details
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 
@@ -54,7 +55,7 @@ def top_tokens(
                 f"The graph has features of {label}, and no dictionary for it was given",
                 exists=", ".join(by_label),
             )
-        features = torch.from_numpy(own["index"].unique())
+        features = torch.from_numpy(np.unique(own["index"].to_numpy()))
         directions = written(Anatomy(model), by_label[label], sites, features)
         words = dict(zip(features.tolist(), top_words(model, directions, k), strict=True))
         found |= {name: words[i] for name, i in zip(own["id"], own["index"], strict=True)}

@@ -1,0 +1,206 @@
+// Draws on one canvas: bands of layers, edges, nodes, and labels where there is room for them.
+const canvas = document.getElementById("canvas"), ctx = canvas.getContext("2d");
+const RINGS = ["--ring0", "--ring1", "--ring2", "--ring3", "--ring4"];
+let colours = {};
+
+function readColours() {
+  const style = getComputedStyle(document.documentElement);
+  const names = ["ink", "muted", "line", "band", "card", "accent", "positive", "negative", "token", "error", "target"];
+  for (const name of [...names, "mlp", "att", "res"]) colours[name] = style.getPropertyValue(`--${name}`).trim();
+  colours.rings = RINGS.map((name) => style.getPropertyValue(name).trim());
+  colours.font = getComputedStyle(document.body).fontFamily;
+}
+
+function resize() {
+  const box = canvas.parentElement.getBoundingClientRect(), ratio = window.devicePixelRatio || 1;
+  [view.width, view.height] = [box.width, box.height];
+  [canvas.width, canvas.height] = [Math.round(box.width * ratio), Math.round(box.height * ratio)];
+}
+
+let waiting = false;
+function redraw() {
+  if (waiting) return;
+  waiting = true;
+  requestAnimationFrame(() => {
+    waiting = false;
+    draw();
+  });
+}
+
+function draw() {
+  const ratio = window.devicePixelRatio || 1;
+  ctx.setTransform(ratio, 0, 0, ratio, 0, 0);
+  ctx.fillStyle = colours.card;
+  ctx.fillRect(0, 0, view.width, view.height);
+  drawBands();
+  const shown = shownLinks(), units = visibleUnits();
+  const near = state.selected < 0 ? null : new Set([state.selected, ...shown.flatMap((l) => [l.source, l.target])]);
+  drawLinks(shown);
+  for (const unit of units) drawUnit(unit, near && !near.has(unit));
+  drawTokens();
+  drawLabels(units, near);
+  document.documentElement.dataset.drawn = `${units.length} nodes, ${shown.length} edges`;
+}
+
+function drawBands() {
+  layout.rows.forEach((row, i) => {
+    const [, top] = toScreen([0, layout.height - row.end - layout.gapY / 2]);
+    const height = (row.end - row.start + layout.gapY) * view.scale;
+    if (i % 2) {
+      ctx.fillStyle = colours.band;
+      ctx.fillRect(0, top, view.width, height);
+    }
+    ctx.font = `12px ${colours.font}`;
+    ctx.fillStyle = colours.muted;
+    ctx.textAlign = "left";
+    ctx.textBaseline = "middle";
+    const name = i === 0 ? "tokens" : i === data.n_layers + 1 ? "targets" : `layer ${i - 1}`;
+    if (height > 12) ctx.fillText(name, 8, top + height / 2);
+  });
+}
+
+function drawLinks(shown) {
+  const largest = shown.reduce((most, link) => Math.max(most, Math.abs(link.weight)), 1e-12);
+  ctx.lineCap = "round";
+  // small ones first, so that large ones lie on top
+  for (const link of [...shown].sort((a, b) => Math.abs(a.weight) - Math.abs(b.weight))) {
+    const size = Math.sqrt(Math.abs(link.weight) / largest);
+    const [x0, y0] = toScreen(positionOf(link.source)), [x1, y1] = toScreen(positionOf(link.target));
+    const lift = 0.45 * (y1 - y0);
+    ctx.globalAlpha = 0.15 + 0.6 * size;
+    ctx.strokeStyle = link.weight < 0 ? colours.negative : colours.positive;
+    ctx.lineWidth = 0.6 + 4.5 * size;
+    // signs differ not in colour alone
+    ctx.setLineDash(link.weight < 0 ? [6, 5] : []);
+    ctx.beginPath();
+    ctx.moveTo(x0, y0);
+    ctx.bezierCurveTo(x0, y0 + lift, x1, y1 - lift, x1, y1);
+    ctx.stroke();
+  }
+  ctx.setLineDash([]);
+  ctx.globalAlpha = 1;
+}
+
+const radiusOf = (unit) => {
+  const base = isGroup(unit) ? 11 : nodes.kind[unit] === FEATURE || nodes.kind[unit] === ERROR ? 4.5 + 4.5 * Math.sqrt(weightOf(unit)) : 6.5;
+  return base * Math.min(1.5, Math.max(0.35, view.scale));
+};
+
+function colourOf(unit) {
+  if (isGroup(unit)) return colours.rings[(unit - N) % colours.rings.length];
+  const kind = nodes.kind[unit];
+  if (kind === FEATURE) return colours[data.sites[nodes.site[unit]].kind];
+  return [colours.token, "", colours.error, colours.target][kind];
+}
+
+function outline(unit, x, y, r) {
+  const kind = isGroup(unit) ? "group" : nodes.kind[unit];
+  ctx.beginPath();
+  if (kind === FEATURE) ctx.arc(x, y, r, 0, 7);
+  else if (kind === ERROR) {
+    ctx.moveTo(x, y - 1.25 * r);
+    ctx.lineTo(x + 1.25 * r, y);
+    ctx.lineTo(x, y + 1.25 * r);
+    ctx.lineTo(x - 1.25 * r, y);
+    ctx.closePath();
+  } else if (kind === "group") ctx.roundRect(x - 1.3 * r, y - r, 2.6 * r, 2 * r, 0.5 * r);
+  else ctx.rect(x - r, y - r, 2 * r, 2 * r);
+}
+
+function drawUnit(unit, faded) {
+  const [x, y] = toScreen(positionOf(unit)), r = radiusOf(unit);
+  if (x < -r || y < -r || x > view.width + r || y > view.height + r) return;
+  ctx.globalAlpha = faded ? 0.22 : 1;
+  outline(unit, x, y, r);
+  ctx.fillStyle = colourOf(unit);
+  ctx.fill();
+  ctx.lineWidth = 1.5;
+  ctx.strokeStyle = colours.card;
+  ctx.stroke();
+  ctx.globalAlpha = 1;
+  const group = isGroup(unit) ? -1 : membership(unit);
+  if (group >= 0) ring(unit, x, y, r + 2.5, colours.rings[group % colours.rings.length], []);
+  if (state.found.has(unit)) ring(unit, x, y, r + 4, colours.accent, [2, 3]);
+  if (state.marked.has(unit)) ring(unit, x, y, r + 4, colours.ink, [4, 3]);
+  if (unit === state.selected) ring(unit, x, y, r + 3, colours.ink, []);
+  else if (unit === state.hovered) ring(unit, x, y, r + 3, colours.muted, []);
+}
+
+function ring(unit, x, y, r, colour, dash) {
+  outline(unit, x, y, r);
+  ctx.setLineDash(dash);
+  ctx.lineWidth = 2;
+  ctx.strokeStyle = colour;
+  ctx.stroke();
+  ctx.setLineDash([]);
+}
+
+// Words below their squares; aslant where columns are too narrow for them.
+function drawTokens() {
+  ctx.font = `13px ${colours.font}`;
+  ctx.fillStyle = colours.ink;
+  const narrow = isSlanted();
+  const [, y] = toScreen([0, layout.height - layout.rows[0].middle]);
+  tokens.forEach((token, pos) => {
+    const [x] = toScreen([layout.columns[pos].middle, 0]);
+    ctx.save();
+    ctx.translate(x, y + 10 * Math.min(1.5, Math.max(0.5, view.scale)));
+    ctx.textBaseline = "top";
+    ctx.textAlign = narrow ? "right" : "center";
+    if (narrow) ctx.rotate(-0.7);
+    ctx.fillText(cut(token, 16), 0, 2);
+    ctx.restore();
+  });
+}
+
+// The most important units first; each label at the first of four places where it covers nothing.
+function drawLabels(units, near) {
+  ctx.font = `12px ${colours.font}`;
+  ctx.textBaseline = "middle";
+  ctx.textAlign = "left";
+  const taken = new Grid();
+  for (const unit of units) {
+    const [x, y] = toScreen(positionOf(unit)), r = radiusOf(unit);
+    taken.add(x - r, y - r, 2 * r, 2 * r);
+  }
+  const first = (unit) => (unit === state.selected || unit === state.hovered ? 4 : isGroup(unit) ? 3 : nodes.kind[unit] === TARGET ? 2 : weightOf(unit));
+  const wanted = units.filter((unit) => isGroup(unit) || nodes.kind[unit] !== TOKEN);
+  const listed = near ? wanted.filter((unit) => near.has(unit)) : wanted;
+  listed.sort((a, b) => first(b) - first(a));
+  for (const unit of listed.slice(0, 150)) {
+    const text = cut(labelOf(unit), 26), width = ctx.measureText(text).width;
+    const [x, y] = toScreen(positionOf(unit)), r = radiusOf(unit) + (unit === state.selected ? 8 : 4);
+    if (x < 0 || y < 0 || x > view.width || y > view.height) continue;
+    const places = [[x + r, y - 7], [x - r - width, y - 7], [x - width / 2, y - r - 13], [x - width / 2, y + r]];
+    const open = places.find(([left, top]) => left > 60 && left + width < view.width && taken.free(left - 4, top, width + 8, 14));
+    // what is selected is always named
+    const free = open || (unit === state.selected ? places[2] : null);
+    if (!free) continue;
+    taken.add(free[0], free[1], width, 14);
+    ctx.lineWidth = 3;
+    ctx.lineJoin = "round";
+    ctx.strokeStyle = colours.card;
+    ctx.strokeText(text, free[0], free[1] + 7);
+    ctx.fillStyle = colours.ink;
+    ctx.fillText(text, free[0], free[1] + 7);
+  }
+}
+
+// Boxes by squares of 64 pixels, so that asking whether one is free looks at few others.
+class Grid {
+  constructor() {
+    this.cells = new Map();
+  }
+  *keys(x, y, w, h) {
+    for (let i = Math.floor(x / 64); i <= Math.floor((x + w) / 64); i++)
+      for (let j = Math.floor(y / 64); j <= Math.floor((y + h) / 64); j++) yield 4096 * i + j;
+  }
+  add(x, y, w, h) {
+    for (const key of this.keys(x, y, w, h)) append(this.cells, key, [x, y, w, h]);
+  }
+  free(x, y, w, h) {
+    for (const key of this.keys(x, y, w, h))
+      for (const [a, b, c, d] of this.cells.get(key) || []) if (x < a + c && a < x + w && y < b + d && b < y + h) return false;
+    return true;
+  }
+}
