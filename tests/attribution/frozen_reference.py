@@ -6,7 +6,7 @@ scales are constants.  The effect of a source is its write times the gradient at
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,22 @@ from gemmascope_plugin.models.sites import reading
 
 
 class FrozenModel:
-    """One differentiable pass in which only what dictionaries and tokens write can move."""
+    """One differentiable pass in which only what dictionaries and tokens write can move.
 
-    def __init__(self, model: Any, tracer: Tracer) -> None:
+    Args:
+        model: The model.
+        tracer: The prompt's.
+        before: Further hooks, which run before those that make leaves.
+    """
+
+    def __init__(
+        self, model: Any, tracer: Tracer, before: Sequence[tuple[str, Callable[..., Any]]] = ()
+    ) -> None:
         self.tracer = tracer
         self.leaves: dict[str, torch.Tensor] = {}
         self.seen: dict[str, torch.Tensor] = {}
         self.attention: dict[int, torch.Tensor] = {}
-        hooks: list[tuple[str, Callable[..., Any]]] = [("hook_embed", self._leaf("hook_embed"))]
+        hooks = [*before, ("hook_embed", self._leaf("hook_embed"))]
         for layer in range(model.cfg.n_layers):
             block = f"blocks.{layer}"
             hooks.append((f"{block}.attn.hook_pattern", lambda x, hook: x.detach()))

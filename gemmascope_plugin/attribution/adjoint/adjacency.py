@@ -110,7 +110,7 @@ class Adjacency:
         found = np.zeros(self.n_nodes)
         for start, stop in reversed(self.levels):
             own = self.nodes[start:stop]
-            found += (found[own] + weights[own]) @ self._rows(start, stop)
+            found += (found[own] + weights[own]) @ self.run(start, stop)
         return found
 
     @cached_property
@@ -128,7 +128,8 @@ class Adjacency:
                 start = row
         return [*runs, (start, len(self.nodes))] if len(self.nodes) else []
 
-    def _rows(self, start: int, stop: int) -> Any:
+    def run(self, start: int, stop: int) -> Any:
+        """Some rows that follow one another, without copying them."""
         matrix = self.matrix
         own = slice(matrix.indptr[start], matrix.indptr[stop])
         ends = matrix.indptr[start : stop + 1] - matrix.indptr[start]

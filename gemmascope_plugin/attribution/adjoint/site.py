@@ -80,6 +80,11 @@ class Site:
         return self.kind != "mlp"
 
     @property
+    def cuts(self) -> bool:
+        """Whether what it writes takes the place of all below, at the tokens that it works on."""
+        return self.kind in ("attention", "resid")
+
+    @property
     def skip(self) -> Float[torch.Tensor, "d_out d_in"] | None:
         """The affine skip."""
         weights = self.weights
@@ -106,6 +111,15 @@ class Activity:
         """Active features, all tokens together."""
         return len(self.acts.indices)
 
+    def encoders(self, entries: Int[torch.Tensor, " some"]) -> Float[torch.Tensor, "some d_in"]:
+        """Encoder columns of active features.
+
+        Args:
+            entries: Which of the active features.
+        """
+        features = self.acts.indices[entries]
+        return self.site.weights.W_enc.detach()[:, features].T.to(self.rest.dtype)
+
     def readers(
         self, entries: Int[torch.Tensor, " some"]
     ) -> tuple[Float[torch.Tensor, "some d_in"], Float[torch.Tensor, " some"]]:
@@ -115,9 +129,8 @@ class Activity:
             entries: Which of the active features.
         """
         weights: Any = self.site.weights
-        features = self.acts.indices[entries]
-        columns = weights.W_enc.detach()[:, features].T.to(self.rest.dtype)
-        own = weights.b_enc.detach()[features].to(columns)
+        columns = self.encoders(entries)
+        own = weights.b_enc.detach()[self.acts.indices[entries]].to(columns)
         if getattr(weights, "subtract_b_dec", False):
             own = own - columns @ weights.b_dec.detach().to(columns)
         if self.read_gain is not None:
@@ -205,8 +218,7 @@ def _activity(
     bias = site.weights.bias(x.to(site.weights.W_enc.dtype)).detach().to(dtype)
     b_dec = bias if bias.ndim == 1 else _constant(site, dtype)
     # an MLP is a source where its dictionary has no features; other tensors flow on there
-    is_mlp = site.time % PER_LAYER == STAGES["mlp"]
-    passed = y - (bias - b_dec) if is_mlp else torch.zeros_like(y)
+    passed = torch.zeros_like(y) if site.cuts else y - (bias - b_dec)
     rest = torch.where(keep[:, None], y - written - bias, passed)
     gain = _read_gain(record, site)
     return Activity(site, acts.with_values(acts.values.to(dtype)), keep, rest, b_dec, gain)

@@ -77,6 +77,8 @@ class Seed:
     """The token; -1 for what is not one token's logit."""
     probability: float
     """Of that token; 1 for others."""
+    source: tuple[Any, ...]
+    """What was asked for, in words and numbers: ``("logit", token, position)`` and so on."""
 
 
 def as_target(given: Target) -> Logit | LogitDifference | StreamDirection | FeatureTarget:
@@ -146,7 +148,8 @@ class Readout:
         chance = float(self._probabilities(position)[token])
         bias = 0.0 if self._b_U is None else float(self._b_U[token] - self._b_U.mean())
         vector = self._W_U[:, token].to(self._mean) - self._mean
-        return self._seed(self._word(token), position, vector, bias, token, chance)
+        source = ("logit", token, position)
+        return self._seed(self._word(token), vector, bias, token, chance, source)
 
     def difference(self, target: LogitDifference) -> Seed:
         """One token's logit minus another's.
@@ -161,7 +164,8 @@ class Readout:
         bias = 0.0 if self._b_U is None else float(self._b_U[token] - self._b_U[other])
         vector = (self._W_U[:, token] - self._W_U[:, other]).to(self._mean)
         label = f"{self._word(token)} - {self._word(other)}"
-        return self._seed(label, position, vector, bias, -1, 1.0)
+        source = ("difference", token, other, position)
+        return self._seed(label, vector, bias, -1, 1.0, source)
 
     def direction(self, target: StreamDirection) -> Seed:
         """A vector at the stream behind a layer.
@@ -184,23 +188,25 @@ class Readout:
         vector = target.vector.to(self._mean)
         value = float(vector @ record.stream(layer + 1)[position])
         after = PER_LAYER * layer + PER_LAYER - 1
-        return Seed(target.name, position, after, vector, 0.0, value, -1, 1.0)
+        source = ("direction", target.name, layer, position)
+        return Seed(target.name, position, after, vector, 0.0, value, -1, 1.0, source)
 
     def _seed(
         self,
         label: str,
-        position: int,
         vector: torch.Tensor,
         bias: float,
         token: int,
         chance: float,
+        source: tuple[Any, ...],
     ) -> Seed:
+        position = source[-1]
         record, gain = self._record, self._record.anatomy.ln_final.gain
         reads = vector if gain is None else vector * gain.to(vector)
         reads = reads / self._scale[position]
         value = float(reads @ record.stream(record.n_layers)[position]) + bias
         after = PER_LAYER * record.n_layers - 1
-        return Seed(label, position, after, reads, bias, value, token, chance)
+        return Seed(label, position, after, reads, bias, value, token, chance, source)
 
     def _probabilities(self, position: int) -> Float[torch.Tensor, " d_vocab"]:
         """The model's own, after the soft-cap."""

@@ -260,7 +260,7 @@ def sites_of(model: HookedModel, dictionaries: Any, exclude: Any) -> list[Site]:
     """
     sites: list[Site] = []
     for one in as_list(dictionaries):
-        hooked = _hooked(one, exclude)
+        hooked = hooked_of(one, exclude)
         for place, site in enumerate(hooked.sites):
             sites.append(site_of(site, place, place + 1))
     sites.sort(key=lambda site: site.time)
@@ -282,7 +282,12 @@ def sites_of(model: HookedModel, dictionaries: Any, exclude: Any) -> list[Site]:
     return sites
 
 
-def _hooked(one: Any, exclude: Any) -> HookedSAE | HookedCrossLayer:
+def hooked_of(one: Any, exclude: Any) -> HookedSAE | HookedCrossLayer:
+    """A dictionary with its sites.
+
+    Raises:
+        ModelError: A crosscoder.
+    """
     if isinstance(one, (HookedSAE, HookedCrossLayer)):
         return one
     layers = cross_layer_of(one)

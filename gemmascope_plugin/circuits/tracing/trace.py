@@ -105,6 +105,7 @@ def trace(
         "model": str(getattr(model.cfg, "model_name", "model")),
         "n_layers": tracer.record.n_layers,
         "exclude": exclude if isinstance(exclude, (str, int)) else tuple(exclude),
+        "targets": tuple(seed.source for seed in seeds),
         "logits": "before the final soft-cap",
         "max_feature_nodes": max_feature_nodes,
         "min_share": min_share,

@@ -1,0 +1,66 @@
+"""Holds everything that makes the stream of a run linear, and everything that dictionaries' sites write.
+
+1. Attention patterns and the scales of all norms before the last are as recorded.
+2. What an MLP writes is as recorded, plus what an affine skip makes of a change of its input.
+3. The stream and ``z`` at sites of SAEs are as recorded, but at special tokens, where nothing is cut.
+
+Cost: one forward pass to record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gemmascope_plugin.circuits.tracing.replay import Hooks, Replay
+from gemmascope_plugin.models.sites import reading
+from gemmascope_plugin.patching.nodes import read
+
+_NORMS = ("ln1", "ln1_post", "ln2")
+
+
+def held_hooks(replay: Replay) -> Hooks:
+    """Hooks that hold a run to its record."""
+    record, model = replay.record, replay.record.model
+    points = model.hook_dict
+    names = []
+    for layer in range(record.n_layers):
+        scales = [f"blocks.{layer}.{norm}.hook_scale" for norm in _NORMS]
+        names += [f"blocks.{layer}.attn.hook_pattern", *(name for name in scales if name in points)]
+    held = read(model, record.tokens[None], names)
+    hooks: Hooks = [(name, _put(value)) for name, value in held.items()]
+    for index in range(len(replay.layout.activities)):
+        hooks += _site_hooks(replay, index)
+    return hooks
+
+
+def _put(value: torch.Tensor) -> Callable[..., torch.Tensor]:
+    def hook_fn(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        return value
+
+    return hook_fn
+
+
+def _site_hooks(replay: Replay, index: int) -> Hooks:
+    own = replay.layout.activities[index]
+    site, record = own.site, replay.record
+    how = reading(record.model, site.hooked.hook_in)
+    recorded, x_recorded = (record.tensor(n) for n in (site.hooked.hook_out, site.hooked.hook_in))
+    moved: list[torch.Tensor] = []
+
+    def look(x: torch.Tensor, hook: Any) -> None:
+        moved[:] = [how(x) - x_recorded]
+
+    def hold(y: torch.Tensor, hook: Any) -> torch.Tensor:
+        flat = y.flatten(2)
+        out = recorded[None]
+        if site.skip is not None:
+            out = out + moved[0] @ site.skip.detach().T.to(flat)
+        if site.cuts:
+            out = torch.where(own.keep[:, None], out, flat)
+        return out.to(flat).reshape(y.shape)
+
+    reads: Hooks = [] if site.skip is None else [(how.hook, look)]
+    return [*reads, (replay.hook_of(site.hooked.hook_out), hold)]
