@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -111,6 +112,23 @@ class TinySuite:
                 nearest=nearest(key, self.labels),
             )
         return self.labels[key]
+
+    def meanings(self, saes: Sequence[Any]) -> dict[str, dict[int, str]]:
+        """Output hook of each dictionary to feature to concept, as ``discover(..., labels=)`` takes them.
+
+        Args:
+            saes: Dictionaries of this suite.
+
+        Raises:
+            UnknownNameError: A dictionary is not one of this suite.
+        """
+        found = {}
+        for sae in saes:
+            labels = self.labels_of(sae)
+            metadata = sae.cfg.metadata
+            hook = metadata.hook_name_out or metadata.hook_name
+            found[hook] = {feature: label.concept for feature, label in labels.items()}
+        return found
 
     def feature(self, sae: Any, concept: str) -> int:
         """The feature whose label is ``concept``, the best one if there are several.

@@ -55,6 +55,7 @@ class FoundEdges:
     """Kept features that no edge can reach: never active in clean runs, with ``atp``."""
 
 
+@torch.no_grad()
 def find_edges(
     model: HookedModel,
     parts: Sequence[PartRun],

@@ -20,7 +20,7 @@ from gemmascope_plugin.circuits.scores import Scores
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching import Task
 
-MINIMAL = 0.001
+MINIMAL = 0.01
 """A node counts where leaving it out changes faithfulness by at least this."""
 
 

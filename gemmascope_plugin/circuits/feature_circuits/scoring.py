@@ -36,6 +36,7 @@ class ScoredNodes:
     """Features that are active in corrupted runs only, and entries (one feature at one token)."""
 
 
+@torch.no_grad()
 def score_nodes(
     parts: Sequence[PartRun], *, n_heads: int, per_position: bool, errors: bool
 ) -> ScoredNodes:
