@@ -34,6 +34,7 @@ from gemmascope_plugin.attribution.adjoint.targets import (
 )
 from gemmascope_plugin.attribution.adjoint.tracer import Tracer
 from gemmascope_plugin.circuits.tracing.attribution_graph import AttributionGraph
+from gemmascope_plugin.circuits.tracing.matching import dictionary_name
 from gemmascope_plugin.circuits.tracing.node_table import node_table
 from gemmascope_plugin.errors import FeatureIndexError, TaskError, UnknownNameError, nearest
 from gemmascope_plugin.loading.suite import parse_size
@@ -105,6 +106,9 @@ def trace(
         "model": str(getattr(model.cfg, "model_name", "model")),
         "n_layers": tracer.record.n_layers,
         "exclude": exclude if isinstance(exclude, (str, int)) else tuple(exclude),
+        "dictionaries": {
+            one.site.label: dictionary_name(one.site.hooked) for one in tracer.layout.activities
+        },
         "targets": tuple(seed.source for seed in seeds),
         "logits": "before the final soft-cap",
         "max_feature_nodes": max_feature_nodes,
