@@ -203,8 +203,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    repeats, steps = (1, 2) if given.quick else (5, 10)
-    for n_prompts, length in ((4, 16),) if given.quick else ((4, 16), (8, 64)):
+    repeats, steps = (1, 2) if given.quick else (3, 10)
+    for n_prompts, length in ((4, 16),) if given.quick else ((4, 16), (2, 96)):
         print(f"\n{n_prompts} prompts of {length} tokens, {given.threads} threads")
         print(cost(n_prompts, length, steps, repeats).round(2).to_string())
     names = list(choices(gs.tiny()))[3:4] if given.quick else list(choices(gs.tiny()))

@@ -17,6 +17,7 @@ SAYS = {
     "03_architectures": "levels=(64, 16, 128) is out of range",
     "04_patching": "Unknown component 'mlp_outs'",
     "05_component_circuits": "ACDC keeps",
+    "06_feature_circuits": "are about one state each",
 }
 """What each notebook must have printed at the end of its run."""
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
