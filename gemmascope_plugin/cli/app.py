@@ -19,6 +19,7 @@ from gemmascope_plugin.cli.info import info_command
 from gemmascope_plugin.cli.patch import patch_command
 from gemmascope_plugin.cli.refresh import refresh_command
 from gemmascope_plugin.cli.steer import steer_command
+from gemmascope_plugin.cli.trace import trace_command
 from gemmascope_plugin.cli.train import train_command
 from gemmascope_plugin.errors import GemmaScopeError
 
@@ -71,6 +72,7 @@ app.command("refresh")(refresh_command)
 app.command("steer")(steer_command)
 app.command("patch")(patch_command)
 app.command("discover")(discover_command)
+app.command("trace")(trace_command)
 app.command("train")(train_command)
 app.command("demo")(demo_command)
 app.command("doctor")(doctor_command)

@@ -162,17 +162,7 @@ class Question:
         Raises:
             MissingFileError: There is none of this name.
         """
-        import torch
-
-        import gemmascope_plugin as gs
-
-        backend = cast("Any", self.backend)
-        if self.model != BUNDLED:
-            return gs.load_model(self.model, backend=backend, device=self.device)
-        # so small that on a busy machine threads only wait for one another
-        torch.set_num_threads(1)
-        bundled: Any = gs.tiny(backend=backend).model
-        return bundled if self.device == "cpu" else bundled.to(self.device, print_details=False)
+        return load_named(self.model, self.backend, self.device)
 
     def ask(self, split: Split, default: int) -> Task:
         """The task.
@@ -199,6 +189,30 @@ class Question:
         given = {"answer": answer, "wrong": wrong or None}
         reads = {each: given[each] for each in _READS[name]}
         return getattr(patching, name)(**reads, before_cap=self.before_cap)
+
+
+def load_named(name: str, backend: str, device: str) -> HookedModel:
+    """A model by its name.
+
+    Args:
+        name: The bundled one, a name on the hub or a folder.
+        backend: Model class.
+        device: Where it goes.
+
+    Raises:
+        MissingFileError: There is none of this name.
+    """
+    import torch
+
+    import gemmascope_plugin as gs
+
+    chosen = cast("Any", backend)
+    if name != BUNDLED:
+        return gs.load_model(name, backend=chosen, device=device)
+    # so small that on a busy machine threads only wait for one another
+    torch.set_num_threads(1)
+    bundled: Any = gs.tiny(backend=chosen).model
+    return bundled if device == "cpu" else bundled.to(device, print_details=False)
 
 
 def check_out(path: Path | None, what: str = "--out") -> None:

@@ -65,10 +65,7 @@ def to_json(
         UnknownNameError: A group has a node that is not there, or the slug is no file name.
         GemmaScopeError: The metadata do not fit into JSON.
     """
-    if not _SLUG.fullmatch(slug):
-        raise UnknownNameError(
-            f"The slug {slug!r} is no file name", exists="letters, digits, '.', '_', '-'"
-        )
+    check_slug(slug)
     kept = (parts.nodes["kind"] != "bias").to_numpy()
     rows = parts.nodes.assign(share=shares).loc[kept].to_dict("records")
     explained = (parts.edges.row_of >= 0)[kept].tolist()
@@ -86,6 +83,18 @@ def to_json(
         "nodes": nodes,
         "links": _links(parts, names, kept),
     }
+
+
+def check_slug(slug: str) -> None:
+    """Refuses a name of a graph that is no plain file name.
+
+    Raises:
+        UnknownNameError: With what it may consist of.
+    """
+    if not _SLUG.fullmatch(slug):
+        raise UnknownNameError(
+            f"The slug {slug!r} is no file name", exists="letters, digits, '.', '_', '-'"
+        )
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> Path:

@@ -39,6 +39,7 @@ function draw() {
   for (const unit of units) drawUnit(unit, near && !near.has(unit));
   drawTokens();
   drawLabels(units, near);
+  drawRowNames();
   document.documentElement.dataset.drawn = `${units.length} nodes, ${shown.length} edges`;
 }
 
@@ -50,12 +51,23 @@ function drawBands() {
       ctx.fillStyle = colours.band;
       ctx.fillRect(0, top, view.width, height);
     }
-    ctx.font = `12px ${colours.font}`;
-    ctx.fillStyle = colours.muted;
-    ctx.textAlign = "left";
-    ctx.textBaseline = "middle";
+  });
+}
+
+// Names of the rows, on a strip that keeps them readable wherever the graph is moved.
+function drawRowNames() {
+  ctx.globalAlpha = 0.85;
+  ctx.fillStyle = colours.card;
+  ctx.fillRect(0, 0, MARGIN.left - 6, view.height);
+  ctx.globalAlpha = 1;
+  ctx.font = `12px ${colours.font}`;
+  ctx.fillStyle = colours.muted;
+  ctx.textAlign = "left";
+  ctx.textBaseline = "middle";
+  layout.rows.forEach((row, i) => {
     const name = i === 0 ? "tokens" : i === data.n_layers + 1 ? "targets" : `layer ${i - 1}`;
-    if (height > 12) ctx.fillText(name, 8, top + height / 2);
+    const [, y] = toScreen([0, layout.height - row.middle]);
+    if ((row.end - row.start + layout.gapY) * view.scale > 12) ctx.fillText(name, 8, y);
   });
 }
 
@@ -83,7 +95,7 @@ function drawLinks(shown) {
 
 const radiusOf = (unit) => {
   const base = isGroup(unit) ? 11 : nodes.kind[unit] === FEATURE || nodes.kind[unit] === ERROR ? 4.5 + 4.5 * Math.sqrt(weightOf(unit)) : 6.5;
-  return base * Math.min(1.5, Math.max(0.35, view.scale));
+  return base * Math.min(1.5, Math.max(0.5, view.scale));
 };
 
 function colourOf(unit) {

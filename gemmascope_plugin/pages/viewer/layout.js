@@ -8,18 +8,13 @@ const layout = { x: new Float32Array(N), y: new Float32Array(N), columns: [], ro
 function arrange() {
   const cells = new Map();
   for (let node = 0; node < N; node++) append(cells, `${rowOf(node)},${nodes.pos[node]}`, node);
-  const largest = Math.max(1, ...[...cells.values()].map((cell) => cell.length));
-  const across = Math.min(14, Math.max(4, Math.ceil(Math.sqrt(3 * largest))));
-  const rows = Array.from({ length: data.n_layers + 2 }, () => STEP);
-  const columns = tokens.map((token) => Math.min(120, 8 * token.length + 8));
-  for (const [key, cell] of cells) {
-    const [row, pos] = key.split(",").map(Number);
-    cell.sort((a, b) => nodes.influence[b] - nodes.influence[a]);
-    rows[row] = Math.max(rows[row], STEP * Math.ceil(cell.length / across));
-    columns[pos] = Math.max(columns[pos], STEP * Math.min(across, cell.length));
-  }
-  const width = sum(columns) + GAP_X * columns.length, height = sum(rows) + GAP_Y * rows.length;
+  for (const cell of cells.values()) cell.sort((a, b) => nodes.influence[b] - nodes.influence[a]);
   const aspect = Math.max(0.5, (view.width - MARGIN.left - MARGIN.right) / (view.height - MARGIN.top - MARGIN.bottom));
+  // as many nodes side by side as fit in full size, or as make the graph smallest
+  const extent = ({ width, height }) => Math.max(width, height * aspect);
+  const tried = Array.from({ length: 13 }, (_, i) => sizes(cells, i + 3));
+  const fitting = tried.filter((each) => extent(each) < view.width - MARGIN.left - MARGIN.right).pop();
+  const { across, rows, columns, width, height } = fitting || tried.reduce((a, b) => (extent(b) < extent(a) ? b : a));
   layout.gapX = GAP_X + Math.max(0, height * aspect - width) / columns.length;
   layout.gapY = GAP_Y + Math.max(0, width / aspect - height) / rows.length;
   layout.columns = spread(columns, layout.gapX);
@@ -27,6 +22,18 @@ function arrange() {
   layout.width = Math.max(width, height * aspect);
   layout.height = Math.max(height, width / aspect);
   for (const [key, cell] of cells) placeCell(cell, key.split(",").map(Number), across);
+}
+
+function sizes(cells, across) {
+  const rows = Array.from({ length: data.n_layers + 2 }, () => STEP);
+  const columns = tokens.map((token) => Math.min(120, 8 * token.length + 8));
+  for (const [key, cell] of cells) {
+    const [row, pos] = key.split(",").map(Number);
+    rows[row] = Math.max(rows[row], STEP * Math.ceil(cell.length / across));
+    columns[pos] = Math.max(columns[pos], STEP * Math.min(across, cell.length));
+  }
+  const width = sum(columns) + GAP_X * columns.length, height = sum(rows) + GAP_Y * rows.length;
+  return { across, rows, columns, width, height };
 }
 
 const rowOf = (node) => (nodes.kind[node] === TOKEN ? 0 : nodes.layer[node] + 1);
@@ -84,7 +91,7 @@ function fit() {
 
 function place() {
   const width = view.width - MARGIN.left - MARGIN.right, height = view.height - MARGIN.top - MARGIN.bottom;
-  view.scale = Math.min(1.6, Math.max(0.3, Math.min(width / layout.width, height / layout.height)));
+  view.scale = Math.min(1.6, Math.max(0.15, Math.min(width / layout.width, height / layout.height)));
   const spare = width - layout.width * view.scale;
   view.x = MARGIN.left + (spare > 0 ? spare / 2 : spare);
   view.y = MARGIN.top + Math.max(0, (height - layout.height * view.scale) / 2);

@@ -1,0 +1,147 @@
+"""``gemmascope trace`` on the bundled model: what it prints and writes, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import gemmascope_plugin as gs
+from gemmascope_plugin.cli.app import app
+from gemmascope_plugin.cli.trace import dictionaries, parse_targets
+from gemmascope_plugin.errors import AmbiguousSpecError
+from tests.circuits.graph_rules import check_rules
+
+PROMPT = "the capital of the state containing dallas is"
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["trace", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def mistake(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["trace", *arguments])
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+_tiny = cache(gs.tiny)
+
+
+@pytest.fixture(autouse=True)
+def load_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Commands load the model each time, these tests once; pages go where they are thrown away."""
+    monkeypatch.setattr(gs, "tiny", _tiny)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def graph() -> Any:
+    suite = _tiny(backend="hooked")
+    saes = [suite.load("skip-transcoder", layer) for layer in range(4)]
+    return gs.trace(suite.model, PROMPT, saes).prune()
+
+
+def test_a_summary_a_page_and_a_file_for_other_viewers(graph: Any, tmp_path: Path) -> None:
+    lines = run(PROMPT, "--json", "dallas.json").splitlines()
+    whole = graph.metadata["whole"]
+    assert lines[0] == (
+        f"gemma-2-tiny: {len(graph)} of {whole['n_nodes']} nodes, "
+        f"{graph.n_edges} of {whole['n_edges']} edges"
+    )
+    assert lines[1] == "  explained     austin (1.000)"
+    assert lines[2] == (
+        f"  replacement   {graph.scores.replacement:.3f}, unpruned {whole['replacement']:.3f}"
+    )
+    assert re.fullmatch(r"  residual      \de-\d\d of the largest pre-activation", lines[4])
+    assert lines[6].split() == ["node", "kind", "layer", "token", "share"]
+    shares = [float(line.split()[-1]) for line in lines[7:19]]
+    assert shares == sorted(shares)
+    assert any(line.startswith("next_is_capital ") for line in lines[7:19])
+    assert lines[19:] == ["page: gemmascope_trace.html", "graph: dallas.json"]
+
+    page = (tmp_path / "gemmascope_trace.html").read_text(encoding="utf-8")
+    assert f"<h1>{PROMPT}</h1>" in page and "asked_about_texas" in page
+    content = json.loads((tmp_path / "dallas.json").read_text())
+    check_rules(content)
+    assert content["metadata"]["slug"] == "dallas"
+    assert content["metadata"]["scan"] == "gemma-2-tiny"
+    sites = content["metadata"]["gemmascope"]["sae_ids"]
+    assert sites["blocks.2.hook_mlp_out"].startswith(
+        "gemma-2-tiny-skip-transcoders/transcoder/layer_2"
+    )
+    kept = gs.AttributionGraph.from_json(content)
+    assert list(kept.nodes["id"]) == list(graph.nodes["id"])
+
+
+def test_options_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    real = gs.trace
+
+    def watched(model: Any, prompt: str, saes: Any, **options: Any) -> Any:
+        seen.update(options, releases={sae.cfg.metadata.release for sae in saes})
+        return real(model, prompt, saes, **options)
+
+    monkeypatch.setattr(gs, "trace", watched)
+    given = ("--transcoders", "gemma-2-tiny-transcoders", "--targets", "is-are,of")
+    limits = ("--max-features", "20", "--memory-budget", "1 GB", "--node-threshold", "0.9")
+    lines = run("the capital of", *given, *limits, "--out", "other.html").splitlines()
+    assert seen["targets"] == [("is", "are"), "of"] and seen["max_feature_nodes"] == 20
+    assert seen["memory_budget"] == 10**9
+    assert seen["releases"] == {"gemma-2-tiny-transcoders"}
+    assert lines[1] == "  explained     is - are (0.500), of (0.500)"
+    assert lines[-1] == "page: other.html"
+
+
+def test_the_example_of_the_help_works() -> None:
+    text = CliRunner().invoke(app, ["trace", "--help"], env={"COLUMNS": "200"}).output
+    example = re.search(r'gemmascope trace "(.*)" (--out trace.html)', text)
+    assert example
+    assert run(example[1], *example[2].split()).splitlines()[-1] == "page: trace.html"
+
+
+def test_targets() -> None:
+    assert parse_targets(None) is None
+    assert parse_targets("a, b-c") == ["a", ("b", "c")]
+
+
+def test_one_dictionary_for_each_layer() -> None:
+    specs = dictionaries("gemma-2-2b", None, width=None, l0=None, affine=None)
+    assert [spec.layer for spec in specs] == list(range(26))
+    one = dictionaries("270m", "clt", width="262k", l0="big", affine=True)
+    assert [spec.kind for spec in one] == ["clt"]
+    with pytest.raises(AmbiguousSpecError, match=r"8 dictionaries match as a CLT.*--transcoders"):
+        dictionaries("270m", "clt", width=None, l0=None, affine=None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((" ",), "The prompt is empty"),
+        (("x", "--targets", "a,-b"), "--targets 'a,-b' has a part without a word"),
+        (("x", "--max-features", "0"), "--max-features 0 explains nothing"),
+        (("x", "--memory-budget", "much"), "no size 'much'"),
+        (("x", "--node-threshold", "1.5"), "--node-threshold 1.5 is no share"),
+        (("x", "--edge-threshold", "0"), "--edge-threshold 0.0 is no share"),
+        (("x", "--backend", "hoked"), "Did you mean 'hooked'"),
+        (("x", "--transcoders", "gemma-2-tiny-transcoder"), "Did you mean 'gemma-2-tiny-transcoders'"),
+        (("x", "--model", "gemma-9"), "no dictionary has model='gemma-9'"),
+        (("x", "--model", "270m"), "26 dictionaries match for layer 5"),
+        (("x", "--out", "/nowhere/a.html"), "There is no folder '/nowhere' for --out"),
+        (("x", "--json", "/nowhere/a.json"), "There is no folder '/nowhere' for --json"),
+        (("x", "--json", "a b.json"), "The slug 'a b' is no file name"),
+        (("the capital", "--targets", "qwertz"), "qwertz"),
+    ],
+)  # fmt: skip
+def test_mistakes(arguments: tuple[str, ...], message: str) -> None:
+    assert message in mistake(*arguments)
