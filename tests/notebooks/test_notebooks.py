@@ -18,6 +18,7 @@ SAYS = {
     "04_patching": "Unknown component 'mlp_outs'",
     "05_component_circuits": "ACDC keeps",
     "06_feature_circuits": "are about one state each",
+    "07_attribution_graphs": "swaps the answer in",
 }
 """What each notebook must have printed at the end of its run."""
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
