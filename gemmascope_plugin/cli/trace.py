@@ -277,12 +277,10 @@ def _explained(graph: AttributionGraph) -> list[tuple[str, float]]:
 def _write_json(path: Path, request: _Request, graph: AttributionGraph) -> None:
     from gemmascope_plugin.circuits.tracing.graph_json import write_json
 
-    ids = {spec.hook_out: f"{spec.release}/{spec.sae_id}" for spec in request.specs}
     content = graph.to_json(
         path.stem,
         scan=request.specs[0].model,
         source_set=_source_set(request.specs),
-        sae_ids=ids,
         description=f"{request.prompt} ({request.model})",
     )
     write_json(path, content)

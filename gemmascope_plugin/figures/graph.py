@@ -104,8 +104,8 @@ def layered_graph(
     figure = go.Figure()
     if links is not None and len(links):
         _add_links(figure, links[np.isin(links, drawn).all(1)], places)
-    _add_edges(figure, places[ends], sizes, np.asarray(edge_labels, dtype=object)[chosen])
-    _add_nodes(figure, drawn, labels, kinds, places)
+    add_edges(figure, places[ends], sizes, np.asarray(edge_labels, dtype=object)[chosen])
+    add_nodes(figure, drawn, labels, kinds, places)
     named = {i: layer for i in drawn.tolist() if (layer := layers[i]) is not None and layer >= 0}
     ticks = {
         layer: float(np.mean([places[i, 1] for i in named if named[i] == layer]))
@@ -170,7 +170,7 @@ def _add_links(
     figure.add_scatter(x=x, y=y, mode="lines", line=line, hoverinfo="skip", showlegend=False)
 
 
-def _add_edges(
+def add_edges(
     figure: Figure,
     ends: Float[np.ndarray, "edge end two"],
     weights: Float[np.ndarray, " edge"],
@@ -217,7 +217,7 @@ def _add_edges(
     )
 
 
-def _add_nodes(
+def add_nodes(
     figure: Figure,
     drawn: Int[np.ndarray, " some"],
     labels: Sequence[str],

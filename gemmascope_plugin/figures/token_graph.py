@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, Int
 
-from gemmascope_plugin.figures.graph import _add_edges, _add_nodes
+from gemmascope_plugin.figures.graph import add_edges, add_nodes
 from gemmascope_plugin.figures.theme import axis_labels, check_length, styled
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ def token_graph(
     labels = [str(label) for label in nodes["label"]]
     names = np.array([f"{labels[i]} → {labels[j]}" for i, j in ends], dtype=object)
     figure = go.Figure()
-    _add_edges(figure, places[ends], weights[chosen], names)
-    _add_nodes(figure, drawn, labels, nodes["kind"].tolist(), places)
+    add_edges(figure, places[ends], weights[chosen], names)
+    add_nodes(figure, drawn, labels, nodes["kind"].tolist(), places)
     left = len(possible) - len(chosen)
     title = "Attribution graph" + (f", the {len(chosen)} largest edges" if left else "")
     n_rows = int(layers[drawn].max(initial=0)) + 2

@@ -242,4 +242,7 @@ def _sizes(graph: AttributionGraph) -> list[tuple[str, str]]:
 def _about(graph: AttributionGraph) -> dict[str, Any]:
     """Metadata in words, but for what stands above."""
     left = ("prompt", "token_ids", "whole", "residual")
-    return {name.replace("_", " "): v for name, v in graph.metadata.items() if name not in left}
+    found = {name: value for name, value in graph.metadata.items() if name not in left}
+    if isinstance(found.get("dictionaries"), Mapping):
+        found["dictionaries"] = tuple(found["dictionaries"].values())
+    return {name.replace("_", " "): value for name, value in found.items()}

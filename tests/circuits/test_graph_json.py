@@ -75,7 +75,7 @@ def test_biases_are_sums_in_the_metadata() -> None:
 
 
 def test_names_of_nodes() -> None:
-    content = traced("mixed").to_json("x", sae_ids={"blocks.1.hook_resid_post": "own/res"})
+    content = traced("mixed").to_json("x")
     nodes = content["nodes"]
     by_site: dict[str, Any] = {n["gemmascope"]["site"]: n for n in nodes if n["feature"] >= 0}
     res, att = by_site["blocks.1.hook_resid_post"], by_site["blocks.2.attn.hook_z"]
@@ -86,7 +86,7 @@ def test_names_of_nodes() -> None:
     errors = {n["node_id"] for n in nodes if n["feature"] == -1}
     assert {"1_error_res_3", "2_error_att_3", "2_error_mlp_3"} <= errors
     own = content["metadata"]["gemmascope"]
-    assert own["sae_ids"] == {"blocks.1.hook_resid_post": "own/res"}
+    assert set(own["metadata"]["dictionaries"]) == set(by_site) - {""}
     assert own["limits"] == ["dictionaries beside the MLPs' are shown without examples"]
 
 

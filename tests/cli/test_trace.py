@@ -76,7 +76,7 @@ def test_a_summary_a_page_and_a_file_for_other_viewers(graph: Any, tmp_path: Pat
     check_rules(content)
     assert content["metadata"]["slug"] == "dallas"
     assert content["metadata"]["scan"] == "gemma-2-tiny"
-    sites = content["metadata"]["gemmascope"]["sae_ids"]
+    sites = content["metadata"]["gemmascope"]["metadata"]["dictionaries"]
     assert sites["blocks.2.hook_mlp_out"].startswith(
         "gemma-2-tiny-skip-transcoders/transcoder/layer_2"
     )

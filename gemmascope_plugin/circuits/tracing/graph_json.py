@@ -43,7 +43,6 @@ def to_json(
     source_set: str | None = None,
     transcoder_list: Sequence[str] = (),
     groups: Mapping[str, Sequence[str]] | None = None,
-    sae_ids: Mapping[str, str] | None = None,
     description: str = "",
 ) -> dict[str, Any]:
     """The content of a graph file.
@@ -58,7 +57,6 @@ def to_json(
         source_set: Neuronpedia's dashboards of the features, e.g. ``gemmascope-transcoder-16k``.
         transcoder_list: For circuit-tracer's viewer: where examples of each layer lie.
         groups: Supernodes: name to ids of nodes.
-        sae_ids: Site to the dictionary there, to be remembered.
         description: Shown with the graph.
 
     Raises:
@@ -75,7 +73,7 @@ def to_json(
     own = dict(zip(parts.nodes["id"][kept], names[kept], strict=True))
     supernodes = [[name, *_group(ids, own)] for name, ids in (groups or {}).items()]
     head = {"slug": slug, "scan": scan or str(parts.metadata.get("model", "model"))}
-    details = {**_own_metadata(parts, scores, sae_ids or {}), "limits": _limits(rows)}
+    details = {**_own_metadata(parts, scores), "limits": _limits(rows)}
     shown = _metadata(parts, description, source_set, transcoder_list)
     return {
         "metadata": {**head, **shown, "gemmascope": details},
@@ -166,7 +164,7 @@ def _metadata(
     }
 
 
-def _own_metadata(parts: Parts, scores: TraceScores, sae_ids: Mapping[str, str]) -> dict[str, Any]:
+def _own_metadata(parts: Parts, scores: TraceScores) -> dict[str, Any]:
     sums = np.asarray(parts.edges.matrix.sum(0)).ravel()
     biases = (parts.nodes["kind"] == "bias").to_numpy()
     names = parts.nodes["id"].to_numpy()[biases]
@@ -178,7 +176,6 @@ def _own_metadata(parts: Parts, scores: TraceScores, sae_ids: Mapping[str, str])
         "bias_sums": dict(zip(names, map(float, sums[biases]), strict=True)),
         "pruned": "influence" in parts.nodes,
         "dtype": str(parts.edges.matrix.dtype),
-        "sae_ids": dict(sae_ids),
     }
 
 

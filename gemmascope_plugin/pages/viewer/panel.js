@@ -101,7 +101,9 @@ function showHint(unit, x, y) {
     return best.length ? [el("b", { textContent: title }), ...best] : [];
   };
   hint.replaceChildren(el("strong", { textContent: labelOf(unit) }), facts(unit), ...words(unit), ...list("strongest inputs", linksIn.get(unit) || [], "source"), ...list("strongest outputs", linksOut.get(unit) || [], "target"));
-  hint.style.left = `${Math.max(4, Math.min(x + 14, view.width - hint.offsetWidth - 8))}px`;
+  // beside the pointer, on the side where there is room
+  const left = x + 16 + hint.offsetWidth > view.width ? x - 16 - hint.offsetWidth : x + 16;
+  hint.style.left = `${Math.max(4, left)}px`;
   hint.style.top = `${Math.max(4, Math.min(y + 14, view.height - hint.offsetHeight - 8))}px`;
 }
 
