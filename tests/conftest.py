@@ -18,8 +18,35 @@ os.environ["GEMMASCOPE_HOME"] = _HOME.name
 # Tiny tensors: more threads only wait for one another, above all on a shared machine.
 torch.set_num_threads(1)
 
+
+def ask_each_class_once(protocol: Any) -> None:
+    """``isinstance`` of a protocol answers from memory for classes that it has seen.
+
+    The type checker asks at every call, and asking ``TransformerBridge`` for its ``hook_dict`` makes the
+    dictionary anew, for milliseconds.
+    """
+    known: dict[type, bool] = {}
+
+    class Remembering(type(protocol)):
+        def __instancecheck__(cls, instance: Any) -> bool:
+            kind = type(instance)
+            if kind not in known:
+                known[kind] = super().__instancecheck__(instance)
+            return known[kind]
+
+    protocol.__class__ = Remembering
+
+
 FAMILIES = ("gemma2", "gemma3")
 BACKENDS = ("hooked", "bridge")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_protocols() -> None:
+    """Type checks of models cost nothing."""
+    from gemmascope_plugin.models.protocol import HookedModel
+
+    ask_each_class_once(HookedModel)
 
 
 @pytest.fixture(scope="session", autouse=True)

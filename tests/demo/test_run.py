@@ -1,8 +1,7 @@
-"""The demo as a user runs it, on the bundled suite: figures, page, command, time."""
+"""The demo as a user runs it, on the bundled suite: figures, page, command."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -82,17 +81,16 @@ def test_summary_has_the_figures(report: DemoReport) -> None:
 
 def test_command(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    started = time.monotonic()
     result = CliRunner().invoke(app, ["demo", "--out", str(page), "--no-open"])
     assert result.exit_code == 0, result.output
-    assert time.monotonic() - started < 60
     assert "faithfulness" in result.stdout
     assert f"page: {page}" in result.stdout
     assert page.exists()
 
 
-def test_bad_path_is_found_out_before_any_work(tmp_path: Path) -> None:
-    started = time.monotonic()
+def test_bad_path_is_found_out_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gemmascope_plugin.demo.run.tiny", lambda: pytest.fail("work was begun"))
     with pytest.raises(PageError, match="is a folder"):
         run_demo(tmp_path, progress=False)
-    assert time.monotonic() - started < 1

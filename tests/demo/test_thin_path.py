@@ -91,8 +91,8 @@ def test_attribution_ranks_nodes_like_exact_patching(suite, component, mode):
 
 @pytest.mark.parametrize("method", ["exact", "atp"])
 def test_the_circuit_is_faithful_and_beats_every_random_one(suite, method):
-    circuit = gs.discover(suite.model, suite.task("ioi", split="train"), method=method)
-    scores: Scores = gs.evaluate(circuit, suite.model, suite.tasks["ioi"], n_random=20)
+    circuit = gs.discover(suite.model, suite.task("ioi", split="train", n=32), method=method)
+    scores: Scores = gs.evaluate(circuit, suite.model, suite.tasks["ioi"].first(32), n_random=20)
     assert circuit.size <= len(circuit.ranking) / 2 == 10
     assert scores.faithfulness >= 0.8
     assert len(scores.random) == 20
