@@ -8,6 +8,7 @@ function readColours() {
   const names = ["ink", "muted", "line", "band", "card", "accent", "positive", "negative", "token", "error", "target"];
   for (const name of [...names, "mlp", "att", "res"]) colours[name] = style.getPropertyValue(`--${name}`).trim();
   colours.rings = RINGS.map((name) => style.getPropertyValue(name).trim());
+  sprites.clear();
   colours.font = getComputedStyle(document.body).fontFamily;
 }
 
@@ -36,7 +37,7 @@ function draw() {
   const shown = shownLinks(), units = visibleUnits();
   const near = state.selected < 0 ? null : new Set([state.selected, ...shown.flatMap((l) => [l.source, l.target])]);
   drawLinks(shown);
-  for (const unit of units) drawUnit(unit, near && !near.has(unit));
+  drawUnits(units, near);
   drawTokens();
   drawLabels(units, near);
   drawRowNames();
@@ -71,23 +72,29 @@ function drawRowNames() {
   });
 }
 
+// Edges of one sign and about one size are one path: a few strokes instead of thousands.
 function drawLinks(shown) {
   const largest = shown.reduce((most, link) => Math.max(most, Math.abs(link.weight)), 1e-12);
-  ctx.lineCap = "round";
-  // small ones first, so that large ones lie on top
-  for (const link of [...shown].sort((a, b) => Math.abs(a.weight) - Math.abs(b.weight))) {
-    const size = Math.sqrt(Math.abs(link.weight) / largest);
+  const few = shown.length <= 1000, levels = few ? 20 : 6, paths = new Map();
+  for (const link of shown) {
+    const size = Math.ceil(levels * Math.sqrt(Math.abs(link.weight) / largest));
+    const key = 2 * size + (link.weight < 0), path = paths.get(key) || new Path2D();
     const [x0, y0] = toScreen(positionOf(link.source)), [x1, y1] = toScreen(positionOf(link.target));
     const lift = 0.45 * (y1 - y0);
+    path.moveTo(x0, y0);
+    path.bezierCurveTo(x0, y0 + lift, x1, y1 - lift, x1, y1);
+    paths.set(key, path);
+  }
+  ctx.lineCap = "round";
+  // small ones first, so that large ones lie on top
+  for (const key of [...paths.keys()].sort((a, b) => a - b)) {
+    const size = Math.floor(key / 2) / levels;
     ctx.globalAlpha = 0.15 + 0.6 * size;
-    ctx.strokeStyle = link.weight < 0 ? colours.negative : colours.positive;
+    ctx.strokeStyle = key % 2 ? colours.negative : colours.positive;
     ctx.lineWidth = 0.6 + 4.5 * size;
-    // signs differ not in colour alone
-    ctx.setLineDash(link.weight < 0 ? [6, 5] : []);
-    ctx.beginPath();
-    ctx.moveTo(x0, y0);
-    ctx.bezierCurveTo(x0, y0 + lift, x1, y1 - lift, x1, y1);
-    ctx.stroke();
+    // signs differ not in colour alone, where single edges can be told
+    ctx.setLineDash(key % 2 && few ? [6, 5] : []);
+    ctx.stroke(paths.get(key));
   }
   ctx.setLineDash([]);
   ctx.globalAlpha = 1;
@@ -105,31 +112,54 @@ function colourOf(unit) {
   return [colours.token, "", colours.error, colours.target][kind];
 }
 
-function outline(unit, x, y, r) {
+function outline(path, unit, x, y, r) {
   const kind = isGroup(unit) ? "group" : nodes.kind[unit];
-  ctx.beginPath();
-  if (kind === FEATURE) ctx.arc(x, y, r, 0, 7);
-  else if (kind === ERROR) {
-    ctx.moveTo(x, y - 1.25 * r);
-    ctx.lineTo(x + 1.25 * r, y);
-    ctx.lineTo(x, y + 1.25 * r);
-    ctx.lineTo(x - 1.25 * r, y);
-    ctx.closePath();
-  } else if (kind === "group") ctx.roundRect(x - 1.3 * r, y - r, 2.6 * r, 2 * r, 0.5 * r);
-  else ctx.rect(x - r, y - r, 2 * r, 2 * r);
+  if (kind === FEATURE) {
+    path.moveTo(x + r, y);
+    path.arc(x, y, r, 0, 2 * Math.PI);
+  } else if (kind === ERROR) {
+    path.moveTo(x, y - 1.25 * r);
+    path.lineTo(x + 1.25 * r, y);
+    path.lineTo(x, y + 1.25 * r);
+    path.lineTo(x - 1.25 * r, y);
+    path.closePath();
+  } else if (kind === "group") path.roundRect(x - 1.3 * r, y - r, 2.6 * r, 2 * r, 0.5 * r);
+  else path.rect(x - r, y - r, 2 * r, 2 * r);
 }
 
-function drawUnit(unit, faded) {
-  const [x, y] = toScreen(positionOf(unit)), r = radiusOf(unit);
-  if (x < -r || y < -r || x > view.width + r || y > view.height + r) return;
-  ctx.globalAlpha = faded ? 0.22 : 1;
-  outline(unit, x, y, r);
-  ctx.fillStyle = colourOf(unit);
-  ctx.fill();
-  ctx.lineWidth = 1.5;
-  ctx.strokeStyle = colours.card;
-  ctx.stroke();
+// Each shape is drawn once for a size and colour and then copied: that is many times faster.
+const sprites = new Map();
+function spriteOf(unit, r) {
+  const shape = isGroup(unit) ? "group" : nodes.kind[unit], key = `${shape} ${colourOf(unit)} ${r}`;
+  if (sprites.has(key)) return sprites.get(key);
+  const ratio = window.devicePixelRatio || 1, half = Math.ceil(1.3 * r + 2);
+  const found = Object.assign(document.createElement("canvas"), { width: 2 * half * ratio, height: 2 * half * ratio });
+  const pen = found.getContext("2d");
+  pen.scale(ratio, ratio);
+  const path = new Path2D();
+  outline(path, unit, half, half, r);
+  pen.fillStyle = colourOf(unit);
+  pen.fill(path);
+  pen.lineWidth = 1.5;
+  pen.strokeStyle = colours.card;
+  pen.stroke(path);
+  sprites.set(key, found);
+  return found;
+}
+
+function drawUnits(units, near) {
+  for (const unit of units) {
+    const [x, y] = toScreen(positionOf(unit)), r = Math.round(2 * radiusOf(unit)) / 2, half = Math.ceil(1.3 * r + 2);
+    if (x < -half || y < -half || x > view.width + half || y > view.height + half) continue;
+    ctx.globalAlpha = near && !near.has(unit) ? 0.22 : 1;
+    ctx.drawImage(spriteOf(unit, r), Math.round(x - half), Math.round(y - half), 2 * half, 2 * half);
+  }
   ctx.globalAlpha = 1;
+  units.forEach(drawRings);
+}
+
+function drawRings(unit) {
+  const [x, y] = toScreen(positionOf(unit)), r = radiusOf(unit);
   const group = isGroup(unit) ? -1 : membership(unit);
   if (group >= 0) ring(unit, x, y, r + 2.5, colours.rings[group % colours.rings.length], []);
   if (state.found.has(unit)) ring(unit, x, y, r + 4, colours.accent, [2, 3]);
@@ -139,11 +169,12 @@ function drawUnit(unit, faded) {
 }
 
 function ring(unit, x, y, r, colour, dash) {
-  outline(unit, x, y, r);
+  const path = new Path2D();
+  outline(path, unit, x, y, r);
   ctx.setLineDash(dash);
   ctx.lineWidth = 2;
   ctx.strokeStyle = colour;
-  ctx.stroke();
+  ctx.stroke(path);
   ctx.setLineDash([]);
 }
 
@@ -180,7 +211,7 @@ function drawLabels(units, near) {
   const listed = near ? wanted.filter((unit) => near.has(unit)) : wanted;
   listed.sort((a, b) => first(b) - first(a));
   for (const unit of listed.slice(0, 150)) {
-    const text = cut(labelOf(unit), 26), width = ctx.measureText(text).width;
+    const text = cut(labelOf(unit), 26), width = widthOf(text);
     const [x, y] = toScreen(positionOf(unit)), r = radiusOf(unit) + (unit === state.selected ? 8 : 4);
     if (x < 0 || y < 0 || x > view.width || y > view.height) continue;
     const places = [[x + r, y - 7], [x - r - width, y - 7], [x - width / 2, y - r - 13], [x - width / 2, y + r]];
@@ -196,6 +227,13 @@ function drawLabels(units, near) {
     ctx.fillStyle = colours.ink;
     ctx.fillText(text, free[0], free[1] + 7);
   }
+}
+
+// Measuring text is slow, and labels stay the same.
+const widths = new Map();
+function widthOf(text) {
+  if (!widths.has(text)) widths.set(text, ctx.measureText(text).width);
+  return widths.get(text);
 }
 
 // Boxes by squares of 64 pixels, so that asking whether one is free looks at few others.

@@ -190,11 +190,11 @@ function listenToControls() {
     regroup();
   });
   drawn.addEventListener("input", () => {
-    state.drawn = Math.round(E ** Number(drawn.value));
+    state.drawn = Math.round(MOST ** Number(drawn.value));
     showSliders();
     redraw();
   });
-  drawn.value = E > 1 ? Math.log(Math.max(1, state.drawn)) / Math.log(E) : 1;
+  drawn.value = MOST > 1 ? Math.log(state.drawn) / Math.log(MOST) : 1;
   byId("fit").addEventListener("click", () => (fit(), redraw()));
   byId("make-group").addEventListener("click", makeGroup);
   byId("group-name").addEventListener("keydown", (event) => event.key === "Enter" && makeGroup());

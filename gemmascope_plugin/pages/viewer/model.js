@@ -2,11 +2,12 @@
 const data = JSON.parse(document.getElementById("graph-data").textContent);
 const nodes = data.nodes, edges = data.edges, tokens = data.tokens;
 const N = nodes.id.length, E = edges.source.length;
+const MOST = Math.min(E, 3000); // edges drawn at once
 const TOKEN = 0, FEATURE = 1, ERROR = 2, TARGET = 3;
 
 const state = {
   influence: 1, // nodes up to this cumulative share
-  drawn: Math.min(data.drawn, E), // edges drawn where nothing is selected
+  drawn: Math.min(data.drawn, MOST), // edges drawn where nothing is selected
   selected: -1, // a unit
   hovered: -1,
   marked: new Set(), // nodes to be grouped
