@@ -19,21 +19,30 @@ from gemmascope_plugin.circuits.feature_circuits.stability import stability
 from gemmascope_plugin.circuits.graph import Graph
 from gemmascope_plugin.circuits.scores import Scores
 from gemmascope_plugin.circuits.select import greedy, threshold, top_n
+from gemmascope_plugin.circuits.tracing.ablation_check import AblationCheck, check_by_ablation
 from gemmascope_plugin.circuits.tracing.attribution_graph import AttributionGraph
+from gemmascope_plugin.circuits.tracing.head_loadings import HeadLoadings, head_loadings
+from gemmascope_plugin.circuits.tracing.intervention import Intervention, intervene
+from gemmascope_plugin.circuits.tracing.qk_attribution import QkAttribution, qk_attribution
 from gemmascope_plugin.circuits.tracing.trace import trace
 from gemmascope_plugin.patching.node import Node
 
 __all__ = [
+    "AblationCheck",
     "AttributionGraph",
     "Circuit",
     "FeatureScores",
     "FeatureTarget",
     "Graph",
+    "HeadLoadings",
+    "Intervention",
     "Logit",
     "LogitDifference",
     "Node",
+    "QkAttribution",
     "Scores",
     "StreamDirection",
+    "check_by_ablation",
     "discover",
     "discover_features",
     "discover_levels",
@@ -41,6 +50,9 @@ __all__ = [
     "evaluate_features",
     "evaluate_ranking",
     "greedy",
+    "head_loadings",
+    "intervene",
+    "qk_attribution",
     "stability",
     "threshold",
     "top_n",

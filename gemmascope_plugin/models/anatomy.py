@@ -147,6 +147,11 @@ class Anatomy:
         module = getattr(self.model.blocks[layer], name, None)
         return None if module is None else self._norm(module)
 
+    def head_norm(self, layer: int, name: Literal["q_norm", "k_norm"]) -> Norm | None:
+        """The norm of a layer's queries or keys, as Gemma 3 has them; None without one."""
+        module = getattr(self._attn(layer), name, None)
+        return None if module is None else self._norm(module)
+
     def mlp_input(self, layer: int) -> MlpInput:
         """Where the input of an MLP alone, not the stream beside it, is read, changed, differentiated."""
         ln2 = self.norm(layer, "ln2")
