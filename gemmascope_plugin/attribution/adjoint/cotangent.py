@@ -35,7 +35,8 @@ class Cotangent:
     def at(self) -> Iterator[tuple[int, slice, Float[torch.Tensor, "some width"]]]:
         """Token by token: the targets that may be reached from it, and their gradients there."""
         n = len(self.positions)
-        firsts = torch.searchsorted(self.positions, torch.arange(self.n_pos + 1)).tolist()
+        ends = torch.arange(self.n_pos + 1, device=self.positions.device)
+        firsts = torch.searchsorted(self.positions, ends).tolist()
         for pos in range(self.n_pos):
             if self.dense:
                 yield pos, slice(firsts[pos], n), self.values[pos, firsts[pos] :]

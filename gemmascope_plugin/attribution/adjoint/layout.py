@@ -89,12 +89,14 @@ class Layout:
     def row_nodes(self, site: int, family: Sequence[int]) -> Int64[torch.Tensor, " row"]:
         """The node of every row that a site writes, see :class:`Written`."""
         own = self.activities[site]
-        kept = own.keep.long().cumsum(0) - 1 + self.errors(site).start
-        rest = torch.where(own.keep, kept, self.passed(site))
+        keep = own.keep.cpu()
+        rest = torch.where(
+            keep, keep.long().cumsum(0) - 1 + self.errors(site).start, self.passed(site)
+        )
         nodes: list[torch.Tensor] = []
         for pos in range(self.n_pos):
             for index in family:
-                offsets, start = self.activities[index].acts.offsets, self.starts[index]
+                offsets, start = self.activities[index].acts.offsets.cpu(), self.starts[index]
                 nodes.append(torch.arange(int(offsets[pos]), int(offsets[pos + 1])) + start)
             nodes.append(torch.stack([rest[pos], torch.tensor(self.b_dec(site))]))
         return torch.cat(nodes)

@@ -151,12 +151,12 @@ class Tracer:
             after: When they enter.
             seeds: By token, ascending.
         """
-        dtype = self.record.dtype
+        embed = self.record.embed
         return Entry(
             after,
-            torch.tensor([seed.position for seed in seeds]),
-            torch.stack([seed.vector for seed in seeds]).to(dtype),
-            torch.tensor([seed.own for seed in seeds], dtype=dtype),
+            torch.tensor([seed.position for seed in seeds], device=embed.device),
+            torch.stack([seed.vector for seed in seeds]).to(embed),
+            torch.tensor([seed.own for seed in seeds]).to(embed),
             self.layout.n_below(after),
         )
 

@@ -32,7 +32,8 @@ class Written:
         family = family_of(layout, site)
         self._sources = [layout.activities[i] for i in family]
         self._budget = budget
-        self.nodes: Int64[torch.Tensor, " row"] = layout.row_nodes(site, family)
+        nodes = layout.row_nodes(site, family)
+        self.nodes: Int64[torch.Tensor, " row"] = nodes.to(self._own.rest.device)
         """The node of each row."""
         counts = torch.stack([a.acts.offsets.diff() for a in self._sources]).sum(0) + 2
         self.offsets: list[int] = [0, *counts.cumsum(0).tolist()]

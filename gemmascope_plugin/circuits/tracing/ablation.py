@@ -67,13 +67,14 @@ def left_of(replay: Replay, site: int, kept: Bool[torch.Tensor, "choice node"]) 
     """What the choices keep at a site."""
     layout = replay.layout
     own = layout.activities[site]
-    entries = kept[:, layout.features(site)]
+    device = own.rest.device
+    entries = kept[:, layout.features(site)].to(device)
     used = entries.any(0)
     features, index = own.acts.indices[used].unique(return_inverse=True)
-    grid = torch.zeros(len(kept), layout.n_pos, len(features), dtype=torch.bool)
+    grid = torch.zeros(len(kept), layout.n_pos, len(features), dtype=torch.bool, device=device)
     grid[:, own.acts.rows[used], index] = entries[:, used]
-    errors = torch.zeros(len(kept), layout.n_pos, dtype=torch.bool)
-    errors[:, own.keep] = kept[:, layout.errors(site)]
+    errors = torch.zeros(len(kept), layout.n_pos, dtype=torch.bool, device=device)
+    errors[:, own.keep] = kept[:, layout.errors(site)].to(device)
     return Left(features, grid, errors)
 
 

@@ -69,7 +69,7 @@ class _Changed:
     ) -> None:
         self._replay, self._site, self._recorded = replay, site, recorded
         own = replay.layout.activities[site]
-        entries = torch.tensor(list(factors))
+        entries = torch.tensor(list(factors), device=own.acts.indices.device)
         self._own = own
         self._rows = own.acts.rows[entries]
         self._features = own.acts.indices[entries]
