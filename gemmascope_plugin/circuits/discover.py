@@ -96,9 +96,7 @@ def discover(
         TaskError: A method that does not score these units, or prompts that cannot be compared.
         EmptySelectionError: ``size`` exceeds the number of units.
     """
-    if FEATURES in ((nodes,) if isinstance(nodes, str) else nodes):
-        for option in features:
-            check_choice("option of circuits of features", option, OPTIONS)
+    if _asks_for_features(nodes, features):
         _refuse_choice(units, select, replacement)
         return discover_features(
             model,
@@ -112,11 +110,6 @@ def discover(
             memory_budget=memory_budget,
             progress=progress,
             **features,
-        )
-    if features:
-        raise TaskError(
-            f"{next(iter(features))} plays no part in circuits of {nodes!r}",
-            fix='nodes="features", or without it',
         )
     kinds, method = check_kinds(nodes), "exact" if method is None else method
     check_choice("method", method, METHODS)
@@ -142,13 +135,35 @@ def discover(
     }
     if method == "acdc":
         return _acdc(model, task, 0.01 if tau is None else tau, options)
-    if method == "exact":
-        effects = edge_patching(model, task, **options)
-    else:
-        given: Any = method
-        effects = edge_attribution(model, task, method=given, steps=steps, **options)
-    graph = graph_of(effects)
+    graph = _edge_graph(model, task, method, steps, options)
     return _selected(graph, size, tau, select, graph.n_edges // 10)
+
+
+def _edge_graph(
+    model: HookedModel, task: Task, method: Any, steps: int, options: dict[str, Any]
+) -> Graph:
+    if method == "exact":
+        return graph_of(edge_patching(model, task, **options))
+    return graph_of(edge_attribution(model, task, method=method, steps=steps, **options))
+
+
+def _asks_for_features(nodes: str | Sequence[str], options: dict[str, Any]) -> bool:
+    """Whether a circuit of features is wanted.
+
+    Raises:
+        UnknownNameError: An option that there is not.
+        TaskError: Options of such circuits for another one.
+    """
+    for option in options:
+        check_choice("option", option, OPTIONS)
+    if FEATURES in ((nodes,) if isinstance(nodes, str) else nodes):
+        return True
+    if options:
+        raise TaskError(
+            f"{next(iter(options))} plays no part in circuits of {nodes!r}",
+            fix='nodes="features", or without it',
+        )
+    return False
 
 
 def _raw(nodes: str | Sequence[str]) -> tuple[str, ...]:

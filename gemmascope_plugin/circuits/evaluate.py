@@ -89,12 +89,7 @@ def evaluate(
     treated = _errors(circuit, errors)
     bound = task.bind(model)
     chosen = sorted({circuit.size, *(_sizes(circuit.n_units) if sizes is None else sizes)})
-    prefixes = [circuit.top(n).kept for n in chosen]
-    rng = Random(seed)
-    random = [_random(rng, circuit.n_units, n) for n in chosen for _ in range(n_random)]
-    everything = torch.ones_like(circuit.kept)
-    alone = _without_one(circuit.kept) if minimality else []
-    masks = [*prefixes, *random, *alone, ~circuit.kept, circuit.kept, everything, ~everything]
+    masks = _masks(circuit, chosen, n_random, seed, minimality)
     # what is in no unit is kept where everything is, and in the complement
     rest = torch.zeros(len(masks), dtype=torch.bool)
     rest[-4] = rest[-2] = True
@@ -107,13 +102,13 @@ def evaluate(
         limit=Limit(max_rows, memory_budget),
         progress=progress,
     ) as run:
-        values = run(bound, torch.stack(masks), rest)
+        values = run(bound, masks, rest)
         far = _divergence(run, model, task, circuit.kept)
     scale = _scale(values)
     shares = ((values.mean(1) - scale[1]) / (scale[0] - scale[1])).tolist()
     n = len(chosen)
     own = values[-3].mean()
-    changes = (values[n + len(random) : len(masks) - 4].mean(1) - own) / (scale[0] - scale[1])
+    changes = (values[n + n * n_random : -4].mean(1) - own) / (scale[0] - scale[1])
     return Scores(
         circuit=circuit,
         sizes=tuple(chosen),
@@ -137,6 +132,19 @@ def evaluate(
             **({"errors": treated} if is_feature_graph(circuit.graph) else {}),
         },
     )
+
+
+def _masks(
+    circuit: Circuit, sizes: Sequence[int], n_random: int, seed: int, minimality: bool
+) -> Bool[torch.Tensor, "mask unit"]:
+    """What to keep: the ranking's first units and random ones of each size, the circuit without each of
+    its units, everything but it, it, everything, nothing.
+    """
+    rng, everything = Random(seed), torch.ones_like(circuit.kept)
+    found = [circuit.top(n).kept for n in sizes]
+    found += [_random(rng, circuit.n_units, n) for n in sizes for _ in range(n_random)]
+    found += _without_one(circuit.kept) if minimality else []
+    return torch.stack([*found, ~circuit.kept, circuit.kept, everything, ~everything])
 
 
 def _errors(circuit: Circuit, errors: str | None) -> Errors:

@@ -78,15 +78,7 @@ def save_circuit(
     _check_plain(graph.metadata, "metadata")
     sites = list(dict.fromkeys((node.kind, node.hook) for node in graph.nodes))
     place = {site: i for i, site in enumerate(sites)}
-    arrays: dict[str, Any] = {name: getattr(graph, name) for name in _EDGES if graph.has_edges}
-    optional = {"node_scores": graph.node_scores, "pos": graph.pos}
-    arrays |= {name: array for name, array in optional.items() if array is not None}
-    arrays["node_site"] = torch.tensor([place[n.kind, n.hook] for n in graph.nodes]).int()
-    arrays["node_index"] = torch.tensor([node.index for node in graph.nodes])
-    if any(node.pos is not None for node in graph.nodes):
-        at = [-1 if node.pos is None else node.pos for node in graph.nodes]
-        arrays["node_pos"] = torch.tensor(at)
-    arrays["kept"] = kept
+    arrays = _arrays(graph, kept, place)
     data = save({name: array.clone().contiguous() for name, array in arrays.items()})
     content = {
         "format": FORMAT,
@@ -116,6 +108,20 @@ def save_circuit(
     write_whole(folder / ARRAYS, lambda file: file.write(data))
     write_whole(folder / JSON, lambda file: file.write(text))
     return folder
+
+
+def _arrays(graph: Graph, kept: Bool[torch.Tensor, " unit"], place: Mapping[Any, int]) -> Arrays:
+    """All arrays of a circuit; ``place`` says where in the list of sites a node's is."""
+    arrays: dict[str, Any] = {name: getattr(graph, name) for name in _EDGES if graph.has_edges}
+    optional = {"node_scores": graph.node_scores, "pos": graph.pos}
+    arrays |= {name: array for name, array in optional.items() if array is not None}
+    arrays["node_site"] = torch.tensor([place[n.kind, n.hook] for n in graph.nodes]).int()
+    arrays["node_index"] = torch.tensor([node.index for node in graph.nodes])
+    if any(node.pos is not None for node in graph.nodes):
+        at = [-1 if node.pos is None else node.pos for node in graph.nodes]
+        arrays["node_pos"] = torch.tensor(at)
+    arrays["kept"] = kept
+    return arrays
 
 
 def load_circuit(folder: str | Path) -> tuple[Graph, Bool[torch.Tensor, " unit"], bool]:

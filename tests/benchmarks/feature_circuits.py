@@ -201,12 +201,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer repeats, prompts and choices")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--part", choices=("cost", "size", "both"), default="both")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     repeats, steps = (1, 2) if given.quick else (3, 10)
-    for n_prompts, length in ((4, 16),) if given.quick else ((4, 16), (2, 96)):
+    parts = ((4, 16),) if given.quick else ((4, 16), (2, 96))
+    for n_prompts, length in () if given.part == "size" else parts:
         print(f"\n{n_prompts} prompts of {length} tokens, {given.threads} threads")
         print(cost(n_prompts, length, steps, repeats).round(2).to_string())
+    if given.part == "cost":
+        return
     names = list(choices(gs.tiny()))[3:4] if given.quick else list(choices(gs.tiny()))
     found = table(names, 16 if given.quick else 64, (False,) if given.quick else (False, True))
     print("\n" + found.round(3).to_string(index=False))

@@ -200,7 +200,7 @@ def _gates(
         ends.append(values.acts.columns(index).movedim(-1, 0).to(run.slope))
     clean, corrupt = ends
     if not isinstance(run.site.coder, saes.Weights):
-        return torch.ones_like(clean)  # the encoder itself is differentiated
+        return run.keep.to(clean).expand_as(clean)  # the encoder itself is differentiated
     gates = (clean > 0).to(clean)
     one_sided = (clean > 0) != (corrupt > 0)
     if not secant or not bool(one_sided.any()):

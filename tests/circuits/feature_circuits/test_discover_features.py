@@ -146,7 +146,7 @@ def test_a_graph_of_nodes_with_edges_grows_no_circuit_of_edges(circuit) -> None:
 def test_levels_of_nested_dictionaries() -> None:
     suite = gs.tiny()
     saes = [suite.load("matryoshka", layer) for layer in (1, 2)]
-    task = suite.task("agreement", n=4)
+    task = suite.task("agreement", n=2)
     options = {"saes": saes, "method": "atp", "edges": False}
     found = discover_levels(suite.model, task, levels=(0, -1), **options)
     coarse, fine = found[0], found[-1]
@@ -155,7 +155,7 @@ def test_levels_of_nested_dictionaries() -> None:
     assert max(node.index for node in coarse.graph.nodes) < 64
     assert coarse.n_units < fine.n_units
     given = {"saes": saes, "n_random": 0, "sizes": []}
-    assert 0 < evaluate(coarse, suite.model, task, **given).metadata["n_prompts"] == 4
+    assert 0 < evaluate(coarse, suite.model, task, **given).metadata["n_prompts"] == 2
     with pytest.raises(EmptySelectionError, match="No level is named"):
         discover_levels(suite.model, task, levels=(), **options)
     with pytest.raises(UnknownNameError, match="has no level 3.*level 0: 64 features"):
@@ -290,3 +290,7 @@ def test_trees_are_dictionaries_too(hooked2) -> None:
     options = {"saes": [sae, factories.attention(hooked2, 2)], "n_random": 0, "sizes": []}
     whole = evaluate(found.top(found.n_units), hooked2, TASK, **options)
     assert whole.faithfulness == pytest.approx(1, abs=1e-4)
+    edges = found.edges_to_frame()
+    assert {"blocks.1.hook_resid_post", "blocks.2.attn.hook_z"} == {
+        end.split("/")[0] for side in ("source", "target") for end in edges[side]
+    }
