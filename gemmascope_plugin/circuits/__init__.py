@@ -21,10 +21,14 @@ from gemmascope_plugin.circuits.scores import Scores
 from gemmascope_plugin.circuits.select import greedy, threshold, top_n
 from gemmascope_plugin.circuits.tracing.ablation_check import AblationCheck, check_by_ablation
 from gemmascope_plugin.circuits.tracing.attribution_graph import AttributionGraph
+from gemmascope_plugin.circuits.tracing.contrast import contrast
 from gemmascope_plugin.circuits.tracing.head_loadings import HeadLoadings, head_loadings
 from gemmascope_plugin.circuits.tracing.intervention import Intervention, intervene
 from gemmascope_plugin.circuits.tracing.qk_attribution import QkAttribution, qk_attribution
+from gemmascope_plugin.circuits.tracing.supernode_groups import Supernodes
+from gemmascope_plugin.circuits.tracing.supernodes import supernodes
 from gemmascope_plugin.circuits.tracing.trace import trace
+from gemmascope_plugin.circuits.tracing.union import union
 from gemmascope_plugin.patching.node import Node
 
 __all__ = [
@@ -42,7 +46,9 @@ __all__ = [
     "QkAttribution",
     "Scores",
     "StreamDirection",
+    "Supernodes",
     "check_by_ablation",
+    "contrast",
     "discover",
     "discover_features",
     "discover_levels",
@@ -54,7 +60,9 @@ __all__ = [
     "intervene",
     "qk_attribution",
     "stability",
+    "supernodes",
     "threshold",
     "top_n",
     "trace",
+    "union",
 ]

@@ -23,7 +23,7 @@ Cost: one pass over the entries of both graphs.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -44,7 +44,7 @@ from gemmascope_plugin.circuits.tracing.matching import (
     sums_hold,
 )
 from gemmascope_plugin.circuits.tracing.parts import NODE_COLUMNS
-from gemmascope_plugin.errors import GemmaScopeError, TaskError, nearest, shorten
+from gemmascope_plugin.errors import GemmaScopeError, TaskError, check_choice, nearest, shorten
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,6 +73,7 @@ def contrast(
         GemmaScopeError: A graph that is pruned, grouped, or a contrast.
         UnknownNameError: An unknown way to match targets.
     """
+    check_choice("way to match targets", targets, get_args(Targets))
     _check(clean, corrupt)
     graphs, names = (clean, corrupt), positions_of(clean)
     frames = [keyed(graph, names, targets) for graph in graphs]

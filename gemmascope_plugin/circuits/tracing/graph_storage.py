@@ -22,7 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from gemmascope_plugin.attribution.adjoint.adjacency import Adjacency
+from gemmascope_plugin.circuits.tracing.cyclic import in_any_order
 from gemmascope_plugin.circuits.tracing.parts import NODE_COLUMNS, Parts, as_json, from_json_value
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, MissingFileError
 from gemmascope_plugin.loading.whole_file import write_whole
@@ -141,16 +141,21 @@ def _decoded(content: Any, arrays: dict[str, np.ndarray]) -> Parts:
     if not nodes["id"].is_unique:
         raise ValueError("node ids are not unique")
     rows, indptr, indices, data = (arrays[name] for name in _ROWS)
-    _check_rows(len(nodes), rows, indptr, indices, data)
-    matrix = sp.csr_array((data, indices, indptr), shape=(len(rows), len(nodes)))
     metadata = from_json_value(content["metadata"])
-    return Parts(nodes, Adjacency(matrix, rows), tuple(map(str, content["tokens"])), metadata)
+    _check_rows(len(nodes), rows, indptr, indices, data, "supernodes" in metadata)
+    matrix = sp.csr_array((data, indices, indptr), shape=(len(rows), len(nodes)))
+    return Parts(nodes, in_any_order(matrix, rows), tuple(map(str, content["tokens"])), metadata)
 
 
 def _check_rows(
-    n_nodes: int, rows: np.ndarray, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray
+    n_nodes: int,
+    rows: np.ndarray,
+    indptr: np.ndarray,
+    indices: np.ndarray,
+    data: np.ndarray,
+    grouped: bool,
 ) -> None:
-    """What makes arrays the rows of a graph.
+    """What makes arrays the rows of a graph; groups of nodes may reach each other both ways.
 
     Raises:
         ValueError: What is wrong.
@@ -166,7 +171,7 @@ def _check_rows(
     if (indices < 0).any():
         raise ValueError("an edge comes from no node")
     targets = np.repeat(rows, np.diff(indptr))
-    if (indices >= targets).any():
+    if (indices >= (n_nodes if grouped else targets)).any():
         raise ValueError("an edge leads backwards")
     if (np.diff(targets * n_nodes + indices) <= 0).any():
         raise ValueError("the entries of a row are not ascending")

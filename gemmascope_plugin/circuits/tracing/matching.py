@@ -22,7 +22,7 @@ import numpy as np
 from gemmascope_plugin.attribution.adjoint.adjacency import Adjacency, rows_of
 from gemmascope_plugin.circuits.tracing.attribution_graph import AttributionGraph
 from gemmascope_plugin.circuits.tracing.graph_json_nodes import site_word
-from gemmascope_plugin.errors import GemmaScopeError, TaskError, check_choice
+from gemmascope_plugin.errors import GemmaScopeError, TaskError
 from gemmascope_plugin.loading.load import spec_of
 from gemmascope_plugin.splice.hooked_site import HookedSite
 
@@ -132,11 +132,7 @@ def keyed(graph: AttributionGraph, names: Sequence[str], targets: Targets) -> pd
         graph: The graph.
         names: Of its positions, ``[pos]``.
         targets: How targets are known.
-
-    Raises:
-        UnknownNameError: An unknown way to match targets.
     """
-    check_choice("way to match targets", targets, ("label", "order"))
     columns = [graph.nodes[name] for name in ("id", "kind", "site", "index", "pos", "label")]
     ids = [_id(names, *row) for row in zip(*columns, strict=True)]
     keys = np.array(ids, dtype=object)

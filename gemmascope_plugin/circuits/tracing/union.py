@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -68,6 +68,7 @@ def union(
         GemmaScopeError: A graph with grouped nodes.
     """
     check_choice("alignment", align, ("position", "end"))
+    check_choice("way to match targets", targets, get_args(Targets))
     if not 0 <= min_share <= 1:
         raise UnknownNameError(f"min_share={min_share} is no share", exists="shares from 0 to 1")
     if labels is not None and align == "end":
