@@ -187,6 +187,10 @@ def test_targets_that_are_asked_for(saes: list[Any], hooked2: Any) -> None:
     dense = graph.adjacency.toarray()
     expected = [dense[graph.find(end), graph.find("token@1")] for end in ends]
     np.testing.assert_allclose(found.weights, expected, atol=1e-5)
+    named = head_loadings(hooked2, graph, saes, edges[:2])  # the feature and the difference
+    np.testing.assert_allclose(named.values, found.values[:2], atol=1e-6)
+    with pytest.raises(UnknownNameError, match="targets=\\[StreamDirection"):
+        head_loadings(hooked2, graph, saes, edges[2])
     same = head_loadings(hooked2, TOKENS, saes, edges[0], targets=targets)
     np.testing.assert_allclose(same.values[0], found.values[0], atol=1e-6)
 

@@ -147,8 +147,8 @@ def head_loadings(
         transcoders: The dictionaries of the trace.
         edges: Ids of source and target, one pair or several, or rows of ``graph.edge_frame()``: from
             features, errors, tokens and biases to features, logits, differences and directions.
-        targets: As in ``trace``, where edges end at differences or directions, or, for a prompt, at other
-            than the likeliest next tokens.
+        targets: As in ``trace``, where edges end at directions, which a graph does not hold, or, for a
+            prompt, at other than the likeliest next tokens.
         exclude: Special tokens that dictionaries leave alone; None for those of the graph, or bos, eos
             and pad.
         memory_budget: Bytes, or ``"4 GB"``.

@@ -16,7 +16,13 @@ import torch
 from jaxtyping import Int
 
 from gemmascope_plugin.attribution.adjoint.sweep import Entry
-from gemmascope_plugin.attribution.adjoint.targets import Logit, Readout, Seed, Target
+from gemmascope_plugin.attribution.adjoint.targets import (
+    Logit,
+    LogitDifference,
+    Readout,
+    Seed,
+    Target,
+)
 from gemmascope_plugin.attribution.adjoint.tracer import Tracer
 from gemmascope_plugin.circuits.tracing.attribution_graph import AttributionGraph
 from gemmascope_plugin.circuits.tracing.node_table import node_table
@@ -125,7 +131,7 @@ class Retrace:
                 f"There is no node {node!r} on this prompt",
                 exists=f"{len(self._places)} nodes",
                 nearest=nearest(node, self._places),
-                fix="ids as in graph.nodes.id; targets=... names what is not a logit of the graph",
+                fix="ids as in graph.nodes.id; targets=[StreamDirection(...)] for those of directions",
             )
         return self._places[node]
 
@@ -146,8 +152,8 @@ def seeds_of(
 
     Args:
         tracer: The prompt's.
-        source: Whose logits are the targets if none are given: those of a graph, or the likeliest next
-            tokens of a prompt.
+        source: Whose targets they are if none are given: those of a graph but for directions, which it
+            does not hold, or the likeliest next tokens of a prompt.
         targets: As in ``trace``.
 
     Raises:
@@ -158,6 +164,10 @@ def seeds_of(
         return tuple(chosen(tracer, readout, targets)[0])
     if not isinstance(source, AttributionGraph):
         return tuple(readout.top(10, 0.95, -1))
-    rows = source.nodes[source.where("target")]
-    tokens = zip(rows["index"], rows["pos"], strict=True)
-    return tuple(readout.logit(Logit(int(i), int(pos))) for i, pos in tokens if i >= 0)
+    found = []
+    for kind, *words in source.metadata.get("targets", ()):
+        if kind == "logit":
+            found.append(readout.logit(Logit(*words)))
+        elif kind == "difference":
+            found.append(readout.difference(LogitDifference(*words)))
+    return tuple(found)
