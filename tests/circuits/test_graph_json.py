@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,8 @@ def test_mistakes(tmp_path: Path) -> None:
     graph = traced("some")
     with pytest.raises(UnknownNameError, match="The slug 'a/b' is no file name"):
         graph.to_json("a/b")
+    with pytest.raises(GemmaScopeError, match=r"grouped nodes.*groups=.* before collapse"):
+        replace(graph, metadata={"supernodes": {}}).to_json("x")
     with pytest.raises(GemmaScopeError, match="is a folder"):
         write_json(tmp_path, graph.to_json("x"))
     with pytest.raises(MissingFileError, match="There is no graph at"):

@@ -61,9 +61,14 @@ def to_json(
 
     Raises:
         UnknownNameError: A group has a node that is not there, or the slug is no file name.
-        GemmaScopeError: The metadata do not fit into JSON.
+        GemmaScopeError: The metadata do not fit into JSON, or nodes were grouped already.
     """
     check_slug(slug)
+    if "supernodes" in parts.metadata:
+        raise GemmaScopeError(
+            "The graph has grouped nodes, whose members this format wants to know",
+            fix="graph.to_json(slug, groups=...) of the graph before collapse",
+        )
     kept = (parts.nodes["kind"] != "bias").to_numpy()
     rows = parts.nodes.assign(share=shares).loc[kept].to_dict("records")
     explained = (parts.edges.row_of >= 0)[kept].tolist()

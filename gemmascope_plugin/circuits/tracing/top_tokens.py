@@ -55,7 +55,7 @@ def top_tokens(
                 f"The graph has features of {label}, and no dictionary for it was given",
                 exists=", ".join(by_label),
             )
-        features = torch.from_numpy(np.unique(own["index"].to_numpy()))
+        features = torch.from_numpy(np.unique(np.asarray(own["index"])))
         directions = written(Anatomy(model), by_label[label], sites, features)
         words = dict(zip(features.tolist(), top_words(model, directions, k), strict=True))
         found |= {name: words[i] for name, i in zip(own["id"], own["index"], strict=True)}
