@@ -190,6 +190,8 @@ def _check_arrays(arrays: Arrays, ranked: Any) -> None:
     Raises:
         ValueError: What is wrong.
     """
+    if ranked not in (None, "edge", "node"):
+        raise ValueError(f"ranked is {ranked!r}, neither edge nor node")
     has_edges = any(name in arrays for name in (*_EDGES, "pos"))
     ranks_edges = has_edges if ranked is None else ranked == "edge"
     wanted = {
@@ -227,8 +229,6 @@ def _decoded(
     """
     signed, metadata = content["signed"], content["metadata"]
     ranked = content.get("ranked")
-    if ranked not in (None, "edge", "node"):
-        raise ValueError(f"ranked is {ranked!r}, neither edge nor node")
     if not isinstance(signed, bool) or not isinstance(metadata, dict):
         raise ValueError("signed is no truth value, or metadata no object")
     if content["ports"] != list(PORTS):

@@ -67,6 +67,34 @@ def test_a_graph_with_scores_of_nodes_and_of_edges(tmp_path: Path) -> None:
     assert equal(Circuit.load(circuit.save(tmp_path)), circuit)
 
 
+@pytest.mark.parametrize("graph", [edge_graph(), node_graph()], ids=["edges", "nodes"])
+def test_files_of_version_1_are_read(graph: Graph, tmp_path: Path) -> None:
+    """They say neither what is ranked nor what nodes mean."""
+    circuit = top_n(graph, 3)
+    folder = circuit.save(tmp_path)
+    content = json.loads((folder / JSON).read_text())
+    old = {key: value for key, value in content.items() if key not in ("ranked", "meanings")}
+    (folder / JSON).write_text(json.dumps({**old, "version": 1}))
+    assert equal(Circuit.load(folder), circuit)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ranked": "both"}, "ranked is 'both', neither edge nor node"),
+        ({"ranked": "node"}, "array 'node_scores' is missing"),
+        ({"meanings": {"0": 3}}, "meanings are no texts by node"),
+        ({"meanings": {"99": "x"}}, "cannot read"),
+    ],
+)
+def test_ranks_and_meanings_that_contradict_the_arrays(
+    folder: Path, changes: dict, message: str
+) -> None:
+    rewrite(folder, **changes)
+    with pytest.raises(BadFileError, match=message):
+        Circuit.load(folder)
+
+
 def test_a_folder_is_made_and_an_older_circuit_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     top_n(edge_graph(), 5).save(folder)

@@ -147,7 +147,7 @@ def _targets(
     """The kept nodes of a site, as many at a time as fit; those that can be reached are marked."""
     own = kept[nodes.features].nonzero().flatten()
     for some in own.split(copies) if len(own) else ():
-        at = _at(nodes, some, run.slope.shape[1])
+        at = _at(nodes, some, run.slope.shape[1]).to(run.slope)
         places, index = some + nodes.start, nodes.index[some]
         if run.site.kind != "feature":
             yield _Targets(run, places, _of_heads(run, nodes.n, index) * at[..., None])
