@@ -54,7 +54,7 @@ class GraphSum:
         self._columns: dict[str, np.ndarray] = {}
         self._places: dict[str, list[float]] = {}
         """Where each named position stands in each graph; names are numbered as they come."""
-        self._words: dict[str, list[str]] = {}
+        self._words: dict[str, dict[str, None]] = {}
         """Different words of tokens and targets, by key."""
         self._prompts: list[str] = []
         self._sums_hold = True
@@ -94,9 +94,7 @@ class GraphSum:
     def _note_words(self, frame: pd.DataFrame) -> None:
         own = frame[frame["kind"].isin(["token", "target"])]
         for key, word in zip(own["key"], own["label"], strict=True):
-            known = self._words.setdefault(key, [])
-            if word not in known:
-                known.append(word)
+            self._words.setdefault(key, {})[word] = None
 
     def _add_columns(self, graph: AttributionGraph, at: np.ndarray) -> None:
         rows, n = graph.edges.nodes, len(self._joint)
@@ -157,7 +155,7 @@ class GraphSum:
         explained = columns["explained"].astype(np.int64)
         counts = {"count": count, "share": count / n, "explained": explained}
         labels = [
-            either(self._words[key]) if key in self._words else label
+            either([*self._words[key]]) if key in self._words else label
             for key, label in zip(nodes["key"], nodes["label"], strict=True)
         ]
         nodes = nodes.assign(**known, label=labels, **counts).drop(columns="key")
@@ -168,7 +166,7 @@ class GraphSum:
         return nodes, tuple(names)
 
     def _tokens(self, names: Sequence[str]) -> tuple[str, ...]:
-        return tuple(either(self._words[f"token@{name}"]) for name in names)
+        return tuple(either([*self._words[f"token@{name}"]]) for name in names)
 
 
 def _occurring(nodes: pd.DataFrame, min_share: float) -> np.ndarray:
