@@ -65,7 +65,7 @@ def test_unknown_name_says_what_was_meant() -> None:
 
 def test_unknown_name_without_a_neighbour_lists_what_there_is() -> None:
     with pytest.raises(
-        AttributeError, match=r"There is: Ablate, Adaptivity, Add, .*verify, verify_top\.$"
+        AttributeError, match=r"There is: Ablate, AblationCheck, .*verify, verify_top\.$"
     ):
         gs.zzzzzzzz  # noqa: B018
 
