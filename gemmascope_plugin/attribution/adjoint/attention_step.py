@@ -4,7 +4,7 @@
 2. ``through_values``: over tokens by the frozen pattern, summed over the heads of a key-value group, and
    through ``W_V``. A gradient at one token spreads to all earlier ones here.
 
-Cost: ``pos * d_model * head * d_head`` and ``pos^2 * head * d_head`` multiplications a target; a target
+Cost: ``pos * d_model * head * d_head`` and half of ``pos^2 * head * d_head`` multiplications; a target
 at one token pays for that token only.
 """
 
@@ -15,6 +15,9 @@ from jaxtyping import Float
 
 from gemmascope_plugin.attribution.adjoint.cotangent import Cotangent
 from gemmascope_plugin.attribution.adjoint.frozen_pass import FrozenAttention
+
+QUERIES = 64
+"""Queries that are mixed at a time."""
 
 
 def to_heads(attention: FrozenAttention, stream: Cotangent) -> Cotangent:
@@ -51,12 +54,19 @@ def through_values(
 
 def _mixed(
     attention: FrozenAttention, heads: Cotangent
-) -> Float[torch.Tensor, "kv pos targetwidth"]:
+) -> Float[torch.Tensor, "kv pos target width"]:
+    """Over tokens, some queries at a time: earlier keys only, later targets only."""
     kv, group, n_pos = len(attention.W_V), attention.group, heads.n_pos
-    z = heads.values.unflatten(-1, (kv, group, -1)).permute(2, 3, 0, 1, 4)
-    z = z.reshape(kv, group * n_pos, -1)
-    mix = attention.mix.unflatten(-1, (group, -1))[:, :n_pos, :, :n_pos]
-    return torch.bmm(mix.reshape(kv, n_pos, group * n_pos), z)
+    mix = attention.mix.unflatten(-1, (group, -1))
+    z = heads.values.unflatten(-1, (kv, group, -1))
+    out = z.new_zeros(kv, n_pos, len(heads.positions), z.shape[-1])
+    for start in range(0, n_pos, QUERIES):
+        stop = min(start + QUERIES, n_pos)
+        first = int(torch.searchsorted(heads.positions, start))
+        own = z[start:stop, first:].permute(2, 3, 0, 1, 4).flatten(3).flatten(1, 2)
+        weights = mix[:, :stop, :, start:stop].flatten(2)
+        out[:, :stop, first:] += torch.bmm(weights, own).unflatten(-1, (-1, z.shape[-1]))
+    return out
 
 
 def _spread(
