@@ -181,3 +181,20 @@ def test_small_shares_are_dropped(hooked2: Any) -> None:
     few = tracer_of(hooked2, saes, min_share=0.01).rows([], [], weights, None, False).matrix
     keep = np.abs(whole) >= 0.01 * np.abs(whole).sum(1, keepdims=True)
     np.testing.assert_array_equal(few.toarray() != 0, keep & (whole != 0))
+
+
+def test_threads_do_not_matter(hooked2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemmascope_plugin.attribution.adjoint.tracer.MIN_TARGETS", 4)
+    saes = [factories.transcoder(hooked2, layer) for layer in LAYERS]
+    tracer = tracer_of(hooked2, saes)
+    weights = np.zeros(tracer.layout.n_nodes)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(tracer.rows([], [], weights, None, False).matrix.toarray())
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(found[0], found[1], atol=2e-6)

@@ -97,6 +97,13 @@ class Sweep:
             )
         return budget // each
 
+    def prepare(self) -> None:
+        """Makes what is made once, before several threads ask for it."""
+        for layer in range(self.record.n_layers):
+            self.record.attention(layer)
+        for written in self._written:
+            written.rows(0)
+
     @torch.no_grad()
     def __call__(self, entry: Entry) -> Float[torch.Tensor, "node target"]:
         """Effects of the nodes below on the targets, summed over all direct paths."""

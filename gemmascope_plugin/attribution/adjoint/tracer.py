@@ -25,6 +25,7 @@ from gemmascope_plugin.attribution.adjoint.layout import Layout
 from gemmascope_plugin.attribution.adjoint.site import PER_LAYER, Site, activities, site_of
 from gemmascope_plugin.attribution.adjoint.sweep import Entry, Sweep
 from gemmascope_plugin.attribution.adjoint.targets import Seed
+from gemmascope_plugin.attribution.adjoint.workers import workers
 from gemmascope_plugin.errors import EmptySelectionError, ModelError
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import reading
@@ -36,6 +37,8 @@ from gemmascope_plugin.splice.splicing import as_list
 
 MAX_TARGETS = 256
 """Targets of a chunk at most: more are no faster, and their tokens lie further apart."""
+MIN_TARGETS = 32
+"""Targets that a thread needs to be worth its while."""
 ROUNDS = 8
 """Times that the most influential features are chosen anew."""
 
@@ -169,15 +172,25 @@ class Tracer:
         own = self.layout.features(site)
         return np.arange(own.start, own.stop)
 
-    def chunks(self, entry: Entry) -> Iterator[Entry]:
-        """An entry in parts that fit the budget.
+    def n_workers(self, entry: Entry) -> int:
+        """Threads that take chunks of an entry side by side, each with enough targets."""
+        if entry.positions.device.type != "cpu":
+            return 1
+        n_pos = int(entry.positions.max()) + 1
+        each = self.sweep.bytes_per_target(n_pos, entry.n_below)
+        fitting = self.budget // (each * MIN_TARGETS)
+        wanted = len(entry.positions) // MIN_TARGETS
+        return max(1, min(torch.get_num_threads(), fitting, wanted))
+
+    def chunks(self, entry: Entry, n_workers: int) -> Iterator[Entry]:
+        """An entry in parts that fit the budget, one for each of so many threads.
 
         Raises:
             GemmaScopeError: Not even one target fits.
         """
         n_pos = int(entry.positions.max()) + 1
-        size = min(MAX_TARGETS, self.sweep.fitting(n_pos, entry.n_below, self.budget))
-        parts = -(-len(entry.positions) // size)
+        fitting = self.sweep.fitting(n_pos, entry.n_below, self.budget // n_workers)
+        parts = -(-len(entry.positions) // min(MAX_TARGETS, fitting))
         for index in torch.arange(len(entry.positions)).tensor_split(parts):
             yield Entry(
                 entry.after,
@@ -238,13 +251,21 @@ class _Rows:
         return stacked(self._parts, self._nodes)
 
     def _sweep(self, entry: Entry, nodes: np.ndarray) -> None:
-        done = 0
-        for part in self._tracer.chunks(entry):
-            effects = self._tracer.sweep(part)
-            self._parts.append(compressed(effects, self._n_nodes, self._tracer.min_share))
-            self._nodes.append(nodes[done : done + len(part.positions)])
-            done += len(part.positions)
-            self._bar.update(len(part.positions))
+        tracer, done = self._tracer, 0
+        count = tracer.n_workers(entry)
+        parts = list(tracer.chunks(entry, count))
+        tracer.sweep.prepare()
+        with workers(count) as pool:
+            for part, rows in zip(parts, pool.map(self._compressed, parts), strict=True):
+                n = len(part.positions)
+                self._parts.append(rows)
+                self._nodes.append(nodes[done : done + n])
+                done += n
+                self._bar.update(n)
+
+    def _compressed(self, part: Entry) -> Any:
+        effects = self._tracer.sweep(part)
+        return compressed(effects, self._n_nodes, self._tracer.min_share)
 
 
 def sites_of(model: HookedModel, dictionaries: Any, exclude: Any) -> list[Site]:

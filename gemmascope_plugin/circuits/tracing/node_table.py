@@ -75,8 +75,9 @@ def _biases(layout: Layout) -> dict[str, np.ndarray]:
 def _features(own: Activity) -> dict[str, np.ndarray]:
     acts, site = own.acts, own.site
     pos, index = acts.rows.cpu().numpy(), acts.indices.cpu().numpy()
-    names = [f"{site.label}/{i}@{p}" for i, p in zip(index, pos, strict=True)]
-    labels = [f"{_short(own)} {i}" for i in index]
+    label, short = site.label, _short(own)
+    names = [f"{label}/{i}@{p}" for i, p in zip(index.tolist(), pos.tolist(), strict=True)]
+    labels = [f"{short} {i}" for i in index.tolist()]
     values = acts.values.double().cpu().numpy()
     given = {"site": site.label, "layer": site.layer, "pos": pos, "index": index}
     return _rows(len(index), "feature", **given, activation=values, label=labels, id=names)
