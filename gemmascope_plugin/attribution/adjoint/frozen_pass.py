@@ -25,7 +25,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from gemmascope_plugin.catalog.sites import human_size
 from gemmascope_plugin.errors import GemmaScopeError, TaskError
@@ -183,13 +183,6 @@ class FrozenPass:
     def _head_sum(self, layer: int) -> Float[torch.Tensor, "pos d_model"]:
         z = self.held[f"blocks.{layer}.attn.hook_z"].to(self.dtype)
         return self.anatomy.head_sum(layer, z.unflatten(-1, (self.anatomy.n_heads, -1)))
-
-    def kept(self, excluded: frozenset[int]) -> Bool[torch.Tensor, " pos"]:
-        """False at special tokens."""
-        keep = torch.ones_like(self.tokens, dtype=torch.bool)
-        for token in excluded:
-            keep &= self.tokens != token
-        return keep
 
 
 def _needed(n_layers: int) -> list[str]:

@@ -15,7 +15,6 @@ one is its ``b_dec``, the other what it passes through at special tokens; both s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -68,6 +67,21 @@ class Layout:
         """All nodes but targets that are no features."""
         return self.starts[-1]
 
+    @cached_property
+    def at(self) -> dict[int, int]:
+        """The site of each time that has one."""
+        return {one.site.time: i for i, one in enumerate(self.activities)}
+
+    def heard(self, site: int) -> list[int]:
+        """The sites whose features write at a site: itself, and earlier ones of its dictionary."""
+        own = self.activities[site].site
+        return [i for i, one in enumerate(self.activities) if own.hears(one.site)]
+
+    def hearing(self, site: int) -> list[int]:
+        """The sites where the features of a site write, its own first."""
+        own = self.activities[site].site
+        return [i for i, one in enumerate(self.activities) if one.site.hears(own)]
+
     def features(self, site: int) -> slice:
         """The features of a site."""
         start = self.starts[site]
@@ -86,17 +100,20 @@ class Layout:
         """Active features of all sites."""
         return sum(one.n_features for one in self.activities)
 
-    def row_nodes(self, site: int, family: Sequence[int]) -> Int64[torch.Tensor, " row"]:
+    def row_nodes(self, site: int) -> Int64[torch.Tensor, " row"]:
         """The node of every row that a site writes, see :class:`Written`."""
         own = self.activities[site]
         keep = own.keep.cpu()
         rest = torch.where(
             keep, keep.long().cumsum(0) - 1 + self.errors(site).start, self.passed(site)
         )
+        sources = [
+            (self.activities[i].acts.offsets.tolist(), self.starts[i]) for i in self.heard(site)
+        ]
+        b_dec = torch.tensor(self.b_dec(site))
         nodes: list[torch.Tensor] = []
         for pos in range(self.n_pos):
-            for index in family:
-                offsets, start = self.activities[index].acts.offsets.cpu(), self.starts[index]
-                nodes.append(torch.arange(int(offsets[pos]), int(offsets[pos + 1])) + start)
-            nodes.append(torch.stack([rest[pos], torch.tensor(self.b_dec(site))]))
+            for offsets, start in sources:
+                nodes.append(torch.arange(offsets[pos], offsets[pos + 1]) + start)
+            nodes.append(torch.stack([rest[pos], b_dec]))
         return torch.cat(nodes)

@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float, Int
 from gemmascope_plugin.attribution.adjoint.frozen_pass import FrozenPass
 from gemmascope_plugin.errors import ModelError, WidthMismatchError
 from gemmascope_plugin.models.sites import gained_layer, norm_gain
+from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.saes import Coder, Weights
 from gemmascope_plugin.saes.sparse import SparseActs, write
 from gemmascope_plugin.splice.hooked_site import HookedSite
@@ -56,8 +57,6 @@ class Site:
     layer: int
     place: int = 0
     """Number among the sites of its own dictionary."""
-    siblings: tuple[int, ...] = (0,)
-    """Numbers of the sites of the same dictionary whose features write here."""
 
     @property
     def time(self) -> int:
@@ -68,6 +67,18 @@ class Site:
     def label(self) -> str:
         """Its output hook, as caches name it."""
         return self.hooked.name
+
+    @property
+    def dictionary(self) -> Any:
+        """What it shares with other layers, of a cross-layer dictionary; None for others."""
+        return getattr(self.hooked, "dictionary", None)
+
+    def hears(self, other: Site) -> bool:
+        """Whether features that read at another site write here."""
+        if other is self:
+            return True
+        same = self.dictionary is not None and other.dictionary is self.dictionary
+        return same and other.place < self.place
 
     @property
     def weights(self) -> Coder:
@@ -147,13 +158,12 @@ class Activity:
         return rows.to(values) * values
 
 
-def site_of(hooked: HookedSite, place: int, n_siblings: int) -> Site:
+def site_of(hooked: HookedSite, place: int) -> Site:
     """A site, checked.
 
     Args:
         hooked: The site.
         place: Its number in its dictionary.
-        n_siblings: Sites of its dictionary that come no later.
 
     Raises:
         ModelError: A dictionary that cannot be traced, or at a hook that cannot.
@@ -176,7 +186,7 @@ def site_of(hooked: HookedSite, place: int, n_siblings: int) -> Site:
         if kind != "mlp":
             raise ModelError(f"A transcoder that writes to {hooked.hook_out} cannot be traced")
         kind = "transcoder"
-    return Site(hooked, kind, int(match[1]), place, tuple(range(n_siblings)))
+    return Site(hooked, kind, int(match[1]), place)
 
 
 def activities(record: FrozenPass, sites: Sequence[Site], excluded: Any) -> list[Activity]:
@@ -192,7 +202,7 @@ def activities(record: FrozenPass, sites: Sequence[Site], excluded: Any) -> list
     """
     found: list[Activity] = []
     for site in sites:
-        keep = record.kept(excluded(site))
+        keep = kept_positions(record.tokens[None], excluded(site))[0]
         x = record.tensor(site.hooked.hook_in)
         _check_width(site, x, record.tensor(site.hooked.hook_out))
         acts = site.weights.encode_sparse(x, keep=keep).detach()
@@ -210,9 +220,9 @@ def _activity(
 ) -> Activity:
     dtype = record.dtype
     y = record.tensor(site.hooked.hook_out).to(dtype)
-    sources = [*_family(site, earlier), acts]
+    sources = [(one.site.place, one.acts) for one in earlier if site.hears(one.site)]
     written = torch.zeros_like(y)
-    for place, own in zip(site.siblings, sources, strict=True):
+    for place, own in (*sources, (site.place, acts)):
         wide = own.with_values(own.values.to(dtype))
         written = written + write(wide, site.hooked.decoder_from(place).detach()).to(dtype)
     bias = site.weights.bias(x.to(site.weights.W_enc.dtype)).detach().to(dtype)
@@ -222,14 +232,6 @@ def _activity(
     rest = torch.where(keep[:, None], y - written - bias, passed)
     gain = _read_gain(record, site)
     return Activity(site, acts.with_values(acts.values.to(dtype)), keep, rest, b_dec, gain)
-
-
-def _family(site: Site, earlier: Sequence[Activity]) -> list[SparseActs]:
-    """Activations of the same dictionary at earlier layers."""
-    if len(site.siblings) == 1:
-        return []
-    same: Any = getattr(site.hooked, "dictionary", None)
-    return [a.acts for a in earlier if getattr(a.site.hooked, "dictionary", None) is same]
 
 
 def _constant(site: Site, dtype: torch.dtype) -> torch.Tensor:

@@ -65,7 +65,6 @@ class Sweep:
 
     def __init__(self, record: FrozenPass, layout: Layout, budget: int) -> None:
         self.record, self.layout = record, layout
-        self._at = {one.site.time: i for i, one in enumerate(layout.activities)}
         share = budget // max(1, len(layout.activities))
         self._written = [Written(layout, i, share) for i in range(len(layout.activities))]
 
@@ -122,15 +121,15 @@ class Sweep:
     ) -> Cotangent | None:
         """One layer, from above to below; None where nothing is left."""
         z, mlp, resid = (PER_LAYER * layer + stage for stage in (0, 1, 2))
-        if resid < after and resid in self._at:
-            index = self._at[resid]
+        if resid < after and resid in self.layout.at:
+            index = self.layout.at[resid]
             self._read(index, state, effects)
             cut = _ended(state, self.layout.activities[index])
             if cut is None:
                 return None
             state = cut
         if mlp < after:
-            index = self._at[mlp]
+            index = self.layout.at[mlp]
             self._read(index, state, effects)
             state = self._skipped(self.layout.activities[index], state)
         if after == z:  # features of an attention SAE read z itself
@@ -140,7 +139,7 @@ class Sweep:
     def _attention(self, layer: int, stream: Cotangent, effects: torch.Tensor) -> Cotangent:
         attention = self.record.attention(layer)
         heads = to_heads(attention, stream)
-        index = self._at.get(PER_LAYER * layer)
+        index = self.layout.at.get(PER_LAYER * layer)
         bias = attention.bias_O
         if bias is not None:
             effects[self.layout.attention_bias(layer)] += stream.sums(bias, attention.post)

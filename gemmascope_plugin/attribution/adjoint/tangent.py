@@ -25,7 +25,6 @@ from gemmascope_plugin.attribution.adjoint.frozen_pass import FrozenAttention, F
 from gemmascope_plugin.attribution.adjoint.layout import Layout
 from gemmascope_plugin.attribution.adjoint.site import PER_LAYER, Activity
 from gemmascope_plugin.attribution.adjoint.sweep import Entry
-from gemmascope_plugin.attribution.adjoint.written import family_of
 
 TOKENS = -1
 """Time of the embedding."""
@@ -66,12 +65,11 @@ def _feature_writes(record: FrozenPass, layout: Layout, site: int, entry: int) -
     source = layout.activities[site]
     at, feature = source.acts.rows[[entry]], int(source.acts.indices[entry])
     found = []
-    for index in range(site, len(layout.activities)):
-        if site in family_of(layout, index):
-            own = layout.activities[index]
-            row = own.site.hooked.decoder_from(source.site.place)[feature].detach()
-            vectors = row.to(source.acts.values) * source.acts.values[[entry], None]
-            found.append(_written(record, own, at, vectors))
+    for index in layout.hearing(site):
+        own = layout.activities[index]
+        row = own.site.hooked.decoder_from(source.site.place)[feature].detach()
+        vectors = row.to(source.acts.values) * source.acts.values[[entry], None]
+        found.append(_written(record, own, at, vectors))
     return found
 
 
@@ -122,7 +120,7 @@ def _through(layout: Layout, layer: int, like: torch.Tensor) -> Float[torch.Tens
 
 
 def _activity_at(layout: Layout, time: int) -> Activity | None:
-    return next((one for one in layout.activities if one.site.time == time), None)
+    return layout.activities[layout.at[time]] if time in layout.at else None
 
 
 class Tangent:

@@ -111,6 +111,7 @@ class Tracer:
             max_features: Most rows of features; None for all.
             progress: Show a progress bar.
         """
+        self.sweep.prepare()
         n_nodes = self.layout.n_nodes + len(seeds)
         total = self.layout.n_features if max_features is None else max_features
         with tqdm(total=total + len(seeds), disable=not progress, desc="rows") as bar:
@@ -254,7 +255,6 @@ class _Rows:
         tracer, done = self._tracer, 0
         count = tracer.n_workers(entry)
         parts = list(tracer.chunks(entry, count))
-        tracer.sweep.prepare()
         with workers(count) as pool:
             for part, rows in zip(parts, pool.map(self._compressed, parts), strict=True):
                 n = len(part.positions)
@@ -283,7 +283,7 @@ def sites_of(model: HookedModel, dictionaries: Any, exclude: Any) -> list[Site]:
     for one in as_list(dictionaries):
         hooked = hooked_of(one, exclude)
         for place, site in enumerate(hooked.sites):
-            sites.append(site_of(site, place, place + 1))
+            sites.append(site_of(site, place))
     sites.sort(key=lambda site: site.time)
     for one, other in zip(sites, sites[1:], strict=False):
         if one.time == other.time:

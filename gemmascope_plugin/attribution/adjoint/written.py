@@ -9,7 +9,6 @@ Cost: ``rows * d_out`` numbers where they fit the budget; else rows are gathered
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -29,10 +28,9 @@ class Written:
 
     def __init__(self, layout: Layout, site: int, budget: int) -> None:
         self._own = layout.activities[site]
-        family = family_of(layout, site)
-        self._sources = [layout.activities[i] for i in family]
+        self._sources = [layout.activities[i] for i in layout.heard(site)]
         self._budget = budget
-        nodes = layout.row_nodes(site, family)
+        nodes = layout.row_nodes(site)
         self.nodes: Int64[torch.Tensor, " row"] = nodes.to(self._own.rest.device)
         """The node of each row."""
         counts = torch.stack([a.acts.offsets.diff() for a in self._sources]).sum(0) + 2
@@ -64,14 +62,3 @@ class Written:
         ]
         constant = own.b_dec if bool(own.keep[pos]) else torch.zeros_like(own.b_dec)
         return torch.cat([*parts, own.rest[pos, None], constant[None]])
-
-
-def family_of(layout: Layout, site: int) -> Sequence[int]:
-    """The sites whose features write at a site: itself, and earlier ones of its dictionary."""
-    own = layout.activities[site].site
-    same = getattr(own.hooked, "dictionary", None)
-    return [
-        i
-        for i, one in enumerate(layout.activities[: site + 1])
-        if i == site or (same is not None and getattr(one.site.hooked, "dictionary", None) is same)
-    ]

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 
-from gemmascope_plugin.attribution.adjoint.written import family_of
 from gemmascope_plugin.circuits.tracing.replay import Hooks, Replay
 from gemmascope_plugin.models.sites import reading
 
@@ -118,7 +117,7 @@ def _rebuilt(
         flat = y.flatten(2)
         out = weights.bias(inputs[site].to(weights.W_enc.dtype)).to(replay.record.dtype)
         out = out + left[site].errors[..., None] * own.rest
-        for index in family_of(replay.layout, site):
+        for index in replay.layout.heard(site):
             place = replay.layout.activities[index].site.place
             W_dec = own.site.hooked.decoder_from(place).detach()
             out = out + acts[index] @ W_dec[left[index].features].to(out)

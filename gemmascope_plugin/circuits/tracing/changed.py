@@ -82,12 +82,10 @@ class _Changed:
         model, site = self._replay.record.model, self._own.site
         how = reading(model, site.hooked.hook_in)
         hooks: Hooks = [(how.hook, self._look(how))]
-        for one in self._replay.layout.activities:
-            same = getattr(one.site.hooked, "dictionary", None)
-            family = same is not None and same is getattr(site.hooked, "dictionary", None)
-            if one is self._own or (family and one.site.place > site.place):
-                W_dec = one.site.hooked.decoder_from(site.place)
-                hooks.append((self._replay.hook_of(one.site.hooked.hook_out), self._write(W_dec)))
+        for index in self._replay.layout.hearing(self._site):
+            hooked = self._replay.layout.activities[index].site.hooked
+            W_dec = hooked.decoder_from(site.place)
+            hooks.append((self._replay.hook_of(hooked.hook_out), self._write(W_dec)))
         return hooks
 
     def _look(self, how: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., None]:

@@ -9,11 +9,11 @@ Cost: one forward pass to record.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from gemmascope_plugin.attribution.slopes import put
 from gemmascope_plugin.circuits.tracing.replay import Hooks, Replay
 from gemmascope_plugin.models.sites import reading
 from gemmascope_plugin.patching.nodes import read
@@ -30,17 +30,10 @@ def held_hooks(replay: Replay) -> Hooks:
         scales = [f"blocks.{layer}.{norm}.hook_scale" for norm in _NORMS]
         names += [f"blocks.{layer}.attn.hook_pattern", *(name for name in scales if name in points)]
     held = read(model, record.tokens[None], names)
-    hooks: Hooks = [(name, _put(value)) for name, value in held.items()]
+    hooks: Hooks = [(name, put(value)) for name, value in held.items()]
     for index in range(len(replay.layout.activities)):
         hooks += _site_hooks(replay, index)
     return hooks
-
-
-def _put(value: torch.Tensor) -> Callable[..., torch.Tensor]:
-    def hook_fn(x: torch.Tensor, hook: Any) -> torch.Tensor:
-        return value
-
-    return hook_fn
 
 
 def _site_hooks(replay: Replay, index: int) -> Hooks:

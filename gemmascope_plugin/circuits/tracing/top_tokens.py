@@ -73,16 +73,8 @@ def written(
         sites: All sites of the trace.
         features: Which of them.
     """
-    own = getattr(site.hooked, "dictionary", None)
-    writers = [
-        other
-        for other in sites
-        if other is site
-        or (own is not None and getattr(other.hooked, "dictionary", None) is own)
-        and other.place > site.place
-    ]
     parts = []
-    for other in writers:
+    for other in (one for one in sites if one.hears(site)):
         W_dec = other.hooked.decoder_from(site.place).detach()
         rows = W_dec.index_select(0, features.to(W_dec.device)).float()
         if other.kind == "attention":
