@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 VARIABLE = "GEMMASCOPE_HOME"
+HOME_FIX = f"free space, mend the permissions, or set {VARIABLE} to another folder"
+"""What to do when nothing can be written there."""
 
 
 def home() -> Path:

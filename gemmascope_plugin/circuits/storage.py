@@ -33,7 +33,7 @@ from gemmascope_plugin.circuits.graph import PORTS, Graph
 from gemmascope_plugin.circuits.soundness import content_fault
 from gemmascope_plugin.circuits.tables import layer_of
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, MissingFileError
-from gemmascope_plugin.loading.whole_file import write_whole
+from gemmascope_plugin.files.whole import write_whole
 from gemmascope_plugin.patching.node import Node, NodeKind
 
 FORMAT, VERSION = "gemmascope_plugin circuit", 2

@@ -29,10 +29,10 @@ import gemmascope_plugin.saes as saes
 from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.catalog.sites import Format, Gain, path_template, width_label
 from gemmascope_plugin.errors import GemmaScopeError
+from gemmascope_plugin.files.whole import write_whole
 from gemmascope_plugin.loading.config_json import hf_hooks
 from gemmascope_plugin.loading.npz import write_npz
 from gemmascope_plugin.loading.safetensors import write_safetensors
-from gemmascope_plugin.loading.whole_file import write_whole
 from gemmascope_plugin.saes.jumprelu import ARCHITECTURES
 from gemmascope_plugin.types import Kind, Site
 

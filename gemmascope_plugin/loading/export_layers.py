@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from gemmascope_plugin.catalog.sites import Gain, width_label
+from gemmascope_plugin.files.whole import write_whole
 from gemmascope_plugin.loading.config_json import MODULES
 from gemmascope_plugin.loading.export import write_params
-from gemmascope_plugin.loading.whole_file import write_whole
 
 
 def export_layers(sae: Any, folder: str | Path, *, l0: float, gain: Gain = "with") -> Path:

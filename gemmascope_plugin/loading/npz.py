@@ -29,13 +29,13 @@ import torch
 from jaxtyping import Float
 
 from gemmascope_plugin.catalog.headers import FORMAT_FAULTS, Member, read_headers
-from gemmascope_plugin.catalog.home import home
+from gemmascope_plugin.catalog.home import HOME_FIX, home
 from gemmascope_plugin.errors import BadFileError, shorten
+from gemmascope_plugin.files.whole import write_whole
 from gemmascope_plugin.loading.arrays import ArrayFile, StoredArray
 from gemmascope_plugin.loading.integrity import check_file
 from gemmascope_plugin.loading.safetensors import header_bytes, safetensors_arrays
 from gemmascope_plugin.loading.stamps import identity
-from gemmascope_plugin.loading.whole_file import write_whole
 
 CHUNK = 1 << 22
 DTYPES = {"<f2": torch.float16, "<f4": torch.float32, "<f8": torch.float64}
@@ -96,7 +96,7 @@ def _conversion(path: Path, members: Mapping[str, Member]) -> Path:
         / (f"{prefix}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors")
     )
     if not target.is_file():
-        write_whole(target, lambda file: _convert(path, members, file))
+        write_whole(target, lambda file: _convert(path, members, file), fix=HOME_FIX)
         for old in target.parent.glob(f"{prefix}-*.safetensors"):
             if old != target:
                 old.unlink(missing_ok=True)

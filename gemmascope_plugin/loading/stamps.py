@@ -21,7 +21,7 @@ from pathlib import Path
 
 from gemmascope_plugin.catalog.home import home
 from gemmascope_plugin.errors import GemmaScopeError
-from gemmascope_plugin.loading.whole_file import write_whole
+from gemmascope_plugin.files.whole import write_whole
 
 VERSION = 1
 """Raise it when the checks become stricter: older stamps then count for nothing."""

@@ -23,7 +23,7 @@ from typing import Any
 
 from gemmascope_plugin.catalog.json_file import read_json
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, MissingFileError
-from gemmascope_plugin.loading.whole_file import write_whole
+from gemmascope_plugin.files.whole import write_whole
 from gemmascope_plugin.training.checkpoint import checkpoints
 from gemmascope_plugin.training.spec import TrainSpec
 

@@ -30,9 +30,9 @@ from gemmascope_plugin.errors import (
     nearest,
     shorten,
 )
+from gemmascope_plugin.files.whole import write_whole
 from gemmascope_plugin.loading.arrays import ArrayFile
 from gemmascope_plugin.loading.safetensors import safetensors_arrays, write_safetensors
-from gemmascope_plugin.loading.whole_file import write_whole
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.training.corpus import TokenStream
 from gemmascope_plugin.training.forward_reader import ForwardReader

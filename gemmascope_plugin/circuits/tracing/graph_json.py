@@ -27,7 +27,7 @@ from gemmascope_plugin.circuits.tracing.graph_json_nodes import node_records
 from gemmascope_plugin.circuits.tracing.influence import TraceScores
 from gemmascope_plugin.circuits.tracing.parts import Parts, as_json, ends
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, UnknownNameError, nearest
-from gemmascope_plugin.loading.whole_file import write_whole
+from gemmascope_plugin.files.whole import write_whole
 
 INDEX = "graph-metadata.json"
 _SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -25,7 +25,7 @@ from safetensors.numpy import save
 from gemmascope_plugin.circuits.tracing.cyclic import in_any_order
 from gemmascope_plugin.circuits.tracing.parts import NODE_COLUMNS, Parts, as_json, from_json_value
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, MissingFileError
-from gemmascope_plugin.loading.whole_file import write_whole
+from gemmascope_plugin.files.whole import write_whole
 
 FORMAT, VERSION = "gemmascope_plugin attribution graph", 1
 _KEY = "gemmascope"

@@ -1,0 +1,1 @@
+"""Files as such: read with suspicion, written whole, locked against other processes."""
