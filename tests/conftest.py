@@ -10,43 +10,38 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support import shapes
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Neither a manifest nor a stamp of the person at this machine may reach a test, or a test's theirs.  Set
 # before anything is imported or parametrised; subprocesses and notebook kernels inherit it.
 _HOME = tempfile.TemporaryDirectory(prefix="gemmascope-tests-")
 os.environ["GEMMASCOPE_HOME"] = _HOME.name
-# Tiny tensors: more threads only wait for one another, above all on a shared machine.
-torch.set_num_threads(1)
+# Tiny tensors: more threads only wait for one another, above all on a shared machine. Who names a number
+# of threads gets it.
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)
 
 
-def ask_each_class_once(protocol: Any) -> None:
-    """``isinstance`` of a protocol answers from memory for classes that it has seen.
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--shapes``: the shapes and types of every call are checked."""
+    shapes.add_option(parser)
 
-    The type checker asks at every call, and asking ``TransformerBridge`` for its ``hook_dict`` makes the
-    dictionary anew, for milliseconds.
-    """
-    known: dict[type, bool] = {}
 
-    class Remembering(type(protocol)):
-        def __instancecheck__(cls, instance: Any) -> bool:
-            kind = type(instance)
-            if kind not in known:
-                known[kind] = super().__instancecheck__(instance)
-            return known[kind]
+def pytest_configure(config: pytest.Config) -> None:
+    """Shape checks are built in while the package is imported, so this comes before any test."""
+    if config.getoption("shapes"):
+        shapes.check()
 
-    protocol.__class__ = Remembering
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the whole suite, shape checks run a part."""
+    if config.getoption("shapes"):
+        shapes.select(config, items)
 
 
 FAMILIES = ("gemma2", "gemma3")
 BACKENDS = ("hooked", "bridge")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_protocols() -> None:
-    """Type checks of models cost nothing."""
-    from gemmascope_plugin.models.protocol import HookedModel
-
-    ask_each_class_once(HookedModel)
 
 
 @pytest.fixture(scope="session", autouse=True)
