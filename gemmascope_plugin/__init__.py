@@ -94,6 +94,7 @@ if TYPE_CHECKING:
         margin,
         path_patching,
         probability,
+        sequence_logprob,
     )
     from gemmascope_plugin.splice import (
         Ablate,
@@ -200,6 +201,7 @@ __all__ = [
     "qk_attribution",
     "refresh",
     "register",
+    "sequence_logprob",
     "splice",
     "stability",
     "steer",
@@ -236,7 +238,7 @@ _HOMES = {
         *("EdgeEffects", "Effects", "LogitLens", "Node", "Reader", "Task"),
         *("accumulated_logit_diff", "activation_patching", "cross_entropy", "custom"),
         *("direct_logit_attribution", "edge_patching", "kl_divergence", "logit_diff"),
-        *("logit_lens", "margin", "path_patching", "probability"),
+        *("logit_lens", "margin", "path_patching", "probability", "sequence_logprob"),
     ),
     "splice": (
         *("Ablate", "Add", "Clamp", "Custom", "Project", "Replace", "Scale"),

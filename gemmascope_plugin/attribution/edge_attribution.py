@@ -134,8 +134,8 @@ class _Scorer:
     def effects(self, tasks: Sequence[BoundTask]) -> EdgeEffects:
         """Scores of all prompts of all tasks, each prompt counting alike."""
         self._refuse_flat(tasks)
-        n = sum(map(len, tasks))
-        ends = [(len(task), task.ends(self.model)) for task in tasks]
+        n = sum(task.n_prompts for task in tasks)
+        ends = [(task.n_prompts, task.ends(self.model)) for task in tasks]
         metric = {key: sum(k * end[key] for k, end in ends) / n for key in ends[0][1]}
         found = [scores for task in tasks for scores in self._task_scores(task)]
         if self.options.by_prompt:
@@ -189,7 +189,8 @@ class _Scorer:
             rows=rows,
             tokens=lambda part: self._runs(part)[1],
         )
-        parts = list(task.parts(at_once))
+        whole = task.metric.rows_per_prompt  # the rows of a prompt stay together
+        parts = list(task.parts(max(whole, at_once - at_once % whole)))
         for part in tqdm(parts, desc=f"edges by {self.options.method}", disable=not self.progress):
             yield self._part_scores(part, other, max(1, rows // len(part)), block)
 
@@ -208,11 +209,13 @@ class _Scorer:
             for path in paths:
                 add_by_token(out, self.edges, path, tokens, block)
             by_row = out.reshape(n_rows, n_pos, *shape)
-            return by_row.sum(1) if self.options.by_prompt else by_row.sum(0).permute(1, 2, 0)
+            if self.options.by_prompt:
+                return part.fold(by_row.sum(1).movedim(0, -1)).movedim(-1, 0)
+            return by_row.sum(0).permute(1, 2, 0) / part.metric.rows_per_prompt
         out = blank(shape)
         for path in paths:
             add_sums(out, self.edges, path, tokens, block)
-        return out
+        return out / part.metric.rows_per_prompt
 
     def _paths(
         self,

@@ -59,9 +59,16 @@ def grad_drop(
         found = products(slopes(run, names, copies=len(layers), fwd_hooks=hooks))
         for name, product in found.items():
             product[layers == own_layer(name)] = 0
-        sums = sums + by_patch(run.grid, found).abs().sum(0)
+        sums = sums + _magnitudes(run, by_patch(run.grid, found)).sum(0)
     in_layer = [any(own_layer(hook) >= 0 for hook in patch.hooks) for patch in run.grid.patches]
     return sums / (n - torch.tensor(in_layer).int())[:, None]
+
+
+def _magnitudes(
+    run: Experiment, effects: Float[torch.Tensor, "copy patch row"]
+) -> Float[torch.Tensor, "copy patch row"]:
+    """Those of each prompt, in all of its rows."""
+    return run.bound.fold(effects).abs().repeat_interleave(run.bound.metric.rows_per_prompt, -1)
 
 
 def drop_hooks(layers: Sequence[int], n_prompts: int) -> FwdHooks:

@@ -46,7 +46,9 @@ class Estimate:
 
 
 def parts_of(run: Experiment, size: int) -> Iterator[Experiment]:
-    """The experiment on at most ``size`` prompts at a time."""
+    """The experiment on at most ``size`` rows at a time, those of a prompt together."""
+    whole = run.bound.metric.rows_per_prompt
+    size = max(whole, size - size % whole)
     for index in torch.arange(len(run.base), device=run.base.device).split(size):
         yield replace(
             run,

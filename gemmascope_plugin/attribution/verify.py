@@ -159,7 +159,7 @@ def exact_effects(
     """
     patches = tuple(run.grid.patches[place] for place in places.tolist())
     chosen = Grid(run.grid.component, ("node",), {"node": tuple(places.tolist())}, patches)
-    return sweep(replace(run, grid=chosen)) - run.base_by_prompt
+    return run.bound.fold(sweep(replace(run, grid=chosen)) - run.base_by_prompt)
 
 
 def _agreement(

@@ -279,7 +279,7 @@ def _acdc(model: HookedModel, task: Task, tau: float, options: dict[str, Any]) -
         "method": "acdc",
         "tau": tau,
         "replacement": options["replacement"],
-        "n_prompts": len(bound),
+        "n_prompts": bound.n_prompts,
         "circuits_run": pruned.n_rows,
     }
     graph = Graph.of_edges(ablation.edges, pruned.rise, details)

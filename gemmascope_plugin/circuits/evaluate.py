@@ -121,13 +121,13 @@ def evaluate(
         own=shares[-3],
         completeness=shares[-4],
         kl=far,
-        by_prompt=values[-3:],
+        by_prompt=bound.fold(values[-3:]),
         minimality=tuple(changes.abs().tolist()) if minimality else None,
         metadata={
             "task": bound.name,
             "metric": bound.metric.metric.name,
             "logits": bound.logits,
-            "n_prompts": len(bound),
+            "n_prompts": bound.n_prompts,
             "replacement": replacement,
             **({"errors": treated} if is_feature_graph(circuit.graph) else {}),
         },
@@ -212,7 +212,7 @@ def evaluate_ranking(
         Curve(tuple(sizes_of(n)), tuple(left[part]), tuple(shares[: len(kept)][part]), n)
         for part in (slice(0, half), slice(half, None))
     ]
-    details = {"task": bound.name, "n_prompts": len(bound), "replacement": replacement}
+    details = {"task": bound.name, "n_prompts": bound.n_prompts, "replacement": replacement}
     return MibScores(*curves, metadata=details)
 
 

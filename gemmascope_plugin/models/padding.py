@@ -38,7 +38,7 @@ def padded(model: HookedModel, prompts: str | Sequence[str] | torch.Tensor) -> B
         raise EmptySelectionError("There are no prompts")
     rows = [to_tokens(model, text)[0] for text in texts]
     lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
-    batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_pad(model))
+    batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id(model))
     return batch, lengths
 
 
@@ -71,9 +71,10 @@ def right_padded(
     if not bool(whole.all()):
         row = int((~whole).nonzero()[0])
         raise TaskError(f"The mask of prompt {row} has a hole", fix="True at one run of tokens")
-    return tokens.gather(1, clamped).masked_fill(~inside, _pad(model)), lengths
+    return tokens.gather(1, clamped).masked_fill(~inside, pad_id(model)), lengths
 
 
-def _pad(model: HookedModel) -> int:
+def pad_id(model: HookedModel) -> int:
+    """The token that stands behind shorter prompts."""
     found = getattr(model.tokenizer, "pad_token_id", None)
     return 0 if found is None else int(found)

@@ -17,6 +17,7 @@ from gemmascope_plugin.patching.metrics import (
 from gemmascope_plugin.patching.names import Stream, node_of, reader_of
 from gemmascope_plugin.patching.node import Node, Reader
 from gemmascope_plugin.patching.path_patching import path_patching
+from gemmascope_plugin.patching.sequence import sequence_logprob
 from gemmascope_plugin.patching.task import Task
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "path_patching",
     "probability",
     "reader_of",
+    "sequence_logprob",
 ]

@@ -84,7 +84,7 @@ def edge_patching(
     wanted = _places(EdgeMap.of(anatomy), edges)
     ends = bound.ends(model)
     run = _Run(anatomy, wanted, replacement, Limit(max_rows, memory_budget), mode, progress)
-    by_prompt = run.values(bound)
+    by_row = run.values(bound)
     details = {
         "method": "exact",
         "mode": mode,
@@ -93,11 +93,12 @@ def edge_patching(
         "metric": bound.metric.metric.name,
         "logits": bound.logits,
         "sign": "positive = patching the edge raises the metric",
-        "n_prompts": len(bound),
+        "n_prompts": bound.n_prompts,
         "n_patched": len(wanted),
         **ends,
     }
-    return EdgeEffects(by_prompt.mean(0), EdgeMap.of(anatomy), details, by_prompt)
+    by_prompt = bound.fold(by_row.movedim(0, -1)).movedim(-1, 0)
+    return EdgeEffects(by_row.mean(0), EdgeMap.of(anatomy), details, by_prompt)
 
 
 def _places(

@@ -89,7 +89,7 @@ class Experiment:
     ) -> Effects:
         """Changes of the metric per patch, in the shape of the grid."""
         shape, metadata = self.grid.shape, {**self.metadata, "method": method}
-        each = None if by_prompt is None else by_prompt.reshape(*shape, -1)
+        each = None if by_prompt is None else self.bound.fold(by_prompt).reshape(*shape, -1)
         return Effects(values.reshape(shape), self.grid.axes, self.grid.labels, metadata, each)
 
 
@@ -165,7 +165,9 @@ def experiment(
         ends = bound.metric_values(*(float(metric.mean()) for metric in metrics))
 
         def insert(x: torch.Tensor) -> torch.Tensor:
-            return replaced(x, component, bound.mask, replacement, seed)
+            return replaced(
+                x, component, bound.mask, replacement, seed, bound.metric.rows_per_prompt
+            )
 
         here, other = _activations(runner, component, hooks, (base, away), insert, rows)
         if grid is None:
@@ -274,7 +276,7 @@ def _describe(model: HookedModel, runner: Any, bound: BoundTask, component: str)
         "metric": bound.metric.metric.name,
         "logits": f"{'before' if bound.metric.metric.before_cap else 'after'} the final soft-cap",
         "sign": "positive = patching raises the metric",
-        "n_prompts": len(bound.clean),
+        "n_prompts": bound.n_prompts,
         "tokens": token_strings(model, bound.clean[0]),
         "exclude": _excluded(runner.sites.values()) if spliced else (),
         "error": "keep" if spliced else None,

@@ -50,9 +50,9 @@ class Metric(ABC):
     def score(self, logits: Logits, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
         """One number per row from the logits at ``position``; ``bound`` has what belongs to the rows."""
 
-    def first(self, n: int) -> Metric:
-        """The same question about the first ``n`` prompts."""
-        return replace(self, position=_first(self.position, n))
+    def take(self, index: Sequence[int]) -> Metric:
+        """The same question about some of the prompts."""
+        return replace(self, position=_taken(self.position, index))
 
     def positions(self, lengths: Int[torch.Tensor, " prompt"]) -> Int[torch.Tensor, " prompt"]:
         """Where each prompt is asked, from its start.
@@ -101,15 +101,15 @@ class AnswerMetric(Metric, ABC):
         wrong = None if self.wrong is None else TokenSets.of(model, self.wrong)
         return BoundMetric(self, n_prompts, right, wrong)
 
-    def first(self, n: int) -> AnswerMetric:
-        """The same question about the first ``n`` prompts."""
-        wrong = None if self.wrong is None else list(self.wrong)[:n]
-        position = _first(self.position, n)
-        return replace(self, position=position, answer=list(self.answer)[:n], wrong=wrong)
+    def take(self, index: Sequence[int]) -> AnswerMetric:
+        """The same question about some of the prompts."""
+        answer = [self.answer[i] for i in index]
+        wrong = None if self.wrong is None else [self.wrong[i] for i in index]
+        return replace(self, position=_taken(self.position, index), answer=answer, wrong=wrong)
 
 
-def _first(position: int | Sequence[int], n: int) -> int | list[int]:
-    return position if isinstance(position, int) else list(position)[:n]
+def _taken(position: int | Sequence[int], index: Sequence[int]) -> int | list[int]:
+    return position if isinstance(position, int) else [position[i] for i in index]
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,18 @@ class BoundMetric:
     """Positions, once the lengths of the prompts are known."""
     prompts: Int[torch.Tensor, " prompt"] | None = None
     """Which prompts of the task these are; None for all of them."""
+    rows_per_prompt: int = 1
+    """Rows that a prompt has become, next to each other; their mean is the prompt's metric."""
+
+    def places(self, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and positions that are read.
+
+        Args:
+            n_rows: Rows of a run, copies of the prompts.
+        """
+        assert self.at is not None
+        rows = torch.arange(n_rows, device=self.at.device)
+        return rows, self.at[rows % len(self.at)]
 
     def __call__(self, logits: Float[torch.Tensor, "row pos d_vocab"]) -> Any:
         """One number per row ``[row]``; rows may be several copies of the prompts, copy after copy."""

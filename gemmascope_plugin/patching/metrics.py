@@ -9,6 +9,8 @@
                      run asked about: 0 on the clean run. Its gradient there is zero, so first-order
                      methods on the clean run say nothing about it.
 ``custom``           any function of the logits
+``sequence_logprob`` ``log p(answer)`` of answers of several tokens, minus that of ``wrong`` if given
+                     (``sequence.py``)
 ==================== =============================================================================
 """
 

@@ -117,7 +117,7 @@ def path_patching(
         metadata = _described(model, runner, bound, saes is not None)
     metadata |= {"method": f"path patching, {paths}", "mode": mode, **ends}
     labels = {"sender": _labels(sending), "receiver": _labels(receiving)}
-    return Effects(each.mean(-1), ("sender", "receiver"), labels, metadata, each)
+    return Effects(each.mean(-1), ("sender", "receiver"), labels, metadata, bound.fold(each))
 
 
 def _described(model: HookedModel, runner: Any, bound: BoundTask, spliced: bool) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _described(model: HookedModel, runner: Any, bound: BoundTask, spliced: bool)
         "metric": bound.metric.metric.name,
         "logits": f"{'before' if bound.metric.metric.before_cap else 'after'} the final soft-cap",
         "sign": "positive = patching raises the metric",
-        "n_prompts": len(bound),
+        "n_prompts": bound.n_prompts,
         "tokens": token_strings(model, bound.clean[0]),
         "exclude": tuple(dict.fromkeys(token for site in sites for token in site.exclude)),
         "error": "keep" if spliced else None,

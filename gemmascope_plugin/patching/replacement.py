@@ -57,6 +57,7 @@ def replaced(
     mask: Bool[torch.Tensor, "prompt pos"],
     replacement: Replacement,
     seed: int,
+    rows_per_prompt: int = 1,
 ) -> Float[torch.Tensor, "prompt ..."]:
     """What is inserted at a hook, in the shape of the activation there.
 
@@ -66,6 +67,7 @@ def replaced(
         mask: False at padding.
         replacement: What takes its place.
         seed: For ``resample``; the same for all hooks, so that they take from the same prompt.
+        rows_per_prompt: Rows next to each other that belong to one prompt.
 
     Raises:
         TaskError: A prompt has no other of its length to take activations from.
@@ -75,7 +77,7 @@ def replaced(
     if replacement == "zero":
         return torch.zeros_like(x)
     if replacement == "resample":
-        return x[partners(mask.sum(1), seed).to(x.device)]
+        return x[partners(mask.sum(1), seed, rows_per_prompt).to(x.device)]
     # dimensions of prompts and of positions
     axes = (0, 1 + COMPONENTS[component].dims.index("pos"))
     weight = mask.to(x.device, torch.float64)[(...,) + (None,) * (x.ndim - 2)].movedim(1, axes[1])
@@ -84,25 +86,34 @@ def replaced(
     return mean.to(x.dtype).expand_as(x)
 
 
-def partners(lengths: Int[torch.Tensor, " prompt"], seed: int) -> Int[torch.Tensor, " prompt"]:
+def partners(
+    lengths: Int[torch.Tensor, " row"], seed: int, rows_per_prompt: int = 1
+) -> Int[torch.Tensor, " row"]:
     """Another prompt of the same length for each prompt: a seeded permutation without fixed points.
 
     Prompts of one length are put on a circle in random order, and each gets its neighbour.
+
+    Args:
+        lengths: Tokens of each row.
+        seed: Of the order.
+        rows_per_prompt: Rows next to each other that belong to one prompt; they go to those of another.
 
     Raises:
         TaskError: A prompt is the only one of its length.
     """
     generator = torch.Generator().manual_seed(seed)
-    lengths = lengths.cpu()
-    partner = torch.empty_like(lengths)
-    for length in lengths.unique().tolist():
-        group = (lengths == length).nonzero().flatten()
+    kinds, kind = (
+        lengths.cpu().unflatten(0, (-1, rows_per_prompt)).unique(dim=0, return_inverse=True)
+    )
+    partner = torch.empty_like(kind)
+    for i, sizes in enumerate(kinds.tolist()):
+        group = (kind == i).nonzero().flatten()
         if len(group) == 1:
             raise TaskError(
-                f"Prompt {int(group[0])} is the only one of {length} tokens, there is no other to "
-                "take activations from",
+                f"Prompt {int(group[0])} is the only one of {' and '.join(map(str, sizes))} tokens, "
+                "there is no other to take activations from",
                 fix='more prompts, or replacement="other"',
             )
         circle = group[torch.randperm(len(group), generator=generator)]
         partner[circle] = circle.roll(1)
-    return partner
+    return (partner[:, None] * rows_per_prompt + torch.arange(rows_per_prompt)).flatten()

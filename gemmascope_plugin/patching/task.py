@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.padding import padded, right_padded
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.metric import BoundMetric, Metric
 from gemmascope_plugin.patching.metrics import Custom, KLDivergence
+from gemmascope_plugin.patching.sequence import BoundSequences, SequenceLogprob
 
 Prompts = str | Sequence[str] | torch.Tensor
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
@@ -68,9 +69,15 @@ class Task:
 
     def first(self, n: int) -> Task:
         """The same task on its first ``n`` prompts."""
-        clean, corrupt = (p if isinstance(p, str) else p[:n] for p in (self.clean, self.corrupt))
-        mask = None if self.mask is None else self.mask[:n]
-        return replace(self, clean=clean, corrupt=corrupt, metric=self.asked.first(n), mask=mask)
+        return self.take(range(min(n, len(self))))
+
+    def take(self, index: Sequence[int]) -> Task:
+        """The same task on some of its prompts, in this order."""
+        chosen = list(index)
+        clean, corrupt = (_taken(prompts, chosen) for prompts in (self.clean, self.corrupt))
+        mask = None if self.mask is None else self.mask[chosen]
+        metric = self.asked.take(chosen)
+        return replace(self, clean=clean, corrupt=corrupt, metric=metric, mask=mask)
 
     def bind(self, model: HookedModel) -> BoundTask:
         """Token ids and a metric for this model, checked.
@@ -94,6 +101,9 @@ class Task:
             )
         if torch.equal(clean, corrupt):
             raise TaskError("Clean and corrupted prompts are the same tokens")
+        if isinstance(self.asked, SequenceLogprob):
+            rows = self.asked.rows(model, (clean, corrupt), lengths)
+            return BoundTask(rows.clean, rows.corrupt, rows.lengths, rows.metric, self.name)
         metric = self.asked.bind(model, len(clean))
         bound = replace(metric, at=self.asked.positions(lengths))
         task = BoundTask(clean, corrupt, lengths, bound, self.name)
@@ -111,9 +121,18 @@ class Task:
         return right_padded(model, prompts, self.mask)
 
 
+def _taken(prompts: Prompts, index: list[int]) -> Prompts:
+    if isinstance(prompts, str):
+        return prompts if index == [0] else [prompts for _ in index]
+    return prompts[index] if isinstance(prompts, torch.Tensor) else [prompts[i] for i in index]
+
+
 @dataclass(frozen=True)
 class BoundTask:
-    """A task in the ids of one model."""
+    """A task in the ids of one model.
+
+    Rows are prompts; of answers of several tokens a prompt has one row or two (``sequence.py``).
+    """
 
     clean: Int[torch.Tensor, "prompt pos"]
     corrupt: Int[torch.Tensor, "prompt pos"]
@@ -124,6 +143,22 @@ class BoundTask:
 
     def __len__(self) -> int:
         return len(self.clean)
+
+    @property
+    def n_prompts(self) -> int:
+        """Prompts of the task, whatever number of rows each has become."""
+        return len(self) // self.metric.rows_per_prompt
+
+    @property
+    def prompt_lengths(self) -> Int[torch.Tensor, " prompt"]:
+        """Tokens of each row without an answer that stands behind it."""
+        sequences = isinstance(self.metric, BoundSequences)
+        return self.metric.prompt_lengths if sequences else self.lengths
+
+    def fold(self, values: Shaped[torch.Tensor, "*any row"]) -> Shaped[torch.Tensor, "*any prompt"]:
+        """Values of rows, along the last dimension, as values of prompts."""
+        size = self.metric.rows_per_prompt
+        return values if size == 1 else values.unflatten(-1, (-1, size)).mean(-1)
 
     @property
     def logits(self) -> str:
@@ -148,8 +183,8 @@ class BoundTask:
         fwd_hooks: Hooks = (),
         bwd_hooks: Hooks = (),
         **kwargs: Any,
-    ) -> Float[torch.Tensor, "row d_vocab"]:
-        """Logits at the position that each row is asked about, of a run with hooks.
+    ) -> Float[torch.Tensor, "ask d_vocab"]:
+        """Logits at the position, or positions, that each row is asked about, of a run with hooks.
 
         Args:
             runner: A model, or one with dictionaries spliced in.
@@ -159,12 +194,11 @@ class BoundTask:
             bwd_hooks: The same, on the backward pass.
             **kwargs: For the forward pass.
         """
-        at, held = self.metric.at, []
-        assert at is not None
+        held = []
 
         def cut(x: torch.Tensor, hook: Any) -> torch.Tensor:
-            rows = torch.arange(len(x), device=x.device)
-            return x[rows, at.to(x.device)[rows % len(at)]][:, None]
+            rows, at = self.metric.places(len(x))
+            return x[rows.to(x.device), at.to(x.device)][:, None]
 
         def hold(x: torch.Tensor, hook: Any) -> None:
             held.append(x)

@@ -125,7 +125,7 @@ def refuse_lengths(bound: BoundTask) -> None:
     Raises:
         TaskError: With the lengths.
     """
-    lengths = bound.lengths.unique().tolist()
+    lengths = bound.prompt_lengths.unique().tolist()
     if len(lengths) > 1:
         raise TaskError(
             f"The prompts have {len(lengths)} different lengths, {lengths[0]} to {lengths[-1]} tokens, "
@@ -176,9 +176,9 @@ def _details(
         "method": method,
         "sites": site_summary(sites),
         "per_position": per_position,
-        "n_pos": bound.clean.shape[1] if per_position else None,
+        "n_pos": int(bound.prompt_lengths[0]) if per_position else None,
         "level": level,
-        "n_prompts": len(bound),
+        "n_prompts": bound.n_prompts,
         "exclude": tuple(dict.fromkeys(exclude)),
         **ends,
     }

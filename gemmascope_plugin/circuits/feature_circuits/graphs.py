@@ -68,7 +68,7 @@ def check_prompts(graph: Graph, bound: BoundTask) -> None:
     """
     if not graph.metadata["per_position"]:
         return
-    lengths = bound.lengths.unique().tolist()
+    lengths = bound.prompt_lengths.unique().tolist()
     n_pos = graph.metadata["n_pos"]
     if lengths != [n_pos]:
         raise TaskError(
