@@ -15,7 +15,6 @@ import re
 from pathlib import Path
 from typing import Any, get_args
 
-from gemmascope_plugin.catalog.json_file import read_json
 from gemmascope_plugin.catalog.sites import (
     GAINED_HOOK,
     HOOKS,
@@ -36,6 +35,7 @@ from gemmascope_plugin.errors import (
     nearest,
     shorten,
 )
+from gemmascope_plugin.files.json_file import read_json
 from gemmascope_plugin.types import Kind, Site
 
 MAX_HEADER = 1 << 20

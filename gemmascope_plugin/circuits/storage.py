@@ -28,11 +28,11 @@ from jaxtyping import Bool, Shaped
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from gemmascope_plugin.catalog.json_file import MAX_SIZE, read_json
 from gemmascope_plugin.circuits.graph import PORTS, Graph
 from gemmascope_plugin.circuits.soundness import content_fault
 from gemmascope_plugin.circuits.tables import layer_of
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, MissingFileError
+from gemmascope_plugin.files.json_file import MAX_SIZE, read_json
 from gemmascope_plugin.files.whole import write_whole
 from gemmascope_plugin.patching.node import Node, NodeKind
 

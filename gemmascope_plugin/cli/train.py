@@ -11,13 +11,17 @@ Cost: loading the model, then that of ``train()``.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from gemmascope_plugin.errors import EmptySelectionError, GemmaScopeError, MissingFileError
+from gemmascope_plugin.errors import (
+    BadFileError,
+    EmptySelectionError,
+    GemmaScopeError,
+    MissingFileError,
+)
 
 if TYPE_CHECKING:
     from gemmascope_plugin.training import TrainSpec
@@ -111,8 +115,10 @@ def _resumed(out: Path, values: dict[str, Any], preset: str | None) -> TrainSpec
 
     Raises:
         MissingFileError: There is no run.
+        BadFileError: Its config is damaged.
         GemmaScopeError: A field is given as well.
     """
+    from gemmascope_plugin.files.json_file import Record, read_json
     from gemmascope_plugin.training import TrainSpec
     from gemmascope_plugin.training.run_folder import CONFIG
 
@@ -127,7 +133,10 @@ def _resumed(out: Path, values: dict[str, Any], preset: str | None) -> TrainSpec
         raise MissingFileError(
             f"There is no run to go on with in {str(out)!r}", fix="leave --resume out"
         )
-    specs = json.loads((out / CONFIG).read_text(encoding="utf-8"))["specs"]
+    fix = "put the file back as it was, or begin another run"
+    specs = Record(read_json(out / CONFIG, fix=fix), out / CONFIG, fix).dict_of("specs", dict)
+    if not specs:
+        raise BadFileError(f"{str(out / CONFIG)!r} has no specs", fix=fix)
     return TrainSpec.from_dict(next(iter(specs.values())))
 
 

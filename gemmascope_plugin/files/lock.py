@@ -54,7 +54,8 @@ def folder_lock(
     """Makes this call the only writer of a folder.
 
     Args:
-        folder: The folder; made if need be. The lock is its file ``.lock``, which goes with the lock.
+        folder: The folder; made if need be, and removed again where nothing was written. The lock is
+            its file ``.lock``, which goes with the lock.
         purpose: What is done, in the words of the error of whoever comes second, e.g. ``a training run``.
         wait: Seconds to wait for another writer; ``math.inf`` for as long as it takes.
         on_wait: Told once who is waited for.
@@ -64,12 +65,14 @@ def folder_lock(
         GemmaScopeError: The folder cannot be written to, or its file system has no locks.
     """
     folder = Path(folder)
+    is_new = not folder.exists()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as fault:
-        raise _unwritable(folder, fault) from fault
-    with file_lock(folder / LOCK, purpose, shown=folder, wait=wait, on_wait=on_wait):
-        yield
+        with file_lock(folder / LOCK, purpose, shown=folder, wait=wait, on_wait=on_wait):
+            yield
+    finally:
+        if is_new:
+            with suppress(OSError):  # something was written
+                folder.rmdir()
 
 
 @contextmanager
@@ -84,7 +87,7 @@ def file_lock(
     """Makes this call the only holder of a lock file.
 
     Args:
-        path: The lock file, in a folder that exists; removed at the end.
+        path: The lock file; removed at the end.
         purpose: What is done.
         shown: What is locked, for the error; the file itself by default.
         wait: Seconds to wait for another holder.
@@ -146,6 +149,7 @@ def _take(path: Path, target: Path, wait: float, on_wait: Callable[[str], object
 def _try(path: Path) -> int | None:
     """The locked file, or None where somebody else has it."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, flags, 0o666)
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):

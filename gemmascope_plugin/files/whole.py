@@ -13,6 +13,7 @@ Costs one flush per file.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import shutil
@@ -126,6 +127,24 @@ def recover_folder(path: Path) -> None:
     if old.is_dir() and not path.exists():
         os.replace(old, path)
     remove(old)
+
+
+def discard(folder: Path) -> None:
+    """Deletes a whole folder: it loses its name first, so that no part of it is left under it."""
+    part = folder.with_name(f".{folder.name}.part")
+    remove(part)
+    if folder.is_dir():
+        os.replace(folder, part)
+        remove(part)
+
+
+def sha256_of(path: Path) -> str:
+    """Checksum of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -17,8 +17,8 @@ import re
 from pathlib import Path
 
 from gemmascope_plugin.catalog import SaeSpec
-from gemmascope_plugin.catalog.json_file import read_json
 from gemmascope_plugin.errors import BadFileError
+from gemmascope_plugin.files.json_file import read_json
 
 _NORM_IN, _NORM_OUT = "pre_feedforward_layernorm.output", "post_feedforward_layernorm.output"
 MODULES = {

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemmascope_plugin.catalog import SaeSpec
-from gemmascope_plugin.catalog.json_file import read_json
 from gemmascope_plugin.errors import BadFileError, ModelError
+from gemmascope_plugin.files.json_file import read_json
 from gemmascope_plugin.loading.assemble import fill, skeleton
 from gemmascope_plugin.loading.convert import metadata
 from gemmascope_plugin.loading.integrity import check_file

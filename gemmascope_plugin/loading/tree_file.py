@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Int, Shaped
 
 from gemmascope_plugin.catalog import SaeSpec
-from gemmascope_plugin.catalog.json_file import read_json
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, WidthMismatchError
+from gemmascope_plugin.files.json_file import read_json
 from gemmascope_plugin.loading.arrays import ArrayFile
 from gemmascope_plugin.loading.assemble import fill, skeleton
 from gemmascope_plugin.loading.convert import metadata

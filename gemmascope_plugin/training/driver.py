@@ -3,8 +3,8 @@
 1. The activations of all sites come from one source: the model, or a folder of stored activations.
 2. Every dictionary has its own SAELens trainer (``learner.py``); all see the same tokens at every step.
    What is trained together is, bit by bit, what is trained alone.
-3. With ``run_dir`` everything goes into a folder (``run_folder.py``), checkpoints included;
-   ``resume=True`` goes on from the newest one, bit by bit on the same machine.
+3. With ``run_dir`` everything goes into a folder (``run_folder.py``), checkpoints included, which is
+   locked meanwhile; ``resume=True`` goes on from the newest one, bit by bit on the same machine.
 4. At the end scales are folded, the result is measured on raw activations, saved by SAELens and exported
    in Gemma Scope's layout (``finish.py``, ``loading/export.py``).
 
@@ -29,7 +29,12 @@ from gemmascope_plugin.training.forward_reader import ForwardReader
 from gemmascope_plugin.training.metrics import Journal
 from gemmascope_plugin.training.presets import preset_spec
 from gemmascope_plugin.training.run import Run
-from gemmascope_plugin.training.run_folder import RunFolder, run_config, unique_names
+from gemmascope_plugin.training.run_folder import (
+    RunFolder,
+    run_config,
+    run_lock,
+    unique_names,
+)
 from gemmascope_plugin.training.shuffle import Reader, ShuffledActivations
 from gemmascope_plugin.training.spec import TrainSpec
 from gemmascope_plugin.training.store import ActivationStore, StoreReader
@@ -76,7 +81,8 @@ def train(
 
     Raises:
         TrainingStoppedError: Out of memory, or numbers that are not finite.
-        BadFileError: ``run_dir`` holds a run with another spec, model or versions.
+        BadFileError: ``run_dir`` holds a run with another spec, model or versions, or damaged files.
+        FolderInUseError: Another process trains into ``run_dir``.
         GemmaScopeError: The spec, the corpus or the folder cannot be used; the text says why.
     """
     options: dict[str, Any] = {"preset": preset, "run_dir": run_dir, "resume": resume}
@@ -135,25 +141,26 @@ def train_many(
         )
     named = unique_names([whole_spec(spec, preset) for spec in specs])
     _check_agreement(named)
-    source, model_name, place = _source(model, named, corpus, device)
-    config = run_config(named, model_name, _kind_of(corpus))
-    folder = None if run_dir is None else RunFolder(run_dir, config, resume=resume)
-    run = Run(named, source, folder, model_name, place, checkpoint_every, keep, log_every)
-    if folder is not None and not resume:
-        folder.begin()
-    journal = Journal(
-        None if folder is None else folder.metrics,
-        start=run.step,
-        steps=run.steps,
-        progress=progress,
-        wandb=wandb,
-        config=config,
-    )
-    try:
-        run.train(journal)
-        return run.finish(journal)
-    finally:
-        journal.close()
+    with run_lock(run_dir, resume=resume):
+        source, model_name, place = _source(model, named, corpus, device)
+        config = run_config(named, model_name, _kind_of(corpus))
+        folder = None if run_dir is None else RunFolder(run_dir, config, resume=resume)
+        run = Run(named, source, folder, model_name, place, checkpoint_every, keep, log_every)
+        if folder is not None and not resume:
+            folder.begin()
+        journal = Journal(
+            None if folder is None else folder.metrics,
+            start=run.step,
+            steps=run.steps,
+            progress=progress,
+            wandb=wandb,
+            config=config,
+        )
+        try:
+            run.train(journal)
+            return run.finish(journal)
+        finally:
+            journal.close()
 
 
 def whole_spec(spec: TrainSpec | Mapping[str, Any], preset: str | None) -> TrainSpec:

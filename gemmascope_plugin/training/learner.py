@@ -193,6 +193,7 @@ class Learner:
 
         Raises:
             BadFileError: They are of another dictionary.
+            ValueError: Numbers of another form; also KeyError, TypeError and the like.
         """
         own = self._own()
         names = {name.removeprefix("sae.") for name in tensors if name.startswith("sae.")}
@@ -219,7 +220,9 @@ class Learner:
             setattr(trainer, name, tensors[f"count.{name}"].to(self.device, copy=True))
         for name, value in numbers["counts"].items():
             setattr(trainer, name, value)
-        self.scales = numbers["scales"]
+        if [len(side) for side in numbers["scales"]] != [len(side) for side in self.scales]:
+            raise BadFileError("The checkpoint holds scales of other tensors")
+        self.scales = [[float(scale) for scale in side] for side in numbers["scales"]]
         self._random = {
             name.removeprefix("random."): value.clone()
             for name, value in tensors.items()

@@ -10,13 +10,17 @@ Cost: one pass over the batch's outputs per row.
 from __future__ import annotations
 
 import json
+import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sae_lens.saes.sae import TrainStepOutput
 
-from gemmascope_plugin.errors import MissingExtraError
+from gemmascope_plugin.errors import GemmaScopeError, MissingExtraError
+from gemmascope_plugin.files.json_file import Record, read_json_lines
+from gemmascope_plugin.files.whole import write_text_whole
 from gemmascope_plugin.training.learner import Learner
 
 
@@ -54,6 +58,7 @@ class Journal:
 
     Raises:
         MissingExtraError: wandb was asked for and is not installed.
+        BadFileError: The file of rows is damaged.
     """
 
     def __init__(
@@ -71,9 +76,7 @@ class Journal:
         self._path = path
         self._wandb: Any = None if wandb is None else _open_wandb(wandb, config)
         if path is not None and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= start]
-            path.write_text("".join(kept), encoding="utf-8")
+            write_text_whole(path, "".join(_rows_until(path, start)))
         self._bar = tqdm(
             total=steps, initial=start, desc="training", unit="step", disable=not progress
         )
@@ -108,8 +111,15 @@ class Journal:
 
     def _put(self, rows: list[dict[str, Any]]) -> None:
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(one) + "\n" for one in rows)
+            lines = [json.dumps(_plain(one), allow_nan=False) + "\n" for one in rows]
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.writelines(lines)
+            except OSError as fault:
+                raise GemmaScopeError(
+                    f"cannot write {str(self._path)!r}: {fault.strerror or fault}",
+                    fix="free space or mend the permissions, then resume=True",
+                ) from fault
         if self._wandb is None:
             return
         for one in rows:
@@ -119,10 +129,25 @@ class Journal:
             self._wandb.log(named, step=one["step"])
 
 
-def _step_of(line: str) -> int:
-    content = json.loads(line)
-    # Figures of a finished dictionary are measured again.
-    return content["step"] if not content.get("final") else content["step"] + 1
+def _rows_until(path: Path, start: int) -> Iterator[str]:
+    """The lines up to a step.
+
+    Raises:
+        BadFileError: A line is damaged.
+    """
+    fix = "delete that line, or the file: nothing but the curve depends on it"
+    for line, content in read_json_lines(path, fix=fix):
+        step = Record(content, path, fix).size("step")
+        # Figures of a finished dictionary are measured again.
+        if step < start or (step == start and not content.get("final")):
+            yield line
+
+
+def _plain(value: Any) -> Any:
+    """None for numbers that JSON has not: the variance explained of a constant, say."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _open_wandb(project: str, config: dict[str, Any]) -> Any:

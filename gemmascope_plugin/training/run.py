@@ -11,25 +11,20 @@ Cost: see ``driver.py``.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from gemmascope_plugin.errors import GemmaScopeError
+from gemmascope_plugin.errors import BadFileError, GemmaScopeError
+from gemmascope_plugin.files.whole import discard, whole_folder
 from gemmascope_plugin.loading.export import export, why_not_exported
 from gemmascope_plugin.loading.export_layers import export_layers
 from gemmascope_plugin.training.architectures import architecture
-from gemmascope_plugin.training.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    remove,
-    save_checkpoint,
-    sync,
-)
+from gemmascope_plugin.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gemmascope_plugin.training.finish import finished, measured
 from gemmascope_plugin.training.learner import Learner
 from gemmascope_plugin.training.metrics import Journal, row
@@ -77,7 +72,8 @@ class Run:
         saved = None if path is None else load_checkpoint(path, specs)
         with explained(lambda: self.step, self._last):
             if saved is not None:
-                source.restore(saved.source)
+                with _read_from(path):
+                    source.restore(saved.source)
             bucket = source.bucket()
             self.learners = {
                 name: Learner(spec, bucket, model_name=model_name, device=device)
@@ -86,7 +82,8 @@ class Run:
         if saved is not None:
             self.step = saved.step
             for name, learner in self.learners.items():
-                learner.restore(saved.tensors[name], saved.numbers[name])
+                with _read_from(path):
+                    learner.restore(saved.tensors[name], saved.numbers[name])
 
     def _last(self) -> Path | None:
         return None if self.folder is None else self.folder.last_checkpoint
@@ -131,6 +128,31 @@ class Run:
         return results
 
 
+@contextmanager
+def _read_from(path: Path | None) -> Iterator[None]:
+    """What a checkpoint of the right form cannot be put back for is its fault.
+
+    Raises:
+        BadFileError: Names the checkpoint.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+        RuntimeError,
+    ) as fault:
+        raise BadFileError(
+            f"cannot go on from {str(path)!r}: {type(fault).__name__} {fault}",
+            fix="delete this folder and resume from the one before",
+        ) from fault
+
+
 def _write_result(sae: Any, spec: TrainSpec, folder: RunFolder, name: str) -> None:
     """SAELens' format, and Gemma Scope's layout where the dictionary has a form in it.
 
@@ -138,21 +160,15 @@ def _write_result(sae: Any, spec: TrainSpec, folder: RunFolder, name: str) -> No
         GemmaScopeError: The disk is full or the folder may not be written; names the path.
     """
     final = folder.result("final", name)
-    temporary = final.with_name(f".{final.name}.part")
-    try:
-        remove(temporary)
-        sae.save_model(temporary)
-        sync(temporary)
-        remove(final)
-        os.replace(temporary, final)
-    except (OSError, SafetensorError) as fault:
-        raise GemmaScopeError(
-            f"cannot write {str(final)!r}: {fault}",
-            fix="free space or mend the permissions, then resume=True",
-        ) from fault
+    fix = "free space or mend the permissions, then resume=True"
+    with whole_folder(final, "the end of a training run", fix=fix) as part:
+        try:
+            sae.save_model(part)
+        except SafetensorError as fault:
+            raise GemmaScopeError(f"cannot write {str(final)!r}: {fault}", fix=fix) from fault
     out, l0 = folder.result("export", name), float(sae.cfg.metadata.l0)
     if spec.layers:
-        remove(out)
+        discard(out)
         export_layers(sae, out, l0=l0, gain=spec.gain)
         return
     layouts: tuple[Layout, ...] = (spec.layout, "gemma-scope-2")
@@ -161,6 +177,6 @@ def _write_result(sae: Any, spec: TrainSpec, folder: RunFolder, name: str) -> No
     )
     if spec.layer is None or layout is None:
         return
-    remove(out)
+    discard(out)
     site = "mlp" if architecture(spec).kind == "transcoder" else spec.site
     export(sae, out, layout=layout, site=site, layer=spec.layer, l0=l0, gain=spec.gain)

@@ -7,7 +7,8 @@
     export/             Gemma Scope's layout
 
 With several dictionaries ``final/`` and ``export/`` hold a folder for each. A run goes on only with the
-specs, versions and model that it began with: anything else is an error that names the keys.
+specs, versions and model that it began with: anything else is an error that names the keys. While it goes
+on the folder is locked (``.lock``): a second run in it is refused.
 
 Costs nothing beyond the files.
 """
@@ -17,13 +18,15 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gemmascope_plugin.catalog.json_file import read_json
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, MissingFileError
-from gemmascope_plugin.files.whole import write_whole
+from gemmascope_plugin.files.json_file import read_json
+from gemmascope_plugin.files.lock import LOCK, folder_lock
+from gemmascope_plugin.files.whole import write_text_whole
 from gemmascope_plugin.training.checkpoint import checkpoints
 from gemmascope_plugin.training.spec import TrainSpec
 
@@ -59,8 +62,29 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def run_lock(path: str | Path | None, *, resume: bool) -> AbstractContextManager[None]:
+    """Keeps other runs out of a folder.
+
+    Args:
+        path: The folder; None for none.
+        resume: Whether a run in it goes on.
+
+    Raises:
+        MissingFileError: There is no run to go on with.
+        FolderInUseError: Another process trains into it; says which. Raised on entry.
+    """
+    if path is None:
+        return nullcontext()
+    if resume and not (Path(path) / CONFIG).is_file():
+        raise MissingFileError(
+            f"There is no run to go on with in {str(path)!r}: no {CONFIG}",
+            fix="resume=False begins one",
+        )
+    return folder_lock(path, "a training run")
+
+
 class RunFolder:
-    """The files of a run.
+    """The files of a run; to be used under ``run_lock``.
 
     Args:
         path: The folder.
@@ -69,7 +93,6 @@ class RunFolder:
 
     Raises:
         GemmaScopeError: There is a run already, or the one that is there is another one.
-        MissingFileError: There is no run to go on with.
         BadFileError: Its config is damaged.
     """
 
@@ -77,20 +100,15 @@ class RunFolder:
         self.path = Path(path)
         self._config = config
         self.several = len(config["specs"]) > 1
-        there = (self.path / CONFIG).is_file()
-        if resume and not there:
-            raise MissingFileError(
-                f"There is no run to go on with in {str(self.path)!r}: no {CONFIG}",
-                fix="resume=False begins one",
-            )
         if not resume:
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and any(p.name != LOCK for p in self.path.iterdir()):
                 raise GemmaScopeError(
                     f"{str(self.path)!r} is not empty",
                     fix="resume=True to go on with the run in it, or another folder",
                 )
             return
-        differences = _differences(read_json(self.path / CONFIG), json.loads(json.dumps(config)))
+        old = read_json(self.path / CONFIG, fix="put the file back as it was, or begin another run")
+        differences = _differences(old, json.loads(json.dumps(config)))
         if differences:
             raise BadFileError(
                 f"The run in {str(self.path)!r} is another one: " + "; ".join(differences),
@@ -103,8 +121,7 @@ class RunFolder:
         Raises:
             GemmaScopeError: The folder cannot be written.
         """
-        text = json.dumps(self._config, indent=1).encode() + b"\n"
-        write_whole(self.path / CONFIG, lambda file: file.write(text))
+        write_text_whole(self.path / CONFIG, json.dumps(self._config, indent=1) + "\n")
 
     @property
     def metrics(self) -> Path:
@@ -137,7 +154,12 @@ def _differences(old: Any, new: Any, key: str = "") -> list[str]:
         names = sorted(set(old) | set(new))
         inner = [_differences(old.get(n), new.get(n), f"{key}.{n}" if key else n) for n in names]
         return [line for lines in inner for line in lines]
-    return [] if old == new else [f"{key} was {old!r} and is {new!r}"]
+    return [] if old == new else [f"{key} was {_shown(old)} and is {_shown(new)}"]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def unique_names(specs: Sequence[TrainSpec]) -> dict[str, TrainSpec]:

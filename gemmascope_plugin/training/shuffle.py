@@ -113,6 +113,7 @@ class ShuffledActivations:
 
         Raises:
             BadFileError: The activations come from other text or another folder.
+            ValueError: There is no such place; also KeyError and TypeError.
         """
         assert self._number == -1, "activations have been read"
         if state["bucket"] < 0:
@@ -120,6 +121,8 @@ class ShuffledActivations:
         self._reader.restore(state["before"])
         self._number = state["bucket"] - 1
         self._open()
+        if not 0 <= state["served"] <= len(self._order) // self._batch:
+            raise ValueError(f"{state['served']} batches of a bucket of {len(self._order)} tokens")
         self._served = state["served"]
         if self._reader.state() != state["after"]:
             raise BadFileError(

@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import torch
 
-from gemmascope_plugin.catalog.json_file import read_json
 from gemmascope_plugin.errors import (
     BadFileError,
     GemmaScopeError,
@@ -30,7 +29,9 @@ from gemmascope_plugin.errors import (
     nearest,
     shorten,
 )
-from gemmascope_plugin.files.whole import write_whole
+from gemmascope_plugin.files.json_file import Record, read_json
+from gemmascope_plugin.files.lock import LOCK, folder_lock
+from gemmascope_plugin.files.whole import write_text_whole, write_whole
 from gemmascope_plugin.loading.arrays import ArrayFile
 from gemmascope_plugin.loading.safetensors import safetensors_arrays, write_safetensors
 from gemmascope_plugin.models.protocol import HookedModel
@@ -81,36 +82,52 @@ def store_activations(
         The store.
 
     Raises:
+        FolderInUseError: Another process writes into it.
         GemmaScopeError: The folder holds something, or cannot be written.
         EmptySelectionError: There is too little text.
     """
     check_choice("dtype", dtype, DTYPES)
     folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise GemmaScopeError(f"{str(folder)!r} is not empty", fix="another folder, or delete it")
-    stream = TokenStream(model, corpus, context=context, rows=rows, seed=seed)
-    reader = ForwardReader(model, stream, hooks, exclude=exclude, bucket=shard)
+    with folder_lock(folder, "storing activations"):
+        if any(path.name != LOCK for path in folder.iterdir()):
+            raise GemmaScopeError(
+                f"{str(folder)!r} is not empty", fix="another folder, or delete it"
+            )
+        stream = TokenStream(model, corpus, context=context, rows=rows, seed=seed)
+        reader = ForwardReader(model, stream, hooks, exclude=exclude, bucket=shard)
+        sizes, widths = _write_shards(folder, reader, hooks, tokens, shard, DTYPES[dtype])
+        index = {
+            "format": FORMAT,
+            "model": str(model.cfg.model_name),
+            "hooks": widths,
+            "dtype": dtype,
+            "exclude": list(exclude),
+            "shards": sizes,
+        }
+        write_text_whole(folder / INDEX, json.dumps(index, indent=1) + "\n")
+    return ActivationStore(folder)
+
+
+def _write_shards(
+    folder: Path,
+    reader: ForwardReader,
+    hooks: Sequence[str],
+    tokens: int,
+    shard: int,
+    dtype: torch.dtype,
+) -> tuple[list[int], dict[str, int]]:
+    """Writes all files; returns their sizes and the widths of the tensors."""
     sizes: list[int] = []
     held: Bucket = {name: torch.empty(0) for name in hooks}
     while sum(sizes) < tokens:
         bucket = reader.next_bucket()
         held = {n: torch.cat([held[n], b]) if len(held[n]) else b for n, b in bucket.items()}
         while sum(sizes) < tokens and len(next(iter(held.values()))) >= shard:
-            part = {name: values[:shard].to(DTYPES[dtype]) for name, values in held.items()}
+            part = {name: values[:shard].to(dtype) for name, values in held.items()}
             _write_shard(folder / _name(len(sizes)), part)
             sizes.append(shard)
             held = {name: values[shard:] for name, values in held.items()}
-    index = {
-        "format": FORMAT,
-        "model": str(model.cfg.model_name),
-        "hooks": {name: values.shape[1] for name, values in held.items()},
-        "dtype": dtype,
-        "exclude": list(exclude),
-        "shards": sizes,
-    }
-    text = json.dumps(index, indent=1).encode() + b"\n"
-    write_whole(folder / INDEX, lambda file: file.write(text))
-    return ActivationStore(folder)
+    return sizes, {name: values.shape[1] for name, values in held.items()}
 
 
 def _write_shard(path: Path, part: Bucket) -> None:
@@ -139,19 +156,26 @@ class ActivationStore:
                 f"There are no whole activations in {str(folder)!r}: no {INDEX}",
                 fix="store_activations(model, corpus, hooks, folder, tokens=...)",
             )
-        index = read_json(self.folder / INDEX)
-        if index.get("format") != FORMAT:
+        fix = "write the activations again, into another folder"
+        index = Record(read_json(self.folder / INDEX, fix=fix), self.folder / INDEX, fix)
+        if index.content.get("format") != FORMAT:
             raise BadFileError(
-                f"{str(self.folder / INDEX)!r} has format {index.get('format')!r}",
+                f"{str(self.folder / INDEX)!r} has format {index.content.get('format')!r}",
                 exists=f"format {FORMAT}",
             )
-        self.widths: dict[str, int] = index["hooks"]
+        self.widths: dict[str, int] = index.dict_of("hooks", int)
         """Width of the tensor at every hook."""
-        self.shards: list[int] = index["shards"]
+        self.shards: list[int] = index.list_of("shards", int)
         """Activations per file."""
-        self.model: str = index["model"]
-        self.exclude: tuple[str | int, ...] = tuple(index["exclude"])
-        self._dtype = DTYPES[index["dtype"]]
+        if not self.shards or min([*self.shards, *self.widths.values()]) < 1 or not self.widths:
+            index.bad("it names no activations, or sizes below 1")
+        self.model: str = index.get("model", str)
+        self.exclude: tuple[str | int, ...] = tuple(index.get("exclude", list))
+        if not all(type(token) in (int, str) for token in self.exclude):
+            index.bad(f"'exclude' is {list(self.exclude)!r}, not token ids and names")
+        if index.get("dtype", str) not in DTYPES:
+            index.bad(f"'dtype' is {index.content['dtype']!r}, none of {', '.join(DTYPES)}")
+        self._dtype = DTYPES[index.content["dtype"]]
         self._files = [self._open(i) for i in range(len(self.shards))]
 
     def _open(self, number: int) -> ArrayFile:

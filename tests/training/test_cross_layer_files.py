@@ -94,7 +94,7 @@ def test_checkpoints_of_another_dictionary(hooked2, tmp_path) -> None:
     with pytest.raises(BadFileError, match="a dictionary of other tensors or shapes"):
         clt.restore(tensors, {})
     save_file({**tensors, "sae.W_dec": torch.zeros(32, 32)}, weights)
-    with pytest.raises(BadFileError, match="a dictionary of other tensors or shapes"):
+    with pytest.raises(BadFileError, match="it is not the file that state.json was written with"):
         run(hooked2, several(GIVEN[0]), run_dir=tmp_path / "r", resume=True)
     with pytest.raises(BadFileError, match="another one: specs.jumprelu_clt_0_2 was None and is"):
         run(hooked2, several(GIVEN[1]), run_dir=tmp_path / "r", resume=True)

@@ -21,6 +21,7 @@ from gemmascope_plugin.errors import (
     MissingExtraError,
     UnknownNameError,
 )
+from gemmascope_plugin.files.whole import remove
 from gemmascope_plugin.loading import load
 from gemmascope_plugin.loading.export import export
 from gemmascope_plugin.splice import splice
@@ -34,7 +35,6 @@ from gemmascope_plugin.training import (
     train_many,
 )
 from gemmascope_plugin.training.builders import make_config
-from gemmascope_plugin.training.checkpoint import remove
 from gemmascope_plugin.training.learner import Learner
 from gemmascope_plugin.training.run_folder import unique_names
 from tests.training.cases import corpus, run, same, spec

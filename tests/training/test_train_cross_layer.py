@@ -15,10 +15,10 @@ from gemmascope_plugin.errors import (
     MissingFileError,
     MissingHookError,
 )
+from gemmascope_plugin.files.whole import remove
 from gemmascope_plugin.loading import load
 from gemmascope_plugin.splice import HookedSAE, splice
 from gemmascope_plugin.training import TrainSpec
-from gemmascope_plugin.training.checkpoint import remove
 from tests.training.cases import corpus, run, same, spec
 
 GIVEN: list[dict[str, Any]] = [
