@@ -57,6 +57,7 @@ def parts_of(run: Experiment, size: int) -> Iterator[Experiment]:
             here={name: x[index] for name, x in run.here.items()},
             other={name: x[index] for name, x in run.other.items()},
             base_by_prompt=run.base_by_prompt[index.cpu()],
+            parts=None,
         )
 
 

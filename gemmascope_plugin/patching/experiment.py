@@ -4,8 +4,9 @@
 2. The base run is the corrupted one (denoising: clean values are inserted) or the clean one (noising).
 3. What is inserted is the other run's activation, or what ``replacement`` makes of it.
 4. With dictionaries, they are spliced in with their error kept for as long as the experiment lasts.
+5. Where passes can be run again from any layer and position (``replayed.py``), both runs come from there.
 
-Cost: four forward passes over the prompts.
+Cost: a forward pass over the prompts of the base run and one over the ends of the others, or two each.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from gemmascope_plugin.patching.nodes import (
     read,
 )
 from gemmascope_plugin.patching.replacement import Replacement, check_replacement, replaced
+from gemmascope_plugin.patching.replayed import Part, joined, replayed
 from gemmascope_plugin.patching.task import BoundTask, Task
 from gemmascope_plugin.splice.hooked_site import HookedSite
 from gemmascope_plugin.types import Direction
@@ -66,6 +68,8 @@ class Experiment:
     """The metric of the run that is patched, on the CPU."""
     rows: int
     """Prompts in one forward pass."""
+    parts: tuple[Part, ...] | None = None
+    """Its prompts, ready to be run again; None where the model has to run by itself."""
 
     @property
     def base_metric(self) -> float:
@@ -161,15 +165,25 @@ def experiment(
         hooks = [acts_hook(site) for site in sites] if grid is None else grid.hooks
         need = footprint(model, component, len(base), base.shape[1], hooks, sites)
         rows = len(base) if limit is None else limit.rows(need)
-        metrics = [_metric(runner, bound, tokens, rows) for tokens in (bound.clean, bound.corrupt)]
-        ends = bound.metric_values(*(float(metric.mean()) for metric in metrics))
 
         def insert(x: torch.Tensor) -> torch.Tensor:
             return replaced(
                 x, component, bound.mask, replacement, seed, bound.metric.rows_per_prompt
             )
 
-        here, other = _activations(runner, component, hooks, (base, away), insert, rows)
+        parts = None
+        if runner is model:
+            parts = _parts(model, bound, component, hooks, (base, away), rows)
+        if parts is None:
+            both = (bound.clean, bound.corrupt)
+            metrics = [_metric(runner, bound, tokens, rows) for tokens in both]
+        else:
+            metrics = [
+                _joined_metric(parts, is_other=(clean == denoising)) for clean in (True, False)
+            ]
+        ends = bound.metric_values(*(float(metric.mean()) for metric in metrics))
+        reads = _Reads.of(runner, component, hooks, (base, away), rows, parts)
+        here, other = reads.inserted(insert)
         if grid is None:
             chosen = _differing(sites, here, other, bound.mask)
             grid = feature_grid(sites, replace(choice, features=chosen), base.shape[1])
@@ -180,7 +194,9 @@ def experiment(
             **ends,
         }
         by_prompt = metrics[int(denoising)]
-        yield Experiment(model, runner, bound, grid, base, here, other, metadata, by_prompt, rows)
+        yield Experiment(
+            model, runner, bound, grid, base, here, other, metadata, by_prompt, rows, parts
+        )
 
 
 @torch.no_grad()
@@ -225,24 +241,85 @@ def _grid(
     return component_grid(component, choice, sizes)
 
 
-def _activations(
-    runner: Any,
+def _places(component: str, hooks: Sequence[str]) -> dict[str, str]:
+    """Where what is written at each hook is read."""
+    elsewhere = COMPONENTS[component].reads
+    return {h: h if elsewhere is None else elsewhere.format(layer=layer_of(h)) for h in hooks}
+
+
+def _parts(
+    model: HookedModel,
+    bound: BoundTask,
     component: str,
     hooks: Sequence[str],
     tokens: tuple[torch.Tensor, torch.Tensor],
-    insert: Callable[[torch.Tensor], torch.Tensor],
     rows: int,
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """What is at the hooks in the base run, and what is inserted there."""
-    elsewhere = COMPONENTS[component].reads
-    at = {h: h if elsewhere is None else elsewhere.format(layer=layer_of(h)) for h in hooks}
-    here, there = (read(runner, each, list(at.values()), rows=rows) for each in tokens)
-    other = {hook: insert(there[name]) for hook, name in at.items()}
-    if elsewhere is None:
-        return here, other
-    # what to write so that the stream is the wanted one, beside what the base run has there
-    written = read(runner, tokens[0], hooks, rows=rows)
-    return written, {hook: written[hook] + (other[hook] - here[at[hook]]) for hook in hooks}
+) -> tuple[Part, ...] | None:
+    """The task, ready to be run again; None where the model has to run by itself."""
+    there = list(_places(component, hooks).values())
+    here = list(dict.fromkeys([*hooks, *there]))
+    parts = replayed(model, bound, *tokens, rows=rows, here=here, there=there)
+    return None if parts is None else tuple(parts)
+
+
+def _joined_metric(parts: Sequence[Part], is_other: bool) -> Float[torch.Tensor, " prompt"]:
+    """The metric of each prompt of one of the runs."""
+    values = torch.cat([part.other if is_other else part.base for part in parts])
+    index = torch.cat([part.index for part in parts]).cpu()
+    return torch.empty_like(values).index_copy(0, index, values)
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """Activations of both runs."""
+
+    at: Mapping[str, str]
+    """Hook that is written to, to where it is read."""
+    here: Mapping[str, torch.Tensor]
+    """Those of the base run, at both."""
+    there: Mapping[str, torch.Tensor]
+    """Those of the other run, where they are read."""
+
+    @classmethod
+    def of(
+        cls,
+        runner: Any,
+        component: str,
+        hooks: Sequence[str],
+        tokens: tuple[torch.Tensor, torch.Tensor],
+        rows: int,
+        parts: Sequence[Part] | None,
+    ) -> _Reads:
+        """From passes of the model, or from what parts have recorded."""
+        at = _places(component, hooks)
+        names, base = list(at.values()), list(dict.fromkeys([*hooks, *at.values()]))
+        if parts is not None:
+            n, width = tokens[0].shape
+            here = joined(parts, base, n, width, False)
+            there = joined(parts, names, n, width, True)
+            for part in parts:  # one copy is enough
+                part.here, part.there = {}, {}
+            return cls(at, here, there)
+        here, there = (
+            read(runner, tokens[0], names, rows=rows),
+            read(runner, tokens[1], names, rows=rows),
+        )
+        more = [name for name in base if name not in here]
+        if more:
+            here |= read(runner, tokens[0], more, rows=rows)
+        return cls(at, here, there)
+
+    def inserted(
+        self, insert: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """What is at the hooks in the base run, and what is inserted there."""
+        written = {hook: self.here[hook] for hook in self.at}
+        other = {hook: insert(self.there[name]) for hook, name in self.at.items()}
+        for hook, name in self.at.items():
+            if name != hook:
+                # what to write so that the stream is the wanted one, beside what the base run has there
+                other[hook] = written[hook] + (other[hook] - self.here[name])
+        return written, other
 
 
 def _differing(

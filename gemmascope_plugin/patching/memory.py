@@ -14,7 +14,7 @@ logits     ``LOGITS`` tensors ``[d_vocab]``, at one position only
 
 Attention, MLP and dictionary are not at work together: the largest counts. Beside the rows lie, as long
 as the sweep lasts, the activations of both runs at the patched hooks, what is made of them, and the
-streams from which it restarts. Weights are not counted, they are there already.
+streams, keys and values from which it restarts. Weights are not counted, they are there already.
 """
 
 from __future__ import annotations
@@ -114,7 +114,10 @@ def footprint(
     row = STREAM * stream + work + max(patched) + LOGITS * int(cfg.d_vocab)
     copies = 3 if COMPONENTS[component].reads is None else 4
     activations = sum(patched) if sites else patched[0] * len(hooks)
-    held = n_prompts * (copies * activations + (n_layers(model) + 1) * stream)
+    n_kv = int(getattr(cfg, "n_key_value_heads", None) or n_heads(model))
+    streams = 2 * (n_layers(model) + 1) * stream  # before and within each layer
+    earlier = 2 * n_layers(model) * n_pos * n_kv * int(cfg.d_head)  # keys and values
+    held = n_prompts * (copies * activations + streams + earlier)
     size = max(4, dtype_of(model).itemsize)  # norms and softmax are taken in float32
     return Footprint(size * held, size * row)
 

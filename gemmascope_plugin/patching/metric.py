@@ -36,6 +36,8 @@ class Metric(ABC):
     """Whether logits are read before the final soft-cap."""
     name: ClassVar[str]
     """For titles and metadata."""
+    names_tokens: ClassVar[bool] = False
+    """Whether the logits of the right and wrong tokens alone decide."""
 
     @abstractmethod
     def bind(self, model: HookedModel, n_prompts: int) -> BoundMetric:

@@ -33,6 +33,7 @@ class LogitDiff(AnswerMetric):
     """``logit(answer) - logit(wrong)``."""
 
     name = "logit difference"
+    names_tokens = True
 
     def score(self, logits: Logits, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
         """Difference in logits, in nats of odds."""

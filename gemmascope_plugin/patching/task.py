@@ -225,6 +225,10 @@ class BoundTask:
             self.name,
         )
 
+    def cut(self, width: int) -> BoundTask:
+        """The same with prompts cut to a width that none of them exceeds."""
+        return replace(self, clean=self.clean[:, :width], corrupt=self.corrupt[:, :width])
+
     @torch.no_grad()
     def with_reference(self, model: HookedModel) -> BoundTask:
         """The same with the clean run's next-token log-probabilities."""

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError
+from gemmascope_plugin.models.block import Block
 from gemmascope_plugin.patching import activation_patching
 from gemmascope_plugin.patching.experiment import experiment
 from gemmascope_plugin.patching.memory import Footprint, Limit, footprint
@@ -71,6 +72,9 @@ def test_what_is_held_is_counted(hooked2) -> None:
     for component in ("z", "pattern", "k", "neuron", "resid_post"):
         with experiment(hooked2, TASK, component, mode="noising") as run:
             held = sum(x.nbytes for each in (run.here, run.other) for x in each.values())
+            for part in run.parts:
+                earlier = [x for e in part.replay.earlier for x in (e.keys, e.values)]
+                held += sum(x.nbytes for x in (*part.replay.pre, *part.replay.mid, *earlier))
             need = footprint(hooked2, component, *run.base.shape, run.grid.hooks, {})
         assert held <= need.held <= 4 * held
 
@@ -91,15 +95,18 @@ def test_a_budget_decides_the_rows() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 9])
-def test_passes_stay_within_their_rows(hooked2, rows: int) -> None:
+def test_passes_stay_within_their_rows(hooked2, rows: int, monkeypatch) -> None:
     seen: list[int] = []
     whole = activation_patching(hooked2, TASK, "z")
+    mlp = Block.mlp
+
+    def counted(block, x, *args):
+        seen.append(len(x))
+        return mlp(block, x, *args)
+
     with experiment(hooked2, TASK, "z", mode="denoising", limit=Limit(rows)) as run:
-        handle = hooked2.blocks[2].register_forward_hook(lambda m, a, out: seen.append(len(out)))
-        try:
-            got = sweep(run) - run.base_by_prompt
-        finally:
-            handle.remove()
+        monkeypatch.setattr(Block, "mlp", counted)
+        got = sweep(run) - run.base_by_prompt
     assert max(seen) <= rows
     assert torch.allclose(got.mean(1), whole.values.flatten(), atol=1e-6)
 

@@ -1,0 +1,333 @@
+"""One block of a Gemma as a function of its weights, on any run of positions behind other ones.
+
+1. ``a = W_O softmax(cap(q k / scale) + mask) v`` with ``q, k, v`` of ``ln1(x)``, normed where the block
+   norms queries and keys, and rotated; then ``x + ln1_post(a)``, and ``x + ln2_post(mlp(ln2(x)))`` with a
+   gated MLP.
+2. Rows have positions from ``start`` on. Keys and values before it are those of another pass.
+3. At named points, those of the hooks, functions may look or put something else there. A point whose
+   value is known is not computed anew (``known``).
+4. In the last block only the asked position is needed: it is cut out behind the last used point.
+
+Sums of norms and softmax are taken in float32. Cost: the matrix products of the positions that are run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+
+from gemmascope_plugin.models.anatomy import Anatomy, NormName
+from gemmascope_plugin.models.head_scores import HeadScores
+from gemmascope_plugin.models.norm import Norm
+
+Hooks = Iterable[tuple[str, Callable[..., Any]]]
+_Q = ("attn.hook_q", "attn.hook_pattern", "attn.hook_z")
+_AFTER_Z = ("ln1_post.hook_scale", "ln1_post.hook_normalized", "hook_attn_out")
+_AFTER_MID = (
+    *("hook_resid_mid", "ln2.hook_in", "ln2.hook_scale", "ln2.hook_normalized"),
+    *("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post"),
+    *("ln2_post.hook_scale", "ln2_post.hook_normalized", "hook_mlp_out", "hook_resid_post"),
+)
+_BEFORE = ("hook_resid_pre", "ln1.hook_scale", "ln1.hook_normalized", "attn.hook_k", "attn.hook_v")
+POINTS = frozenset((*_BEFORE, *_Q, *_AFTER_Z, *_AFTER_MID))
+"""Points of a block, as hooks are called behind ``blocks.L.``."""
+
+
+class Points:
+    """What happens at named points of a pass.
+
+    Args:
+        hooks: Name and function of the tensor there and the point, in the order in which they run; None
+            from a function leaves the tensor as it is.
+    """
+
+    def __init__(self, hooks: Hooks = ()) -> None:
+        self._functions: dict[str, list[Callable[..., Any]]] = {}
+        for name, fn in hooks:
+            self._functions.setdefault(name, []).append(fn)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._functions
+
+    def __call__(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """The tensor that goes on from here."""
+        for fn in self._functions.get(name, ()):
+            changed = fn(x, hook=SimpleNamespace(name=name))
+            x = x if changed is None else changed
+        return x
+
+    def any_of(self, prefix: str, names: Iterable[str]) -> bool:
+        """Whether something happens at one of these points of a block."""
+        return any(prefix + name in self._functions for name in names)
+
+
+@dataclass(frozen=True, eq=False)
+class Earlier:
+    """Keys (rotated) and values of one layer in another pass over the same prompts."""
+
+    keys: Float[torch.Tensor, "prompt kv pos d_head"]
+    values: Float[torch.Tensor, "prompt kv pos d_head"]
+
+    def before(self, start: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those before a position, one per row: rows are copies of the prompts, copy after copy."""
+        copies = rows // len(self.keys)
+        keys, values = (x[:, :, :start].repeat(copies, 1, 1, 1) for x in (self.keys, self.values))
+        return keys, values
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which positions the rows of a pass have."""
+
+    start: int
+    """Position of the first."""
+    asked: Int[torch.Tensor, " row"] | None = None
+    """The only one that is needed behind the last block, counted from ``start``."""
+
+
+class Block:
+    """The functions of one layer.
+
+    Args:
+        anatomy: The model's.
+        layer: Which.
+        turns: Cosines and sines of the rotary embedding, ``[pos, d_head]``.
+    """
+
+    def __init__(
+        self, anatomy: Anatomy, layer: int, turns: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        self._anatomy, self._layer, self._turns = anatomy, layer, turns
+        block: Any = anatomy.model.blocks[layer]
+        self._attn, self._mlp = block.attn, block.mlp
+        self._name = f"blocks.{layer}."
+        scores = HeadScores(anatomy, layer, 0)
+        self._scale, self._capped = scores.scale, scores.capped
+        self.window = window_of(anatomy, layer)
+        names: tuple[NormName, ...] = ("ln1", "ln1_post", "ln2", "ln2_post")
+        self._norms = {name: anatomy.norm(layer, name) for name in names}
+        self._head_norms = {
+            "q": anatomy.head_norm(layer, "q_norm"),
+            "k": anatomy.head_norm(layer, "k_norm"),
+        }
+        self._act = _activation(anatomy, self._mlp)
+
+    def attention(
+        self,
+        x: Float[torch.Tensor, "row pos d_model"],
+        rows: Rows,
+        earlier: Earlier | None,
+        points: Points,
+        known: Mapping[str, torch.Tensor],
+        made: list[Earlier] | None = None,
+    ) -> Float[torch.Tensor, "row some d_model"]:
+        """The stream between attention and MLP.
+
+        Args:
+            x: The stream before the block.
+            rows: The positions of it.
+            earlier: Keys and values before them; None where they start at 0.
+            points: What happens on the way.
+            known: Values at points of this block that need not be computed.
+            made: Takes the keys and values that were made.
+        """
+        name = self._name
+        x = points(f"{name}hook_resid_pre", x)
+        late = (*_AFTER_Z, *_AFTER_MID)
+        cut = rows.asked is not None and not points.any_of(name, late)
+        wrote = known.get(f"{name}hook_attn_out")
+        if wrote is None:
+            z = known.get(f"{name}attn.hook_z")
+            if z is None:
+                early = cut and not points.any_of(name, _Q)
+                z = self._attended(x, rows, earlier, points, early, made)
+            z = points(f"{name}attn.hook_z", z)
+            if cut:
+                x, z = cut_out(x, rows), cut_out(z, rows)
+            wrote = self._normed("ln1_post", self._anatomy.head_sum(self._layer, z), points)
+        wrote = points(f"{name}hook_attn_out", wrote)
+        x = points(f"{name}hook_resid_mid", x + wrote)
+        return x
+
+    def mlp(
+        self,
+        x: Float[torch.Tensor, "row pos d_model"],
+        rows: Rows,
+        points: Points,
+        known: Mapping[str, torch.Tensor],
+    ) -> Float[torch.Tensor, "row some d_model"]:
+        """The stream after the block, from the one between attention and MLP."""
+        name = self._name
+        cut = rows.asked is not None and not points.any_of(name, _AFTER_MID[1:])
+        known = {at: cut_out(value, rows) for at, value in known.items()} if cut else known
+        x = cut_out(x, rows) if cut else x
+        wrote = known.get(f"{name}hook_mlp_out")
+        if wrote is None:
+            post = known.get(f"{name}mlp.hook_post")
+            if post is None:
+                post = self._gated(x, points)
+            post = points(f"{name}mlp.hook_post", post)
+            wrote = self._normed("ln2_post", self._project(post, "out"), points)
+        wrote = points(f"{name}hook_mlp_out", wrote)
+        return points(f"{name}hook_resid_post", x + wrote)
+
+    def _attended(
+        self,
+        x: torch.Tensor,
+        rows: Rows,
+        earlier: Earlier | None,
+        points: Points,
+        cut: bool,
+        made: list[Earlier] | None,
+    ) -> Float[torch.Tensor, "row pos head d_head"]:
+        normed = self._normed("ln1", x, points)
+        k, v = (self._heads(normed, port, points) for port in ("k", "v"))
+        q = self._heads(cut_out(normed, rows) if cut else normed, "q", points)
+        n_pos = x.shape[1]
+        at = torch.arange(rows.start, rows.start + n_pos, device=x.device)
+        ask = at.expand(len(x), -1)
+        if cut and q.shape[1] < n_pos:
+            assert rows.asked is not None
+            ask = rows.asked[:, None] + rows.start
+        q = self._turned(self._head_normed("q", q), ask).transpose(1, 2)
+        k = self._turned(self._head_normed("k", k), at[None]).transpose(1, 2)
+        v = v.transpose(1, 2)
+        if made is not None:
+            made.append(Earlier(k.detach(), v.detach()))
+        if rows.start:
+            assert earlier is not None, "positions start behind others"
+            keys, values = earlier.before(rows.start, len(x))
+            k, v = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+        kv, group = k.shape[1], q.shape[1] // k.shape[1]
+        # the heads of a group are further queries of one key-value head
+        scores = q.reshape(len(q), kv, group * q.shape[2], -1) @ k.transpose(2, 3)
+        scores = self._capped(scores.unflatten(2, (group, -1)) / self._scale)
+        mask = self._mask(ask, k.shape[2])[:, None, None]
+        pattern = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=_wide(scores.dtype))
+        pattern = points(f"{self._name}attn.hook_pattern", pattern.flatten(1, 2).to(v.dtype))
+        z = pattern.unflatten(1, (kv, group)).flatten(2, 3).to(v.dtype) @ v
+        return z.unflatten(2, (group, -1)).flatten(1, 2).transpose(1, 2)
+
+    def _mask(
+        self, ask: Int[torch.Tensor, "row pos"], n_keys: int
+    ) -> Bool[torch.Tensor, "some pos key"]:
+        """Which keys each query sees."""
+        ask = ask[:1] if ask.stride(0) == 0 else ask
+        keys = torch.arange(n_keys, device=ask.device)
+        seen = keys <= ask[..., None]
+        return seen if self.window is None else seen & (keys > ask[..., None] - self.window)
+
+    def _heads(self, normed: torch.Tensor, port: str, points: Points) -> torch.Tensor:
+        """Queries, keys or values before norm and rotation."""
+        attn, heads = self._attn, self._anatomy.n_heads if port == "q" else self._anatomy.n_kv
+        weight = getattr(attn, f"_W_{port.upper()}", None)  # not repeated for every query head
+        if weight is None or len(weight) != heads:
+            read = {"q": self._anatomy.W_Q, "k": self._anatomy.W_K, "v": self._anatomy.W_V}
+            weight = read[port](self._layer)
+        matrix = weight.detach().permute(1, 0, 2).flatten(1)
+        out = (normed @ matrix).unflatten(-1, (heads, -1))
+        bias = _bias(attn, port.upper())
+        if bias is not None:
+            rows = bias.reshape(-1, self._anatomy.d_head)
+            out = out + rows[:: len(rows) // heads]
+        return points(f"{self._name}attn.hook_{port}", out)
+
+    def _head_normed(self, port: str, x: torch.Tensor) -> torch.Tensor:
+        norm = self._head_norms[port]
+        return x if norm is None else norm(x)
+
+    def _turned(
+        self, x: Float[torch.Tensor, "row pos head d_head"], at: Int[torch.Tensor, "some pos"]
+    ) -> Float[torch.Tensor, "row pos head d_head"]:
+        """The rotary embedding at positions."""
+        at = at[:1] if at.stride(0) == 0 else at
+        cos, sin = (turn[at][:, :, None].to(x.dtype) for turn in self._turns)
+        one, two = x.chunk(2, -1)
+        return x * cos + torch.cat([-two, one], -1) * sin
+
+    def _gated(self, x: torch.Tensor, points: Points) -> torch.Tensor:
+        name = self._name
+        x = self._normed("ln2", points(f"{name}ln2.hook_in", x), points)
+        gate = points(f"{name}mlp.hook_pre", self._project(x, "gate"))
+        linear = points(f"{name}mlp.hook_pre_linear", self._project(x, "in"))
+        post = self._act(gate) * linear
+        bias = _bias(self._mlp, "in") if hasattr(self._mlp, "hook_mid") else None
+        return post if bias is None else post + bias
+
+    def _project(self, x: torch.Tensor, which: str) -> torch.Tensor:
+        """A matrix of the MLP, as the class has it."""
+        inner = getattr(self._mlp, "original_component", None)
+        if inner is None:
+            out = x @ getattr(self._mlp, f"W_{which}").detach()
+            bias = _bias(self._mlp, "out") if which == "out" else None
+            return out if bias is None else out + bias
+        if getattr(self._mlp, "_use_processed_weights", False):
+            weight, bias = (getattr(self._mlp, f"_processed_{p}_{which}") for p in "Wb")
+        else:
+            linear = getattr(
+                inner, {"gate": "gate_proj", "in": "up_proj", "out": "down_proj"}[which]
+            )
+            weight, bias = linear.weight, linear.bias
+        bias = None if bias is None else bias.detach()
+        return torch.nn.functional.linear(x, weight.detach(), bias)
+
+    def _normed(self, which: NormName, x: torch.Tensor, points: Points) -> torch.Tensor:
+        norm = self._norms[which]
+        return x if norm is None else normed(norm, x, points, f"{self._name}{which}")
+
+
+def normed(
+    norm: Norm, x: Float[torch.Tensor, "*axes d_model"], points: Points, name: str
+) -> Float[torch.Tensor, "*axes d_model"]:
+    """A norm with its points.
+
+    Args:
+        norm: The norm.
+        x: Its input.
+        points: What happens at its scale and behind the division.
+        name: What its points are called.
+    """
+    scale, divided = f"{name}.hook_scale", f"{name}.hook_normalized"
+    if scale not in points and divided not in points:
+        return norm(x)
+    y = points(divided, x.to(_wide(x.dtype)) / points(scale, norm.scale(x)))
+    return (y if norm.gain is None else y * norm.gain.to(y)).to(x.dtype)
+
+
+def cut_out(x: Float[torch.Tensor, "row pos *axes"], rows: Rows) -> torch.Tensor:
+    """The asked position of each row, the only one from there on."""
+    if rows.asked is None or x.shape[1] == 1:
+        return x
+    return x[torch.arange(len(x), device=x.device), rows.asked][:, None]
+
+
+def window_of(anatomy: Anatomy, layer: int) -> int | None:
+    """How many tokens a layer's queries look back, themselves counted; None for all."""
+    attn: Any = anatomy.model.blocks[layer].attn
+    inner = getattr(attn, "original_component", None)
+    if inner is not None:
+        return getattr(inner, "sliding_window", None)
+    local = getattr(attn, "attn_type", "global") == "local"
+    return int(anatomy.model.cfg.window_size) if local else None
+
+
+def _activation(anatomy: Anatomy, mlp: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    name = str(getattr(anatomy.model.cfg, "act_fn", ""))
+    if name in ("gelu_pytorch_tanh", "gelu_new"):  # one formula, here in one step
+        return lambda x: torch.nn.functional.gelu(x, approximate="tanh")
+    inner = getattr(mlp, "original_component", None)
+    return mlp.act_fn if inner is None else inner.act_fn
+
+
+def _bias(module: Any, name: str) -> torch.Tensor | None:
+    bias = getattr(module, f"b_{name}", None)
+    return None if bias is None else bias.detach()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32

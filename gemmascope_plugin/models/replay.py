@@ -1,0 +1,308 @@
+"""Runs prompts again from any layer and any position, on both model classes, by the model's weights.
+
+1. One pass over all positions (``record``) keeps the streams before and within each layer, and the keys
+   and values of every layer.
+2. A further pass (``run``) has copies of the prompts as rows, copy after copy. It starts at a layer and
+   at a position: what lies below and before is what it was, so nothing of it is computed again. In the
+   last layer only the asked position is.
+3. ``variant`` runs other tokens that agree with the prompts before a position.
+
+The arithmetic is that of ``block.py``. :meth:`Replay.of` compares it with the model itself on one prompt
+and gives None where they differ by more than rounding, as they do where the model is no Gemma or where
+somebody's modules take part; ``restart.py`` then runs the model's own modules.
+
+Cost: the matrix products of the rows' positions in the layers that run; memory for
+``[layer, prompt, pos, 2 d_model + 2 d_kv]`` numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+
+from gemmascope_plugin.errors import GemmaScopeError
+from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.block import (
+    POINTS,
+    Block,
+    Earlier,
+    Hooks,
+    Points,
+    Rows,
+    cut_out,
+    normed,
+)
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.restart import can_restart
+
+Stage = Literal["pre", "mid", "post"]
+_OUTSIDE = ("hook_embed", "ln_final.hook_scale", "ln_final.hook_normalized")
+_AGREES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Largest relative difference, of the final norm's output, that other orders of operations explain."""
+
+
+class Arithmetic:
+    """A model as functions of its weights, checked against the model.
+
+    Args:
+        anatomy: The model's.
+        n_pos: Positions that will be run.
+        turns: Cosines and sines of the rotary embedding of each layer.
+        embed_scale: What the first block is given, in units of the embedding.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        turns: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        embed_scale: float,
+    ) -> None:
+        self.anatomy, self._embed_scale = anatomy, embed_scale
+        self.blocks = [Block(anatomy, layer, turns[layer]) for layer in range(anatomy.n_layers)]
+
+    @classmethod
+    def of(cls, model: HookedModel, tokens: Int[torch.Tensor, "prompt pos"]) -> Arithmetic | None:
+        """That of a model; None where it does not give what the model gives.
+
+        Args:
+            model: ``HookedTransformer`` or ``TransformerBridge``.
+            tokens: As long as those that will be run; the first row is tried.
+        """
+        if not can_restart(model) or not _is_plain(model):
+            return None
+        try:
+            anatomy = Anatomy(model)
+        except GemmaScopeError:
+            return None
+        seen = _Seen.of(model, tokens[:1])
+        turns = _turns(model, seen, tokens.shape[1])
+        if turns is None:
+            return None
+        with torch.no_grad():
+            embedded = model.embed(tokens[:1]).double()
+            first = seen.first.double()
+            scale = float((embedded * first).sum() / embedded.square().sum())
+            scale = 1.0 if abs(scale - 1) < 1e-6 else scale
+            mine = cls(anatomy, turns, scale)
+            final = mine.final(mine.stream(tokens[:1], Points()), Points())
+        return mine if _agree(final, seen.final) else None
+
+    def embedded(
+        self, tokens: Int[torch.Tensor, "row pos"]
+    ) -> Float[torch.Tensor, "row pos d_model"]:
+        """The stream before the first block."""
+        x = self.anatomy.model.embed(tokens).detach()
+        return x if self._embed_scale == 1 else x * self._embed_scale
+
+    def stream(self, tokens: torch.Tensor, points: Points) -> torch.Tensor:
+        """The last residual stream of whole prompts."""
+        x = points("hook_embed", self.embedded(tokens))
+        for block in self.blocks:
+            x = block.attention(x, Rows(0), None, points, {})
+            x = block.mlp(x, Rows(0), points, {})
+        return x
+
+    def final(
+        self, x: Float[torch.Tensor, "row pos d_model"], points: Points
+    ) -> Float[torch.Tensor, "row pos d_model"]:
+        """What the unembedding reads."""
+        return normed(self.anatomy.ln_final, x, points, "ln_final")
+
+
+@dataclass(eq=False)
+class Replay:
+    """Prompts that were run once, to be run again from a layer and a position.
+
+    Args:
+        arithmetic: The model's.
+        tokens: The prompts ``[prompt, pos]``; what follows a shorter one is padding.
+        at: The position that each is asked about.
+    """
+
+    arithmetic: Arithmetic
+    tokens: Int[torch.Tensor, "prompt pos"]
+    at: Int[torch.Tensor, " prompt"]
+    pre: list[torch.Tensor] = field(default_factory=list)
+    """Streams before each layer, and behind the last."""
+    mid: list[torch.Tensor] = field(default_factory=list)
+    """Streams between attention and MLP."""
+    earlier: list[Earlier] = field(default_factory=list)
+
+    @torch.no_grad()
+    def record(self, hooks: Hooks = ()) -> Float[torch.Tensor, "prompt d_model"]:
+        """Runs the prompts; gives what the unembedding reads at the asked positions."""
+        points, whole = Points(hooks), Rows(0, self.at)
+        x = points("hook_embed", self.arithmetic.embedded(self.tokens))
+        for block in self.arithmetic.blocks:
+            self.pre.append(x)
+            x = block.attention(x, Rows(0), None, points, {}, self.earlier)
+            self.mid.append(x)
+            x = block.mlp(x, Rows(0), points, {})
+        self.pre.append(x)
+        return self._end(x, whole, points)
+
+    def run(
+        self,
+        layer: int,
+        window: slice,
+        *,
+        stage: Stage = "pre",
+        copies: int = 1,
+        hooks: Hooks = (),
+        known: Mapping[str, torch.Tensor] | None = None,
+        stream: torch.Tensor | None = None,
+    ) -> Float[torch.Tensor, "row d_model"]:
+        """What the unembedding reads at the asked position of each row.
+
+        Args:
+            layer: The first that runs; ``n_layers`` for the final norm.
+            window: The positions that run: from the first that may differ to the last that is asked.
+            stage: Where in the layer to start: at its beginning (``pre``), between attention and MLP
+                (``mid``), or behind it (``post``), where only its last point is passed.
+            copies: Of the prompts.
+            hooks: What happens on the way, with tensors ``[row, some, ...]`` of the window's positions.
+            known: Values at points of the first layer that need not be computed.
+            stream: Where to start instead of the recorded stream.
+        """
+        points, known = Points(hooks), known or {}
+        n, start = self.arithmetic.anatomy.n_layers, window.start
+        if stream is None:
+            stream = self._from(layer, stage)[:, window].repeat(copies, 1, 1)
+        x, last = stream, Rows(start, (self.at - start).repeat(copies))
+        if stage == "post":
+            x, layer = points(f"blocks.{layer}.hook_resid_post", x), layer + 1
+        for index in range(layer, n):
+            first = index == layer
+            block, here = self.arithmetic.blocks[index], known if first else {}
+            rows = last if index == n - 1 and not _at_end(points) else Rows(start)
+            if not first or stage != "mid":
+                x = block.attention(x, rows, self.earlier[index], points, here)
+            x = block.mlp(x, rows, points, here)
+        return self._end(x, last, points)
+
+    def window(self, start: int) -> slice:
+        """The positions from one on to the last that is asked."""
+        return slice(start, int(self.at.max()) + 1)
+
+    def _from(self, layer: int, stage: Stage) -> torch.Tensor:
+        if stage == "mid":
+            return self.mid[layer]
+        return self.pre[layer + (stage == "post")]
+
+    @torch.no_grad()
+    def variant(
+        self, tokens: Int[torch.Tensor, "prompt pos"], start: int, hooks: Hooks = ()
+    ) -> Float[torch.Tensor, "prompt d_model"]:
+        """Other tokens, the same as the prompts before ``start``; hooks see the positions behind it."""
+        stream = Points(hooks)("hook_embed", self.arithmetic.embedded(tokens[:, start:]))
+        return self.run(0, slice(start, tokens.shape[1]), hooks=hooks, stream=stream)
+
+    def _end(self, x: torch.Tensor, rows: Rows, points: Points) -> torch.Tensor:
+        if _at_end(points):
+            return cut_out(self.arithmetic.final(x, points), rows)[:, 0]
+        return self.arithmetic.final(cut_out(x, rows), points)[:, 0]
+
+
+def _at_end(points: Points) -> bool:
+    """Whether something happens at the final norm, which is then run at every position."""
+    return any(name in points for name in _OUTSIDE[1:])
+
+
+def replayable(names: Iterable[str]) -> bool:
+    """Whether all of these hooks are points of a replay."""
+    return all(name in _OUTSIDE or _is_point(name) for name in names)
+
+
+def keeping(
+    held: dict[str, torch.Tensor], names: Iterable[str]
+) -> list[tuple[str, Callable[..., None]]]:
+    """Hooks that keep what is at some points.
+
+    Args:
+        held: Takes it, by name.
+        names: The points.
+    """
+
+    def keep(x: torch.Tensor, hook: Any) -> None:
+        held[hook.name] = x.detach()
+
+    return [(name, keep) for name in names]
+
+
+def _is_point(name: str) -> bool:
+    parts = name.split(".", 2)
+    return len(parts) == 3 and parts[0] == "blocks" and parts[2] in POINTS
+
+
+def _is_plain(model: Any) -> bool:
+    """Whether nothing but the tokens decides what is attended to, all on one device."""
+    cfg = model.cfg
+    turned_on_itself = not getattr(cfg, "rotary_adjacent_pairs", False)
+    whole = getattr(cfg, "rotary_dim", None) in (None, cfg.d_head)
+    on_one_device = len({parameter.device for parameter in model.parameters()}) == 1
+    return turned_on_itself and whole and on_one_device and getattr(cfg, "gated_mlp", True)
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """One pass of the model itself."""
+
+    first: torch.Tensor
+    """What the first block was given."""
+    arguments: list[dict[str, Any]]
+    """Of each block."""
+    final: torch.Tensor
+    """What the unembedding was given."""
+
+    @classmethod
+    def of(cls, model: Any, tokens: torch.Tensor) -> _Seen:
+        """Runs the model."""
+        streams: list[torch.Tensor] = []
+        arguments: list[dict[str, Any]] = []
+        final: list[torch.Tensor] = []
+
+        def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            streams.append(args[0] if args else kwargs["hidden_states"])
+            arguments.append(kwargs)
+
+        def end(x: torch.Tensor, hook: Any) -> torch.Tensor:
+            final.append(x)
+            return x[:, :1]  # logits are not asked for
+
+        handles = []
+        try:
+            for block in model.blocks:
+                handles.append(block.register_forward_pre_hook(keep, with_kwargs=True))
+            with torch.no_grad(), model.hooks(fwd_hooks=[("unembed.hook_in", end)]):
+                model(tokens)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return cls(streams[0], arguments, final[0])
+
+
+def _turns(model: Any, seen: _Seen, n_pos: int) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+    """Cosines and sines of each layer; None for another kind of positions."""
+    turns = []
+    for block, arguments in zip(model.blocks, seen.arguments, strict=True):
+        given = arguments.get("position_embeddings")
+        if given is not None:
+            cos, sin = (turn[0] for turn in given)
+        elif hasattr(block.attn, "rotary_cos"):
+            cos, sin = (getattr(block.attn, f"rotary_{name}")[:n_pos] for name in ("cos", "sin"))
+        else:
+            return None
+        if cos.shape != (n_pos, int(model.cfg.d_head)):
+            return None
+        turns.append((cos.detach(), sin.detach()))
+    return turns
+
+
+def _agree(mine: torch.Tensor, models: torch.Tensor) -> bool:
+    """Whether two results are the same but for rounding; one that is not finite agrees with none."""
+    difference = (mine.double() - models.double()).norm() / models.double().norm()
+    return bool(difference < _AGREES.get(models.dtype, 0.0))
