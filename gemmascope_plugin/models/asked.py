@@ -1,0 +1,225 @@
+"""Forward passes that make no more than is asked: logits at some positions, or none, or a few layers.
+
+While a block of :func:`asked_positions`, :func:`final_residuals` or :func:`no_logits` lasts, the model's
+unembedding does less and nothing else changes: every layer runs, hooks fire, the model applies its own
+soft-cap. :func:`record` reads activations and stops the pass after the last of them.
+
+Somebody else's hook at ``unembed.hook_out`` may do anything with the logits, so where there is one it
+sees all of them, at the asked positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+
+from gemmascope_plugin.errors import HookNotFiredError, shorten
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.unembed import (
+    Unembedding,
+    all_logits,
+    cross_entropy,
+    unembedding,
+)
+
+Hooks = Sequence[tuple[str, Callable[..., Any]]]
+Places = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+"""From the number of rows of a pass to the rows and positions that are read."""
+At = Int[torch.Tensor, " prompt"] | Sequence[int] | slice | Places
+
+
+@dataclass(eq=False)
+class Readout:
+    """What a pass left at its end, at the positions that were asked."""
+
+    normed: list[torch.Tensor] = field(default_factory=list)
+    """``unembed.hook_in`` ``[row, asked, d_model]``, an entry per pass."""
+    before_cap: list[torch.Tensor] = field(default_factory=list)
+    """``unembed.hook_out`` likewise."""
+
+
+@contextmanager
+def asked_positions(
+    runner: Any,
+    at: At,
+    tokens: Int[torch.Tensor, "ask choice"] | None = None,
+) -> Iterator[Readout]:
+    """Inside the block forward passes give logits ``[row, asked, d_vocab]`` at some positions alone.
+
+    Args:
+        runner: A model, or what runs one as its ``model``.
+        at: A position per prompt, where rows are copies of the prompts, copy after copy; a slice or a
+            list of positions that are the same in every row; or a function from the number of rows to
+            the rows and the positions that are read, one by one. In the first and last case ``asked`` is
+            1, and there is a row for each that is read.
+        tokens: Words to read, ``[row, 1, choice]`` in place of the whole vocabulary: an entry for each
+            row that comes out, or fewer of which they are copies.
+
+    Yields:
+        What the passes leave.
+    """
+    readout = Readout()
+
+    def unembed(module: Any, out: Unembedding, x: torch.Tensor) -> torch.Tensor:
+        x = _cut(x, at)
+        readout.normed.append(x)
+        wide = out.read(x, normed=True)
+        words = None if tokens is None else _repeated(tokens, len(x)).to(x.device)[:, None]
+        if words is None or has_hooks(module.hook_out):
+            logits = module.hook_out(all_logits(out, wide))
+            logits = logits if words is None else logits.gather(-1, words)
+        else:
+            logits = out.logits_each(wide, words)
+        readout.before_cap.append(logits)
+        return logits
+
+    with _unembedding_by(runner, unembed):
+        yield readout
+
+
+@contextmanager
+def final_residuals(runner: Any) -> Iterator[Readout]:
+    """Inside the block forward passes leave ``unembed.hook_in`` at every position, and make no logits.
+
+    What a pass returns means nothing.
+    """
+    readout = Readout()
+
+    def unembed(module: Any, out: Unembedding, x: torch.Tensor) -> torch.Tensor:
+        readout.normed.append(x)
+        return x[..., :1]
+
+    with _unembedding_by(runner, unembed):
+        yield readout
+
+
+@contextmanager
+def no_logits(runner: Any) -> Iterator[None]:
+    """Inside the block forward passes make no logits; what they return means nothing."""
+    with _unembedding_by(runner, lambda module, out, x: x[..., :1]):
+        yield
+
+
+def next_token_losses(
+    runner: Any, tokens: Int[torch.Tensor, "batch pos"], **kwargs: Any
+) -> Float[torch.Tensor, "batch next"]:
+    """Cross-entropy of each next token in nats, of one forward pass.
+
+    Args:
+        runner: A model, or what runs one as its ``model``; called with the tokens.
+        tokens: Token ids.
+        **kwargs: For the forward pass.
+    """
+    model = _model_of(runner)
+    if has_hooks(model.unembed.hook_out):  # pyright: ignore[reportAttributeAccessIssue]
+        logits = runner(tokens, **kwargs)[:, :-1].float()
+        targets = tokens[:, 1:].to(logits.device)
+        flat = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), reduction="none"
+        )
+        return flat.view(targets.shape)
+    with final_residuals(runner) as readout:
+        runner(tokens, **kwargs)
+    (normed,) = readout.normed
+    return cross_entropy(model, normed[:, :-1], tokens[:, 1:].to(normed.device), normed=True)
+
+
+def record(
+    model: HookedModel,
+    tokens: Int[torch.Tensor, "batch pos"],
+    names: Sequence[str],
+    *,
+    fwd_hooks: Hooks = (),
+) -> dict[str, torch.Tensor]:
+    """Activations by hook name; the pass ends where the last of them has been read.
+
+    Args:
+        model: ``HookedTransformer`` or ``TransformerBridge``.
+        tokens: Token ids.
+        names: Hooks to read.
+        fwd_hooks: Attached before, so that what is read is what they leave.
+
+    Raises:
+        HookNotFiredError: A hook that the pass never reached.
+    """
+    held: dict[str, torch.Tensor] = {}
+    wanted = list(dict.fromkeys(names))
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook_fn(x: torch.Tensor, hook: Any) -> None:
+            held[name] = x.detach()
+            if len(held) == len(wanted):
+                raise _Enough
+
+        return hook_fn
+
+    with model.hooks(fwd_hooks=[*fwd_hooks, *((name, keep(name)) for name in wanted)]):
+        try:
+            if wanted:
+                with torch.no_grad(), no_logits(model):
+                    model(tokens)
+        except _Enough:
+            pass
+    silent = [name for name in wanted if name not in held]
+    if silent:
+        raise HookNotFiredError(f"The model ran but never reached {shorten(silent)}")
+    return held
+
+
+class _Enough(Exception):  # noqa: N818
+    """Ends a forward pass; never leaves this file."""
+
+
+def has_hooks(point: Any) -> bool:
+    """Whether anybody listens at a hook point, forwards or backwards."""
+    return bool(point.fwd_hooks or point.bwd_hooks or point._forward_hooks)
+
+
+def _model_of(runner: Any) -> HookedModel:
+    """The model itself; those that run it have no unembedding of their own."""
+    return runner if hasattr(runner, "unembed") else runner.model
+
+
+@contextmanager
+def _unembedding_by(runner: Any, unembed: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """The model's unembedding computed by ``unembed(module, weights, what it is given)``."""
+    model = _model_of(runner)
+    module: Any = model.unembed  # pyright: ignore[reportAttributeAccessIssue]
+    # not by setattr, which the bridge hands on to the module that it wraps
+    names = vars(module)
+    before = names.get("forward")
+
+    def forward(x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        # without the soft-cap, which the model applies to what comes out
+        return unembed(module, unembedding(model, before_cap=True), module.hook_in(x))
+
+    names["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del names["forward"]
+        else:
+            names["forward"] = before
+
+
+def _cut(x: torch.Tensor, at: At) -> torch.Tensor:
+    if isinstance(at, slice):
+        return x[:, at]
+    if isinstance(at, torch.Tensor):
+        rows = torch.arange(len(x), device=x.device)
+        return x[rows, at.to(x.device)[rows % len(at)]][:, None]
+    if callable(at):
+        rows, positions = at(len(x))
+        return x[rows.to(x.device), positions.to(x.device)][:, None]
+    return x[:, list(at)]
+
+
+def _repeated(tokens: torch.Tensor, n_rows: int) -> torch.Tensor:
+    """What each row reads, the rows being copies of the prompts."""
+    return tokens.repeat(n_rows // len(tokens), 1)

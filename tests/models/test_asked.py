@@ -1,0 +1,157 @@
+"""Passes that make logits at some positions, none, or stop early: what they give is the whole pass's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from gemmascope_plugin.errors import HookNotFiredError
+from gemmascope_plugin.models.asked import (
+    asked_positions,
+    final_residuals,
+    next_token_losses,
+    no_logits,
+    record,
+)
+from tests.tiny_models import random_tokens
+
+TOKENS = random_tokens(batch=4, length=9)
+AT = torch.tensor([3, 8])
+
+
+@pytest.fixture(scope="module")
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS)
+
+
+def test_logits_at_the_position_of_each_prompt(model, logits) -> None:
+    rows = torch.arange(4)
+    wanted = logits[rows, AT[rows % 2]]
+    with torch.no_grad(), asked_positions(model, AT) as readout:
+        got = model(TOKENS)
+    assert got.shape == (4, 1, model.cfg.d_vocab)
+    assert torch.allclose(got[:, 0], wanted, atol=2e-6)
+    cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0.0
+    (before,) = readout.before_cap
+    capped = cap * torch.tanh(before / cap) if cap > 0 else before
+    assert torch.allclose(capped, got, atol=2e-6)
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS), logits)
+
+
+def test_words_of_each_prompt(model, logits) -> None:
+    words = torch.tensor([[5, 6, 7], [8, 8, 9]])
+    wanted = logits[torch.arange(4), AT.repeat(2)].gather(-1, words.repeat(2, 1))
+    with torch.no_grad(), asked_positions(model, AT, words):
+        got = model(TOKENS)
+    assert torch.allclose(got[:, 0], wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize("at", [slice(-2, None), [1, 5], [-1]])
+def test_the_same_positions_in_every_row(model, logits, at) -> None:
+    with torch.no_grad(), asked_positions(model, at):
+        got = model(TOKENS)
+    assert torch.allclose(got, logits[:, at], atol=2e-6)
+
+
+def test_places_one_by_one(model, logits) -> None:
+    rows, at = torch.tensor([0, 0, 3]), torch.tensor([2, 7, 1])
+    with torch.no_grad(), asked_positions(model, lambda n: (rows, at)):
+        got = model(TOKENS)
+    assert torch.allclose(got[:, 0], logits[rows, at], atol=2e-6)
+
+
+def test_gradients_reach_the_hooks_of_the_model(model) -> None:
+    def gradient(cut: bool) -> torch.Tensor:
+        held = {}
+
+        def start(x: torch.Tensor, hook: Any) -> torch.Tensor:
+            held["x"] = x.detach().requires_grad_(True)
+            return held["x"]
+
+        with model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", start)]):
+            if cut:
+                with asked_positions(model, AT, torch.tensor([[5], [6]])):
+                    value = model(TOKENS)[:, 0, 0]
+            else:
+                words = torch.tensor([5, 6, 5, 6])
+                value = model(TOKENS)[torch.arange(4), AT.repeat(2), words]
+        value.sum().backward()
+        return held["x"].grad
+
+    wanted = gradient(False)
+    assert float(wanted.abs().max()) > 1e-4
+    assert torch.allclose(gradient(True), wanted, atol=1e-6)
+
+
+def test_a_hook_at_the_logits_sees_all_of_them(model, logits) -> None:
+    seen = []
+
+    def double(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        seen.append(tuple(x.shape))
+        return 2 * x
+
+    words = torch.tensor([[5], [6]])
+    with torch.no_grad(), model.hooks(fwd_hooks=[("unembed.hook_out", double)]):
+        wanted = model(TOKENS)
+        with asked_positions(model, AT, words):
+            got = model(TOKENS)
+        losses = next_token_losses(model, TOKENS)
+    assert seen[1] == (4, 1, model.cfg.d_vocab)
+    assert torch.allclose(
+        got[:, 0], wanted[torch.arange(4), AT.repeat(2)].gather(-1, words.repeat(2, 1)), atol=4e-6
+    )
+    slow = -wanted[:, :-1].log_softmax(-1).gather(-1, TOKENS[:, 1:, None])[..., 0]
+    assert torch.allclose(losses, slow, atol=1e-5)
+
+
+def test_losses_and_passes_without_logits(model, logits) -> None:
+    slow = -logits[:, :-1].log_softmax(-1).gather(-1, TOKENS[:, 1:, None])[..., 0]
+    with torch.no_grad():
+        assert torch.allclose(next_token_losses(model, TOKENS), slow, atol=1e-5)
+        with no_logits(model):
+            assert model(TOKENS).numel() == TOKENS.numel()
+        with final_residuals(model) as readout:
+            model(TOKENS)
+        assert readout.normed[0].shape == (*TOKENS.shape, model.cfg.d_model)
+
+
+def test_blocks_within_blocks_and_errors_leave_the_model_as_it_was(model, logits) -> None:
+    with torch.no_grad():
+        with asked_positions(model, AT):
+            with pytest.raises(ZeroDivisionError), no_logits(model):
+                raise ZeroDivisionError
+            assert model(TOKENS).shape == (4, 1, model.cfg.d_vocab)
+        assert "forward" not in vars(model.unembed)
+        assert torch.equal(model(TOKENS), logits)
+
+
+def test_recorded_activations_are_those_of_the_whole_pass(model) -> None:
+    names = ["blocks.1.attn.hook_z", "hook_embed", "blocks.1.hook_mlp_out", "hook_embed"]
+    reached = []
+    later = [("blocks.2.hook_resid_pre", lambda x, hook: reached.append(1))]
+    got = record(model, TOKENS, names, fwd_hooks=later)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(TOKENS, names_filter=names)
+    assert set(got) == set(names) and not reached
+    assert all(torch.equal(got[name], cache[name]) for name in set(names))
+    point = model.hook_dict["blocks.1.hook_mlp_out"]
+    assert not point.fwd_hooks
+    assert record(model, TOKENS, []) == {}
+
+
+def test_what_is_recorded_comes_after_hooks_that_change_it(model) -> None:
+    zero = [("blocks.0.hook_resid_post", lambda x, hook: x * 0)]
+    got = record(
+        model, TOKENS, ["blocks.0.hook_resid_post", "ln_final.hook_normalized"], fwd_hooks=zero
+    )
+    assert float(got["blocks.0.hook_resid_post"].abs().max()) == 0
+    assert len(got) == 2
+
+
+def test_a_hook_that_never_fires(hooked2) -> None:
+    with pytest.raises(HookNotFiredError, match="hook_mlp_in"):
+        record(hooked2, TOKENS, ["blocks.0.hook_mlp_in"])

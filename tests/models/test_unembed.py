@@ -1,0 +1,178 @@
+"""Logits, losses and divergences in tiles against the model's own logits, all at once."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from gemmascope_plugin.models import unembed
+from tests.support.largest import LargestTensor
+from tests.tiny_models import VOCABULARY, random_tokens
+
+TOKENS = random_tokens(batch=3, length=7)
+WORDS = torch.tensor([[5, 9], [200, 4], [77, 77]])
+
+
+@pytest.fixture(params=["one tile", "small tiles"])
+def tiled(request, monkeypatch) -> None:
+    """Tiles that divide neither the rows nor the vocabulary."""
+    if request.param == "small tiles":
+        monkeypatch.setattr(unembed, "TILE", 5 * 37)
+        monkeypatch.setattr(unembed, "ROWS", 5)
+        monkeypatch.setattr(unembed, "WORDS", 33)
+
+
+@pytest.fixture(scope="module")
+def run(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """End of the residual stream and the model's own logits."""
+    last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(TOKENS, names_filter=[last])
+    return cache[last], logits
+
+
+def test_all_logits_and_those_of_some_words(model, run) -> None:
+    resid, logits = run
+    assert torch.allclose(unembed.logits_at(model, resid), logits, atol=2e-6)
+    some = unembed.logits_at(model, resid[:, -1], WORDS)
+    assert torch.allclose(some, logits[:, -1].gather(-1, WORDS), atol=2e-6)
+    shared = unembed.logits_at(model, resid, torch.tensor([3, 250]))
+    assert torch.allclose(shared, logits[..., [3, 250]], atol=2e-6)
+
+
+def test_before_the_soft_cap(model, run) -> None:
+    cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0.0
+    before = unembed.logits_at(model, run[0], before_cap=True)
+    after = cap * torch.tanh(before / cap) if cap > 0 else before
+    assert torch.allclose(after, run[1], atol=2e-6)
+
+
+@pytest.mark.usefixtures("tiled")
+def test_losses_entropy_and_best_words(model, run) -> None:
+    resid, logits = run
+    log = logits.double().log_softmax(-1)
+    losses = unembed.cross_entropy(model, resid[:, :-1], TOKENS[:, 1:])
+    assert torch.allclose(losses.double(), -log[:, :-1].gather(-1, TOKENS[:, 1:, None])[..., 0])
+    picked = unembed.token_log_probs(model, resid[:, -1], WORDS)
+    assert torch.allclose(picked.double(), log[:, -1].gather(-1, WORDS), atol=1e-5)
+    entropy = -(log.exp() * log).sum(-1)
+    assert torch.allclose(unembed.entropy(model, resid).double(), entropy, atol=1e-5)
+    best, ids = unembed.top_tokens(model, resid, 12)
+    values, places = log.topk(12)
+    assert torch.equal(ids, places)
+    assert torch.allclose(best.double(), values, atol=1e-5)
+
+
+@pytest.mark.usefixtures("tiled")
+def test_divergence(model, run) -> None:
+    resid, logits = run
+    p, q = logits[:1].double().log_softmax(-1), logits.double().log_softmax(-1)
+    slow = (p.exp() * (p - q)).sum(-1)
+    fast = unembed.kl_divergence(model, resid[:1], resid)
+    assert torch.equal(fast[0], torch.zeros(7))
+    assert torch.allclose(fast.double(), slow, atol=1e-6)
+    assert fast[1:, 1:].min() > 1e-3
+
+
+@pytest.mark.usefixtures("tiled")
+@pytest.mark.parametrize("what", ["loss", "divergence", "mean", "logits"])
+def test_gradients(model, run, what: str) -> None:
+    resid = run[0][:, :-1]
+    weights = torch.randn(resid.shape[:-1], generator=torch.Generator().manual_seed(1))
+
+    def fast(x: torch.Tensor) -> torch.Tensor:
+        if what == "loss":
+            return unembed.cross_entropy(model, x, TOKENS[:, 1:])
+        if what == "divergence":
+            return unembed.kl_divergence(model, resid[:1], x)
+        out = unembed.unembedding(model)
+        if what == "mean":
+            return unembed.mean_logit(out, out.read(x))
+        return unembed.logits_at(model, x)[..., 3:9].square().sum(-1)
+
+    def slow(x: torch.Tensor) -> torch.Tensor:
+        logits = _slow_logits(model, x)
+        log = logits.log_softmax(-1)
+        if what == "loss":
+            return -log.gather(-1, TOKENS[:, 1:, None])[..., 0]
+        if what == "divergence":
+            p = log[:1].detach()
+            return (p.exp() * (p - log)).sum(-1)
+        return logits.mean(-1) if what == "mean" else logits[..., 3:9].square().sum(-1)
+
+    found = []
+    for fn in (fast, slow):
+        x = resid.clone().requires_grad_(True)
+        value = fn(x)
+        (value * weights.to(value.dtype)).sum().backward()
+        found.append((value.detach(), x.grad))
+    (value, gradient), (other, wanted) = found
+    assert wanted is not None and float(wanted.abs().max()) > 1e-5
+    scale = float(wanted.abs().max())
+    assert torch.allclose(value, other.to(value.dtype), atol=2e-6, rtol=1e-5)
+    assert torch.allclose(gradient, wanted, atol=1e-5 * scale)
+
+
+def _slow_logits(model: Any, x: torch.Tensor) -> torch.Tensor:
+    """The model's own modules on one row at a time."""
+    logits = model.unembed(model.ln_final(x))
+    cap = getattr(model.cfg, "output_logits_soft_cap", None)
+    return cap * torch.tanh(logits / cap) if cap is not None and cap > 0 else logits
+
+
+@pytest.mark.usefixtures("tiled")
+def test_in_bfloat16_the_weights_are_read_and_nothing_else_is_rounded(model, run) -> None:
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    wide = copy.deepcopy(half).to(torch.float32)
+    x = run[0].bfloat16()
+    for name in ("cross_entropy", "logits_at"):
+        args = () if name == "logits_at" else (TOKENS,)
+        got, wanted = (
+            getattr(unembed, name)(m, y, *args) for m, y in ((half, x), (wide, x.float()))
+        )
+        assert got.dtype == torch.float32
+        # the gain of the norm is added up in bfloat16 on one of the classes
+        assert torch.allclose(got, wanted, atol=2e-2)
+    # what the model itself says carries eight bits
+    assert torch.allclose(unembed.logits_at(half, x), _slow_logits(half, x).float(), atol=0.1)
+
+
+def test_words_in_the_other_layout_and_a_bias(hooked2) -> None:
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    other = copy.deepcopy(hooked2)
+    weight = other.unembed.W_U.data
+    other.unembed.W_U.data = weight.T.contiguous().T
+    assert other.unembed.W_U.stride() != weight.stride()
+    assert torch.allclose(unembed.logits_at(other, x), unembed.logits_at(hooked2, x), atol=1e-6)
+    other.unembed.b_U.data = torch.linspace(-1, 1, VOCABULARY)
+    assert torch.allclose(unembed.logits_at(other, x), _slow_logits(other, x[None])[0], atol=2e-6)
+    targets = torch.tensor([0, 1, 2, 255])
+    slow = torch.nn.functional.cross_entropy(
+        _slow_logits(other, x[None])[0], targets, reduction="none"
+    )
+    assert torch.allclose(unembed.cross_entropy(other, x, targets), slow, atol=1e-5)
+
+
+def test_overflow_of_exponentials_and_nan() -> None:
+    from gemmascope_plugin.models.norm import Norm
+
+    out = unembed.Unembedding(torch.eye(4), None, None, Norm(None, 0.0))
+    x = torch.tensor([[1e4, 0.0, 0.0, -1e4], [0.0, float("nan"), 0.0, 0.0]])
+    lse = unembed.log_normaliser(out, x)
+    assert float(lse[0]) == 1e4
+    assert bool(lse[1].isnan())
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "kl_divergence", "entropy", "top_tokens"])
+def test_no_tensor_of_all_logits_is_ever_made(model, run, name: str, monkeypatch) -> None:
+    monkeypatch.setattr(unembed, "TILE", 4 * VOCABULARY)
+    x = run[0].clone().requires_grad_(name in ("cross_entropy", "kl_divergence"))
+    more = {"cross_entropy": (TOKENS,), "kl_divergence": (x,), "entropy": (), "top_tokens": (3,)}
+    with LargestTensor(width=VOCABULARY // 8) as largest:
+        value = getattr(unembed, name)(model, x, *more[name])
+        if x.requires_grad:
+            value.sum().backward()
+    assert 0 < largest.numel <= 4 * VOCABULARY, largest.shape
