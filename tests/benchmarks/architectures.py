@@ -1,7 +1,8 @@
 """Which architecture is good at what, on the bundled model, where all concepts are known?
 
-    python tests/benchmarks/architectures.py [--layer 2] [--seeds 0 1 2] [--only NAME ...] [--out FOLDER]
-    python tests/benchmarks/architectures.py --summary FOLDER [FOLDER ...] [--record FILE]
+    python -m tests.benchmarks.architectures [--layer 2] [--seeds 0 1 2] [--only NAME ...] [--out FOLDER]
+    python -m tests.benchmarks.architectures --summary FOLDER [FOLDER ...] [--record FILE]
+    python -m tests.benchmarks.architectures --smoke
 
 Every architecture is trained on the same activations of one residual layer with ``training.train``, at
 equal width and nearly equal L0, once per seed, one thread; then all are measured on held-out documents by
@@ -22,6 +23,8 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,20 @@ from gemmascope_plugin.features import compare, probe_absorption
 from gemmascope_plugin.features.tree_recovery import concept_order
 from gemmascope_plugin.training import preset_spec, store_activations, train
 
-TRAIN_DOCUMENTS, HELD_OUT_DOCUMENTS, BROAD = 6000, 400, 4
+BROAD = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is trained on and measured on."""
+
+    steps: int
+    train_documents: int = 6000
+    held_out_documents: int = 400
+    tokens: int = 330_000
+
+
+SMOKE = Sizes(steps=3, train_documents=100, held_out_documents=12, tokens=4096)
 SOFT = {
     **{"architecture": "softsae", "target_l0": 10.0, "lr": 3e-3, "subtract_b_dec": True},
     "options": {"final_alpha": 0.02},
@@ -81,9 +97,9 @@ def trained(name: str, layer: int, seed: int, steps: int, store: Any) -> tuple[A
     return sae, (time.perf_counter() - start) / steps * 1e3
 
 
-def measured(model: Any, name: str, sae: Any) -> dict[str, Any]:
+def measured(model: Any, name: str, sae: Any, documents: int) -> dict[str, Any]:
     """One row of ``compare``, with absorption over broad concepts."""
-    held_out = make_corpus(HELD_OUT_DOCUMENTS, 2000)
+    held_out = make_corpus(documents, 2000)
     names, concepts = held_out.concept_matrix()
     options: dict[str, Any] = {"concepts": concepts, "names": names, "batch": 64}
     frame = compare(
@@ -98,19 +114,19 @@ def measured(model: Any, name: str, sae: Any) -> dict[str, Any]:
     return {**frame.iloc[0].to_dict(), **means, "k_std": spread}
 
 
-def run(layer: int, seeds: list[int], only: list[str], steps: int, out: Path) -> pd.DataFrame:
+def run(layer: int, seeds: list[int], only: list[str], sizes: Sizes, out: Path) -> pd.DataFrame:
     """Trains and measures; every row is written as soon as it is there."""
     model, rows = gs.tiny().model, []
     with tempfile.TemporaryDirectory() as folder:
         hook = f"blocks.{layer}.hook_resid_post"
-        tokens = make_corpus(TRAIN_DOCUMENTS, 1000).tokens
-        store = store_activations(
-            model, tokens, [hook], Path(folder) / "store", tokens=330_000, shard=1 << 16, rows=128
-        )
+        tokens = make_corpus(sizes.train_documents, 1000).tokens
+        amount = {"tokens": sizes.tokens, "shard": 1 << 16, "rows": 128}
+        store = store_activations(model, tokens, [hook], Path(folder) / "store", **amount)
         for seed in seeds:
             for name in only:
-                sae, milliseconds = trained(name, layer, seed, steps, store)
-                row = {"seed": seed, "ms_per_step": milliseconds, **measured(model, name, sae)}
+                sae, milliseconds = trained(name, layer, seed, sizes.steps, store)
+                row = {"seed": seed, "ms_per_step": milliseconds}
+                row |= measured(model, name, sae, sizes.held_out_documents)
                 rows.append(row)
                 print(name, seed, {k: round(row[k], 4) for k in SHOWN if k in row}, flush=True)
                 pd.DataFrame(rows).to_csv(out / "rows.csv", index=False)
@@ -135,7 +151,7 @@ def _number(value: Any) -> float | None:
     return None if pd.isna(value) else float(value)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layer", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -144,32 +160,36 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("architectures"))
     parser.add_argument("--summary", type=Path, nargs="+")
     parser.add_argument("--record", type=Path)
-    given = parser.parse_args()
+    parser.add_argument("--smoke", action="store_true", help="3 steps of two architectures")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    if given.summary:
-        rows = pd.concat([pd.read_csv(folder / "rows.csv") for folder in given.summary])
+    if options.smoke:
+        with tempfile.TemporaryDirectory() as out:
+            rows = run(options.layer, [0], ["JumpReLU", "Tree"], SMOKE, Path(out))
+    elif options.summary:
+        rows = pd.concat([pd.read_csv(folder / "rows.csv") for folder in options.summary])
         rows = rows.drop_duplicates(["name", "seed"], keep="last")
         rows = rows.set_index("name").loc[[n for n in ARCHITECTURES if n in set(rows["name"])]]
         rows = rows.reset_index()
     else:
-        given.out.mkdir(parents=True, exist_ok=True)
-        rows = run(given.layer, given.seeds, given.only, given.steps, given.out)
+        options.out.mkdir(parents=True, exist_ok=True)
+        rows = run(options.layer, options.seeds, options.only, Sizes(options.steps), options.out)
     with pd.option_context("display.width", 250, "display.max_columns", None):
         print(summary(rows).T.to_string())
-    if given.record:
+    if options.record:
         groups = rows.groupby("name", sort=False)[SHOWN]
         mean, spread = groups.mean().round(5), groups.std().round(5)
         content = {
-            "command": "python tests/benchmarks/architectures.py",
-            "layer": given.layer,
-            "steps": given.steps,
+            "command": "python -m tests.benchmarks.architectures",
+            "layer": options.layer,
+            "steps": options.steps,
             "seeds": int(groups.size().min()),
             "rows": {
                 name: {c: [_number(mean.loc[name, c]), _number(spread.loc[name, c])] for c in SHOWN}
                 for name in mean.index
             },
         }
-        given.record.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        options.record.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

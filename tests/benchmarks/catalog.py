@@ -1,15 +1,17 @@
-"""Prints what the catalog costs: building all tables, one search, a cold process, the size on disk.
+"""What the catalog costs: building all tables, one search, a cold process, the size on disk.
 
-Run it with ``python tests/benchmarks/catalog.py``; it is a measurement and not a test.
+python -m tests.benchmarks.catalog [--smoke]
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import gemmascope_plugin.catalog as catalog
@@ -19,15 +21,17 @@ RUNS = 15
 COLD = "from gemmascope_plugin import find; find({})"
 
 
-def median(action: Callable[[], object], before: Callable[[], object] = int) -> float:
-    """Median seconds of a few runs; ``before`` is not counted."""
+def median(
+    action: Callable[[], object], before: Callable[[], object] = int, runs: int = RUNS
+) -> float:
+    """Median milliseconds of a few runs; ``before`` is not counted."""
     times = []
-    for _ in range(RUNS):
+    for _ in range(runs):
         before()
         start = time.perf_counter()
         action()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return 1e3 * statistics.median(times)
 
 
 def cold(code: str) -> Callable[[], object]:
@@ -35,22 +39,25 @@ def cold(code: str) -> Callable[[], object]:
     return lambda: subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="one run of each")
+    median_ms = partial(median, runs=1 if parser.parse_args(arguments).smoke else RUNS)
     files = Path(catalog.__file__).parent
     data = sum(f.stat().st_size for f in files.rglob("*.json") if "tiny" not in f.name)
     rules = sum(f.stat().st_size for f in files.glob("*.py"))
     specs = sum(map(len, tables.tables().values()))
     print(f"tables: {specs} specs in {len(tables.tables())} releases")
     print(f"data {data / 1e3:.1f} kB, all code of the catalog {rules / 1e3:.1f} kB")
-    print(f"building all tables: {1e3 * median(tables.tables, tables.clear_caches):.1f} ms")
+    print(f"building all tables: {median_ms(tables.tables, tables.clear_caches):.1f} ms")
     one = {"model": "4b-it", "site": "res", "layer": 17, "width": "16k"}
-    print(f"find(model, site, layer, width), warm: {1e3 * median(lambda: find(**one)):.2f} ms")
-    print(f"find(), warm: {1e3 * median(find):.1f} ms")
-    print(f"bare interpreter: {1e3 * median(cold('pass')):.0f} ms")
+    print(f"find(model, site, layer, width), warm: {median_ms(lambda: find(**one)):.2f} ms")
+    print(f"find(), warm: {median_ms(find):.1f} ms")
+    print(f"bare interpreter: {median_ms(cold('pass')):.0f} ms")
     narrow = COLD.format("model='2b', site='res', layer=20")
-    print(f"cold process, one model: {1e3 * median(cold(narrow)):.0f} ms")
-    print(f"cold process, everything: {1e3 * median(cold(COLD.format(''))):.0f} ms")
+    print(f"cold process, one model: {median_ms(cold(narrow)):.0f} ms")
+    print(f"cold process, everything: {median_ms(cold(COLD.format(''))):.0f} ms")
 
 
 if __name__ == "__main__":

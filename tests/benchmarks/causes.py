@@ -1,6 +1,6 @@
 """Are exact and first-order causes fast, and are they right?
 
-    python tests/benchmarks/causes.py [--part sweep ig correlation wide tasks] [--threads 2]
+    python -m tests.benchmarks.causes [--part sweep ig correlation wide tasks] [--threads 2] [--smoke]
 
 sweep        Every head at every position patched alone: ours against TransformerLens' own loop.
 ig           EAP-IG at equal accuracy: midpoints and many rows per pass, against left ends and one prompt
@@ -24,8 +24,9 @@ import gc
 import io
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,13 @@ def random_task(n: int, length: int, vocab: int, seed: int = 0, *, changed: int)
 
 
 @torch.no_grad()
-def sweep() -> None:
+def sweep(smoke: bool = False) -> None:
     """Head by position, exactly."""
     suite = gs.tiny()
-    for n in (1, 8, 64):
+    for n in (1,) if smoke else (1, 8, 64):
         sweep_pair(f"bundled model, ioi, {n} prompts", suite.model, suite.task("ioi", n=n))
+    if smoke:
+        return
     config = {
         **{"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6},
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128},
@@ -128,13 +131,13 @@ def sweep_pair(title: str, model: Any, task: Task) -> None:
 # --- ig ---------------------------------------------------------------------------------------------
 
 
-def ig() -> None:
+def ig(smoke: bool = False) -> None:
     """EAP-IG at the same conservation residual."""
-    suite = gs.tiny()
-    for name in suite.tasks:
-        task = suite.task(name, split="train", n=16)
-        ig_pair(f"bundled model, {name}, 16 prompts", suite.model, task)
-    for family in ("gemma2", "gemma3"):
+    suite, n = gs.tiny(), 1 if smoke else 16
+    for name in list(suite.tasks)[: 1 if smoke else None]:
+        task = suite.task(name, split="train", n=n)
+        ig_pair(f"bundled model, {name}, {n} prompts", suite.model, task)
+    for family in () if smoke else ("gemma2", "gemma3"):
         task = random_task(4, 12, tiny_models.VOCABULARY, changed=4)
         ig_pair(f"random {family}, 4 prompts", tiny_model(family, "hooked"), task)
 
@@ -170,11 +173,12 @@ def ig_pair(title: str, model: Any, task: Task) -> None:
 # --- correlation ------------------------------------------------------------------------------------
 
 
-def correlation(n_seeds: int = 4) -> None:
+def correlation(smoke: bool = False) -> None:
     """EAP against exact single edges; each run has its own prompts."""
+    n_seeds, n, length = (1, 1, 6) if smoke else (4, 4, 12)
     forms: tuple[DeltaForm, ...] = ("exact", "jacobian", "frozen", "naive")
-    tasks = [random_task(4, 12, tiny_models.VOCABULARY, s, changed=2) for s in range(n_seeds)]
-    for family in ("gemma2", "gemma3"):
+    tasks = [random_task(n, length, tiny_models.VOCABULARY, s, changed=2) for s in range(n_seeds)]
+    for family in ("gemma2",) if smoke else ("gemma2", "gemma3"):
         plain, louder = (scaled_model(family, factor) for factor in (1, 10))
         exact = [edge_patching(plain, task) for task in tasks]
         print(
@@ -215,14 +219,18 @@ def scaled_model(family: str, factor: float) -> Any:
 # --- wide -------------------------------------------------------------------------------------------
 
 
-def wide(n_layers: int = 4, n: int = 4, length: int = 64) -> None:
+def wide(smoke: bool = False) -> None:
     """Tokens per second and memory at Gemma 2 2B's width."""
+    n_layers, n, length = (3, 1, 8) if smoke else (4, 4, 64)
+    narrow = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16} if smoke else {}
     vocab = 256_000 if available() > 16e9 else 32_000
     cut = "" if vocab == 256_000 else " (of 256,000: there is too little memory)"
+    if smoke:
+        vocab, cut = 1000, " (smoke case)"
     print(f"{n_layers} layers, vocabulary {vocab:,}{cut}, {n} prompts of {length} tokens")
     task = random_task(n, length, vocab, changed=length - 1)
     for build, n_calls in ((bridge_from_hf, None), (hooked_from_hf, 2)):
-        model = build(wide_hf(n_layers, vocab), tiny_tokenizer(), "random")
+        model = build(wide_hf(n_layers, vocab, **narrow), tiny_tokenizer(), "random")
         print(f"{type(model).__name__}, {status('VmRSS') / 1e3:.1f} GB with the model")
         print_costs(wide_runs(model, task), n_calls, n * length)
         del model
@@ -258,7 +266,7 @@ def wide_runs(model: Any, task: Task) -> dict[str, Callable[[], object]]:
     }
 
 
-def wide_hf(n_layers: int, vocab: int) -> Any:
+def wide_hf(n_layers: int, vocab: int, **sizes: int) -> Any:
     """A random Gemma 2 of 2B's width and few layers."""
     config = Gemma2Config(
         vocab_size=vocab,
@@ -267,6 +275,7 @@ def wide_hf(n_layers: int, vocab: int) -> Any:
         pad_token_id=tiny_models.PAD_ID,
         eos_token_id=tiny_models.EOS_ID,
         bos_token_id=tiny_models.BOS_ID,
+        **sizes,
     )
     config.architectures = ["Gemma2ForCausalLM"]
     torch.manual_seed(0)
@@ -294,19 +303,24 @@ def costs(run: Callable[[], object]) -> tuple[float, float]:
     return seconds, (status("VmHWM") - before) / 1e3
 
 
-PARTS = {"sweep": sweep, "ig": ig, "correlation": correlation, "wide": wide, "tasks": table}
+PARTS: dict[str, Callable[..., None]] = {
+    **{"sweep": sweep, "ig": ig, "correlation": correlation, "wide": wide, "tasks": table}
+}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the figures of each part."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    for name in given.part:
-        print(f"\n{name}, {given.threads} threads", flush=True)
-        print(f"({once(PARTS[name]):.0f} s)", flush=True)
+    parser.add_argument("--smoke", action="store_true", help="a small case of each part")
+    options = parser.parse_args(arguments)
+    if options.smoke:
+        options.threads = 1
+    torch.set_num_threads(options.threads)
+    for name in options.part:
+        print(f"\n{name}, {options.threads} threads", flush=True)
+        print(f"({once(partial(PARTS[name], smoke=options.smoke)):.0f} s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -39,19 +39,19 @@ METHODS: dict[str, dict[str, Any]] = {
 COLUMNS = "smallest share random AUROC Pearson conservation overlap CPR CMD".split()
 
 
-def table(n: int = 64) -> None:
+def table(smoke: bool = False) -> None:
     """One line per task and method.
 
     Args:
-        n: Prompts of each split.
+        smoke: One task with few prompts instead of 64 of each split, and two methods.
     """
-    suite = gs.tiny()
-    for name in suite.tasks:
+    suite, n = gs.tiny(), 2 if smoke else 64
+    for name in ["ioi"] if smoke else suite.tasks:
         train, held_out = suite.task(name, split="train", n=n), suite.task(name, n=n)
         exact = edge_patching(suite.model, train)
         title = f"{name}, {exact.edges.n_edges} edges, {n} + {n} prompts"
         print(f"{title:<36}" + "".join(f"{column:>13}" for column in COLUMNS))
-        for label, options in METHODS.items():
+        for label, options in list(METHODS.items())[: 1 if smoke else None]:
             effects = exact
             if options:
                 effects = edge_attribution(suite.model, train, by_prompt=True, **options)

@@ -1,4 +1,4 @@
-"""What circuits of features cost and find: ``python tests/benchmarks/feature_circuits.py [--quick]``.
+"""What circuits of features cost and find: ``python -m tests.benchmarks.feature_circuits [--smoke]``.
 
 1. **Cost.** A random model in Gemma 2's shape, 6 layers of width 512, with 4,096-feature SAEs at every
    layer's attention, MLP and stream: 18 sites. The time of one midpoint of integrated gradients, of one
@@ -50,24 +50,24 @@ def timed(function: Callable[[], Any], repeats: int) -> float:
     return median(found)
 
 
-def large_model() -> Any:
-    """6 layers of width 512."""
+def large_model(width: int) -> Any:
+    """6 layers of that width."""
     hf = tiny_models.gemma2(
         num_hidden_layers=LAYERS,
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
+        hidden_size=width,
+        intermediate_size=4 * width,
         num_attention_heads=8,
         num_key_value_heads=4,
-        head_dim=WIDTH // 8,
+        head_dim=width // 8,
         sliding_window=16,
     )
     return hooked_from_hf(hf, factories.tiny_tokenizer(), "random")
 
 
-def dictionaries(model: Any) -> list[Any]:
+def dictionaries(model: Any, d_sae: int) -> list[Any]:
     """SAEs of every layer and site, each feature active on a few percent of tokens."""
     return [
-        factories.dictionary(model, f"blocks.{layer}.{hook}", seed=layer, d_sae=FEATURES)
+        factories.dictionary(model, f"blocks.{layer}.{hook}", seed=layer, d_sae=d_sae)
         for layer in range(LAYERS)
         for hook in ("attn.hook_z", "hook_mlp_out", "hook_resid_post")
     ]
@@ -81,10 +81,11 @@ def task_of(n_prompts: int, length: int) -> Task:
     return Task(clean, corrupt, logit_diff([10] * n_prompts, [20] * n_prompts), "random")
 
 
-def cost(n_prompts: int, length: int, steps: int, repeats: int) -> pd.Series:
+def cost(n_prompts: int, length: int, *, smoke: bool) -> pd.Series:
     """Ratios of the first table."""
-    model = large_model()
-    saes = dictionaries(model)
+    steps, repeats = (2, 1) if smoke else (10, 3)
+    model = large_model(64 if smoke else WIDTH)
+    saes = dictionaries(model, 128 if smoke else FEATURES)
     sites = sites_of(model, saes)
     bound = task_of(n_prompts, length).bind(model)
 
@@ -155,10 +156,12 @@ def choices(suite: Any) -> dict[str, tuple[Sequence[Any], tuple[str, ...]]]:
     }
 
 
-def table(names: Sequence[str], n: int, per_position: Sequence[bool]) -> pd.DataFrame:
+def table(
+    tasks: Sequence[str], names: Sequence[str], n: int, per_position: Sequence[bool]
+) -> pd.DataFrame:
     """Nodes for a faithfulness of .8, and the faithfulness of 60."""
     suite, rows = gs.tiny(), []
-    for task in TASKS:
+    for task in tasks:
         train, held_out = suite.task(task, split="train", n=n), suite.task(task, n=n)
         for name, (saes, raw) in choices(suite).items():
             if name not in names:
@@ -196,23 +199,28 @@ def table(names: Sequence[str], n: int, per_position: Sequence[bool]) -> pd.Data
     return frame.astype({name: "Int64" for name in frame.columns if name.startswith(".8")})
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer repeats, prompts and choices")
+    parser.add_argument("--smoke", action="store_true", help="few prompts and a narrow model")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--part", choices=("cost", "size", "both"), default="both")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    repeats, steps = (1, 2) if given.quick else (3, 10)
-    parts = ((4, 16),) if given.quick else ((4, 16), (2, 96))
-    for n_prompts, length in () if given.part == "size" else parts:
-        print(f"\n{n_prompts} prompts of {length} tokens, {given.threads} threads")
-        print(cost(n_prompts, length, steps, repeats).round(2).to_string())
-    if given.part == "cost":
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    smoke = options.smoke
+    parts = ((2, 8),) if smoke else ((4, 16), (2, 96))
+    for n_prompts, length in () if options.part == "size" else parts:
+        print(f"\n{n_prompts} prompts of {length} tokens, {options.threads} threads")
+        print(cost(n_prompts, length, smoke=smoke).round(2).to_string())
+    if options.part == "cost":
         return
-    names = list(choices(gs.tiny()))[3:4] if given.quick else list(choices(gs.tiny()))
-    found = table(names, 16 if given.quick else 64, (False,) if given.quick else (False, True))
+    names = ["attention"] if smoke else list(choices(gs.tiny()))
+    found = table(
+        TASKS[: 1 if smoke else None],
+        names,
+        4 if smoke else 64,
+        (False,) if smoke else (False, True),
+    )
     print("\n" + found.round(3).to_string(index=False))
 
 

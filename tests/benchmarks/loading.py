@@ -1,6 +1,6 @@
 """How fast and how small is opening a dictionary, against SAELens' own loader in the same process?
 
-    python tests/benchmarks/loading.py
+    python -m tests.benchmarks.loading [--smoke]
 
 One file of real size is generated (2304 x 16384, 302 MB, as ``numpy.savez`` writes it) and linked
 under the names of 26 layers in an offline hub cache.  One thread; everything is run once before it is
@@ -10,13 +10,14 @@ timed; medians.  The file lies in the page cache for both sides.  Memory is read
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ import numpy as np
 D_IN, D_SAE, LAYERS = 2304, 16384, 26
 RELEASE = "gemma-scope-2b-pt-res-canonical"
 TOKENS = 64
+OWN_PROCESS = True  # the folders of the hub's cache are read when it is imported
 
 
 def memory() -> tuple[float, float]:
@@ -72,16 +74,14 @@ def grown(run: Callable[[], object]) -> tuple[object, float, float, float]:
     return result, after[0] - resident, after[1] - anonymous, max(peak) - anonymous
 
 
-def generate(cache: Path) -> None:
-    """One file, 26 names."""
+def generate(cache: Path, n_layers: int) -> None:
+    """One file under the names of the first layers."""
     from gemmascope_plugin.catalog.tables import specs_of
 
     rng = np.random.default_rng(0)
     decoder = rng.standard_normal((D_SAE, D_IN), dtype=np.float32) / D_IN**0.5
     first: Path | None = None
-    for spec in specs_of(RELEASE):
-        if spec.width != "16k":
-            continue
+    for spec in [spec for spec in specs_of(RELEASE) if spec.width == "16k"][:n_layers]:
         repo = cache / f"models--{spec.repo_id.replace('/', '--')}"
         (repo / "refs").mkdir(parents=True, exist_ok=True)
         (repo / "refs" / "main").write_text("0" * 40)
@@ -102,20 +102,23 @@ def generate(cache: Path) -> None:
             os.link(first, path)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print one line per measurement."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="two layers, every call once")
+    smoke = parser.parse_args(arguments).smoke
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"HF_HUB_CACHE": f"{folder}/hub", "GEMMASCOPE_HOME": f"{folder}/home"}
         os.environ |= {"HF_HUB_OFFLINE": "1"}
-        generate(Path(folder) / "hub")
+        generate(Path(folder) / "hub", n_layers=2 if smoke else LAYERS)
         start = time.perf_counter()
         import sae_lens  # noqa: F401
 
         print(f"importing sae_lens, not counted below: {time.perf_counter() - start:.1f} s")
-        measure()
+        measure(smoke)
 
 
-def measure() -> None:
+def measure(smoke: bool) -> None:
     """All measurements, in a process that has imported SAELens and nothing of the files yet."""
     import torch
     from sae_lens import SAE
@@ -126,8 +129,12 @@ def measure() -> None:
 
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    specs = [spec for spec in specs_of(RELEASE) if spec.width == "16k"]
-    one = specs[20]
+    specs = [spec for spec in specs_of(RELEASE) if spec.width == "16k"][: 2 if smoke else LAYERS]
+    one = specs[20 % len(specs)]
+
+    def often(run: Callable[[], object], repeats: int) -> float:
+        return median(run, 1 if smoke else repeats)
+
     start = time.perf_counter()
     load(one)
     print(
@@ -139,9 +146,9 @@ def measure() -> None:
     def theirs() -> object:
         return gemma_2_sae_huggingface_loader(one.repo_id, one.path)
 
-    a, b = median(theirs, 5), median(lambda: load(one), 50)
+    a, b = often(theirs, 5), often(lambda: load(one), 50)
     print(f"opening, SAELens' loader {a * 1e3:.0f} ms, ours {b * 1e3:.2f} ms: ratio {a / b:.0f}")
-    c = median(lambda: SAE.from_pretrained(one.release, one.sae_id), 3)
+    c = often(lambda: SAE.from_pretrained(one.release, one.sae_id), 3)
     print(
         f"opening, SAE.from_pretrained {c * 1e3:.0f} ms, ours {b * 1e3:.2f} ms: ratio {c / b:.0f}"
     )
@@ -155,7 +162,7 @@ def measure() -> None:
     stock.encode(x)
     del stock
     openers = (lambda: SAE.from_pretrained(*key(one)), lambda: load(one), lambda: copied(one))
-    first, later = encodes(openers, x, 15)
+    first, later = encodes(openers, x, 1 if smoke else 15)
     for name, times in (("first encode", first), ("later encodes", later)):
         stock_ms, ours_ms, copy_ms = (1e3 * t for t in times)
         print(
@@ -163,13 +170,13 @@ def measure() -> None:
             f"{ours_ms:.1f} ms: ratio {stock_ms / ours_ms:.2f}; ours after copying W_enc to memory "
             f"{copy_ms:.1f} ms"
         )
-    both = median(lambda: SAE.from_pretrained(*key(one)).encode(x), 3)
-    ours = median(lambda: load(one).encode(x), 10)
+    both = often(lambda: SAE.from_pretrained(*key(one)).encode(x), 3)
+    ours = often(lambda: load(one).encode(x), 10)
     print(
         f"opening and first encode, SAELens {both * 1e3:.0f} ms, ours {ours * 1e3:.0f} ms: "
         f"ratio {both / ours:.1f}"
     )
-    suite_time = median(lambda: list(load_suite(specs).values()), 10)
+    suite_time = often(lambda: list(load_suite(specs).values()), 10)
     print(f"opening a suite of {len(specs)}: {suite_time:.3f} s")
     _, resident, anonymous, _ = grown(lambda: list(load_suite(specs).values()))
     print(f"its memory: resident {resident:+.1f} MB, anonymous {anonymous:+.1f} MB")

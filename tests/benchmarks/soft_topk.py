@@ -1,6 +1,6 @@
 """What does the soft top-k cost, against SAELens' hard top-k in the same process on the same scores?
 
-    python tests/benchmarks/soft_topk.py [--rows 4096] [--width 16384] [--threads 2]
+    python -m tests.benchmarks.soft_topk [--rows 4096] [--width 16384] [--threads 2] [--smoke]
 
 Random normal scores, as they are and after ReLU, float32.  Every call runs once before it is timed; the
 sides take turns; medians.  A ratio of 3 means that the soft one takes three times as long.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from sae_lens.saes.topk_sae import TopK
@@ -79,15 +79,18 @@ def compare(scores: torch.Tensor, k: int, alpha: float, kind: str) -> None:
     )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--width", type=int, default=16384)
     parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    normal = torch.randn(given.rows, given.width, generator=torch.Generator().manual_seed(0))
-    print(f"{given.rows} x {given.width}, float32, {given.threads} threads: hard -> soft")
+    parser.add_argument("--smoke", action="store_true", help="16 rows of 1,024 scores")
+    options = parser.parse_args(arguments)
+    if options.smoke:
+        options.rows, options.width, options.threads = 16, 1024, 1
+    torch.set_num_threads(options.threads)
+    normal = torch.randn(options.rows, options.width, generator=torch.Generator().manual_seed(0))
+    print(f"{options.rows} x {options.width}, float32, {options.threads} threads: hard -> soft")
     for kind, scores in (("normal", normal), ("relu", normal.relu())):
         for k in (64, 320):
             for alpha in (1.0, 0.05, 1e-4):

@@ -1,6 +1,6 @@
 """How fast and how small is a splice, against SAELens' own in the same process on the same weights?
 
-    python tests/benchmarks/splice.py [--wide]
+    python -m tests.benchmarks.splice [--wide] [--smoke]
 
 Random dictionaries of real size (2304 x 16384; with ``--wide`` also 2304 x 65536), about 70 of whose
 features are active per token, 512 tokens, float32, two threads. Everything runs once before it is timed;
@@ -15,8 +15,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,26 @@ import gemmascope_plugin.saes as saes
 from gemmascope_plugin.models.load import hooked_from_hf
 from gemmascope_plugin.splice import Ablate, HookedSAE, splice
 
-D_IN, TOKENS, L0, THREADS, REPEATS = 2304, 512, 70, 2, 7
+THREADS = 2
 
 
-def medians(*runs: Callable[[], object], repeats: int = REPEATS) -> list[float]:
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured, and how often."""
+
+    d_in: int = 2304
+    d_sae: int = 16384
+    tokens: int = 512
+    l0: int = 70
+    repeats: int = 7
+    layers: int = 26
+    passes: int = 40
+
+
+SMOKE = Sizes(d_in=64, d_sae=512, tokens=16, l0=10, repeats=1, layers=2, passes=4)
+
+
+def medians(*runs: Callable[[], object], repeats: int) -> list[float]:
     """Median seconds of each call; they take turns, after one round that does not count."""
     times: list[list[float]] = [[] for _ in runs]
     for i in range(repeats + 1):
@@ -59,18 +76,19 @@ def peak(run: Callable[[], object]) -> float:
     return status("VmHWM") - before
 
 
-def dictionary(d_sae: int) -> Any:
-    """A random JumpReLU SAE of which ``L0`` features are active on a standard normal token."""
+def dictionary(sizes: Sizes) -> Any:
+    """A random JumpReLU SAE of which ``l0`` features are active on a standard normal token."""
+    d_in, d_sae = sizes.d_in, sizes.d_sae
     config = JumpReLUSAEConfig(
-        d_in=D_IN, d_sae=d_sae, apply_b_dec_to_input=False, normalize_activations="none"
+        d_in=d_in, d_sae=d_sae, apply_b_dec_to_input=False, normalize_activations="none"
     )
     config.metadata.hook_name = "blocks.0.hook_resid_post"
     sae = JumpReLUSAE(config)
     generator = torch.Generator().manual_seed(0)
-    sae.W_enc.data = torch.randn(D_IN, d_sae, generator=generator) / D_IN**0.5
+    sae.W_enc.data = torch.randn(d_in, d_sae, generator=generator) / d_in**0.5
     sae.W_dec.data = sae.W_enc.data.T.contiguous()
     sae.b_enc.data.zero_()
-    level = torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - L0 / d_sae))
+    level = torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - sizes.l0 / d_sae))
     sae.threshold.data.fill_(float(level))
     return sae
 
@@ -81,14 +99,13 @@ def report(what: str, theirs: float, *ours: tuple[str, float]) -> None:
 
 
 @torch.no_grad()
-def one_site(d_sae: int, two_stage: bool) -> None:
+def one_site(sizes: Sizes, two_stage: bool) -> None:
     """What a dictionary costs at its site."""
-    sae = dictionary(d_sae)
-    x = torch.randn(1, TOKENS, D_IN, generator=torch.Generator().manual_seed(1))
-    keep = torch.ones(1, TOKENS, dtype=torch.bool)
-    print(
-        f"\n{D_IN} x {d_sae}, {TOKENS} tokens, L0 {float((sae.encode(x) > 0).sum(-1).float().mean()):.0f}"
-    )
+    sae, n_tokens, repeats = dictionary(sizes), sizes.tokens, sizes.repeats
+    x = torch.randn(1, n_tokens, sizes.d_in, generator=torch.Generator().manual_seed(1))
+    keep = torch.ones(1, n_tokens, dtype=torch.bool)
+    l0 = float((sae.encode(x) > 0).sum(-1).float().mean())
+    print(f"\n{sizes.d_in} x {sizes.d_sae}, {n_tokens} tokens, L0 {l0:.0f}")
     variants = {"float32": False} | ({"two-stage": True} if two_stage else {})
     dropping = {name: HookedSAE(sae, error="drop", two_stage=on) for name, on in variants.items()}
     keeping = {name: HookedSAE(sae, two_stage=on) for name, on in variants.items()}
@@ -99,6 +116,7 @@ def one_site(d_sae: int, two_stage: bool) -> None:
         lambda: sae.encode(x),
         lambda: sae.decode(sae.encode(x)),
         *(lambda h=hooked: h(x, x, keep) for hooked in dropping.values()),
+        repeats=repeats,
     )
     print(f"matrix product alone {product * 1e3:.0f} ms, SAELens' encode {encode * 1e3:.0f} ms")
     report("encode + decode, error dropped", times[0], *zip(variants, times[1:], strict=True))
@@ -106,10 +124,11 @@ def one_site(d_sae: int, two_stage: bool) -> None:
     times = medians(
         lambda: sae.run_with_cache(x, names_filter=["hook_sae_acts_post"]),
         *(lambda h=hooked: h(x, x, keep) for hooked in keeping.values()),
+        repeats=repeats,
     )
     report("error kept, features read", times[0], *zip(variants, times[1:], strict=True))
     editing, edit = HookedSAE(sae), [Ablate(features=7)]
-    theirs, ours = medians(lambda: sae(x), lambda: editing(x, x, keep, edit))
+    theirs, ours = medians(lambda: sae(x), lambda: editing(x, x, keep, edit), repeats=repeats)
     sae.use_error_term = False
     print(
         f"one edited feature, error kept: {ours * 1e3:.1f} ms, {ours / encode:.1%} of a full encode "
@@ -146,13 +165,13 @@ def backward(sae: Any, x: torch.Tensor, keep: torch.Tensor) -> None:
     )
 
 
-def random_model() -> Any:
-    """A random Gemma 2 of 26 layers, narrow enough for this to take seconds."""
+def random_model(n_layers: int) -> Any:
+    """A random Gemma 2 of many layers, narrow enough for this to take seconds."""
     config = Gemma2Config(
         vocab_size=1000,
         hidden_size=640,
         intermediate_size=1280,
-        num_hidden_layers=26,
+        num_hidden_layers=n_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=128,
@@ -163,9 +182,9 @@ def random_model() -> Any:
 
 
 @torch.no_grad()
-def whole_model() -> None:
+def whole_model(layers: int, passes: int) -> None:
     """A forward pass with an SAE at every layer and nothing asked for, against the bare model."""
-    model, layers, exclude = random_model(), 26, (0, 1, 2)
+    model, exclude = random_model(layers), (0, 1, 2)
     tokens = torch.randint(5, 1000, (1, 128), generator=torch.Generator().manual_seed(0))
     dictionaries = []
     for layer in range(layers):
@@ -174,7 +193,7 @@ def whole_model() -> None:
         dictionaries.append(JumpReLUSAE(config))
     times: dict[str, list[float]] = {"bare": [], "spliced": []}
     logits = {}
-    for _ in range(40):
+    for _ in range(passes):
         for name, own in times.items():
             with ExitStack() as stack:
                 run = model
@@ -192,18 +211,22 @@ def whole_model() -> None:
     )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print one line per measurement."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--wide", action="store_true", help="also 65,536 features")
-    wide = parser.parse_args().wide
-    torch.set_num_threads(THREADS)
+    parser.add_argument("--wide", action="store_true", help="also four times the features")
+    parser.add_argument("--smoke", action="store_true", help="64 x 512, 16 tokens, two layers")
+    options = parser.parse_args(arguments)
+    sizes = [SMOKE] if options.smoke else [Sizes()]
+    if options.wide:
+        sizes.append(replace(sizes[0], d_sae=4 * sizes[0].d_sae))
+    torch.set_num_threads(1 if options.smoke else THREADS)
     two_stage = saes.has_bf16_instructions()
     if not two_stage:
         print("two-stage encode skipped: this CPU has no bfloat16 instructions")
-    for d_sae in (16384, 65536) if wide else (16384,):
-        one_site(d_sae, two_stage)
-    whole_model()
+    for each in sizes:
+        one_site(each, two_stage)
+    whole_model(sizes[0].layers, sizes[0].passes)
 
 
 if __name__ == "__main__":

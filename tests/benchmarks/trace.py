@@ -1,8 +1,9 @@
 """How fast are attribution graphs, and how much memory do they take?
 
-    python tests/benchmarks/trace.py peer --peer PEER/bin/python [--cases small medium large]
+    python -m tests.benchmarks.trace peer --peer PEER/bin/python [--cases small medium large]
         [--batch-sizes 64 256 512] [--threads 2] [--repeat 3]
-    python tests/benchmarks/trace.py long [--pos 2500] [--rows 128] [--threads 2]
+    python -m tests.benchmarks.trace long [--pos 2500] [--rows 128] [--threads 2]
+    python -m tests.benchmarks.trace --smoke
 
 peer   The same graph, every active feature a row, by this package and by circuit-tracer 0.5.0, whose
        Python is given (``trace_peer.py`` says how to make it). Cases are those of ``trace_models.py``:
@@ -26,13 +27,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from sae_lens import SAE
-from trace_models import (
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+import gemmascope_plugin as gs
+from tests.benchmarks.trace_models import (
     BOS,
     CASES,
     Case,
@@ -41,9 +46,6 @@ from trace_models import (
     random_state,
     random_transcoders,
 )
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-import gemmascope_plugin as gs
 
 HERE = Path(__file__).parent
 
@@ -137,23 +139,34 @@ def child(command: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def compare(arguments: argparse.Namespace, name: str, root: Path) -> None:
+def peer_command(peer: Path | None, folder: Path, size: int) -> list[str]:
+    """How the peer's half is measured; without a peer our own half stands for it."""
+    if peer is None:
+        return own_command(folder)
+    return [str(peer), str(HERE / "trace_peer.py"), str(folder), "--batch-size", str(size)]
+
+
+def own_command(folder: Path) -> list[str]:
+    """How our half is measured."""
+    return [sys.executable, "-m", "tests.benchmarks.trace", "child", str(folder)]
+
+
+def compare(options: argparse.Namespace, name: str, root: Path) -> None:
     """One case by both, taking turns."""
     folder = root / name
     random_case(name).save(folder)
-    threads = ["--threads", str(arguments.threads), "--repeat", str(arguments.repeat)]
-    files = {who: root / f"{name}-{who}.npy" for who in ("ours", "peer")}
+    common = ["--threads", str(options.threads), "--repeat", str(options.repeat), "--adjacency"]
+    files = {who: str(root / f"{name}-{who}.npy") for who in ("ours", "peer")}
     peers, owns = [], []
-    for size in arguments.batch_sizes:
-        command = [str(arguments.peer), str(HERE / "trace_peer.py"), str(folder), *threads]
-        command += ["--batch-size", str(size), "--adjacency", str(files["peer"])]
-        peers.append(child(command))
-        command = [sys.executable, str(HERE / "trace.py"), "child", str(folder), *threads]
-        own = child([*command, "--adjacency", str(files["ours"])])
+    for size in options.batch_sizes:
+        command = peer_command(options.peer, folder, size)
+        peers.append({"batch_size": size, **child([*command, *common, files["peer"]])})
+        owns.append(child([*own_command(folder), *common, files["ours"]]))
         print(
-            f"  batch {size}: circuit-tracer {peers[-1]['seconds']:.2f} s, ours {own['seconds']:.2f} s"
+            f"  batch {size}: circuit-tracer {peers[-1]['seconds']:.2f} s, "
+            f"ours {owns[-1]['seconds']:.2f} s"
         )
-    own = {**owns[-1], "seconds": statistics.median(one["seconds"] for one in owns)}
+    own = {**owns[-1], "seconds": statistics.median(run["seconds"] for run in owns)}
     best = min(peers, key=lambda peer: peer["seconds"])
     got, expected = (np.load(files[who]) for who in ("ours", "peer"))
     gap = np.abs(got - expected).max() / np.abs(expected).max()
@@ -166,12 +179,14 @@ def compare(arguments: argparse.Namespace, name: str, root: Path) -> None:
     )
 
 
-def long_prompt(n_pos: int, rows: int) -> None:
+def long_prompt(n_pos: int, rows: int, *, small: bool = False) -> None:
     """A long prompt on a few wide layers."""
     generator = torch.Generator().manual_seed(0)
     sizes = {"n_layers": 4, "d_model": 2304, "d_head": 256, "n_heads": 8, "n_key_value_heads": 4}
-    config = gemma2_config(**sizes, d_mlp=9216, d_vocab=4096, n_ctx=8192, window_size=4096)
-    weights = random_transcoders(config, 16384, 20 / 16384, generator)
+    sizes |= {"d_mlp": 9216, "d_vocab": 4096, "n_ctx": 8192, "window_size": 4096}
+    d_sae = 256 if small else 16384
+    config = gemma2_config() if small else gemma2_config(**sizes)
+    weights = random_transcoders(config, d_sae, 20 / d_sae, generator)
     case = Case(config, random_state(config, generator), weights, [])
     model, transcoders = model_of(case), transcoders_of(case)
     case.state.clear()
@@ -196,10 +211,10 @@ def long_prompt(n_pos: int, rows: int) -> None:
     )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("peer", "long", "child"))
+    parser.add_argument("part", nargs="?", choices=("peer", "long", "child"))
     parser.add_argument("folder", nargs="?", type=Path, help="for a child")
     parser.add_argument("--peer", type=Path, help="circuit-tracer's Python")
     parser.add_argument("--cases", nargs="*", default=list(CASES))
@@ -209,16 +224,27 @@ def main() -> None:
     parser.add_argument("--adjacency", type=Path)
     parser.add_argument("--pos", type=int, default=2500)
     parser.add_argument("--rows", type=int, default=128)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if arguments.part == "child":
-        print(json.dumps(ours(arguments.folder, arguments.repeat, arguments.adjacency)))
-    elif arguments.part == "long":
-        long_prompt(arguments.pos, arguments.rows)
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="a small case of both parts, our own half in place of the peer's",
+    )
+    options = parser.parse_args(arguments)
+    if options.smoke:
+        options.part, options.peer, options.threads, options.repeat = "peer", None, 1, 1
+        CASES["smoke"], options.cases, options.batch_sizes = (8, 64, 40), ["smoke"], [64]
+        long_prompt(n_pos=12, rows=4, small=True)
+    elif options.part is None or (options.part == "peer" and options.peer is None):
+        parser.error("peer --peer PYTHON, long or --smoke?")
+    torch.set_num_threads(options.threads)
+    if options.part == "child":
+        print(json.dumps(ours(options.folder, options.repeat, options.adjacency)))
+    elif options.part == "long":
+        long_prompt(options.pos, options.rows)
     else:
         with tempfile.TemporaryDirectory() as root:
-            for name in arguments.cases:
-                compare(arguments, name, Path(root))
+            for name in options.cases:
+                compare(options, name, Path(root))
 
 
 if __name__ == "__main__":

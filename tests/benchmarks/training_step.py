@@ -1,6 +1,6 @@
 """What does a training step cost, against SAELens' own classes on the same batches?
 
-    python tests/benchmarks/training_step.py [--d-in 512] [--d-sae 8192] [--batch 1024]
+    python -m tests.benchmarks.training_step [--d-in 512] [--d-sae 8192] [--batch 1024] [--smoke]
 
 Whole steps of SAELens' trainer (forward, backward, clipping, Adam), float32, two threads, in one process
 and in turns; medians. Below 1 we are faster. Matryoshka JumpReLU and the frequency penalty have no peer
@@ -13,7 +13,7 @@ import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,18 +58,22 @@ def medians(trainers: dict[str, Any], batches: Iterator[torch.Tensor]) -> dict[s
     return {name: statistics.median(own) for name, own in times.items()}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--d-in", type=int, default=512)
     parser.add_argument("--d-sae", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=1024)
-    given = parser.parse_args()
-    torch.set_num_threads(THREADS)
+    parser.add_argument("--smoke", action="store_true", help="64 tokens, 32 x 1,024")
+    options = parser.parse_args(arguments)
+    if options.smoke:
+        options.batch, options.d_in, options.d_sae = 64, 32, 1024
+    threads = 1 if options.smoke else THREADS
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
-    shapes = {"d_in": given.d_in, "d_sae": given.d_sae}
-    levels = [given.d_sae // 32, 3 * given.d_sae // 32, 7 * given.d_sae // 32]
-    levels += [15 * given.d_sae // 32, given.d_sae]
-    pool = [torch.randn(given.batch, given.d_in) / given.d_in**0.5 for _ in range(4)]
+    shapes = {"d_in": options.d_in, "d_sae": options.d_sae}
+    levels = [options.d_sae // 32, 3 * options.d_sae // 32, 7 * options.d_sae // 32]
+    levels += [15 * options.d_sae // 32, options.d_sae]
+    pool = [torch.randn(options.batch, options.d_in) / options.d_in**0.5 for _ in range(4)]
     batches = itertools.cycle(pool)
     aux = 1 / 32
     scope_2 = {
@@ -94,8 +98,10 @@ def main() -> None:
             MatryoshkaJumpReLUConfig(**shapes, levels=levels, **scope_2)
         ),
     }
-    found = medians({n: trainer(sae, batches, given.batch) for n, sae in trainers.items()}, batches)
-    print(f"{given.batch} tokens, {given.d_in} x {given.d_sae}, {THREADS} threads")
+    found = medians(
+        {n: trainer(sae, batches, options.batch) for n, sae in trainers.items()}, batches
+    )
+    print(f"{options.batch} tokens, {options.d_in} x {options.d_sae}, {threads} threads")
     peer = ""
     for name, seconds in found.items():
         peer = name if name.startswith("SAELens") else peer
