@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import shapes
+from tests.support import real, shapes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Neither a manifest nor a stamp of the person at this machine may reach a test, or a test's theirs.  Set
 # before anything is imported or parametrised; subprocesses and notebook kernels inherit it.
 _HOME = tempfile.TemporaryDirectory(prefix="gemmascope-tests-")
+real.share_converted_models(_HOME.name)
 os.environ["GEMMASCOPE_HOME"] = _HOME.name
 # Tiny tensors: more threads only wait for one another, above all on a shared machine. Who names a number
 # of threads gets it.
@@ -38,6 +39,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Of the whole suite, shape checks run a part."""
     if config.getoption("shapes"):
         shapes.select(config, items)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests of the real model need its weights."""
+    real.skip_if_absent(item)
 
 
 FAMILIES = ("gemma2", "gemma3")
@@ -88,3 +94,27 @@ def double() -> Any:
     from tests.factories import tiny_model
 
     return tiny_model("gemma2", "hooked", double=True)
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Any:
+    """Gemma 3 270M as ``HookedTransformer`` in float32; never change it."""
+    return real.real("hooked", "float32")
+
+
+@pytest.fixture(scope="session")
+def real_bridge() -> Any:
+    """Gemma 3 270M as ``TransformerBridge`` in float32; never change it."""
+    return real.real("bridge", "float32")
+
+
+@pytest.fixture(scope="session")
+def real_half() -> Any:
+    """Gemma 3 270M as ``HookedTransformer`` in bfloat16; never change it."""
+    return real.real("hooked", "bfloat16")
+
+
+@pytest.fixture(scope="session")
+def real_bridge_half() -> Any:
+    """Gemma 3 270M as ``TransformerBridge`` in bfloat16; never change it."""
+    return real.real("bridge", "bfloat16")

@@ -1,122 +1,119 @@
 """Loads a Gemma 2 or Gemma 3 text model so that Gemma Scope dictionaries fit it.
 
-1. The name is resolved as ``find(model=...)`` does; ``4b-it`` is ``google/gemma-3-4b-it``.
-2. transformers reads config, weights and tokenizer from a local folder, the cache or the hub; of a
-   multimodal checkpoint the text tower is kept.
+1. ``weights.py`` finds the files that a name, a folder or a GGUF file means.
+2. ``transformers_model.py`` reads them, or takes a model that is in memory already; of a multimodal
+   checkpoint the text tower is kept.
 3. The weights go into a ``HookedTransformer`` (``backend="hooked"``) or are wrapped in a
    ``TransformerBridge`` (``backend="bridge"``). Nothing is folded or centred: the activations are
    those that Gemma Scope was trained on.
 4. The parameters are frozen and the model is in eval mode.
 5. On request, logits are compared with those of transformers (``parity.py``).
 
-Cost: two copies of the weights for a moment with ``backend="hooked"``, one with ``"bridge"``.
+Cost: what transformers' own loading costs; ``"hooked"`` holds the embedding twice, since TransformerLens
+scales one copy. All other weights, the unembedding too, are the tensors that transformers read, seen in
+TransformerLens' shapes, so that its passes need not copy them into transformers' layout and back.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
-from gemmascope_plugin.catalog.model_names import resolve_model
-from gemmascope_plugin.catalog.tables import models
-from gemmascope_plugin.errors import MissingFileError, ModelError, check_choice
-from gemmascope_plugin.models.convert import hooked_config, text_tower
+from gemmascope_plugin.dtypes import as_device, as_dtype
+from gemmascope_plugin.errors import ModelError, check_choice
+from gemmascope_plugin.models.convert import hooked_config
 from gemmascope_plugin.models.parity import compare, fixed_tokens, last_logits
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.transformers_model import (
+    TransformersModel,
+    read_model,
+    take_model,
+)
+from gemmascope_plugin.models.weights import Source, find_weights
 from gemmascope_plugin.types import Backend
 
-_SUPPORTED = ("gemma2", "gemma3_text", "gemma3")
-_OWNER = "google/"
-_BUNDLED = "gemma-2-tiny"
+_TABLES = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
+"""What a ``HookedTransformer`` computes for itself."""
 
 
 def load_model(
-    name_or_path: str | Path,
+    name_or_path: str | Path | torch.nn.Module,
     *,
     backend: Backend = "hooked",
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "float32",
+    source: Source = "auto",
+    tokenizer: Any = "auto",
     check_parity: bool = False,
 ) -> HookedModel:
     """A TransformerLens model with raw activations, ready for Gemma Scope.
 
     Args:
-        name_or_path: Name on the hub (``google/gemma-2-2b``, ``gemma-2-2b``, ``2b``) or a local
-            Hugging Face folder of any Gemma 2 or 3 config, multimodal ones included.
+        name_or_path: Name on the hub (``google/gemma-2-2b``, ``gemma-2-2b``, ``2b``), a local Hugging
+            Face folder of any Gemma 2 or 3 config, multimodal ones included, a GGUF file, or a
+            transformers model in memory. Of such a model ``"hooked"`` copies the weights and leaves it
+            as it is; ``"bridge"`` takes it over: it is frozen, moved, and not to be used any more.
         backend: ``"hooked"`` for ``HookedTransformer``, ``"bridge"`` for ``TransformerBridge``.
-        device: Where the weights go.
-        dtype: Type of the weights.
+        device: Where the weights go; ``"auto"`` for a GPU if there is one.
+        dtype: Type of the weights, or its name.
+        source: Which copy of a named model: ``"cache"``, the files of the hub that are here;
+            ``"package"``, Gemma 3 270M from the extra ``[gemma]``, dequantised from 4 bits; ``"hub"``;
+            ``"auto"``, the first of these that there is.
+        tokenizer: A tokenizer; ``"auto"`` for the one beside the weights, None for prompts of ids only.
         check_parity: Compare logits with transformers on a fixed sequence longer than the sliding
             window.
 
     Returns:
-        The model, frozen, in eval mode; with ``check_parity`` the comparison, a ``Parity``, is its
-        attribute ``gemmascope_parity``.
+        The model, frozen, in eval mode. Its attribute ``gemmascope_source`` says where the weights
+        come from, ``gemmascope_eos_ids`` at which ids a text ends; with ``check_parity`` the
+        comparison, a ``Parity``, is ``gemmascope_parity``.
 
     Raises:
-        MissingFileError: The files are neither local nor cached and cannot be downloaded.
-        ModelError: The folder holds another architecture, or the comparison fails.
-        UnknownNameError: An unknown backend, or a name that two models share.
+        MissingFileError: The files are neither local nor cached and cannot be downloaded, or there is
+            no tokenizer.
+        MissingExtraError: The package was asked for, or a GGUF file, and the extra is not installed.
+        ModelError: Another architecture, quantised weights, an adapter that is not merged, Gemma 3 in
+            float16, or the comparison fails.
+        UnknownNameError: An unknown backend, device, type or model, or a name that two models share.
+        BadFileError: A GGUF file is damaged.
     """
     check_choice("backend", backend, get_args(Backend))
-    hf, tokenizer, name = _from_transformers(name_or_path, dtype)
-    tokens = fixed_tokens(hf.config) if check_parity else None
-    # Before the bridge takes the model over and changes it.
-    reference = last_logits(hf, tokens) if tokens is not None else None
-    build = hooked_from_hf if backend == "hooked" else bridge_from_hf
-    model = build(hf, tokenizer, name)
-    model = model.to(device, print_details=False).eval().requires_grad_(False)
-    if tokens is not None and reference is not None:
-        model.gemmascope_parity = compare(model, reference, tokens).check()
-    return model
+    target, weight_type = as_device(device), as_dtype(dtype)
+    is_in_memory = isinstance(name_or_path, torch.nn.Module)
+    if is_in_memory:
+        model = take_model(name_or_path, weight_type, tokenizer)
+    else:
+        model = read_model(find_weights(_path(name_or_path), source), weight_type, tokenizer)
+    return _built(model, backend, target, weight_type, is_in_memory, check_parity)
 
 
-def hub_name(name: str) -> str:
-    """The repository that a name means: ``2b`` and ``gemma-2-2b`` are ``google/gemma-2-2b``.
+def hooked_from_hf(hf: Any, tokenizer: Any, name: str, *, dtype: torch.dtype | None = None) -> Any:
+    """A ``HookedTransformer`` of a transformers Gemma model, unfolded.
 
     Args:
-        name: As typed; of another owner, or of no known model, it is taken literally.
-
-    Returns:
-        Owner and name.
-
-    Raises:
-        UnknownNameError: Two models share the name.
+        hf: The model. Its weights are not copied where type and layout allow, and never changed.
+        tokenizer: Its tokenizer, or None.
+        name: Name to record.
+        dtype: Type of the weights; the model's own by default.
     """
-    owner, slash, _ = name.rpartition("/")
-    if slash and f"{owner}/" != _OWNER:
-        return name
-    gemmas = {known for known in models().values() if known.startswith(("gemma-2-", "gemma-3-"))}
-    known = resolve_model(name, gemmas - {_BUNDLED})
-    if known is None:
-        return name if slash else f"{_OWNER}{name}"
-    return f"{_OWNER}{known}"
-
-
-def hooked_from_hf(hf: Any, tokenizer: Any, name: str) -> Any:
-    """Copies a transformers Gemma model into a ``HookedTransformer``, unfolded."""
     from transformer_lens import HookedTransformer
     from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
 
     config = hooked_config(hf.config, name)
+    config.dtype = dtype or hf.dtype
+    config.init_weights = False
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        model = HookedTransformer(config, tokenizer=tokenizer, move_to_device=False)
-    model = model.to(hf.dtype, print_details=False)
-    # Several converted tensors are views of hf's parameters; processing works in place.
-    state = {k: v.detach().clone() for k, v in convert_gemma_weights(hf, config).items()}
-    model.load_and_process_state_dict(
-        state,
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,  # would shift soft-capped logits
-        fold_value_biases=False,
-    )
+        model = HookedTransformer(config, tokenizer=_with_bos(tokenizer), move_to_device=False)
+    with torch.no_grad():
+        state = convert_gemma_weights(hf, config)
+    state = {name: tensor.detach().to(config.dtype) for name, tensor in state.items()}
+    report = model.load_state_dict(state, assign=True, strict=False)
+    absent = [key for key in report.missing_keys if key.rpartition(".")[2] not in _TABLES]
+    assert not absent and not report.unexpected_keys, (absent, report.unexpected_keys)
     return model.eval().requires_grad_(False)
 
 
@@ -125,76 +122,61 @@ def bridge_from_hf(hf: Any, tokenizer: Any, name: str) -> Any:
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     bridge = build_bridge_from_module(
-        hf, type(hf).__name__, hf_config=hf.config, tokenizer=tokenizer, model_name=name
+        hf, type(hf).__name__, hf_config=hf.config, tokenizer=_with_bos(tokenizer), model_name=name
     )
     # Freeze afterwards: TransformerLens 3.9 adds a trainable zero bias to the unembedding.
     return bridge.eval().requires_grad_(False)
 
 
-def _from_transformers(name_or_path: str | Path, dtype: torch.dtype) -> tuple[Any, Any, str]:
-    """Text model, tokenizer and short name; errors translated into ours."""
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoTokenizer
-
-    folder = Path(name_or_path).expanduser()
-    name = str(folder)
-    if name.startswith(("/", ".", "~")) and not folder.is_dir():
-        raise MissingFileError(
-            f"There is no folder {name!r}",
-            fix="the folder that save_pretrained() wrote, or a name on the hub like gemma-2-2b",
-        )
-    source = name if folder.is_dir() else hub_name(name)
-    try:
-        config = AutoConfig.from_pretrained(source)
-        if config.model_type not in _SUPPORTED:
-            raise ModelError(
-                f"{name!r} is a {config.model_type!r} model",
-                exists="support for " + " and ".join(_SUPPORTED),
-                fix="a Gemma 2 or Gemma 3 model",
-            )
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        with _no_weight_bar() if folder.is_dir() else nullcontext():
-            hf = _weights(source, config, dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _unreadable(name, source, folder, error) from error
-    return hf, tokenizer, Path(source).name
+def _path(name_or_path: object) -> str | Path:
+    if isinstance(name_or_path, (str, Path)):
+        return name_or_path
+    raise ModelError(
+        f"load_model() got {type(name_or_path).__name__} {name_or_path!r}",
+        exists="names, folders, GGUF files, and transformers models in memory",
+        fix='load_model("2b")',
+    )
 
 
-def _weights(source: str, config: Any, dtype: torch.dtype) -> Any:
-    """The text model on the CPU."""
-    from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
-
-    nested = config.model_type == "gemma3"
-    model_class: Any = Gemma3ForConditionalGeneration if nested else AutoModelForCausalLM
-    return text_tower(model_class.from_pretrained(source, dtype=dtype, attn_implementation="eager"))
-
-
-def _unreadable(name: str, source: str, folder: Path, error: Exception) -> MissingFileError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if name == _BUNDLED:
-        fix = "gemmascope_plugin.tiny().model, which ships with the package"
-    elif folder.is_dir():
-        fix = "a folder with config.json, the tokenizer and whole *.safetensors files"
+def _built(
+    source: TransformersModel,
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    is_in_memory: bool,
+    check_parity: bool,
+) -> HookedModel:
+    hf = source.hf
+    tokens = fixed_tokens(hf.config) if check_parity else None
+    # Before the bridge takes the model over and changes it.
+    reference = last_logits(hf, tokens) if tokens is not None else None
+    if backend == "hooked":
+        model = hooked_from_hf(hf, source.tokenizer, source.name, dtype=dtype)
+        if is_in_memory:
+            _detach_from(model, hf)
     else:
-        from huggingface_hub import constants
+        if is_in_memory:
+            hf = hf.to(dtype)
+            hf.set_attn_implementation("eager")
+        model = bridge_from_hf(hf, source.tokenizer, source.name)
+    model = model.to(device, print_details=False).eval().requires_grad_(False)
+    model.gemmascope_source = source.origin
+    model.gemmascope_eos_ids = source.end_ids
+    if tokens is not None and reference is not None:
+        model.gemmascope_parity = compare(model, reference, tokens).check()
+    return model
 
-        offline = "in a shell without HF_HUB_OFFLINE, " if constants.HF_HUB_OFFLINE else ""
-        fix = (
-            f"{offline}`hf download {source}` with access to it (hf auth login), "
-            "or a local Hugging Face folder"
-        )
-    return MissingFileError(f"The model {name!r} could not be read ({reason})", fix=fix)
+
+def _detach_from(model: Any, hf: Any) -> None:
+    """Gives a model its own copy of what it shares with another one, in the same layout."""
+    shared = {parameter.untyped_storage().data_ptr() for parameter in hf.parameters()}
+    for parameter in model.parameters():
+        if parameter.untyped_storage().data_ptr() in shared:
+            parameter.data = parameter.data.clone()
 
 
-@contextmanager
-def _no_weight_bar() -> Iterator[None]:
-    """Hides transformers' bar over the tensors of local files; it would hide downloads as well."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+def _with_bos(tokenizer: Any) -> Any:
+    """Says that a tokenizer puts BOS first; TransformerLens would read its files again to make sure."""
+    if tokenizer is not None and tokenizer.encode("") == [tokenizer.bos_token_id]:
+        tokenizer.init_kwargs["add_bos_token"] = True
+    return tokenizer

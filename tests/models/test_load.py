@@ -10,7 +10,7 @@ import torch
 from gemmascope_plugin.errors import MissingFileError, ModelError, UnknownNameError
 from gemmascope_plugin.models import load_model
 from gemmascope_plugin.models.convert import hooked_config
-from gemmascope_plugin.models.load import hub_name
+from gemmascope_plugin.models.weights import hub_name
 from tests.factories import tiny_hf, tiny_tokenizer, unchecked
 from tests.tiny_models import gemma2, gemma3, random_tokens
 
@@ -77,9 +77,18 @@ def test_an_unknown_backend_is_an_error() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["no-such-model", "nobody/no-such-model"])
-def test_a_model_that_is_nowhere_is_an_error(name: str) -> None:
+def test_a_model_that_is_nowhere_is_an_error() -> None:
+    name = "nobody/no-such-model"
     with pytest.raises(MissingFileError, match=f"The model {name!r} could not be read.*folder"):
+        load_model(name)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "no-such-model", "gemma-2-3b", "gemma-4-4b"])
+def test_the_hub_is_not_asked_for_names_that_no_gemma_has(name: str, monkeypatch) -> None:
+    from transformers import AutoConfig
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", None)  # would be called to ask
+    with pytest.raises(UnknownNameError, match=f"{name!r} is not the name of a Gemma 2 or Gemma 3"):
         load_model(name)
 
 
