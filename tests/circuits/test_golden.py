@@ -8,6 +8,11 @@ import torch
 from gemmascope_plugin.models.sites import reading
 from gemmascope_plugin.saes import decode, encode_sparse
 from tests.circuits.golden import CASES, Golden, golden
+from tests.support.rounding import assert_rounded
+
+TERMS = 3 * (4 * 32 + 14 + 2 * 48)
+"""Of the sums on the way to the end of the stored model: three layers, each with four products of width
+32, attention over 14 tokens and an MLP of 48."""
 
 
 @pytest.fixture(params=CASES)
@@ -24,7 +29,7 @@ def reads(case: Golden) -> list[torch.Tensor]:
 
 
 def test_the_rebuilt_model_has_the_stored_logits(case: Golden) -> None:
-    torch.testing.assert_close(case.model(case.tokens[None])[0], case.logits, atol=1e-5, rtol=0)
+    assert_rounded(case.model(case.tokens[None])[0], case.logits, TERMS)
 
 
 def test_the_same_features_are_active_with_the_same_values(case: Golden) -> None:
@@ -35,14 +40,14 @@ def test_the_same_features_are_active_with_the_same_values(case: Golden) -> None
         found.append(torch.stack([layers, acts.rows, acts.indices], dim=1))
         values.append(acts.values)
     assert torch.equal(torch.cat(found), case.active_features)
-    torch.testing.assert_close(torch.cat(values), case.activation_values, atol=1e-6, rtol=1e-6)
+    assert_rounded(torch.cat(values), case.activation_values, TERMS)
 
 
 def test_probabilities_are_those_after_the_soft_cap(case: Golden) -> None:
     probabilities = case.logits[-1].softmax(-1)
     top = probabilities.topk(len(case.logit_tokens))
     assert torch.equal(top.indices, case.logit_tokens)
-    torch.testing.assert_close(top.values, case.logit_probabilities, atol=1e-6, rtol=0)
+    assert_rounded(top.values, case.logit_probabilities, len(probabilities))
 
 
 def test_every_part_of_an_axis_has_its_place(case: Golden) -> None:
@@ -68,6 +73,6 @@ def test_errors_are_what_the_transcoder_does_not_write_and_zero_at_bos(case: Gol
     directions = case.model.W_U[:, case.logit_tokens] - case.model.W_U.mean(1, keepdim=True)
     read = case.model.ln_final.w / cache[names[1]][0, pos] @ directions.mul(error[:, None])
     column = case.errors.start + layer * len(case.tokens) + pos
-    torch.testing.assert_close(case.adjacency[case.targets, column], read, atol=1e-5, rtol=1e-5)
+    assert_rounded(case.adjacency[case.targets, column], read, TERMS)
     at_bos = case.adjacency[:, case.errors][:, :: len(case.tokens)]
     assert not at_bos.any()
