@@ -120,12 +120,14 @@ class Replay:
     Args:
         arithmetic: The model's.
         tokens: The prompts ``[prompt, pos]``; what follows a shorter one is padding.
-        at: The position that each is asked about.
+        at: The position that each is asked about, or several of them.
+        row: Which prompt each of the positions belongs to; None for one of each.
     """
 
     arithmetic: Arithmetic
     tokens: Int[torch.Tensor, "prompt pos"]
-    at: Int[torch.Tensor, " prompt"]
+    at: Int[torch.Tensor, " ask"]
+    row: Int[torch.Tensor, " ask"] | None = None
     pre: list[torch.Tensor] = field(default_factory=list)
     """Streams before each layer, and behind the last."""
     mid: list[torch.Tensor] = field(default_factory=list)
@@ -133,9 +135,9 @@ class Replay:
     earlier: list[Earlier] = field(default_factory=list)
 
     @torch.no_grad()
-    def record(self, hooks: Hooks = ()) -> Float[torch.Tensor, "prompt d_model"]:
+    def record(self, hooks: Hooks = ()) -> Float[torch.Tensor, "ask d_model"]:
         """Runs the prompts; gives what the unembedding reads at the asked positions."""
-        points, whole = Points(hooks), Rows(0, self.at)
+        points = Points(hooks)
         x = points("hook_embed", self.arithmetic.embedded(self.tokens))
         for block in self.arithmetic.blocks:
             self.pre.append(x)
@@ -143,7 +145,7 @@ class Replay:
             self.mid.append(x)
             x = block.mlp(x, Rows(0), points, {})
         self.pre.append(x)
-        return self._end(x, whole, points)
+        return self._end(x, Rows(0), points)
 
     def run(
         self,
@@ -155,8 +157,8 @@ class Replay:
         hooks: Hooks = (),
         known: Mapping[str, torch.Tensor] | None = None,
         stream: torch.Tensor | None = None,
-    ) -> Float[torch.Tensor, "row d_model"]:
-        """What the unembedding reads at the asked position of each row.
+    ) -> Float[torch.Tensor, "ask d_model"]:
+        """What the unembedding reads at the asked positions of the rows, copy after copy.
 
         Args:
             layer: The first that runs; ``n_layers`` for the final norm.
@@ -172,13 +174,13 @@ class Replay:
         n, start = self.arithmetic.anatomy.n_layers, window.start
         if stream is None:
             stream = self._from(layer, stage)[:, window].repeat(copies, 1, 1)
-        x, last = stream, Rows(start, (self.at - start).repeat(copies))
+        x, last = stream, Rows(start, self._only(points, start, copies))
         if stage == "post":
             x, layer = points(f"blocks.{layer}.hook_resid_post", x), layer + 1
         for index in range(layer, n):
             first = index == layer
             block, here = self.arithmetic.blocks[index], known if first else {}
-            rows = last if index == n - 1 and not _at_end(points) else Rows(start)
+            rows = last if index == n - 1 else Rows(start)
             if not first or stage != "mid":
                 x = block.attention(x, rows, self.earlier[index], points, here)
             x = block.mlp(x, rows, points, here)
@@ -196,15 +198,30 @@ class Replay:
     @torch.no_grad()
     def variant(
         self, tokens: Int[torch.Tensor, "prompt pos"], start: int, hooks: Hooks = ()
-    ) -> Float[torch.Tensor, "prompt d_model"]:
+    ) -> Float[torch.Tensor, "ask d_model"]:
         """Other tokens, the same as the prompts before ``start``; hooks see the positions behind it."""
         stream = Points(hooks)("hook_embed", self.arithmetic.embedded(tokens[:, start:]))
         return self.run(0, slice(start, tokens.shape[1]), hooks=hooks, stream=stream)
 
+    def _only(self, points: Points, start: int, copies: int) -> torch.Tensor | None:
+        """The position of each row that goes on in the last layer; None where several do."""
+        several = self.row is not None or _at_end(points)
+        return None if several else (self.at - start).repeat(copies)
+
     def _end(self, x: torch.Tensor, rows: Rows, points: Points) -> torch.Tensor:
         if _at_end(points):
-            return cut_out(self.arithmetic.final(x, points), rows)[:, 0]
-        return self.arithmetic.final(cut_out(x, rows), points)[:, 0]
+            return self._asked(self.arithmetic.final(x, points), rows)
+        return self.arithmetic.final(self._asked(x, rows), points)
+
+    def _asked(
+        self, x: Float[torch.Tensor, "row pos d_model"], rows: Rows
+    ) -> Float[torch.Tensor, "ask d_model"]:
+        if rows.asked is not None:
+            return cut_out(x, rows)[:, 0]
+        n = len(self.tokens)
+        row = torch.arange(n, device=x.device) if self.row is None else self.row
+        first = torch.arange(0, len(x), n, device=x.device)[:, None]
+        return x[(first + row).flatten(), (self.at - rows.start).repeat(len(first))]
 
 
 def _at_end(points: Points) -> bool:

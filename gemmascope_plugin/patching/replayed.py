@@ -127,7 +127,13 @@ def _part(
     there: Sequence[str],
 ) -> Part:
     assert bound.metric.at is not None
-    replay = Replay(arithmetic, tokens[0], bound.metric.at)
+    one_each = len(bound.metric.at) == len(bound)
+    replay = Replay(
+        arithmetic,
+        tokens[0],
+        bound.metric.at,
+        None if one_each else bound.metric.places(len(bound))[0],
+    )
     kept: dict[str, torch.Tensor] = {}
     changed: dict[str, torch.Tensor] = {}
     end = replay.record(keeping(kept, dict.fromkeys([*here, *there])))
@@ -149,8 +155,8 @@ def first_differences(
     base: Int[torch.Tensor, "prompt pos"], other: Int[torch.Tensor, "prompt pos"], bound: BoundTask
 ) -> list[int]:
     """The first position of each prompt at which both runs differ, or the asked one before it."""
-    at = bound.metric.at
-    assert at is not None
+    rows, places = bound.metric.places(len(bound))
+    at = torch.full_like(bound.lengths, base.shape[1]).scatter_reduce(0, rows, places, "amin")
     differs = (base != other) & bound.mask
     first = torch.where(differs.any(1), differs.int().argmax(1), at)
     return torch.minimum(first, at).tolist()
@@ -178,21 +184,21 @@ def together(starts: Sequence[int], lengths: Sequence[int], rows: int) -> list[l
 
 
 def metric_of(
-    bound: BoundTask, anatomy: Anatomy, final: Float[torch.Tensor, "row d_model"]
+    bound: BoundTask, anatomy: Anatomy, final: Float[torch.Tensor, "ask d_model"]
 ) -> Float[torch.Tensor, " row"]:
     """The metric of rows, copies of the prompts, from what the unembedding reads.
 
     Args:
         bound: The task on these prompts.
         anatomy: The model's.
-        final: Output of the final norm at the asked positions.
+        final: Output of the final norm at the asked positions, copy after copy.
     """
     metric = bound.metric
     if metric.metric.names_tokens and metric.right is not None:
         return _of_named(bound, anatomy, final)
-    copies = max(1, _ROWS // len(bound))
-    values = []
-    for rows in final.split(copies * len(bound)):
+    each = len(metric.places(len(bound))[0])
+    copies, values = max(1, _ROWS // each), []
+    for rows in final.split(copies * each):
         values.append(metric.of_rows(_capped(bound, anatomy, (rows @ anatomy.W_U).float())))
     return torch.cat(values)
 
