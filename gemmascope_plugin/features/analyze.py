@@ -24,6 +24,7 @@ from jaxtyping import Float
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.errors import ModelError, check_choice, check_feature
 from gemmascope_plugin.models import special_ids, to_tokens, token_strings
+from gemmascope_plugin.models.asked import no_logits
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.splice import splice
@@ -166,7 +167,8 @@ def analyze(
     with splice(model, plain, exclude=exclude) as spliced:
         sites = list(spliced.sites)
         names = [f"{site}.{part}" for site in sites for part in _PARTS]
-        _, cache = spliced.run_with_cache(tokens, names_filter=names)
+        with no_logits(spliced):
+            _, cache = spliced.run_with_cache(tokens, names_filter=names)
         fits = {site: _fit(site, cache, keep) for site in sites}
     acts = {site: cache[f"{site}.hook_sae_acts_post"][0].cpu() for site in sites}
     words = tuple(token_strings(model, tokens[0]))

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from gemmascope_plugin.features.stream import Corpus
 from gemmascope_plugin.models import flatten_heads, restore_heads
+from gemmascope_plugin.models.asked import NextTokenLosses
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.splice import HookedSAE, splice
 
@@ -68,42 +69,33 @@ def damage(
         WidthMismatchError: The dictionary has another width than the model's tensor.
     """
     assert hooked.error == "drop", "the reconstruction alone must flow"
-    with splice(model, hooked) as run:
-        spliced = _loss(run, text)
-    site = hooked.hook_out
-    return Damage(
-        clean=_loss(model, text),
-        spliced=spliced,
-        zeroed=_loss(_replacing(model, text, site, torch.zeros_like(mean)), text),
-        mean_ablated=_loss(_replacing(model, text, site, mean), text),
-    )
-
-
-def _loss(runner: Callable[[torch.Tensor], torch.Tensor], text: Corpus) -> float:
-    total, n = 0.0, 0
+    sums, n = [0.0] * 4, 0
     for tokens in text.batches:
-        read = text.readable(tokens)
-        losses = _token_losses(runner(tokens), tokens)[read]
-        total += float(losses.double().sum())
-        n += len(losses)
-    return total / n if n else math.nan
+        mask = text.readable(tokens)
+        read = NextTokenLosses(tokens, mask)
+        each = [read(model)]
+        with splice(model, hooked) as run:
+            each.append(read(run))
+        for value in (torch.zeros_like(mean), mean):
+            with model.hooks(fwd_hooks=[(hooked.hook_out, _replace(text.kept(tokens), value))]):
+                each.append(read(model))
+        sums = [
+            total + float(losses.double().sum()) for total, losses in zip(sums, each, strict=True)
+        ]
+        n += int(mask.sum())
+    clean, spliced, zeroed, mean_ablated = (total / n if n else math.nan for total in sums)
+    return Damage(clean=clean, spliced=spliced, zeroed=zeroed, mean_ablated=mean_ablated)
 
 
-def _replacing(
-    model: HookedModel, text: Corpus, site: str, value: Float[torch.Tensor, " d_out"]
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The model with ``value`` at the site wherever a token counts."""
+def _replace(
+    keep: Bool[torch.Tensor, "batch pos"], value: Float[torch.Tensor, " d_out"]
+) -> Callable[..., torch.Tensor]:
+    """Puts ``value`` at the site wherever a token counts."""
 
-    def run(tokens: torch.Tensor) -> torch.Tensor:
-        keep = text.kept(tokens)
+    def hook_fn(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        return _put(x, keep.to(x.device), value)
 
-        def replace(x: torch.Tensor, hook: Any) -> torch.Tensor:
-            return _put(x, keep.to(x.device), value)
-
-        with model.hooks(fwd_hooks=[(site, replace)]):
-            return model(tokens)
-
-    return run
+    return hook_fn
 
 
 def _put(
@@ -111,14 +103,6 @@ def _put(
 ) -> torch.Tensor:
     flat = flatten_heads(x)
     return restore_heads(torch.where(keep[..., None], value.to(flat.device, flat.dtype), flat), x)
-
-
-def _token_losses(
-    logits: Float[torch.Tensor, "batch pos d_vocab"], tokens: Int[torch.Tensor, "batch pos"]
-) -> Float[torch.Tensor, "batch next"]:
-    predictions = logits[:, :-1].float().transpose(1, 2)
-    targets = tokens[:, 1:].to(logits.device)
-    return torch.nn.functional.cross_entropy(predictions, targets, reduction="none")
 
 
 def _share(rise: float, whole: float) -> float:

@@ -13,7 +13,8 @@ A token without active features, or none of which has an effect, has no ``r_L0``
 tokens' logits also depend on the tensor, so each position needs a backward pass of its own; positions
 are sampled evenly, all documents of a batch at once.
 
-Cost: one forward pass and ``n_positions`` backward passes, from the logits to the site, per batch.
+Cost: one forward pass and ``n_positions`` backward passes, from the logits to the site, per batch; logits
+at the sampled positions only.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from jaxtyping import Bool, Float
 
 from gemmascope_plugin.features.stream import Corpus
 from gemmascope_plugin.models import flatten_heads
+from gemmascope_plugin.models.asked import final_residuals
 from gemmascope_plugin.models.gradients import frozen
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import reading
+from gemmascope_plugin.models.unembed import mean_logit, unembedding
 from gemmascope_plugin.saes import Coder
 from gemmascope_plugin.splice import HookedSAE
 
@@ -73,19 +76,32 @@ def _batch(
         return seen["y"]
 
     hooks = [(read.hook, look), (hooked.hook_out, start)]
-    with torch.enable_grad(), frozen(model.parameters()), model.hooks(fwd_hooks=hooks):
-        logits = model(tokens).float()
-        targets = tokens[:, 1:, None].to(logits.device)
-        scores = (logits[:, :-1].gather(-1, targets) - logits[:, :-1].mean(-1, keepdim=True))[
-            ..., 0
-        ]
+    with (
+        torch.enable_grad(),
+        frozen(model.parameters()),
+        model.hooks(fwd_hooks=hooks),
+        final_residuals(model) as end,
+    ):
+        model(tokens)
+        (normed,) = end.normed
         device = hooked.weights.W_dec.device
         x, found = flatten_heads(read(seen["x"])).to(device), []
         for pos in positions:
             rows = mask[:, pos]
-            (grad,) = torch.autograd.grad(scores[rows, pos].sum(), seen["y"], retain_graph=True)
+            score = _scores(model, normed[rows, pos], tokens[rows, pos + 1]).sum()
+            (grad,) = torch.autograd.grad(score, seen["y"], retain_graph=True)
             found.append(uniformity(hooked.weights, x[rows, pos], flatten_heads(grad)[rows, pos]))
     return found
+
+
+def _scores(
+    model: HookedModel, normed: Float[torch.Tensor, "row d_model"], targets: torch.Tensor
+) -> Float[torch.Tensor, " row"]:
+    """The correct token's logit minus the mean logit."""
+    out = unembedding(model)
+    x = out.read(normed, normed=True)
+    correct = out.logits_each(x, targets[:, None].to(x.device))[:, 0]
+    return correct - mean_logit(out, x)
 
 
 @torch.no_grad()

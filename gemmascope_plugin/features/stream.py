@@ -6,7 +6,7 @@
 3. The output site of a transcoder is another tensor than its input site; both are read in one pass.
 4. Known concepts are given for all tokens and read at those that count.
 
-Cost: one forward pass per sweep over the corpus, and memory for one batch.
+Cost: one forward pass per sweep over the corpus, up to the last site, and memory for one batch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.errors import EmptySelectionError, ModelError, WidthMismatchError
 from gemmascope_plugin.models import flatten_heads, special_ids, to_tokens
+from gemmascope_plugin.models.asked import record
 from gemmascope_plugin.models.compiled import refuse_compiled
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import reading
@@ -121,7 +122,7 @@ def site_tensors(
     device = hooked.weights.W_dec.device
     for tokens in text.batches:
         keep = text.kept(tokens)
-        _, cache = model.run_with_cache(tokens, names_filter=[read.hook, write.hook])
+        cache = record(model, tokens, [read.hook, write.hook])
         x = flatten_heads(read(cache[read.hook]))[keep].to(device)
         y = flatten_heads(write(cache[write.hook]))[keep].to(device)
         names = (hooked.hook_in, hooked.hook_out)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.errors import HookNotFiredError, shorten
 from gemmascope_plugin.models.protocol import HookedModel
@@ -105,28 +105,54 @@ def no_logits(runner: Any) -> Iterator[None]:
         yield
 
 
-def next_token_losses(
-    runner: Any, tokens: Int[torch.Tensor, "batch pos"], **kwargs: Any
-) -> Float[torch.Tensor, "batch next"]:
-    """Cross-entropy of each next token in nats, of one forward pass.
+class NextTokenLosses:
+    """Cross-entropies of next tokens in nats, of several passes over the same tokens.
+
+    A pass that leaves at a position what an earlier one left there, to the last bit, has its loss without
+    another look at the vocabulary.
 
     Args:
-        runner: A model, or what runs one as its ``model``; called with the tokens.
         tokens: Token ids.
-        **kwargs: For the forward pass.
+        mask: Where a loss is read: at ``[row, pos]`` for the token after it.
     """
-    model = _model_of(runner)
-    if has_hooks(model.unembed.hook_out):  # pyright: ignore[reportAttributeAccessIssue]
-        logits = runner(tokens, **kwargs)[:, :-1].float()
-        targets = tokens[:, 1:].to(logits.device)
-        flat = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), reduction="none"
-        )
-        return flat.view(targets.shape)
-    with final_residuals(runner) as readout:
-        runner(tokens, **kwargs)
-    (normed,) = readout.normed
-    return cross_entropy(model, normed[:, :-1], tokens[:, 1:].to(normed.device), normed=True)
+
+    def __init__(
+        self, tokens: Int[torch.Tensor, "batch pos"], mask: Bool[torch.Tensor, "batch next"]
+    ) -> None:
+        self._tokens = tokens
+        self._mask = mask
+        self._targets = tokens[:, 1:][mask.to(tokens.device)]
+        self._first: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def __call__(self, runner: Any) -> Float[torch.Tensor, " read"]:
+        """Those of one pass.
+
+        Args:
+            runner: A model, or what runs one as its ``model``; called with the tokens.
+        """
+        model = model_of(runner)
+        if has_hooks(model.unembed.hook_out):  # pyright: ignore[reportAttributeAccessIssue]
+            return self._of_logits(runner(self._tokens))
+        with final_residuals(runner) as readout:
+            runner(self._tokens)
+        (normed,) = readout.normed
+        rows = normed[:, :-1][self._mask.to(normed.device)]
+        targets = self._targets.to(rows.device)
+        if self._first is None:
+            losses = cross_entropy(model, rows, targets, normed=True)
+            self._first = rows, losses
+            return losses
+        before, losses = self._first
+        differs = (rows != before).any(-1)
+        losses = losses.clone()
+        losses[differs] = cross_entropy(model, rows[differs], targets[differs], normed=True)
+        return losses
+
+    def _of_logits(self, logits: torch.Tensor) -> Float[torch.Tensor, " read"]:
+        rows = logits[:, :-1][self._mask.to(logits.device)].float()
+        targets = self._targets.to(rows.device)
+        return torch.nn.functional.cross_entropy(rows, targets, reduction="none")
 
 
 def record(
@@ -180,7 +206,7 @@ def has_hooks(point: Any) -> bool:
     return bool(point.fwd_hooks or point.bwd_hooks or point._forward_hooks)
 
 
-def _model_of(runner: Any) -> HookedModel:
+def model_of(runner: Any) -> HookedModel:
     """The model itself; those that run it have no unembedding of their own."""
     return runner if hasattr(runner, "unembed") else runner.model
 
@@ -188,7 +214,7 @@ def _model_of(runner: Any) -> HookedModel:
 @contextmanager
 def _unembedding_by(runner: Any, unembed: Callable[..., torch.Tensor]) -> Iterator[None]:
     """The model's unembedding computed by ``unembed(module, weights, what it is given)``."""
-    model = _model_of(runner)
+    model = model_of(runner)
     module: Any = model.unembed  # pyright: ignore[reportAttributeAccessIssue]
     # not by setattr, which the bridge hands on to the module that it wraps
     names = vars(module)

@@ -1,6 +1,7 @@
 """How well a dictionary fits tensors of a model: mean active features and unexplained variance.
 
-1. One forward pass per batch of documents reads every tensor that any candidate needs.
+1. One forward pass per batch of documents reads every tensor that any candidate needs, and ends at the
+   last of them.
 2. Each candidate, a pair of tensors (read, written) and a choice of tokens, is encoded, decoded and
    summed up, a few thousand tokens at a time.
 3. ``l0`` is the mean number of active features per token; ``fvu`` the squared error over the squared
@@ -23,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.errors import WidthMismatchError
 from gemmascope_plugin.models import flatten_heads
+from gemmascope_plugin.models.asked import record
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import Reading
 from gemmascope_plugin.models.tokens import kept_positions
@@ -113,7 +115,7 @@ def measure(
     hooks = sorted({one.hook for c in candidates for one in (c.read, c.write)})
     sums = [_Sums(sae.W_dec.shape[1], sae.W_dec.device) for _ in candidates]
     for tokens in batches:
-        _, cache = model.run_with_cache(tokens, names_filter=hooks)
+        cache = record(model, tokens, hooks)
         flat = {name: flatten_heads(cache[name]) for name in hooks}
         for candidate, own in zip(candidates, sums, strict=True):
             keep = kept_positions(tokens, candidate.excluded)

@@ -6,18 +6,21 @@
    reconstruction and error are all computed and listened to, so that its distance from ``clean`` is a
    check of the splice. ``zeroed``: the output site is zero at the same tokens, the yardstick.
 
-Cost: four forward passes over the text, two of them with the dictionary.
+Cost: four forward passes over the text, two of them with the dictionary, and the vocabulary three times:
+where the error is kept nothing moves, which is seen before the vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
+from gemmascope_plugin.models.asked import NextTokenLosses
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import kept_positions, special_ids
 from gemmascope_plugin.splice.fit import Batches
@@ -33,28 +36,6 @@ class Losses:
     spliced: float
     kept: float
     zeroed: float
-
-
-class _Reader:
-    """Runs something over the batches and averages the loss at the same tokens every time."""
-
-    def __init__(
-        self,
-        model: HookedModel,
-        batches: Batches,
-        excluded: frozenset[int],
-    ) -> None:
-        padding = special_ids(model, ("pad",)) if model.tokenizer is not None else frozenset()
-        self.batches = batches
-        self.keep = [kept_positions(tokens, excluded) for tokens in batches]
-        self.targets = [kept_positions(tokens, padding)[:, 1:] for tokens in batches]
-
-    def __call__(self, runner: Any) -> float:
-        parts = [
-            _token_losses(runner(tokens), tokens)[keep[:, :-1] & target]
-            for tokens, keep, target in zip(self.batches, self.keep, self.targets, strict=True)
-        ]
-        return float(torch.cat(parts).double().mean())
 
 
 @torch.no_grad()
@@ -82,34 +63,45 @@ def losses(
         MissingHookError: The model lacks a hook of the dictionary.
         WidthMismatchError: The dictionary has another width than the model's tensor.
     """
-    read = _Reader(model, batches, special_ids(model, exclude))
-    spliced = kept = float("nan")
+    excluded = special_ids(model, exclude)
+    padding = special_ids(model, ("pad",)) if model.tokenizer is not None else frozenset()
+    sums: dict[str, float] = {}
+    n = 0
+    for tokens in batches:
+        keep = kept_positions(tokens, excluded)
+        mask = keep[:, :-1] & kept_positions(tokens, padding)[:, 1:]
+        for name, each in _passes(model, sae, tokens, keep, mask, exclude, hook_out, can_splice):
+            sums[name] = sums.get(name, 0.0) + float(each.double().sum())
+        n += int(mask.sum())
+    names = ("clean", "spliced", "kept", "zeroed")
+    return Losses(**{name: sums.get(name, math.nan) / n if n else math.nan for name in names})
+
+
+def _passes(
+    model: HookedModel,
+    sae: Any,
+    tokens: Int[torch.Tensor, "batch pos"],
+    keep: Bool[torch.Tensor, "batch pos"],
+    mask: Bool[torch.Tensor, "batch next"],
+    exclude: Sequence[str | int],
+    hook_out: str,
+    can_splice: bool,
+) -> Iterator[tuple[str, Float[torch.Tensor, " read"]]]:
+    """The losses of a batch, pass by pass."""
+    read = NextTokenLosses(tokens, mask)
+    yield "clean", read(model)
     if can_splice:
         with splice(model, HookedSAE(sae, error="drop", exclude=exclude)) as run:
-            spliced = read(run)
+            yield "spliced", read(run)
         # Somebody who listens makes the splice compute everything although nothing is edited.
         with splice(model, HookedSAE(sae, error="keep", exclude=exclude)) as run:
             listeners = [(name, lambda value, hook: None) for name in run.sub_hooks]
             with run.hooks(fwd_hooks=listeners):
-                kept = read(run)
-    clean, zeroed = read(model), _zeroed(model, read, hook_out)
-    return Losses(clean=clean, spliced=spliced, kept=kept, zeroed=zeroed)
-
-
-def _zeroed(model: HookedModel, read: _Reader, hook_out: str) -> float:
-    masks = iter(read.keep)
+                yield "kept", read(run)
 
     def zero(x: torch.Tensor, hook: Any) -> torch.Tensor:
-        mask = next(masks)[(..., *[None] * (x.ndim - 2))]
-        return torch.where(mask.to(x.device), torch.zeros_like(x), x)
+        here = keep[(..., *[None] * (x.ndim - 2))]
+        return torch.where(here.to(x.device), torch.zeros_like(x), x)
 
     with model.hooks(fwd_hooks=[(hook_out, zero)]):
-        return read(model)
-
-
-def _token_losses(
-    logits: Float[torch.Tensor, "batch pos d_vocab"], tokens: Int[torch.Tensor, "batch pos"]
-) -> Float[torch.Tensor, "batch next"]:
-    predictions = logits[:, :-1].float().transpose(1, 2)
-    targets = tokens[:, 1:].to(logits.device)
-    return torch.nn.functional.cross_entropy(predictions, targets, reduction="none")
+        yield "zeroed", read(model)

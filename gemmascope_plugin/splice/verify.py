@@ -28,6 +28,7 @@ import gemmascope_plugin.saes as saes
 from gemmascope_plugin.errors import EmptySelectionError
 from gemmascope_plugin.loading import spec_of
 from gemmascope_plugin.models import special_ids, to_tokens
+from gemmascope_plugin.models.asked import record
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import reading
 from gemmascope_plugin.models.tokens import kept_positions
@@ -147,7 +148,7 @@ def _bos_l0(model: HookedModel, sae: Any, batches: Batches, own: Candidate) -> f
         if not rows.any():
             continue
         name = own.read.hook
-        _, cache = model.run_with_cache(tokens[rows], names_filter=[name])
+        cache = record(model, tokens[rows], [name])
         x = own.read(cache[name])[here[rows]].flatten(1)
         active += int((coder.activate(coder.pre_activations(x), x) > 0).sum())
         n += len(x)

@@ -8,13 +8,13 @@ Cost: one partial forward pass per document batch; memory is ``tokens * width * 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.models import flatten_heads, special_ids
+from gemmascope_plugin.models.asked import record
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import Reading, reading
 from gemmascope_plugin.models.tokens import kept_positions
@@ -67,14 +67,5 @@ def read_activations(
         keep: Which of them.
     """
     hooks = [one.hook for one in readings]
-    _, cache = model.run_with_cache(
-        tokens, names_filter=hooks, stop_at_layer=_layer_after(hooks), return_type=None
-    )
+    cache = record(model, tokens, hooks)
     return {one.name: flatten_heads(one(cache[one.hook]))[keep] for one in readings}
-
-
-def _layer_after(hooks: Sequence[str]) -> int | None:
-    """The first layer that need not run; None where a hook belongs to no layer."""
-    layers = [re.match(r"blocks\.(\d+)\.", name) for name in hooks]
-    found = [int(match[1]) for match in layers if match]
-    return max(found) + 1 if len(found) == len(layers) else None

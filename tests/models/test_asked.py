@@ -9,9 +9,9 @@ import torch
 
 from gemmascope_plugin.errors import HookNotFiredError
 from gemmascope_plugin.models.asked import (
+    NextTokenLosses,
     asked_positions,
     final_residuals,
-    next_token_losses,
     no_logits,
     record,
 )
@@ -19,6 +19,7 @@ from tests.tiny_models import random_tokens
 
 TOKENS = random_tokens(batch=4, length=9)
 AT = torch.tensor([3, 8])
+MASK = TOKENS[:, 1:] % 3 > 0
 
 
 @pytest.fixture(scope="module")
@@ -99,19 +100,19 @@ def test_a_hook_at_the_logits_sees_all_of_them(model, logits) -> None:
         wanted = model(TOKENS)
         with asked_positions(model, AT, words):
             got = model(TOKENS)
-        losses = next_token_losses(model, TOKENS)
+        losses = NextTokenLosses(TOKENS, MASK)(model)
     assert seen[1] == (4, 1, model.cfg.d_vocab)
     assert torch.allclose(
         got[:, 0], wanted[torch.arange(4), AT.repeat(2)].gather(-1, words.repeat(2, 1)), atol=4e-6
     )
     slow = -wanted[:, :-1].log_softmax(-1).gather(-1, TOKENS[:, 1:, None])[..., 0]
-    assert torch.allclose(losses, slow, atol=1e-5)
+    assert torch.allclose(losses, slow[MASK], atol=1e-5)
 
 
 def test_losses_and_passes_without_logits(model, logits) -> None:
     slow = -logits[:, :-1].log_softmax(-1).gather(-1, TOKENS[:, 1:, None])[..., 0]
     with torch.no_grad():
-        assert torch.allclose(next_token_losses(model, TOKENS), slow, atol=1e-5)
+        assert torch.allclose(NextTokenLosses(TOKENS, MASK)(model), slow[MASK], atol=1e-5)
         with no_logits(model):
             assert model(TOKENS).numel() == TOKENS.numel()
         with final_residuals(model) as readout:
@@ -155,3 +156,19 @@ def test_what_is_recorded_comes_after_hooks_that_change_it(model) -> None:
 def test_a_hook_that_never_fires(hooked2) -> None:
     with pytest.raises(HookNotFiredError, match="hook_mlp_in"):
         record(hooked2, TOKENS, ["blocks.0.hook_mlp_in"])
+
+
+def test_losses_of_a_second_pass_are_its_own_where_it_differs(model) -> None:
+    def changed(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        x = x.clone()
+        x[1, 4:] = 0
+        return x
+
+    read = NextTokenLosses(TOKENS, MASK)
+    first, again = read(model), read(model)
+    with model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", changed)]):
+        second, slow = read(model), model(TOKENS).detach()
+    wanted = -slow[:, :-1].log_softmax(-1).gather(-1, TOKENS[:, 1:, None])[..., 0][MASK]
+    assert torch.equal(first, again)
+    assert torch.allclose(second, wanted, atol=1e-5)
+    assert not torch.allclose(first, second, atol=1e-3)
