@@ -154,26 +154,26 @@ class Circuit:
         """
         return replace(self, kept=prune(self.graph, self.kept))
 
-    def save(self, folder: str | Path) -> Path:
-        """Writes graph and selection into a folder, as ``circuit.json`` and ``circuit.safetensors``.
+    def save(self, path: str | Path) -> Path:
+        """Writes graph and selection into one file, exactly; see ``storage.py``.
 
         Returns:
-            The folder.
+            The path.
 
         Raises:
-            GemmaScopeError: The folder cannot be written, or the metadata do not fit into JSON.
+            GemmaScopeError: The file cannot be written, or the metadata do not fit into JSON.
         """
-        return save_circuit(folder, self.graph, self.kept, signed=self.signed)
+        return save_circuit(path, self.graph, self.kept, signed=self.signed)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Circuit:
+    def load(cls, path: str | Path) -> Circuit:
         """Reads what :meth:`save` has written.
 
         Raises:
-            MissingFileError: There is no circuit in the folder.
-            BadFileError: It is damaged, contradicts itself, or is of an unknown version.
+            MissingFileError: There is no such file.
+            BadFileError: It is damaged, contradicts itself, or is of another version.
         """
-        return cls(*load_circuit(folder))
+        return cls(*load_circuit(path))
 
     def to_networkx(self) -> Any:
         """A ``networkx.MultiDiGraph``; see :func:`~gemmascope_plugin.circuits.to_networkx.to_networkx`.

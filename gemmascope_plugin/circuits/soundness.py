@@ -20,6 +20,8 @@ from gemmascope_plugin.patching.node import Node
 
 N_PORTS = 4
 """Ports that there are: ``"", q, k, v``."""
+MAX_LAYER, MAX_INDEX, MAX_POS = 1000, 1 << 31, 1 << 18
+"""Beyond those of any model."""
 
 
 def content_fault(
@@ -35,6 +37,9 @@ def content_fault(
     """Why these arrays of right lengths are no graph; None if they are one."""
     if not nodes:
         return "there are no nodes"
+    for node in nodes:
+        if not 0 <= node.index < MAX_INDEX or not 0 <= (node.pos or 0) < MAX_POS:
+            return f"the {node.kind} at {node.hook!r} has index {node.index}, position {node.pos}"
     if len(set(nodes)) < len(nodes):
         return "a node is there twice"
     fault = _group_fault(nodes)
@@ -55,8 +60,8 @@ def content_fault(
             return f"the {name} of an edge is not among the {len(nodes)} nodes"
     if int(port.max()) >= N_PORTS:
         return f"an edge has port number {int(port.max())}"
-    if pos is not None and int(pos.min()) < 0:
-        return "an edge has a negative position"
+    if pos is not None and (int(pos.min()) < 0 or int(pos.max()) >= MAX_POS):
+        return f"an edge has a position outside 0 to {MAX_POS - 1}"
     return _edge_fault(len(nodes), source, target, port, pos)
 
 

@@ -1,43 +1,34 @@
-"""Keeps a circuit in a folder and reads it back, exactly.
+"""Keeps a circuit in one file and reads it back, exactly.
 
-    circuit.json         format, version, hooks of the nodes, names of the ports, what is ranked, counts,
-                         meanings of nodes (by their place), metadata
-    circuit.safetensors  node_site (place in ``sites``), node_index, kept; source, target, port,
-                         edge_scores; node_scores, node_pos (-1 for all) and pos where there are any
+A bundle (``files/bundle.py``). Its header says hooks of the nodes, names of the ports, what is ranked,
+counts, meanings of nodes (by their place) and metadata. Its arrays: node_site (place in ``sites``),
+node_index, kept; source, target, port, edge_scores; node_scores, node_pos (-1 for all) and pos where
+there are any.
 
-Version 2; version 1 had neither ranks, meanings nor positions of nodes, and is read.
-
-1. The arrays are written first, then the JSON, which holds their SHA-256: each file under a temporary
-   name that is then renamed. A JSON beside the arrays of another save is found out.
-2. Reading trusts neither: names, types, lengths, counts, ranges and what makes arrays a graph are
-   checked before a graph is built. No pickle.
+The digest of the bundle is of all of it. Reading trusts none: names, types, lengths, counts, ranges and
+what makes arrays a graph are checked before a graph is built. No pickle.
 
 Cost: reading and writing 22 bytes per edge.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Shaped
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
 from gemmascope_plugin.circuits.graph import PORTS, Graph
-from gemmascope_plugin.circuits.soundness import content_fault
+from gemmascope_plugin.circuits.soundness import MAX_LAYER, content_fault
 from gemmascope_plugin.circuits.tables import layer_of
-from gemmascope_plugin.errors import BadFileError, GemmaScopeError, MissingFileError
-from gemmascope_plugin.files.json_file import MAX_SIZE, read_json
-from gemmascope_plugin.files.whole import write_whole
+from gemmascope_plugin.files.bundle import as_json, from_json_value, read_bundle, write_bundle
+from gemmascope_plugin.files.json_file import Record
 from gemmascope_plugin.patching.node import Node, NodeKind
 
-FORMAT, VERSION = "gemmascope_plugin circuit", 2
-JSON, ARRAYS = "circuit.json", "circuit.safetensors"
+FORMAT, VERSION = "gemmascope_plugin circuit", 3
+KIND = "circuit"
 _EDGES = {
     "source": torch.int64,
     "target": torch.int64,
@@ -58,28 +49,25 @@ Arrays = dict[str, Shaped[torch.Tensor, "*_"]]
 
 
 def save_circuit(
-    folder: str | Path, graph: Graph, kept: Bool[torch.Tensor, " unit"], *, signed: bool
+    path: str | Path, graph: Graph, kept: Bool[torch.Tensor, " unit"], *, signed: bool
 ) -> Path:
-    """Writes a circuit; an older one in the folder is replaced.
+    """Writes a circuit; an older file is replaced.
 
     Args:
-        folder: Made if need be.
+        path: The file; its folder is made if need be.
         graph: The graph.
         kept: Which units are kept.
         signed: Whether they are ranked by signed score.
 
     Returns:
-        The folder.
+        The path.
 
     Raises:
-        GemmaScopeError: The folder cannot be written, or the metadata do not fit into JSON.
+        GemmaScopeError: The file cannot be written, or the metadata do not fit into JSON.
     """
-    folder = Path(folder).expanduser()
-    _check_plain(graph.metadata, "metadata")
     sites = list(dict.fromkeys((node.kind, node.hook) for node in graph.nodes))
     place = {site: i for i, site in enumerate(sites)}
     arrays = _arrays(graph, kept, place)
-    data = save({name: array.clone().contiguous() for name, array in arrays.items()})
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -88,26 +76,17 @@ def save_circuit(
         "n_kept": int(kept.sum()),
         "signed": signed,
         "ranked": graph.ranked,
-        "ports": PORTS,
-        "sites": sites,
+        "ports": list(PORTS),
+        "sites": [list(site) for site in sites],
         "meanings": {
             str(i): graph.meanings[node]
             for i, node in enumerate(graph.nodes)
             if node in graph.meanings
         },
-        "metadata": graph.metadata,
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "metadata": as_json(graph.metadata),
     }
-    text = json.dumps(content, indent=1).encode() + b"\n"
-    if len(text) > MAX_SIZE:
-        raise GemmaScopeError(
-            f"The metadata and meanings of {graph!r} take {len(text)} bytes as JSON",
-            exists=f"room for {MAX_SIZE}",
-            fix="Graph(..., metadata=) without large entries",
-        )
-    write_whole(folder / ARRAYS, lambda file: file.write(data))
-    write_whole(folder / JSON, lambda file: file.write(text))
-    return folder
+    plain = {name: array.detach().cpu().numpy() for name, array in arrays.items()}
+    return write_bundle(path, content, plain, kind=KIND)
 
 
 def _arrays(graph: Graph, kept: Bool[torch.Tensor, " unit"], place: Mapping[Any, int]) -> Arrays:
@@ -124,76 +103,35 @@ def _arrays(graph: Graph, kept: Bool[torch.Tensor, " unit"], place: Mapping[Any,
     return arrays
 
 
-def load_circuit(folder: str | Path) -> tuple[Graph, Bool[torch.Tensor, " unit"], bool]:
+def load_circuit(path: str | Path) -> tuple[Graph, Bool[torch.Tensor, " unit"], bool]:
     """Reads what :func:`save_circuit` has written.
 
     Returns:
         The graph, which units are kept, and whether they are ranked by signed score.
 
     Raises:
-        MissingFileError: One of the files is not there.
-        BadFileError: They are damaged, contradict one another, or are of an unknown version.
+        MissingFileError: There is no such file.
+        BadFileError: It is damaged, contradicts itself, or is of another version.
     """
-    folder = Path(folder).expanduser()
-    for name in (JSON, ARRAYS):
-        if not (folder / name).is_file():
-            raise MissingFileError(
-                f"There is no circuit in {str(folder)!r}: no {name}",
-                fix="a folder that circuit.save(folder) has written",
-            )
-    content = read_json(folder / JSON)
-    if content.get("format") != FORMAT:
-        raise _bad(folder / JSON, f"its format is {content.get('format')!r}, not {FORMAT!r}")
-    if content.get("version") not in (1, VERSION):
-        raise BadFileError(
-            f"{str(folder / JSON)!r} is of version {content.get('version')!r}",
-            exists=f"versions 1 and {VERSION}",
-            fix="a newer gemmascope_plugin",
-        )
+    content, plain = read_bundle(path, kind=KIND, format=FORMAT, version=VERSION)
     try:
-        data = (folder / ARRAYS).read_bytes()
-        if hashlib.sha256(data).hexdigest() != content.get("sha256"):
-            raise _bad(folder / ARRAYS, f"it is not the file that {JSON} was written with")
-        arrays = load(data)
-        _check_arrays(arrays, content.get("ranked"))
+        arrays = {name: torch.from_numpy(array.copy()) for name, array in plain.items()}
+        _check_arrays(arrays, content.get("ranked", str))
         return _decoded(content, arrays)
-    except (OSError, SafetensorError) as fault:
-        raise _bad(folder / ARRAYS, str(fault)) from fault
-    except (KeyError, TypeError, ValueError, IndexError) as fault:
-        raise _bad(folder / JSON, str(fault)) from fault
+    except (TypeError, ValueError) as fault:
+        content.bad(str(fault))
 
 
-def _check_plain(value: Any, where: str) -> None:
-    """Refuses what JSON cannot give back as it was.
-
-    Raises:
-        GemmaScopeError: Names the entry.
-    """
-    if isinstance(value, Mapping):
-        for key, each in value.items():
-            if not isinstance(key, str):
-                raise GemmaScopeError(f"{where} has the key {key!r}, which is no text")
-            _check_plain(each, f"{where}[{key!r}]")
-    elif isinstance(value, tuple):
-        for i, each in enumerate(value):
-            _check_plain(each, f"{where}[{i}]")
-    elif not (value is None or isinstance(value, str | bool | int | float)):
-        raise GemmaScopeError(
-            f"{where} is {type(value).__name__}, which cannot be saved",
-            exists="text, numbers, booleans, None, and tuples, lists and dicts of them",
-        )
-
-
-def _check_arrays(arrays: Arrays, ranked: Any) -> None:
+def _check_arrays(arrays: Arrays, ranked: str) -> None:
     """Names, types and lengths.
 
     Raises:
         ValueError: What is wrong.
     """
-    if ranked not in (None, "edge", "node"):
+    if ranked not in ("edge", "node"):
         raise ValueError(f"ranked is {ranked!r}, neither edge nor node")
     has_edges = any(name in arrays for name in (*_EDGES, "pos"))
-    ranks_edges = has_edges if ranked is None else ranked == "edge"
+    ranks_edges = ranked == "edge"
     wanted = {
         *_NODES,
         "kept",
@@ -209,58 +147,59 @@ def _check_arrays(arrays: Arrays, ranked: Any) -> None:
         raise ValueError("edges are ranked, and there are none")
     for name, array in arrays.items():
         of = {"k": unit, "n": "node_index"}.get(name[0], "source")
-        length = len(arrays[of])
-        if array.dtype != _TYPES[name] or array.shape != (length,):
+        if array.ndim != 1 or array.dtype != _TYPES[name] or len(array) != arrays[of].numel():
             raise ValueError(
-                f"array {name!r} is {tuple(array.shape)} of {array.dtype}, not ({length},) of "
-                f"{_TYPES[name]}"
+                f"array {name!r} is {tuple(array.shape)} of {array.dtype}, not "
+                f"({arrays[of].numel()},) of {_TYPES[name]}"
             )
-    if not 0 < len(arrays["kept"]) == len(arrays[unit]):
-        raise ValueError(f"array 'kept' has {len(arrays['kept'])} entries")
+    if len(arrays["kept"]) == 0:
+        raise ValueError("array 'kept' has no entries")
 
 
-def _decoded(
-    content: dict[str, Any], arrays: Arrays
-) -> tuple[Graph, Bool[torch.Tensor, " unit"], bool]:
+def _decoded(content: Record, arrays: Arrays) -> tuple[Graph, Bool[torch.Tensor, " unit"], bool]:
     """The circuit.
 
     Raises:
-        ValueError: What is wrong; also KeyError, TypeError, IndexError.
+        ValueError: What is wrong; also BadFileError.
     """
-    signed, metadata = content["signed"], content["metadata"]
-    ranked = content.get("ranked")
-    if not isinstance(signed, bool) or not isinstance(metadata, dict):
-        raise ValueError("signed is no truth value, or metadata no object")
-    if content["ports"] != list(PORTS):
-        raise ValueError(f"ports are {content['ports']!r}, not {list(PORTS)}")
-    nodes, kept = _nodes(content["sites"], arrays), arrays["kept"]
+    if content.list_of("ports", str) != list(PORTS):
+        raise ValueError(f"ports are {content.content['ports']!r}, not {list(PORTS)}")
+    nodes, kept = _nodes(content, arrays), arrays["kept"]
     edges = {name: arrays.get(name, torch.empty(0, dtype=t)) for name, t in _EDGES.items()}
     optional = {name: arrays.get(name) for name in ("node_scores", "pos")}
     counts = {"n_nodes": len(nodes), "n_edges": len(edges["source"]), "n_kept": int(kept.sum())}
     for name, count in counts.items():
-        if content[name] != count:
-            raise ValueError(f"{name} is {content[name]!r}, but the arrays have {count}")
-    meanings = _meanings(content.get("meanings", {}), nodes)
+        if content.get(name, int) != count:
+            raise ValueError(f"{name} is {content.content[name]}, but the arrays have {count}")
+    ranked: Any = content.get("ranked", str)
     fault = content_fault(nodes, **optional, **edges, ranked=ranked)
     if fault is not None:
         raise ValueError(fault)
+    metadata = from_json_value(content.get("metadata", dict))
+    if not isinstance(metadata, dict):
+        raise ValueError("the metadata are not an object")
+    meanings = _meanings(content, nodes)
     graph = Graph(nodes, **optional, **edges, metadata=metadata, ranked=ranked, meanings=meanings)
-    return graph, kept, signed
+    return graph, kept, content.get("signed", bool)
 
 
-def _meanings(content: Any, nodes: tuple[Node, ...]) -> dict[Node, str]:
-    if not isinstance(content, dict) or not all(isinstance(x, str) for x in content.values()):
-        raise ValueError("meanings are no texts by node")
-    return {nodes[int(place)]: text for place, text in content.items()}
+def _meanings(content: Record, nodes: tuple[Node, ...]) -> dict[Node, str]:
+    places = {str(i): node for i, node in enumerate(nodes)}
+    texts = content.dict_of("meanings", str)
+    if unknown := set(texts) - set(places):
+        raise ValueError(f"meanings has {min(unknown)!r}, which is not the place of a node")
+    return {places[place]: text for place, text in texts.items()}
 
 
-def _nodes(sites: Any, arrays: Arrays) -> tuple[Node, ...]:
-    for kind, hook in sites:
-        if kind not in get_args(NodeKind) or not isinstance(hook, str):
-            raise ValueError(f"{[kind, hook]!r} is no kind of node and hook")
+def _nodes(content: Record, arrays: Arrays) -> tuple[Node, ...]:
+    sites = [tuple(site) for site in content.list_of("sites", list)]
+    for site in sites:
+        is_site = len(site) == 2 and site[0] in get_args(NodeKind) and isinstance(site[1], str)
+        if not is_site:
+            raise ValueError(f"{list(site)!r} is not a kind of node and a hook")
     places, indices = arrays["node_site"].tolist(), arrays["node_index"].tolist()
-    if min(places + indices, default=0) < 0:
-        raise ValueError("a node has a negative place or index")
+    if min(places + indices, default=0) < 0 or max(places, default=0) >= len(sites):
+        raise ValueError("a node has a place or an index that there is not")
     at = arrays["node_pos"].tolist() if "node_pos" in arrays else [-1] * len(places)
     if min(at, default=-1) < -1:
         raise ValueError("a node has a negative position")
@@ -269,9 +208,14 @@ def _nodes(sites: Any, arrays: Arrays) -> tuple[Node, ...]:
         for place, index, pos in zip(places, indices, at, strict=True)
     )
     for node in nodes:
-        layer_of(node)
+        _check_layer(node)
     return nodes
 
 
-def _bad(path: Path, why: str) -> BadFileError:
-    return BadFileError(f"cannot read {str(path)!r}: {why}", fix="save the circuit again")
+def _check_layer(node: Node) -> None:
+    try:
+        layer = layer_of(node) or 0
+    except (ValueError, IndexError):
+        layer = MAX_LAYER
+    if not -1 <= layer < MAX_LAYER:
+        raise ValueError(f"{node.hook[:80]!r} is not the hook of a {node.kind}")

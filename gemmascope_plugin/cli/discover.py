@@ -81,7 +81,7 @@ def discover_command(
     backend: BackendName = "hooked",
     device: Device = "cpu",
     out: Out = None,
-    save: Annotated[Path | None, typer.Option(help="Folder to keep the circuit in.")] = None,
+    save: Annotated[Path | None, typer.Option(help="File to keep the circuit in.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     r"""Find the circuit of a task, and check it on other prompts.

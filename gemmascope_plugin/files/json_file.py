@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from gemmascope_plugin.errors import BadFileError
+from gemmascope_plugin.errors import BadFileError, GemmaScopeError
 
 MAX_SIZE = 1 << 20
 MAX_LINE = 1 << 16
@@ -198,6 +198,24 @@ _KINDS: dict[type, str] = {
 }
 
 
+def check_plain(content: Any, what: str) -> None:
+    """Refuses to write what this module would not read.
+
+    Args:
+        content: Made of plain values.
+        what: What it is called in the error.
+
+    Raises:
+        GemmaScopeError: It is nested too deep, or has text that is not Unicode.
+    """
+    try:
+        _check_depth(content)
+        json.dumps(content, ensure_ascii=False).encode()
+    except (RecursionError, ValueError) as fault:
+        why = str(fault) or f"it is nested more than {MAX_DEPTH} deep"
+        raise GemmaScopeError(f"{what} cannot be saved: {why}") from fault
+
+
 def bad_file(path: Path | str, why: str, fix: str = FIX) -> BadFileError:
     """The refusal of a file.
 
@@ -238,13 +256,14 @@ def _number(text: str) -> float:
 
 def _check_depth(content: Any) -> None:
     """Level by level, so that depth costs no stack."""
-    level = [content] if isinstance(content, dict | list) else []
+    kinds = (dict, list, tuple)
+    level = [content] if isinstance(content, kinds) else []
     for _ in range(MAX_DEPTH):
         level = [
             value
             for parent in level
             for value in (parent.values() if type(parent) is dict else parent)
-            if type(value) is dict or type(value) is list
+            if type(value) in kinds
         ]
     if level:
         raise RecursionError

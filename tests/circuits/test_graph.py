@@ -114,7 +114,7 @@ def test_scores_that_are_not_finite_are_an_error() -> None:
         ({"target": torch.tensor([-1, 2])}, "the target of an edge is not among"),
         ({"target": torch.tensor([0, 1])}, "an edge ends where it begins"),
         ({"port": torch.tensor([0, 4], dtype=torch.uint8)}, "port number 4"),
-        ({"pos": torch.tensor([0, -1])}, "a negative position"),
+        ({"pos": torch.tensor([0, -1])}, "an edge has a position outside 0 to"),
         (
             {"source": torch.tensor([0, 0]), "target": torch.tensor([2, 2])},
             "an edge is there twice",

@@ -42,13 +42,12 @@ from gemmascope_plugin.circuits.tracing.influence import (
     prune_masks,
     scores_of,
 )
-from gemmascope_plugin.circuits.tracing.parts import Parts, ends
+from gemmascope_plugin.circuits.tracing.parts import KINDS, Parts, ends
 from gemmascope_plugin.errors import EmptySelectionError, UnknownNameError, nearest
 
 if TYPE_CHECKING:
     import pandas as pd
 
-KINDS = ("token", "bias", "feature", "error", "target")
 SHOWN = 12
 """Rows of a graph in a notebook."""
 

@@ -25,8 +25,9 @@ import numpy as np
 
 from gemmascope_plugin.circuits.tracing.graph_json_nodes import node_records
 from gemmascope_plugin.circuits.tracing.influence import TraceScores
-from gemmascope_plugin.circuits.tracing.parts import Parts, as_json, ends
+from gemmascope_plugin.circuits.tracing.parts import Parts, ends
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, UnknownNameError, nearest
+from gemmascope_plugin.files.bundle import as_json
 from gemmascope_plugin.files.whole import write_whole
 
 INDEX = "graph-metadata.json"

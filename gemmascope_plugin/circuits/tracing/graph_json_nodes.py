@@ -26,8 +26,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gemmascope_plugin.circuits.tracing.parts import as_json
 from gemmascope_plugin.errors import GemmaScopeError
+from gemmascope_plugin.files.bundle import as_json
 
 FEATURE, ERROR = "cross layer transcoder", "mlp reconstruction error"
 EMBEDDING, LOGIT = "embedding", "logit"

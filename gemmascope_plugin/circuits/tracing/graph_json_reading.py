@@ -31,8 +31,9 @@ from gemmascope_plugin.circuits.tracing.graph_json_nodes import (
     SITES,
     from_cantor,
 )
-from gemmascope_plugin.circuits.tracing.parts import NODE_COLUMNS, Parts, from_json_value
+from gemmascope_plugin.circuits.tracing.parts import NODE_COLUMNS, Parts
 from gemmascope_plugin.errors import BadFileError, MissingFileError
+from gemmascope_plugin.files.bundle import from_json_value
 
 _KINDS = {EMBEDDING: "token", FEATURE: "feature", LOGIT: "target"}
 _ORDER = {"token": 0, "feature": 1, "error": 2, "target": 3}

@@ -1,34 +1,37 @@
 """Keeps an attribution graph in one file and reads it back, exactly.
 
-A safetensors file: in its header, as JSON, format, version, tokens, metadata and the columns of text of
-the nodes; as arrays the other columns (``node.layer``, ...) and the compressed rows (``rows``, the node
-of each; ``indptr``, ``indices``, ``data``).
+A bundle (``files/bundle.py``): in its header tokens, metadata and the columns of text of the nodes; as
+arrays the other columns (``node.layer``, ...) and the compressed rows (``rows``, the node of each;
+``indptr``, ``indices``, ``data``).
 
-1. The header holds the SHA-256 of the arrays' bytes: a damaged file is found out.
-2. Written under a temporary name and renamed. Reading trusts nothing: names, types, lengths and ranges
-   are checked before a graph is built. No pickle.
+1. The digest of the bundle is of all of it, labels too: a damaged file is found out.
+2. Reading trusts no digest: what makes tables and arrays a graph is checked (``defects.py``), and before
+   writing as well. No pickle.
 
 Cost: reading and writing 8 bytes per edge (float32) and some 100 per node.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from gemmascope_plugin.circuits.tracing.cyclic import in_any_order
-from gemmascope_plugin.circuits.tracing.parts import NODE_COLUMNS, Parts, as_json, from_json_value
-from gemmascope_plugin.errors import BadFileError, GemmaScopeError, MissingFileError
-from gemmascope_plugin.files.whole import write_whole
+from gemmascope_plugin.circuits.tracing.defects import node_defect, row_defect
+from gemmascope_plugin.circuits.tracing.parts import Parts
+from gemmascope_plugin.errors import GemmaScopeError
+from gemmascope_plugin.files.bundle import (
+    Arrays,
+    as_json,
+    from_json_value,
+    read_bundle,
+    write_bundle,
+)
+from gemmascope_plugin.files.json_file import Record
 
-FORMAT, VERSION = "gemmascope_plugin attribution graph", 1
-_KEY = "gemmascope"
+FORMAT, VERSION = "gemmascope_plugin attribution graph", 2
+KIND = "attribution graph"
 _ROWS = ("rows", "indptr", "indices", "data")
 
 
@@ -43,24 +46,26 @@ def save_graph(path: str | Path, parts: Parts) -> Path:
         The path.
 
     Raises:
-        GemmaScopeError: The file cannot be written, or the metadata do not fit into JSON.
+        GemmaScopeError: The file cannot be written, the metadata do not fit into JSON, or the graph has
+            numbers that are not finite.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        raise GemmaScopeError(
-            f"{str(path)!r} is a folder", fix=f"{str(path / 'graph.safetensors')!r}"
-        )
     nodes, edges = parts.nodes, parts.edges
     texts, arrays = {}, {}
     for name in nodes.columns:
         column = nodes[name].to_numpy()
         if column.dtype.kind in "biuf":
-            arrays[f"node.{name}"] = np.ascontiguousarray(column)
+            arrays[f"node.{name}"] = column
         else:
             texts[name] = _texts(name, column)
     matrix = edges.matrix
     arrays |= {"rows": edges.nodes, "indptr": matrix.indptr, "indices": matrix.indices}
     arrays["data"] = matrix.data
+    defect = node_defect(nodes, len(parts.tokens))
+    defect = defect or row_defect(
+        len(nodes), *(arrays[name] for name in _ROWS), grouped="supernodes" in parts.metadata
+    )
+    if defect is not None:
+        raise GemmaScopeError(f"The graph cannot be saved: {defect}")
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -68,10 +73,8 @@ def save_graph(path: str | Path, parts: Parts) -> Path:
         "texts": texts,
         "tokens": list(parts.tokens),
         "metadata": as_json(parts.metadata),
-        "sha256": _digest(arrays),
     }
-    data = save(arrays, {_KEY: json.dumps(content)})
-    return write_whole(path, lambda file: file.write(data))
+    return write_bundle(path, content, arrays, kind=KIND)
 
 
 def load_graph(path: str | Path) -> Parts:
@@ -79,25 +82,13 @@ def load_graph(path: str | Path) -> Parts:
 
     Raises:
         MissingFileError: There is no such file.
-        BadFileError: It is damaged, contradicts itself, or is of an unknown version.
+        BadFileError: It is damaged, contradicts itself, or is of another version.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise MissingFileError(
-            f"There is no attribution graph at {str(path)!r}",
-            fix="a file that graph.save(path) has written",
-        )
+    content, arrays = read_bundle(path, kind=KIND, format=FORMAT, version=VERSION)
     try:
-        with safe_open(path, framework="numpy") as file:
-            header = (file.metadata() or {}).get(_KEY)
-            if header is None:
-                raise ValueError(f"it is no {FORMAT}")
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _decoded(json.loads(header), arrays)
-    except (OSError, SafetensorError) as fault:
-        raise _bad(path, str(fault)) from fault
-    except (KeyError, TypeError, ValueError, AttributeError) as fault:
-        raise _bad(path, str(fault)) from fault
+        return _decoded(content, arrays)
+    except ValueError as fault:
+        content.bad(str(fault))
 
 
 def _texts(name: str, column: np.ndarray) -> list[str]:
@@ -110,72 +101,44 @@ def _texts(name: str, column: np.ndarray) -> list[str]:
     return column.tolist()
 
 
-def _digest(arrays: dict[str, np.ndarray]) -> str:
-    found = hashlib.sha256()
-    for name in sorted(arrays):
-        found.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        found.update(np.ascontiguousarray(arrays[name]).data)
-    return found.hexdigest()
-
-
-def _decoded(content: Any, arrays: dict[str, np.ndarray]) -> Parts:
+def _decoded(content: Record, arrays: Arrays) -> Parts:
     """The graph.
 
     Raises:
-        ValueError: What is wrong; also KeyError, TypeError.
+        ValueError: What is wrong; also BadFileError.
     """
     import pandas as pd
     import scipy.sparse as sp
 
-    if content["format"] != FORMAT:
-        raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
-    if content["version"] != VERSION:
-        raise ValueError(f"its version is {content['version']!r}, and only {VERSION} is known")
-    if content["sha256"] != _digest(arrays):
-        raise ValueError("the arrays are not those that the header was written with")
-    texts, columns = content["texts"], content["columns"]
-    if missing := [name for name in NODE_COLUMNS if name not in columns]:
-        raise ValueError(f"the column {missing[0]!r} is missing")
-    found = {name: texts[name] if name in texts else arrays[f"node.{name}"] for name in columns}
-    nodes = pd.DataFrame(found)
-    if not nodes["id"].is_unique:
-        raise ValueError("node ids are not unique")
-    rows, indptr, indices, data = (arrays[name] for name in _ROWS)
-    metadata = from_json_value(content["metadata"])
-    _check_rows(len(nodes), rows, indptr, indices, data, "supernodes" in metadata)
+    tokens, columns = content.list_of("tokens", str), content.list_of("columns", str)
+    texts = Record(content.get("texts", dict), content.path, content.fix)
+    table = {
+        name: texts.list_of(name, str) if name in texts.content else _array(arrays, f"node.{name}")
+        for name in columns
+    }
+    names = {*(f"node.{name}" for name in columns if name not in texts.content), *_ROWS}
+    if len(set(columns)) < len(columns) or names != set(arrays) or set(texts.content) - {*columns}:
+        raise ValueError("the columns are not those that it has arrays and texts for")
+    if len({len(column) for column in table.values()}) != 1:
+        raise ValueError("the columns differ in length")
+    nodes = pd.DataFrame(table)
+    rows, indptr, indices, data = (_array(arrays, name) for name in _ROWS)
+    metadata = from_json_value(content.get("metadata", dict))
+    if not isinstance(metadata, dict):
+        raise ValueError("the metadata are not an object")
+    defect = node_defect(nodes, len(tokens))
+    defect = defect or row_defect(
+        len(nodes), rows, indptr, indices, data, grouped="supernodes" in metadata
+    )
+    if defect is not None:
+        raise ValueError(defect)
     matrix = sp.csr_array((data, indices, indptr), shape=(len(rows), len(nodes)))
-    return Parts(nodes, in_any_order(matrix, rows), tuple(map(str, content["tokens"])), metadata)
+    return Parts(nodes, in_any_order(matrix, rows), tuple(tokens), metadata)
 
 
-def _check_rows(
-    n_nodes: int,
-    rows: np.ndarray,
-    indptr: np.ndarray,
-    indices: np.ndarray,
-    data: np.ndarray,
-    grouped: bool,
-) -> None:
-    """What makes arrays the rows of a graph; groups of nodes may reach each other both ways.
-
-    Raises:
-        ValueError: What is wrong.
-    """
-    if any(array.ndim != 1 for array in (rows, indptr, indices, data)):
-        raise ValueError("an array of the rows has several axes")
-    if len(indptr) != len(rows) + 1 or len(indices) != len(data) or indptr[0] != 0:
-        raise ValueError("the lengths of the rows contradict one another")
-    if indptr[-1] != len(data) or (np.diff(indptr) < 0).any():
-        raise ValueError("the rows do not add up to the entries")
-    if (np.diff(rows) <= 0).any() or (rows < 0).any() or (rows >= n_nodes).any():
-        raise ValueError("the nodes of the rows are not ascending places")
-    if (indices < 0).any():
-        raise ValueError("an edge comes from no node")
-    targets = np.repeat(rows, np.diff(indptr))
-    if (indices >= (n_nodes if grouped else targets)).any():
-        raise ValueError("an edge leads backwards")
-    if (np.diff(targets * n_nodes + indices) <= 0).any():
-        raise ValueError("the entries of a row are not ascending")
-
-
-def _bad(path: Path, why: str) -> BadFileError:
-    return BadFileError(f"cannot read {str(path)!r}: {why}", fix="save the graph again")
+def _array(arrays: Arrays, name: str) -> np.ndarray:
+    if name not in arrays:
+        raise ValueError(f"the array {name!r} is missing")
+    if arrays[name].ndim != 1 and name.startswith("node."):
+        raise ValueError(f"the array {name!r} has several axes")
+    return arrays[name]

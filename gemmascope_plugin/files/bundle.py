@@ -1,0 +1,176 @@
+"""One result in one file: arrays and what is said about them, back exactly, or known to be damaged.
+
+A safetensors file; in its header, as JSON under ``gemmascope``: format, version, whatever the result
+says, and ``digest``, a SHA-256 of all of that and of all arrays.
+
+1. Written under a temporary name and renamed. What could not be read again is not written.
+2. Read with suspicion: the file, its header, format, version and digest are checked here. The digest
+   finds damage, not intent: types, lengths and ranges are for the reader of each format. No pickle.
+
+Cost: reading, writing and hashing once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from gemmascope_plugin.errors import BadFileError, GemmaScopeError, MissingFileError
+from gemmascope_plugin.files.json_file import MAX_DEPTH, Record, bad_file, check_plain, parse_json
+from gemmascope_plugin.files.whole import write_whole
+
+KEY = "gemmascope"
+MAX_HEADER = 100_000_000
+"""Bytes of a header that safetensors reads."""
+_FLOAT = "$float"
+
+Arrays = dict[str, np.ndarray]
+
+
+def write_bundle(
+    path: str | Path, content: Mapping[str, Any], arrays: Mapping[str, np.ndarray], *, kind: str
+) -> Path:
+    """Writes a result; an older file is replaced.
+
+    Args:
+        path: The file; its folder is made if need be.
+        content: What is said about the arrays, ``format`` and ``version`` first; plain values.
+        arrays: The arrays.
+        kind: What the result is, for errors.
+
+    Returns:
+        The path.
+
+    Raises:
+        GemmaScopeError: The file cannot be written, or the content does not fit into JSON.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        name = f"{kind.split()[-1]}.safetensors"
+        raise GemmaScopeError(f"{str(path)!r} is a folder", fix=f"{str(path / name)!r}")
+    check_plain(content, f"the {kind}")
+    # as it will be read: tuples are lists
+    content = json.loads(json.dumps(content, allow_nan=False))
+    plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    header = json.dumps({**content, "digest": digest(content, plain)}, allow_nan=False)
+    if len(header) > MAX_HEADER // 2:
+        raise GemmaScopeError(
+            f"What the {kind} says of itself takes {len(header)} bytes as JSON",
+            exists=f"room for {MAX_HEADER // 2}",
+            fix="metadata without large entries",
+        )
+    data = save(plain, {KEY: header})
+    return write_whole(path, lambda file: file.write(data))
+
+
+def read_bundle(path: str | Path, *, kind: str, format: str, version: int) -> tuple[Record, Arrays]:
+    """Reads what :func:`write_bundle` has written.
+
+    Args:
+        path: The file.
+        kind: What the result is, for errors.
+        format: What its format has to be.
+        version: Its version.
+
+    Returns:
+        What is said about the arrays, and the arrays.
+
+    Raises:
+        MissingFileError: There is no such file.
+        BadFileError: It is damaged, or of another format or version.
+    """
+    path, fix = Path(path).expanduser(), f"save the {kind} again"
+    if not path.is_file():
+        raise MissingFileError(
+            f"There is no {kind} at {str(path)!r}",
+            fix=f"a file that {kind.split()[-1]}.save(path) wrote",
+        )
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = (file.metadata() or {}).get(KEY)
+            if header is None:
+                raise bad_file(path, f"it is not a {format}", fix)
+            names = list(file.keys())
+            arrays = {name: np.asarray(file.get_tensor(name)) for name in names}
+    except (OSError, SafetensorError, TypeError, ValueError, KeyError, MemoryError) as fault:
+        raise bad_file(path, str(fault), fix) from fault
+    content = parse_json(header, path, fix=fix)
+    if not isinstance(content, dict) or content.get("format") != format:
+        raise bad_file(path, f"it is not a {format}", fix)
+    if type(content.get("version")) is not int or content["version"] != version:
+        raise BadFileError(
+            f"{str(path)!r} is of version {content.get('version')!r}",
+            exists=f"version {version}",
+            fix=f"the gemmascope_plugin that wrote it, or {fix}",
+        )
+    if content.pop("digest", None) != digest(content, arrays):
+        raise bad_file(path, "it is not as it was written", fix)
+    return Record(content, path, fix), arrays
+
+
+def digest(content: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    """Checksum of all that a file holds, apart from the checksum itself.
+
+    Args:
+        content: What is said about the arrays.
+        arrays: The arrays.
+    """
+    checksum = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        checksum.update(f"\0{name} {array.dtype} {array.shape}\0".encode())
+        checksum.update(np.ascontiguousarray(array).data)
+    return checksum.hexdigest()
+
+
+def as_json(value: Any, where: str = "metadata") -> Any:
+    """Metadata as what JSON can hold; ``nan`` and infinities as text, which every reader takes.
+
+    Args:
+        value: Text, numbers, truth values, None; tuples, lists and mappings of them.
+        where: What it is called in an error.
+
+    Raises:
+        GemmaScopeError: Something else, or a key that is not text.
+    """
+    if where.count("[") > MAX_DEPTH:
+        raise GemmaScopeError(f"{where[:80]}... is nested more than {MAX_DEPTH} deep")
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str) or key == _FLOAT:
+                raise GemmaScopeError(f"{where} has the key {key!r}, which is not plain text")
+        return {key: as_json(each, f"{where}[{key!r}]") for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [as_json(each, f"{where}[{i}]") for i, each in enumerate(value)]
+    plain = value.item() if isinstance(value, np.generic) else value
+    if isinstance(plain, float) and not math.isfinite(plain):
+        return {_FLOAT: str(plain)}
+    if plain is None or isinstance(plain, (str, bool, int, float)):
+        return plain
+    raise GemmaScopeError(
+        f"{where} is {type(value).__name__}, which cannot be saved",
+        exists="text, numbers, booleans, None, and tuples, lists and dicts of them",
+    )
+
+
+def from_json_value(value: Any) -> Any:
+    """The inverse of :func:`as_json`; sequences are tuples.
+
+    Raises:
+        ValueError: A number that is none.
+    """
+    if isinstance(value, dict):
+        if list(value) == [_FLOAT]:
+            if value[_FLOAT] not in ("nan", "inf", "-inf"):
+                raise ValueError(f"{value[_FLOAT]!r} stands for a number")
+            return float(value[_FLOAT])
+        return {key: from_json_value(each) for key, each in value.items()}
+    return tuple(map(from_json_value, value)) if isinstance(value, list) else value
