@@ -40,6 +40,10 @@ class GemmaScopeError(Exception):
         super().__init__(" ".join(parts))
 
 
+class InputError(GemmaScopeError):
+    """An argument of a kind that the function does not take, or arguments in another order."""
+
+
 class UnknownNameError(GemmaScopeError):
     """A model, site, release, dictionary, task, label or option that does not exist."""
 

@@ -41,7 +41,6 @@ from gemmascope_plugin.attribution.edge_scores import (
 )
 from gemmascope_plugin.attribution.reader_gradients import ReaderGradients, read_gradients
 from gemmascope_plugin.errors import TaskError
-from gemmascope_plugin.loading.suite import parse_size
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.edge_effects import EdgeEffects
@@ -54,6 +53,7 @@ from gemmascope_plugin.patching.writer_replacement import (
     replacements,
 )
 from gemmascope_plugin.patching.writes import DeltaForm, Writes
+from gemmascope_plugin.sizes import parse_size
 from gemmascope_plugin.types import Direction
 
 

@@ -190,7 +190,7 @@ def _options(
         TaskError: Targets that cannot be read.
         UnknownNameError: The budget is no size.
     """
-    from gemmascope_plugin.loading.suite import parse_size
+    from gemmascope_plugin.sizes import parse_size
 
     if not prompt.strip():
         raise EmptySelectionError("The prompt is empty", fix='gemmascope trace "some words"')

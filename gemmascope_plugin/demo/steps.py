@@ -23,7 +23,7 @@ from gemmascope_plugin.features import Features
 from gemmascope_plugin.loading import load
 from gemmascope_plugin.models import to_tokens, token_strings
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.tokens import word_id
+from gemmascope_plugin.models.tokens import token_id
 from gemmascope_plugin.pages.walkthrough import Ablation, Comparison
 from gemmascope_plugin.patching import FeatureId, Task, activation_patching, probability
 from gemmascope_plugin.splice import Ablate, Add, Steering, splice, steer
@@ -257,7 +257,7 @@ def _best_option(
     model: HookedModel, sae: Any, prompt: str, options: list[tuple[int, str]], strength: float
 ) -> tuple[float, int]:
     """Highest probability of a wanted word, and the feature that gives it."""
-    edits = [(Add(features=i, amount=strength), word_id(model, word)) for i, word in options]
+    edits = [(Add(features=i, amount=strength), token_id(model, word)) for i, word in options]
     reached = [float(next_word(model, sae, prompt, edit)[word]) for edit, word in edits]
     return max(zip(reached, (i for i, _ in options), strict=True))
 

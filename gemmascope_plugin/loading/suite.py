@@ -11,7 +11,6 @@ Costs a few milliseconds per dictionary, paid at its first use.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,7 @@ from gemmascope_plugin.errors import (
     shorten,
 )
 from gemmascope_plugin.loading.load import load
-
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20}
-UNITS["gib"] = 1 << 30
+from gemmascope_plugin.sizes import parse_size
 
 Key = SaeSpec | tuple[str, str] | str | int
 
@@ -200,23 +197,3 @@ def load_suite(
         revision=revision,
         offline=offline,
     )
-
-
-def parse_size(size: int | str | None) -> int | None:
-    """Bytes of a size such as ``"8 GB"`` or ``"512MiB"``; numbers and None pass through.
-
-    Args:
-        size: Number of bytes, or a number with a unit.
-
-    Returns:
-        Bytes.
-
-    Raises:
-        UnknownNameError: It is no positive size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size).lower())
-    if size is None or (type(size) is int and size > 0):
-        return size
-    if match is None or match[2] not in UNITS or not float(match[1]):
-        raise UnknownNameError(f"no size {size!r}", exists="bytes, or e.g. '8 GB', '512 MiB'")
-    return int(float(match[1]) * UNITS[match[2]])

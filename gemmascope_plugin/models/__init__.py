@@ -9,7 +9,8 @@ from gemmascope_plugin.models.points import (
     hook_point,
     restore_heads,
 )
-from gemmascope_plugin.models.tokens import special_ids, to_tokens, token_strings
+from gemmascope_plugin.models.prompts import to_tokens
+from gemmascope_plugin.models.tokens import special_ids, token_id, token_label, token_strings
 
 __all__ = [
     "Parity",
@@ -22,5 +23,7 @@ __all__ = [
     "restore_heads",
     "special_ids",
     "to_tokens",
+    "token_id",
+    "token_label",
     "token_strings",
 ]

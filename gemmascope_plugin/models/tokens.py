@@ -1,90 +1,112 @@
-"""Text to token ids and back, and which tokens are special."""
+"""Tokens by their number: words to ids, ids to readable labels, and which tokens are special.
+
+A token is known by its id everywhere. Real vocabularies hold most words twice, with a space in front and
+without (``" Paris"`` and ``"Paris"`` of Gemma are 9079 and 50429), and bytes that are no text at all:
+
+1. A word means the token that is exactly this text. Only where there is none, the one with a space.
+2. Where both exist the prompt decides (``_exact_follows``); where it does not, nothing is guessed.
+3. ``token_label`` is the one text for people; two tokens may share it, so nothing is looked up by it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 
-from gemmascope_plugin.errors import EmptySelectionError, ModelError, UnknownNameError, nearest
-from gemmascope_plugin.models.protocol import HookedModel, device_of
+from gemmascope_plugin.errors import InputError, ModelError, UnknownNameError, nearest
+from gemmascope_plugin.indices import as_index
+from gemmascope_plugin.models.protocol import HookedModel
 
 SPECIAL_NAMES = ("bos", "eos", "pad")
 """What ``exclude=`` may name; token ids may stand beside them."""
 
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_ATTACHED = ".,;:!?)]}%\u2019\u201d\u2026"
+"""A text that begins with one of these follows a word without a space."""
+_OPENING = "([{\u201c\u2018\u00ab/\\_@#$\u20ac\u00a3>"
+"""After one of these a text follows without a space."""
 
-def to_tokens(
-    model: HookedModel, text: str | Sequence[str] | Int[torch.Tensor, "*batch pos"]
-) -> Int[torch.Tensor, "batch pos"]:
-    """Token ids on the model's device, BOS in front exactly once.
+
+def token_id(model: HookedModel, word: Any, prompt: Any = None) -> int:
+    """The id of a token, given as a word or as its id.
 
     Args:
-        model: Model with a tokenizer; without one only token ids are accepted.
-        text: One prompt, several prompts of equal length in tokens, or ids ``[batch, pos]`` or
-            ``[pos]``.
+        model: The model; for words it needs a tokenizer.
+        word: Text that is a single token, or an id of any library's integers.
+        prompt: What stands before the token, as text or ids; decides between a word and the same word
+            with a space in front, where the vocabulary has both.
 
     Raises:
-        EmptySelectionError: No prompt, or a prompt without any text.
-        ModelError: Text was given and the model has no tokenizer, or lengths differ.
+        UnknownNameError: The word is not a single token, the id is outside the vocabulary, or the word
+            may be either of two tokens.
+        InputError: Neither a word nor an id.
+        ModelError: A word, and the model has no tokenizer.
     """
-    if isinstance(text, torch.Tensor):
-        ids = text if text.ndim == 2 else text[None]
-        if ids.numel() == 0:
-            raise EmptySelectionError("The prompt has no tokens")
-        return ids.to(device_of(model))
-    prompts = [text] if isinstance(text, str) else list(text)
-    if not prompts or any(not prompt.strip() for prompt in prompts):
-        raise EmptySelectionError(
-            "The prompt is empty", fix="give at least one word, or token ids [batch, pos]"
+    number = as_index(word)
+    if number is not None:
+        return check_ids(model, [number])[0]
+    if not isinstance(word, str):
+        raise InputError(
+            f"{word!r} is neither a word nor a token id", fix='" Paris" or 9079, one for one token'
         )
-    if model.tokenizer is None:
-        raise ModelError("The model has no tokenizer", fix="give token ids [batch, pos]")
-    rows = [_encode(model, prompt) for prompt in prompts]
-    lengths = sorted({len(row) for row in rows})
-    if len(lengths) > 1:
-        raise ModelError(
-            f"The prompts have different lengths: {lengths} tokens",
-            fix="give prompts of one length, or call once per prompt",
-        )
-    return torch.tensor(rows, device=device_of(model))
-
-
-def _encode(model: HookedModel, prompt: str) -> list[int]:
-    # add_special_tokens=False first: TransformerLens may hand over a tokenizer that adds BOS itself
-    ids = list(model.tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    bos = model.tokenizer.bos_token_id
-    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
-
-
-def word_id(model: HookedModel, word: str) -> int:
-    """The id of a word that is a single token, with or without a space before it.
-
-    Raises:
-        UnknownNameError: The word is unknown or is more than one token.
-    """
     if model.tokenizer is None:
         raise ModelError("The model has no tokenizer", fix="give token ids instead of words")
-    unknown = model.tokenizer.unk_token_id
-    for candidate in (f" {word}", word):
-        ids = model.tokenizer(candidate, add_special_tokens=False)["input_ids"]
-        if len(ids) == 1 and ids[0] != unknown:
-            return int(ids[0])
+    exact = _single(model, word)
+    spaced = _single(model, f" {word}") if word[:1].strip() else None
+    if exact is None and spaced is None:
+        raise _unknown(model, word)
+    if exact is None or spaced is None or exact == spaced:
+        return exact if exact is not None else spaced  # pyright: ignore[reportReturnType]
+    if _exact_follows(word, _text_before(model, prompt)):
+        return exact
     raise UnknownNameError(
-        f"{word!r} is not a single token of this model",
-        nearest=nearest(word, model.tokenizer.get_vocab()),
-        fix="give the token id",
+        f"{word!r} may be the token {word!r} (id {exact}) or the token {' ' + word!r} (id {spaced})",
+        fix=f"{' ' + word!r} for the next word of a sentence, or the id of the one that you mean",
     )
 
 
-def token_strings(model: HookedModel, ids: Int[torch.Tensor, " pos"]) -> list[str]:
-    """One readable string per token."""
+def check_ids(model: HookedModel, ids: Iterable[int]) -> list[int]:
+    """Token ids, each inside the vocabulary.
+
+    Raises:
+        UnknownNameError: With the first that is not.
+    """
+    listed, n = list(ids), int(model.cfg.d_vocab)
+    for number in listed:
+        if not 0 <= number < n:
+            raise UnknownNameError(
+                f"Token id {number} does not exist", exists=f"token ids 0 to {n - 1}"
+            )
+    return listed
+
+
+def token_label(model: HookedModel, token: Any) -> str:
+    """Readable text of a token; bytes as ``<0xE0>``, tokens without text by their name."""
+    number = int(token)
     if model.tokenizer is None:
-        return [str(int(i)) for i in ids]
-    return [model.tokenizer.decode([int(i)]) for i in ids]
+        return str(number)
+    text = model.tokenizer.decode([number])
+    name = _name(model, number)
+    if name is not None and (_BYTE.fullmatch(name) or not text or "\ufffd" in text):
+        return name
+    return text or str(number)
 
 
-def special_ids(model: HookedModel, exclude: Iterable[str | int]) -> frozenset[int]:
+def quoted_label(model: HookedModel, token: Any) -> str:
+    """Label and id, where two tokens may look alike: ``' Paris' (9079)``."""
+    return f"{token_label(model, token)!r} ({int(token)})"
+
+
+def token_strings(model: HookedModel, ids: Int[torch.Tensor, " pos"]) -> list[str]:
+    """One readable string per token; see :func:`token_label`."""
+    return [token_label(model, number) for number in ids.tolist()]
+
+
+def special_ids(model: HookedModel, exclude: str | int | Iterable[str | int]) -> frozenset[int]:
     """Token ids behind names like ``"bos"``; ids pass through.
 
     Raises:
@@ -92,24 +114,25 @@ def special_ids(model: HookedModel, exclude: Iterable[str | int]) -> frozenset[i
         ModelError: A name was given and the model has no tokenizer.
     """
     ids = set()
-    for item in exclude:
-        if isinstance(item, int):
-            ids.add(item)
+    for item in [exclude] if isinstance(exclude, str | int) else exclude:
+        number = as_index(item)
+        if number is not None:
+            ids.add(number)
             continue
         if item not in SPECIAL_NAMES:
             raise UnknownNameError(
                 f"Unknown special token {item!r} in exclude",
                 exists=", ".join(SPECIAL_NAMES) + ", or token ids",
-                nearest=nearest(item, SPECIAL_NAMES),
+                nearest=nearest(str(item), SPECIAL_NAMES),
             )
         if model.tokenizer is None:
             raise ModelError(
                 f"exclude={item!r} needs a tokenizer and the model has none",
                 fix="exclude=(0, 1, 2) with your token ids, or exclude=() to keep every token",
             )
-        found = getattr(model.tokenizer, f"{item}_token_id")
-        if found is not None:
-            ids.add(int(found))
+        number = getattr(model.tokenizer, f"{item}_token_id")
+        if number is not None:
+            ids.add(int(number))
     return frozenset(ids)
 
 
@@ -121,3 +144,61 @@ def kept_positions(
     for token in excluded:
         keep &= tokens != token
     return keep
+
+
+def _ids_of(model: HookedModel, text: str) -> list[int]:
+    return list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _single(model: HookedModel, text: str) -> int | None:
+    """The token that a text is; None where it is none or several."""
+    ids = _ids_of(model, text)
+    return int(ids[0]) if len(ids) == 1 and ids[0] != model.tokenizer.unk_token_id else None
+
+
+def _text_before(model: HookedModel, prompt: Any) -> str | None:
+    """The end of a prompt as text; None where nothing is known of it."""
+    if prompt is None or isinstance(prompt, str):
+        return prompt
+    ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+    return model.tokenizer.decode(ids[-8:]) if ids else None
+
+
+def _exact_follows(word: str, before: str | None) -> bool:
+    """Whether a text follows a prompt as it is, and a space in front of it would be wrong.
+
+    Signs that attach to the word before them do everywhere; after a line break, a space, an opening
+    bracket or sign everything does, and so do digits after digits. After a word it depends on what was
+    meant (``walk`` + ``ing``, ``is`` + ``Paris``), which nobody but the asker knows.
+    """
+    if word[0] in _ATTACHED:
+        return True
+    if not before:
+        return False
+    last = before[-1]
+    if last.isspace() or last in _OPENING or (last.isdigit() and word[0].isdigit()):
+        return True
+    within = before[-2:-1].isalnum()
+    # a straight quotation mark opens unless it stands behind a word; a hyphen joins where it does
+    return within if last == "-" else last in "\"'" and not within
+
+
+def _unknown(model: HookedModel, word: str) -> UnknownNameError:
+    """Why a word is not a token: its pieces, or its nearest neighbours where it is unknown."""
+    problem = f"{word!r} is not a single token of this model"
+    ids = _ids_of(model, word)
+    if not ids or model.tokenizer.unk_token_id in ids:
+        close = nearest(word, model.tokenizer.get_vocab())
+        return UnknownNameError(problem, nearest=close, fix="give the token id")
+    pieces = " + ".join(repr(token_label(model, piece)) for piece in ids)
+    return UnknownNameError(
+        f"{problem}, it is {len(ids)}: {pieces}",
+        fix=f"sequence_logprob([{word!r}]) for an answer of several tokens, or give the token id of "
+        "the piece that you mean",
+    )
+
+
+def _name(model: HookedModel, number: int) -> str | None:
+    """A token as the vocabulary spells it; None where the tokenizer cannot say."""
+    convert = getattr(model.tokenizer, "convert_ids_to_tokens", None)
+    return None if convert is None else convert(number)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.errors import TaskError, UnknownNameError
 from gemmascope_plugin.models.protocol import HookedModel, device_of
-from gemmascope_plugin.models.tokens import word_id
+from gemmascope_plugin.models.tokens import token_id
 
 Answer = str | int | Sequence[str | int]
 """A token, or a set of tokens of which any counts."""
@@ -39,7 +39,7 @@ class TokenSets:
         for row, choices in enumerate(sets):
             if not choices:
                 raise TaskError(f"Prompt {row} has an empty set of answers")
-            found = [c if isinstance(c, int) else word_id(model, c) for c in choices]
+            found = [c if isinstance(c, int) else token_id(model, c) for c in choices]
             beyond = [i for i in found if not 0 <= i < model.cfg.d_vocab]
             if beyond:
                 raise UnknownNameError(

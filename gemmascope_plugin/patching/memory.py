@@ -25,10 +25,10 @@ from typing import Any
 
 from gemmascope_plugin.catalog.sites import human_size
 from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError
-from gemmascope_plugin.loading.suite import parse_size
 from gemmascope_plugin.models.points import n_heads, n_layers
 from gemmascope_plugin.models.protocol import HookedModel, dtype_of
 from gemmascope_plugin.patching.components import COMPONENTS, sizes_of
+from gemmascope_plugin.sizes import parse_size
 
 STREAM, HEADS, SCORES, MLP, CODES, LOGITS = 8, 8, 4, 4, 3, 4
 """Tensors of each kind that are alive at once."""

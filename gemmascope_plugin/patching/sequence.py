@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.errors import TaskError
-from gemmascope_plugin.models.padding import pad_id
+from gemmascope_plugin.models.prompts import pad_id
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import token_strings
 from gemmascope_plugin.patching.metric import BoundMetric, Logits, Metric

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from gemmascope_plugin.errors import EmptySelectionError, check_feature
+from gemmascope_plugin.indices import feature_ids
 from gemmascope_plugin.splice.window import Positions, Rows, Window
 
 
@@ -24,8 +25,9 @@ from gemmascope_plugin.splice.window import Positions, Rows, Window
 class Edit(ABC):
     """What becomes of some features. Subclasses say it in ``apply``."""
 
-    features: int | Sequence[int] | None
-    """Feature indices; None for every feature, which needs the whole encode."""
+    features: Any
+    """Feature indices, one or several, of any library's integers; None for every feature, which
+    needs the whole encode."""
     positions: Positions = None
     """Token positions, absolute, negative ones from the end of the prompt; a slice; a boolean mask
     ``[pos]`` or ``[batch, pos]``; None for all."""
@@ -37,6 +39,9 @@ class Edit(ABC):
     sae: Any = None
     """Which dictionary is meant when several are spliced: the object, its name or its output hook."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "features", feature_ids(self.features))
+
     @abstractmethod
     def apply(
         self, acts: Float[torch.Tensor, "batch pos k"], window: Window
@@ -46,9 +51,8 @@ class Edit(ABC):
     @property
     def indices(self) -> tuple[int, ...] | None:
         """The features as a tuple; None for all."""
-        if self.features is None:
-            return None
-        return (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        ids = feature_ids(self.features)
+        return (ids,) if isinstance(ids, int) else ids
 
     def bind(self, acts_hook: str, d_sae: int) -> Edit:
         """This edit, checked, for the dictionary whose features are at ``acts_hook``.

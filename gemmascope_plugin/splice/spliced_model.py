@@ -23,6 +23,7 @@ from gemmascope_plugin.errors import (
 )
 from gemmascope_plugin.models import hook_point, to_tokens
 from gemmascope_plugin.models.passes import PassWatch
+from gemmascope_plugin.models.prompts import read_prompts
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import Reading, reading
 from gemmascope_plugin.splice.hooked_cross_layer import HookedCrossLayer
@@ -31,6 +32,8 @@ from gemmascope_plugin.splice.hooked_site import SUB_HOOKS, HookedSite
 from gemmascope_plugin.splice.token_mask import refuse_empty
 
 HookFn = Callable[..., Any]
+_CONTINUES = {"past_kv_cache", "past_key_values", "start_at_layer"}
+"""What a pass is given that does not start with the first token."""
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 
@@ -59,12 +62,19 @@ class SplicedModel:
         return f"SplicedModel({self.model.cfg.n_layers} layers, dictionaries at {sites})"
 
     def __call__(self, text: Any, **kwargs: Any) -> Any:
-        """Logits ``[batch, pos, d_vocab]`` of text or token ids."""
-        tokens = to_tokens(self.model, text)
-        if not kwargs:  # with a cache of earlier tokens a single special token is in order
-            for site in {site.exclude: site for site in self.sites.values()}.values():
-                refuse_empty(self.model, site, tokens)
-        return self.model(tokens, **kwargs)
+        """Logits ``[batch, pos, d_vocab]`` of prompts in any form, at the places where they were given.
+
+        Texts of unequal length are padded behind their ends; what stands at padding is masked and means
+        nothing.
+        """
+        if kwargs.keys() & _CONTINUES:  # with a cache of earlier tokens a special token is in order
+            return self.model(read_prompts(self.model, text, mask=True).tokens, **kwargs)
+        prompts = read_prompts(self.model, text, kwargs.pop("attention_mask", None))
+        if prompts.is_padded:
+            kwargs["attention_mask"] = prompts.mask.long()
+        for site in {site.exclude: site for site in self.sites.values()}.values():
+            refuse_empty(self.model, site, prompts.tokens)
+        return self.model(prompts.tokens, **kwargs)
 
     forward = __call__
 

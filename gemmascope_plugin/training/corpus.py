@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Bool, Int
 
 from gemmascope_plugin.errors import EmptySelectionError, ModelError
+from gemmascope_plugin.models.prompts import to_tokens
 from gemmascope_plugin.models.protocol import HookedModel, device_of
-from gemmascope_plugin.models.tokens import to_tokens
 
 Corpus = str | Sequence[str] | torch.Tensor | Iterable[torch.Tensor]
 """One text, texts, token ids ``[row, pos]``, or batches of them."""

@@ -23,6 +23,7 @@ from gemmascope_plugin.errors import (
 )
 from tests import factories
 from tests.factories import unchecked
+from tests.support.real_like import PROMPT, real_like, real_like_transcoders, vocabulary
 from tests.tiny_models import random_tokens
 
 TOKENS = random_tokens(batch=1, length=20, seed=5)
@@ -147,7 +148,7 @@ REFUSED = [
     ({"targets": ["w9", 9]}, TaskError, "given twice"),
     ({"targets": [("w9", "w9")]}, TaskError, "itself is zero"),
     ({"targets": [gs.Logit("w9", 20)]}, TaskError, "outside the prompt of 20 tokens"),
-    ({"targets": [gs.Logit(999)]}, TaskError, "There is no token 999"),
+    ({"targets": [gs.Logit(999)]}, UnknownNameError, "Token id 999 does not exist"),
     ({"targets": ["zebra"]}, UnknownNameError, "not a single token"),
     (
         {"targets": [gs.FeatureTarget("blocks.2.mlp_out", 1, 3)]},
@@ -172,7 +173,7 @@ def test_refused(options: dict[str, Any], error: type, words: str, hooked2: Any)
 
 
 def test_what_is_no_target_is_refused() -> None:
-    with pytest.raises(TaskError, match="1.5 is no target"):
+    with pytest.raises(TaskError, match="1.5 is not a target"):
         unchecked(as_target)(1.5)
 
 
@@ -241,3 +242,44 @@ def test_hooks_are_gone(hooked2: Any) -> None:
     before = factories.n_hooks(hooked2)
     traced(hooked2, targets=["w9"])
     assert factories.n_hooks(hooked2) == before
+
+
+def test_tokens_that_look_alike_are_different_targets() -> None:
+    """`` Paris`` and ``Paris`` are two tokens: identity is the id, in tables, files and JSON."""
+    model, transcoders = real_like(), real_like_transcoders()
+    exact, spaced = vocabulary().index("Paris"), vocabulary().index("\u2581Paris")
+    graph = gs.trace(model, PROMPT, transcoders, targets=[exact, spaced], max_feature_nodes=8)
+    targets = graph.nodes[graph.nodes["kind"] == "target"]
+    assert targets["index"].tolist() == [exact, spaced]
+    assert targets["label"].tolist() == ["Paris", " Paris"]
+    assert targets["id"].tolist() == [f"target:logit:{exact}@5", f"target:logit:{spaced}@5"]
+    assert graph.metadata["residual"] < 1e-4
+    difference = gs.trace(
+        model, PROMPT, transcoders, targets=[(spaced, exact)], max_feature_nodes=8
+    )
+    assert difference.nodes["label"].iloc[-1] == "' Paris' - Paris"
+    back = gs.AttributionGraph.from_json(graph.to_json("two-tokens"))
+    assert back.nodes.query("kind == 'target'")["index"].tolist() == [exact, spaced]
+    with pytest.raises(
+        UnknownNameError, match=rf"'Paris' \(id {exact}\).*' Paris' \(id {spaced}\)"
+    ):
+        gs.trace(model, PROMPT, transcoders, targets=["Paris"])
+    with pytest.raises(TaskError, match="'Paris' at position 5 is given twice"):
+        gs.trace(model, PROMPT, transcoders, targets=[exact, exact])
+
+
+@pytest.mark.parametrize("prompt", ["The cat", '<a href="', "a\n", "Mary and John gave a", "Yes ü"])
+def test_every_likely_token_may_be_a_target(prompt: str) -> None:
+    """All tokens of a vocabulary that holds most words twice, and bytes."""
+    graph = gs.trace(
+        real_like(),
+        prompt,
+        real_like_transcoders(),
+        max_n_logits=442,
+        desired_logit_prob=1.0,
+        max_feature_nodes=1,
+    )
+    assert graph.nodes["id"].is_unique
+    assert not any("\ufffd" in label for label in graph.nodes["label"])
+    if prompt.endswith("ü"):
+        assert graph.tokens[-2:] == ("<0xC3>", "<0xBC>")

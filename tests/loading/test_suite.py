@@ -13,7 +13,6 @@ from gemmascope_plugin.errors import (
 )
 from gemmascope_plugin.loading import footprint, load_suite
 from gemmascope_plugin.loading import suite as suite_module
-from gemmascope_plugin.loading.suite import parse_size
 
 SIZE = spec().nbytes
 
@@ -86,15 +85,6 @@ def test_refusals(specs) -> None:
         load_suite([])
     with pytest.raises(GemmaScopeError, match="twice"):
         load_suite([specs[0], specs[0]])
-
-
-def test_sizes() -> None:
-    assert [parse_size(s) for s in (None, 5, "5", "2 GB", "1.5MiB", "3 kb")] == [
-        *(None, 5, 5, 2 * 10**9, 3 << 19, 3000)
-    ]
-    for wrong in ("many", "0", 0, -1, "3 parsecs"):
-        with pytest.raises(UnknownNameError, match="no size"):
-            parse_size(wrong)
 
 
 def test_published_sizes_of_models() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from gemmascope_plugin.errors import EmptySelectionError, ModelError, UnknownNameError
 from gemmascope_plugin.models import special_ids, to_tokens, token_strings
-from gemmascope_plugin.models.tokens import kept_positions, word_id
+from gemmascope_plugin.models.tokens import kept_positions, token_id
 from tests.tiny_models import BOS_ID, EOS_ID, PAD_ID
 
 
@@ -64,7 +64,7 @@ def test_text_without_a_tokenizer_is_an_error(speechless) -> None:
     with pytest.raises(ModelError, match=r"no tokenizer.*token ids \[batch, pos\]"):
         to_tokens(speechless, "w5")
     with pytest.raises(ModelError, match="no tokenizer"):
-        word_id(speechless, "w5")
+        token_id(speechless, "w5")
     with pytest.raises(ModelError, match=r"exclude='bos' needs a tokenizer"):
         special_ids(speechless, ("bos",))
 
@@ -97,16 +97,16 @@ def test_kept_positions_are_those_of_words() -> None:
 
 
 def test_words_and_strings(hooked2) -> None:
-    assert word_id(hooked2, "w17") == 17
+    assert token_id(hooked2, "w17") == 17
     assert token_strings(hooked2, torch.tensor([BOS_ID, 17])) == ["<bos>", "w17"]
 
 
 @pytest.mark.parametrize("word", ["w17x", "w17 w18", "nothing"])
 def test_a_word_that_is_no_single_token_is_an_error(hooked2, word: str) -> None:
     with pytest.raises(UnknownNameError, match="is not a single token.*give the token id"):
-        word_id(hooked2, word)
+        token_id(hooked2, word)
 
 
 def test_the_nearest_word_is_named(hooked2) -> None:
     with pytest.raises(UnknownNameError, match="Did you mean 'w17"):
-        word_id(hooked2, "w17x")
+        token_id(hooked2, "w17x")

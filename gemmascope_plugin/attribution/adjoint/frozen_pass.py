@@ -32,9 +32,9 @@ from gemmascope_plugin.errors import GemmaScopeError, TaskError
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.norm import Norm
 from gemmascope_plugin.models.points import flatten_heads
+from gemmascope_plugin.models.prompts import to_tokens
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import reading
-from gemmascope_plugin.models.tokens import to_tokens
 from gemmascope_plugin.patching.nodes import read
 
 

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from gemmascope_plugin.attribution.adjoint.frozen_pass import FrozenPass
 from gemmascope_plugin.attribution.adjoint.site import PER_LAYER
 from gemmascope_plugin.errors import TaskError, WidthMismatchError
-from gemmascope_plugin.models.tokens import token_strings, word_id
+from gemmascope_plugin.indices import as_index
+from gemmascope_plugin.models.tokens import token_id, token_label
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,11 @@ class Seed:
     source: tuple[Any, ...]
     """What was asked for, in words and numbers: ``("logit", token, position)`` and so on."""
 
+    @property
+    def name(self) -> str:
+        """What no other target of a trace is called: by numbers, as two tokens may look alike."""
+        return f"{':'.join(map(str, self.source[:-1]))}@{self.position}"
+
 
 def as_target(given: Target) -> Logit | LogitDifference | StreamDirection | FeatureTarget:
     """A word or id is a logit, a pair of them a difference.
@@ -87,14 +93,14 @@ def as_target(given: Target) -> Logit | LogitDifference | StreamDirection | Feat
     Raises:
         TaskError: Something else.
     """
-    if isinstance(given, (str, int)) and not isinstance(given, bool):
-        return Logit(given)
+    if isinstance(given, str) or (number := as_index(given)) is not None:
+        return Logit(given if isinstance(given, str) else number)  # pyright: ignore
     if isinstance(given, tuple) and len(given) == 2:
         return LogitDifference(*given)
     if isinstance(given, (Logit, LogitDifference, StreamDirection, FeatureTarget)):
         return given
     raise TaskError(
-        f"{given!r} is no target",
+        f"{given!r} is not a target",
         fix='"word", ("word", "other"), Logit(...), LogitDifference(...), StreamDirection(...) or '
         "FeatureTarget(...)",
     )
@@ -143,8 +149,8 @@ class Readout:
 
     def logit(self, target: Logit) -> Seed:
         """One token's logit minus the mean."""
-        token = self._id(target.token)
         position = position_in(target.position, self._record.n_pos)
+        token = self._id(target.token, position)
         chance = float(self._probabilities(position)[token])
         bias = 0.0 if self._b_U is None else float(self._b_U[token] - self._b_U.mean())
         vector = self._W_U[:, token].to(self._mean) - self._mean
@@ -157,13 +163,14 @@ class Readout:
         Raises:
             TaskError: They are the same token.
         """
-        token, other = self._id(target.token), self._id(target.other)
+        position = position_in(target.position, self._record.n_pos)
+        token, other = (self._id(word, position) for word in (target.token, target.other))
         if token == other:
             raise TaskError(f"The difference of {self._word(token)!r} and itself is zero")
-        position = position_in(target.position, self._record.n_pos)
         bias = 0.0 if self._b_U is None else float(self._b_U[token] - self._b_U[other])
         vector = (self._W_U[:, token] - self._W_U[:, other]).to(self._mean)
-        label = f"{self._word(token)} - {self._word(other)}"
+        words = self._word(token), self._word(other)
+        label = " - ".join(word if word == word.strip() else repr(word) for word in words)
         source = ("difference", token, other, position)
         return self._seed(label, vector, bias, -1, 1.0, source)
 
@@ -219,29 +226,27 @@ class Readout:
             logits = anatomy.soft_cap * torch.tanh(logits / anatomy.soft_cap)
         return logits.softmax(-1)
 
-    def _id(self, token: str | int) -> int:
-        if isinstance(token, str):
-            return word_id(self._record.model, token)
-        n = self._W_U.shape[1]
-        if not 0 <= token < n:
-            raise TaskError(f"There is no token {token}", exists=f"ids 0 to {n - 1}")
-        return token
+    def _id(self, token: str | int, position: int) -> int:
+        return token_id(self._record.model, token, self._record.tokens[: position + 1])
 
     def _word(self, token: int) -> str:
-        return token_strings(self._record.model, torch.tensor([token]))[0].strip() or repr(token)
+        return token_label(self._record.model, token)
 
 
-def check_distinct(labels: Sequence[tuple[Any, ...]]) -> None:
+def check_distinct(targets: Sequence[tuple[Any, str, int]]) -> None:
     """Every target once.
+
+    Args:
+        targets: What each one is, its label and its position.
 
     Raises:
         TaskError: With the one that is there twice.
     """
-    seen: set[tuple[Any, ...]] = set()
-    for label in labels:
-        if label in seen:
+    seen: set[Any] = set()
+    for identity, label, position in targets:
+        if identity in seen:
             raise TaskError(
-                f"The target {label[0]!r} at position {label[1]} is given twice",
+                f"The target {label!r} at position {position} is given twice",
                 fix="each target once",
             )
-        seen.add(label)
+        seen.add(identity)

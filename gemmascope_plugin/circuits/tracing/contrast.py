@@ -59,7 +59,7 @@ def contrast(
         clean: Of the clean prompt, as ``trace`` or ``union`` gives it.
         corrupt: Of a prompt of equal length, with the same dictionaries and targets; targets that only
             this graph has are left out.
-        targets: ``label``: targets are the same by label and position; ``order``: the n-th of one with
+        targets: ``label``: targets are the same by token and position; ``order``: the n-th of one with
             the n-th of the other, such as each prompt's own answer.
 
     Returns:

@@ -2,7 +2,7 @@
 
 1. A node is known by kind, site, index and the *name* of its position: its number, or a word such as
    ``subject`` where prompts of several lengths are put together. Biases are known by their id, targets by
-   label and position, or by their number where prompts have targets of their own.
+   token and position, or by their number where prompts have targets of their own.
 2. Nodes get common numbers as graphs come; a matrix is spread over these.
 3. Last, nodes are put in the order of the pass: tokens, biases, site by site features before errors,
    targets. So every source stands before what it reaches, as ``Adjacency`` wants it.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Targets = Literal["label", "order"]
-"""Whether targets are the same by label and position, or the n-th with the n-th."""
+"""Whether targets are the same by token (or name) and position, or the n-th with the n-th."""
 _STAGES = {"att": 0, "mlp": 1, "res": 2}
 """Order of the sites of a layer in a pass."""
 KEPT = ("model", "n_layers", "exclude", "logits", "dictionaries", "max_feature_nodes", "min_share")
@@ -133,7 +133,7 @@ def keyed(graph: AttributionGraph, names: Sequence[str], targets: Targets) -> pd
         names: Of its positions, ``[pos]``.
         targets: How targets are known.
     """
-    columns = [graph.nodes[name] for name in ("id", "kind", "site", "index", "pos", "label")]
+    columns = [graph.nodes[name] for name in ("id", "kind", "site", "index", "pos")]
     ids = [_id(names, *row) for row in zip(*columns, strict=True)]
     keys = np.array(ids, dtype=object)
     if targets == "order":
@@ -142,14 +142,13 @@ def keyed(graph: AttributionGraph, names: Sequence[str], targets: Targets) -> pd
     return graph.nodes.drop(columns="influence", errors="ignore").assign(id=ids, key=keys)
 
 
-def _id(
-    names: Sequence[str], old: str, kind: str, site: str, index: int, pos: int, label: str
-) -> str:
+def _id(names: Sequence[str], old: str, kind: str, site: str, index: int, pos: int) -> str:
     if kind == "bias":
         return old
     if kind == "target":
-        # the end of a target's id is its time in the pass, which tells equal labels apart
-        return f"target:{label}@{names[pos]}:{old.rpartition(':')[2]}"
+        # by their numbers: two tokens may look alike
+        stem = f"target:logit:{index}" if index >= 0 else old.rpartition("@")[0] or old
+        return f"{stem}@{names[pos]}"
     stem = {"token": "token", "feature": f"{site}/{index}", "error": f"{site}/error"}[kind]
     return f"{stem}@{names[pos]}"
 

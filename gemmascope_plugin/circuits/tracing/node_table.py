@@ -97,7 +97,7 @@ def _short(own: Activity) -> str:
 
 
 def _seeds(seeds: Sequence[Seed], n_layers: int) -> dict[str, np.ndarray]:
-    names = [f"target:{seed.label}@{seed.position}:{seed.after}" for seed in seeds]
+    names = [f"target:{seed.name}" for seed in seeds]
     return _rows(
         len(seeds),
         "target",

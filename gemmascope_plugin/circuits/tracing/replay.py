@@ -28,9 +28,9 @@ from gemmascope_plugin.attribution.adjoint.tracer import Tracer
 from gemmascope_plugin.circuits.tracing.attribution_graph import AttributionGraph
 from gemmascope_plugin.circuits.tracing.node_table import node_table
 from gemmascope_plugin.errors import TaskError, UnknownNameError
-from gemmascope_plugin.loading.suite import parse_size
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import reading
+from gemmascope_plugin.sizes import parse_size
 
 Hooks = list[tuple[str, Callable[..., Any]]]
 KINDS_CHANGED = ("feature", "error", "token")

@@ -28,8 +28,8 @@ from gemmascope_plugin.circuits.tracing.attribution_graph import AttributionGrap
 from gemmascope_plugin.circuits.tracing.node_table import node_table
 from gemmascope_plugin.circuits.tracing.trace import chosen
 from gemmascope_plugin.errors import TaskError, UnknownNameError, nearest
-from gemmascope_plugin.loading.suite import parse_size
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.sizes import parse_size
 
 if TYPE_CHECKING:
     import pandas as pd

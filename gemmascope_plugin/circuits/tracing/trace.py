@@ -37,9 +37,9 @@ from gemmascope_plugin.circuits.tracing.attribution_graph import AttributionGrap
 from gemmascope_plugin.circuits.tracing.matching import dictionary_name
 from gemmascope_plugin.circuits.tracing.node_table import node_table
 from gemmascope_plugin.errors import FeatureIndexError, TaskError, UnknownNameError, nearest
-from gemmascope_plugin.loading.suite import parse_size
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import token_strings
+from gemmascope_plugin.sizes import parse_size
 
 
 def trace(
@@ -137,21 +137,17 @@ def chosen(
         raise TaskError("No target was given", fix="targets=None for the likeliest next tokens")
     seeds: list[Seed] = []
     features: dict[int, FeatureTarget] = {}
-    names: list[tuple[Any, ...]] = []
+    names: list[tuple[Any, str, int]] = []
     for target in map(as_target, given):
         if isinstance(target, FeatureTarget):
             node = feature_node(tracer, target)
             features[node] = target
-            names.append(
-                (
-                    f"{target.site}/{target.feature}",
-                    position_in(target.position, tracer.record.n_pos),
-                )
-            )
+            position = position_in(target.position, tracer.record.n_pos)
+            names.append((node, f"{target.site}/{target.feature}", position))
             continue
         seed = _seed(readout, target)
         seeds.append(seed)
-        names.append((seed.label, seed.position, seed.after))
+        names.append((seed.source, seed.label, seed.position))
     check_distinct(names)
     return seeds, features
 

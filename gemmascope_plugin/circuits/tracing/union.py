@@ -50,7 +50,7 @@ def union(
             end.
         labels: Instead, a name for every token of every graph, each once in a graph: ``["bos",
             "subject", "verb"]``. Positions stand in the order in which prompts have them on average.
-        targets: ``label``: targets are the same by label and position; ``order``: the n-th of each
+        targets: ``label``: targets are the same by token and position; ``order``: the n-th of each
             prompt, such as its own answer.
         min_share: Features and errors in a smaller share of the graphs are left out; rows then lack
             their effects.

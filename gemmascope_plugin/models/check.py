@@ -1,0 +1,71 @@
+"""The gate for models: what comes first in every function, and what to type where something else does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gemmascope_plugin.errors import InputError
+from gemmascope_plugin.models.protocol import HookedModel
+
+_PARTS = ("cfg", "blocks", "embed", "hook_dict", "run_with_cache")
+
+
+def check_model(model: Any, call: str = "") -> HookedModel:
+    """The model, if it is one.
+
+    Args:
+        model: What was given as the model.
+        call: How the function is called, for the error: ``"splice(model, saes)"``.
+
+    Raises:
+        InputError: It is something else, with what to type.
+    """
+    # hook_dict of TransformerBridge is made anew whenever it is asked for: the class is asked instead
+    kind = type(model)
+    is_module = isinstance(model, torch.nn.Module)
+    if is_module and all(hasattr(kind, p) or p in vars(model) | model._modules for p in _PARTS):
+        return model
+    if hasattr(model, "_orig_mod"):  # compiled: refused where it matters, with its own words
+        return model
+    if model is not None and all(hasattr(model, part) for part in _PARTS):
+        return model
+    raise InputError(
+        f"{describe(model)} is not a model",
+        exists="HookedTransformer, TransformerBridge",
+        fix=_fix(model, call),
+    )
+
+
+def describe(value: Any) -> str:
+    """What was given, in words short enough for an error."""
+    if isinstance(value, str):
+        return f"The text {_short(repr(value))}"
+    if isinstance(value, (list, tuple)):
+        kinds = sorted({type(item).__name__ for item in value})
+        return f"A {type(value).__name__} of {' and '.join(kinds) or 'nothing'}"
+    if isinstance(value, torch.Tensor):
+        return f"A tensor of shape {list(value.shape)}"
+    if value is None:
+        return "None"
+    if isinstance(value, (bool, int, float)):
+        return repr(value)
+    if isinstance(value, type):
+        return f"The class {value.__name__}"
+    return f"A {type(value).__name__}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:56]}...'"
+
+
+def _fix(model: Any, call: str) -> str:
+    first = f"{call}: the model comes first" if call else "the model comes first"
+    if isinstance(model, str):
+        return f"model = gemmascope_plugin.load_model({_short(repr(model))}), or {first}"
+    if hasattr(model, "config") and hasattr(model, "get_input_embeddings"):
+        return "model = gemmascope_plugin.load_model(model), which takes a transformers model"
+    if isinstance(getattr(model, "model", None), torch.nn.Module):
+        return f"its attribute .model, or {first}"
+    return first
