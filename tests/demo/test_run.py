@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
 import gemmascope_plugin.demo.steps as steps
@@ -15,8 +17,25 @@ from gemmascope_plugin.pages import PageError
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> DemoReport:
-    return run_demo(tmp_path_factory.mktemp("demo") / "page.html", progress=False)
+def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, list[DemoReport]]:
+    """The command's result, and the report that it made: one run for all tests."""
+    page, reports = tmp_path_factory.mktemp("demo") / "page.html", []
+
+    def run_and_keep(*arguments: Any, **options: Any) -> DemoReport:
+        reports.append(run_demo(*arguments, **options))
+        return reports[-1]
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("gemmascope_plugin.demo.run.run_demo", run_and_keep)
+        result = CliRunner().invoke(app, ["demo", "--out", str(page), "--no-open"])
+    return result, reports
+
+
+@pytest.fixture(scope="module")
+def report(command: tuple[Result, list[DemoReport]]) -> DemoReport:
+    result, reports = command
+    assert reports, result.output
+    return reports[0]
 
 
 def test_every_dictionary_is_spliced_and_changes_nothing(report: DemoReport) -> None:
@@ -79,13 +98,12 @@ def test_summary_has_the_figures(report: DemoReport) -> None:
     assert str(report.path) in repr(report)
 
 
-def test_command(tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    result = CliRunner().invoke(app, ["demo", "--out", str(page), "--no-open"])
+def test_command(command: tuple[Result, list[DemoReport]], report: DemoReport) -> None:
+    result, _ = command
     assert result.exit_code == 0, result.output
     assert "faithfulness" in result.stdout
-    assert f"page: {page}" in result.stdout
-    assert page.exists()
+    assert f"page: {report.path}" in result.stdout
+    assert report.path.exists()
 
 
 def test_bad_path_is_found_out_before_any_work(
