@@ -2,7 +2,7 @@
 
 Checks at every call make a test up to twice as slow, so they have a run of their own. ``pytest --shapes``
 over whole folders runs the first case of every test function: it calls every function that the others
-call, which is what a shape check wants to see; and not the files of ``WITHOUT``. A file that is named on
+call, which is what a shape check wants to see; and nothing of ``WITHOUT``. A file that is named on
 the command line runs as a whole.
 """
 
@@ -13,12 +13,8 @@ from typing import Any
 
 import pytest
 
-WITHOUT = (
-    "tests/demo/test_run.py",
-    "tests/demo/test_thin_path.py",
-    "tests/notebooks/test_notebooks.py",
-)
-"""Files that run whole paths whose parts other files call, most of them in processes of their own."""
+WITHOUT = ("tests/cli/", "tests/demo/", "tests/notebooks/", "tests/training/test_resume.py")
+"""Folders and files that run whole paths whose parts other files call, or processes of their own."""
 
 
 def add_option(parser: pytest.Parser) -> None:
@@ -53,8 +49,8 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
         function = item.path, getattr(item, "cls", None), getattr(item, "originalname", item.name)
         is_first = function not in seen
         seen.add(function)
-        is_left_out = item.path.relative_to(config.rootpath).as_posix() in WITHOUT
-        is_selected = item.path in named or (is_first and not is_left_out)
+        path = item.path.relative_to(config.rootpath).as_posix()
+        is_selected = item.path in named or (is_first and not path.startswith(WITHOUT))
         (selected if is_selected else deselected).append(item)
     items[:] = selected
     config.hook.pytest_deselected(items=deselected)
