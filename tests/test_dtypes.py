@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+import gemmascope_plugin as gs
 from gemmascope_plugin.dtypes import as_device, as_dtype, dtype_name
 from gemmascope_plugin.errors import UnknownNameError
+from gemmascope_plugin.models.protocol import dtype_of
 from tests.factories import unchecked
 
 
@@ -38,6 +40,26 @@ def test_other_types_are_refused(wrong) -> None:
 def test_the_nearest_type_is_named() -> None:
     with pytest.raises(UnknownNameError, match="Did you mean 'bfloat16'"):
         as_dtype("bfloat61")
+
+
+def test_types_by_name_where_dictionaries_are_loaded_and_stored(tmp_path) -> None:
+    spec = gs.find(model="gemma-2-tiny", site="res", layer=1, kind="sae", variant="plain").one()
+    sae = gs.load(spec, dtype="bf16", device="auto")
+    assert sae.W_dec.dtype == torch.bfloat16 and sae.cfg.dtype == "bfloat16"
+    suite = gs.load_suite([spec], dtype="bfloat16", memory_budget="1 GB")
+    assert suite[1].W_dec.dtype == torch.bfloat16
+    assert gs.footprint("2b", spec, "bfloat16") == gs.footprint("2b", spec, torch.bfloat16)
+    with pytest.raises(UnknownNameError, match="is not a type for weights"):
+        gs.load(spec, dtype="int8")
+    with pytest.raises(UnknownNameError, match="does not exist on this machine"):
+        gs.load_suite([spec], device="cuda:77")
+
+
+def test_the_bundled_suite_in_bfloat16() -> None:
+    suite = gs.tiny(dtype="bfloat16", backend="bridge")
+    assert dtype_of(suite.model) == suite.load("res", 1).W_dec.dtype == torch.bfloat16
+    with pytest.raises(UnknownNameError, match="Unknown backend 'tl'"):
+        unchecked(gs.tiny)(backend="tl")
 
 
 def test_auto_is_the_gpu_if_there_is_one() -> None:

@@ -79,7 +79,7 @@ def discover_command(
     random: Annotated[int, typer.Option(help="Random circuits of each size beside it.")] = 10,
     model: ModelName = BUNDLED,
     backend: BackendName = "hooked",
-    device: Device = "cpu",
+    device: Device = "auto",
     out: Out = None,
     save: Annotated[Path | None, typer.Option(help="File to keep the circuit in.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -74,7 +74,7 @@ def patch_command(
     top: Annotated[int, typer.Option(help="Effects to show, the largest.")] = 20,
     model: ModelName = BUNDLED,
     backend: BackendName = "hooked",
-    device: Device = "cpu",
+    device: Device = "auto",
     out: Out = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -85,7 +85,7 @@ def trace_command(
     ] = 0.98,
     memory_budget: Annotated[str, typer.Option(help="For all but the graph.")] = "4 GB",
     backend: BackendName = "hooked",
-    device: Device = "cpu",
+    device: Device = "auto",
     local_dir: Annotated[
         str | None, typer.Option(help="Folder that mirrors the dictionaries' repository.")
     ] = None,
@@ -218,11 +218,11 @@ def _traced(request: _Request) -> tuple[AttributionGraph, Any]:
     """The pruned graph, and words of its features."""
     import gemmascope_plugin as gs
     from gemmascope_plugin.circuits.tracing.top_tokens import top_tokens
+    from gemmascope_plugin.models.protocol import device_of
 
     model = load_named(request.model, request.backend, request.device)
-    saes = [
-        gs.load(spec, local_dir=request.local_dir, device=request.device) for spec in request.specs
-    ]
+    place = device_of(model)
+    saes = [gs.load(spec, local_dir=request.local_dir, device=place) for spec in request.specs]
     watched = sys.stderr.isatty()
     graph = gs.trace(model, request.prompt, saes, progress=watched, **request.options)
     graph = graph.prune(**request.thresholds)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
+
+import torch
 
 from gemmascope_plugin.catalog import SaeSpec, SpecList, find
 from gemmascope_plugin.demo.assets import (
@@ -17,7 +19,8 @@ from gemmascope_plugin.demo.assets import (
 )
 from gemmascope_plugin.demo.labels import Label, labels_from_json
 from gemmascope_plugin.demo.tasks import TASK_NAMES, Split, make_task
-from gemmascope_plugin.errors import MissingFileError, UnknownNameError, nearest
+from gemmascope_plugin.dtypes import as_device, as_dtype
+from gemmascope_plugin.errors import MissingFileError, UnknownNameError, check_choice, nearest
 from gemmascope_plugin.loading import load, spec_of
 from gemmascope_plugin.models import load_model
 from gemmascope_plugin.models.protocol import HookedModel
@@ -42,11 +45,13 @@ class TinySuite:
     """
 
     backend: Backend = "hooked"
+    device: str | torch.device = "cpu"
+    dtype: str | torch.dtype = "float32"
 
     @cached_property
     def model(self) -> HookedModel:
         """The trained model, frozen."""
-        return load_model(ASSETS / MODEL_FOLDER, backend=self.backend)
+        return load_model(ASSETS / MODEL_FOLDER, backend=self.backend, **self._place())
 
     @property
     def specs(self) -> SpecList:
@@ -95,7 +100,10 @@ class TinySuite:
             UnknownNameError: No such site or layer.
         """
         given = _SUITES.get(site, {"site": site, "kind": "sae", "variant": "plain"})
-        return load(find(model=MODEL, layer=layer, **given).one())
+        return load(find(model=MODEL, layer=layer, **given).one(), **self._place())
+
+    def _place(self) -> dict[str, Any]:
+        return {"device": self.device, "dtype": self.dtype}
 
     def labels_of(self, sae: Any) -> dict[int, Label]:
         """Feature to label for a dictionary of this suite, or its spec.
@@ -153,13 +161,22 @@ class TinySuite:
         return f"TinySuite({MODEL!r}, {len(self.specs)} dictionaries, tasks: {tasks})"
 
 
-def tiny(*, backend: Backend = "hooked") -> TinySuite:
+def tiny(
+    *,
+    backend: Backend = "hooked",
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+) -> TinySuite:
     """The bundled trained suite; needs no network.
 
     Args:
         backend: ``hooked`` for ``HookedTransformer``, ``bridge`` for ``TransformerBridge``.
+        device: Where model and dictionaries go: the CPU, which is quicker for a model as small as this;
+            ``"auto"`` for a GPU if there is one.
+        dtype: Type of model and dictionaries, or its name.
 
     Raises:
+        UnknownNameError: An unknown backend, device or type.
         MissingFileError: The package was installed without its data.
     """
     if not (ASSETS / SUITE_FILE).exists():
@@ -167,4 +184,5 @@ def tiny(*, backend: Backend = "hooked") -> TinySuite:
             "The bundled suite is not installed",
             fix="reinstall the package, or python -m gemmascope_plugin.demo.train",
         )
-    return TinySuite(backend)
+    check_choice("backend", backend, get_args(Backend))
+    return TinySuite(backend, as_device(device), as_dtype(dtype))

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 
 from gemmascope_plugin.catalog import SaeSpec
+from gemmascope_plugin.catalog.model_names import resolve_model
 from gemmascope_plugin.catalog.sites import human_size
+from gemmascope_plugin.dtypes import as_dtype
 from gemmascope_plugin.errors import UnknownNameError, nearest, shorten
 
 
@@ -89,7 +91,7 @@ class Footprint:
 def footprint(
     model: Any,
     specs: Iterable[SaeSpec] | SaeSpec,
-    dtype: torch.dtype = torch.float32,
+    dtype: str | torch.dtype = "float32",
     n_tokens: int = 1024,
 ) -> Footprint:
     """Memory that a model with dictionaries will take, estimated.
@@ -97,7 +99,7 @@ def footprint(
     Args:
         model: A name such as ``gemma-2-2b``, a loaded model, or None for the dictionaries alone.
         specs: One or several dictionaries.
-        dtype: Type of all weights and activations that are not loaded yet.
+        dtype: Type, or its name, of all weights and activations that are not loaded yet.
         n_tokens: Tokens of one forward pass, batch and positions together.
 
     Returns:
@@ -107,6 +109,7 @@ def footprint(
         UnknownNameError: A name that is no Gemma model.
     """
     chosen = [specs] if isinstance(specs, SaeSpec) else list(specs)
+    dtype = as_dtype(dtype)
     size = dtype.itemsize
     weights, vocabulary = _model(model, size)
     acts = sum(2 * s.d_sae + len(s.all_layers) * (s.d_in + s.d_out) for s in chosen)
@@ -127,10 +130,11 @@ def _model(model: Any, size: int) -> tuple[int, int]:
     if model is None:
         return 0, 0
     if isinstance(model, str):
-        name = model.lower().rpartition("/")[2].removesuffix("-it").removesuffix("-pt")
-        if name not in MODELS:
+        word = model.lower().rpartition("/")[2].removesuffix("-it").removesuffix("-pt")
+        name = resolve_model(word, MODELS)
+        if name is None:
             raise UnknownNameError(
-                f"no model {model!r}", exists=shorten(MODELS), nearest=nearest(name, MODELS)
+                f"no model {model!r}", exists=shorten(MODELS), nearest=nearest(word, MODELS)
             )
         found = MODELS[name]
         return (found.n_parameters + found.d_vocab * found.d_model) * size, found.d_vocab

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from gemmascope_plugin.catalog import SaeSpec, get
+from gemmascope_plugin.dtypes import as_device, as_dtype, dtype_name
 from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.loading.assemble import fill, skeleton
 from gemmascope_plugin.loading.convert import config, spec_from_metadata, state
@@ -39,8 +40,8 @@ _OPENERS = {
 def load(
     spec: SaeSpec | tuple[str, str],
     *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "float32",
     local_dir: str | Path | None = None,
     revision: str | None = None,
     offline: bool | None = None,
@@ -50,8 +51,8 @@ def load(
 
     Args:
         spec: A spec, or ``(release, sae_id)``.
-        device: Where the parameters go.
-        dtype: Their type.
+        device: Where the parameters go; ``"auto"`` for a GPU if there is one.
+        dtype: Their type, or its name.
         local_dir: Folder that mirrors the repository, instead of cache and hub.
         revision: Branch, tag or commit of the repository.
         offline: Never use the network; None follows ``HF_HUB_OFFLINE``.
@@ -63,20 +64,19 @@ def load(
         attention SAE takes ``[batch, pos, head, d_head]``.
 
     Raises:
-        UnknownNameError: The release or the id does not exist.
+        UnknownNameError: The release, the id, the device or the type does not exist.
         MissingFileError: A file is nowhere, and may not or could not be downloaded.
         BadFileError: A file is damaged or is not this dictionary.
         WidthMismatchError: The file reads or writes tensors of another width.
     """
+    device, dtype = as_device(device), as_dtype(dtype)
     if not isinstance(spec, SaeSpec):
         spec = get(*_pair(spec))
     files = locate(spec, local_dir=local_dir, revision=revision, offline=offline)
     renew()
     if opener := _OPENERS.get(spec.format):
         return opener(spec, files, device=device, dtype=dtype, check=check)
-    from sae_lens.util import dtype_to_str
-
-    sae = skeleton(config(spec, dtype=dtype_to_str(dtype)))
+    sae = skeleton(config(spec, dtype=dtype_name(dtype)))
     tensors = state(spec, files, device=device, dtype=dtype, check=check)
     return fill(sae, tensors, device=device, dtype=dtype)
 

@@ -19,6 +19,7 @@ import torch
 
 from gemmascope_plugin.catalog import SaeSpec, get
 from gemmascope_plugin.catalog.sites import human_size
+from gemmascope_plugin.dtypes import as_device, as_dtype
 from gemmascope_plugin.errors import (
     AmbiguousSpecError,
     EmptySelectionError,
@@ -163,8 +164,8 @@ def load_suite(
     specs: Iterable[SaeSpec | tuple[str, str]],
     *,
     memory_budget: int | str | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "float32",
     local_dir: str | Path | None = None,
     revision: str | None = None,
     offline: bool | None = None,
@@ -184,15 +185,15 @@ def load_suite(
         The mapping; ``suite["blocks.20.hook_resid_post"]`` or ``suite[20]`` opens one.
 
     Raises:
-        UnknownNameError: A pair that does not exist, or a budget that is no size.
+        UnknownNameError: A pair, a device or a type that does not exist, or a budget that is no size.
         EmptySelectionError: No specs.
         GemmaScopeError: One dictionary alone is larger than the budget.
     """
     return SaeSuite(
         (spec if isinstance(spec, SaeSpec) else get(*spec) for spec in specs),
         memory_budget=parse_size(memory_budget),
-        device=device,
-        dtype=dtype,
+        device=as_device(device),
+        dtype=as_dtype(dtype),
         local_dir=local_dir,
         revision=revision,
         offline=offline,

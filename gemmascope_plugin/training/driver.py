@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from gemmascope_plugin.dtypes import as_device
 from gemmascope_plugin.errors import GemmaScopeError, ModelError
 from gemmascope_plugin.models.protocol import HookedModel, device_of
 from gemmascope_plugin.training.architectures import architecture
@@ -73,7 +74,8 @@ def train(
         log_every: Steps between rows of metrics.
         progress: Whether to show a bar.
         wandb: Project to log to as well; needs wandb installed.
-        device: Where the dictionary is trained; the model's by default.
+        device: Where the dictionary is trained, ``"auto"`` for a GPU if there is one; the model's by
+            default.
 
     Returns:
         SAELens' inference object, frozen, reading raw activations; ``cfg.metadata`` has its hooks, its
@@ -228,7 +230,7 @@ def _source(
         reader = ForwardReader(model, stream, hooks, exclude=spec.exclude, bucket=spec.bucket)
         name, home = spec.model or str(model.cfg.model_name), device_of(model)
     source = ShuffledActivations(reader, batch=spec.batch, seed=spec.seed)
-    return source, name, home if device is None else torch.device(device)
+    return source, name, home if device is None else as_device(device)
 
 
 def _kind_of(corpus: Any) -> str:

@@ -16,10 +16,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from gemmascope_plugin.dtypes import dtype_name
 from gemmascope_plugin.errors import (
     BadFileError,
     GemmaScopeError,
@@ -40,7 +41,6 @@ from gemmascope_plugin.training.forward_reader import ForwardReader
 from gemmascope_plugin.training.shuffle import Bucket
 
 INDEX, FORMAT = "index.json", 1
-Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -59,7 +59,7 @@ def store_activations(
     exclude: Sequence[str | int] = ("bos", "eos", "pad"),
     context: int = 1024,
     rows: int = 32,
-    dtype: Dtype = "float32",
+    dtype: str | torch.dtype = "float32",
     seed: int = 0,
 ) -> ActivationStore:
     """Writes the activations of a corpus at some hooks.
@@ -75,7 +75,7 @@ def store_activations(
         exclude: Special tokens to leave out.
         context: Longest piece of text.
         rows: Pieces of text per forward pass.
-        dtype: Type in the files.
+        dtype: Type in the files: float32, bfloat16 or float16.
         seed: Of the order of rows.
 
     Returns:
@@ -86,6 +86,7 @@ def store_activations(
         GemmaScopeError: The folder holds something, or cannot be written.
         EmptySelectionError: There is too little text.
     """
+    dtype = dtype_name(dtype)
     check_choice("dtype", dtype, DTYPES)
     folder = Path(folder)
     with folder_lock(folder, "storing activations"):

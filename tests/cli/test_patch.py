@@ -161,7 +161,7 @@ def test_another_model_by_its_folder(suite: Any, monkeypatch: pytest.MonkeyPatch
     output = run(*OWN, "--model", "2b", "--backend", "bridge", "--component", "mlp_out")
     assert output.startswith("mlp_out of 2b, exact patching\n  task     1 own prompt\n")
     assert "One prompt says nothing about others." in output
-    assert seen == {"name": "2b", "backend": "bridge", "device": "cpu"}
+    assert seen == {"name": "2b", "backend": "bridge", "device": "auto"}
 
 
 def test_a_page_is_written(tmp_path: Path) -> None:
