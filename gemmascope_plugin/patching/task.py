@@ -10,9 +10,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -20,9 +22,17 @@ from jaxtyping import Bool, Float, Int, Shaped
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.padding import padded, right_padded
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.patching.builtin import (
+    Fill,
+    Split,
+    Template,
+    build,
+    build_from_template,
+)
 from gemmascope_plugin.patching.metric import BoundMetric, Metric
-from gemmascope_plugin.patching.metrics import Custom, KLDivergence
-from gemmascope_plugin.patching.sequence import BoundSequences, SequenceLogprob
+from gemmascope_plugin.patching.metrics import Custom, KLDivergence, logit_diff
+from gemmascope_plugin.patching.sequence import BoundSequences, SequenceLogprob, sequence_logprob
+from gemmascope_plugin.patching.task_figures import TaskFigures, figures_of, right_prompts
 
 Prompts = str | Sequence[str] | torch.Tensor
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
@@ -32,8 +42,26 @@ MIN_GAP = 1e-4
 
 
 @dataclass(frozen=True)
+class Origin:
+    """How a task was made for a model."""
+
+    model: ReferenceType[Any]
+    """The model, as long as somebody else holds it."""
+    split: str | None
+    n_dropped: int
+    """Prompts that were tried and do not fit its tokenizer."""
+
+
+@dataclass(frozen=True)
 class Task:
-    """Clean prompts, corrupted prompts, and what to ask of the logits."""
+    """Clean prompts, corrupted prompts, and what to ask of the logits.
+
+    Example:
+        >>> import gemmascope_plugin as gs
+        >>> model = gs.tiny().model
+        >>> gs.Task.builtin("ioi", model, n=8).name
+        'ioi'
+    """
 
     clean: Prompts
     """Text or token ids ``[prompt, pos]``."""
@@ -44,6 +72,8 @@ class Task:
     name: str = "task"
     mask: Bool[torch.Tensor, "prompt pos"] | None = None
     """False where token ids are padding, for both kinds of prompts."""
+    origin: Origin | None = field(default=None, compare=False)
+    """How it was made for a model; None for prompts of somebody's own."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.metric, Metric):
@@ -60,9 +90,123 @@ class Task:
         assert isinstance(self.metric, Metric)
         return self.metric
 
+    @classmethod
+    def builtin(
+        cls, name: str, model: HookedModel, *, n: int = 64, split: Split = "train", seed: int = 0
+    ) -> Task:
+        """A task by name, in prompts that fit the model's tokenizer; ``builtin/build.py`` lists them.
+
+        Args:
+            name: ``ioi``, ``greater_than``, ``agreement``, ``agreement_es``, ``capitals``,
+                ``city_state``, ``successors``, ``induction``, ``antonyms``, ``pronouns``, ``two_hop``.
+            model: The model that will be asked. On the bundled suite the names that it knows give its
+                own tasks.
+            n: Prompts.
+            split: ``train`` and ``held_out`` share no words and no templates.
+            seed: The same arguments give the same prompts.
+
+        Raises:
+            UnknownNameError: An unknown task or split, or one that the model has no prompts of.
+            TaskError: Fewer prompts than that fit the tokenizer.
+            EmptySelectionError: ``n`` below 1.
+            ModelError: The model has no tokenizer.
+        """
+        built = build(name, model, n=n, split=split, seed=seed)
+        origin = Origin(ref(model), split, built.n_dropped)
+        return cls(built.clean, built.corrupt, built.metric, name, origin=origin)
+
+    @classmethod
+    def from_template(
+        cls,
+        model: HookedModel,
+        template: str,
+        *,
+        answer: str,
+        wrong: str | None = None,
+        corrupt: str | Mapping[str, str],
+        fill: Fill,
+        metric: Callable[..., Any] = logit_diff,
+        n: int | None = None,
+        seed: int = 0,
+        name: str = "template",
+    ) -> Task:
+        """A task from a sentence with slots and lists of what may stand in them.
+
+        Args:
+            model: The model that will be asked; what does not fit its tokenizer is dropped and counted.
+            template: ``{name}`` is a slot.
+            answer: What follows, with its blank: ``" {A}"``.
+            wrong: What to compare with; by default the answer to the corrupted prompt. ``{other A}`` is
+                what stands for ``A`` there.
+            corrupt: Slot to another slot, whose text it gets, or to ``"other"``, another entry of its
+                list; or a template of the corrupted prompt.
+            fill: Slot to texts; several slots to rows of texts that belong together.
+            metric: ``logit_diff``, or another metric of answers; answers of several tokens need
+                ``sequence_logprob``.
+            n: Prompts; None for as many as there are, up to 64.
+            seed: Of the draw.
+            name: Of the task.
+
+        Raises:
+            UnknownNameError: A slot without a list, or a list without a slot.
+            TaskError: Nothing to compare with, or too few prompts that fit the tokenizer.
+
+        Example:
+            >>> import gemmascope_plugin as gs
+            >>> model = gs.tiny().model
+            >>> names = ["anna", "george", "mary", "john"]
+            >>> task = gs.Task.from_template(
+            ...     model,
+            ...     "when {A} and {B} went to the {place} , {B} gave a drink to",
+            ...     answer=" {A}",
+            ...     wrong=" {B}",
+            ...     corrupt="when {A} and {B} went to the {place} , {A} gave a drink to",
+            ...     fill={"A": names, "B": names, "place": ["store", "park"]},
+            ... )
+            >>> len(task)
+            24
+        """
+        tokens = "all" if metric is sequence_logprob else "one"
+        checked = Template.of(template, answer, wrong, corrupt, fill, tokens)
+        if metric is logit_diff and checked.wrong is None:
+            raise TaskError(
+                f"There is nothing to compare {answer!r} with",
+                fix="wrong=..., or metric=probability",
+            )
+        built = build_from_template(checked, model, metric, n, seed)
+        origin = Origin(ref(model), None, built.n_dropped)
+        return cls(built.clean, built.corrupt, built.metric, name, origin=origin)
+
+    def filtered(self, model: HookedModel) -> Task:
+        """The same task on the prompts that a model gets right (``task_figures.py``).
+
+        Raises:
+            TaskError: It gets none right, or the metric knows no right and wrong.
+        """
+        return self.take(right_prompts(model, self))
+
+    def figures(self, model: HookedModel) -> TaskFigures:
+        """Mean metric and accuracy of a model on the clean prompts."""
+        return figures_of(model, self)
+
+    @cached_property
+    def _figures(self) -> tuple[TaskFigures, str] | None:
+        model = None if self.origin is None else self.origin.model()
+        if model is None:
+            return None
+        return figures_of(model, self), str(model.cfg.model_name)
+
     def __repr__(self) -> str:
         first = self.clean if isinstance(self.clean, str) else self.clean[0]
-        return f"Task({self.name!r}, {len(self)} prompts, {self.asked.name}, first {first!r})"
+        words = [repr(self.name), f"{len(self)} prompts"]
+        if self.origin is not None and self.origin.split is not None:
+            words[-1] = f"{len(self)} {self.origin.split} prompts"
+        words.append(self.asked.name)
+        if self._figures is not None:
+            words[-1] += " {} on {}".format(*self._figures)
+        if self.origin is not None and self.origin.n_dropped:
+            words.append(f"{self.origin.n_dropped} dropped")
+        return f"Task({', '.join([*words, f'first {first!r}'])})"
 
     def __len__(self) -> int:
         return 1 if isinstance(self.clean, str) else len(self.clean)
@@ -152,8 +296,8 @@ class BoundTask:
     @property
     def prompt_lengths(self) -> Int[torch.Tensor, " prompt"]:
         """Tokens of each row without an answer that stands behind it."""
-        sequences = isinstance(self.metric, BoundSequences)
-        return self.metric.prompt_lengths if sequences else self.lengths
+        metric = self.metric
+        return metric.prompt_lengths if isinstance(metric, BoundSequences) else self.lengths
 
     def fold(self, values: Shaped[torch.Tensor, "*any row"]) -> Shaped[torch.Tensor, "*any prompt"]:
         """Values of rows, along the last dimension, as values of prompts."""
