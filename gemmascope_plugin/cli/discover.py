@@ -31,6 +31,7 @@ from gemmascope_plugin.cli.task_options import (
     Out,
     Prompts,
     Question,
+    Seed,
     TaskName,
     Wrong,
     check_out,
@@ -47,6 +48,7 @@ _N_PROMPTS = 32
 def discover_command(
     task: TaskName = None,
     prompts: Prompts = None,
+    seed: Seed = 0,
     clean: Clean = None,
     corrupt: Corrupt = None,
     answer: Answer = None,
@@ -88,11 +90,14 @@ def discover_command(
 
     An example on the bundled model, without a network:
 
-    gemmascope discover --task ioi --method eap-ig --size 30 --prompts 8 --out circuit.html
+    gemmascope discover --task ioi --method eap-ig --size 30 --n 8 --out circuit.html
+
+    and on a real one: gemmascope discover --task ioi --model gemma-3-270m --n 16 --size 200
     """
     question = Question(
         task=task,
         prompts=prompts,
+        seed=seed,
         clean=clean,
         corrupt=corrupt,
         answer=answer,
@@ -121,7 +126,7 @@ def discover_command(
     if out is not None:
         from gemmascope_plugin.pages.circuit import write_circuit
 
-        write_circuit(out, found, scores, held_out=question.bundled)
+        write_circuit(out, found, scores, held_out=question.builtin)
         typer.echo(f"page: {out}", err=as_json)
 
 
@@ -173,11 +178,11 @@ def _found(
     import gemmascope_plugin as gs
 
     model, watched = question.load(), sys.stderr.isatty()
-    task = question.ask("train", _N_PROMPTS)
+    task = question.ask(model, "train", _N_PROMPTS)
     circuit = gs.discover(model, task, progress=watched, **options)
     if n_random is None:
         return circuit, None
-    held_out = question.ask("held-out", _N_PROMPTS)
+    held_out = question.ask(model, "held_out", _N_PROMPTS)
     scores = gs.evaluate(circuit, model, held_out, n_random=n_random, progress=watched)
     return circuit, scores
 
@@ -187,7 +192,7 @@ def _report(question: Question, circuit: Circuit, scores: Scores | None) -> list
     from gemmascope_plugin.pages.circuit import ranked
 
     meta, unit = circuit.metadata, circuit.graph.unit
-    kind, n = "training" if question.bundled else "own", question.n_prompts(_N_PROMPTS)
+    kind, n = "training" if question.builtin else "own", question.n_prompts(_N_PROMPTS)
     pairs = [("found on", f"{_count(n, 'prompt', kind)}, {meta['metric']}")]
     pairs += [] if scores is None else _measured(question, scores)
     frame = ranked(circuit)
@@ -211,7 +216,7 @@ def _measured(question: Question, scores: Scores) -> list[tuple[str, str]]:
     n = meta["n_prompts"]
     where = (
         _count(n, "prompt", "held-out")
-        if question.bundled
+        if question.builtin
         else f"the same {_count(n, 'prompt')}, as there are no others: this tests nothing new"
     )
     beside = "none"
@@ -260,7 +265,7 @@ def _record(question: Question, circuit: Circuit, scores: Scores | None) -> dict
         **found,
         "kept": kept,
         "scores": {
-            "prompts": "held-out" if question.bundled else "the same",
+            "prompts": "held-out" if question.builtin else "the same",
             "n_prompts": scores.metadata["n_prompts"],
             "faithfulness": scores.faithfulness,
             "interval": _interval(scores),

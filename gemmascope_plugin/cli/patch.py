@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -29,12 +29,15 @@ from gemmascope_plugin.cli.task_options import (
     Out,
     Prompts,
     Question,
+    Seed,
+    SplitName,
     TaskName,
     Wrong,
     check_out,
     refuse_dictionaries,
+    split_of,
 )
-from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choice
+from gemmascope_plugin.errors import EmptySelectionError, check_choice
 from gemmascope_plugin.types import Direction
 
 if TYPE_CHECKING:
@@ -46,9 +49,8 @@ _N_PROMPTS = 64
 def patch_command(
     task: TaskName = None,
     prompts: Prompts = None,
-    split: Annotated[
-        str | None, typer.Option(help="Prompts of the task: held-out (default) or train.")
-    ] = None,
+    split: SplitName = None,
+    seed: Seed = 0,
     clean: Clean = None,
     corrupt: Corrupt = None,
     answer: Answer = None,
@@ -82,11 +84,14 @@ def patch_command(
 
     An example on the bundled model, without a network:
 
-    gemmascope patch --task ioi --component z --mode noising --prompts 16 --out patch.html
+    gemmascope patch --task ioi --component z --mode noising --n 16 --out patch.html
+
+    and on a real one: gemmascope patch --task ioi --model gemma-3-270m --n 16
     """
     question = Question(
         task=task,
         prompts=prompts,
+        seed=seed,
         clean=clean,
         corrupt=corrupt,
         answer=answer,
@@ -100,42 +105,32 @@ def patch_command(
     question.check()
     named = [name.strip() for name in axes.split(",")] if axes is not None else None
     options = {"mode": mode, "axes": named, "replacement": replacement}
-    _check(question, split, component, method, top, options)
+    chosen = split_of(split, question.builtin)
+    _check(component, method, top, options)
     check_out(out)
 
-    effects = _effects(question, cast("Any", split or "held-out"), component, method, options)
+    effects = _effects(question, chosen, component, method, options)
 
     from gemmascope_plugin.pages.effects import write_effects
 
     if as_json:
         typer.echo(json.dumps(_record(question, effects, top), indent=2))
     else:
-        for line in _report(question, split or "held-out", effects, top):
+        for line in _report(question, chosen, effects, top):
             typer.echo(line)
     if out is not None:
         write_effects(out, effects, n=top)
         typer.echo(f"page: {out}", err=as_json)
 
 
-def _check(
-    question: Question,
-    split: str | None,
-    component: str,
-    method: str,
-    top: int,
-    options: dict[str, Any],
-) -> None:
+def _check(component: str, method: str, top: int, options: dict[str, Any]) -> None:
     """Refuses, without the model, what would be refused with it."""
     from gemmascope_plugin.attribution.patching import NAMES
-    from gemmascope_plugin.demo.tasks import Split
     from gemmascope_plugin.patching.components import COMPONENTS
     from gemmascope_plugin.patching.grid import Choice
     from gemmascope_plugin.patching.nodes import needs_dictionaries
     from gemmascope_plugin.patching.replacement import check_replacement
 
-    if split is not None and not question.bundled:
-        raise TaskError("--split is for the tasks of the suite", fix="leave --split out")
-    check_choice("split", split or "held-out", get_args(Split))
     check_choice("component", component, COMPONENTS)
     if needs_dictionaries(component):
         refuse_dictionaries(
@@ -154,7 +149,8 @@ def _effects(
 ) -> Effects:
     import gemmascope_plugin as gs
 
-    model, task = question.load(), question.ask(split, _N_PROMPTS)
+    model = question.load()
+    task = question.ask(model, split, _N_PROMPTS)
     if method == "exact":
         watched = sys.stderr.isatty()
         return gs.activation_patching(model, task, component, progress=watched, **options)
@@ -168,10 +164,11 @@ def _report(question: Question, split: str, effects: Effects, top: int) -> list[
 
     meta, frame = effects.metadata, top_frame(effects, top)
     noun = "prompt" if meta["n_prompts"] == 1 else "prompts"
-    prompts = f"{meta['n_prompts']} {split if question.bundled else 'own'} {noun}"
+    kind = split.replace("_", "-") if question.builtin else "own"
+    prompts = f"{meta['n_prompts']} {kind} {noun}"
     runs = {"noising": "the clean run", "denoising": "the corrupted run"}[meta["mode"]]
     pairs = [
-        ("task", f"{meta['task']}, {prompts}" if question.bundled else prompts),
+        ("task", f"{meta['task']}, {prompts}" if question.builtin else prompts),
         ("patched", f"{meta['mode']}: into {runs}, replacement {meta['replacement']}"),
         (
             "metric",

@@ -1,8 +1,8 @@
 """What ``gemmascope patch`` and ``gemmascope discover`` ask: options that name a task and a model.
 
-1. ``--task`` is a task of the bundled suite, which draws its prompts; or ``--clean``, ``--corrupt``,
-   ``--answer`` and ``--wrong`` give the prompts of any model, each option once per prompt.
-2. ``--metric`` is what is asked of the logits; a task of the suite brings its own.
+1. ``--task`` is a built-in task, which makes prompts for any model (``patching/builtin``); or
+   ``--clean``, ``--corrupt``, ``--answer`` and ``--wrong`` give prompts, each option once per prompt.
+2. ``--metric`` is what is asked of the logits; a built-in task brings its own.
 3. All that can be checked without the model is checked before it is loaded.
 
 Cost: loading the model.
@@ -26,9 +26,9 @@ from gemmascope_plugin.errors import (
 from gemmascope_plugin.types import Backend
 
 if TYPE_CHECKING:
-    from gemmascope_plugin.demo.tasks import Split
     from gemmascope_plugin.models.protocol import HookedModel
     from gemmascope_plugin.patching import Task
+    from gemmascope_plugin.patching.builtin import Split
 
 BUNDLED = "gemma-2-tiny"
 _READS = {
@@ -37,15 +37,20 @@ _READS = {
     "margin": ("answer",),
     "cross_entropy": ("answer",),
     "kl_divergence": (),
+    "sequence_logprob": ("answer", "wrong"),
 }
 """What each metric reads of a prompt."""
-_MAY_LACK = {"probability": "wrong"}
+_MAY_LACK = {"probability": "wrong", "sequence_logprob": "wrong"}
 _PROMPTS = "--clean TEXT --corrupt TEXT --answer WORD --wrong WORD"
 
 TaskName = Annotated[
-    str | None, typer.Option("--task", help="Task of the bundled suite, e.g. ioi or agreement.")
+    str | None, typer.Option("--task", help="Built-in task, e.g. ioi or agreement.")
 ]
-Prompts = Annotated[int | None, typer.Option(help="Prompts of that task.")]
+Prompts = Annotated[int | None, typer.Option("--n", help="Prompts of that task.")]
+SplitName = Annotated[
+    str | None, typer.Option("--split", help="Its prompts: held_out (default) or train.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of the draw of its prompts.")]
 Clean = Annotated[list[str] | None, typer.Option(help="Own clean prompt; once per prompt.")]
 Corrupt = Annotated[
     list[str] | None, typer.Option(help="Its corruption, as long in tokens as the clean prompt.")
@@ -54,7 +59,10 @@ Answer = Annotated[list[str] | None, typer.Option(help="Right next word of a cle
 Wrong = Annotated[list[str] | None, typer.Option(help="Word to compare the answer with.")]
 MetricName = Annotated[
     str | None,
-    typer.Option("--metric", help="logit_diff, probability, margin, cross_entropy, kl_divergence."),
+    typer.Option(
+        "--metric",
+        help="logit_diff, probability, margin, cross_entropy, kl_divergence, sequence_logprob.",
+    ),
 ]
 BeforeCap = Annotated[
     bool, typer.Option("--before-cap", help="Read logits before the final soft-cap.")
@@ -76,6 +84,7 @@ class Question:
 
     task: str | None
     prompts: int | None
+    seed: int
     clean: Sequence[str] | None
     corrupt: Sequence[str] | None
     answer: Sequence[str] | None
@@ -87,8 +96,8 @@ class Question:
     device: str
 
     @property
-    def bundled(self) -> bool:
-        """Whether it is a task of the suite, which has prompts of several splits."""
+    def builtin(self) -> bool:
+        """Whether it is a built-in task, which has prompts of two splits."""
         return self.task is not None
 
     def check(self) -> None:
@@ -99,42 +108,37 @@ class Question:
             TaskError: Prompts and answers that differ in number, or options that do not go together.
             UnknownNameError: No such task, metric or backend.
         """
-        from gemmascope_plugin.demo.tasks import TASK_NAMES
-
         if self.metric is not None:
             check_choice("metric", self.metric, _READS)
         check_choice("backend", self.backend, get_args(Backend))
-        given = [f"--{name}" for name in ("clean", "corrupt", "answer", "wrong") if self._own(name)]
-        if self.task is None and not given:
+        texts = [f"--{name}" for name in ("clean", "corrupt", "answer", "wrong") if self._own(name)]
+        if self.task is None and not texts:
             raise EmptySelectionError(
                 "No prompts are named",
-                exists=f"the tasks {', '.join(TASK_NAMES)}",
+                exists=f"the tasks {', '.join(task_names(self.model))}",
                 fix=f"--task ioi, or {_PROMPTS}",
             )
         if self.task is None:
             self._check_own()
             return
-        if given:
+        if texts:
             raise TaskError(
-                f"--task {self.task} brings its own prompts, and there is {', '.join(given)} as well",
+                f"--task {self.task} brings its own prompts, and there is {', '.join(texts)} as well",
                 fix="one of the two",
             )
-        check_choice("task", self.task, TASK_NAMES)
-        if self.model != BUNDLED:
+        check_choice("task", self.task, task_names(self.model))
+        if self.metric == "sequence_logprob":
             raise TaskError(
-                f"--task {self.task} is made of the words of {BUNDLED}, and the model is {self.model}",
-                fix=_PROMPTS,
+                f"The answers of --task {self.task} are single tokens, and sequence_logprob is for "
+                "longer ones",
+                fix="--metric cross_entropy, or prompts of your own",
             )
         if self.prompts is not None and self.prompts < 1:
-            raise EmptySelectionError(
-                f"--prompts {self.prompts} are no prompts", fix="--prompts 32"
-            )
+            raise EmptySelectionError(f"--n {self.prompts} leaves no prompt", fix="--n 32")
 
     def _check_own(self) -> None:
-        if self.prompts is not None:
-            raise TaskError(
-                "--prompts is for the tasks of the suite, which draw them", fix="--task"
-            )
+        if self.prompts is not None or self.seed:
+            raise TaskError("--n is for built-in tasks, which draw their prompts", fix="--task")
         metric = self.metric or "logit_diff"
         reads = _READS[metric]
         unread = [name for name in ("answer", "wrong") if self._own(name) and name not in reads]
@@ -156,8 +160,8 @@ class Question:
         return list(getattr(self, name) or ())
 
     def n_prompts(self, default: int) -> int:
-        """How many prompts of one split there are; ``default`` where ``--prompts`` does not say."""
-        return (self.prompts or default) if self.bundled else len(self._own("clean"))
+        """How many prompts of one split there are; ``default`` where ``--n`` does not say."""
+        return (self.prompts or default) if self.builtin else len(self._own("clean"))
 
     def load(self) -> HookedModel:
         """The model.
@@ -167,20 +171,20 @@ class Question:
         """
         return load_named(self.model, self.backend, self.device)
 
-    def ask(self, split: Split, default: int) -> Task:
+    def ask(self, model: HookedModel, split: Split, default: int) -> Task:
         """The task.
 
         Args:
-            split: Which prompts of a task of the suite; own prompts are all that there are.
-            default: Prompts of a task of the suite, where ``--prompts`` does not say.
+            model: The model that is asked.
+            split: Which prompts of a built-in task; own prompts are all that there are.
+            default: Prompts of a built-in task, where ``--n`` does not say.
         """
-        from gemmascope_plugin.demo.tasks import make_task
         from gemmascope_plugin.patching import Task
 
         if self.task is None:
             metric = self._metric(self.metric or "logit_diff", self.answer, self.wrong)
             return Task(self._own("clean"), self._own("corrupt"), metric, "own prompts")
-        task = make_task(self.task, split=split, n=self.n_prompts(default))
+        task = builtin_task(self.task, model, self.n_prompts(default), split, self.seed)
         asked = cast("Any", task.asked)
         if self.metric is None:
             return replace(task, metric=replace(asked, before_cap=self.before_cap))
@@ -192,6 +196,49 @@ class Question:
         given = {"answer": answer, "wrong": wrong or None}
         reads = {each: given[each] for each in _READS[name]}
         return getattr(patching, name)(**reads, before_cap=self.before_cap)
+
+
+def task_names(model: str) -> tuple[str, ...]:
+    """The built-in tasks that a model has, by its name."""
+    from gemmascope_plugin.demo.tasks import NAMES, TASK_NAMES
+    from gemmascope_plugin.patching.builtin import TASKS
+
+    return tuple(dict.fromkeys((*TASK_NAMES, *NAMES))) if model == BUNDLED else TASKS
+
+
+def builtin_task(name: str, model: HookedModel, n: int, split: Any, seed: int) -> Task:
+    """A built-in task.
+
+    Args:
+        name: One of :func:`task_names`; those of the suite may be called as it calls them.
+        model: The model.
+        n: Prompts.
+        split: ``train`` or ``held_out``.
+        seed: Of the draw.
+    """
+    from gemmascope_plugin.demo.tasks import make_task
+    from gemmascope_plugin.patching import Task
+    from gemmascope_plugin.patching.builtin import TASKS
+
+    if name not in TASKS:
+        return make_task(name, n=n, split=split, seed=seed)
+    return Task.builtin(name, model, n=n, split=split, seed=seed)
+
+
+def split_of(text: str | None, builtin: bool) -> Any:
+    """The split that was typed, ``held_out`` by default; blanks may be of any kind.
+
+    Raises:
+        TaskError: A split of prompts that are no built-in task.
+        UnknownNameError: No such split.
+    """
+    from gemmascope_plugin.patching.builtin import SPLITS
+
+    if text is not None and not builtin:
+        raise TaskError("--split is for built-in tasks", fix="leave --split out")
+    name = (text or "held_out").replace("-", "_")
+    check_choice("split", name, SPLITS)
+    return name
 
 
 def load_named(name: str, backend: str, device: str) -> HookedModel:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -25,8 +25,14 @@ from gemmascope_plugin.cli.task_options import (
     BackendName,
     Device,
     ModelName,
+    Seed,
+    SplitName,
+    TaskName,
+    builtin_task,
     check_out,
     load_named,
+    split_of,
+    task_names,
 )
 from gemmascope_plugin.errors import (
     AmbiguousSpecError,
@@ -45,11 +51,23 @@ _DEFAULTS = {BUNDLED: "gemma-2-tiny-skip-transcoders"}
 _SHOWN = 12
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """A prompt of a built-in task."""
+
+    task: str | None
+    row: int
+    split: Any
+    seed: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Request:
     """What is to be traced, checked."""
 
-    prompt: str
+    prompt: str | None
+    """None until the task has said."""
+    drawn: _Drawn
     model: str
     backend: str
     device: str
@@ -62,7 +80,13 @@ class _Request:
 
 
 def trace_command(
-    prompt: Annotated[str, typer.Argument(help="Text whose next token is explained.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="Text whose next token is explained.")
+    ] = None,
+    task: TaskName = None,
+    row: Annotated[int, typer.Option("--row", help="Which prompt of the task.")] = 0,
+    split: SplitName = None,
+    seed: Seed = 0,
     model: ModelName = BUNDLED,
     transcoders: Annotated[
         str | None, typer.Option(help="Release of the dictionaries, or transcoder or clt.")
@@ -100,6 +124,8 @@ def trace_command(
     An example on the bundled model, without a network:
 
     gemmascope trace "the capital of the state containing dallas is" --out trace.html
+
+    and the first prompt of a task: gemmascope trace --task two_hop
     """
     from gemmascope_plugin.circuits.tracing.graph_json import check_slug
 
@@ -108,12 +134,15 @@ def trace_command(
     check_out(as_json, "--json")
     if as_json is not None:
         check_slug(as_json.stem)
-    options = _options(prompt, targets, max_features, memory_budget)
+    _check_prompt(prompt, task, row, model)
+    drawn = _Drawn(task, row, split_of(split, task is not None), seed)
+    options = _options(targets, max_features, memory_budget)
     thresholds = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
     _check_shares(thresholds)
     specs = dictionaries(model, transcoders, width=width, l0=l0, affine=affine)
     request = _Request(
         prompt=prompt,
+        drawn=drawn,
         model=model,
         backend=backend,
         device=device,
@@ -122,7 +151,7 @@ def trace_command(
         options=options,
         thresholds=thresholds,
     )
-    graph, words = _traced(request)
+    request, graph, words = _traced(request)
     for line in _report(request, graph):
         typer.echo(line)
 
@@ -180,20 +209,47 @@ def parse_targets(text: str | None) -> list[Any] | None:
     return found
 
 
-def _options(
-    prompt: str, targets: str | None, max_features: int | None, memory_budget: str
-) -> dict[str, Any]:
+def _check_prompt(prompt: str | None, task: str | None, row: int, model: str) -> None:
+    """Refuses no prompt, and two.
+
+    Raises:
+        EmptySelectionError: No prompt.
+        TaskError: A prompt and a task.
+        UnknownNameError: No such task.
+    """
+    if task is None:
+        if prompt is None or not prompt.strip():
+            raise EmptySelectionError(
+                "The prompt is empty", fix='gemmascope trace "some words", or --task ioi'
+            )
+        return
+    if prompt is not None:
+        raise TaskError(f"--task {task} brings its own prompt", fix="one of the two")
+    check_choice("task", task, task_names(model))
+    if row < 0:
+        raise EmptySelectionError(f"--row {row} is before the first prompt", fix="--row 0")
+
+
+def _from_task(model: Any, drawn: _Drawn) -> tuple[str, list[Any] | None]:
+    """A prompt, and its answer against the wrong one; None where either is a set of tokens."""
+    assert drawn.task is not None
+    task = builtin_task(drawn.task, model, drawn.row + 1, drawn.split, drawn.seed)
+    asked: Any = task.asked
+    answer, wrong = asked.answer[drawn.row], asked.wrong[drawn.row]
+    several = any(not isinstance(side, str | int) for side in (answer, wrong))
+    return str(task.clean[drawn.row]), None if several else [(answer, wrong)]
+
+
+def _options(targets: str | None, max_features: int | None, memory_budget: str) -> dict[str, Any]:
     """Arguments of ``trace``.
 
     Raises:
-        EmptySelectionError: No prompt, or no features.
+        EmptySelectionError: No features.
         TaskError: Targets that cannot be read.
         UnknownNameError: The budget is no size.
     """
     from gemmascope_plugin.sizes import parse_size
 
-    if not prompt.strip():
-        raise EmptySelectionError("The prompt is empty", fix='gemmascope trace "some words"')
     if max_features is not None and max_features < 1:
         raise EmptySelectionError(
             f"--max-features {max_features} explains nothing", fix="--max-features 1000"
@@ -214,13 +270,18 @@ def _check_shares(thresholds: dict[str, float]) -> None:
             )
 
 
-def _traced(request: _Request) -> tuple[AttributionGraph, Any]:
-    """The pruned graph, and words of its features."""
+def _traced(request: _Request) -> tuple[_Request, AttributionGraph, Any]:
+    """The request with its prompt, the pruned graph, and words of its features."""
     import gemmascope_plugin as gs
     from gemmascope_plugin.circuits.tracing.top_tokens import top_tokens
     from gemmascope_plugin.models.protocol import device_of
 
     model = load_named(request.model, request.backend, request.device)
+    if request.drawn.task is not None:
+        prompt, targets = _from_task(model, request.drawn)
+        options = {**request.options, "targets": request.options["targets"] or targets}
+        request = replace(request, prompt=prompt, options=options)
+    assert request.prompt is not None
     place = device_of(model)
     saes = [gs.load(spec, local_dir=request.local_dir, device=place) for spec in request.specs]
     watched = sys.stderr.isatty()
@@ -228,7 +289,7 @@ def _traced(request: _Request) -> tuple[AttributionGraph, Any]:
     graph = graph.prune(**request.thresholds)
     if request.model == BUNDLED:
         graph = graph.with_labels(_labels(request.specs))
-    return graph, top_tokens(graph, model, saes)
+    return request, graph, top_tokens(graph, model, saes)
 
 
 def _labels(specs: Sequence[SaeSpec]) -> dict[tuple[str, int], str]:

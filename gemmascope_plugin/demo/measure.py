@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from jaxtyping import Int
 
-from gemmascope_plugin.demo.tasks import TASK_NAMES, Split, make_task
+from gemmascope_plugin.demo.tasks import TASK_NAMES, make_task
 from gemmascope_plugin.features import measure
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching import Task
+from gemmascope_plugin.patching.builtin import Split
 
 EXCLUDE = ("bos", "eos", "pad")
 
@@ -33,7 +34,7 @@ def task_score(model: HookedModel, task: Task) -> float:
     return float((logits.argmax(-1) == right.ids[:, 0]).float().mean())
 
 
-def task_scores(model: HookedModel, *, split: Split = "held-out", n: int = 256) -> dict[str, float]:
+def task_scores(model: HookedModel, *, split: Split = "held_out", n: int = 256) -> dict[str, float]:
     """Every task's score."""
     return {name: task_score(model, make_task(name, split=split, n=n)) for name in TASK_NAMES}
 

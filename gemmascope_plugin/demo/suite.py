@@ -18,13 +18,14 @@ from gemmascope_plugin.demo.assets import (
     read_json,
 )
 from gemmascope_plugin.demo.labels import Label, labels_from_json
-from gemmascope_plugin.demo.tasks import TASK_NAMES, Split, make_task
+from gemmascope_plugin.demo.tasks import TASK_NAMES, make_task
 from gemmascope_plugin.dtypes import as_device, as_dtype
 from gemmascope_plugin.errors import MissingFileError, UnknownNameError, check_choice, nearest
 from gemmascope_plugin.loading import load, spec_of
 from gemmascope_plugin.models import load_model
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching import Task
+from gemmascope_plugin.patching.builtin import Split
 from gemmascope_plugin.types import Backend
 
 MODEL = "gemma-2-tiny"
@@ -34,6 +35,14 @@ _SUITES: dict[str, dict[str, Any]] = {
     "matryoshka": {"site": "res", "variant": "matryoshka"},
 }
 """Words of ``TinySuite.load`` that are no site, as arguments of ``find``."""
+
+
+class _Tasks(dict[str, Task]):
+    """Tasks by name; a name that does not exist says which do."""
+
+    def __missing__(self, name: object) -> Task:
+        check_choice("task", name, self)
+        raise AssertionError(f"{name!r} is a task")
 
 
 @dataclass(frozen=True)
@@ -61,14 +70,14 @@ class TinySuite:
     @cached_property
     def tasks(self) -> dict[str, Task]:
         """Name to held-out task; :meth:`task` makes others."""
-        return {name: make_task(name) for name in TASK_NAMES}
+        return _Tasks({name: make_task(name) for name in TASK_NAMES})
 
-    def task(self, name: str, *, split: Split = "held-out", n: int = 64, seed: int = 0) -> Task:
+    def task(self, name: str, *, split: Split = "held_out", n: int = 64, seed: int = 0) -> Task:
         """A task with other prompts than those in :attr:`tasks`.
 
         Args:
             name: Task name.
-            split: ``held-out`` prompts never occur in the corpus, ``train`` ones may.
+            split: ``held_out`` prompts never occur in the corpus, ``train`` ones may.
             n: Number of prompts.
             seed: Seed of the draw.
 

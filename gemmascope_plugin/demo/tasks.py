@@ -11,20 +11,22 @@ two_hop    the capital of the state containing dallas is ... austin  a city of a
 ========== ======================================================= =================================
 
 Held-out prompts use only combinations that the corpus never contains, see ``grammar``.
+
+``Task.builtin`` gives them for the suite's model, ``years`` under its usual name ``greater_than``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
-from typing import Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import gemmascope_plugin.demo.grammar as grammar
 import gemmascope_plugin.demo.lexicon as lex
 from gemmascope_plugin.errors import check_choice
+from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching import Task, logit_diff, probability
-
-Split = Literal["held-out", "train"]
+from gemmascope_plugin.patching.builtin import SPLITS, ModelTasks, Split, register_tasks
 
 LIST_LENGTH, REPEATED = 7, 4
 """Words of a nonsense list in the induction task, and how many are said again in the prompt."""
@@ -104,12 +106,12 @@ _MAKERS: dict[str, Callable[[Random, bool], Pair]] = {
 TASK_NAMES = tuple(_MAKERS)
 
 
-def make_task(name: str, *, split: Split = "held-out", n: int = 64, seed: int = 0) -> Task:
+def make_task(name: str, *, split: Split = "held_out", n: int = 64, seed: int = 0) -> Task:
     """A task with ``n`` prompts; the same arguments give the same prompts.
 
     Args:
         name: One of ``TASK_NAMES``.
-        split: ``held-out`` prompts never occur in the corpus, ``train`` ones may.
+        split: ``held_out`` prompts never occur in the corpus, ``train`` ones may.
         n: Number of prompts.
         seed: Seed of the draw.
 
@@ -117,10 +119,33 @@ def make_task(name: str, *, split: Split = "held-out", n: int = 64, seed: int = 
         UnknownNameError: An unknown task.
     """
     check_choice("task", name, TASK_NAMES)
-    check_choice("split", split, get_args(Split))
-    rng = Random(f"{name} {split} {seed}")
-    pairs = [_MAKERS[name](rng, split == "held-out") for _ in range(n)]
+    check_choice("split", split, SPLITS)
+    rng = Random(f"{name} {split.replace('_', '-')} {seed}")
+    pairs = [_MAKERS[name](rng, split == "held_out") for _ in range(n)]
     # Greater-than is a matter of probability mass: of the greater years minus that of the others.
     ask = probability if name == "years" else logit_diff
     metric = ask([p.answer for p in pairs], [p.wrong for p in pairs])
     return Task([p.clean for p in pairs], [p.corrupt for p in pairs], metric, name)
+
+
+_MODEL = "gemma-2-tiny"
+_USUAL = {"greater_than": "years"}
+"""Names of built-in tasks that are others here."""
+
+
+def _is_bundled(model: HookedModel) -> bool:
+    """Whether a model reads the suite's words and no others."""
+    size, tokenizer = len(lex.vocabulary()), model.tokenizer
+    if tokenizer is None or len(tokenizer) != size:
+        return False
+    return tokenizer.get_vocab().keys() == set(lex.vocabulary())
+
+
+def _make(name: str, n: int, split: Any, seed: int) -> tuple[Any, Any, Any]:
+    task = make_task(_USUAL.get(name, name), split=split, n=n, seed=seed)
+    return task.clean, task.corrupt, task.metric
+
+
+NAMES = tuple({"years": "greater_than"}.get(name, name) for name in TASK_NAMES)
+"""The built-in tasks that there are for the suite's model."""
+register_tasks(ModelTasks(_MODEL, _is_bundled, NAMES, _make))

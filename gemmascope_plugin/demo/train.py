@@ -29,6 +29,7 @@ from gemmascope_plugin.demo.tokenizer import save_tokenizer
 from gemmascope_plugin.demo.train_dictionaries import train_dictionaries
 from gemmascope_plugin.demo.train_model import ModelRecipe, save_model, train_model
 from gemmascope_plugin.models import load_model
+from gemmascope_plugin.patching.builtin import SPLITS
 
 COMMAND = "python -m gemmascope_plugin.demo.train"
 
@@ -52,7 +53,8 @@ def model_stage(out: Path) -> dict[str, Any]:
     save_tokenizer(folder)
     minutes = (time.monotonic() - started) / 60
     scores = {
-        split: task_scores(load_model(folder), split=split) for split in ("held-out", "train")
+        split.replace("_", "-"): task_scores(load_model(folder), split=split)
+        for split in SPLITS[::-1]
     }
     return {
         "recipe": asdict(recipe),

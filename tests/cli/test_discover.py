@@ -16,7 +16,7 @@ import gemmascope_plugin as gs
 from gemmascope_plugin.cli.app import app
 from tests.cli.test_patch import OWN
 
-SUITE = ("--task", "ioi", "--prompts", "3", "--random", "1")
+SUITE = ("--task", "ioi", "--n", "3", "--random", "1")
 NODES = (*SUITE, "--method", "exact", "--size", "5")
 
 

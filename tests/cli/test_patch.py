@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import gemmascope_plugin as gs
 from gemmascope_plugin.cli.app import app
 
-SUITE = ("--task", "ioi", "--prompts", "4")
+SUITE = ("--task", "ioi", "--n", "4")
 WORDS = "when anna and george went to the store , {} gave a drink to"
 OWN = (
     *("--clean", WORDS.format("george"), "--corrupt", WORDS.format("anna")),
@@ -122,6 +122,7 @@ def test_options_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
         (None, OWN, "logit difference"),
         ("probability", OWN, "probability"),
         ("probability", OWN[:-2], "probability"),
+        ("sequence_logprob", OWN, "sequence log-probability"),
         ("margin", OWN[:-2], "margin"),
         ("cross_entropy", OWN[:-2], "minus cross-entropy"),
         ("kl_divergence", OWN[:-4], "minus KL divergence"),
@@ -189,9 +190,10 @@ def test_the_example_of_the_help_works(tmp_path: Path, monkeypatch: pytest.Monke
         ((), "No prompts are named. There is: the tasks ioi, agreement"),
         (("--task", "iio"), "Unknown task 'iio'. There is: ioi, agreement"),
         ((*SUITE, *OWN[:2]), "--task ioi brings its own prompts, and there is --clean as well"),
-        ((*SUITE[:2], "--prompts", "0"), "--prompts 0 are no prompts"),
-        ((*SUITE, "--model", "gemma-2-2b"), "made of the words of gemma-2-tiny"),
-        ((*SUITE, "--split", "test"), "Unknown split 'test'. There is: held-out, train"),
+        ((*SUITE[:2], "--n", "0"), "--n 0 leaves no prompt"),
+        ((*SUITE[:1], "years", "--model", "gemma-2-2b"), "Unknown task 'years'. There is: ioi"),
+        ((*SUITE, "--metric", "sequence_logprob"), "The answers of --task ioi are single tokens"),
+        ((*SUITE, "--split", "test"), "Unknown split 'test'. There is: train, held_out"),
         ((*SUITE, "--component", "mlpout"), "Did you mean 'mlp_out'"),
         ((*SUITE, "--component", "feature"), "--component feature needs dictionaries"),
         ((*SUITE, "--mode", "noise"), "Unknown mode 'noise'. There is: denoising, noising"),
@@ -205,8 +207,8 @@ def test_the_example_of_the_help_works(tmp_path: Path, monkeypatch: pytest.Monke
         ((*OWN, *OWN[:2]), "There are 2 --clean, 1 --corrupt, 1 --answer, 1 --wrong"),
         (OWN[:4], "There are 1 --clean, 1 --corrupt, 0 --answer, 0 --wrong"),
         ((*OWN, "--metric", "margin"), "--metric margin does not read --wrong"),
-        ((*OWN, "--prompts", "3"), "--prompts is for the tasks of the suite"),
-        ((*OWN, "--split", "train"), "--split is for the tasks of the suite"),
+        ((*OWN, "--n", "3"), "--n is for built-in tasks"),
+        ((*OWN, "--split", "train"), "--split is for built-in tasks"),
         ((*OWN, "--answer", "xyzzy", *OWN[:4], *OWN[6:]), "'xyzzy' is not a single token"),
         ((*OWN, "--model", "/nowhere/model"), "There is no folder '/nowhere/model'"),
     ],

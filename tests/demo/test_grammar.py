@@ -119,7 +119,7 @@ def test_concept_matrix_has_roles_and_word_identities():
 
 
 @pytest.mark.parametrize("name", TASK_NAMES)
-@pytest.mark.parametrize("split", ["held-out", "train"])
+@pytest.mark.parametrize("split", ["held_out", "train"])
 def test_prompts_of_a_task_have_one_length_and_differ(name, split):
     task = make_task(name, split=split, n=32)
     lengths = {len(prompt.split()) for prompt in (*task.clean, *task.corrupt)}
@@ -131,7 +131,7 @@ def test_prompts_of_a_task_have_one_length_and_differ(name, split):
 
 def test_held_out_and_train_prompts_are_disjoint():
     for name in TASK_NAMES:
-        held_out, train = (set(make_task(name, split=s, n=64).clean) for s in ("held-out", "train"))
+        held_out, train = (set(make_task(name, split=s, n=64).clean) for s in ("held_out", "train"))
         assert not held_out & train
 
 

@@ -53,7 +53,7 @@ class _Recipe(NamedTuple):
     ask: Callable[..., Any] = logit_diff
 
 
-_RECIPES = {
+RECIPES = {
     "ioi": _Recipe(ioi),
     # later years are a matter of probability mass, not of one token
     "greater_than": _Recipe(greater_than, probability),
@@ -67,7 +67,7 @@ _RECIPES = {
     "pronouns": _Recipe(pronouns),
     "two_hop": _Recipe(two_hop),
 }
-TASKS = tuple(_RECIPES)
+TASKS = tuple(RECIPES)
 """Names of the built-in tasks."""
 
 
@@ -131,7 +131,7 @@ def build(name: str, model: HookedModel, *, n: int, split: Split, seed: int) -> 
         check_choice(f"task of {entry.model}", name, entry.names)
         clean, corrupt, metric = entry.make(name, n, split, seed)
         return Built(clean, corrupt, metric, 0)
-    recipe = _RECIPES[name]
+    recipe = RECIPES[name]
     drafts = recipe.draw(Random(f"{name} {split} {seed}"), Half(SPLITS.index(split)))
     fitting = fit(model, drafts, n, tries=500 + 50 * n)
     if len(fitting.pairs) < n:

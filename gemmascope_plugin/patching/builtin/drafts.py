@@ -38,14 +38,15 @@ class Draft(NamedTuple):
     continuation, or none, of any number of tokens."""
 
 
-class Half(NamedTuple):
+@dataclass(frozen=True)
+class Half:
     """One of two splits of every list."""
 
-    index: int
+    start: int
 
     def __call__(self, items: Sequence[T]) -> list[T]:
         """Every other item, from the first or the second on."""
-        return list(items[self.index :: 2])
+        return list(items[self.start :: 2])
 
 
 class Pair(NamedTuple):
