@@ -124,13 +124,35 @@ def test_one_dictionary_for_each_layer() -> None:
         dictionaries("270m", "clt", width=None, l0=None, affine=None)
 
 
+def test_a_prompt_of_a_task_is_traced_for_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    trace = gs.trace
+
+    def watched(model: Any, prompt: Any, saes: Any, **options: Any) -> Any:
+        asked.update(options, prompt=prompt)
+        return trace(model, prompt, saes, **options)
+
+    monkeypatch.setattr(gs, "trace", watched)
+    task = _tiny(backend="hooked").task("two_hop", n=3)
+    run("--task", "two_hop", "--row", "2", "--max-features", "20")
+    assert asked["prompt"] == task.clean[2]
+    assert asked["targets"] == [(task.metric.answer[2], task.metric.wrong[2])]
+    run("--task", "greater_than", "--max-features", "20")
+    assert asked["targets"] is None  # a set of years is not one target
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((" ",), "The prompt is empty"),
+        ((), "The prompt is empty"),
+        (("x", "--task", "ioi"), "--task ioi brings its own prompt"),
+        (("--task", "iio"), "Did you mean 'ioi'"),
+        (("--task", "ioi", "--row", "-1"), "--row -1 is before the first prompt"),
+        (("x", "--split", "train"), "--split is for built-in tasks"),
         (("x", "--targets", "a,-b"), "--targets 'a,-b' has a part without a word"),
         (("x", "--max-features", "0"), "--max-features 0 explains nothing"),
-        (("x", "--memory-budget", "much"), "no size 'much'"),
+        (("x", "--memory-budget", "much"), "'much' is not a size"),
         (("x", "--node-threshold", "1.5"), "--node-threshold 1.5 is no share"),
         (("x", "--edge-threshold", "0"), "--edge-threshold 0.0 is no share"),
         (("x", "--backend", "hoked"), "Did you mean 'hooked'"),
