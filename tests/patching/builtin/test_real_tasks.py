@@ -34,7 +34,7 @@ def test_the_model_is_above_chance(real_model: Any, name: str) -> None:
 
 
 def test_two_hops_are_not_done(real_model: Any) -> None:
-    """It says the landmark's own city: less than half of the prompts are right, where guessing were half."""
+    """It says the landmark's own city, on more than half of the prompts."""
     shares = [
         gs.Task.builtin("two_hop", real_model, n=N, split=split).figures(real_model).accuracy
         for split in SPLITS
