@@ -20,6 +20,7 @@ from tests import factories
 from tests.attribution.frozen_reference import FrozenModel, with_attention_biases
 from tests.splice.cross_layer_reference import clt
 from tests.splice.gained_transcoders import gained_transcoder
+from tests.support.rounding import TINY
 from tests.tiny_models import random_tokens
 
 TOKENS = random_tokens(batch=1, length=20, seed=5)
@@ -101,7 +102,7 @@ def test_rows_equal_autograd(name: str, model: Any, hf: Any) -> None:
     got = got[:, : tracer.layout.n_nodes].copy()
     got[:, own] = 0
     scale = np.abs(expected).max(1, keepdims=True)
-    np.testing.assert_allclose(got / scale, expected / scale, atol=2e-6)
+    np.testing.assert_allclose(got / scale, expected / scale, atol=TINY)
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -140,7 +141,7 @@ def test_chunks_do_not_matter(hooked2: Any, monkeypatch: pytest.MonkeyPatch) -> 
     expected = whole.rows([], [], weights, None, False).matrix.toarray()
     monkeypatch.setattr("gemmascope_plugin.attribution.adjoint.tracer.MAX_TARGETS", 3)
     got = tracer_of(hooked2, saes).rows([], [], weights, None, False).matrix.toarray()
-    np.testing.assert_allclose(got, expected, atol=2e-6)
+    np.testing.assert_allclose(got, expected, atol=TINY)
 
 
 def test_rows_gathered_at_every_use_are_the_same(hooked2: Any) -> None:
@@ -171,7 +172,7 @@ def test_the_most_influential_features_come_first(hooked2: Any) -> None:
     # influence is found from the rows known so far, so the choice may differ near the end
     assert len(set(chosen) & set(best.tolist())) >= 10
     rows = whole.matrix[whole.row_of[few.nodes]]
-    np.testing.assert_allclose(few.matrix.toarray(), rows.toarray(), atol=2e-6)
+    np.testing.assert_allclose(few.matrix.toarray(), rows.toarray(), atol=TINY)
 
 
 def test_small_shares_are_dropped(hooked2: Any) -> None:
@@ -197,4 +198,4 @@ def test_threads_do_not_matter(hooked2: Any, monkeypatch: pytest.MonkeyPatch) ->
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(before)
-    np.testing.assert_allclose(found[0], found[1], atol=2e-6)
+    np.testing.assert_allclose(found[0], found[1], atol=TINY)

@@ -18,6 +18,7 @@ from gemmascope_plugin.patching.writes import Writes, head_deltas
 from tests.factories import n_hooks, tiny_model, tiny_tokenizer, unchecked
 from tests.ground_truth.cases import CASES
 from tests.patching.tasks import CLEAN, CORRUPT, RIGHT, TASK, WRONG
+from tests.support.rounding import TINY
 from tests.tiny_models import random_tokens
 
 MODES = pytest.mark.parametrize("mode", ["noising", "denoising"])
@@ -36,7 +37,7 @@ def test_edges_of_a_writer_sum_to_its_node_score(model, mode: str) -> None:
     embed = attribution_patching(model, TASK, "resid_pre", mode=mode, per_position=False).values
     for layer in range(3):
         assert largest(nodes[effects.edges.heads(layer)] - heads[layer]) < 1e-5 * largest(heads)
-        assert float(nodes[effects.edges.mlp(layer)]) == pytest.approx(float(mlps[layer]), abs=1e-6)
+        assert float(nodes[effects.edges.mlp(layer)]) == pytest.approx(float(mlps[layer]), abs=TINY)
     assert float(nodes[0]) == pytest.approx(float(embed[0]), abs=1e-5)
     naive = edge_attribution(model, TASK, method="eap", mode=mode, writer_delta="naive")
     off = naive.node_effects()[effects.edges.heads(0)] - heads[0]
@@ -53,7 +54,7 @@ def test_exact_deltas_sum_to_what_the_layer_would_write(model) -> None:
         moved = head_deltas(anatomy, layer, base.z[layer], other.z[layer] - base.z[layer])
         expected = torch.einsum("bshd,bsd->h", moved, slopes[name])
         got = effects.node_effects()[effects.edges.heads(layer)]
-        assert torch.allclose(got, expected, atol=1e-6)
+        assert torch.allclose(got, expected, atol=TINY)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
@@ -138,7 +139,7 @@ def test_each_steps_own_jacobian_keeps_the_node_identity(hooked2) -> None:
         hooks = [("hook_embed", lambda x, hook, point=point: point)]
         slope = gradients_of(hooked2, run, [name], fwd_hooks=hooks)[name]
         total += ((other.z[1] - base.z[1]) * slope).sum((0, 1, 3)) / steps
-    assert torch.allclose(effects.node_effects()[effects.edges.heads(1)], total, atol=1e-6)
+    assert torch.allclose(effects.node_effects()[effects.edges.heads(1)], total, atol=TINY)
 
 
 def test_key_value_heads_are_the_sum_of_their_query_heads(hooked2) -> None:
@@ -160,7 +161,7 @@ def test_key_value_heads_are_the_sum_of_their_query_heads(hooked2) -> None:
         g = ln1.vjp(stream[:, :, None], pulled)
         by_head = torch.einsum("bsm,bshm->h", other.embed - base.embed, g)
         got = effects[0, edges.inputs(1, port)]
-        assert torch.allclose(got, by_head.reshape(2, 2).sum(1), atol=1e-6)
+        assert torch.allclose(got, by_head.reshape(2, 2).sum(1), atol=TINY)
 
 
 @pytest.mark.parametrize("method", ["eap", "eap-ig", "eap-ig-activations", "clean-corrupted"])
@@ -170,11 +171,11 @@ def test_parts_positions_and_prompts_do_not_matter(hooked2, method: str) -> None
     by_pos = edge_attribution(hooked2, TASK, method=method, steps=3, per_position=True)
     by_prompt = edge_attribution(hooked2, TASK, method=method, steps=3, by_prompt=True)
     for other in (parts.values, by_pos.total, by_prompt.values):
-        assert torch.allclose(whole.values, other, atol=1e-6)
+        assert torch.allclose(whole.values, other, atol=TINY)
     assert by_pos.values.shape == (*whole.values.shape, CLEAN.shape[1])
     one = Task(CLEAN[:1], CORRUPT[:1], logit_diff(RIGHT[:1], WRONG[:1]))
     alone = edge_attribution(hooked2, one, method=method, steps=3)
-    assert torch.allclose(by_prompt.by_prompt[0], alone.values, atol=1e-6)
+    assert torch.allclose(by_prompt.by_prompt[0], alone.values, atol=TINY)
 
 
 def test_prompts_of_several_lengths_are_those_one_by_one(model) -> None:
@@ -198,10 +199,10 @@ def test_prompts_of_several_lengths_are_those_one_by_one(model) -> None:
         got = edge_attribution(model, both, by_prompt=True, **options).by_prompt
         for i, task in enumerate(alone):
             assert torch.allclose(
-                got[i], edge_attribution(model, task, **options).values, atol=2e-6
+                got[i], edge_attribution(model, task, **options).values, atol=TINY
             )
         streamed = edge_attribution(model, alone, **options)
-        assert torch.allclose(streamed.values, got.mean(0), atol=2e-6)
+        assert torch.allclose(streamed.values, got.mean(0), atol=TINY)
         assert streamed.metadata["n_prompts"] == 2
 
 

@@ -24,6 +24,7 @@ from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownName
 from tests import factories
 from tests.attribution.frozen_reference import FrozenModel, with_attention_biases
 from tests.attribution.test_adjoint import LAYERS, SETS, TOKENS, dictionaries, tracer_of
+from tests.support.rounding import TINY
 
 Cut = list[tuple[str, Callable[..., Any]]]
 
@@ -86,7 +87,7 @@ def test_heads_carry_what_is_lost_without_them(name: str, model: Any, hf: Any) -
         found = loadings(tracer, entry, below)
         whole = effects(model, tracer, kind, entry, [])[below]
         scale = np.abs(whole).max()
-        np.testing.assert_allclose(found.effects / scale, whole / scale, atol=2e-6)
+        np.testing.assert_allclose(found.effects / scale, whole / scale, atol=TINY)
         loads = found.loads.sum(-1)
         for layer, heads in ((0, [3]), (1, [*range(n_heads)]), (2, [1])):
             if 4 * layer > entry.after:
@@ -94,7 +95,7 @@ def test_heads_carry_what_is_lost_without_them(name: str, model: Any, hf: Any) -
                 continue
             rest = effects(model, tracer, kind, entry, without(layer, heads))[below]
             carried = loads[:, layer, heads].sum(1)
-            np.testing.assert_allclose(carried / scale, (whole - rest) / scale, atol=2e-6)
+            np.testing.assert_allclose(carried / scale, (whole - rest) / scale, atol=TINY)
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -136,8 +137,8 @@ def test_few_writes_at_a_time_are_the_same(
     whole = loadings(tracer, entry, sources)
     monkeypatch.setattr(type(tracer.sweep), "fitting", lambda *args: 2)
     few = loadings(tracer, entry, sources)
-    torch.testing.assert_close(few.loads, whole.loads, atol=1e-6, rtol=0)
-    torch.testing.assert_close(few.bypass, whole.bypass, atol=1e-6, rtol=0)
+    torch.testing.assert_close(few.loads, whole.loads, atol=TINY, rtol=0)
+    torch.testing.assert_close(few.bypass, whole.bypass, atol=TINY, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -188,11 +189,11 @@ def test_targets_that_are_asked_for(saes: list[Any], hooked2: Any) -> None:
     expected = [dense[graph.find(end), graph.find("token@1")] for end in ends]
     np.testing.assert_allclose(found.weights, expected, atol=1e-5)
     named = head_loadings(hooked2, graph, saes, edges[:2])  # the feature and the difference
-    np.testing.assert_allclose(named.values, found.values[:2], atol=1e-6)
+    np.testing.assert_allclose(named.values, found.values[:2], atol=TINY)
     with pytest.raises(UnknownNameError, match="targets=\\[StreamDirection"):
         head_loadings(hooked2, graph, saes, edges[2])
     same = head_loadings(hooked2, TOKENS, saes, edges[0], targets=targets)
-    np.testing.assert_allclose(same.values[0], found.values[0], atol=1e-6)
+    np.testing.assert_allclose(same.values[0], found.values[0], atol=TINY)
 
 
 def test_a_prompt_has_its_likeliest_tokens(
@@ -201,7 +202,7 @@ def test_a_prompt_has_its_likeliest_tokens(
     end = graph.nodes["id"].iloc[-1]
     one = head_loadings(hooked2, TOKENS, saes, [("token@2", end)])
     other = head_loadings(hooked2, graph, saes, [("token@2", end)])
-    np.testing.assert_allclose(one.by_key, other.by_key, atol=1e-6)
+    np.testing.assert_allclose(one.by_key, other.by_key, atol=TINY)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from gemmascope_plugin.errors import EmptySelectionError, GemmaScopeError, TaskE
 from tests import factories
 from tests.attribution.frozen_reference import FrozenModel
 from tests.attribution.test_adjoint import LAYERS, TOKENS, dictionaries, tracer_of
+from tests.support.rounding import TINY
 
 HEADS = [(0, 1, 19, 6), (1, 3, 17, 2), (2, 0, 19, 4), (2, 2, 9, 9)]
 """Layer, head, query, key: local layers and global ones, both key-value heads, the edge of the window."""
@@ -72,7 +73,7 @@ def test_pairs_equal_autograd(name: str, place: int, model: Any, hf: Any) -> Non
         rows = part.numpy()[nodes]
         assert not expected[len(nodes) :].any()
         scale = np.abs(expected).max()
-        np.testing.assert_allclose(rows / scale, expected[: len(nodes)][nodes] / scale, atol=2e-6)
+        np.testing.assert_allclose(rows / scale, expected[: len(nodes)][nodes] / scale, atol=TINY)
 
 
 @pytest.mark.parametrize(("layer", "head", "query", "key"), HEADS)
@@ -87,12 +88,12 @@ def test_pairs_sum_to_the_score(
     pairs = (found.parts[0].double() @ found.parts[1].double().T).numpy()
     cap = 5.0 if model.cfg.attn_scores_soft_cap == 5.0 else None
     capped = pairs.sum() if cap is None else cap * np.tanh(pairs.sum() / cap)
-    assert capped == pytest.approx(float(own[key]), abs=1e-6 * scale)
-    assert found.capped == pytest.approx(float(own[key]), abs=1e-6 * scale)
-    assert found.score == pytest.approx(pairs.sum(), abs=1e-6 * scale)
-    assert found.residual < 1e-6
+    assert capped == pytest.approx(float(own[key]), abs=TINY * scale)
+    assert found.capped == pytest.approx(float(own[key]), abs=TINY * scale)
+    assert found.score == pytest.approx(pairs.sum(), abs=TINY * scale)
+    assert found.residual < TINY
     for sums, marginal in ((pairs.sum(1), "query"), (pairs.sum(0), "key")):
-        np.testing.assert_allclose(getattr(found, f"{marginal}_weights"), sums, atol=1e-6 * scale)
+        np.testing.assert_allclose(getattr(found, f"{marginal}_weights"), sums, atol=TINY * scale)
 
 
 @pytest.mark.parametrize(("place", "contrast"), [(1, False), (2, False), (2, True)])
@@ -103,10 +104,10 @@ def test_marginals_without_pairs(place: int, contrast: bool, model: Any, hf: Any
     whole = qk_attribution(model, TOKENS, saes, layer, head, query, key, **options)
     few = qk_attribution(model, TOKENS, saes, layer, head, query, key, pairs=False, **options)
     scale = max(abs(float(whole.score)), 1.0)
-    assert whole.residual < 1e-6 and few.residual < 1e-6
-    np.testing.assert_allclose(few.query_weights, whole.query_weights, atol=1e-6 * scale)
-    np.testing.assert_allclose(few.key_weights, whole.key_weights, atol=1e-6 * scale)
-    assert few.score == pytest.approx(whole.score, abs=1e-6 * scale)
+    assert whole.residual < TINY and few.residual < TINY
+    np.testing.assert_allclose(few.query_weights, whole.query_weights, atol=TINY * scale)
+    np.testing.assert_allclose(few.key_weights, whole.key_weights, atol=TINY * scale)
+    assert few.score == pytest.approx(whole.score, abs=TINY * scale)
 
 
 def test_a_contrast_is_less_the_mean_of_the_keys(hooked2: Any) -> None:
@@ -120,8 +121,8 @@ def test_a_contrast_is_less_the_mean_of_the_keys(hooked2: Any) -> None:
     weights = np.stack([one.key_weights for one in each])
     scale = max(abs(one.score) for one in each)
     expected = weights[keys.index(key)] - weights.mean(0)
-    np.testing.assert_allclose(found.key_weights, expected, atol=2e-6 * scale)
-    assert found.residual < 1e-6 and found.capped == pytest.approx(float(own[key]), abs=1e-5)
+    np.testing.assert_allclose(found.key_weights, expected, atol=TINY * scale)
+    assert found.residual < TINY and found.capped == pytest.approx(float(own[key]), abs=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
@@ -138,7 +139,7 @@ def test_biases_of_queries_and_keys_are_sources(family: str) -> None:
         found = qk_attribution(model, TOKENS, saes, 1, 3, 17, 2, contrast=contrast)
         own = observed(model, 1, 3, 17)
         assert found.capped == pytest.approx(float(own[2]), abs=1e-5)
-        assert found.residual < 1e-6
+        assert found.residual < TINY
         for frame in (found.by_query, found.by_key):
             bias = frame[frame["id"] == "bias:b_Q_and_b_K"]
             assert contrast or abs(float(bias["weight"].iloc[0])) > 1e-3
@@ -152,7 +153,7 @@ def test_few_targets_at_a_time_are_the_same(hooked2: Any, monkeypatch: pytest.Mo
     few = qk_attribution(hooked2, TOKENS, saes, 2, 1, 19, 5, contrast=True)
     assert whole.parts is not None and few.parts is not None
     for one, other in zip(whole.parts, few.parts, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+        torch.testing.assert_close(one, other, atol=TINY, rtol=0)
 
 
 def test_tables_and_figures(hooked2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
