@@ -42,6 +42,7 @@ from gemmascope_plugin.attribution.edge_scores import (
 from gemmascope_plugin.attribution.reader_gradients import ReaderGradients, read_gradients
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.edge_effects import EdgeEffects
 from gemmascope_plugin.patching.edges import EdgeMap
@@ -153,6 +154,7 @@ class _Scorer:
             "logits": tasks[0].logits,
             "sign": "positive = patching the edge raises the metric",
             "n_prompts": n,
+            "weights": weights_of(self.model),
             **metric,
         }
         if self.options.method == "eap-ig":

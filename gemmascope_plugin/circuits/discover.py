@@ -29,6 +29,7 @@ from gemmascope_plugin.circuits.graph import Graph
 from gemmascope_plugin.circuits.places import places_in
 from gemmascope_plugin.circuits.select import greedy, threshold, top_n
 from gemmascope_plugin.errors import TaskError, check_choice
+from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching import Effects, Task, activation_patching
 from gemmascope_plugin.patching.edge_effects import EdgeEffects
@@ -214,6 +215,7 @@ def graph_of(effects: EdgeEffects) -> Graph:
         "writer_delta",
         "steps",
         "n_prompts",
+        "weights",
     )
     details = {key: effects.metadata[key] for key in known if key in effects.metadata}
     return Graph.of_edges(effects.edges, sign * effects.values, details)
@@ -280,6 +282,7 @@ def _acdc(model: HookedModel, task: Task, tau: float, options: dict[str, Any]) -
         "tau": tau,
         "replacement": options["replacement"],
         "n_prompts": bound.n_prompts,
+        "weights": weights_of(model),
         "circuits_run": pruned.n_rows,
     }
     graph = Graph.of_edges(ablation.edges, pruned.rise, details)
@@ -306,6 +309,7 @@ def _node_graph(
             effects = attribution_patching(model, task, component, **asked)
         found += _drops(kind, effects, method == "atp*")  # which says sizes only
     details = {"task": task.name, "metric": task.asked.name, "method": method, "kinds": kinds}
+    details["weights"] = weights_of(model)
     return Graph.of_nodes([node for node, _ in found], [drop for _, drop in found], details)
 
 

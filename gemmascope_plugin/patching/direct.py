@@ -30,6 +30,7 @@ import torch
 from gemmascope_plugin.errors import UnknownNameError, check_choice
 from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.points import n_layers
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.contributions import (
@@ -184,6 +185,7 @@ class _Sums:
             "logits": "before the final soft-cap",
             "sign": "positive = raises the logit difference",
             "n_prompts": len(bound),
+            "weights": weights_of(model),
             "tokens": token_strings(model, bound.clean[0]),
             "metric_clean": self.before / len(bound),
             # nothing adds nothing: ``share`` is the part of the whole

@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 
 from gemmascope_plugin.errors import EmptySelectionError, UnknownNameError, check_choice
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.restart import Restart
 from gemmascope_plugin.patching.edge_effects import EdgeEffects
@@ -94,6 +95,7 @@ def edge_patching(
         "logits": bound.logits,
         "sign": "positive = patching the edge raises the metric",
         "n_prompts": bound.n_prompts,
+        "weights": weights_of(model),
         "n_patched": len(wanted),
         **ends,
     }

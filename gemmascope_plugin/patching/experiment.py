@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.errors import EmptySelectionError, check_choice
 from gemmascope_plugin.models import token_strings
+from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.components import COMPONENTS, layer_of, sizes_of
 from gemmascope_plugin.patching.effects import Effects, FeatureId
@@ -354,6 +355,7 @@ def _describe(model: HookedModel, runner: Any, bound: BoundTask, component: str)
         "logits": f"{'before' if bound.metric.metric.before_cap else 'after'} the final soft-cap",
         "sign": "positive = patching raises the metric",
         "n_prompts": bound.n_prompts,
+        "weights": weights_of(model),
         "tokens": token_strings(model, bound.clean[0]),
         "exclude": _excluded(runner.sites.values()) if spliced else (),
         "error": "keep" if spliced else None,

