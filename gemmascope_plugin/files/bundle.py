@@ -168,8 +168,8 @@ def from_json_value(value: Any) -> Any:
         ValueError: A number that is none.
     """
     if isinstance(value, dict):
-        if list(value) == [_FLOAT]:
-            if value[_FLOAT] not in ("nan", "inf", "-inf"):
+        if _FLOAT in value:
+            if len(value) > 1 or value[_FLOAT] not in ("nan", "inf", "-inf"):
                 raise ValueError(f"{value[_FLOAT]!r} stands for a number")
             return float(value[_FLOAT])
         return {key: from_json_value(each) for key, each in value.items()}

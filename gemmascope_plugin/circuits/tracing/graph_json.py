@@ -7,7 +7,10 @@ The keys are those of circuit-tracer's ``frontend/graph_models.py`` and of Neuro
    residual of a row stand in ``metadata.gemmascope``, beside all else that the format has no place for,
    and what a viewer will not show (``limits``).
 2. The viewers compute scores from nodes and links; on graphs with transcoders only they are ours.
-3. A folder has a list of its graphs, ``graph-metadata.json``, one entry per name.
+3. The view that a viewer has saved (``qParams``: pins, supernodes, the rest) comes from ``metadata``
+   where ``from_json`` has put it, and goes back into the file (``graph_json_view.py``).
+4. A folder has a list of its graphs, ``graph-metadata.json``, one entry per name, written under a lock
+   after the graph: it never names one that is not there.
 
 Cost: about 75 bytes an edge and 400 a node.
 """
@@ -24,14 +27,20 @@ from typing import Any
 import numpy as np
 
 from gemmascope_plugin.circuits.tracing.graph_json_nodes import node_records
+from gemmascope_plugin.circuits.tracing.graph_json_view import VIEW, saved_view
 from gemmascope_plugin.circuits.tracing.influence import TraceScores
 from gemmascope_plugin.circuits.tracing.parts import Parts, ends
-from gemmascope_plugin.errors import BadFileError, GemmaScopeError, UnknownNameError, nearest
+from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError
 from gemmascope_plugin.files.bundle import as_json
+from gemmascope_plugin.files.json_file import Record, read_json
+from gemmascope_plugin.files.lock import file_lock
 from gemmascope_plugin.files.whole import write_whole
 
 INDEX = "graph-metadata.json"
+MAX_SLUG, MAX_INDEX_SIZE = 200, 1 << 26
 _SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+"""Names that Windows has for devices."""
 
 
 def to_json(
@@ -44,6 +53,7 @@ def to_json(
     source_set: str | None = None,
     transcoder_list: Sequence[str] = (),
     groups: Mapping[str, Sequence[str]] | None = None,
+    pinned: Sequence[str] | None = None,
     description: str = "",
 ) -> dict[str, Any]:
     """The content of a graph file.
@@ -57,11 +67,12 @@ def to_json(
             model's own name by default.
         source_set: Neuronpedia's dashboards of the features, e.g. ``gemmascope-transcoder-16k``.
         transcoder_list: For circuit-tracer's viewer: where examples of each layer lie.
-        groups: Supernodes: name to ids of nodes.
+        groups: Supernodes: name to ids of nodes; those of the saved view by default.
+        pinned: Ids of nodes that the viewer shows; those of the saved view by default.
         description: Shown with the graph.
 
     Raises:
-        UnknownNameError: A group has a node that is not there, or the slug is no file name.
+        UnknownNameError: A group or pin of a node that is not there, or the slug is not a file name.
         GemmaScopeError: The metadata do not fit into JSON, or nodes were grouped already.
     """
     check_slug(slug)
@@ -76,28 +87,32 @@ def to_json(
     nodes = node_records(rows, explained, parts.tokens, _n_layers(parts))
     names = np.full(len(kept), "", dtype=object)
     names[kept] = [node["node_id"] for node in nodes]
-    own = dict(zip(parts.nodes["id"][kept], names[kept], strict=True))
-    supernodes = [[name, *_group(ids, own)] for name, ids in (groups or {}).items()]
+    names_of = dict(zip(parts.nodes["id"][kept], names[kept], strict=True))
+    view = saved_view(parts.metadata, names_of, groups, pinned)
     head = {"slug": slug, "scan": scan or str(parts.metadata.get("model", "model"))}
     details = {**_own_metadata(parts, scores), "limits": _limits(rows)}
     shown = _metadata(parts, description, source_set, transcoder_list)
     return {
         "metadata": {**head, **shown, "gemmascope": details},
-        "qParams": {"pinnedIds": [], "supernodes": supernodes, "linkType": "both", "sg_pos": ""},
+        "qParams": view,
         "nodes": nodes,
         "links": _links(parts, names, kept),
     }
 
 
 def check_slug(slug: str) -> None:
-    """Refuses a name of a graph that is no plain file name.
+    """Refuses a name of a graph that is not a plain file name, or is that of the list of graphs.
 
     Raises:
         UnknownNameError: With what it may consist of.
     """
-    if not _SLUG.fullmatch(slug):
+    if not isinstance(slug, str) or not _SLUG.fullmatch(slug) or len(slug) > MAX_SLUG:
         raise UnknownNameError(
             f"The slug {slug!r} is no file name", exists="letters, digits, '.', '_', '-'"
+        )
+    if f"{slug.lower()}.json" == INDEX or _RESERVED.fullmatch(slug):
+        raise UnknownNameError(
+            f"The slug {slug!r} names a file that is something else", fix=f"slug='my-{slug}'"
         )
 
 
@@ -121,25 +136,34 @@ def add_to_folder(folder: str | Path, content: Mapping[str, Any]) -> Path:
         The graph file.
 
     Raises:
+        FolderInUseError: Another process writes into the folder, for more than a minute.
         BadFileError: The list that is there is damaged.
         GemmaScopeError: A file cannot be written.
     """
     folder, metadata = Path(folder).expanduser(), content["metadata"]
+    check_slug(metadata["slug"])
     info = {**metadata["info"], "create_time_ms": time.time_ns() // 10**6}
     metadata = {**metadata, "info": info}
-    index, known = folder / INDEX, []
-    if index.is_file():
-        try:
-            known = json.loads(index.read_text(encoding="utf-8"))["graphs"]
-            known = [each for each in known if each["slug"] != metadata["slug"]]
-        except (OSError, ValueError, KeyError, TypeError) as fault:
-            raise BadFileError(
-                f"cannot read {str(index)!r}: {fault!r}", fix="mend it, or another folder"
-            ) from fault
-    path = write_json(folder / f"{metadata['slug']}.json", {**content, "metadata": metadata})
-    listed = {name: value for name, value in metadata.items() if name != "gemmascope"}
-    write_json(index, {"graphs": [*known, listed]})
+    index = folder / INDEX
+    with file_lock(folder / f".{INDEX}.lock", "a graph", shown=folder, wait=60):
+        listed = [each for each in _listed(index) if each.get("slug") != metadata["slug"]]
+        path = write_json(folder / f"{metadata['slug']}.json", {**content, "metadata": metadata})
+        listed.append({name: value for name, value in metadata.items() if name != "gemmascope"})
+        write_json(index, {"graphs": listed})
     return path
+
+
+def _listed(index: Path) -> list[dict[str, Any]]:
+    """What the list of graphs has.
+
+    Raises:
+        BadFileError: It is damaged.
+    """
+    if not index.exists():
+        return []
+    fix = "mend it, delete it, or another folder"
+    content = read_json(index, max_size=MAX_INDEX_SIZE, fix=fix)
+    return Record(content, index, fix).list_of("graphs", dict)
 
 
 def _links(parts: Parts, names: np.ndarray, kept: np.ndarray) -> list[dict[str, Any]]:
@@ -175,7 +199,8 @@ def _own_metadata(parts: Parts, scores: TraceScores) -> dict[str, Any]:
     biases = (parts.nodes["kind"] == "bias").to_numpy()
     names = parts.nodes["id"].to_numpy()[biases]
     return {
-        "metadata": as_json(parts.metadata),
+        # the view stands where the viewers have it, and may change there
+        "metadata": as_json({k: v for k, v in parts.metadata.items() if k != VIEW}),
         "replacement_score": scores.replacement,
         "completeness_score": scores.completeness,
         "residual": as_json(parts.metadata.get("residual")),
@@ -200,15 +225,3 @@ def _limits(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _n_layers(parts: Parts) -> int:
     inner = parts.nodes.loc[parts.nodes["kind"] != "target", "layer"]
     return int(parts.metadata.get("n_layers", int(inner.max()) + 1))
-
-
-def _group(ids: Sequence[str], own: Mapping[str, str]) -> list[str]:
-    """Names of the nodes of a group in the file."""
-    for name in ids:
-        if name not in own:
-            raise UnknownNameError(
-                f"A group has the node {name!r}, which the graph has not",
-                nearest=nearest(name, own),
-                fix="graph.nodes.id",
-            )
-    return [own[name] for name in ids]

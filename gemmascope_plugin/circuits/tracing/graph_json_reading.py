@@ -7,7 +7,10 @@
    a link from such a name is the feature's where the error could not reach the target, or where it comes
    first (circuit-tracer writes features first). What stays open is counted in
    ``metadata["ambiguous_links"]``.
-3. A link to or from no node, and one that leads backwards, make the file a damaged one.
+   Their labels of tokens and targets are taken out of the words that the viewers put around them.
+3. A link to or from no node, and one that leads backwards, make the file a damaged one, and so does all
+   that makes no graph (``defects.py``): numbers that are not finite, positions beyond the prompt.
+4. The saved view of the viewers, ``qParams``, becomes part of the metadata (``graph_json_view.py``).
 
 Cost: a loop over nodes and links.
 """
@@ -15,6 +18,7 @@ Cost: a loop over nodes and links.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from gemmascope_plugin.attribution.adjoint.adjacency import Adjacency
+from gemmascope_plugin.circuits.tracing.defects import node_defect
 from gemmascope_plugin.circuits.tracing.graph_json_nodes import (
     EMBEDDING,
     FEATURE,
@@ -31,11 +36,21 @@ from gemmascope_plugin.circuits.tracing.graph_json_nodes import (
     SITES,
     from_cantor,
 )
+from gemmascope_plugin.circuits.tracing.graph_json_view import changed_labels, read_view
 from gemmascope_plugin.circuits.tracing.parts import NODE_COLUMNS, Parts
 from gemmascope_plugin.errors import BadFileError, MissingFileError
 from gemmascope_plugin.files.bundle import from_json_value
+from gemmascope_plugin.files.json_file import bad_file, parse_json, read_json
 
 _KINDS = {EMBEDDING: "token", FEATURE: "feature", LOGIT: "target"}
+_TYPES = {"layer": "int64", "pos": "int64", "index": "int64"}
+_WORDS = {
+    "token": re.compile(r'Emb: "(.*)"', re.DOTALL),
+    "target": re.compile(r'Output "(.*)" \(p=[^()]*\)', re.DOTALL),
+}
+"""What the viewers put around a label."""
+_DIGITS = re.compile(r"-?[0-9]{1,15}")
+MAX_SIZE, FIX = 1 << 30, "write the graph again"
 _ORDER = {"token": 0, "feature": 1, "error": 2, "target": 3}
 
 
@@ -46,23 +61,40 @@ def read_graph(source: str | Path | Mapping[str, Any]) -> Parts:
         MissingFileError: There is no such file.
         BadFileError: It is damaged, or has kinds of nodes that are no part of a trace.
     """
-    content, name = source, "the graph"
-    if not isinstance(source, Mapping):
+    if isinstance(source, Mapping):
+        name = "the graph"
+        content = _plain_copy(source)
+    else:
         path = Path(source).expanduser()
         name = repr(str(path))
         if not path.is_file():
             raise MissingFileError(f"There is no graph at {name}", fix="graph.to_json(...)")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as fault:
-            raise BadFileError(f"cannot read {name}: {fault}") from fault
+        content = read_json(path, max_size=MAX_SIZE, fix=FIX)
     try:
         return _decoded(content)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as fault:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as fault:
         raise BadFileError(
-            f"{name} is no attribution graph: {fault}",
+            f"{name} is no attribution graph: {_shown(fault)}",
             exists="the JSON of circuit-tracer and of graph.to_json(...)",
         ) from fault
+
+
+def _plain_copy(content: Mapping[str, Any]) -> Any:
+    """Content that is not in a file, through the same gate as a file's.
+
+    Raises:
+        BadFileError: It could not be in a file.
+    """
+    try:
+        text = json.dumps(dict(content), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as fault:
+        raise bad_file("the graph", str(fault), FIX) from fault
+    return parse_json(text, "the graph", fix=FIX)
+
+
+def _shown(fault: Exception) -> str:
+    text = f"{fault} is missing" if isinstance(fault, KeyError) else str(fault)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _decoded(content: Any) -> Parts:
@@ -76,19 +108,35 @@ def _decoded(content: Any) -> Parts:
     head = content["metadata"]
     own = head.get("gemmascope")
     version = head.get("schema_version", 0)
-    layers = [int(n["layer"]) for n in content["nodes"] if n["layer"] != "E"]
+    tokens = head["prompt_tokens"]
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise ValueError("prompt_tokens is not a list of texts")
+    layers = [_layer(node) for node in content["nodes"]]
     top = max(layers, default=0)
-    rows = [_row(node, version, top) for node in content["nodes"]]
+    labels = changed_labels(content.get("qParams", {}))
+    rows = [_row(node, version, top, labels) for node in content["nodes"]]
     if own is None:
         rows.sort(key=_in_order)
-    nodes = pd.DataFrame(rows)
+    if not rows:
+        raise ValueError("it has no nodes")
+    nodes = pd.DataFrame(rows).astype(_TYPES)
     columns = [*NODE_COLUMNS, *(["influence"] if own is None or own["pruned"] else [])]
     if not nodes["id"].is_unique:
         twice = nodes.loc[nodes["id"].duplicated(), "id"].tolist()[0]
         raise ValueError(f"the node {twice!r} is there twice")
-    edges, ambiguous = _edges(nodes, content["links"], "float32" if own is None else own["dtype"])
+    defect = node_defect(nodes[columns], len(tokens))
+    if defect is not None:
+        raise ValueError(defect)
+    dtype = "float32" if own is None else own["dtype"]
+    if dtype not in ("float16", "float32", "float64"):
+        raise ValueError(f"its dtype is {dtype!r}")
+    edges, ambiguous = _edges(nodes, content["links"], dtype)
     metadata = _metadata(head, ambiguous) if own is None else from_json_value(own["metadata"])
-    return Parts(nodes[columns].copy(), edges, tuple(map(str, head["prompt_tokens"])), metadata)
+    if not isinstance(metadata, dict):
+        raise ValueError("its metadata are not an object")
+    ids = dict(zip(reversed(nodes["node_id"]), reversed(nodes["id"]), strict=True))
+    metadata |= read_view(content.get("qParams", {}), ids)
+    return Parts(nodes[columns].copy(), edges, tuple(tokens), metadata)
 
 
 def _in_order(row: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -98,20 +146,24 @@ def _in_order(row: Mapping[str, Any]) -> tuple[int, int, int]:
     return outer, row["layer"] if outer == 1 else 0, _ORDER[kind]
 
 
-def _row(node: Mapping[str, Any], version: int, top: int) -> dict[str, Any]:
+def _row(
+    node: Mapping[str, Any], version: int, top: int, labels: Mapping[str, str]
+) -> dict[str, Any]:
     """A row of the table, with ``node_id`` and ``explained`` beside its columns.
 
     Raises:
-        ValueError: Another type of node.
+        ValueError: Another type of node, or an entry of another form.
     """
     kind = "error" if "error" in node["feature_type"] else _KINDS.get(node["feature_type"])
     if kind is None:
         raise ValueError(f"its node {node['node_id']!r} is of the type {node['feature_type']!r}")
+    if not isinstance(node["node_id"], str) or not isinstance(node["clerp"], str):
+        raise ValueError("a node has an id or a label that is not text")
     own = node.get("gemmascope", {})
-    layer = -1 if node["layer"] == "E" else int(node["layer"])
+    layer, pos = _layer(node), _whole(node["ctx_idx"], "ctx_idx")
     index, activation = -1, node.get("activation")
     if kind == "token":
-        index = int(node["node_id"].split("_")[1])
+        index = _whole(node["node_id"].split("_")[1], "token")
     elif kind == "feature":
         index = _index(node, version) % (SHIFT if own else sys.maxsize)
     elif kind == "target":
@@ -119,28 +171,61 @@ def _row(node: Mapping[str, Any], version: int, top: int) -> dict[str, Any]:
         activation = from_json_value(own.get("value"))
     weight = node.get("token_prob") or 0.0 if kind == "target" else own.get("weight", 0.0)
     site = "" if kind in ("token", "target") else f"blocks.{layer}.{SITES['mlp']}"
-    influence = node.get("influence")
+    influence, label = node.get("influence"), node["clerp"]
+    if kind in _WORDS and "label" not in own:
+        match = _WORDS[kind].fullmatch(label)
+        label = match[1] if match else label
+    changed = labels.get(f"{node['layer']}_{node.get('feature')}_{pos}")
+    explained = own.get("explained", kind in ("feature", "target"))
+    if not isinstance(explained, bool):
+        raise ValueError(f"its node {node['node_id']!r} has explained {explained!r}")
     return {
         "id": own.get("id", f"{kind}:{node['node_id']}"),
         "kind": kind,
         "site": own.get("site", site),
-        "layer": layer,
-        "pos": int(node["ctx_idx"]),
-        "index": int(index),
-        "activation": np.nan if activation is None else float(activation),
-        "weight": float(weight),
-        "label": own.get("label", node["clerp"]),
-        "influence": 1.0 if influence is None else float(influence),
+        "layer": _whole(layer, "layer"),
+        "pos": pos,
+        "index": _whole(index, "feature"),
+        "activation": np.nan if activation is None else _number(activation, "activation"),
+        "weight": _number(weight, "token_prob"),
+        "label": own.get("label", label) if changed is None or kind != "feature" else changed,
+        "influence": 1.0 if influence is None else _number(influence, "influence"),
         "node_id": node["node_id"],
-        "explained": own.get("explained", kind in ("feature", "target")),
+        "explained": explained,
     }
+
+
+def _layer(node: Mapping[str, Any]) -> int:
+    return -1 if node["layer"] == "E" else _whole(node["layer"], "layer")
+
+
+def _whole(value: Any, name: str) -> int:
+    """A whole number that is one, or a text of its digits.
+
+    Raises:
+        ValueError: It is not, or is beyond 2 ** 53, up to where JSON has them.
+    """
+    if isinstance(value, str) and _DIGITS.fullmatch(value):
+        value = int(value)
+    if type(value) is not int or abs(value) > 1 << 53:
+        raise ValueError(f"{name} is {value!r:.60}, not a whole number")
+    return value
+
+
+def _number(value: Any, name: str) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"{name} is {value!r:.60}, not a number")
+    return float(value)
 
 
 def _index(node: Mapping[str, Any], version: int) -> int:
     """The index of a feature in its dictionary."""
     if version < 1:
-        return int(node["node_id"].split("_")[1])
-    return from_cantor(int(node["feature"]))[1]
+        return _whole(node["node_id"].split("_")[1], "feature")
+    number = _whole(node["feature"], "feature")
+    if number < 0:
+        raise ValueError(f"feature is {number}")
+    return from_cantor(number)[1]
 
 
 def _edges(nodes: Any, links: Any, dtype: str) -> tuple[Adjacency, int]:
@@ -174,12 +259,15 @@ def _edges(nodes: Any, links: Any, dtype: str) -> tuple[Adjacency, int]:
             )
         ambiguous += len(free) > 1
         ambiguous -= len(sources) > len(free)
-        entries[target, free[0]] = float(link["weight"])
+        entries[target, free[0]] = _number(link["weight"], "the weight of a link")
     rows = explained.nonzero()[0]
     row_of = {int(node): row for row, node in enumerate(rows)}
     order = sorted(entries)
     cells = ([row_of[target] for target, _ in order], [source for _, source in order])
-    data = np.array([entries[key] for key in order], dtype=dtype)
+    with np.errstate(over="ignore"):  # found out just below
+        data = np.array([entries[key] for key in order], dtype=np.float64).astype(dtype)
+    if not np.isfinite(data).all():
+        raise ValueError(f"a link has a weight that {dtype} does not have")
     matrix = sp.csr_array((data, cells), shape=(len(rows), len(nodes)))
     return Adjacency(matrix, rows), ambiguous
 

@@ -8,7 +8,6 @@ Cost: that of its own size.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,10 @@ from gemmascope_plugin.errors import (
     nearest,
     shorten,
 )
+from gemmascope_plugin.files.json_file import read_json
 
 KEY = "supernodes"
+MAX_SIZE = 1 << 26
 SHOWN = 5
 """Groups that a repr names."""
 
@@ -200,10 +201,7 @@ class Supernodes(Mapping[str, tuple[str, ...]]):
             name = repr(str(path))
             if not path.is_file():
                 raise MissingFileError(f"There are no supernodes at {name}")
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError) as fault:
-                raise BadFileError(f"cannot read {name}: {fault}") from fault
+            content = read_json(path, max_size=MAX_SIZE, fix="write the supernodes again")
         groups: Any = content.get(KEY) if isinstance(content, Mapping) else None
         texts = isinstance(groups, list) and all(
             isinstance(row, list) and row and all(isinstance(text, str) for text in row)
