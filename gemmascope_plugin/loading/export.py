@@ -7,6 +7,9 @@
    ``W_skip``) and ``config.json``, which has one key more than the published ones, ``gain``, since Gemma
    Scope 2 has no name for a norm's output without its gain.
 
+The folder of a dictionary appears whole or not at all: parameters without their ``config.json`` would be
+read by another form of the norm.
+
 What is read back with ``load(SaeSpec.from_folder(folder, ...))`` has the same tensors, bit by bit (for
 embeddings up to rounding: their files leave the factor sqrt(d_model) out). Prefix sizes of Matryoshka
 dictionaries have no place in either layout.
@@ -29,7 +32,7 @@ import gemmascope_plugin.saes as saes
 from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.catalog.sites import Format, Gain, path_template, width_label
 from gemmascope_plugin.errors import GemmaScopeError
-from gemmascope_plugin.files.whole import write_whole
+from gemmascope_plugin.files.whole import whole_folder, write_text_whole, write_whole
 from gemmascope_plugin.loading.config_json import hf_hooks
 from gemmascope_plugin.loading.npz import write_npz
 from gemmascope_plugin.loading.safetensors import write_safetensors
@@ -106,18 +109,20 @@ def export(
     kind: Kind = "transcoder" if "transcoder" in sae.cfg.architecture() else "sae"
     affine = weights.W_skip is not None
     path = path_template(layout, kind, site, affine=affine)
-    own = Path(folder) / path.format(layer=layer, width=label, l0=l0)
-    if layout == "npz":
-        write_npz(own / "params.npz", tensors)
-        return own
+    target = Path(folder).expanduser() / path.format(layer=layer, width=label, l0=l0)
     if weights.W_skip is not None:
         tensors["affine_skip_connection"] = weights.W_skip.T
-    write_params(own / "params.safetensors", tensors)
-    model = str(sae.cfg.metadata.model_name)
-    spec = SaeSpec.from_folder(own, model=model, site=site, layer=layer, kind=kind, gain=gain)
-    text = json.dumps(_config(spec, l0), indent=1).encode() + b"\n"
-    write_whole(own / "config.json", lambda file: file.write(text))
-    return own
+    with whole_folder(target, "an export") as part:
+        if layout == "npz":
+            write_npz(part / "params.npz", tensors)
+        else:
+            write_params(part / "params.safetensors", tensors)
+            model = str(sae.cfg.metadata.model_name)
+            spec = SaeSpec.from_folder(
+                part, model=model, site=site, layer=layer, kind=kind, gain=gain
+            )
+            write_text_whole(part / "config.json", json.dumps(_config(spec, l0), indent=1) + "\n")
+    return target
 
 
 def write_params(path: Path, tensors: Mapping[str, Float[torch.Tensor, "*_"]]) -> None:

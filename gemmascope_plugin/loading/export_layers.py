@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gemmascope_plugin.catalog.sites import Gain, width_label
-from gemmascope_plugin.files.whole import write_whole
+from gemmascope_plugin.files.whole import whole_folder, write_text_whole
 from gemmascope_plugin.loading.config_json import MODULES
 from gemmascope_plugin.loading.export import write_params
 
@@ -45,19 +45,27 @@ def export_layers(sae: Any, folder: str | Path, *, l0: float, gain: Gain = "with
     layers = "_".join(map(str, cfg.layers))
     head = f"layer_{layers}_" if cfg.kind == "crosscoder" else ""
     ending = "_affine" if cfg.affine else ""
-    own = Path(folder) / cfg.kind / f"{head}width_{width_label(cfg.d_sae)}_l0_{l0:.0f}{ending}"
-    for i in range(cfg.n_layers):
-        weights = sae.layer(i)
-        tensors = {
-            "W_enc": weights.W_enc,
-            "b_enc": weights.b_enc,
-            "threshold": weights.threshold,
-            "W_dec": weights.W_dec,
-            "b_dec": weights.b_dec,
-        }
-        if weights.A is not None:
-            tensors["affine_skip_connection"] = weights.A
-        write_params(own / f"params_layer_{i}.safetensors", tensors)
+    name = f"{head}width_{width_label(cfg.d_sae)}_l0_{l0:.0f}{ending}"
+    target = Path(folder).expanduser() / cfg.kind / name
+    text = json.dumps(_config(cfg, l0, gain), indent=1) + "\n"
+    with whole_folder(target, "an export") as part:
+        for i in range(cfg.n_layers):
+            weights = sae.layer(i)
+            tensors = {
+                "W_enc": weights.W_enc,
+                "b_enc": weights.b_enc,
+                "threshold": weights.threshold,
+                "W_dec": weights.W_dec,
+                "b_dec": weights.b_dec,
+            }
+            if weights.A is not None:
+                tensors["affine_skip_connection"] = weights.A
+            write_params(part / f"params_layer_{i}.safetensors", tensors)
+        write_text_whole(part / "config.json", text)
+    return target
+
+
+def _config(cfg: Any, l0: float, gain: Gain) -> dict[str, Any]:
     content = {
         "width": cfg.d_sae,
         "model_name": str(cfg.metadata.model_name),
@@ -73,6 +81,4 @@ def export_layers(sae: Any, folder: str | Path, *, l0: float, gain: Gain = "with
         read, written = MODULES[cfg.kind, "res" if cfg.kind == "crosscoder" else "mlp"]
         content["hf_hook_point_in"] = f"model.layers.{listed}.{read}"
         content["hf_hook_point_out"] = f"model.layers.{listed}.{written}"
-    text = json.dumps(content, indent=1).encode() + b"\n"
-    write_whole(own / "config.json", lambda file: file.write(text))
-    return own
+    return content

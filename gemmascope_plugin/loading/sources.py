@@ -3,7 +3,8 @@
 In this order, first match:
 
 1. a bundled spec: inside this package;
-2. ``local_dir``: a folder that mirrors the repository; a spec made from a folder: that folder;
+2. ``local_dir``: a folder that mirrors the repository, out of which neither the spec's path nor a link
+   may lead; a spec made from a folder: that folder;
 3. the Hugging Face cache, for the revision asked for; no request is made;
 4. the hub, unless ``offline`` or ``HF_HUB_OFFLINE=1``: the parameter files and the config beside them,
    nothing else of the repository.  The size is announced on stderr first; the hub's library shows
@@ -15,13 +16,14 @@ Costs nothing but step 4, which downloads up to ``spec.nbytes``.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.catalog.hub import is_offline
 from gemmascope_plugin.catalog.sites import human_size
 from gemmascope_plugin.catalog.spec import BUNDLED_PREFIX
-from gemmascope_plugin.errors import MissingFileError, nearest, shorten
+from gemmascope_plugin.errors import BadFileError, MissingFileError, nearest, shorten
 
 ASSETS = Path(__file__).parents[1] / "demo" / "assets"
 _NEEDS_CONFIG = ("sae_lens", "tree")
@@ -51,7 +53,9 @@ def locate(
 
     Raises:
         MissingFileError: One is nowhere, and may not or could not be downloaded.
+        BadFileError: The path of the spec, or a link, leads out of the folder.
     """
+    _check_names(spec)
     if local_dir is not None:
         return _in_folder(spec, Path(local_dir).expanduser(), "local_dir")
     if spec.bundled:
@@ -84,6 +88,46 @@ def _required(spec: SaeSpec) -> tuple[str, ...]:
     return _names(spec) if spec.format in _NEEDS_CONFIG else spec.filenames
 
 
+def _check_names(spec: SaeSpec) -> None:
+    """Refuses a spec whose files would lie outside its repository.
+
+    Raises:
+        BadFileError: Absolute, with ``..``, a drive, or what a file name cannot have.
+    """
+    bundled = [spec.repo_id.removeprefix(BUNDLED_PREFIX)] if spec.bundled else []
+    for name in (*_names(spec), *bundled):
+        windows = PureWindowsPath(name)
+        is_odd = any(c in name for c in "\\:\0") or windows.is_absolute() or windows.drive
+        if is_odd or name.startswith(("/", "~")) or ".." in PurePosixPath(name).parts:
+            raise BadFileError(
+                f"{spec.release} {spec.sae_id} has the path {spec.path!r}, which leads out of its folder",
+                exists="paths inside the repository, such as 'layer_20/width_16k/average_l0_71'",
+                fix="SaeSpec.from_folder(folder, ...) for a folder elsewhere",
+            )
+
+
+def _check_links(spec: SaeSpec, folder: Path, paths: Iterable[Path]) -> None:
+    """Refuses links that lead out of a folder, other than into a cache of the hub.
+
+    Raises:
+        BadFileError: Names the link.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    real = folder.resolve()
+    places = [real, Path(HF_HUB_CACHE).resolve()]
+    if real.parent.name == "snapshots":
+        places.append(real.parents[1] / "blobs")
+    for path in paths:
+        target = path.resolve()
+        if not any(target.is_relative_to(place) for place in places):
+            raise BadFileError(
+                f"{str(path)!r} of {spec.release} {spec.sae_id} is a link to {str(target)!r}, outside "
+                f"{str(folder)!r}",
+                fix="put the file itself there, or SaeSpec.from_folder(folder, ...)",
+            )
+
+
 def _how_many(spec: SaeSpec, missing: list[str]) -> str:
     n = len(_required(spec))
     return "" if n == 1 else f"; {len(missing)} of its {n} files are missing"
@@ -106,6 +150,8 @@ def _advice(spec: SaeSpec, revision: str | None) -> str:
 def _in_folder(spec: SaeSpec, folder: Path, what: str) -> dict[str, Path]:
     found = {name: folder / name for name in _names(spec) if (folder / name).is_file()}
     missing = [name for name in _required(spec) if name not in found]
+    if what == "local_dir":
+        _check_links(spec, folder, found.values())
     if not missing:
         return found
     path, name = folder / missing[0], missing[0].rpartition("/")[2]

@@ -5,7 +5,8 @@ import pytest
 from npz_files import arrays, save, spec
 
 from gemmascope_plugin.catalog.hub import is_offline
-from gemmascope_plugin.errors import MissingFileError
+from gemmascope_plugin.catalog.spec import BUNDLED_PREFIX
+from gemmascope_plugin.errors import BadFileError, MissingFileError
 from gemmascope_plugin.loading.sources import locate
 
 REMOTE = {"repo_id": "google/gemma-scope-test", "release": "gemma-scope-test"}
@@ -154,3 +155,55 @@ def test_a_bundled_dictionary_in_a_folder_of_the_user_says_where_its_file_belong
     assert text.endswith(
         f"Try: put the file of {bundled.release} {bundled.sae_id} at {str(tmp_path / FILE)!r}"
     )
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc", "../x", "a/../../x", "C:/x", "C:x", "a\\..\\x", "//host/share", "~/x", "a\0b", ".."],
+)
+def test_paths_that_leave_the_folder_are_refused(tmp_path, path) -> None:
+    (tmp_path / "x").mkdir()
+    save(tmp_path / "x" / "params.npz", **arrays())
+    local = spec(repo_id=(tmp_path / "a").as_posix(), path=path)
+    for options in ({"local_dir": tmp_path / "a"}, {}):
+        for each in (spec(**REMOTE, path=path), local):
+            with pytest.raises(BadFileError, match="which leads out of its folder"):
+                locate(each, **options)
+
+
+def test_a_bundled_name_that_leaves_the_package_is_refused(suite) -> None:
+    bundled = spec(repo_id=f"{BUNDLED_PREFIX}../..", path="x")
+    assert bundled.bundled
+    with pytest.raises(BadFileError, match="which leads out of its folder"):
+        locate(bundled)
+
+
+def test_every_path_of_the_catalog_stays_inside() -> None:
+    from gemmascope_plugin.catalog import find
+    from gemmascope_plugin.loading.sources import _check_names
+
+    for each in find():
+        _check_names(each)
+
+
+def test_links_lead_out_of_a_folder_into_caches_only(tmp_path, monkeypatch) -> None:
+    from huggingface_hub import constants
+
+    real = save(tmp_path / "elsewhere" / "params.npz", **arrays())
+    link = tmp_path / "mirror" / FILE
+    link.parent.mkdir(parents=True)
+    link.symlink_to(real)
+    with pytest.raises(BadFileError, match="is a link to .*elsewhere.*the file itself"):
+        locate(spec(**REMOTE), local_dir=tmp_path / "mirror")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "elsewhere"))
+    assert locate(spec(**REMOTE), local_dir=tmp_path / "mirror") == {FILE: link}
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "none"))
+    blob = save(tmp_path / "models--x" / "blobs" / "abc.npz", **arrays())
+    inside = tmp_path / "models--x" / "snapshots" / "main" / FILE
+    inside.parent.mkdir(parents=True)
+    inside.symlink_to(blob)
+    found = locate(spec(**REMOTE), local_dir=tmp_path / "models--x" / "snapshots" / "main")
+    assert found == {FILE: inside}
+    whole = tmp_path / "link"
+    whole.symlink_to(tmp_path / "models--x" / "snapshots" / "main")
+    assert locate(spec(**REMOTE), local_dir=whole) == {FILE: whole / FILE}
