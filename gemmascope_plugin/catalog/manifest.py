@@ -15,7 +15,6 @@ Reading costs a millisecond; without the file nothing.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -24,10 +23,13 @@ from pathlib import Path
 from gemmascope_plugin.catalog.home import VARIABLE, home
 from gemmascope_plugin.catalog.patterns import spec_of_folder
 from gemmascope_plugin.catalog.spec import SaeSpec, unchecked
-from gemmascope_plugin.errors import BadFileError, GemmaScopeError
+from gemmascope_plugin.files.json_file import Record, read_json
+from gemmascope_plugin.files.whole import write_text_whole
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
+MAX_SIZE = 1 << 26
+FIX = "gemmascope refresh --clear, then gemmascope refresh"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,32 +55,21 @@ def listings() -> dict[str, Listing]:
         BadFileError: The file is not what ``write`` writes.
     """
     path = manifest_path()
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError) as fault:
-        raise _bad(path, str(fault)) from fault
-    try:
-        if content["format"] != FORMAT:
-            raise _bad(path, f"it has format {content['format']!r}")
-        return {
-            str(repo_id): Listing(
-                listed_at=str(row["listed_at"]),
-                missing=tuple(map(str, row["missing"])),
-                added=tuple(map(str, row["added"])),
-            )
-            for repo_id, row in content["repositories"].items()
-        }
-    except (KeyError, TypeError, AttributeError) as fault:
-        raise _bad(path, f"unknown content, {type(fault).__name__} {fault}") from fault
-
-
-def _bad(path: Path, why: str) -> BadFileError:
-    return BadFileError(
-        f"cannot read {str(path)!r}: {why}",
-        fix="gemmascope refresh --clear, then gemmascope refresh",
-    )
+    content = Record(read_json(path, max_size=MAX_SIZE, fix=FIX), path, FIX)
+    if content.content.get("format") != FORMAT:
+        content.bad(f"it has format {content.content.get('format')!r}")
+    repositories = content.dict_of("repositories", dict)
+    rows = {repo_id: Record(row, path, FIX) for repo_id, row in repositories.items()}
+    return {
+        repo_id: Listing(
+            listed_at=row.get("listed_at", str),
+            missing=tuple(row.list_of("missing", str)),
+            added=tuple(row.list_of("added", str)),
+        )
+        for repo_id, row in rows.items()
+    }
 
 
 def write(found: Mapping[str, Listing]) -> Path:
@@ -88,20 +79,9 @@ def write(found: Mapping[str, Listing]) -> Path:
         GemmaScopeError: The folder cannot be written to.
     """
     path = manifest_path()
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     rows = {repo_id: asdict(listing) for repo_id, listing in sorted(found.items())}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"format": FORMAT, "repositories": rows}, indent=1)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as fault:
-        raise GemmaScopeError(
-            f"cannot write {str(path)!r}: {fault.strerror or fault}",
-            fix=f"set {VARIABLE} to a folder that you may write to",
-        ) from fault
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps({"format": FORMAT, "repositories": rows}, indent=1)
+    write_text_whole(path, text + "\n", fix=f"set {VARIABLE} to a folder that you may write to")
     listings.cache_clear()
     return path
 

@@ -19,7 +19,6 @@ Reading costs a fraction of a millisecond per file.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 from gemmascope_plugin.catalog.sites import at_layer, path_template, raw_nbytes
 from gemmascope_plugin.catalog.spec import DEFAULTS, SaeSpec
 from gemmascope_plugin.errors import GemmaScopeError
+from gemmascope_plugin.files.whole import write_text_whole
 
 FORMAT = 1
 TABLES = Path(__file__).with_name("tables")
@@ -104,12 +104,7 @@ def write_table(specs: Sequence[SaeSpec], *, canonical_release: str | None, fold
             f"specs of {first.release!r} cannot be written as a table",
             exists="the same order of groups, ids equal to paths, paths in Gemma Scope's pattern",
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{first.release}.json"
-    temporary = target.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(_one_row_per_line(file), encoding="utf-8")
-    temporary.replace(target)
-    return target
+    return write_text_whole(folder / f"{first.release}.json", _one_row_per_line(file))
 
 
 def _group_head(spec: SaeSpec) -> dict[str, Any]:

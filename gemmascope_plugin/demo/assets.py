@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from gemmascope_plugin.files.whole import write_text_whole
 from gemmascope_plugin.loading.sources import ASSETS
 
 __all__ = ["ASSETS", "LABELS_FILE", "MODEL_FOLDER", "SUITE_FILE", "read_json", "write_json"]
@@ -22,7 +22,5 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON under a temporary name and renames it."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Writes JSON, whole or not at all."""
+    write_text_whole(path, json.dumps(content, indent=1) + "\n")

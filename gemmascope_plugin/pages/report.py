@@ -24,6 +24,7 @@ from markupsafe import Markup
 
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.errors import GemmaScopeError
+from gemmascope_plugin.files.whole import write_text_whole
 
 TEMPLATE = "report.html.jinja"
 MAX_TABLE_ROWS = 50
@@ -209,12 +210,9 @@ def template(name: str) -> Template:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Writes beside the target and renames; on failure nothing is left and the old file stays."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Writes the file; on failure nothing is left and the old one stays."""
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise PageError(f"{str(path)!r} cannot be written ({error.strerror})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        write_text_whole(path, text)
+    except GemmaScopeError as error:
+        reason = getattr(error.__cause__, "strerror", None) or error
+        raise PageError(f"{str(path)!r} cannot be written ({reason})") from error

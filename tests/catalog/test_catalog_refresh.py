@@ -1,6 +1,7 @@
 """refresh(): a stubbed client lists files; the catalog follows, and nothing is left half-written."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,10 +138,10 @@ def test_a_write_that_fails_leaves_no_file(
     refresh(repos=[IT_270M], progress=False)
     before = manifest.manifest_path().read_text()
 
-    def full(self: Path, target: Path) -> Path:
+    def full(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(GemmaScopeError, match=r"cannot write '.*manifest.json': No space left"):
         refresh(repos=[IT_270M], progress=False)
     assert [f.name for f in home.iterdir()] == ["manifest.json"]
