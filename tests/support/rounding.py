@@ -53,6 +53,8 @@ def assert_rounded(
     torch.testing.assert_close(actual, expected, atol=atol, rtol=0, check_dtype=False)
 
 
-TINY = rounding(terms=3 * (32 + 12 + 20 + 48 + 2 * 32 + 64))
-"""For numbers of size one from the tests' tiny models: three layers, each with a projection of width 32,
-scores of width 12, patterns over 20 tokens, an output of width 48, and an MLP of 32 and 64."""
+TINY_TERMS = 3 * (32 + 12 + 20 + 48 + 2 * 32 + 64)
+"""Of the tests' tiny models: three layers, each with a projection of width 32, scores of width 12,
+patterns over 20 tokens, an output of width 48, and an MLP of 32 and 64."""
+TINY = rounding(TINY_TERMS)
+"""For numbers of size one from the tests' tiny models."""

@@ -37,6 +37,7 @@ from gemmascope_plugin.training import (
 from gemmascope_plugin.training.builders import make_config
 from gemmascope_plugin.training.learner import Learner
 from gemmascope_plugin.training.run_folder import unique_names
+from tests.support.rounding import assert_rounded
 from tests.training.cases import corpus, run, same, spec
 
 RESIDUAL = "blocks.1.hook_resid_post"
@@ -88,9 +89,12 @@ def test_both_formats_give_identical_activations(hooked2, tmp_path, changes: dic
     read, _ = given.hooks(kind)
     x = torch.randn(40, sae.cfg.d_in, generator=torch.Generator().manual_seed(0))
     acts = [saes.encode(one, x) for one in (sae, theirs, ours)]
-    assert torch.equal(acts[0], acts[1]) and torch.equal(acts[0], acts[2])
+    # the same weights at other addresses: rounding may differ
+    for other in acts[1:]:
+        assert_rounded(other, acts[0], sae.cfg.d_in)
     out = [saes.decode(one, acts[0], x) for one in (sae, theirs, ours)]
-    assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
+    for other in out[1:]:
+        assert_rounded(other, out[0], sae.cfg.d_sae)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(24))
     assert not sae.cfg.apply_b_dec_to_input and float(sae.threshold.min()) >= 0
     assert read == sae.cfg.metadata.hook_name
