@@ -80,7 +80,7 @@ def node_records(
     """
     found, virtual, first = [], VIRTUAL, True
     for row, known in zip(rows, explained, strict=True):
-        kind, token = row["kind"], row["index"]
+        kind, token, active = row["kind"], row["index"], row["activation"]
         if kind == "target" and token < 0:
             token, virtual = virtual, virtual + 1
         if kind == "token":
@@ -97,7 +97,8 @@ def node_records(
             "feature_type": TYPES[kind],
             # null is shown whatever the threshold is, a missing key never
             "influence": None if kind == "target" else row["share"],
-            "activation": row["activation"] if kind == "feature" else None,
+            # null is not known, as in files of others; JSON has no NaN
+            "activation": active if kind == "feature" and not math.isnan(active) else None,
             "run_idx": 0,
             "reverse_ctx_idx": 0,
         }

@@ -43,7 +43,8 @@ def saved_view(
     Raises:
         UnknownNameError: A group or pin of a node that the graph does not have.
     """
-    view = metadata.get(VIEW, {})
+    view = metadata.get(VIEW)
+    view = view if isinstance(view, Mapping) else {}
     saved = {**EMPTY, **as_json(view.get("saved", {}), "the saved view")}
     if saved.get(_CLICKED) in names:
         saved[_CLICKED] = names[saved[_CLICKED]]
@@ -92,6 +93,9 @@ def read_view(params: Any, ids: Mapping[str, str]) -> dict[str, Any]:
     for row in lists:
         if not isinstance(row, list) or not all(isinstance(text, str) for text in row):
             raise ValueError("qParams has pins or supernodes that are not lists of texts")
+    for key in (_CLICKED, "linkType", "sg_pos"):
+        if not isinstance(params.get(key), str | None):
+            raise ValueError(f"qParams has the {key} {params[key]!r:.60}")
     unknown = [
         name for row in (pins, *(row[1:] for row in rows)) for name in row if name not in ids
     ]
