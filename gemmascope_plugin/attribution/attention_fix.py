@@ -32,6 +32,7 @@ from jaxtyping import Bool, Float
 
 from gemmascope_plugin.attribution.slopes import put
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.patching.experiment import Experiment
 from gemmascope_plugin.patching.nodes import At, read
 
@@ -61,6 +62,7 @@ class AttentionFix:
         Args:
             slopes: ``dm/dp``.
         """
+        slopes = wide(slopes)
         if self.port == "q":
             found = query_fix(self.old, self.new, slopes)
         else:

@@ -280,7 +280,7 @@ class _Scorer:
 
             def put(x: torch.Tensor, hook: Any, points: torch.Tensor = points) -> torch.Tensor:
                 # values of the line, with the graph of what was there
-                return x + (points.reshape(x.shape) - x).detach()
+                return points.reshape(x.shape).to(x) + (x - x.detach())
 
             several = self._run(part, tokens.repeat(len(alphas), 1), [(hook, put)])
             yield from several.split(rows)

@@ -36,6 +36,7 @@ from gemmascope_plugin.attribution.slopes import (
     total,
 )
 from gemmascope_plugin.models.gradients import frozen
+from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.patching.experiment import Experiment
 from gemmascope_plugin.patching.nodes import read
 
@@ -77,11 +78,11 @@ def integrated_inputs(run: Experiment, steps: int, max_rows: int) -> Estimate:
     for alphas in _chunks(steps, max_rows // len(run.base)):
         insert = (_EMBED, put(_way(here, other - here, alphas)))
         for name, slope in slopes(run, names, copies=len(alphas), fwd_hooks=[insert]).items():
-            mean[name] = mean.get(name, 0) + slope.sum(0) / steps
+            mean[name] = mean.get(name, 0) + wide(slope).sum(0) / steps
     products = {name: (mean[name] * delta)[None] for name, delta in differences(run).items()}
     with torch.no_grad():
         change = run.bound.measure(run.runner, away).cpu() - run.base_by_prompt
-    drift = {_EMBED: _sums(mean[_EMBED] * (other - here)) - change}
+    drift = {_EMBED: _sums(mean[_EMBED] * (wide(other) - wide(here))) - change}
     return Estimate(by_patch(run.grid, products)[0], drift)
 
 
@@ -97,8 +98,8 @@ def _way(
     delta: Float[torch.Tensor, "prompt ..."],
     alphas: list[float],
 ) -> Float[torch.Tensor, "row ..."]:
-    """Points on the way, copy after copy."""
-    return torch.cat([here + alpha * delta for alpha in alphas])
+    """Points on the way, copy after copy, in the model's own type."""
+    return torch.cat([(here + alpha * delta).to(here.dtype) for alpha in alphas])
 
 
 def _slopes_on_the_way(
@@ -114,7 +115,7 @@ def _slopes_on_the_way(
     with torch.enable_grad(), frozen(model.parameters()):
         value = total(run, copies, [(name, put(start))])
         (grad,) = torch.autograd.grad(value, start)
-    return grad.unflatten(0, (copies, -1)).sum(0)
+    return wide(grad).unflatten(0, (copies, -1)).sum(0)
 
 
 @torch.no_grad()

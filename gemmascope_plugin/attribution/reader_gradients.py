@@ -24,6 +24,7 @@ from jaxtyping import Float
 
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.gradients import gradients_of
+from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.patching.writes import Writes
 
 _PORTS = ("q", "k", "v")
@@ -89,7 +90,7 @@ class ReaderGradients:
     def _at(
         values: dict[str, torch.Tensor], name: str, tokens: slice
     ) -> Float[torch.Tensor, "token ..."]:
-        return values[name].flatten(0, 1)[tokens]
+        return wide(values[name].flatten(0, 1)[tokens])
 
 
 def read_gradients(

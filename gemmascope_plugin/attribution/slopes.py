@@ -22,6 +22,7 @@ from jaxtyping import Float
 
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.gradients import gradients_of
+from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.patching.experiment import Experiment
 from gemmascope_plugin.patching.nodes import Grid
 
@@ -108,8 +109,8 @@ def total(run: Experiment, copies: int, fwd_hooks: FwdHooks = ()) -> Float[torch
 
 
 def differences(run: Experiment) -> dict[str, Float[torch.Tensor, "prompt ..."]]:
-    """What would be inserted minus what is there, at every hook of the grid."""
-    return {name: run.other[name] - run.here[name] for name in run.grid.hooks}
+    """What would be inserted minus what is there, at every hook of the grid, in float32."""
+    return {name: wide(run.other[name]) - wide(run.here[name]) for name in run.grid.hooks}
 
 
 def at_base(run: Experiment) -> Estimate:

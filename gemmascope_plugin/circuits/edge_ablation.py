@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.edge_patching import edge_footprint
 from gemmascope_plugin.patching.edges import EdgeMap
@@ -199,7 +200,7 @@ class _Run:
                 return values
             x = self.stream["pre"][:, None]
             add = torch.einsum("chbsm,hmd->cbshd", ln1(x + change) - ln1(x), weight(layer))
-            return values + add.flatten(0, 1).to(values.dtype)
+            return (values + add.flatten(0, 1)).to(values.dtype)
 
         return hook_fn
 
@@ -216,7 +217,7 @@ class _Run:
 
     def _read_logits(self, x: torch.Tensor, hook: Any) -> torch.Tensor:
         change = self.change(self.edges.inputs(0, "logits"))
-        return x if change is None else x + change[:, 0].flatten(0, 1).to(x.dtype)
+        return x if change is None else (x + change[:, 0].flatten(0, 1)).to(x.dtype)
 
     def _by_circuit(self, x: torch.Tensor) -> Float[torch.Tensor, "circuit prompt ..."]:
-        return x.detach().unflatten(0, (self.n_circuits, -1))
+        return wide(x.detach()).unflatten(0, (self.n_circuits, -1))

@@ -7,7 +7,11 @@
 3. What attention writes is ``ln1_post(a)`` with ``a = sum_h z_h W_O[h] + b_O`` where a block has a norm
    after attention, as Gemma 2 and 3 do, else ``a`` itself.
 
-Reading costs nothing: views of the model's own tensors, on the model's device.
+4. Weights of a layer come in at least float32 (``models/precision.py``), so that whoever multiplies with
+   them adds up in it; the unembedding is too large for that and comes as it is.
+
+Reading costs nothing in a float32 model: views of the model's own tensors, on the model's device. In half
+precision it costs a copy of that weight of that layer.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from jaxtyping import Float
 
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.models.norm import Norm
+from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import gain_of
 
@@ -114,7 +119,7 @@ class Anatomy:
 
     def W_Q(self, layer: int) -> Float[torch.Tensor, "head d_model d_head"]:
         """Query weights."""
-        return self._attn(layer).W_Q.detach()
+        return wide(self._attn(layer).W_Q.detach())
 
     def W_K(self, layer: int) -> Float[torch.Tensor, "kv d_model d_head"]:
         """Key weights, one per key-value head."""
@@ -126,21 +131,21 @@ class Anatomy:
 
     def W_O(self, layer: int) -> Float[torch.Tensor, "head d_head d_model"]:
         """Output weights."""
-        return self._attn(layer).W_O.detach()
+        return wide(self._attn(layer).W_O.detach())
 
     def head_sum(
         self, layer: int, z: Float[torch.Tensor, "*axes head d_head"]
     ) -> Float[torch.Tensor, "*axes d_model"]:
         """``a``: what all heads of a layer write before the post-norm, bias included."""
         bias = getattr(self._attn(layer), "b_O", None)
-        out = z.flatten(-2) @ self.W_O(layer).flatten(0, 1)
+        out = wide(z).flatten(-2) @ self.W_O(layer).flatten(0, 1)
         return out if bias is None else out + bias.detach()
 
     def head_results(
         self, layer: int, z: Float[torch.Tensor, "*axes head d_head"]
     ) -> Float[torch.Tensor, "*axes head d_model"]:
         """What each head writes before the post-norm."""
-        return torch.einsum("...hd,hdm->...hm", z, self.W_O(layer))
+        return torch.einsum("...hd,hdm->...hm", wide(z), self.W_O(layer))
 
     def norm(self, layer: int, name: NormName) -> Norm | None:
         """A norm of a block; None where the block has no such norm."""
@@ -172,7 +177,7 @@ class Anatomy:
 
     @property
     def W_U(self) -> Float[torch.Tensor, "d_model d_vocab"]:
-        """The unembedding."""
+        """The unembedding, in the model's own type."""
         return self.model.W_U.detach()  # pyright: ignore[reportAttributeAccessIssue]
 
     def _norm(self, module: Any) -> Norm:
@@ -183,4 +188,4 @@ class Anatomy:
         return self.model.blocks[layer].attn
 
     def _per_kv(self, weight: torch.Tensor) -> Float[torch.Tensor, "kv d_model d_head"]:
-        return weight.detach()[:: len(weight) // self.n_kv]
+        return wide(weight.detach()[:: len(weight) // self.n_kv])

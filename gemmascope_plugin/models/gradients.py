@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.errors import HookNotFiredError
+from gemmascope_plugin.models.precision import wide
 
 
 def leaf(activation: torch.Tensor, hook: Any) -> torch.Tensor:
@@ -83,7 +84,9 @@ def gradients_of(
 
     def keep(name: str) -> Callable[..., None]:
         def hook_fn(grad: torch.Tensor, hook: Any = None) -> None:
-            collected[name] = collected.get(name, 0) + grad.detach()
+            part = grad.detach()
+            # parts of one gradient are added up in float32; one part alone is what it is
+            collected[name] = wide(collected[name]) + part if name in collected else part
 
         return hook_fn
 

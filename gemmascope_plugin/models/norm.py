@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 
+from gemmascope_plugin.models.precision import wide
+
 
 @dataclass(frozen=True, eq=False)
 class Norm:
@@ -26,40 +28,35 @@ class Norm:
 
     def scale(self, x: Float[torch.Tensor, "*axes d_model"]) -> Float[torch.Tensor, "*axes 1"]:
         """``s``, at least in float32."""
-        wide = _wide(x)
-        return (wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        return (wide(x).pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
     def __call__(
         self, x: Float[torch.Tensor, "*axes d_model"]
     ) -> Float[torch.Tensor, "*axes d_model"]:
         """``gain * x / s`` in the type of ``x``."""
-        return self._gained(_wide(x) / self.scale(x)).to(x.dtype)
+        return self._gained(wide(x) / self.scale(x)).to(x.dtype)
 
     def jvp(
         self, x: Float[torch.Tensor, "*axes d_model"], v: Float[torch.Tensor, "*more d_model"]
     ) -> Float[torch.Tensor, "*more d_model"]:
         """How the output at ``x`` moves when the input moves by ``v``; ``v`` may have more axes."""
         s = self.scale(x)
-        x_hat, wide = _wide(x) / s, _wide(v)
-        return self._gained((wide - x_hat * (x_hat * wide).mean(-1, keepdim=True)) / s).to(v.dtype)
+        x_hat, move = wide(x) / s, wide(v)
+        return self._gained((move - x_hat * (x_hat * move).mean(-1, keepdim=True)) / s).to(v.dtype)
 
     def vjp(
         self, x: Float[torch.Tensor, "*axes d_model"], u: Float[torch.Tensor, "*more d_model"]
     ) -> Float[torch.Tensor, "*more d_model"]:
         """The gradient at the input, from the gradient ``u`` at the output."""
         s = self.scale(x)
-        x_hat, wide = _wide(x) / s, self._gained(_wide(u))
-        return ((wide - x_hat * (x_hat * wide).mean(-1, keepdim=True)) / s).to(u.dtype)
+        x_hat, pull = wide(x) / s, self._gained(wide(u))
+        return ((pull - x_hat * (x_hat * pull).mean(-1, keepdim=True)) / s).to(u.dtype)
 
     def frozen(
         self, x: Float[torch.Tensor, "*axes d_model"], v: Float[torch.Tensor, "*more d_model"]
     ) -> Float[torch.Tensor, "*more d_model"]:
         """``gain * v / s`` with the scale of ``x``: the share of ``v`` in the output."""
-        return self._gained(_wide(v) / self.scale(x)).to(v.dtype)
+        return self._gained(wide(v) / self.scale(x)).to(v.dtype)
 
     def _gained(self, x: Float[torch.Tensor, "*axes d"]) -> Float[torch.Tensor, "*axes d"]:
         return x if self.gain is None else x * self.gain.to(x.device, x.dtype)
-
-
-def _wide(x: Float[torch.Tensor, "*axes"]) -> Float[torch.Tensor, "*axes"]:
-    return x if x.dtype == torch.float64 else x.float()

@@ -20,11 +20,12 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.padding import padded
+from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.answers import TokenSets
 from gemmascope_plugin.patching.metrics import LogitDiff
@@ -135,12 +136,12 @@ class AnswerRun:
     def head_sum(
         self, layer: int, z: Float[torch.Tensor, "prompt head d_head"]
     ) -> Float[torch.Tensor, "prompt d_model"]:
-        """``a`` in the model's own precision."""
-        return wide(self.anatomy.head_sum(layer, z.to(self.anatomy.W_O(layer).dtype)))
+        """``a``."""
+        return self.anatomy.head_sum(layer, z)
 
     def readout_of_z(self, layer: int) -> Float[torch.Tensor, "prompt head d_head"]:
         """The readout of ``z``."""
-        W_O = self.anatomy.W_O(layer).to(self.readout.dtype)
+        W_O = self.anatomy.W_O(layer)
         return torch.einsum("hdm,pm->phd", W_O, self.readout_before_post_norm(layer))
 
     def difference(self, logits: Float[torch.Tensor, "prompt d_vocab"]) -> PerPrompt:
@@ -223,11 +224,6 @@ def _heads(run: AnswerRun, layer: int) -> list[Contribution]:
 def z_hook(layer: int) -> str:
     """The hook of what heads write, before ``W_O``."""
     return f"blocks.{layer}.attn.hook_z"
-
-
-def wide(x: Shaped[torch.Tensor, "*axes"]) -> Float[torch.Tensor, "*axes"]:
-    """At least float32: sums over a hundred components lose too much in less."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _last(anatomy: Anatomy) -> str:

@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from gemmascope_plugin.errors import EmptySelectionError, UnknownNameError, check_choice
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.origin import weights_of
+from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.restart import Restart
 from gemmascope_plugin.patching.edge_effects import EdgeEffects
@@ -190,7 +191,7 @@ class _Patches:
         self.restart = Restart(model, tokens, range(n + 1))
         names = [f"blocks.{layer}.hook_resid_mid" for layer in range(n)]
         cache = read(model, tokens, [*Writes.hooks(n), *names])
-        self.mid = [cache[name] for name in names]
+        self.mid = [wide(cache[name]) for name in names]
         self.deltas = write_deltas(anatomy, Writes.of(cache, n), other)
         self.base = part.measure(model, tokens)
 
@@ -201,7 +202,7 @@ class _Patches:
         stream = self.restart.stream(start, len(edges))
         hooks = []
         if start == self.anatomy.n_layers:
-            stream = stream + moved.flatten(0, 1)
+            stream = (stream + moved.flatten(0, 1)).to(stream)
         else:
             hooks = list(self._hooks(start, edges[:, 1], moved))
         values = self.part.measure(self.restart, stream, start_at_layer=start, fwd_hooks=hooks)
@@ -213,7 +214,7 @@ class _Patches:
         readers: Int[torch.Tensor, " edge"],
         moved: Float[torch.Tensor, "edge prompt pos d_model"],
     ) -> Iterator[tuple[str, Callable[..., torch.Tensor]]]:
-        x, ln1 = self.restart.stream(layer, 1), self.anatomy.norm(layer, "ln1")
+        x, ln1 = wide(self.restart.stream(layer, 1)), self.anatomy.norm(layer, "ln1")
         assert ln1 is not None, "models without it are refused"
         weights = {"q": self.anatomy.W_Q, "k": self.anatomy.W_K, "v": self.anatomy.W_V}
         for port, weight in weights.items():
@@ -242,7 +243,7 @@ def _add_to_heads(
 
     def hook_fn(x: torch.Tensor, hook: Any) -> torch.Tensor:
         copies = x.clone().unflatten(0, (-1, add.shape[1]))
-        copies[rows, :, :, heads] += add.to(x.dtype)
+        copies[rows, :, :, heads] = (copies[rows, :, :, heads] + add).to(x.dtype)
         return copies.flatten(0, 1)
 
     return hook_fn

@@ -300,14 +300,17 @@ class _Reads:
             there = joined(parts, names, n, width, True)
             for part in parts:  # one copy is enough
                 part.here, part.there = {}, {}
-            return cls(at, here, there)
-        here, there = (
-            read(runner, tokens[0], names, rows=rows),
-            read(runner, tokens[1], names, rows=rows),
-        )
-        more = [name for name in base if name not in here]
-        if more:
-            here |= read(runner, tokens[0], more, rows=rows)
+        else:
+            here, there = (
+                read(runner, tokens[0], names, rows=rows),
+                read(runner, tokens[1], names, rows=rows),
+            )
+            more = [name for name in base if name not in here]
+            if more:
+                here |= read(runner, tokens[0], more, rows=rows)
+        axis = COMPONENTS[component].dims.index("pos")
+        for name in names:
+            _agree(there[name], here[name], _n_shared(*tokens), axis)
         return cls(at, here, there)
 
     def inserted(
@@ -321,6 +324,33 @@ class _Reads:
                 # what to write so that the stream is the wanted one, beside what the base run has there
                 other[hook] = written[hook] + (other[hook] - self.here[name])
         return written, other
+
+
+def _n_shared(
+    one: Int[torch.Tensor, "prompt pos"], other: Int[torch.Tensor, "prompt pos"]
+) -> list[int]:
+    """Tokens of each prompt before the first that differs."""
+    return (one == other).int().cumprod(1).sum(1).tolist()
+
+
+def _agree(
+    x: Float[torch.Tensor, "prompt ..."],
+    here: Float[torch.Tensor, "prompt ..."],
+    n_shared: Sequence[int],
+    axis: int,
+) -> None:
+    """Makes two runs equal to the last bit where they must be: before their prompts differ.
+
+    Rounding depends on the machine and on what else is in a batch; whether a node changes must not.
+
+    Args:
+        x: Activations of one run, changed in place.
+        here: Those of the other.
+        n_shared: Tokens that both have, by prompt.
+        axis: Of positions, in one prompt's.
+    """
+    for row, shared in enumerate(n_shared):
+        x[row].narrow(axis, 0, shared).copy_(here[row].narrow(axis, 0, shared))
 
 
 def _differing(

@@ -26,10 +26,11 @@ from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.models.points import flatten_heads
+from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import Reading, reading
 from gemmascope_plugin.models.tokens import kept_positions, special_ids
-from gemmascope_plugin.patching.contributions import AnswerRun, Contribution, wide
+from gemmascope_plugin.patching.contributions import AnswerRun, Contribution
 from gemmascope_plugin.patching.effects import FeatureId
 from gemmascope_plugin.patching.timeline import is_stream, is_z, layer_of, written
 from gemmascope_plugin.saes import SparseActs

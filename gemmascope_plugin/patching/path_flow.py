@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import dtype_of
-from gemmascope_plugin.patching.contributions import wide
 from gemmascope_plugin.patching.nodes import read
 from gemmascope_plugin.patching.path_changes import Change
 from gemmascope_plugin.patching.timeline import is_stream, is_z, layer_of, written
@@ -110,12 +110,12 @@ class Flow:
     def _attention(self, change: Change, hook: str) -> Difference:
         """What the heads of a layer change together, after the norm."""
         layer, z = layer_of(hook), self._here[hook]
-        dz = self._added(change, hook).to(z)
+        dz = wide(self._added(change, hook)).to(z.device)
         post = self._anatomy.norm(layer, "ln1_post")
         a, da = self._anatomy.head_sum(layer, z), self._anatomy.head_sum(layer, dz)
         # its bias is in both
-        da = wide(da - self._anatomy.head_sum(layer, torch.zeros_like(dz)))
-        return da if post is None else post(wide(a) + da) - post(wide(a))
+        da = da - self._anatomy.head_sum(layer, torch.zeros_like(dz))
+        return da if post is None else post(a + da) - post(a)
 
     @torch.no_grad()
     def _recomputed(

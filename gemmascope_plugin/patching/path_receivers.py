@@ -32,7 +32,7 @@ from jaxtyping import Float
 
 from gemmascope_plugin.errors import TaskError, UnknownNameError
 from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.patching.contributions import wide
+from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.patching.names import Stream
 from gemmascope_plugin.patching.node import Node, Reader
 from gemmascope_plugin.patching.nodes import acts_hook
@@ -230,7 +230,7 @@ class _Pass:
 
         def change() -> torch.Tensor:
             x = wide(self.live[stream][d.rows])
-            return (ln1(x + d.difference) - ln1(x)).to(weight) @ weight
+            return (ln1(x + d.difference) - ln1(x)) @ weight
 
         return change
 
@@ -242,7 +242,7 @@ class _Pass:
         self.watch(pattern)
 
         def edit(z: torch.Tensor) -> None:
-            z[d.rows, :, head] += self.live[pattern][d.rows, head].to(z) @ change().to(z)
+            z[d.rows, :, head] += (wide(self.live[pattern][d.rows, head]) @ change()).to(z)
 
         self._edit(f"blocks.{layer}.attn.hook_z", edit)
 

@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.patching.edges import EdgeMap
 from gemmascope_plugin.patching.nodes import read
 
@@ -36,7 +37,7 @@ DeltaForm = Literal["exact", "jacobian", "frozen", "naive"]
 
 @dataclass(frozen=True)
 class Writes:
-    """The writers' activations of one run; layers are the first axis."""
+    """The writers' activations of one run, at least in float32; layers are the first axis."""
 
     embed: Float[torch.Tensor, "row pos d_model"]
     z: Float[torch.Tensor, "layer row pos head d_head"]
@@ -55,8 +56,8 @@ class Writes:
     def of(cls, cache: dict[str, torch.Tensor], n_layers: int) -> Writes:
         """From activations by hook name."""
         names = cls.hooks(n_layers)
-        z, mlp = (torch.stack([cache[name] for name in names[start::2]]) for start in (1, 2))
-        return cls(cache[names[0]], z, mlp)
+        z, mlp = (torch.stack([wide(cache[name]) for name in names[start::2]]) for start in (1, 2))
+        return cls(wide(cache[names[0]]), z, mlp)
 
     @classmethod
     def read(cls, runner: Any, tokens: Int[torch.Tensor, "row pos"], n_layers: int) -> Writes:

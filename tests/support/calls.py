@@ -30,7 +30,7 @@ class Scene:
     model: Any
     saes: dict[str, Any]
     """Name to dictionary: ``res``, ``att``, ``mlp``, ``nested``, and ``tc0`` and so on."""
-    n: int = 4
+    n: int = 3
     results: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -75,12 +75,12 @@ class Scene:
 
     @property
     def edge_circuit(self) -> Any:
-        return self.once("edges", lambda: gs.discover(self.model, self.task, method="eap"))
+        return self.once("edge_circuit", lambda: gs.discover(self.model, self.task, method="eap"))
 
     @property
     def feature_circuit(self) -> Any:
         return self.once(
-            "features",
+            "feature_circuit",
             lambda: gs.discover(
                 self.model,
                 self.task,
@@ -114,17 +114,6 @@ def dictionaries(dtype: torch.dtype) -> dict[str, Any]:
         name: gs.load(gs.find(model="gemma-2-tiny", **criteria).one(), dtype=dtype)
         for name, criteria in asked.items()
     }
-
-
-def _discovered(circuit: Any) -> Numbers:
-    scores = dict(
-        zip(
-            map(str, circuit.graph.edges if circuit.graph.ranks_edges else circuit.graph.nodes),
-            circuit.graph.scores,
-            strict=True,
-        )
-    )
-    return {"scores": torch.tensor([float(scores[key]) for key in sorted(scores)])}
 
 
 def numbers(result: Any) -> Numbers:
@@ -202,9 +191,9 @@ for _method in ("eap", "eap-ig", "eap-ig-activations", "clean-corrupted"):
     CALLS[f"edge_attribution/{_method}"] = lambda s, m=_method: gs.edge_attribution(
         s.model, s.task, method=m, steps=2
     )
-    CALLS[f"discover/{_method}"] = lambda s, m=_method: gs.discover(
-        s.model, s.task, method=m, steps=2
-    ).graph
+    CALLS[f"discover/{_method}"] = lambda s, m=_method: (
+        gs.discover(s.model, s.task, method=m, steps=2).graph
+    )
 for _form in ("jacobian", "frozen", "naive"):
     CALLS[f"edge_attribution/{_form}"] = lambda s, f=_form: gs.edge_attribution(
         s.model, s.task, steps=2, writer_delta=f
@@ -217,24 +206,30 @@ CALLS["edge_attribution/per_position"] = lambda s: gs.edge_attribution(
     s.model, s.task, method="eap", per_position=True
 )
 for _method in ("exact", "atp", "ig", "atp*", "relp"):
-    CALLS[f"discover/{_method}"] = lambda s, m=_method: gs.discover(
-        s.model, s.task, method=m, steps=3
+    CALLS[f"discover/{_method}"] = lambda s, m=_method: (
+        gs.discover(s.model, s.task, method=m, steps=3).graph
+    )
+CALLS["discover/acdc"] = lambda s: (
+    gs.discover(s.model, gs.tiny().task("ioi", n=1), method="acdc", tau=0.5).graph
+)
+CALLS["discover/feature nodes"] = lambda s: (
+    gs.discover(s.model, s.task, nodes=("head", "feature"), saes=s.saes["res"], method="atp").graph
+)
+CALLS["discover/features ig"] = lambda s: (
+    gs.discover(
+        s.model, s.task, nodes="features", saes=[s.saes["res"], s.saes["att"]], steps=2, size=20
     ).graph
-CALLS["discover/acdc"] = lambda s: gs.discover(s.model, s.task, method="acdc", tau=0.05).graph
-CALLS["discover/feature nodes"] = lambda s: gs.discover(
-    s.model, s.task, nodes=("head", "feature"), saes=s.saes["res"], method="atp"
-).graph
-CALLS["discover/features ig"] = lambda s: gs.discover(
-    s.model, s.task, nodes="features", saes=[s.saes["res"], s.saes["att"]], steps=2, size=20
-).graph
-CALLS["discover/features atp"] = lambda s: gs.discover(
-    s.model,
-    s.task,
-    nodes=("features", "head"),
-    saes=[s.saes["tc1"], s.saes["mlp"]][:1],
-    size=20,
-    method="atp",
-).graph
+)
+CALLS["discover/features atp"] = lambda s: (
+    gs.discover(
+        s.model,
+        s.task,
+        nodes=("features", "head"),
+        saes=[s.saes["tc1"], s.saes["mlp"]][:1],
+        size=20,
+        method="atp",
+    ).graph
+)
 CALLS["discover_levels"] = lambda s: gs.discover_levels(
     s.model, s.task, saes=[s.saes["nested"]], levels=(0, -1), method="atp", size=10, edges=False
 )
@@ -286,9 +281,7 @@ CALLS["missed_effects"] = lambda s: gs.missed_effects(s.model, s.task, _atp(s), 
 
 
 def _atp(s: Scene) -> Any:
-    return s.once(
-        "atp", lambda: gs.attribution_patching(s.model, s.task, "z", per_position=False)
-    )
+    return s.once("atp", lambda: gs.attribution_patching(s.model, s.task, "z", per_position=False))
 
 
 CALLS["trace"] = lambda s: s.graph

@@ -32,9 +32,9 @@ from jaxtyping import Float
 from gemmascope_plugin.attribution.sites.runs import PartRun, SiteRun
 from gemmascope_plugin.attribution.sites.site import Site
 from gemmascope_plugin.attribution.sites.slopes import Hooks, start_of
-from gemmascope_plugin.attribution.sites.values import wide
 from gemmascope_plugin.attribution.slopes import put
 from gemmascope_plugin.models import flatten_heads
+from gemmascope_plugin.models.precision import wide
 
 Probe = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]
 """What is asked at a target: one number per row, from what its dictionary encodes and its tensor, both

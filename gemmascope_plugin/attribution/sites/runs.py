@@ -25,10 +25,11 @@ from gemmascope_plugin.attribution.sites.slopes import (
     start_of,
     whole_effect,
 )
-from gemmascope_plugin.attribution.sites.values import Values, kept_tokens, read_sites, wide
+from gemmascope_plugin.attribution.sites.values import Values, kept_tokens, read_sites
 from gemmascope_plugin.attribution.slopes import norms_by_hand
 from gemmascope_plugin.models import flatten_heads
 from gemmascope_plugin.models.points import n_heads, n_layers
+from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.restart import Restart, can_restart
 from gemmascope_plugin.patching.memory import HEADS, LOGITS, MLP, SCORES, STREAM, Footprint, Limit

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.attribution.sites.site import Site
 from gemmascope_plugin.models import flatten_heads
+from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.patching.nodes import read
@@ -46,14 +47,9 @@ class Values:
         return self.flat - written_by(site, self.acts).to(self.y.device)
 
 
-def wide(x: Float[torch.Tensor, "*axes"]) -> Float[torch.Tensor, "*axes"]:
-    """At least float32."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def written_by(site: Site, acts: SparseActs) -> Float[torch.Tensor, "*tokens width"]:
     """``sum_f a_f W_f``, on the dictionary's device, at least in float32."""
-    return wide(write(acts, site.coder.W_dec))
+    return write(acts.with_values(wide(acts.values)), site.coder.W_dec)
 
 
 def encoded(

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float
 
 from gemmascope_plugin.attribution.sites import Site
 from gemmascope_plugin.attribution.sites.entries import keys_of
-from gemmascope_plugin.attribution.sites.values import encoded, kept_tokens, wide, written_by
+from gemmascope_plugin.attribution.sites.values import encoded, kept_tokens, written_by
 from gemmascope_plugin.circuits.feature_circuits.layout import SiteNodes
 from gemmascope_plugin.circuits.feature_circuits.stand_ins import (
     StandIn,
@@ -37,6 +37,7 @@ from gemmascope_plugin.circuits.feature_circuits.stand_ins import (
 )
 from gemmascope_plugin.models import flatten_heads, restore_heads
 from gemmascope_plugin.models.points import n_heads, n_layers
+from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.memory import (
     CODES,

@@ -35,9 +35,10 @@ import gemmascope_plugin.saes as saes
 from gemmascope_plugin.attribution.sites import PartRun, SiteRun
 from gemmascope_plugin.attribution.sites.direct import direct_slopes
 from gemmascope_plugin.attribution.sites.slopes import frozen_model
-from gemmascope_plugin.attribution.sites.values import Values, wide
+from gemmascope_plugin.attribution.sites.values import Values
 from gemmascope_plugin.attribution.slopes import norms_by_hand
 from gemmascope_plugin.circuits.feature_circuits.layout import SiteNodes
+from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
 
 MAX_GATE = 10.0

@@ -20,12 +20,12 @@ import torch
 from jaxtyping import Float
 
 from gemmascope_plugin.attribution.sites import Site, sites_of
-from gemmascope_plugin.attribution.sites.values import wide
 from gemmascope_plugin.circuits.circuit import Circuit
 from gemmascope_plugin.circuits.evaluate import evaluate
 from gemmascope_plugin.circuits.feature_circuits.ablation import Errors
 from gemmascope_plugin.circuits.feature_circuits.discover import discover_features
 from gemmascope_plugin.errors import EmptySelectionError
+from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching import Task
 

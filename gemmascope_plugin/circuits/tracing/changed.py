@@ -16,6 +16,7 @@ import torch
 
 from gemmascope_plugin.attribution.adjoint.site import Activity
 from gemmascope_plugin.circuits.tracing.replay import Hooks, Replay
+from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.sites import reading
 
 
@@ -104,8 +105,10 @@ class _Changed:
             assert self._change is not None, "the features are read before they are written"
             rows = W_dec.detach()[self._features].to(self._change) * self._change[:, None]
             flat = y.flatten(2)
-            change = torch.zeros_like(flat).index_add(1, self._rows, rows[None].to(flat))
-            return (flat + change).reshape(y.shape)
+            change = wide(torch.zeros_like(flat)).index_add(
+                1, self._rows, rows[None].to(flat.device)
+            )
+            return (flat + change).to(y).reshape(y.shape)
 
         return hook_fn
 
@@ -124,6 +127,6 @@ def _error_scaled(own: Activity, factors: Mapping[int, float]) -> Callable[..., 
         change = torch.zeros_like(own.rest)
         for pos, factor in factors.items():
             change[pos] = (factor - 1) * own.rest[pos]
-        return y + change.to(y).reshape(y.shape[1:])
+        return (y + change.reshape(y.shape[1:])).to(y)
 
     return hook_fn

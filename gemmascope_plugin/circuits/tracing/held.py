@@ -1,6 +1,7 @@
 """Holds everything that makes the stream of a run linear, and everything that dictionaries' sites write.
 
-1. Attention patterns and the scales of all norms before the last are as recorded.
+1. Attention patterns and the scales of all norms, the last one too, are as recorded: the logits are
+   linear in the end of the stream, up to their soft-cap.
 2. What an MLP writes is as recorded, plus what an affine skip makes of a change of its input.
 3. The stream and ``z`` at sites of SAEs are as recorded, but at special tokens, where nothing is cut.
 
@@ -15,10 +16,12 @@ import torch
 
 from gemmascope_plugin.attribution.slopes import put
 from gemmascope_plugin.circuits.tracing.replay import Hooks, Replay
+from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.sites import reading
 from gemmascope_plugin.patching.nodes import read
 
 _NORMS = ("ln1", "ln1_post", "ln2")
+_LAST = "ln_final.hook_scale"
 
 
 def held_hooks(replay: Replay) -> Hooks:
@@ -29,6 +32,7 @@ def held_hooks(replay: Replay) -> Hooks:
     for layer in range(record.n_layers):
         scales = [f"blocks.{layer}.{norm}.hook_scale" for norm in _NORMS]
         names += [f"blocks.{layer}.attn.hook_pattern", *(name for name in scales if name in points)]
+    names.append(_LAST)
     held = read(model, record.tokens[None], names)
     hooks: Hooks = [(name, put(value)) for name, value in held.items()]
     for index in range(len(replay.layout.activities)):
@@ -44,13 +48,13 @@ def _site_hooks(replay: Replay, index: int) -> Hooks:
     moved: list[torch.Tensor] = []
 
     def look(x: torch.Tensor, hook: Any) -> None:
-        moved[:] = [how(x) - x_recorded]
+        moved[:] = [wide(how(x)) - wide(x_recorded)]
 
     def hold(y: torch.Tensor, hook: Any) -> torch.Tensor:
         flat = y.flatten(2)
         out = recorded[None]
         if site.skip is not None:
-            out = out + moved[0] @ site.skip.detach().T.to(flat)
+            out = out + moved[0] @ site.skip.detach().T.to(moved[0])
         if site.cuts:
             out = torch.where(own.keep[:, None], out, flat)
         return out.to(flat).reshape(y.shape)
