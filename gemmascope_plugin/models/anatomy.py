@@ -6,7 +6,6 @@
    where folding took it into the weights after it.
 3. What attention writes is ``ln1_post(a)`` with ``a = sum_h z_h W_O[h] + b_O`` where a block has a norm
    after attention, as Gemma 2 and 3 do, else ``a`` itself.
-
 4. Weights of a layer come in at least float32 (``models/precision.py``), so that whoever multiplies with
    them adds up in it; the unembedding is too large for that and comes as it is.
 
@@ -65,12 +64,15 @@ class Anatomy:
 
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge``.
+        is_wide: For sums; False for the arithmetic of the model itself.
 
     Raises:
         ModelError: Norms that are no RMS norms, or attention and MLP side by side.
     """
 
     model: HookedModel
+    is_wide: bool = True
+    """Whether weights come in at least float32; else in the model's own type, to do as the model does."""
 
     def __post_init__(self) -> None:
         block = self.model.blocks[0]
@@ -119,7 +121,7 @@ class Anatomy:
 
     def W_Q(self, layer: int) -> Float[torch.Tensor, "head d_model d_head"]:
         """Query weights."""
-        return wide(self._attn(layer).W_Q.detach())
+        return self._typed(self._attn(layer).W_Q.detach())
 
     def W_K(self, layer: int) -> Float[torch.Tensor, "kv d_model d_head"]:
         """Key weights, one per key-value head."""
@@ -131,21 +133,21 @@ class Anatomy:
 
     def W_O(self, layer: int) -> Float[torch.Tensor, "head d_head d_model"]:
         """Output weights."""
-        return wide(self._attn(layer).W_O.detach())
+        return self._typed(self._attn(layer).W_O.detach())
 
     def head_sum(
         self, layer: int, z: Float[torch.Tensor, "*axes head d_head"]
     ) -> Float[torch.Tensor, "*axes d_model"]:
         """``a``: what all heads of a layer write before the post-norm, bias included."""
         bias = getattr(self._attn(layer), "b_O", None)
-        out = wide(z).flatten(-2) @ self.W_O(layer).flatten(0, 1)
-        return out if bias is None else out + bias.detach()
+        out = self._typed(z).flatten(-2) @ self.W_O(layer).flatten(0, 1)
+        return out if bias is None else out + self._typed(bias.detach())
 
     def head_results(
         self, layer: int, z: Float[torch.Tensor, "*axes head d_head"]
     ) -> Float[torch.Tensor, "*axes head d_model"]:
         """What each head writes before the post-norm."""
-        return torch.einsum("...hd,hdm->...hm", wide(z), self.W_O(layer))
+        return torch.einsum("...hd,hdm->...hm", self._typed(z), self.W_O(layer))
 
     def norm(self, layer: int, name: NormName) -> Norm | None:
         """A norm of a block; None where the block has no such norm."""
@@ -188,4 +190,7 @@ class Anatomy:
         return self.model.blocks[layer].attn
 
     def _per_kv(self, weight: torch.Tensor) -> Float[torch.Tensor, "kv d_model d_head"]:
-        return wide(weight.detach()[:: len(weight) // self.n_kv])
+        return self._typed(weight.detach()[:: len(weight) // self.n_kv])
+
+    def _typed(self, x: torch.Tensor) -> torch.Tensor:
+        return wide(x) if self.is_wide else x

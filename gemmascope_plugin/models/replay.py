@@ -75,7 +75,7 @@ class Arithmetic:
         if not can_restart(model) or not _is_plain(model):
             return None
         try:
-            anatomy = Anatomy(model)
+            anatomy = Anatomy(model, is_wide=False)
         except GemmaScopeError:
             return None
         seen = _Seen.of(model, tokens[:1])
