@@ -1,19 +1,69 @@
-"""Right and wrong answers of each prompt as token ids, sets padded to one width."""
+"""Right and wrong answers of each prompt as token ids, sets padded to one width.
+
+An answer is a word, an id of any library's integers, or several of them; a single one is that of one
+prompt. Of a word that is a token with and without a space in front, the prompt decides which is meant
+(``models/tokens.py``).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 
-from gemmascope_plugin.errors import TaskError, UnknownNameError
+from gemmascope_plugin.errors import TaskError
+from gemmascope_plugin.indices import as_index
 from gemmascope_plugin.models.protocol import HookedModel, device_of
-from gemmascope_plugin.models.tokens import token_id
+from gemmascope_plugin.models.tokens import quoted_label, token_id
 
 Answer = str | int | Sequence[str | int]
 """A token, or a set of tokens of which any counts."""
+
+
+def answer_list(what: str, answers: Any) -> list[Answer]:
+    """One entry per prompt, ids as plain integers; a single answer is that of one prompt.
+
+    Args:
+        what: ``answer`` or ``wrong``, for the error.
+        answers: Words, ids, sets of them, in lists, arrays or tensors.
+
+    Raises:
+        TaskError: Something that is neither a word nor an id.
+    """
+    single = _single(answers)
+    if single is not None:
+        return [single]
+    return [_entry(what, entry) for entry in _listed(what, answers)]
+
+
+def _entry(what: str, entry: Any) -> Answer:
+    single = _single(entry)
+    if single is not None:
+        return single
+    choices = [_single(choice) for choice in _listed(what, entry)]
+    if None in choices:
+        raise _no_answer(what, entry)
+    return [choice for choice in choices if choice is not None]
+
+
+def _single(value: Any) -> str | int | None:
+    return value if isinstance(value, str) else as_index(value)
+
+
+def _listed(what: str, value: Any) -> list[Any]:
+    if isinstance(value, Mapping | bytes) or not isinstance(value, Iterable):
+        raise _no_answer(what, value)
+    return list(value)
+
+
+def _no_answer(what: str, value: Any) -> TaskError:
+    return TaskError(
+        f"{what} has {value!r}, which is neither a word nor a token id",
+        fix=f'{what}=[" Paris", " Rome"], one per prompt, or token ids',
+    )
 
 
 @dataclass(frozen=True)
@@ -25,12 +75,23 @@ class TokenSets:
     """False at padding."""
 
     @classmethod
-    def of(cls, model: HookedModel, entries: Sequence[Answer]) -> TokenSets:
+    def of(
+        cls,
+        model: HookedModel,
+        entries: Sequence[Answer],
+        prompts: Sequence[Any] | None = None,
+    ) -> TokenSets:
         """Words and ids as ids of this model.
+
+        Args:
+            model: The model.
+            entries: Words and ids of each prompt.
+            prompts: What stands before them, as text or ids.
 
         Raises:
             TaskError: A prompt has no answer.
-            UnknownNameError: A word is not a single token, or an id is outside the vocabulary.
+            UnknownNameError: A word is not a single token, or may be two of them; or an id is outside
+                the vocabulary.
         """
         sets = [[e] if isinstance(e, str | int) else list(e) for e in entries]
         width = max(len(choices) for choices in sets)
@@ -39,16 +100,18 @@ class TokenSets:
         for row, choices in enumerate(sets):
             if not choices:
                 raise TaskError(f"Prompt {row} has an empty set of answers")
-            found = [c if isinstance(c, int) else token_id(model, c) for c in choices]
-            beyond = [i for i in found if not 0 <= i < model.cfg.d_vocab]
-            if beyond:
-                raise UnknownNameError(
-                    f"Token id {beyond[0]} does not exist",
-                    exists=f"token ids 0 to {model.cfg.d_vocab - 1}",
-                )
-            ids[row, : len(found)] = torch.tensor(found)
-            mask[row, : len(found)] = True
+            before = None if prompts is None else prompts[row]
+            tokens = [token_id(model, choice, before) for choice in choices]
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = True
         return cls(ids.to(device_of(model)), mask.to(device_of(model)))
+
+    def label(self, model: HookedModel, row: int = 0, limit: int = 3) -> str:
+        """The tokens of one prompt for people, with their ids."""
+        tokens = self.ids[row][self.mask[row]].tolist()
+        shown = [quoted_label(model, token) for token in tokens[:limit]]
+        more = len(tokens) - len(shown)
+        return ", ".join(shown) + (f" and {more} more" if more else "")
 
     def pick(
         self, values: Float[torch.Tensor, "prompt d_vocab"], fill: float

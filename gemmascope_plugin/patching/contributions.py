@@ -61,7 +61,8 @@ def asked(model: HookedModel, prompts: Task | Prompts, metric: LogitDiff | None)
         assert metric is not None
         tokens, lengths = padded(model, prompts)
         at = metric.positions(lengths)
-        bound = replace(metric.bind(model, len(tokens)), at=at)
+        before = [row[: int(end) + 1] for row, end in zip(tokens, at, strict=True)]
+        bound = replace(metric.bind(model, len(tokens), before), at=at)
         bound = BoundTask(tokens, tokens, lengths, bound, "prompts")
     linear = replace(bound.metric.metric, before_cap=True)
     return replace(bound, metric=replace(bound.metric, metric=linear))

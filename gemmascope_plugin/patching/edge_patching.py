@@ -95,6 +95,7 @@ def edge_patching(
         "metric": bound.metric.metric.name,
         "logits": bound.logits,
         "sign": "positive = patching the edge raises the metric",
+        "answers": bound.answers(model),
         "n_prompts": bound.n_prompts,
         "weights": weights_of(model),
         "n_patched": len(wanted),

@@ -238,8 +238,10 @@ class Effects:
     def __repr__(self) -> str:
         meta = self.metadata
         shape = " x ".join(f"{len(self.labels[a])} {a}" for a in self.axes)
+        answers = f"first prompt {meta['answers']}, " if meta.get("answers") else ""
         return (
             f"Effects({meta.get('component')}, {meta.get('method')}, {meta.get('mode')}, {shape}, "
+            f"{answers}"
             f"metric clean {meta.get('metric_clean', float('nan')):.3f}, "
             f"corrupt {meta.get('metric_corrupt', float('nan')):.3f}, "
             f"excluded tokens {meta.get('exclude')})"

@@ -384,6 +384,7 @@ def _describe(model: HookedModel, runner: Any, bound: BoundTask, component: str)
         "metric": bound.metric.metric.name,
         "logits": f"{'before' if bound.metric.metric.before_cap else 'after'} the final soft-cap",
         "sign": "positive = patching raises the metric",
+        "answers": bound.answers(model),
         "n_prompts": bound.n_prompts,
         "weights": weights_of(model),
         "tokens": token_strings(model, bound.clean[0]),

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.patching.answers import Answer, TokenSets
+from gemmascope_plugin.patching.answers import Answer, TokenSets, answer_list
 
 Logits = Float[torch.Tensor, "row d_vocab"]
 
@@ -40,8 +40,16 @@ class Metric(ABC):
     """Whether the logits of the right and wrong tokens alone decide."""
 
     @abstractmethod
-    def bind(self, model: HookedModel, n_prompts: int) -> BoundMetric:
+    def bind(
+        self, model: HookedModel, n_prompts: int, prompts: Sequence[Any] | None = None
+    ) -> BoundMetric:
         """Turns words into ids of this model.
+
+        Args:
+            model: The model.
+            n_prompts: Prompts of the task.
+            prompts: Their tokens up to where they are asked, which decide between a word with and
+                without a space in front.
 
         Raises:
             TaskError: The number of answers differs from the number of prompts.
@@ -91,7 +99,14 @@ class AnswerMetric(Metric, ABC):
     wrong: Sequence[Answer] | None = None
     """Tokens to compare with, one entry per prompt."""
 
-    def bind(self, model: HookedModel, n_prompts: int) -> BoundMetric:
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "answer", answer_list("answer", self.answer))
+        if self.wrong is not None:
+            object.__setattr__(self, "wrong", answer_list("wrong", self.wrong))
+
+    def bind(
+        self, model: HookedModel, n_prompts: int, prompts: Sequence[Any] | None = None
+    ) -> BoundMetric:
         """Turns words into ids of this model."""
         for label, entries in (("answer", self.answer), ("wrong", self.wrong)):
             if entries is not None and len(entries) != n_prompts:
@@ -99,8 +114,8 @@ class AnswerMetric(Metric, ABC):
                     f"{self.name} has {len(entries)} entries in {label} for {n_prompts} prompts",
                     fix=f"{label}=[one entry per prompt]",
                 )
-        right = TokenSets.of(model, self.answer)
-        wrong = None if self.wrong is None else TokenSets.of(model, self.wrong)
+        right = TokenSets.of(model, self.answer, prompts)
+        wrong = None if self.wrong is None else TokenSets.of(model, self.wrong, prompts)
         return BoundMetric(self, n_prompts, right, wrong)
 
     def take(self, index: Sequence[int]) -> AnswerMetric:

@@ -83,7 +83,9 @@ class KLDivergence(Metric):
 
     name = "minus KL divergence"
 
-    def bind(self, model: HookedModel, n_prompts: int) -> BoundMetric:
+    def bind(
+        self, model: HookedModel, n_prompts: int, prompts: Sequence[Any] | None = None
+    ) -> BoundMetric:
         """Knows the clean run only once the task has run it."""
         return BoundMetric(self, n_prompts)
 
@@ -102,7 +104,9 @@ class Custom(Metric):
     """Logits ``[prompt, d_vocab]`` and the numbers ``[prompt]`` of these prompts to ``[prompt]``."""
     name: str = "custom metric"  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def bind(self, model: HookedModel, n_prompts: int) -> BoundMetric:
+    def bind(
+        self, model: HookedModel, n_prompts: int, prompts: Sequence[Any] | None = None
+    ) -> BoundMetric:
         """Nothing to look up."""
         return BoundMetric(self, n_prompts)
 

@@ -130,6 +130,7 @@ def _described(model: HookedModel, runner: Any, bound: BoundTask, spliced: bool)
         "metric": bound.metric.metric.name,
         "logits": f"{'before' if bound.metric.metric.before_cap else 'after'} the final soft-cap",
         "sign": "positive = patching raises the metric",
+        "answers": bound.answers(model),
         "n_prompts": bound.n_prompts,
         "weights": weights_of(model),
         "tokens": token_strings(model, bound.clean[0]),

@@ -41,7 +41,9 @@ class SequenceLogprob(Metric):
     wrong: Sequence[Text] | None = None
     name = "sequence log-probability"
 
-    def bind(self, model: HookedModel, n_prompts: int) -> BoundMetric:
+    def bind(
+        self, model: HookedModel, n_prompts: int, prompts: Sequence[Any] | None = None
+    ) -> BoundMetric:
         """Knows its rows only once prompts are there, see :meth:`rows`."""
         return BoundMetric(self, n_prompts)
 

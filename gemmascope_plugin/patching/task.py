@@ -248,8 +248,9 @@ class Task:
         if isinstance(self.asked, SequenceLogprob):
             rows = self.asked.rows(model, (clean, corrupt), lengths)
             return BoundTask(rows.clean, rows.corrupt, rows.lengths, rows.metric, self.name)
-        metric = self.asked.bind(model, len(clean))
-        bound = replace(metric, at=self.asked.positions(lengths))
+        at = self.asked.positions(lengths)
+        before = [row[: int(end) + 1] for row, end in zip(clean, at, strict=True)]
+        bound = replace(self.asked.bind(model, len(clean), before), at=at)
         task = BoundTask(clean, corrupt, lengths, bound, self.name)
         return task.with_reference(model) if isinstance(self.asked, KLDivergence) else task
 
@@ -308,6 +309,11 @@ class BoundTask:
     def logits(self) -> str:
         """Which logits the metric reads, for metadata."""
         return f"{'before' if self.metric.metric.before_cap else 'after'} the final soft-cap"
+
+    def answers(self, model: HookedModel) -> str | None:
+        """The right and wrong tokens of the first prompt, for metadata; None where there are none."""
+        sides = [side for side in (self.metric.right, self.metric.wrong) if side is not None]
+        return " against ".join(side.label(model) for side in sides) or None
 
     @property
     def mask(self) -> Bool[torch.Tensor, "prompt pos"]:

@@ -223,3 +223,26 @@ def test_the_first_prompts_of_a_task() -> None:
     assert first.metric.answer == [10]
     assert first.metric.wrong == [30]
     assert first.name == "random"
+
+
+def test_answers_may_be_of_any_integers(hooked2) -> None:
+    """Arrays, tensors, numpy's integers and a single answer for a single prompt all mean the same."""
+    import numpy as np
+
+    plain = logit_diff([10, 20], [[30, 31], 40])
+    for right in (np.array([10, 20]), torch.tensor([10, 20]), (np.int64(10), torch.tensor(20))):
+        other = logit_diff(right, [torch.tensor([30, 31]), np.int32(40)])
+        assert (other.answer, other.wrong) == (plain.answer, plain.wrong)
+    one = Task("w5 w6", "w7 w6", logit_diff("w10", torch.tensor(11)))
+    assert one.metric.answer == ["w10"] and one.metric.wrong == [11]
+    metadata = activation_patching(hooked2, one, "z").metadata
+    assert metadata["answers"] == "'w10' (10) against 'w11' (11)"
+    assert "first prompt 'w10' (10) against 'w11' (11)" in repr(
+        activation_patching(hooked2, one, "z")
+    )
+
+
+@pytest.mark.parametrize("wrong", [1.5, None, {"a": 1}, [1.5], [[1, None]], b"x"])
+def test_what_is_neither_a_word_nor_an_id_is_an_error(wrong) -> None:
+    with pytest.raises(TaskError, match="neither a word nor a token id"):
+        logit_diff(wrong, [1])
