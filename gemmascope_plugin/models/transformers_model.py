@@ -69,6 +69,8 @@ def read_model(weights: Weights, dtype: torch.dtype, tokenizer: Any) -> Transfor
     except GemmaScopeError:
         raise
     except (OSError, ValueError, SafetensorError, ImportError) as error:
+        if weights.is_repository and _is_adapter_repository(weights.place):
+            raise _adapter(weights) from error
         raise _unreadable(weights, error) from error
     commit = getattr(config, "_commit_hash", None)
     origin = f"{weights.origin}, commit {commit[:12]}" if commit else weights.origin
@@ -141,9 +143,22 @@ def check_config(config: Any, dtype: torch.dtype, name: str) -> None:
 
 
 def _refuse_adapter(weights: Weights) -> None:
-    if not (Path(weights.place) / "adapter_config.json").is_file():
-        return
-    raise ModelError(
+    if (Path(weights.place) / "adapter_config.json").is_file():
+        raise _adapter(weights)
+
+
+def _is_adapter_repository(repository: str) -> bool:
+    """Whether it holds an adapter, as far as the cache says: asking for it has put it there."""
+    from transformers.utils import find_adapter_config_file
+
+    try:
+        return find_adapter_config_file(repository) is not None
+    except (OSError, ValueError):
+        return False
+
+
+def _adapter(weights: Weights) -> ModelError:
+    return ModelError(
         f"{weights.name!r} holds an adapter (adapter_config.json), not a model",
         fix="merge it: model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "
         "folder).merge_and_unload(), then load_model(model), or model.save_pretrained(another "

@@ -5,8 +5,10 @@
 Each load is a process of its own, which has imported everything and loaded a tiny model before it is
 timed: transformers' ``from_pretrained`` of model and tokenizer, and ``load_model`` on both classes, from
 the same folder (Gemma 3 270M of the extra ``[gemma]``, converted before), in the same type.  Cases take
-turns; medians of CPU seconds, which a busy machine changes least.  Memory is the largest resident size
-since then, mapped pages of the file included, in units of the float32 weights.  One thread.
+turns; medians of CPU seconds, which a busy machine changes least.  Memory is the growth since then, in
+units of the float32 weights: the largest resident size, which counts mapped pages of the file (half a
+unit here, for everybody), and the largest anonymous memory, which is what the process needs.  One
+thread.  Linux only.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 OWN_PROCESS = True
@@ -47,15 +50,15 @@ def load(loader: str, folder: str, dtype: str) -> dict[str, float]:
     if warm.is_dir():
         _load(gs, AutoModelForCausalLM, AutoTokenizer, loader, str(warm), dtype)
     torch.set_num_threads(1)
-    before, cpu, wall = _resident(), time.process_time(), time.perf_counter()
-    model = _load(gs, AutoModelForCausalLM, AutoTokenizer, loader, folder, dtype)
-    seconds = time.process_time() - cpu, time.perf_counter() - wall
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    start, (resident, anonymous) = time.process_time(), _memory()
+    with _peak() as peak:
+        model = _load(gs, AutoModelForCausalLM, AutoTokenizer, loader, folder, dtype)
+    seconds = time.process_time() - start
     numbers = {p.data_ptr(): p.numel() for p in model.parameters()}
     return {
-        "cpu": seconds[0],
-        "wall": seconds[1],
-        "peak": peak - before,
+        "cpu": seconds,
+        "resident": peak[0] - resident,
+        "anonymous": peak[1] - anonymous,
         "numbers": sum(numbers.values()),
     }
 
@@ -69,9 +72,29 @@ def _load(gs, model_class, tokenizer_class, loader: str, folder: str, dtype: str
     return gs.load_model(folder, backend=loader, dtype=dtype, device="cpu")
 
 
-def _resident() -> int:
-    """Bytes of this process in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def _memory() -> tuple[int, int]:
+    """Resident and anonymous bytes of this process now."""
+    rows = dict(row.split(":") for row in Path("/proc/self/status").read_text().splitlines())
+    return int(rows["VmRSS"].split()[0]) * 1024, int(rows["RssAnon"].split()[0]) * 1024
+
+
+@contextmanager
+def _peak() -> Iterator[list[int]]:
+    """The largest of both while the block runs, looked at a hundred times a second."""
+    peak, stop = list(_memory()), threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.01):
+            peak[:] = map(max, peak, _memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        watcher.join()
+        peak[:] = map(max, peak, _memory())
 
 
 def measured(loader: str, folder: str, dtype: str) -> dict[str, float]:
@@ -146,12 +169,13 @@ def compare(folder: str, dtype: str, repeats: int) -> None:
             runs[loader].append(measured(loader, folder, dtype))
     float32 = 4 * runs["transformers"][0]["numbers"]
     usual = statistics.median(run["cpu"] for run in runs["transformers"])
-    print(f"\n{dtype}: {'CPU s':>20} {'ratio':>6} {'peak':>6}   aimed at")
+    print(f"\n{dtype}: {'CPU s':>20} {'ratio':>6} {'resident':>9} {'anonymous':>10}   aimed at")
     for loader in LOADERS:
         seconds = statistics.median(run["cpu"] for run in runs[loader])
-        peak = max(run["peak"] for run in runs[loader]) / float32
+        peaks = [max(r[kind] for r in runs[loader]) / float32 for kind in ("resident", "anonymous")]
         aim = "{} {}".format(*BOUNDS[loader]) if loader in BOUNDS else ""
-        print(f"  {loader:<14} {seconds:>12.2f} {seconds / usual:>6.2f} {peak:>6.2f}   {aim}")
+        sizes = f"{peaks[0]:>9.2f} {peaks[1]:>10.2f}"
+        print(f"  {loader:<14} {seconds:>12.2f} {seconds / usual:>6.2f} {sizes}   {aim}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import os
 import sys
 import threading
 from contextlib import suppress
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from gemmascope_plugin.errors import (
 from gemmascope_plugin.models import load_model
 from gemmascope_plugin.models.gguf import converted, folder
 from gemmascope_plugin.models.gguf.config import hf_config
+from gemmascope_plugin.models.gguf.reader import GgufFile, GgufTensor
 from gemmascope_plugin.models.gguf.tokenizer import merges
 from tests.models import gguf_files
 from tests.tiny_models import gemma2, gemma3, random_tokens
@@ -249,7 +249,7 @@ def test_without_the_library_the_error_names_the_extra(file, monkeypatch) -> Non
         load_model(file)
 
 
-def described(arch: str, n_layers: int, n_heads: int, width: int, **others) -> SimpleNamespace:
+def described(arch: str, n_layers: int, n_heads: int, width: int, **others) -> GgufFile:
     """The header of a file of that shape."""
     fields = {
         "general.architecture": arch,
@@ -270,8 +270,10 @@ def described(arch: str, n_layers: int, n_heads: int, width: int, **others) -> S
         },
         "tokenizer.ggml.tokens": [],
     }
-    embedding = SimpleNamespace(shape=(10, width))
-    return SimpleNamespace(fields=fields, tensors={"token_embd.weight": embedding}, name="x")
+    file = GgufFile.__new__(GgufFile)
+    embedding = GgufTensor("token_embd.weight", (10, width), 0, 0, 0)
+    file.name, file.fields, file.tensors = "x", fields, {embedding.name: embedding}
+    return file
 
 
 @pytest.mark.parametrize(

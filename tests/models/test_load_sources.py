@@ -182,6 +182,21 @@ def test_an_adapter_folder_is_refused(other) -> None:
         load_model(other)
 
 
+def test_an_adapter_in_a_repository_is_refused(tmp_path, monkeypatch) -> None:
+    from huggingface_hub import constants
+    from transformers.utils import hub
+
+    for module in (constants, hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--somebody--lora"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    (repository / "snapshots" / ("0" * 40) / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="'lora' holds an adapter"):
+        load_model("somebody/lora")
+
+
 def test_no_tokenizer_is_invented(other) -> None:
     for file in other.glob("tokenizer*"):
         file.unlink()
