@@ -27,6 +27,7 @@ from gemmascope_plugin.models.norm import Norm
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import gain_of
+from gemmascope_plugin.models.unembed import Unembedding, unembedding
 
 NormName = Literal["ln1", "ln1_post", "ln2", "ln2_post"]
 
@@ -181,6 +182,10 @@ class Anatomy:
     def W_U(self) -> Float[torch.Tensor, "d_model d_vocab"]:
         """The unembedding, in the model's own type."""
         return self.model.W_U.detach()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def unembedding(self, *, before_cap: bool = False) -> Unembedding:
+        """From the end of the stream to logits, with or without the soft-cap."""
+        return unembedding(self.model, before_cap=before_cap)
 
     def _norm(self, module: Any) -> Norm:
         eps = getattr(module, "eps", None)

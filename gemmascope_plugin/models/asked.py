@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.errors import HookNotFiredError, shorten
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.readout import OfLogits, OfResiduals, Readout
 from gemmascope_plugin.models.unembed import (
     Unembedding,
     all_logits,
@@ -34,8 +35,8 @@ At = Int[torch.Tensor, " prompt"] | Sequence[int] | slice | Places
 
 
 @dataclass(eq=False)
-class Readout:
-    """What a pass left at its end, at the positions that were asked."""
+class Ends:
+    """What passes left at their ends, at the positions that were asked."""
 
     normed: list[torch.Tensor] = field(default_factory=list)
     """``unembed.hook_in`` ``[row, asked, d_model]``, an entry per pass."""
@@ -48,7 +49,7 @@ def asked_positions(
     runner: Any,
     at: At,
     tokens: Int[torch.Tensor, "ask choice"] | None = None,
-) -> Iterator[Readout]:
+) -> Iterator[Ends]:
     """Inside the block forward passes give logits ``[row, asked, d_vocab]`` at some positions alone.
 
     Args:
@@ -63,11 +64,11 @@ def asked_positions(
     Yields:
         What the passes leave.
     """
-    readout = Readout()
+    ends = Ends()
 
     def unembed(module: Any, out: Unembedding, x: torch.Tensor) -> torch.Tensor:
         x = _cut(x, at)
-        readout.normed.append(x)
+        ends.normed.append(x)
         wide = out.read(x, normed=True)
         words = None if tokens is None else _repeated(tokens, len(x)).to(x.device)[:, None]
         if words is None or has_hooks(module.hook_out):
@@ -75,27 +76,57 @@ def asked_positions(
             logits = logits if words is None else logits.gather(-1, words)
         else:
             logits = out.logits_each(wide, words)
-        readout.before_cap.append(logits)
+        ends.before_cap.append(logits)
         return logits
 
     with _unembedding_by(runner, unembed):
-        yield readout
+        yield ends
 
 
 @contextmanager
-def final_residuals(runner: Any) -> Iterator[Readout]:
+def final_residuals(runner: Any) -> Iterator[Ends]:
     """Inside the block forward passes leave ``unembed.hook_in`` at every position, and make no logits.
 
     What a pass returns means nothing.
     """
-    readout = Readout()
+    ends = Ends()
 
     def unembed(module: Any, out: Unembedding, x: torch.Tensor) -> torch.Tensor:
-        readout.normed.append(x)
+        ends.normed.append(x)
         return x[..., :1]
 
     with _unembedding_by(runner, unembed):
-        yield readout
+        yield ends
+
+
+@contextmanager
+def read_out(runner: Any, at: At, *, before_cap: bool = False) -> Iterator[list[Readout]]:
+    """Inside the block forward passes leave what they say about the next token, a row per position.
+
+    What a pass returns means nothing.
+
+    Args:
+        runner: A model, or what runs one as its ``model``.
+        at: As for :func:`asked_positions`.
+        before_cap: Without the final soft-cap.
+
+    Yields:
+        An entry per pass.
+    """
+    readouts: list[Readout] = []
+
+    def unembed(module: Any, out: Unembedding, x: torch.Tensor) -> torch.Tensor:
+        rows = out.read(_cut(x, at), normed=True)
+        whole = unembedding(model_of(runner), before_cap=before_cap)
+        if has_hooks(module.hook_out):
+            logits = module.hook_out(all_logits(out, rows))
+            readouts.append(OfLogits.of(whole.capped(logits).flatten(0, -2)))
+        else:
+            readouts.append(OfResiduals(whole, rows.flatten(0, -2)))
+        return x[..., :1]
+
+    with _unembedding_by(runner, unembed):
+        yield readouts
 
 
 @contextmanager
@@ -134,9 +165,9 @@ class NextTokenLosses:
         model = model_of(runner)
         if has_hooks(model.unembed.hook_out):  # pyright: ignore[reportAttributeAccessIssue]
             return self._of_logits(runner(self._tokens))
-        with final_residuals(runner) as readout:
+        with final_residuals(runner) as ends:
             runner(self._tokens)
-        (normed,) = readout.normed
+        (normed,) = ends.normed
         rows = normed[:, :-1][self._mask.to(normed.device)]
         targets = self._targets.to(rows.device)
         if self._first is None:

@@ -122,6 +122,7 @@ def compare(
         The largest difference and what was allowed.
     """
     kept = reference.shape[1]
+    # the model's own arithmetic is asked about, so its unembedding runs
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
 
     def cut(stream: torch.Tensor, hook: Any) -> torch.Tensor:

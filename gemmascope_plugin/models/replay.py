@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 
 from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.asked import final_residuals
 from gemmascope_plugin.models.block import (
     POINTS,
     Block,
@@ -280,26 +281,21 @@ class _Seen:
         """Runs the model."""
         streams: list[torch.Tensor] = []
         arguments: list[dict[str, Any]] = []
-        final: list[torch.Tensor] = []
 
         def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             streams.append(args[0] if args else kwargs["hidden_states"])
             arguments.append(kwargs)
 
-        def end(x: torch.Tensor, hook: Any) -> torch.Tensor:
-            final.append(x)
-            return x[:, :1]  # logits are not asked for
-
         handles = []
         try:
             for block in model.blocks:
                 handles.append(block.register_forward_pre_hook(keep, with_kwargs=True))
-            with torch.no_grad(), model.hooks(fwd_hooks=[("unembed.hook_in", end)]):
+            with torch.no_grad(), final_residuals(model) as ends:
                 model(tokens)
         finally:
             for handle in handles:
                 handle.remove()
-        return cls(streams[0], arguments, final[0])
+        return cls(streams[0], arguments, ends.normed[0])
 
 
 def _turns(model: Any, seen: _Seen, n_pos: int) -> list[tuple[torch.Tensor, torch.Tensor]] | None:

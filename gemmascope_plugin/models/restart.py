@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
+from gemmascope_plugin.models.asked import no_logits
 from gemmascope_plugin.models.points import n_layers
 from gemmascope_plugin.models.protocol import HookedModel
 
@@ -51,6 +52,11 @@ class Restart:
         self._given: list[dict[str, Any]] = []
         self._streams: dict[int, torch.Tensor] = {}
         self._record(tokens, set(layers))
+
+    @property
+    def model(self) -> Any:
+        """The model itself."""
+        return self._model
 
     def stream(self, layer: int, copies: int) -> Float[torch.Tensor, "row pos d_model"]:
         """The residual stream before a layer, copies of the prompts one after the other."""
@@ -101,15 +107,12 @@ class Restart:
 
             return hook_fn
 
-        def nothing(x: torch.Tensor, hook: Any) -> torch.Tensor:
-            return x[:, :1]  # logits are not asked for
-
         handles = []
         try:
             for layer, module in enumerate(modules):
                 fn = keep(layer)
                 handles.append(module.register_forward_pre_hook(fn, with_kwargs=True))
-            with torch.no_grad(), self.hooks(fwd_hooks=[("unembed.hook_in", nothing)]):
+            with torch.no_grad(), no_logits(self._model):
                 self._model(tokens)
         finally:
             for handle in handles:

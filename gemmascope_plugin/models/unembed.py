@@ -104,13 +104,25 @@ class Unembedding:
         self, x: Rows, words: Int[torch.Tensor, "*rows choice"]
     ) -> Float[torch.Tensor, "*rows choice"]:
         """Logits of normed ``x`` for words of its own in every row."""
-        rows = self.rows(words, x)
-        return self.finish((rows @ x[..., None])[..., 0], words)
+        if words.numel() * x.shape[-1] <= TILE:
+            return self.finish((self.rows(words, x) @ x[..., None])[..., 0], words)
+        different, place = words.unique(return_inverse=True)
+        if (
+            len(different) <= words.shape[-1] * x.shape[-1]
+        ):  # copies of prompts ask for the same words
+            return self.logits(x, different).gather(-1, place)
+        half = len(words) // 2
+        parts = (slice(half), slice(half, None))
+        return torch.cat([self.logits_each(x[part], words[part]) for part in parts])
 
     def finish(self, logits: torch.Tensor, words: Any) -> torch.Tensor:
         """Bias and soft-cap."""
         if self.bias is not None:
             logits = logits + self.bias[words].to(logits.device, logits.dtype)
+        return self.capped(logits)
+
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        """After the soft-cap."""
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def tiles(
@@ -240,7 +252,7 @@ def kl_divergence(
 def divergence(out: Unembedding, p: Rows, q: Rows) -> Values:
     """The same of normed rows."""
     shape, width = q.shape[:-1], q.shape[-1]
-    p = p.expand_as(q).reshape(-1, width).detach()
+    p = p.expand_as(q).reshape(-1, width).detach().to(q)
     return _Divergence.apply(q.reshape(-1, width), p, out).view(shape)
 
 
@@ -286,12 +298,14 @@ def top_logits(
     best = flat.new_full((len(flat), k), -torch.inf)
     ids = torch.zeros(len(flat), k, dtype=torch.long, device=flat.device)
     for part, words, _, logits in out.each_tile(flat):
+        # few rows have a word among their best in a tile, once they have seen some tiles
+        better = logits.amax(-1) > best[part, -1]
+        some, places = logits[better].topk(min(k, logits.shape[1]))
+        both = torch.cat([best[part][better], some], 1)
+        which = torch.cat([ids[part][better], places + words.start], 1)
+        best[part][better], places = both.topk(k)
+        ids[part][better] = which.gather(1, places)
         sums.add(part, logits)
-        some, places = logits.topk(min(k, logits.shape[1]))
-        both = torch.cat([best[part], some], 1)
-        which = torch.cat([ids[part], places + words.start], 1)
-        best[part], places = both.topk(k)
-        ids[part] = which.gather(1, places)
     shape = x.shape[:-1]
     return best.view(*shape, k), ids.view(*shape, k), sums.log().view(shape)
 

@@ -117,7 +117,13 @@ class TokenSets:
         self, values: Float[torch.Tensor, "prompt d_vocab"], fill: float
     ) -> Float[torch.Tensor, "prompt choice"]:
         """The values of the tokens in each set, ``fill`` at padding."""
-        return values.gather(-1, self.ids).masked_fill(~self.mask, fill)
+        return self.filled(values.gather(-1, self.ids), fill)
+
+    def filled(
+        self, values: Float[torch.Tensor, "prompt choice"], fill: float
+    ) -> Float[torch.Tensor, "prompt choice"]:
+        """Values of the tokens in each set with ``fill`` at padding."""
+        return values.masked_fill(~self.mask, fill)
 
     def outside(
         self, values: Float[torch.Tensor, "prompt d_vocab"]

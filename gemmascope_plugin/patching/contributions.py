@@ -14,7 +14,7 @@ Cost: one forward pass; of each activation only the answer position is kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.padding import padded
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.readout import Readout
 from gemmascope_plugin.patching.answers import TokenSets
 from gemmascope_plugin.patching.metrics import LogitDiff
 from gemmascope_plugin.patching.task import BoundTask, Prompts, Task
@@ -86,7 +87,7 @@ class AnswerRun:
     bound: BoundTask
     at: dict[str, torch.Tensor]
     """Activations ``[prompt, ...]`` by hook name."""
-    logits: Float[torch.Tensor, "prompt d_vocab"]
+    said: Readout
     """Before the final soft-cap."""
 
     @classmethod
@@ -107,8 +108,7 @@ class AnswerRun:
         anatomy = Anatomy(model)
         names = dict.fromkeys([*hooks, _last(anatomy)])
         keepers = [(name, keep(name)) for name in names]
-        logits = bound.answer_logits(model, bound.clean, fwd_hooks=keepers)
-        return cls(anatomy, bound, at, wide(logits))
+        return cls(anatomy, bound, at, bound.said(model, bound.clean, fwd_hooks=keepers))
 
     @property
     def end(self) -> Float[torch.Tensor, "prompt d_model"]:
@@ -145,10 +145,16 @@ class AnswerRun:
         W_O = self.anatomy.W_O(layer)
         return torch.einsum("hdm,pm->phd", W_O, self.readout_before_post_norm(layer))
 
-    def difference(self, logits: Float[torch.Tensor, "prompt d_vocab"]) -> PerPrompt:
-        """Mean over right answers minus mean over wrong ones."""
+    @cached_property
+    def difference(self) -> PerPrompt:
+        """Mean over right answers minus mean over wrong ones, before the final soft-cap."""
+        return self._difference(self.said.pick)
+
+    def _difference(self, logits: Callable[[torch.Tensor], torch.Tensor]) -> PerPrompt:
+        """Of the logits of the answers' ids."""
         right, wrong = (
-            _mean(sets.pick(logits, 0.0)[..., None], sets)[..., 0] for sets in self._sets
+            _mean(sets.filled(logits(sets.ids), 0.0)[..., None], sets)[..., 0]
+            for sets in self._sets
         )
         return right - wrong
 
@@ -158,13 +164,15 @@ class AnswerRun:
         b_U = getattr(self.anatomy.model, "b_U", None)
         if b_U is None:
             return torch.zeros_like(self.end[:, 0])
-        return self.difference(wide(b_U.detach()).expand(len(self.end), -1))
+        return self._difference(lambda ids: wide(b_U.detach()[ids]))
 
     @property
     def capped(self) -> PerPrompt:
         """The difference after the final soft-cap."""
         cap = self.anatomy.soft_cap
-        return self.difference(self.logits if cap is None else cap * (self.logits / cap).tanh())
+        if cap is None:
+            return self.difference
+        return self._difference(lambda ids: cap * (self.said.pick(ids) / cap).tanh())
 
     @property
     def _sets(self) -> tuple[TokenSets, TokenSets]:

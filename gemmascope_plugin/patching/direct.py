@@ -168,7 +168,7 @@ class _Sums:
 
     def add(self, run: AnswerRun, total: torch.Tensor) -> None:
         """Counts the prompts of a run, whose contributions sum to ``total``."""
-        before = run.difference(run.logits)
+        before = run.difference
         self.n_prompts += len(before)
         self.before += float(before.sum())
         self.after += float(run.capped.sum())

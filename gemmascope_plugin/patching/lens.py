@@ -5,8 +5,8 @@
    the model's own, so the last layer's row is the model's prediction.
 3. Of each distribution the ``top_k`` tokens are kept, and probability and rank of tokens asked for.
 
-Cost: one forward pass, and one unembedding per layer and position. At most ``CHUNK * d_vocab`` logits
-exist at a time (64 MB for a vocabulary of 256,000), however many layers and positions there are.
+Cost: one forward pass up to the last of the layers, and one unembedding per layer and position, two where
+tokens are asked for; a tile of logits at a time, however many layers and positions there are.
 """
 
 from __future__ import annotations
@@ -23,12 +23,10 @@ from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownName
 from gemmascope_plugin.figures.theme import plain, short_label
 from gemmascope_plugin.models import to_tokens, token_strings
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.asked import record
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.unembed import Unembedding, top_logits
 from gemmascope_plugin.patching.answers import TokenSets
-from gemmascope_plugin.patching.nodes import read
-
-CHUNK = 64
-"""Positions that are unembedded at a time."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -192,10 +190,11 @@ def logit_lens(
         )
     asked = tuple(TokenSets.of(model, list(tokens)).ids[:, 0].tolist()) if tokens else ()
     hooks = [f"blocks.{layer}.hook_resid_post" for layer in kept]
-    cache = read(model, ids, hooks)
-    streams = [cache.pop(hook)[0, list(at)] for hook in hooks]
-    fields = zip(*(_predictions(anatomy, stream, top_k, asked) for stream in streams), strict=True)
-    best, p, asked_p, ranks = (torch.stack(field).cpu() for field in fields)
+    cache = record(model, ids, hooks)
+    streams = torch.stack([cache.pop(hook)[0, list(at)] for hook in hooks])
+    out = anatomy.unembedding()
+    fields = _predictions(out, out.read(streams).flatten(0, 1), top_k, asked)
+    best, p, asked_p, ranks = (field.unflatten(0, streams.shape[:2]).cpu() for field in fields)
     used = torch.cat([best.flatten(), torch.tensor(asked, dtype=best.dtype)]).unique()
     names = dict(zip(used.tolist(), token_strings(model, used), strict=True))
     texts = tuple(token_strings(model, ids[0, list(at)]))
@@ -203,33 +202,33 @@ def logit_lens(
 
 
 def _predictions(
-    anatomy: Anatomy, stream: Float[torch.Tensor, "pos d_model"], top_k: int, asked: Sequence[int]
+    out: Unembedding, x: Float[torch.Tensor, "row d_model"], top_k: int, asked: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of one layer: best ids, their probabilities, probabilities and ranks of the tokens asked for."""
-    index = torch.tensor(asked, dtype=torch.long, device=stream.device)
-    parts = []
-    for x in stream.split(CHUNK):
-        logits = _logits(anatomy, x)
-        p = logits.softmax(-1)
-        top = p.topk(top_k, dim=-1)
-        own = logits[:, index]
-        ranks = torch.ones_like(own, dtype=torch.long)
-        for i in range(len(asked)):
-            ranks[:, i] += (logits > own[:, [i]]).sum(-1)
-        parts.append((top.indices, top.values, p[:, index], ranks))
-    best, values, asked_p, ranks = (torch.cat(part) for part in zip(*parts, strict=True))
-    return best, values, asked_p, ranks
+    """Best ids, their probabilities, probabilities and ranks of the tokens asked for."""
+    best, ids, lse = top_logits(out, x, top_k)
+    index = torch.tensor(asked, dtype=torch.long, device=x.device)
+    logits = out.logits(x, index)
+    p, asked_p = ((some - lse[:, None]).exp() for some in (best, logits))
+    return ids, p, asked_p, _ranks(out, x, index, logits)
 
 
-def _logits(
-    anatomy: Anatomy, x: Float[torch.Tensor, "pos d_model"]
-) -> Float[torch.Tensor, "pos d_vocab"]:
-    """The model's own end: norm, unembedding, soft-cap."""
-    logits = anatomy.ln_final(x) @ anatomy.W_U
-    bias = getattr(anatomy.model, "b_U", None)
-    logits = (logits if bias is None else logits + bias.detach()).float()
-    cap = anatomy.soft_cap
-    return logits if cap is None else cap * (logits / cap).tanh()
+def _ranks(
+    out: Unembedding,
+    x: Float[torch.Tensor, "row d_model"],
+    index: Int[torch.Tensor, " asked"],
+    logits: Float[torch.Tensor, "row asked"],
+) -> Int[torch.Tensor, "row asked"]:
+    """One more than the number of other words with a larger logit."""
+    ranks = torch.ones_like(logits, dtype=torch.long)
+    if not len(index):
+        return ranks
+    for part, words, _, tile in out.each_tile(x):
+        for i, word in enumerate(index.tolist()):
+            larger = tile > logits[part, i, None]
+            if words.start <= word < words.stop:
+                larger[:, word - words.start] = False
+            ranks[part, i] += larger.sum(-1)
+    return ranks
 
 
 def _chosen(what: str, wanted: Sequence[int] | None, n: int) -> tuple[int, ...]:

@@ -6,7 +6,8 @@
    ``before_cap=True`` those before it, where contributions add up. Every result says which.
 3. ``metrics.py`` has the usual ones, ``custom`` any other.
 
-Cost: the logits of one position per prompt; the unembedding is not computed anywhere else.
+Cost: of one position per prompt, what the metric asks of the next token: the rows of the unembedding that
+belong to the words it names, the whole vocabulary in tiles where it needs a normaliser, or every logit.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from jaxtyping import Float, Int
 
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.readout import OfLogits, Readout
 from gemmascope_plugin.patching.answers import Answer, TokenSets, answer_list
 
 Logits = Float[torch.Tensor, "row d_vocab"]
+Asked = Logits | Readout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +39,6 @@ class Metric(ABC):
     """Whether logits are read before the final soft-cap."""
     name: ClassVar[str]
     """For titles and metadata."""
-    names_tokens: ClassVar[bool] = False
-    """Whether the logits of the right and wrong tokens alone decide."""
 
     @abstractmethod
     def bind(
@@ -57,8 +58,8 @@ class Metric(ABC):
         """
 
     @abstractmethod
-    def score(self, logits: Logits, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
-        """One number per row from the logits at ``position``; ``bound`` has what belongs to the rows."""
+    def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+        """One number per row from what is said at ``position``; ``bound`` has what rows need."""
 
     def take(self, index: Sequence[int]) -> Metric:
         """The same question about some of the prompts."""
@@ -137,8 +138,8 @@ class BoundMetric:
     n_prompts: int
     right: TokenSets | None = None
     wrong: TokenSets | None = None
-    reference: Float[torch.Tensor, "prompt d_vocab"] | None = None
-    """Log-probabilities of the clean run, for metrics that compare with it."""
+    reference: Readout | None = None
+    """What the clean run says, for metrics that compare with it."""
     at: Int[torch.Tensor, " prompt"] | None = None
     """Positions, once the lengths of the prompts are known."""
     prompts: Int[torch.Tensor, " prompt"] | None = None
@@ -162,12 +163,13 @@ class BoundMetric:
         at = self.at if self.at is not None else self._positions(logits)
         return self.of_rows(logits[rows, at[rows % self.n_prompts]])
 
-    def of_rows(self, logits: Logits) -> Float[torch.Tensor, " row"]:
-        """The same from logits at the position of each row."""
-        times, rest = divmod(len(logits), self.n_prompts)
-        assert rest == 0, f"{len(logits)} rows are not copies of {self.n_prompts} prompts"
-        index = torch.arange(self.n_prompts, device=logits.device).repeat(times)
-        return self.metric.score(logits.float(), self.part(index))
+    def of_rows(self, asked: Asked) -> Float[torch.Tensor, " row"]:
+        """The same from logits at the position of each row, or from what makes them."""
+        said = OfLogits.of(asked) if isinstance(asked, torch.Tensor) else asked
+        times, rest = divmod(len(said), self.n_prompts)
+        assert rest == 0, f"{len(said)} rows are not copies of {self.n_prompts} prompts"
+        index = torch.arange(self.n_prompts, device=said.device).repeat(times)
+        return self.metric.score(said, self.part(index))
 
     def part(self, index: Int[torch.Tensor, " row"]) -> BoundMetric:
         """What belongs to these prompts, in this order."""
@@ -176,7 +178,7 @@ class BoundMetric:
             len(index),
             None if self.right is None else self.right.rows(index),
             None if self.wrong is None else self.wrong.rows(index),
-            None if self.reference is None else self.reference[index],
+            None if self.reference is None else self.reference.rows(index),
             None if self.at is None else self.at[index],
             index if self.prompts is None else self.prompts[index],
         )

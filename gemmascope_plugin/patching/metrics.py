@@ -25,21 +25,24 @@ from jaxtyping import Float
 
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.readout import Readout
 from gemmascope_plugin.patching.answers import Answer
-from gemmascope_plugin.patching.metric import AnswerMetric, BoundMetric, Logits, Metric
+from gemmascope_plugin.patching.metric import AnswerMetric, BoundMetric, Metric
 
 
 class LogitDiff(AnswerMetric):
     """``logit(answer) - logit(wrong)``."""
 
     name = "logit difference"
-    names_tokens = True
 
-    def score(self, logits: Logits, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+    def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
         """Difference in logits, in nats of odds."""
         assert bound.right is not None and bound.wrong is not None
-        right = bound.right.pick(logits, -torch.inf).logsumexp(-1)
-        return right - bound.wrong.pick(logits, -torch.inf).logsumexp(-1)
+        right, wrong = (
+            tokens.filled(said.pick(tokens.ids), -torch.inf).logsumexp(-1)
+            for tokens in (bound.right, bound.wrong)
+        )
+        return right - wrong
 
 
 class Probability(AnswerMetric):
@@ -47,12 +50,16 @@ class Probability(AnswerMetric):
 
     name = "probability"
 
-    def score(self, logits: Logits, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+    def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
         """Probability mass, 0 to 1, or a difference of two."""
         assert bound.right is not None
-        p = logits.softmax(-1)
-        right = bound.right.pick(p, 0.0).sum(-1)
-        return right if bound.wrong is None else right - bound.wrong.pick(p, 0.0).sum(-1)
+        whole = said.log_normaliser()[:, None]
+        right, wrong = (
+            None if sets is None else sets.filled((said.pick(sets.ids) - whole).exp(), 0.0).sum(-1)
+            for sets in (bound.right, bound.wrong)
+        )
+        assert right is not None
+        return right if wrong is None else right - wrong
 
 
 class Margin(AnswerMetric):
@@ -60,11 +67,16 @@ class Margin(AnswerMetric):
 
     name = "margin"
 
-    def score(self, logits: Logits, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+    def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
         """Difference in logits; positive where the answer is the prediction."""
         assert bound.right is not None
-        right = bound.right.pick(logits, -torch.inf).amax(-1)
-        return right - bound.right.outside(logits).amax(-1)
+        sets = bound.right
+        right = sets.filled(said.pick(sets.ids), -torch.inf).amax(-1)
+        # one more than there are answers: the best of the others is among them
+        best, ids, _ = said.top(sets.ids.shape[1] + 1)
+        inside = ((ids[:, :, None] == sets.ids[:, None]) & sets.mask[:, None]).any(-1)
+        other = ids.gather(1, best.masked_fill(inside, -torch.inf).argmax(1, keepdim=True))
+        return right - said.pick(other)[:, 0]
 
 
 class CrossEntropy(AnswerMetric):
@@ -72,10 +84,10 @@ class CrossEntropy(AnswerMetric):
 
     name = "minus cross-entropy"
 
-    def score(self, logits: Logits, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+    def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
         """In nats, at most 0."""
         assert bound.right is not None
-        return bound.right.pick(logits.log_softmax(-1), -torch.inf).logsumexp(-1)
+        return bound.right.filled(said.log_probs(bound.right.ids), -torch.inf).logsumexp(-1)
 
 
 class KLDivergence(Metric):
@@ -89,11 +101,10 @@ class KLDivergence(Metric):
         """Knows the clean run only once the task has run it."""
         return BoundMetric(self, n_prompts)
 
-    def score(self, logits: Logits, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+    def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
         """In nats, at most 0."""
-        assert bound.reference is not None, "the task gives the clean run's log-probabilities"
-        clean = bound.reference
-        return -(clean.exp() * (clean - logits.log_softmax(-1))).sum(-1)
+        assert bound.reference is not None, "the task gives what the clean run says"
+        return -said.divergence_from(bound.reference)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +121,13 @@ class Custom(Metric):
         """Nothing to look up."""
         return BoundMetric(self, n_prompts)
 
-    def score(self, logits: Logits, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+    def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
         """What the function says.
 
         Raises:
             TaskError: It does not give one number per prompt.
         """
+        logits = said.all().float()
         value = self.fn(logits, bound.prompts)
         if not isinstance(value, torch.Tensor) or value.shape != logits.shape[:1]:
             shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__

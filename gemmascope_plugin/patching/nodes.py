@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 
 from gemmascope_plugin.errors import HookNotFiredError, UnknownNameError
+from gemmascope_plugin.models.asked import no_logits
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.components import COMPONENTS
 from gemmascope_plugin.splice import HookedCrossLayer, HookedSAE, splice
@@ -143,11 +144,8 @@ def _read(runner: Any, tokens: torch.Tensor, hooks: Sequence[str]) -> dict[str, 
 
         return hook_fn
 
-    def nothing(x: torch.Tensor, hook: Any) -> torch.Tensor:
-        return x[:, :1]  # logits are not asked for
-
     keepers = [(name, keep(name)) for name in hooks]
-    with torch.no_grad(), runner.hooks(fwd_hooks=[*keepers, ("unembed.hook_in", nothing)]):
+    with torch.no_grad(), runner.hooks(fwd_hooks=keepers), no_logits(runner):
         runner(tokens)
     missing = [name for name in hooks if name not in held]
     if missing:

@@ -3,8 +3,8 @@
 1. Prompts whose first difference and whose length are the same (or nearly) make a part, so that hardly a
    position is run for nothing. Each part is recorded once (``models/replay.py``).
 2. The other run is computed from the first difference on; before it, it *is* the base run.
-3. A metric that names tokens is read from the logits of those alone, in float32; others from all logits
-   of some rows at a time.
+3. A metric is read from the end of the stream, some rows at a time: from the logits of the tokens that it
+   names alone, where no others count.
 
 Cost: one pass over the base prompts and one over the ends of the others.
 """
@@ -12,7 +12,7 @@ Cost: one pass over the base prompts and one over the ends of the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from jaxtyping import Float, Int
 
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.readout import OfResiduals
 from gemmascope_plugin.models.replay import Arithmetic, Replay, Stage, keeping, replayable
-from gemmascope_plugin.patching.answers import TokenSets
 from gemmascope_plugin.patching.task import BoundTask
 
 _ROWS = 128
@@ -194,40 +194,10 @@ def metric_of(
         final: Output of the final norm at the asked positions, copy after copy.
     """
     metric = bound.metric
-    if metric.metric.names_tokens and metric.right is not None:
-        return _of_named(bound, anatomy, final)
+    out = anatomy.unembedding(before_cap=metric.metric.before_cap)
     each = len(metric.places(len(bound))[0])
-    copies, values = max(1, _ROWS // each), []
-    for rows in final.split(copies * each):
-        values.append(metric.of_rows(_capped(bound, anatomy, (rows @ anatomy.W_U).float())))
-    return torch.cat(values)
-
-
-def _of_named(bound: BoundTask, anatomy: Anatomy, final: torch.Tensor) -> torch.Tensor:
-    """From the logits of the tokens that the metric names."""
-    metric = bound.metric
-    assert metric.right is not None
-    sets = [metric.right, *([] if metric.wrong is None else [metric.wrong])]
-    ids = torch.cat([tokens.ids for tokens in sets], 1)
-    columns = anatomy.W_U.T[ids].to(final.device, _sums(final))  # [prompt, token, d_model]
-    rows = final.unflatten(0, (-1, len(bound))).to(columns)
-    logits = torch.einsum("cpd,pkd->cpk", rows, columns).flatten(0, 1)
-    places, stop = [], 0
-    for tokens in sets:
-        stop += tokens.ids.shape[1]
-        at = torch.arange(stop - tokens.ids.shape[1], stop, device=ids.device)
-        places.append(TokenSets(at.expand(len(bound), -1), tokens.mask))
-    renamed = replace(metric, right=places[0], wrong=places[1] if len(places) > 1 else None)
-    return renamed.of_rows(_capped(bound, anatomy, logits))
-
-
-def _capped(bound: BoundTask, anatomy: Anatomy, logits: torch.Tensor) -> torch.Tensor:
-    cap = None if bound.metric.metric.before_cap else anatomy.soft_cap
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def _sums(x: torch.Tensor) -> torch.dtype:
-    return x.dtype if x.dtype == torch.float64 else torch.float32
+    parts = final.split(max(1, _ROWS // each) * each)
+    return torch.cat([metric.of_rows(OfResiduals(out, out.read(x, normed=True))) for x in parts])
 
 
 def joined(

@@ -26,8 +26,9 @@ from jaxtyping import Float, Int
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.prompts import pad_id
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.readout import OfLogits, Readout
 from gemmascope_plugin.models.tokens import token_strings
-from gemmascope_plugin.patching.metric import BoundMetric, Logits, Metric
+from gemmascope_plugin.patching.metric import Asked, BoundMetric, Metric
 
 Text = str | Sequence[int]
 """An answer as it stands behind the prompt, blanks included, or its token ids."""
@@ -47,7 +48,7 @@ class SequenceLogprob(Metric):
         """Knows its rows only once prompts are there, see :meth:`rows`."""
         return BoundMetric(self, n_prompts)
 
-    def score(self, logits: Logits, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+    def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
         """In nats; see :class:`BoundSequences`."""
         raise AssertionError("a task binds this metric to rows")
 
@@ -161,16 +162,15 @@ class BoundSequences(BoundMetric):
         copies = torch.arange(times, device=self.row.device)[:, None] * self.n_prompts
         return (copies + self.row).flatten(), self.at.repeat(times)
 
-    def of_rows(self, logits: Float[torch.Tensor, "ask d_vocab"]) -> Float[torch.Tensor, " row"]:
+    def of_rows(self, asked: Asked) -> Float[torch.Tensor, " row"]:
         """Weighted sums over the tokens of each row's answer."""
-        times, rest = divmod(len(logits), len(self.token))
-        assert rest == 0, f"{len(logits)} positions are not copies of {len(self.token)}"
-        token = self.token.to(logits.device).repeat(times)
-        wide = logits.float()
-        each = wide.gather(1, token[:, None])[:, 0] - wide.logsumexp(-1)
+        said = OfLogits.of(asked) if isinstance(asked, torch.Tensor) else asked
+        times, rest = divmod(len(said), len(self.token))
+        assert rest == 0, f"{len(said)} positions are not copies of {len(self.token)}"
+        each = said.log_probs(self.token.to(said.device).repeat(times)[:, None])[:, 0]
         rows = each.new_zeros(times * self.n_prompts)
-        places = self.places(len(rows))[0].to(logits.device)
-        return rows.index_add(0, places, each) * self.weight.to(logits.device).repeat(times)
+        places = self.places(len(rows))[0].to(said.device)
+        return rows.index_add(0, places, each) * self.weight.to(each).repeat(times)
 
     def part(self, index: Int[torch.Tensor, " row"]) -> BoundSequences:
         """What belongs to these rows, in this order."""

@@ -4,8 +4,8 @@
    exchanged position by position. Shorter ones are padded **behind their end**, where a causal model does
    not look, so every number is that of the prompt alone and no attention mask is needed.
 2. Token ids that are padded in front come with ``mask=`` and are moved.
-3. ``BoundTask.measure`` runs the model and cuts the residual stream down to the positions that are asked
-   about before the unembedding.
+3. ``BoundTask.measure`` runs the model and keeps the end of the residual stream at the positions that are
+   asked about; the metric makes the logits that it needs.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 
 from gemmascope_plugin.errors import TaskError
+from gemmascope_plugin.models.asked import read_out
 from gemmascope_plugin.models.padding import padded, right_padded
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.readout import Readout
 from gemmascope_plugin.patching.builtin import (
     Fill,
     Split,
@@ -322,10 +324,16 @@ class BoundTask:
         return at < self.lengths[:, None]
 
     def measure(self, runner: Any, tokens: Any, **kwargs: Any) -> Float[torch.Tensor, " row"]:
-        """The metric of each row of a run; arguments as for :meth:`answer_logits`."""
-        return self.metric.of_rows(self.answer_logits(runner, tokens, **kwargs))
+        """The metric of each row of a run; arguments as for :meth:`said`."""
+        return self.metric.of_rows(self.said(runner, tokens, **kwargs))
 
     def answer_logits(
+        self, runner: Any, tokens: Any, **kwargs: Any
+    ) -> Float[torch.Tensor, "ask d_vocab"]:
+        """All logits at what is asked of each row; arguments as for :meth:`said`."""
+        return self.said(runner, tokens, **kwargs).all()
+
+    def said(
         self,
         runner: Any,
         tokens: Any,
@@ -333,8 +341,8 @@ class BoundTask:
         fwd_hooks: Hooks = (),
         bwd_hooks: Hooks = (),
         **kwargs: Any,
-    ) -> Float[torch.Tensor, "ask d_vocab"]:
-        """Logits at the position, or positions, that each row is asked about, of a run with hooks.
+    ) -> Readout:
+        """What a run with hooks says at the position, or positions, that each row is asked about.
 
         Args:
             runner: A model, or one with dictionaries spliced in.
@@ -344,21 +352,14 @@ class BoundTask:
             bwd_hooks: The same, on the backward pass.
             **kwargs: For the forward pass.
         """
-        held = []
-
-        def cut(x: torch.Tensor, hook: Any) -> torch.Tensor:
-            rows, at = self.metric.places(len(x))
-            return x[rows.to(x.device), at.to(x.device)][:, None]
-
-        def hold(x: torch.Tensor, hook: Any) -> None:
-            held.append(x)
-
-        asking: list[tuple[str, Callable[..., Any]]] = [("unembed.hook_in", cut)]
-        if self.metric.metric.before_cap:
-            asking.append(("unembed.hook_out", hold))
-        with runner.hooks(fwd_hooks=[*fwd_hooks, *asking], bwd_hooks=list(bwd_hooks)):
-            logits = runner(tokens, **kwargs)
-        return (held[0] if held else logits)[:, 0]
+        before_cap = self.metric.metric.before_cap
+        with (
+            runner.hooks(fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks)),
+            read_out(runner, self.metric.places, before_cap=before_cap) as readouts,
+        ):
+            runner(tokens, **kwargs)
+        (readout,) = readouts
+        return readout
 
     def parts(self, size: int) -> Iterator[BoundTask]:
         """The task in parts of at most ``size`` prompts."""
@@ -381,8 +382,8 @@ class BoundTask:
 
     @torch.no_grad()
     def with_reference(self, model: HookedModel) -> BoundTask:
-        """The same with the clean run's next-token log-probabilities."""
-        reference = self.answer_logits(model, self.clean).float().log_softmax(-1)
+        """The same with what the clean run says."""
+        reference = self.said(model, self.clean)
         return replace(self, metric=replace(self.metric, reference=reference))
 
     def ends(self, runner: Any) -> dict[str, float]:

@@ -11,8 +11,7 @@
 "Without the push" is the model with the dictionary spliced in, unedited: with the error kept, as it is
 unless a :class:`HookedSAE` says otherwise, the bare model.
 
-Cost: a generation and a forward pass, plus as many per strength. Memory: the logits of two passes,
-``2 * pos * d_vocab`` numbers in the model's type, and what ``next_tokens.py`` says.
+Cost: a generation and a forward pass, plus as many per strength, and what ``next_tokens.py`` says.
 """
 
 from __future__ import annotations

@@ -18,7 +18,9 @@ from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.errors import EmptySelectionError, check_feature
 from gemmascope_plugin.models import flatten_heads, special_ids, to_tokens, token_strings
+from gemmascope_plugin.models.asked import asked_positions, read_out
 from gemmascope_plugin.models.protocol import HookedModel, device_of
+from gemmascope_plugin.models.readout import Readout
 from gemmascope_plugin.models.tokens import SPECIAL_NAMES, kept_positions
 from gemmascope_plugin.splice.edits import Add, Edit, Project
 from gemmascope_plugin.splice.hooked_site import HookedSite
@@ -45,7 +47,8 @@ class Baseline:
     tokens: Int[torch.Tensor, "1 prompt"]
     text: Int[torch.Tensor, "1 pos"]
     """The prompt and the unsteered continuation."""
-    logits: Float[torch.Tensor, "pos d_vocab"]
+    said: Readout
+    """What is next at every position."""
     kept: Bool[torch.Tensor, " pos"]
     steered: Bool[torch.Tensor, " pos"]
     share: float
@@ -93,12 +96,12 @@ def measure(
     wanted = _wanted(site, positions, kept_positions(tokens, special), sampling.max_new_tokens)
     ids = _continue(spliced, tokens, sampling)
     text = torch.cat([tokens, tokens.new_tensor([ids])], dim=1)
-    logits, y = _read(spliced, text, tokens, sampling, site.hook_out)
+    said, y = _read(spliced, text, tokens, sampling, site.hook_out)
     kept = kept_positions(text, special)[0]
     steered = wanted[: text.shape[1]] & kept
     share = float(_share(y[steered.to(y.device)], site.decoder_from(0)[index], method).mean())
     shared = (spliced.saes[0], site, index, prompt, method, positions, sampling, tokens, text)
-    return Baseline(*shared, logits, kept.cpu(), steered.cpu(), share)
+    return Baseline(*shared, said, kept.cpu(), steered.cpu(), share)
 
 
 def push(model: HookedModel, baseline: Baseline, strength: float) -> Steering:
@@ -112,7 +115,7 @@ def push(model: HookedModel, baseline: Baseline, strength: float) -> Steering:
     tokens, text, sampling = baseline.tokens, baseline.text, baseline.sampling
     with splice(model, baseline.hooked, edits=baseline.edit(strength)) as spliced:
         ids = _continue(spliced, tokens, sampling)
-        logits, _ = _read(spliced, text, tokens, sampling)
+        said, _ = _read(spliced, text, tokens, sampling)
     n_prompt = tokens.shape[1]
     ids_before = text[0, n_prompt:].tolist()
     return Steering(
@@ -130,7 +133,7 @@ def push(model: HookedModel, baseline: Baseline, strength: float) -> Steering:
         ids_after=tuple(ids),
         kept=baseline.kept,
         steered=baseline.steered,
-        next_tokens=compare_next(model, baseline.logits, logits),
+        next_tokens=compare_next(model, baseline.said, said),
         relative_push=baseline.size(strength) * baseline.share,
     )
 
@@ -139,7 +142,8 @@ def _continue(
     spliced: SplicedModel, tokens: Int[torch.Tensor, "1 prompt"], sampling: Sampling
 ) -> list[int]:
     """Ids of a continuation, without the special tokens at its end."""
-    with sampling.seeded(device_of(spliced.model)):
+    # each step draws from the last position alone
+    with sampling.seeded(device_of(spliced.model)), asked_positions(spliced, [-1]):
         out = spliced.generate(tokens, **sampling.options())
     ids = out[0, tokens.shape[1] :].tolist()
     ending = special_ids(spliced.model, SPECIAL_NAMES)
@@ -154,12 +158,15 @@ def _read(
     tokens: Int[torch.Tensor, "1 prompt"],
     sampling: Sampling,
     *names: str,
-) -> tuple[Float[torch.Tensor, "pos d_vocab"], Any]:
-    """Logits of a text, and the activation at a hook if one is named, heads flattened."""
-    with spliced.continuing(tokens.shape[1], sampling.max_new_tokens):
-        logits, cache = spliced.run_with_cache(text, names_filter=names)
+) -> tuple[Readout, Any]:
+    """What is next in a text, and the activation at a hook if one is named, heads flattened."""
+    with (
+        spliced.continuing(tokens.shape[1], sampling.max_new_tokens),
+        read_out(spliced, slice(None)) as readouts,
+    ):
+        _, cache = spliced.run_with_cache(text, names_filter=names)
     activation = [flatten_heads(cache[name])[0] for name in names]
-    return logits[0], activation[0] if activation else None
+    return readouts[0], activation[0] if activation else None
 
 
 def _share(

@@ -144,8 +144,8 @@ def test_words_in_the_other_layout_and_a_bias(hooked2) -> None:
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     other = copy.deepcopy(hooked2)
     weight = other.unembed.W_U.data
-    other.unembed.W_U.data = weight.T.contiguous().T
-    assert other.unembed.W_U.stride() != weight.stride()
+    other.unembed.W_U.data = weight.contiguous()
+    assert other.unembed.W_U.stride() != weight.T.contiguous().T.stride()
     assert torch.allclose(unembed.logits_at(other, x), unembed.logits_at(hooked2, x), atol=1e-6)
     other.unembed.b_U.data = torch.linspace(-1, 1, VOCABULARY)
     assert torch.allclose(unembed.logits_at(other, x), _slow_logits(other, x[None])[0], atol=2e-6)

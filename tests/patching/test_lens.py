@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-import gemmascope_plugin.patching.lens as lens_module
 from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError
+from gemmascope_plugin.models import unembed
 from gemmascope_plugin.patching.lens import logit_lens
 from tests.splice.gained_transcoders import folded
+from tests.support.largest import LargestTensor
 from tests.tiny_models import random_tokens
 
 TOKENS = random_tokens(batch=1, length=7, seed=8)
@@ -45,7 +46,7 @@ def check_last(model) -> None:
 
 
 def test_earlier_layers_go_through_the_same_end(hooked2, monkeypatch) -> None:
-    monkeypatch.setattr(lens_module, "CHUNK", 3)
+    monkeypatch.setattr(unembed, "TILE", 3 * 100)
     lens = logit_lens(hooked2, TOKENS, layers=[0, -2], positions=[2, -1])
     assert lens.layers == (0, 1)
     assert lens.positions == (2, 6)
@@ -55,16 +56,14 @@ def test_earlier_layers_go_through_the_same_end(hooked2, monkeypatch) -> None:
         assert torch.allclose(lens.probabilities[row], best.values, atol=1e-6)
 
 
-def test_never_more_logits_than_a_chunk(hooked2, monkeypatch) -> None:
-    monkeypatch.setattr(lens_module, "CHUNK", 2)
-    sizes = []
-    real = lens_module._logits
-    monkeypatch.setattr(
-        lens_module, "_logits", lambda *args: sizes.append(len(args[1])) or real(*args)
-    )
-    logit_lens(hooked2, TOKENS)
-    assert max(sizes) == 2
-    assert sum(sizes) == 3 * 7
+def test_never_more_logits_than_a_tile(hooked2, monkeypatch) -> None:
+    whole = logit_lens(hooked2, TOKENS, top_k=50, tokens=[9])
+    monkeypatch.setattr(unembed, "TILE", 3 * 100)
+    monkeypatch.setattr(unembed, "ROWS", 3)
+    with LargestTensor(width=90) as largest:
+        lens = logit_lens(hooked2, TOKENS, top_k=50, tokens=[9])
+    assert 0 < largest.numel <= 3 * (100 + 50)
+    assert torch.equal(lens.ids, whole.ids) and torch.equal(lens.ranks, whole.ranks)
 
 
 def test_tables_and_figures(hooked2) -> None:

@@ -17,6 +17,7 @@ from gemmascope_plugin.errors import (
     UnknownNameError,
 )
 from gemmascope_plugin.models import to_tokens
+from gemmascope_plugin.models.readout import OfLogits
 from gemmascope_plugin.saes.cross_layer import CrossCoder, CrossLayerConfig
 from gemmascope_plugin.splice import (
     Add,
@@ -115,15 +116,15 @@ def test_relative_push_is_the_mean_ratio_of_lengths(model) -> None:
     assert project.relative_push == pytest.approx(float(ratio.mean()), rel=1e-5)
 
 
-def test_many_positions_are_compared_a_few_at_a_time(hooked2) -> None:
+def test_compared_are_the_distributions_in_float32(hooked2) -> None:
     generator = torch.Generator().manual_seed(0)
     before, after = torch.randn(2, 21, 256, generator=generator).to(torch.bfloat16)
-    result = compare_next(hooked2, before, after)
+    result = compare_next(hooked2, OfLogits.of(before), OfLogits.of(after))
     p, q = before.float().log_softmax(-1), after.float().log_softmax(-1)
     whole = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
     assert result.kl.dtype == torch.float32
     assert torch.allclose(result.kl, whole, atol=1e-6)
-    assert float(compare_next(hooked2, before, before).kl.max()) == 0
+    assert float(compare_next(hooked2, OfLogits.of(before), OfLogits.of(before)).kl.max()) == 0
 
 
 def test_first_difference_and_the_tokens_that_changed(singular: Bundled) -> None:
@@ -229,7 +230,9 @@ def test_continuation_is_the_one_without_a_cache(model, positions) -> None:
     assert result.steered.tolist() == [i in chosen for i in range(len(result.tokens))]
     text = torch.tensor([[*prompt[0].tolist(), *result.ids_before]])
     steered = pushed_logits(model, text, STRENGTH * sae.W_dec[FEATURE], result.steered)
-    assert torch.allclose(result.kl, compare_next(model, model(text)[0], steered[0]).kl, atol=1e-6)
+    assert torch.allclose(
+        result.kl, compare_next(model, OfLogits(model(text)[0]), OfLogits(steered[0])).kl, atol=1e-6
+    )
 
 
 @torch.no_grad()
@@ -247,7 +250,7 @@ def test_orthogonal_is_a_projection(model, factor: float) -> None:
         return torch.cat([y[:, :1], new[:, 1:]], dim=1)
 
     logits = model.run_with_hooks(text, fwd_hooks=[(f"blocks.{LAYER}.hook_resid_post", project)])
-    expected = compare_next(model, model(text)[0], logits[0])
+    expected = compare_next(model, OfLogits(model(text)[0]), OfLogits(logits[0]))
     assert torch.allclose(result.kl, expected.kl, atol=1e-5)
     assert expected.kl.max() > 1e-5
 

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from gemmascope_plugin.circuits.tracing.replay import Hooks, Replay
+from gemmascope_plugin.models.asked import asked_positions
 from gemmascope_plugin.models.sites import reading
 
 
@@ -56,8 +57,7 @@ def ablated_run(
     held: list[torch.Tensor] = []
     end = f"blocks.{record.n_layers - 1}.hook_resid_post"
     hooks.append((end, lambda x, hook: held.append(x)))
-    hooks.append(("unembed.hook_in", lambda x, hook: x[:, list(positions)]))
-    with record.model.hooks(fwd_hooks=hooks):
+    with record.model.hooks(fwd_hooks=hooks), asked_positions(record.model, list(positions)):
         logits = record.model(record.tokens.repeat(len(kept), 1))
     return held[0].to(record.dtype), logits
 

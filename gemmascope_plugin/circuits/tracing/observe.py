@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from gemmascope_plugin.attribution.slopes import norms_by_hand
 from gemmascope_plugin.circuits.tracing.replay import Hooks, Replay
+from gemmascope_plugin.models.asked import asked_positions
 from gemmascope_plugin.models.sites import reading
 
 
@@ -40,8 +41,12 @@ def observe(replay: Replay, hooks: Hooks, *, frozen: bool) -> Seen:
     asked = [replay.hook_of(one.site.hooked.hook_in) for one in activities]
     held: dict[str, torch.Tensor] = {}
     reads = [(name, _keep(held, name)) for name in dict.fromkeys(asked)]
-    last = [(end, _keep(held, "end")), ("unembed.hook_in", _last)]
-    with norms_by_hand(), record.model.hooks(fwd_hooks=[*reads, *hooks, *last]):
+    last = (end, _keep(held, "end"))
+    with (
+        norms_by_hand(),
+        record.model.hooks(fwd_hooks=[*reads, *hooks, last]),
+        asked_positions(record.model, [-1]),
+    ):
         logits = record.model(record.tokens[None])[0, -1]
     features: dict[int, float] = {}
     for index, one in enumerate(activities):
@@ -82,7 +87,3 @@ def _keep(held: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
         held[name] = x.detach()
 
     return hook_fn
-
-
-def _last(x: torch.Tensor, hook: Any) -> torch.Tensor:
-    return x[:, -1:]
