@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class LargestTensor(TorchDispatchMode):
     """Looks at the results of every operation, backward passes included, that are no views of its inputs.
 
-    ``numel`` is the largest number of entries among tensors whose last dimension is ``width`` or more.
+    ``numel`` is the largest number of entries among matrices whose last dimension is ``width`` or more.
     """
 
     def __init__(self, width: int) -> None:
@@ -31,7 +31,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
     def _is_larger(self, x: torch.Tensor) -> bool:
-        return x.ndim > 0 and x.shape[-1] >= self.width and x.numel() > self.numel
+        return x.ndim > 1 and x.shape[-1] >= self.width and x.numel() > self.numel
 
 
 def _storage(x: torch.Tensor) -> int:
