@@ -4,7 +4,7 @@
 ``probability`` and ``sequence_logprob`` with ``wrong``). *First* is an answer that is the likeliest token
 of all; where a metric compares with nothing, that is right as well.
 
-Cost: one pass over the clean prompts, some at a time; logits of the asked positions only.
+Cost: one pass over the clean prompts, some at a time, and the vocabulary at the asked positions.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ def figures_of(model: HookedModel, task: Any, *, batch: int = BATCH) -> TaskFigu
     """
     bound, metrics, first = task.bind(model), [], []
     for part in bound.parts(batch):
-        logits = part.answer_logits(model, part.clean)
-        metrics.append(part.metric.of_rows(logits).cpu())
+        said = part.said(model, part.clean)
+        metrics.append(part.metric.of_rows(said).cpu())
         if part.metric.right is not None:
             ids, mask = part.metric.right.ids, part.metric.right.mask
-            first.append(((ids == logits.argmax(-1)[:, None]) & mask).any(-1).cpu())
+            first.append(((ids == said.top(1)[1]) & mask).any(-1).cpu())
     metric = bound.fold(torch.cat(metrics))
     top = torch.cat(first) if first else None
     return TaskFigures(metric, metric > 0 if _compares(task.asked) else top, top)
