@@ -11,18 +11,16 @@ Cost: about 15 seconds on one core, half of it for random circuits.
 
 from __future__ import annotations
 
-import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import torch
 
 import gemmascope_plugin.demo.steps as steps
+from gemmascope_plugin.demo.progress import Steps, versions
 from gemmascope_plugin.demo.suite import TinySuite, tiny
 from gemmascope_plugin.features import analyze
 from gemmascope_plugin.models.protocol import HookedModel
@@ -30,10 +28,6 @@ from gemmascope_plugin.pages import prepare
 from gemmascope_plugin.pages.walkthrough import Walkthrough, write_walkthrough
 
 N_STEPS = 11
-_BAR = "{desc:<32} |{bar}| {n_fmt}/{total_fmt} {elapsed}"
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -97,7 +91,7 @@ def run_demo(
     started = time.monotonic()
     path = prepare(out)
     suite = tiny()
-    with _one_thread(), _Steps(N_STEPS, progress) as step:
+    with _one_thread(), Steps(N_STEPS, progress) as step:
         model = step("load the model", lambda: suite.model)
         saes = step("find and load dictionaries", steps.load_dictionaries, suite)
         walk = walk_through(suite, model, saes, step)
@@ -106,7 +100,7 @@ def run_demo(
 
 
 def walk_through(
-    suite: TinySuite, model: HookedModel, saes: steps.Dictionaries, step: _Steps
+    suite: TinySuite, model: HookedModel, saes: steps.Dictionaries, step: Steps
 ) -> Walkthrough:
     """All results, one step after the other."""
     task = suite.tasks[steps.TASK]
@@ -141,8 +135,6 @@ def walk_through(
 def write(path: Path, walk: Walkthrough) -> None:
     """Writes the page."""
     n_prompts = walk.positions.exact.metadata["n_prompts"]
-    libraries = ("gemmascope_plugin", "torch", "transformer-lens", "sae-lens", "transformers")
-    versions = [f"{name} {_version(name)}" for name in libraries]
     footer = [
         ("model", "gemma-2-tiny, bundled, float32 on the CPU"),
         (
@@ -151,7 +143,7 @@ def write(path: Path, walk: Walkthrough) -> None:
         ),
         ("random seed", str(steps.SEED)),
         ("excluded tokens", ", ".join(map(str, walk.features.exclude))),
-        ("versions", ", ".join([f"Python {platform.python_version()}", *versions])),
+        ("versions", versions()),
         (
             "caveat",
             "A small model, trained on a grammar whose concepts are known. Its features and circuits "
@@ -163,13 +155,6 @@ def write(path: Path, walk: Walkthrough) -> None:
         "the gift in “when A and B went to the store, B gave a ring to …”?"
     )
     write_walkthrough(path, "First light on gemma-2-tiny", walk, lead=lead, footer=footer)
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:  # this package itself, used from a source tree
-        return "from source"
 
 
 @contextmanager
@@ -184,29 +169,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-class _Steps:
-    """A progress bar that names the running step.
-
-    Args:
-        total: Number of steps.
-        progress: Whether it is shown.
-    """
-
-    def __init__(self, total: int, progress: bool) -> None:
-        from tqdm.auto import tqdm
-
-        self._bar = tqdm(total=total, disable=not progress, bar_format=_BAR)
-
-    def __call__(self, name: str, run: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        self._bar.set_description_str(name)
-        result = run(*args, **kwargs)
-        self._bar.update()
-        return result
-
-    def __enter__(self) -> _Steps:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()

@@ -7,6 +7,7 @@ read what it shows. Cost: that of the figures.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
@@ -29,6 +30,25 @@ MAX_NODES = 20
 
 Labels = Mapping[FeatureId, Any]
 """Feature to its label: ``concept``, ``precision`` and ``recall``."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same patches measured exactly and estimated from gradients."""
+
+    exact: Effects
+    estimate: Effects
+    spearman: float
+    """Rank correlation of the two over all patches."""
+
+
+def agreement(comparison: Comparison) -> str:
+    """How well the estimate agrees, one sentence."""
+    return (
+        f"Attribution patching estimates the same {comparison.exact.values.numel()} effects from one "
+        f"backward pass; its rank correlation (Spearman) with the exact ones is "
+        f"{comparison.spearman:.3f}."
+    )
 
 
 def site_name(site: str) -> str:

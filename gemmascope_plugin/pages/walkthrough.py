@@ -16,6 +16,8 @@ from gemmascope_plugin.circuits import Scores
 from gemmascope_plugin.features import Features
 from gemmascope_plugin.pages.report import Section, write_page
 from gemmascope_plugin.pages.sections import (
+    Comparison,
+    agreement,
     circuit_section,
     feature_frame,
     feature_name,
@@ -24,18 +26,8 @@ from gemmascope_plugin.pages.sections import (
     positions_section,
     steering_html,
 )
-from gemmascope_plugin.patching import Effects, FeatureId
+from gemmascope_plugin.patching import FeatureId
 from gemmascope_plugin.splice import Steering
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The same patches measured exactly and estimated from gradients."""
-
-    exact: Effects
-    estimate: Effects
-    spearman: float
-    """Rank correlation of the two over all patches."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +114,8 @@ def write_walkthrough(
         _dictionaries(walk),
         features_section(walk.features, walk.chosen, walk.labels),
         _ablation(walk),
-        positions_section(walk.positions.exact, _agreement(walk.positions)),
-        heads_section(walk.heads.exact, walk.heads.estimate, _agreement(walk.heads)),
+        positions_section(walk.positions.exact, agreement(walk.positions)),
+        heads_section(walk.heads.exact, walk.heads.estimate, agreement(walk.heads)),
         circuit_section(walk.scores),
         _ranked(walk),
         _steering(walk),
@@ -153,14 +145,6 @@ def _key_figures(walk: Walkthrough) -> list[tuple[str, str]]:
             f"(best random circuit: {walk.best_random:.2f})",
         ),
     ]
-
-
-def _agreement(comparison: Comparison) -> str:
-    return (
-        f"Attribution patching estimates the same {comparison.exact.values.numel()} effects from one "
-        f"backward pass; its rank correlation (Spearman) with the exact ones is "
-        f"{comparison.spearman:.3f}."
-    )
 
 
 def _dictionaries(walk: Walkthrough) -> Section:
