@@ -81,7 +81,6 @@ def test_rows_of_a_trace_sum_to_what_they_explain(fixture: str, request: Any) ->
     assert graph.residual < 1e-4
 
 
-
 def test_integrated_gradients_are_conserved(real_model, task) -> None:
     """Ten midpoints at the upper layers, five for edges: a few percent of the gap."""
     nodes = gs.attribution_patching(

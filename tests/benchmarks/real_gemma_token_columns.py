@@ -1,9 +1,9 @@
 """Token columns of an attribution graph on a real Gemma 3: circuit-tracer's nnsight backend, and ours.
 
 circuit-tracer 0.5.0 traces Gemma 3 on its nnsight backend only. There the source of a token node is a row
-of the embedding matrix, while the model multiplies these rows by ``sqrt(d_model)``: what a token does to a
-feature comes out too small by that factor. The truth is what the encoder reads when the token's part of
-the stream is followed through frozen attention and norms, which is linear: rows sum to the pre-activation.
+of the embedding matrix, while the model multiplies these rows by ``sqrt(d_model)``: what a token does to
+a feature comes out too small by that factor. The truth is what the encoder reads when the token's part of
+the stream is followed through frozen attention and norms, which is linear: rows sum to pre-activations.
 
 Three steps, since circuit-tracer wants an older transformers and an environment of its own:
 
@@ -35,10 +35,9 @@ CASE, GRAPH = "case.safetensors", "peer.npz"
 
 def prepare(folder: Path) -> None:
     """Transcoders, tokens, and where the model lies."""
-    from tests.support.real_saes import fitted_transcoders
-
     from gemmascope_plugin import load_model
     from gemmascope_plugin.models.gguf import converted_package
+    from tests.support.real_saes import fitted_transcoders
 
     folder.mkdir(parents=True, exist_ok=True)
     model: Any = load_model("gemma-3-270m", source="package")

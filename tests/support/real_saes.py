@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from tests.factories import activations, random_sae
 
 DENSITY = 0.05
