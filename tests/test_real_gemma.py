@@ -78,7 +78,7 @@ def test_feature_gradients_equal_finite_differences_of_the_bare_model(real_model
 def test_rows_of_a_trace_sum_to_what_they_explain(fixture: str, request: Any) -> None:
     model = request.getfixturevalue(fixture)
     graph = gs.trace(model, "The capital of France is", fitted_transcoders(model), max_features=64)
-    assert graph.residual < 1e-4
+    assert graph.metadata["residual"] < 1e-4
 
 
 def test_integrated_gradients_are_conserved(real_model, task) -> None:

@@ -122,7 +122,8 @@ def compare(folder: Path) -> None:
     }
     dense = graph.adjacency.toarray()
     rows = [places[key] for key in features]
-    print(f"{len(features)} features, rows sum to pre-activations within {graph.residual:.1e}")
+    residual = graph.metadata["residual"]
+    print(f"{len(features)} features, rows sum to pre-activations within {residual:.1e}")
     for kind, (keys, at) in columns.items():
         ours = dense[np.ix_(rows, [places[key] for key in keys])]
         peers = theirs["adjacency"][: len(features)][:, list(at)]
