@@ -2,7 +2,7 @@
 
 1. Ids of nodes are texts, each there once; kinds are those that there are; all but biases have a
    position within the prompt, features and tokens an index, features and errors a site.
-2. Weights and influence are finite; activations are finite, or not known (NaN).
+2. Weights and influence are finite, weights not negative and not all zero; activations are finite, or not known (NaN).
 3. Rows belong to nodes in ascending order, their entries come from earlier nodes (groups of nodes may
    reach each other both ways), and every effect is a finite number.
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _TEXTS = ("id", "kind", "site", "label")
 _WHOLE = {"layer": MAX_LAYER, "pos": None, "index": MAX_INDEX}
 """Columns of whole numbers from -1, and their ends; that of positions is the prompt's."""
+SMALLEST_WEIGHT = 1e-30
+"""What the weights of targets sum to at least; scores and influence divide by it."""
 
 
 def node_defect(nodes: pd.DataFrame, n_tokens: int) -> str | None:
@@ -67,6 +69,9 @@ def _number_defect(nodes: pd.DataFrame, kind: np.ndarray, n_tokens: int) -> str 
         if bad.any():
             place = int(bad.argmax())
             return f"the {kind[place]} {nodes['id'].iloc[place]!r} has {name} {column[place]}"
+    weights = nodes["weight"].to_numpy()
+    if (weights < 0).any() or not SMALLEST_WEIGHT < weights.sum() < 1 / SMALLEST_WEIGHT:
+        return f"the weights of its nodes sum to {weights.sum()}: nothing in it is explained"
     return None
 
 
