@@ -30,9 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the parts that are named."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("part", choices=(*PARTS, "all"), nargs="?", default="all")
-    parser.add_argument(
-        "--n", type=int, default=16, help="training prompts; held out: twice as many"
-    )
+    parser.add_argument("--n", type=int, default=16, help="training prompts, and held-out ones")
     parser.add_argument("--tasks", nargs="*", help="tasks of the part")
     parser.add_argument("--smoke", action="store_true", help="the bundled model, few prompts")
     options = parser.parse_args(argv)
@@ -48,7 +46,7 @@ def circuits(model: Any, n: int, options: Any) -> None:
     """One block of figures for each task."""
     names = options.tasks or (("ioi",) if options.smoke else real_gemma_circuits.TASKS)
     for name in names:
-        for label, value in real_gemma_circuits.row(model, *splits(model, name, n)).items():
+        for label, value in real_gemma_circuits.figures(model, *splits(model, name, n)):
             print(f"{label:<32} {value}", flush=True)
 
 
@@ -76,7 +74,7 @@ def splits(model: Any, name: str, n: int) -> tuple[Any, Any]:
     """Training and held-out prompts of a built-in task."""
     return (
         gs.Task.builtin(name, model, n=n, split="train"),
-        gs.Task.builtin(name, model, n=2 * n, split="held_out"),
+        gs.Task.builtin(name, model, n=n, split="held_out"),
     )
 
 

@@ -13,6 +13,7 @@ Cost: about 5 minutes for each task on two cores.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,28 +28,31 @@ from tests.benchmarks.real_gemma_intervals import Measured, over_prompts, spearm
 TASKS = ("ioi", "agreement", "greater_than", "successors", "capitals", "induction")
 FAITHFUL = 0.9
 N_RANDOM = 20
+SIZES = {
+    "node": (*range(0, 31, 2), *range(35, 90, 5)),
+    "edge": (0, 10, 20, 40, 60, 80, 100, 150, 200, 300, 400, 600, 1000, 2000, 3000),
+}
+"""Circuits that are run."""
 IG_STEPS = 5
-Cells = dict[str, str]
 
 
-def row(model: Any, task: Any, held_out: Any) -> Cells:
-    """The figures of one task."""
-    cells: Cells = {"task": task.name}
+def figures(model: Any, task: Any, held_out: Any) -> Iterator[tuple[str, str]]:
+    """Names and figures of one task, as they come."""
+    yield "task", repr(held_out)
     exact = {}
     for replacement in ("other", "mean"):
         exact[replacement] = node_effects(model, task, gs.activation_patching, replacement)
-        graph = node_graph(exact[replacement])
-        cells |= smallest(graph, model, held_out, replacement, f"nodes, {replacement}")
         atp = node_effects(model, task, gs.attribution_patching, replacement)
-        cells[f"AtP, {replacement}"] = str(agreement(exact[replacement], atp))
+        yield f"AtP, {replacement}", str(agreement(exact[replacement], atp))
+        graph = node_graph(exact[replacement])
+        yield from smallest(graph, model, held_out, replacement, f"nodes, {replacement}")
     edges = gs.edge_attribution(model, task, method="eap-ig", steps=IG_STEPS, by_prompt=True)
-    writers = edges.by_prompt.sum(2)[:, 1:]  # without the embedding
+    assert edges.by_prompt is not None, "it was asked for"
     order = [edges.edges.writers.index(node) for node, _ in exact["other"]]
-    by_node = writers[:, [place - 1 for place in order]]
     truth = torch.stack([effect for _, effect in exact["other"]], 1)
-    cells["EAP-IG, other"] = str(over_prompts(spearman, truth, by_node))
-    cells["EAP-IG conservation"] = f"{edges.metadata['conservation']:+.4f}"
-    return cells | smallest(graph_of(edges), model, held_out, "other", "edges")
+    yield "EAP-IG, other", str(over_prompts(spearman, truth, edges.by_prompt.sum(2)[:, order]))
+    yield "EAP-IG conservation", f"{edges.metadata['conservation']:+.4f}"
+    yield from smallest(graph_of(edges), model, held_out, "other", "edges")
 
 
 def node_effects(model: Any, task: Any, method: Any, replacement: str) -> list[tuple[Any, Any]]:
@@ -77,12 +81,12 @@ def agreement(exact: list[tuple[Any, Any]], other: list[tuple[Any, Any]]) -> Mea
     return over_prompts(spearman, truth, estimate)
 
 
-def smallest(graph: Graph, model: Any, held_out: Any, replacement: str, label: str) -> Cells:
+def smallest(
+    graph: Graph, model: Any, held_out: Any, replacement: str, label: str
+) -> Iterator[tuple[str, str]]:
     """The smallest faithful circuit of a ranking, on held-out prompts."""
     n = len(graph.unit_scores)
-    sizes = sorted(
-        {*range(0, min(n, 91)), *range(100, min(n, 601), 20), *range(600, n, n // 12), n}
-    )
+    sizes = [*(size for size in SIZES[graph.unit] if size < n), n]
     circuit = top_n(graph, n)
     options: dict[str, Any] = {"replacement": replacement}
     curve = gs.evaluate(circuit, model, held_out, sizes=sizes, n_random=0, **options)
@@ -91,8 +95,6 @@ def smallest(graph: Graph, model: Any, held_out: Any, replacement: str, label: s
     best: Circuit = circuit.top(size)
     scores = gs.evaluate(best, model, held_out, sizes=[], n_random=N_RANDOM, **options)
     low, high = scores.interval()
-    return {
-        f"{label}: smallest": f"{size} of {n} ({size / n:.1%})",
-        f"{label}: faithfulness": f"{scores.faithfulness:.2f} [{low:.2f}, {high:.2f}]",
-        f"{label}: best random": f"{max(scores.random):.2f}",
-    }
+    yield f"{label}: smallest", f"{size} of {n} ({size / n:.1%})"
+    yield f"{label}: faithfulness", f"{scores.faithfulness:.2f} [{low:.2f}, {high:.2f}]"
+    yield f"{label}: best random", f"{max(scores.random):.2f}"

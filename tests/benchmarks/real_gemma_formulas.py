@@ -38,14 +38,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "EAP-IG": {"method": "eap-ig", "steps": 5},
 }
 FORMS = {"usual": "naive", "here": "exact"}
-SIZES = (20, 40, 100, 200, 300, 400)
+SIZES = (20, 40, 60, 80, 100, 150, 200, 300, 400, 600)
 N_LARGEST, N_RANDOM = 25, 100
 FAITHFUL = 0.8
 Scores = dict[tuple[str, str], EdgeEffects]
 Row = tuple[str, str, str, str]
 
 
-def table(model: Any, task: Any, held_out: Any) -> list[Row]:
+def table(model: Any, task: Any, held_out: Any) -> Iterator[Row]:
     """Rows ``(figure, usual formula, here, truth)`` for one task.
 
     Args:
@@ -60,13 +60,11 @@ def table(model: Any, task: Any, held_out: Any) -> list[Row]:
     }
     sample = sampled_edges(list(scores.values()))
     exact = patched(model, task, scores["EAP", "here"], sample)
-    return [
-        *correlations(scores, exact, sample),
-        *largest_edge(scores, exact, sample),
-        *circuits(model, held_out, scores),
-        scale(model, task, exact),
-        *head_contributions(model, task),
-    ]
+    yield from correlations(scores, exact, sample)
+    yield from largest_edge(scores, exact, sample)
+    yield scale(model, task, exact)
+    yield from head_contributions(model, task)
+    yield from circuits(model, held_out, scores)
 
 
 def sampled_edges(scores: list[EdgeEffects]) -> Bool[torch.Tensor, "writer reader"]:
@@ -127,7 +125,7 @@ def circuits(model: Any, held_out: Any, scores: Scores) -> Iterator[Row]:
     curves = {}
     for form in FORMS:
         graph = graph_of(scores["EAP-IG", form])
-        sizes = sorted({size for size in (*SIZES, *range(0, 601, 20)) if size < graph.n_edges})
+        sizes = [size for size in SIZES if size < graph.n_edges]
         circuit = top_n(graph, min(SIZES[-1], graph.n_edges))
         curves[form] = gs.evaluate(circuit, model, held_out, sizes=sizes, n_random=0)
     for size in SIZES:

@@ -2,7 +2,8 @@
 
 1. Ids of nodes are texts, each there once; kinds are those that there are; all but biases have a
    position within the prompt, features and tokens an index, features and errors a site.
-2. Weights and influence are finite, weights not negative and not all zero; activations are finite, or not known (NaN).
+2. Weights and influence are finite, weights neither negative nor all zero; activations are finite, or not
+   known (NaN).
 3. Rows belong to nodes in ascending order, their entries come from earlier nodes (groups of nodes may
    reach each other both ways), and every effect is a finite number.
 
