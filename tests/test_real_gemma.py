@@ -57,7 +57,7 @@ def test_feature_gradients_equal_finite_differences_of_the_bare_model(real_model
         grad = gradients(spliced, tokens, metric, [name])[name][0, -1]
     features = acts.topk(4).indices
     x = model.run_with_cache(tokens, names_filter=[RESID])[1][RESID][0, -1]
-    step = 0.01 * float(x.norm()) / lower.W_dec[features].norm(dim=1)
+    step = 0.002 * float(x.norm()) / lower.W_dec[features].norm(dim=1)
     moves = step[:, None] * lower.W_dec[features]
 
     def move(stream: torch.Tensor, hook: Any) -> torch.Tensor:
@@ -68,7 +68,7 @@ def test_feature_gradients_equal_finite_differences_of_the_bare_model(real_model
         logits = model.run_with_hooks(tokens.repeat(8, 1), fwd_hooks=[(RESID, move)])[:, -1]
     high, low = (logits[:, mary] - logits[:, john]).chunk(2)
     difference = (high - low) / (2 * step)
-    # central differences of a step of a hundredth are off by its square, a part in a thousand or so
+    # at a hundredth of the norm the third derivative still shows, by a few percent
     assert torch.allclose(
         grad[features], difference, rtol=0.02, atol=0.01 * float(difference.abs().max())
     )

@@ -176,6 +176,7 @@ def scale(model: Any, task: Any, exact: EdgeEffects) -> Row:
 @torch.no_grad()
 def head_contributions(model: Any, task: Any) -> Iterator[Row]:
     """Direct logit attribution by head."""
+    task = one_length(model, task)
     effects = gs.direct_logit_attribution(model, task, by="head")
     is_head = [label.startswith("L") for label in effects.labels["component"]]
     here = effects.values_by_prompt[is_head].T.cpu()
@@ -190,6 +191,17 @@ def head_contributions(model: Any, task: Any) -> Iterator[Row]:
         "10",
         "10",
     )
+
+
+def one_length(model: Any, task: Any) -> Any:
+    """The prompts of the most frequent length: TransformerLens stacks one position for all."""
+    lengths = task.bind(model).lengths.tolist()
+    usual = max(set(lengths), key=lengths.count)
+    rows = [i for i, length in enumerate(lengths) if length == usual]
+    metric = task.metric
+    answers = ([list(words)[i] for i in rows] for words in (metric.answer, metric.wrong))
+    clean, corrupt = ([prompts[i] for i in rows] for prompts in (task.clean, task.corrupt))
+    return gs.Task(clean, corrupt, gs.logit_diff(*answers), name=task.name)
 
 
 def transformer_lens_heads(
