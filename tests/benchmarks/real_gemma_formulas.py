@@ -91,11 +91,8 @@ def correlations(
     scores: Scores, exact: EdgeEffects, sample: Bool[torch.Tensor, "writer reader"]
 ) -> Iterator[Row]:
     """Agreement with exact single edges, for edges out of heads and for all."""
-    from_heads = torch.zeros_like(sample)
-    for row, node in enumerate(exact.edges.writers):
-        from_heads[row] = node.kind == "head"
     for method in METHODS:
-        for label, edges in (("from heads", sample & from_heads), ("all sampled", sample)):
+        for label, edges in (("from heads", sample & from_heads(exact)), ("all sampled", sample)):
             for name, figure in (("Pearson", pearson), ("Spearman", spearman)):
                 cells = [
                     str(over_prompts(figure, *(e.by_prompt[:, edges] for e in (effects, exact))))
@@ -108,16 +105,24 @@ def correlations(
 def largest_edge(
     scores: Scores, exact: EdgeEffects, sample: Bool[torch.Tensor, "writer reader"]
 ) -> Iterator[Row]:
-    """Where each score ranks the sampled edge with the largest exact effect."""
-    u, v = divmod(int(exact.total.masked_fill(~sample, 0).abs().argmax()), sample.shape[1])
-    edge = f"{exact.edges.writers[u].label} -> {exact.edges.readers[v].label}"
-    for method in METHODS:
-        cells = []
-        for form in FORMS:
-            values = scores[method, form].total
-            rank = int((values[exact.edges.mask].abs() > values[u, v].abs()).sum()) + 1
-            cells.append(f"rank {rank}, {float(values[u, v]):.3f}")
-        yield (f"{method}: largest exact edge, {edge}", *cells, f"{float(exact.total[u, v]):.3f}")
+    """Where each score ranks the sampled edge with the largest exact effect, of all and out of heads."""
+    for label, edges in (("", sample), (" from a head", sample & from_heads(exact))):
+        u, v = divmod(int(exact.total.masked_fill(~edges, 0).abs().argmax()), sample.shape[1])
+        edge = f"{exact.edges.writers[u].label} -> {exact.edges.readers[v].label}"
+        for method in METHODS:
+            cells = []
+            for form in FORMS:
+                values = scores[method, form].total
+                rank = int((values[exact.edges.mask].abs() > values[u, v].abs()).sum()) + 1
+                cells.append(f"rank {rank}, {float(values[u, v]):.3f}")
+            truth = f"{float(exact.total[u, v]):.3f}"
+            yield (f"{method}: largest exact edge{label}, {edge}", *cells, truth)
+
+
+def from_heads(exact: EdgeEffects) -> Bool[torch.Tensor, "writer reader"]:
+    """True at edges out of attention heads."""
+    is_head = torch.tensor([node.kind == "head" for node in exact.edges.writers])
+    return exact.edges.mask & is_head[:, None]
 
 
 def circuits(model: Any, held_out: Any, scores: Scores) -> Iterator[Row]:
