@@ -17,6 +17,8 @@ TransformerLens' shapes, so that its passes need not copy them into transformers
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,7 +28,7 @@ from gemmascope_plugin.dtypes import as_device, as_dtype
 from gemmascope_plugin.errors import ModelError, check_choice
 from gemmascope_plugin.models.convert import hooked_config
 from gemmascope_plugin.models.parity import compare, fixed_tokens, last_logits
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, device_of
 from gemmascope_plugin.models.transformers_model import (
     TransformersModel,
     read_model,
@@ -105,9 +107,9 @@ def hooked_from_hf(hf: Any, tokenizer: Any, name: str, *, dtype: torch.dtype | N
     config = hooked_config(hf.config, name)
     config.dtype = dtype or hf.dtype
     config.init_weights = False
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _as_it_is(tokenizer):
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        model = HookedTransformer(config, tokenizer=_with_bos(tokenizer), move_to_device=False)
+        model = HookedTransformer(config, tokenizer=tokenizer, move_to_device=False)
     with torch.no_grad():
         state = convert_gemma_weights(hf, config)
     state = {name: tensor.detach().to(config.dtype) for name, tensor in state.items()}
@@ -121,9 +123,10 @@ def bridge_from_hf(hf: Any, tokenizer: Any, name: str) -> Any:
     """Wraps a transformers Gemma model, which is taken over, in a ``TransformerBridge``."""
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-    bridge = build_bridge_from_module(
-        hf, type(hf).__name__, hf_config=hf.config, tokenizer=_with_bos(tokenizer), model_name=name
-    )
+    with _as_it_is(tokenizer):
+        bridge = build_bridge_from_module(
+            hf, type(hf).__name__, hf_config=hf.config, tokenizer=tokenizer, model_name=name
+        )
     # Freeze afterwards: TransformerLens 3.9 adds a trainable zero bias to the unembedding.
     return bridge.eval().requires_grad_(False)
 
@@ -159,7 +162,8 @@ def _built(
             hf = hf.to(dtype)
             hf.set_attn_implementation("eager")
         model = bridge_from_hf(hf, source.tokenizer, source.name)
-    model = model.to(device, print_details=False).eval().requires_grad_(False)
+    if device_of(model) != device:  # thousands of modules are walked through
+        model = model.to(device, print_details=False)
     model.gemmascope_source = source.origin
     model.gemmascope_eos_ids = source.end_ids
     if tokens is not None and reference is not None:
@@ -175,8 +179,22 @@ def _detach_from(model: Any, hf: Any) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _with_bos(tokenizer: Any) -> Any:
-    """Says that a tokenizer puts BOS first; TransformerLens would read its files again to make sure."""
-    if tokenizer is not None and tokenizer.encode("") == [tokenizer.bos_token_id]:
-        tokenizer.init_kwargs["add_bos_token"] = True
-    return tokenizer
+@contextmanager
+def _as_it_is(tokenizer: Any) -> Iterator[None]:
+    """While a model is built: a tokenizer that puts BOS first is said to do so, and little else.
+
+    TransformerLens would read its files again to make sure of BOS, and copies its arguments, among them
+    an object for each of Gemma's 6,414 special tokens.
+    """
+    if tokenizer is None or tokenizer.encode("") != [tokenizer.bos_token_id]:
+        yield
+        return
+    arguments = {**tokenizer.init_kwargs, "add_bos_token": True}
+    tokenizer.init_kwargs = {
+        "name_or_path": arguments.get("name_or_path", ""),
+        "add_bos_token": True,
+    }
+    try:
+        yield
+    finally:
+        tokenizer.init_kwargs = arguments
