@@ -24,10 +24,10 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.errors import TaskError
+from gemmascope_plugin.models.answers import answer_ids
 from gemmascope_plugin.models.prompts import pad_id
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.readout import OfLogits, Readout
-from gemmascope_plugin.models.tokens import token_strings
 from gemmascope_plugin.patching.metric import Asked, BoundMetric, Metric
 
 Text = str | Sequence[int]
@@ -112,7 +112,7 @@ class SequenceLogprob(Metric):
             )
         ends = [int(prompts[i, int(n) - 1]) for i, n in enumerate(lengths)]
         return [
-            _answer_ids(model, text, end, f"{what} {i}")
+            answer_ids(model, text, end, f"{what} {i}")
             for i, (text, end) in enumerate(zip(texts, ends, strict=True))
         ]
 
@@ -212,39 +212,3 @@ def _with_answers(
         for row, n, ids in zip(prompts, lengths.tolist(), answers, strict=True)
     ]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id(model))
-
-
-def _answer_ids(model: HookedModel, text: Text, end: int, what: str) -> list[int]:
-    """Token ids of an answer behind a prompt that ends in the token ``end``."""
-    if not isinstance(text, str):
-        ids = [int(i) for i in text]
-        outside = [i for i in ids if not 0 <= i < model.cfg.d_vocab]
-        if outside:
-            raise TaskError(
-                f"Token id {outside[0]} of {what} does not exist",
-                exists=f"token ids 0 to {model.cfg.d_vocab - 1}",
-            )
-    else:
-        ids = _encode(model, text)
-        last = token_strings(model, torch.tensor([end]))[0]
-        if text[:1].isalnum() and last[-1:].isalnum() and _encode(model, f" {text}") != ids:
-            raise TaskError(
-                f"{what} is {text!r}, which would run into the last word of its prompt, {last!r}",
-                fix=f"{' ' + text!r}, or token ids",
-            )
-    if not ids:
-        raise TaskError(f"{what} is empty", fix="a text with a token, or token ids")
-    return ids
-
-
-def _encode(model: HookedModel, text: str) -> list[int]:
-    if model.tokenizer is None:
-        raise TaskError("The model has no tokenizer", fix="answers as lists of token ids")
-    ids = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
-    unknown = model.tokenizer.unk_token_id
-    if unknown is not None and unknown in ids:
-        raise TaskError(
-            f"{text!r} has a part that this tokenizer does not know",
-            fix="other words, or token ids",
-        )
-    return ids

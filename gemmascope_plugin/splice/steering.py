@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, SupportsFloat, SupportsIndex, overload
 
 import torch
@@ -27,8 +28,9 @@ from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.splice.hooked_sae import HookedSAE
 from gemmascope_plugin.splice.sampling import Sampling, SteeringError
 from gemmascope_plugin.splice.splicing import as_list, splice
+from gemmascope_plugin.splice.steering_answer import Answer, AskedAnswer
 from gemmascope_plugin.splice.steering_report import METHODS, Method, Steering
-from gemmascope_plugin.splice.steering_run import measure, push
+from gemmascope_plugin.splice.steering_run import Baseline, measure, push
 from gemmascope_plugin.splice.steering_sweep import SteeringSweep
 from gemmascope_plugin.splice.window import Positions
 
@@ -52,6 +54,8 @@ def steer(
     seed: int = ...,
     positions: Positions = ...,
     exclude: Exclude = ...,
+    answer: Answer | None = ...,
+    wrong: Answer | None = ...,
 ) -> Steering: ...
 
 
@@ -72,6 +76,8 @@ def steer(
     seed: int = ...,
     positions: Positions = ...,
     exclude: Exclude = ...,
+    answer: Answer | None = ...,
+    wrong: Answer | None = ...,
 ) -> SteeringSweep: ...
 
 
@@ -92,6 +98,8 @@ def steer(
     seed: int = 0,
     positions: Positions = None,
     exclude: Exclude = None,
+    answer: Answer | None = None,
+    wrong: Answer | None = None,
 ) -> Steering | SteeringSweep:
     """Continues a prompt with and without a feature's direction pushed at its site.
 
@@ -115,6 +123,9 @@ def steer(
             generated.
         exclude: Special tokens that are not steered; None for those of the :class:`HookedSAE`, and for
             BOS, EOS and PAD with any other dictionary.
+        answer: Text as it stands behind the prompt, of any number of tokens, or its ids; the report has
+            its log-probability without and with steering.
+        wrong: Text to compare it with.
 
     Returns:
         A :class:`Steering` for one strength, a :class:`SteeringSweep` for several.
@@ -139,8 +150,21 @@ def steer(
     options: dict[str, Any] = {} if exclude is None else {"exclude": exclude}
     with splice(model, _one_dictionary(sae, exclude), **options) as spliced:
         baseline = measure(spliced, feature, prompt, method, positions, sampling)
+        asked = AskedAnswer.of(model, baseline.tokens, answer, wrong)
+        before = None if asked is None else asked.value(spliced, max_new_tokens)
     runs = tuple(push(model, baseline, s) for s in strengths)
+    if asked is not None and before is not None:
+        runs = tuple(_with_answer(model, baseline, run, asked, before) for run in runs)
     return SteeringSweep(runs) if _is_sweep(strength) else runs[0]
+
+
+def _with_answer(
+    model: HookedModel, baseline: Baseline, run: Steering, asked: AskedAnswer, before: float
+) -> Steering:
+    """The report of one strength, with what the answer is worth there."""
+    with splice(model, baseline.hooked, edits=baseline.edit(run.strength)) as spliced:
+        after = asked.value(spliced, run.sampling.max_new_tokens)
+    return replace(run, answer=asked.change(model, before, after))
 
 
 def _is_sweep(strength: Any) -> bool:

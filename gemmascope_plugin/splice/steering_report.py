@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.splice.next_tokens import NextTokens
 from gemmascope_plugin.splice.sampling import Sampling
+from gemmascope_plugin.splice.steering_answer import AnswerChange
 
 Method = Literal["add", "orthogonal"]
 """``add``: the direction is added. ``orthogonal``: what points along it is multiplied."""
@@ -64,6 +65,8 @@ class Steering:
     """Length of what was added over the length of the activation, mean over the steered tokens of the
     text; NaN if none of them was steered. Far above 1 the activation drowns; below 0.004 most of it
     is lost in the rounding of a model in bfloat16."""
+    answer: AnswerChange | None = None
+    """Log-probability of an answer that was asked about, without and with steering."""
 
     @property
     def kl(self) -> Float[torch.Tensor, " pos"]:
@@ -159,6 +162,7 @@ class Steering:
             f"Steering({self.title()})\n  prompt: {one_line(self.prompt)}\n"
             f"  before: {one_line(self.before)}\n  after:  {one_line(self.after)}\n"
             f"  KL:     {self.summary()}"
+            + ("" if self.answer is None else f"\n  answer: {self.answer}")
         )
 
     def _repr_html_(self) -> str:
@@ -167,7 +171,9 @@ class Steering:
             f"<div>{figures.token_rows_html(self.tokens, rows, title=self.title())}"
             f"{text_html('before', self.prompt, self.before)}"
             f"{text_html('after', self.prompt, self.after)}"
-            f"<p><small>{escape(self.summary())}</small></p></div>"
+            f"<p><small>{escape(self.summary())}</small></p>"
+            + ("" if self.answer is None else f"<p><small>{escape(repr(self.answer))}</small></p>")
+            + "</div>"
         )
 
 

@@ -42,7 +42,8 @@ class SteeringSweep(Sequence[Steering]):
         """A DataFrame, one row per strength.
 
         Columns: ``strength``, ``text`` (the steered continuation), ``mean_kl``, ``max_kl``,
-        ``relative_push``, ``tokens_changed``; see :class:`Steering`.
+        ``relative_push``, ``tokens_changed``; see :class:`Steering`. ``answer_before`` and
+        ``answer_after``, log-probabilities, where an answer was asked about.
         """
         import pandas as pd
 
@@ -50,7 +51,12 @@ class SteeringSweep(Sequence[Steering]):
         rows = [
             (run.strength, run.after, *(getattr(run, column) for column in columns)) for run in self
         ]
-        return pd.DataFrame(rows, columns=["strength", "text", *columns])
+        frame = pd.DataFrame(rows, columns=["strength", "text", *columns])
+        answers = [run.answer for run in self if run.answer is not None]
+        if answers:
+            frame["answer_before"] = [answer.before for answer in answers]
+            frame["answer_after"] = [answer.after for answer in answers]
+        return frame
 
     def plot(self) -> Any:
         """A plotly figure: mean divergence against strength."""
