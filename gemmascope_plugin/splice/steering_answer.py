@@ -78,11 +78,9 @@ class AskedAnswer:
 
     def change(self, model: HookedModel, before: float, after: float) -> AnswerChange:
         """Both values, with the texts."""
-        texts: list[Any] = [
-            None if ids is None else model.tokenizer.decode(list(ids))
-            for ids in (self.answer, self.wrong)
-        ]
-        return AnswerChange(*texts, before, after)
+        decode: Any = model.tokenizer.decode
+        wrong = None if self.wrong is None else decode(list(self.wrong))
+        return AnswerChange(decode(list(self.answer)), wrong, before, after)
 
     @torch.no_grad()
     def _log_prob(self, spliced: SplicedModel, ids: tuple[int, ...], n_new: int) -> float:
