@@ -74,11 +74,14 @@ def test_feature_gradients_equal_finite_differences_of_the_bare_model(real_model
     )
 
 
-@pytest.mark.parametrize("fixture", ["real_model", "real_bridge_half"])
-def test_rows_of_a_trace_sum_to_what_they_explain(fixture: str, request: Any) -> None:
+@pytest.mark.parametrize(("fixture", "most"), [("real_model", 1e-5), ("real_bridge_half", 2e-2)])
+def test_rows_of_a_trace_sum_to_what_they_explain(fixture: str, most: float, request: Any) -> None:
+    """In bfloat16 the stream is rounded to eight bits at every layer, and no node has that."""
     model = request.getfixturevalue(fixture)
-    graph = gs.trace(model, "The capital of France is", fitted_transcoders(model), max_features=64)
-    assert graph.metadata["residual"] < 1e-4
+    graph = gs.trace(
+        model, "The capital of France is", fitted_transcoders(model), max_feature_nodes=64
+    )
+    assert graph.metadata["residual"] < most
 
 
 def test_integrated_gradients_are_conserved(real_model, task) -> None:
