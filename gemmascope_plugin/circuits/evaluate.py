@@ -31,6 +31,7 @@ from gemmascope_plugin.circuits.prune import prune
 from gemmascope_plugin.circuits.scores import Scores
 from gemmascope_plugin.circuits.select import top_n
 from gemmascope_plugin.errors import TaskError, check_choice
+from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching import Task
 from gemmascope_plugin.patching.exact import MAX_ROWS
@@ -104,7 +105,7 @@ def evaluate(
     ) as run:
         values = run(bound, masks, rest)
         far = _divergence(run, model, task, circuit.kept)
-    scale = _scale(values)
+    scale = _scale(values, model)
     shares = ((values.mean(1) - scale[1]) / (scale[0] - scale[1])).tolist()
     n = len(chosen)
     own = values[-3].mean()
@@ -204,7 +205,7 @@ def evaluate_ranking(
         rest = torch.zeros(len(kept) + 2, dtype=torch.bool)
         rest[-2] = True
         values = run(bound, torch.stack([*kept, everything, ~everything]), rest)
-    full, empty = _scale(values)
+    full, empty = _scale(values, model)
     shares = ((values.mean(1) - empty) / (full - empty)).tolist()
     left = [int(prune(graph, one).sum()) if graph.ranks_edges else int(one.sum()) for one in kept]
     half = len(kept) // 2
@@ -250,12 +251,16 @@ def _divergence(
     return -float(run(bound, kept[None], torch.zeros(1, dtype=torch.bool)).mean())
 
 
-def _scale(values: Float[torch.Tensor, "circuit prompt"]) -> tuple[float, float]:
+def _scale(
+    values: Float[torch.Tensor, "circuit prompt"], model: HookedModel
+) -> tuple[float, float]:
     """Metric with everything and with nothing kept, the last two rows.
 
     Raises:
+        ModelError: The metric of a circuit is not finite.
         TaskError: They hardly differ.
     """
+    check_finite(values, "The metric by circuit and prompt", model)
     full, empty = float(values[-2].mean()), float(values[-1].mean())
     if abs(full - empty) < MIN_GAP:
         raise TaskError(

@@ -24,6 +24,7 @@ from jaxtyping import Float
 
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.finite import check_all
 from gemmascope_plugin.models.padding import padded
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
@@ -108,7 +109,9 @@ class AnswerRun:
         anatomy = Anatomy(model)
         names = dict.fromkeys([*hooks, _last(anatomy)])
         keepers = [(name, keep(name)) for name in names]
-        return cls(anatomy, bound, at, bound.said(model, bound.clean, fwd_hooks=keepers))
+        said = bound.said(model, bound.clean, fwd_hooks=keepers)
+        check_all(at, "the run of the prompts, at their answers", model)
+        return cls(anatomy, bound, at, said)
 
     @property
     def end(self) -> Float[torch.Tensor, "prompt d_model"]:

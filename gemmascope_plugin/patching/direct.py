@@ -30,6 +30,7 @@ import torch
 from gemmascope_plugin.errors import UnknownNameError, check_choice
 from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.points import n_layers
 from gemmascope_plugin.models.protocol import HookedModel
@@ -172,7 +173,11 @@ class _Sums:
         self.n_prompts += len(before)
         self.before += float(before.sum())
         self.after += float(run.capped.sum())
-        self.residual = max(self.residual, float((total - before).abs().max()))
+        # a NaN would get lost in max()
+        gap = check_finite(
+            (total - before).abs().max(), "The sum of contributions", run.anatomy.model
+        )
+        self.residual = max(self.residual, float(gap))
 
     def metadata(self, model: HookedModel, bound: BoundTask) -> dict[str, Any]:
         """What is the same for every form of the result."""

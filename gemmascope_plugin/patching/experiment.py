@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.errors import EmptySelectionError, check_choice
 from gemmascope_plugin.models import token_strings
+from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.components import COMPONENTS, layer_of, sizes_of
@@ -93,6 +94,7 @@ class Experiment:
         by_prompt: Float[torch.Tensor, "patch prompt"] | None = None,
     ) -> Effects:
         """Changes of the metric per patch, in the shape of the grid."""
+        check_finite(values, f"The effect by {method}", self.model)
         shape, metadata = self.grid.shape, {**self.metadata, "method": method}
         each = None if by_prompt is None else self.bound.fold(by_prompt).reshape(*shape, -1)
         return Effects(values.reshape(shape), self.grid.axes, self.grid.labels, metadata, each)
@@ -182,7 +184,7 @@ def experiment(
             metrics = [
                 _joined_metric(parts, is_other=(clean == denoising)) for clean in (True, False)
             ]
-        ends = bound.metric_values(*(float(metric.mean()) for metric in metrics))
+        ends = bound.metric_values(*(float(metric.mean()) for metric in metrics), model)
         reads = _Reads.of(runner, component, hooks, (base, away), rows, parts)
         here, other = reads.inserted(insert)
         if grid is None:

@@ -24,6 +24,7 @@ from gemmascope_plugin.figures.theme import plain, short_label
 from gemmascope_plugin.models import to_tokens, token_strings
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.asked import record
+from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.unembed import Unembedding, top_logits
 from gemmascope_plugin.patching.answers import TokenSets
@@ -195,6 +196,7 @@ def logit_lens(
     out = anatomy.unembedding()
     fields = _predictions(out, out.read(streams).flatten(0, 1), top_k, asked)
     best, p, asked_p, ranks = (field.unflatten(0, streams.shape[:2]).cpu() for field in fields)
+    check_finite(p, "The probability by layer, position and rank", model)
     used = torch.cat([best.flatten(), torch.tensor(asked, dtype=best.dtype)]).unique()
     names = dict(zip(used.tolist(), token_strings(model, used), strict=True))
     texts = tuple(token_strings(model, ids[0, list(at)]))

@@ -112,7 +112,7 @@ def path_patching(
     with nullcontext(model) if saes is None else patchable(model, "feature", saes) as runner:
         with torch.no_grad():
             clean, corrupt = (bound.measure(runner, t).cpu() for t in (bound.clean, bound.corrupt))
-        ends = bound.metric_values(float(clean.mean()), float(corrupt.mean()))
+        ends = bound.metric_values(float(clean.mean()), float(corrupt.mean()), model)
         sweep = _Sweep(runner, anatomy, bound, tokens, sending, receiving, paths)
         each = sweep.run(corrupt if denoising else clean, max_rows)
         metadata = _described(model, runner, bound, saes is not None)

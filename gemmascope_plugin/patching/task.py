@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.asked import read_out
+from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.padding import padded, right_padded
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.readout import Readout
@@ -396,14 +397,22 @@ class BoundTask:
             clean, corrupt = (
                 float(self.measure(runner, tokens).mean()) for tokens in (self.clean, self.corrupt)
             )
-        return self.metric_values(clean, corrupt)
+        return self.metric_values(clean, corrupt, runner)
 
-    def metric_values(self, clean: float, corrupt: float) -> dict[str, float]:
-        """Both ends of the scale, checked to lie apart.
+    def metric_values(self, clean: float, corrupt: float, runner: Any = None) -> dict[str, float]:
+        """Both ends of the scale, checked to be finite and to lie apart.
+
+        Args:
+            clean: Of the clean prompts.
+            corrupt: Of the others.
+            runner: What ran them, to be asked for the cause of a NaN.
 
         Raises:
+            ModelError: An end is not finite.
             TaskError: The metric hardly differs between clean and corrupted prompts.
         """
+        check_finite(clean, "The metric of the clean prompts", runner)
+        check_finite(corrupt, "The metric of the corrupted prompts", runner)
         if abs(clean - corrupt) < MIN_GAP:
             raise TaskError(
                 f"The metric is {clean:.6f} on clean and {corrupt:.6f} on corrupted prompts; effects "

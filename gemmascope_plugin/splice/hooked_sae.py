@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.errors import MissingHookError, ModelError
+from gemmascope_plugin.models.finite import check_weights
 from gemmascope_plugin.saes import Coder
 from gemmascope_plugin.saes.cross_layer import cross_layer_of
 from gemmascope_plugin.splice.edit import Edit
@@ -40,8 +41,8 @@ class HookedSAE(HookedSite):
             times the memory of the encoder, and time once. See ``saes/two_stage.py``.
 
     Raises:
-        ModelError: The dictionary is neither plain JumpReLU nor a tree, or has many sites, or no
-            two stages.
+        ModelError: The dictionary is neither plain JumpReLU nor a tree, has many sites, no two stages,
+            or a weight that is not finite.
         MissingHookError: The dictionary does not say which hooks it belongs to.
         UnknownNameError: An unknown error mode, or no such level.
     """
@@ -63,6 +64,7 @@ class HookedSAE(HookedSite):
             )
         weights = saes.coder_of(sae, level)
         hook_in, hook_out = _site(sae)
+        check_weights(sae.named_parameters(), f"The dictionary at {hook_out}")
         super().__init__(
             hook_in,
             hook_out,

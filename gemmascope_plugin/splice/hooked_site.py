@@ -33,6 +33,7 @@ from transformer_lens.hook_points import HookPoint
 
 from gemmascope_plugin.errors import WidthMismatchError, check_choice
 from gemmascope_plugin.models import flatten_heads, restore_heads
+from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.saes import Coder, TwoStage
 from gemmascope_plugin.splice.edit import Edit
 from gemmascope_plugin.splice.pass_features import PassFeatures
@@ -179,6 +180,7 @@ class HookedSite(torch.nn.Module, ABC):
 
         Raises:
             WidthMismatchError: ``y`` has another width than the dictionary.
+            ModelError: What is written is not finite, as where a narrow type overflows.
         """
         flat = flatten_heads(y)
         self._check_width(flat, self.hook_out, self.widths[1])
@@ -200,6 +202,8 @@ class HookedSite(torch.nn.Module, ABC):
         for edit in own.projections:
             out = edit.project(out, own.weights.W_dec, window)
         out = out.to(flat.dtype)
+        if not torch.compiler.is_compiling():
+            check_finite(out, f"What the dictionary at {self.name} writes")
         # edits alone leave excluded tokens as they are, hooks need not
         if self.error != "keep" or any(features.site.listened() for features in (*earlier, own)):
             out = torch.where(window.keep.to(out.device)[..., None], out, flat)

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.models.asked import NextTokenLosses
+from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import kept_positions, special_ids
 from gemmascope_plugin.splice.fit import Batches
@@ -62,6 +63,7 @@ def losses(
     Raises:
         MissingHookError: The model lacks a hook of the dictionary.
         WidthMismatchError: The dictionary has another width than the model's tensor.
+        ModelError: A loss that is not finite.
     """
     excluded = special_ids(model, exclude)
     padding = special_ids(model, ("pad",)) if model.tokenizer is not None else frozenset()
@@ -71,6 +73,7 @@ def losses(
         keep = kept_positions(tokens, excluded)
         mask = keep[:, :-1] & kept_positions(tokens, padding)[:, 1:]
         for name, each in _passes(model, sae, tokens, keep, mask, exclude, hook_out, can_splice):
+            check_finite(each, f"The loss of the next token in the {name} pass", model)
             sums[name] = sums.get(name, 0.0) + float(each.double().sum())
         n += int(mask.sum())
     names = ("clean", "spliced", "kept", "zeroed")

@@ -30,6 +30,7 @@ from jaxtyping import Float, Int
 from gemmascope_plugin.catalog.sites import human_size
 from gemmascope_plugin.errors import GemmaScopeError, TaskError
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.finite import check_all
 from gemmascope_plugin.models.norm import Norm
 from gemmascope_plugin.models.points import flatten_heads
 from gemmascope_plugin.models.prompts import to_tokens
@@ -90,6 +91,7 @@ class FrozenPass:
         Raises:
             TaskError: Several prompts.
             GemmaScopeError: The patterns do not fit.
+            ModelError: Something in the pass is not finite.
         """
         tokens = to_tokens(model, prompt)
         if len(tokens) != 1:
@@ -101,6 +103,7 @@ class FrozenPass:
         _check_patterns(anatomy, tokens.shape[1], budget)
         names = [*_needed(anatomy.n_layers), *hooks]
         held = read(model, tokens, list(dict.fromkeys(names)))
+        check_all(held, "the prompt's pass", model)
         flat = {name: x if "pattern" in name else flatten_heads(x) for name, x in held.items()}
         return cls(model, anatomy, tokens[0], {name: x[0] for name, x in flat.items()})
 

@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.attribution.adjoint.frozen_pass import FrozenPass
 from gemmascope_plugin.errors import ModelError, WidthMismatchError
+from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.sites import gained_layer, norm_gain
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.saes import Coder, Weights
@@ -229,6 +230,7 @@ def _activity(
     b_dec = bias if bias.ndim == 1 else _constant(site, dtype)
     # an MLP is a source where its dictionary has no features; other tensors flow on there
     passed = torch.zeros_like(y) if site.cuts else y - (bias - b_dec)
+    check_finite(written, f"What the features of the dictionary at {site.label} write by position")
     rest = torch.where(keep[:, None], y - written - bias, passed)
     gain = _read_gain(record, site)
     return Activity(site, acts.with_values(acts.values.to(dtype)), keep, rest, b_dec, gain)

@@ -18,7 +18,12 @@ from gemmascope_plugin.attribution.adjoint.frozen_pass import FrozenPass
 from gemmascope_plugin.attribution.adjoint.site import PER_LAYER
 from gemmascope_plugin.errors import TaskError, WidthMismatchError
 from gemmascope_plugin.indices import as_index
+from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.tokens import token_id, token_label
+from gemmascope_plugin.models.unembed import all_logits, unembedding
+
+WORDS = 8192
+"""Rows of the unembedding that are added up at a time."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +134,11 @@ class Readout:
 
     def __init__(self, record: FrozenPass) -> None:
         self._record = record
-        self._W_U = record.anatomy.W_U
-        self._mean = self._W_U.to(record.dtype).mean(1)
+        self._out = unembedding(record.model)
+        self._mean = check_finite(self._mean_row(), "The mean of the unembedding", record.model)
+        self._chances: dict[int, torch.Tensor] = {}
         self._scale = record.final_scale()
-        bias = getattr(record.model, "b_U", None)
-        self._b_U = None if bias is None or not bool(bias.detach().any()) else bias.detach()
+        self._b_U = self._out.bias
 
     def top(self, count: int, share: float, position: int) -> list[Seed]:
         """The likeliest next tokens: as many as reach a share of the probability.
@@ -143,7 +148,7 @@ class Readout:
             share: Of the probability.
             position: Where the next token is asked for.
         """
-        values, ids = self._probabilities(position).topk(min(count, self._W_U.shape[1]))
+        values, ids = self._probabilities(position).topk(min(count, self._out.d_vocab))
         enough = int((values.cumsum(0) < share).sum()) + 1
         return [self.logit(Logit(int(token), position)) for token in ids[:enough]]
 
@@ -153,7 +158,7 @@ class Readout:
         token = self._id(target.token, position)
         chance = float(self._probabilities(position)[token])
         bias = 0.0 if self._b_U is None else float(self._b_U[token] - self._b_U.mean())
-        vector = self._W_U[:, token].to(self._mean) - self._mean
+        vector = self._row(token) - self._mean
         source = ("logit", token, position)
         return self._seed(self._word(token), vector, bias, token, chance, source)
 
@@ -168,7 +173,7 @@ class Readout:
         if token == other:
             raise TaskError(f"The difference of {self._word(token)!r} and itself is zero")
         bias = 0.0 if self._b_U is None else float(self._b_U[token] - self._b_U[other])
-        vector = (self._W_U[:, token] - self._W_U[:, other]).to(self._mean)
+        vector = self._row(token) - self._row(other)
         words = self._word(token), self._word(other)
         label = " - ".join(word if word == word.strip() else repr(word) for word in words)
         source = ("difference", token, other, position)
@@ -216,15 +221,25 @@ class Readout:
         return Seed(label, position, after, reads, bias, value, token, chance, source)
 
     def _probabilities(self, position: int) -> Float[torch.Tensor, " d_vocab"]:
-        """The model's own, after the soft-cap."""
-        record, anatomy = self._record, self._record.anatomy
-        logits = anatomy.ln_final(record.stream(record.n_layers)[position]) @ self._W_U.to(
-            record.dtype
-        )
-        logits = logits if self._b_U is None else logits + self._b_U
-        if anatomy.soft_cap is not None:
-            logits = anatomy.soft_cap * torch.tanh(logits / anatomy.soft_cap)
-        return logits.softmax(-1)
+        """The model's own, after the soft-cap; once a position."""
+        if position not in self._chances:
+            record = self._record
+            end = self._out.read(record.stream(record.n_layers)[position][None])
+            chances = all_logits(self._out, end)[0].softmax(-1)
+            self._chances[position] = check_finite(
+                chances, "The probability by token", record.model
+            )
+        return self._chances[position]
+
+    def _row(self, token: int) -> Float[torch.Tensor, " d_model"]:
+        return self._out.weight[token].to(self._mean)
+
+    def _mean_row(self) -> Float[torch.Tensor, " d_model"]:
+        """Over all words, some at a time: the unembedding is never copied as a whole."""
+        total = self._record.embed.new_zeros(self._record.anatomy.d_model, dtype=torch.float64)
+        for rows in self._out.weight.split(WORDS):
+            total += rows.to(self._record.dtype).sum(0)
+        return (total / self._out.d_vocab).to(self._record.dtype)
 
     def _id(self, token: str | int, position: int) -> int:
         return token_id(self._record.model, token, self._record.tokens[: position + 1])

@@ -36,11 +36,22 @@ from gemmascope_plugin.attribution.adjoint.tracer import Tracer
 from gemmascope_plugin.circuits.tracing.attribution_graph import AttributionGraph
 from gemmascope_plugin.circuits.tracing.matching import dictionary_name
 from gemmascope_plugin.circuits.tracing.node_table import node_table
-from gemmascope_plugin.errors import FeatureIndexError, TaskError, UnknownNameError, nearest
+from gemmascope_plugin.errors import (
+    FeatureIndexError,
+    ModelError,
+    TaskError,
+    UnknownNameError,
+    nearest,
+)
+from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.origin import weights_of
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, dtype_of
 from gemmascope_plugin.models.tokens import token_strings
 from gemmascope_plugin.sizes import parse_size
+
+RESIDUALS = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+"""Type of the weights to what rounding may leave of a row, as a share of the size of its effects: dozens
+of roundings of a narrow stream, ``2^-9`` or ``2^-12`` each; sums of float32 stay far below."""
 
 
 def trace(
@@ -115,7 +126,7 @@ def trace(
         "logits": "before the final soft-cap",
         "max_feature_nodes": max_feature_nodes,
         "min_share": min_share,
-        "residual": _residual(nodes, edges) if min_share == 0 else float("nan"),
+        "residual": _judged(tracer, nodes, edges) if min_share == 0 else float("nan"),
     }
     return AttributionGraph(nodes, edges, tuple(words), details)
 
@@ -205,10 +216,31 @@ def _weights(tracer: Tracer, seeds: Sequence[Seed], features: dict[int, Any]) ->
     return weights
 
 
-def _residual(nodes: Any, edges: Adjacency) -> float:
+def _judged(tracer: Tracer, nodes: Any, edges: Adjacency) -> float:
+    """The residual: how far rows are from what they explain.
+
+    Raises:
+        ModelError: Something is not finite, or rows do not sum to what they explain.
+    """
+    matrix = edges.matrix
+    check_finite(torch.from_numpy(matrix.data), "The effect of a node on a target")
     values = nodes["activation"].to_numpy()[edges.nodes]
-    sums = np.asarray(edges.matrix.sum(1)).ravel()
-    return float(np.abs(sums - values).max() / max(np.abs(values).max(), 1e-30))
+    check_finite(torch.from_numpy(values), "The pre-activation of an explained node")
+    sums = np.asarray(matrix.sum(1, dtype=np.float64)).ravel()
+    gaps = np.abs(sums - values)
+    residual = float(gaps.max() / max(np.abs(values).max(), 1e-30))
+    allowed = RESIDUALS.get(dtype_of(tracer.record.model), 1e-2)
+    # of terms that cancel, rounding leaves a share of their size
+    size = np.asarray(abs(matrix).sum(1)).ravel()
+    worst = int(np.argmax(gaps - allowed * np.maximum(size, np.abs(values))))
+    if not gaps[worst] <= allowed * max(size[worst], abs(values[worst])):
+        node = nodes["id"].iloc[edges.nodes[worst]]
+        raise ModelError(
+            f"The effects on {node} sum to {sums[worst]:.6g}, and it is {values[worst]:.6g}: the frozen "
+            f"model is not this one (allowed is {allowed:.0e} of the effects' size)",
+            fix="load_model(name), which folds nothing, or dtype='float32'",
+        )
+    return residual
 
 
 def _check_limits(

@@ -1,0 +1,119 @@
+"""What a result rests on is finite, or the call says where it first was not.
+
+A NaN passes every comparison by failing it (``abs(nan) > tolerance`` is False), so nothing downstream
+notices one. It is looked for where numbers enter (weights of a dictionary), where a pass is read
+(activations, losses, metrics) and where a result is handed out.
+
+The error names the first entry that is not finite, and the model's weight that is the cause, if one is:
+the weights are looked at only then.
+
+Cost: one pass over the tensor that is checked; weights of a dictionary once, until somebody changes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Shaped
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gemmascope_plugin.errors import ModelError
+
+_CHECKED: Any = WeakIdKeyDictionary()
+"""Weights that were finite, to their version."""
+
+
+def is_finite(x: Shaped[torch.Tensor, "*axes"]) -> bool:
+    """Whether every entry is finite; no second tensor of that size is made."""
+    if not x.is_floating_point() or not x.numel():
+        return True
+    # NaN and infinities of either sign come out as one of the two
+    return all(bool(extreme.isfinite()) for extreme in x.detach().aminmax())
+
+
+def check_finite(
+    x: Shaped[torch.Tensor, "*axes"] | float, where: str, model: Any = None
+) -> torch.Tensor:
+    """The tensor, if it is finite.
+
+    Args:
+        x: What a result rests on, or the result.
+        where: What it is, as a sentence begins: ``"The metric of the clean prompts"``.
+        model: Whose weights are asked for the cause.
+
+    Raises:
+        ModelError: With the first entry that is not, and the weight that is the cause.
+    """
+    tensor = torch.as_tensor(x)
+    if is_finite(tensor):
+        return tensor
+    bad = ~tensor.detach().isfinite()
+    first = bad.nonzero()[0]
+    value = float(tensor[tuple(first)])
+    at = f", first at {first.tolist()}" if tensor.ndim else ""
+    count = f"{int(bad.sum())} of {bad.numel()} numbers are not" if tensor.ndim else "it is"
+    raise ModelError(
+        f"{where} is not finite: {count} {'finite' if tensor.ndim else value}{at}"
+        + (f" ({value})" if tensor.ndim else ""),
+        exists=_cause(model),
+        fix="weights without NaN, and dtype='bfloat16' or 'float32' where float16 overflows",
+    )
+
+
+def check_all(named: Mapping[str, torch.Tensor], where: str, model: Any = None) -> None:
+    """Checks activations by hook, in the order of the pass.
+
+    Args:
+        named: Hook to tensor.
+        where: What the pass is: ``"the prompt's pass"``.
+        model: Whose weights are asked for the cause.
+
+    Raises:
+        ModelError: With the first hook that has something not finite, and its place there.
+    """
+    for name, x in named.items():
+        check_finite(x, f"What {name} has in {where}", model)
+
+
+def check_weights(weights: Iterable[tuple[str, torch.Tensor]], owner: str) -> None:
+    """Checks weights once, until they are changed.
+
+    Args:
+        weights: By name.
+        owner: Whose they are, as a sentence begins.
+
+    Raises:
+        ModelError: With the weight and the place in it.
+    """
+    for name, x in weights:
+        if x.is_meta or _CHECKED.get(x) == x._version:
+            continue
+        if not is_finite(x):
+            first = (~x.detach().isfinite()).nonzero()[0].tolist()
+            raise ModelError(
+                f"{owner} has a weight that is not finite: {name}{first} is {float(x[tuple(first)])}",
+                fix="the file it came from, loaded again",
+            )
+        _CHECKED[x] = x._version
+
+
+def first_bad_weight(model: Any) -> str | None:
+    """The first weight of a model that is not finite, by name and place; None where all are."""
+    for name, x in model.named_parameters():
+        if not is_finite(x):
+            first = (~x.detach().isfinite()).nonzero()[0].tolist()
+            return f"{name}{first} = {float(x[tuple(first)])}"
+    return None
+
+
+def _cause(model: Any) -> str | None:
+    if model is None:
+        return None
+    inner = getattr(model, "model", model)
+    named = getattr(inner, "named_parameters", None)
+    bad = None if named is None else first_bad_weight(inner)
+    if bad is not None:
+        return f"a weight of the model that is not finite, {bad}"
+    return "finite weights in the model, so something overflowed on the way"
