@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Shaped
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gemmascope_plugin.errors import ModelError
@@ -27,7 +28,8 @@ _CHECKED: Any = WeakIdKeyDictionary()
 
 def is_finite(x: Shaped[torch.Tensor, "*axes"]) -> bool:
     """Whether every entry is finite; no second tensor of that size is made."""
-    if not x.is_floating_point() or not x.numel():
+    has_values = not (x.is_meta or isinstance(x, FakeTensor))
+    if not has_values or not x.is_floating_point() or not x.numel():
         return True
     # NaN and infinities of either sign come out as one of the two
     return all(bool(extreme.isfinite()) for extreme in x.detach().aminmax())
@@ -88,7 +90,7 @@ def check_weights(weights: Iterable[tuple[str, torch.Tensor]], owner: str) -> No
         ModelError: With the weight and the place in it.
     """
     for name, x in weights:
-        if x.is_meta or _CHECKED.get(x) == x._version:
+        if _CHECKED.get(x) == x._version:
             continue
         if not is_finite(x):
             first = (~x.detach().isfinite()).nonzero()[0].tolist()
