@@ -127,7 +127,7 @@ def discover(
         method,
     )
     if scored == "nodes":
-        graph = _node_graph(model, task, kinds, saes, method, progress)
+        graph = _node_graph(model, task, kinds, saes, method, steps, progress)
         return _selected(graph, size, tau, "top", len(graph.nodes) // 2)
     options: dict[str, Any] = {
         "replacement": replacement,
@@ -296,6 +296,7 @@ def _node_graph(
     kinds: tuple[str, ...],
     saes: Any,
     method: str,
+    steps: int,
     progress: bool,
 ) -> Graph:
     found: list[tuple[Node, float]] = []
@@ -305,7 +306,7 @@ def _node_graph(
         if method == "exact":
             effects = activation_patching(model, task, component, progress=progress, **asked)
         else:
-            asked["method"] = method
+            asked |= {"method": method, "steps": steps}
             effects = attribution_patching(model, task, component, **asked)
         found += _drops(kind, effects, method == "atp*")  # which says sizes only
     details = {"task": task.name, "metric": task.asked.name, "method": method, "kinds": kinds}

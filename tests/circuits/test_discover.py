@@ -170,3 +170,8 @@ def test_scores_of_edges_say_how_far_the_metric_falls(hooked2) -> None:
 def test_what_discover_refuses(hooked2, options: dict, error, text: str) -> None:
     with pytest.raises(error, match=text):
         unchecked(discover)(hooked2, TASK, **options)
+
+
+def test_integrated_gradients_of_nodes_take_as_many_steps_as_asked(hooked2) -> None:
+    few, many = (discover(hooked2, TASK, method="ig", steps=n).graph.unit_scores for n in (1, 3))
+    assert float((few - many).abs().max()) > 1e-3 * float(many.abs().max())
