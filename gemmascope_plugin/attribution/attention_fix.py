@@ -32,6 +32,7 @@ from jaxtyping import Bool, Float
 
 from gemmascope_plugin.attribution.slopes import put
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.patching.experiment import Experiment
 from gemmascope_plugin.patching.nodes import At, read
@@ -145,7 +146,7 @@ def attention_fixes(run: Experiment, anatomy: Anatomy) -> dict[str, AttentionFix
     # The partners are put in place too: they would change with the queries or keys of lower layers.
     placed = [(name, put(run.other[name])) for name in run.grid.hooks]
     placed += [(name, put(base[name])) for name in partners.values()]
-    with run.runner.hooks(fwd_hooks=placed):
+    with hooking(run.runner, fwd_hooks=placed):
         moved = read(run.runner, run.base, list(scores.values()))
     keys = run.grid.patches[0].index[0]
     return {

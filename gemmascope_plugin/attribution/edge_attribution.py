@@ -42,8 +42,11 @@ from gemmascope_plugin.attribution.edge_scores import (
 from gemmascope_plugin.attribution.reader_gradients import ReaderGradients, read_gradients
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.patching.check import check_tasks
 from gemmascope_plugin.patching.edge_effects import EdgeEffects
 from gemmascope_plugin.patching.edges import EdgeMap
 from gemmascope_plugin.patching.metrics import KLDivergence
@@ -58,6 +61,7 @@ from gemmascope_plugin.sizes import parse_size
 from gemmascope_plugin.types import Direction
 
 
+@gate(model=check_model, task=check_tasks)
 def edge_attribution(
     model: HookedModel,
     task: Task | Sequence[Task],

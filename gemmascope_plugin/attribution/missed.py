@@ -25,12 +25,16 @@ from jaxtyping import Bool, Float, Int
 from gemmascope_plugin.attribution.slopes import norms_by_hand, parts_of
 from gemmascope_plugin.attribution.verify import ranking, reopened
 from gemmascope_plugin.errors import EmptySelectionError, TaskError
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.patching.check import check_task
 from gemmascope_plugin.patching.effects import Effects
 from gemmascope_plugin.patching.exact import MAX_ROWS
 from gemmascope_plugin.patching.experiment import Experiment
 from gemmascope_plugin.patching.nodes import At
 from gemmascope_plugin.patching.task import Task
+from gemmascope_plugin.splice.check import check_saes
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class MissedEffects:
         )
 
 
+@gate(model=check_model, task=check_task, saes=check_saes)
 def missed_effects(
     model: HookedModel,
     task: Task,

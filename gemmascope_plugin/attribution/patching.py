@@ -25,13 +25,17 @@ from gemmascope_plugin.attribution.relp import relp
 from gemmascope_plugin.attribution.relp_rules import RelpRules
 from gemmascope_plugin.attribution.slopes import Estimate, at_base, norms_by_hand, parts_of
 from gemmascope_plugin.errors import TaskError, check_choice
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.patching.check import check_task
 from gemmascope_plugin.patching.effects import Effects, FeatureId
 from gemmascope_plugin.patching.experiment import Experiment, experiment
 from gemmascope_plugin.patching.memory import Limit
 from gemmascope_plugin.patching.metrics import KLDivergence
 from gemmascope_plugin.patching.replacement import Replacement
 from gemmascope_plugin.patching.task import Task
+from gemmascope_plugin.splice.check import check_saes
 from gemmascope_plugin.types import Direction
 
 Method = Literal["atp", "ig", "ig-inputs", "atp*", "relp"]
@@ -48,6 +52,7 @@ MAX_ROWS = 64
 """Prompt copies in one forward and backward pass by default."""
 
 
+@gate(model=check_model, task=check_task, saes=check_saes)
 def attribution_patching(
     model: HookedModel,
     task: Task,

@@ -30,6 +30,7 @@ import torch
 
 from gemmascope_plugin.attribution.slopes import FwdHooks
 from gemmascope_plugin.errors import ModelError
+from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.norm import Norm
 from gemmascope_plugin.models.points import n_layers
 from gemmascope_plugin.models.protocol import HookedModel
@@ -59,7 +60,7 @@ class RelpRules:
         Raises:
             ModelError: MLPs without a gate.
         """
-        with runner.hooks(fwd_hooks=self.hooks(model, before_cap=before_cap)):
+        with hooking(runner, fwd_hooks=self.hooks(model, before_cap=before_cap)):
             yield
 
     def hooks(self, model: HookedModel, *, before_cap: bool = False) -> FwdHooks:

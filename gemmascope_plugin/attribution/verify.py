@@ -20,7 +20,10 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.errors import TaskError
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.patching.check import check_task
 from gemmascope_plugin.patching.effects import Effects
 from gemmascope_plugin.patching.exact import MAX_ROWS
 from gemmascope_plugin.patching.experiment import Experiment, experiment
@@ -28,6 +31,7 @@ from gemmascope_plugin.patching.memory import Limit
 from gemmascope_plugin.patching.nodes import Grid
 from gemmascope_plugin.patching.sweep import sweep
 from gemmascope_plugin.patching.task import Task
+from gemmascope_plugin.splice.check import check_saes
 
 _CHOICES = {
     "layer": "layers",
@@ -39,6 +43,7 @@ _CHOICES = {
 """Axis to the option that chooses coordinates along it."""
 
 
+@gate(model=check_model, task=check_task, saes=check_saes)
 def verify_top(
     model: HookedModel,
     task: Task,

@@ -29,15 +29,19 @@ from gemmascope_plugin.circuits.graph import Graph
 from gemmascope_plugin.circuits.places import places_in
 from gemmascope_plugin.circuits.select import greedy, threshold, top_n
 from gemmascope_plugin.errors import TaskError, check_choice
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching import Effects, Task, activation_patching
+from gemmascope_plugin.patching.check import check_task
 from gemmascope_plugin.patching.edge_effects import EdgeEffects
 from gemmascope_plugin.patching.edge_patching import edge_patching
 from gemmascope_plugin.patching.memory import Limit
 from gemmascope_plugin.patching.metrics import kl_divergence
 from gemmascope_plugin.patching.node import Node, check_kinds
 from gemmascope_plugin.patching.writer_replacement import WriterReplacement
+from gemmascope_plugin.splice.check import check_saes
 
 Units = Literal["nodes", "edges"]
 Selection = Literal["top", "greedy"]
@@ -49,6 +53,7 @@ _COMPONENT = {"head": "z", "mlp": "mlp_out", "feature": "feature"}
 _MAX_ROWS = 512
 
 
+@gate(model=check_model, task=check_task, saes=check_saes)
 def discover(
     model: HookedModel,
     task: Task,

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from gemmascope_plugin.circuits.ablator import Ablator, ablator
+from gemmascope_plugin.circuits.check import check_circuit, check_ranking
 from gemmascope_plugin.circuits.circuit import Circuit
 from gemmascope_plugin.circuits.feature_circuits.ablation import Errors
 from gemmascope_plugin.circuits.feature_circuits.graphs import is_feature_graph
@@ -31,18 +32,23 @@ from gemmascope_plugin.circuits.prune import prune
 from gemmascope_plugin.circuits.scores import Scores
 from gemmascope_plugin.circuits.select import top_n
 from gemmascope_plugin.errors import TaskError, check_choice
+from gemmascope_plugin.models.check import check_model
 from gemmascope_plugin.models.finite import check_finite
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching import Task
+from gemmascope_plugin.patching.check import check_task
 from gemmascope_plugin.patching.exact import MAX_ROWS
 from gemmascope_plugin.patching.memory import Limit
 from gemmascope_plugin.patching.metrics import kl_divergence
 from gemmascope_plugin.patching.task import MIN_GAP
 from gemmascope_plugin.patching.writer_replacement import WRITER_REPLACEMENTS, WriterReplacement
+from gemmascope_plugin.splice.check import check_saes
 
 _N_SIZES, _FEW = 12, 24
 
 
+@gate(circuit=check_circuit, model=check_model, task=check_task, saes=check_saes)
 def evaluate(
     circuit: Circuit,
     model: HookedModel,
@@ -167,6 +173,7 @@ def _errors(circuit: Circuit, errors: str | None) -> Errors:
     return next(one for one in known if one == errors)
 
 
+@gate(graph=check_ranking, model=check_model, task=check_task, saes=check_saes)
 def evaluate_ranking(
     graph: Graph,
     model: HookedModel,

@@ -42,8 +42,11 @@ from gemmascope_plugin.features.stream import (
     kept_concepts,
     site_tensors,
 )
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.saes import SparseActs
+from gemmascope_plugin.splice.check import check_sae
 
 FULL_COSINE, FRACTION_COSINE = 0.025, 0.1
 """Least cosine of an absorber with the probe, for full absorption and for the fraction."""
@@ -65,6 +68,7 @@ class _Along:
     """``y . p``."""
 
 
+@gate(model=check_model, sae=check_sae)
 def probe_absorption(
     model: HookedModel,
     sae: Any,

@@ -31,8 +31,11 @@ from gemmascope_plugin.features.stream import (
     kept_concepts,
     site_tensors,
 )
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.splice import HookedSAE
+from gemmascope_plugin.splice.check import check_sae
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -137,6 +140,7 @@ class Adaptivity(Measured):
         )
 
 
+@gate(model=check_model, sae=check_sae)
 @torch.no_grad()
 def adaptivity(
     model: HookedModel,

@@ -16,20 +16,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
-from typing import Any
+from typing import Any, overload
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 import gemmascope_plugin.figures as figures
-from gemmascope_plugin.errors import ModelError, check_choice, check_feature
-from gemmascope_plugin.models import special_ids, to_tokens, token_strings
+from gemmascope_plugin.errors import check_choice, check_feature
+from gemmascope_plugin.models import special_ids, token_strings
 from gemmascope_plugin.models.asked import no_logits
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
+from gemmascope_plugin.models.prompts import PromptLike, read_prompts
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.splice import splice
-from gemmascope_plugin.splice.splicing import as_list
+from gemmascope_plugin.splice.check import as_list, check_saes
 
+Exclude = str | int | Sequence[str | int]
 _PARTS = ("hook_sae_acts_post", "hook_sae_recons", "hook_sae_error")
 
 
@@ -135,33 +139,58 @@ class Features:
         return f"Features({len(self.tokens)} tokens, excluded {self.exclude}, {fits})"
 
 
+@overload
+def analyze(
+    model: HookedModel, saes: Any, text: str, *, top_k: int = ..., exclude: Exclude = ...
+) -> Features: ...
+
+
+@overload
+def analyze(
+    model: HookedModel, saes: Any, text: PromptLike, *, top_k: int = ..., exclude: Exclude = ...
+) -> Any: ...
+
+
+@gate(model=check_model, saes=check_saes)
 @torch.no_grad()
 def analyze(
     model: HookedModel,
     saes: Any,
-    text: str | torch.Tensor,
+    text: PromptLike,
     *,
     top_k: int = 5,
-    exclude: Sequence[str | int] = ("bos", "eos", "pad"),
-) -> Features:
+    exclude: Exclude = ("bos", "eos", "pad"),
+) -> Any:
     """Active features per token and site.
 
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge``.
         saes: Dictionaries; options of a :class:`HookedSAE` do not count here.
-        text: One prompt, or token ids ``[1, pos]``.
+        text: One prompt: text, token ids, or a conversation; or several of any lengths.
         top_k: Features per token in tables.
         exclude: Special tokens to leave out.
 
+    Returns:
+        The :class:`Features` of the prompt; a list of them for several.
+
     Raises:
         EmptySelectionError: An empty prompt, or one of excluded tokens only.
-        ModelError: Several prompts.
+        UnknownNameError: An unknown special token.
     """
-    tokens = to_tokens(model, text)
-    if len(tokens) > 1:
-        raise ModelError(
-            f"analyze() takes one prompt, got {len(tokens)}", fix="one call per prompt"
-        )
+    rows = [row[None] for row in read_prompts(model, text).rows()]
+    exclude = (exclude,) if isinstance(exclude, (str, int)) else tuple(exclude)
+    features = [_analyze(model, saes, tokens, top_k, exclude) for tokens in rows]
+    return features[0] if len(features) == 1 else features
+
+
+def _analyze(
+    model: HookedModel,
+    saes: Any,
+    tokens: Int[torch.Tensor, "1 pos"],
+    top_k: int,
+    exclude: tuple[str | int, ...],
+) -> Features:
+    """The features of one prompt."""
     keep = kept_positions(tokens, special_ids(model, exclude))[0]
     plain = [getattr(sae, "sae", sae) for sae in as_list(saes)]
     with splice(model, plain, exclude=exclude) as spliced:
@@ -172,7 +201,7 @@ def analyze(
         fits = {site: _fit(site, cache, keep) for site in sites}
     acts = {site: cache[f"{site}.hook_sae_acts_post"][0].cpu() for site in sites}
     words = tuple(token_strings(model, tokens[0]))
-    return Features(words, acts, fits, tuple(exclude), top_k)
+    return Features(words, acts, fits, exclude, top_k)
 
 
 def _fit(site: str, cache: Mapping[str, torch.Tensor], keep: torch.Tensor) -> SiteFit:

@@ -35,7 +35,10 @@ from gemmascope_plugin.features.cost import cost as measure_cost
 from gemmascope_plugin.features.hierarchy import hierarchy
 from gemmascope_plugin.features.measure import measure
 from gemmascope_plugin.features.stream import Tokens, check_concepts
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.splice.check import check_saes
 
 _TITLES = {
     "fvu": "fraction of variance unexplained",
@@ -64,6 +67,7 @@ _TITLES = {
 }
 
 
+@gate(model=check_model, saes=check_saes)
 def compare(
     model: HookedModel,
     saes: Mapping[str, Any],

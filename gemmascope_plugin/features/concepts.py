@@ -43,8 +43,11 @@ from gemmascope_plugin.features.stream import (
     hooked_for,
     kept_concepts,
 )
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.saes import SparseActs
+from gemmascope_plugin.splice.check import check_sae
 
 COLUMNS = (
     *("concept", "n_tokens", "feature", "precision", "recall", "f1"),
@@ -133,6 +136,7 @@ def concept_scores(
     return frame.astype({"feature": "Int64", "absorbed_by": "Int64"})
 
 
+@gate(model=check_model, sae=check_sae)
 @torch.no_grad()
 def concept_scores_of(
     model: HookedModel,

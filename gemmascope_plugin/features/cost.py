@@ -28,9 +28,12 @@ import gemmascope_plugin.saes as saes
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.features.measured import Measured
 from gemmascope_plugin.features.stream import Corpus, Tokens, corpus, hooked_for, site_tensors
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.saes import Coder
 from gemmascope_plugin.splice import HookedSAE
+from gemmascope_plugin.splice.check import check_sae
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -75,6 +78,7 @@ class Cost(Measured):
         )
 
 
+@gate(model=check_model, sae=check_sae)
 @torch.no_grad()
 def cost(
     model: HookedModel,

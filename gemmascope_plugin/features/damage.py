@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float
 from gemmascope_plugin.features.stream import Corpus
 from gemmascope_plugin.models import flatten_heads, restore_heads
 from gemmascope_plugin.models.asked import NextTokenLosses
+from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.splice import HookedSAE, splice
 
@@ -77,7 +78,7 @@ def damage(
         with splice(model, hooked) as run:
             each.append(read(run))
         for value in (torch.zeros_like(mean), mean):
-            with model.hooks(fwd_hooks=[(hooked.hook_out, _replace(text.kept(tokens), value))]):
+            with hooking(model, fwd_hooks=[(hooked.hook_out, _replace(text.kept(tokens), value))]):
                 each.append(read(model))
         sums = [
             total + float(losses.double().sum()) for total, losses in zip(sums, each, strict=True)

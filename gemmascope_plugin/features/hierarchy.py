@@ -53,9 +53,12 @@ from gemmascope_plugin.features.tree_recovery import (
     concept_order,
     tree_recovery,
 )
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.saes import SparseActs
 from gemmascope_plugin.splice import HookedSAE
+from gemmascope_plugin.splice.check import check_sae
 
 Forest: TypeAlias = Literal["auto", "own", "mcs"] | Int[torch.Tensor, " d_sae"]
 """``"own"``: the dictionary's; ``"mcs"``: from activations; ``"auto"``: its own if it has one; or the
@@ -77,6 +80,7 @@ class _Rules:
     seed: int
 
 
+@gate(model=check_model, sae=check_sae)
 def hierarchy(
     model: HookedModel,
     sae: Any,

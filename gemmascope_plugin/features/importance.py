@@ -29,6 +29,7 @@ from gemmascope_plugin.features.stream import Corpus
 from gemmascope_plugin.models import flatten_heads
 from gemmascope_plugin.models.asked import final_residuals
 from gemmascope_plugin.models.gradients import frozen
+from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import reading
 from gemmascope_plugin.models.unembed import mean_logit, unembedding
@@ -79,7 +80,7 @@ def _batch(
     with (
         torch.enable_grad(),
         frozen(model.parameters()),
-        model.hooks(fwd_hooks=hooks),
+        hooking(model, fwd_hooks=hooks),
         final_residuals(model) as end,
     ):
         model(tokens)

@@ -32,9 +32,12 @@ from gemmascope_plugin.features.geometry import mean_max_cosine
 from gemmascope_plugin.features.importance import importance
 from gemmascope_plugin.features.measured import Measured
 from gemmascope_plugin.features.stream import Corpus, Tokens, corpus, hooked_for, site_tensors
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.saes import Coder
 from gemmascope_plugin.splice import HookedSAE
+from gemmascope_plugin.splice.check import check_sae
 
 DENSE = 0.1
 """A feature active on a larger share of the tokens is dense."""
@@ -149,6 +152,7 @@ class _Sums:
         return self.error / variance if varies else math.nan
 
 
+@gate(model=check_model, sae=check_sae)
 def measure(
     model: HookedModel,
     sae: Any,

@@ -19,17 +19,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.errors import EmptySelectionError, ModelError, WidthMismatchError
-from gemmascope_plugin.models import flatten_heads, special_ids, to_tokens
+from gemmascope_plugin.models import flatten_heads, special_ids
 from gemmascope_plugin.models.asked import record
 from gemmascope_plugin.models.compiled import refuse_compiled
+from gemmascope_plugin.models.prompts import documents
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import reading
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.saes import SparseActs
 from gemmascope_plugin.splice import HookedSAE
 
-Tokens = Int[torch.Tensor, "document pos"] | Sequence[Int[torch.Tensor, "_ _"]]
-"""Token ids, or several such tensors for documents of several lengths."""
+Tokens = Any
+"""Token ids ``[document, pos]``, several such tensors for documents of several lengths, or texts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +71,7 @@ def corpus(
     if batch < 1:
         raise ModelError(f"batch={batch} documents per pass is less than one", fix="batch=16")
     named = (exclude,) if isinstance(exclude, (str, int)) else tuple(exclude)
-    given = [tokens] if isinstance(tokens, torch.Tensor) else list(tokens)
-    parts = [part for one in given for part in to_tokens(model, one).split(batch)]
+    parts = [part for rows in documents(model, tokens) for part in rows.split(batch)]
     excluded = special_ids(model, named)
     padding = special_ids(model, ("pad",)) if model.tokenizer is not None else frozenset()
     if not any(bool(kept_positions(part, excluded).any()) for part in parts):

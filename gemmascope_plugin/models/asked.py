@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.errors import HookNotFiredError, shorten
+from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.readout import OfLogits, OfResiduals, Readout
 from gemmascope_plugin.models.unembed import (
@@ -215,7 +216,7 @@ def record(
 
         return hook_fn
 
-    with model.hooks(fwd_hooks=[*fwd_hooks, *((name, keep(name)) for name in wanted)]):
+    with hooking(model, fwd_hooks=[*fwd_hooks, *((name, keep(name)) for name in wanted)]):
         try:
             if wanted:
                 with torch.no_grad(), no_logits(model):

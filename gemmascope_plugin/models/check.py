@@ -22,20 +22,25 @@ def check_model(model: Any, call: str = "") -> HookedModel:
     Raises:
         InputError: It is something else, with what to type.
     """
-    # hook_dict of TransformerBridge is made anew whenever it is asked for: the class is asked instead
-    kind = type(model)
-    is_module = isinstance(model, torch.nn.Module)
-    if is_module and all(hasattr(kind, p) or p in vars(model) | model._modules for p in _PARTS):
-        return model
-    if hasattr(model, "_orig_mod"):  # compiled: refused where it matters, with its own words
-        return model
-    if model is not None and all(hasattr(model, part) for part in _PARTS):
+    if is_model(model) or hasattr(model, "_orig_mod"):  # compiled ones are refused where it matters
         return model
     raise InputError(
         f"{describe(model)} is not a model",
         exists="HookedTransformer, TransformerBridge",
         fix=_fix(model, call),
     )
+
+
+def is_model(value: Any) -> bool:
+    """Whether something is a model of TransformerLens."""
+    if isinstance(value, type) or value is None:
+        return False
+    # hook_dict of TransformerBridge is made anew whenever it is asked for: the class is asked instead
+    if isinstance(value, torch.nn.Module):
+        own = vars(value) | value._modules
+        if all(part in own or hasattr(type(value), part) for part in _PARTS):
+            return True
+    return all(hasattr(value, part) for part in _PARTS)
 
 
 def describe(value: Any) -> str:

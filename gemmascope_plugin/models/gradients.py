@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.errors import HookNotFiredError
+from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.precision import wide
 
 
@@ -100,7 +101,7 @@ def gradients_of(
     with (
         torch.enable_grad(),
         frozen(getattr(model, "model", model).parameters()),
-        model.hooks(fwd_hooks=[*fwd_hooks, ("hook_embed", start)], bwd_hooks=backward_hooks),
+        hooking(model, fwd_hooks=[*fwd_hooks, ("hook_embed", start)], bwd_hooks=backward_hooks),
     ):
         value = run()
         if value.requires_grad:

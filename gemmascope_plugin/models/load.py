@@ -116,6 +116,8 @@ def hooked_from_hf(hf: Any, tokenizer: Any, name: str, *, dtype: torch.dtype | N
     report = model.load_state_dict(state, assign=True, strict=False)
     absent = [key for key in report.missing_keys if key.rpartition(".")[2] not in _TABLES]
     assert not absent and not report.unexpected_keys, (absent, report.unexpected_keys)
+    # which tokens end a text
+    model.generation_config = getattr(hf, "generation_config", None)  # pyright: ignore[reportArgumentType]
     return model.eval().requires_grad_(False)
 
 

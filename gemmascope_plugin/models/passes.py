@@ -14,7 +14,7 @@ started above it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +39,10 @@ class Pass:
     """One more than the last position that will be seen: those to be generated count."""
     attention: Bool[torch.Tensor, "batch pos"] | None
     """False at padding, where the caller gave an attention mask."""
+    rows: tuple[int, ...] | None = None
+    """Which rows of a larger batch run in this pass; None for all."""
+    n_rows: int | None = None
+    """Rows of that batch."""
     grown: bool = False
     """Whether the text is that of the pass before plus one token, as generation without a key-value
     cache makes it: where its prompt ended is not known."""
@@ -60,6 +64,7 @@ class PassWatch:
         self._prompt = 0
         self._mask: torch.Tensor | None = None
         self._generation: tuple[int, int] | None = None
+        self._rows: tuple[tuple[int, ...] | None, int | None] = (None, None)
         self._whole: torch.Tensor | None = None
         self._grown = False
         self._asked: set[object] = set()
@@ -87,13 +92,23 @@ class PassWatch:
         self._embedded = self._text = self._mask = self._whole = None
 
     @contextmanager
-    def generation(self, prompt: int, new: int) -> Iterator[None]:
-        """Passes inside the block continue a prompt of this length by up to ``new`` tokens."""
+    def generation(
+        self, prompt: int, new: int, rows: Sequence[int] | None = None, n_rows: int | None = None
+    ) -> Iterator[None]:
+        """Passes inside the block continue a prompt of this length by up to ``new`` tokens.
+
+        Args:
+            prompt: Its length.
+            new: Tokens that may follow.
+            rows: Which rows of a larger batch these are; None for all.
+            n_rows: Rows of that batch.
+        """
         self._generation = (prompt, prompt + new)
+        self._rows = (None if rows is None else tuple(rows), n_rows)
         try:
             yield
         finally:
-            self._generation = None
+            self._generation, self._rows = None, (None, None)
 
     def current(self, asker: object, shape: torch.Size) -> Pass:
         """The running pass.
@@ -110,7 +125,7 @@ class PassWatch:
         prompt, horizon = self._generation or (own or stop, stop)
         mask = None if self._mask is None else self._mask[:, -n_pos:].bool()
         grown = self._grown and self._generation is None
-        return Pass(tokens, self._start, prompt, horizon, mask, grown)
+        return Pass(tokens, self._start, prompt, horizon, mask, *self._rows, grown)
 
     def _on_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._next()

@@ -163,6 +163,47 @@ def one_prompt(model: HookedModel, prompt: PromptLike, who: str) -> Int[torch.Te
     return prompts.rows()[0][None]
 
 
+def documents(model: HookedModel, tokens: Any) -> list[Int[torch.Tensor, "document pos"]]:
+    """Documents in any form as tensors of ids, neighbours of one length together.
+
+    Args:
+        model: The model.
+        tokens: Token ids ``[document, pos]``, several such tensors, or what is a prompt elsewhere.
+    """
+    if isinstance(tokens, torch.Tensor):
+        return [to_tokens(model, tokens)]
+    is_listed = isinstance(tokens, (list, tuple))
+    if is_listed and all(isinstance(part, torch.Tensor) and part.ndim == 2 for part in tokens):
+        return [to_tokens(model, part) for part in tokens]
+    groups: list[list[torch.Tensor]] = []
+    for row in read_prompts(model, tokens).rows():
+        if groups and len(groups[-1][0]) == len(row):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [torch.stack(rows) for rows in groups]
+
+
+def check_room(model: HookedModel, length: int, new: int) -> None:
+    """Refuses a continuation that would leave the model's context.
+
+    Args:
+        model: The model.
+        length: Tokens of the prompt.
+        new: Tokens that may follow.
+
+    Raises:
+        ModelError: Both together are longer than the context.
+    """
+    limit = getattr(model.cfg, "n_ctx", None)
+    if limit is not None and length + new > limit:
+        raise ModelError(
+            f"A prompt of {length} tokens and {new} new ones are longer than the model's context of "
+            f"{limit}",
+            fix=f"max_new_tokens={max(limit - length, 1)}, or a shorter prompt",
+        )
+
+
 def pad_id(model: HookedModel) -> int:
     """What fills rows behind the end of their prompts."""
     number = getattr(model.tokenizer, "pad_token_id", None)
@@ -179,7 +220,7 @@ def _padding(model: HookedModel) -> int | None:
 def _rows(model: HookedModel, prompts: Any) -> list[Int[torch.Tensor, " _"]]:
     """The ids of every prompt, on the CPU."""
     if isinstance(prompts, str) or is_chat(prompts):
-        return [_text_ids(model, prompts)]
+        return [text_ids(model, prompts)]
     if getattr(prompts, "ndim", 0) or hasattr(prompts, "__array__"):
         matrix = _integers(prompts)
         return list(matrix if matrix.ndim == 2 else matrix[None])
@@ -187,7 +228,7 @@ def _rows(model: HookedModel, prompts: Any) -> list[Int[torch.Tensor, " _"]]:
         raise _not_a_prompt(prompts)
     listed = list(prompts)
     if not listed:
-        raise EmptySelectionError("There are no prompts: the prompt is empty", fix="'a text'")
+        raise EmptySelectionError("There is no prompt: the prompt is empty", fix="'a text'")
     if not isinstance(listed[0], str) and (ids := as_indices(listed)) is not None:
         return [torch.tensor(ids)]
     return [_row(model, prompt) for prompt in listed]
@@ -208,7 +249,8 @@ def _row(model: HookedModel, prompt: Any) -> Int[torch.Tensor, " _"]:
     return rows[0]
 
 
-def _text_ids(model: HookedModel, prompt: Any) -> Int[torch.Tensor, " _"]:
+def text_ids(model: HookedModel, prompt: Any) -> Int[torch.Tensor, " _"]:
+    """The ids of one text or conversation of any length, on the CPU."""
     if isinstance(prompt, str) and not prompt.strip():
         raise EmptySelectionError(
             "The prompt is empty", fix="give at least one word, or token ids [batch, pos]"

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.models.asked import no_logits
+from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.points import n_layers
 from gemmascope_plugin.models.protocol import HookedModel
 
@@ -64,7 +65,7 @@ class Restart:
 
     def hooks(self, *args: Any, **kwargs: Any) -> Any:
         """Those of the model."""
-        return self._model.hooks(*args, **kwargs)
+        return hooking(self._model, *args, **kwargs)
 
     def __call__(
         self, stream: Float[torch.Tensor, "row pos d_model"], *, start_at_layer: int

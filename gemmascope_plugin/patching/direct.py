@@ -30,7 +30,9 @@ import torch
 from gemmascope_plugin.errors import UnknownNameError, check_choice
 from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.check import check_model
 from gemmascope_plugin.models.finite import check_finite
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.points import n_layers
 from gemmascope_plugin.models.protocol import HookedModel
@@ -47,6 +49,7 @@ from gemmascope_plugin.patching.feature_contributions import site_hooks, split
 from gemmascope_plugin.patching.metrics import LogitDiff
 from gemmascope_plugin.patching.nodes import patchable
 from gemmascope_plugin.patching.task import BoundTask, Prompts, Task
+from gemmascope_plugin.splice.check import check_saes
 
 Parts = Literal["component", "head", "feature"]
 Scale = Literal["own", "final"]
@@ -54,6 +57,7 @@ BATCH = 32
 """Prompts in one forward pass."""
 
 
+@gate(model=check_model, saes=check_saes)
 @torch.no_grad()
 def direct_logit_attribution(
     model: HookedModel,
@@ -112,6 +116,7 @@ def direct_logit_attribution(
     return Effects(each.mean(-1), ("component",), labels, metadata, each)
 
 
+@gate(model=check_model)
 @torch.no_grad()
 def accumulated_logit_diff(
     model: HookedModel,

@@ -24,10 +24,13 @@ from jaxtyping import Float, Int
 
 from gemmascope_plugin.errors import EmptySelectionError, UnknownNameError, check_choice
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.restart import Restart
+from gemmascope_plugin.patching.check import check_task
 from gemmascope_plugin.patching.edge_effects import EdgeEffects
 from gemmascope_plugin.patching.edges import EdgeMap
 from gemmascope_plugin.patching.memory import Footprint, Limit
@@ -46,6 +49,7 @@ MAX_ROWS = 512
 """Prompt copies in one pass by default."""
 
 
+@gate(model=check_model, task=check_task)
 def edge_patching(
     model: HookedModel,
     task: Task,

@@ -14,19 +14,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.patching.check import check_task
 from gemmascope_plugin.patching.effects import Effects, FeatureId
 from gemmascope_plugin.patching.experiment import experiment
 from gemmascope_plugin.patching.memory import Limit
 from gemmascope_plugin.patching.replacement import Replacement
 from gemmascope_plugin.patching.sweep import sweep
 from gemmascope_plugin.patching.task import Task
+from gemmascope_plugin.splice.check import check_saes
 from gemmascope_plugin.types import Direction
 
 MAX_ROWS = 512
 """Rows of prompts in one forward pass by default."""
 
 
+@gate(model=check_model, task=check_task, saes=check_saes)
 def activation_patching(
     model: HookedModel,
     task: Task,

@@ -17,10 +17,12 @@ from typing import Any
 
 from gemmascope_plugin.errors import (
     EmptySelectionError,
+    InputError,
     UnknownNameError,
     check_choice,
     check_feature,
 )
+from gemmascope_plugin.indices import as_indices
 from gemmascope_plugin.patching.components import COMPONENTS
 from gemmascope_plugin.patching.effects import FeatureId
 from gemmascope_plugin.patching.nodes import At, Grid, Patch
@@ -66,7 +68,11 @@ class Choice:
             )
         if len(set(axes)) < len(axes):
             raise UnknownNameError(f"An axis is named twice in {axes}")
-        if known.reads is not None and "layer" not in axes and len(self.layers or ()) != 1:
+        if (
+            known.reads is not None
+            and "layer" not in axes
+            and len(as_indices(self.layers) or ()) != 1
+        ):
             raise UnknownNameError(
                 f"{component} is written through another hook, one layer at a time",
                 fix='axes=("layer", "pos")',
@@ -138,7 +144,7 @@ def feature_grid(sites: Mapping[str, Any], choice: Choice, n_pos: int) -> Grid:
         FeatureIndexError: An index outside its dictionary.
     """
     features = choice.features
-    if not features:
+    if features is None or not len(features):
         raise EmptySelectionError("No feature is named", fix="features=None for all that differ")
     for site, index in features:
         check_choice("dictionary site", site, sites)
@@ -205,13 +211,18 @@ def coordinates(what: str, wanted: Sequence[int] | None, size: int) -> tuple[int
     """
     if wanted is None:
         return tuple(range(size))
-    if not len(wanted):
+    numbers = as_indices(wanted)
+    if numbers is None:
+        raise InputError(
+            f"{what}s={wanted!r} are not numbers", fix=f"{what}s=[0, 1], a range, or {what}s=None"
+        )
+    if not numbers:
         raise EmptySelectionError(f"No {what} is named", fix=f"{what}s=None for all")
-    for index in wanted:
+    for index in numbers:
         if not 0 <= index < size:
             raise UnknownNameError(
                 f"{what.capitalize()} {index} does not exist", exists=f"{what}s 0 to {size - 1}"
             )
-    if len(set(wanted)) < len(wanted):
-        raise UnknownNameError(f"A {what} is named twice in {list(wanted)}")
-    return tuple(int(index) for index in wanted)
+    if len(set(numbers)) < len(numbers):
+        raise UnknownNameError(f"A {what} is named twice in {numbers}")
+    return tuple(numbers)

@@ -24,7 +24,10 @@ from gemmascope_plugin.figures.theme import plain, short_label
 from gemmascope_plugin.models import to_tokens, token_strings
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.asked import record
+from gemmascope_plugin.models.check import check_model
 from gemmascope_plugin.models.finite import check_finite
+from gemmascope_plugin.models.gate import gate
+from gemmascope_plugin.models.prompts import PromptLike
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.unembed import Unembedding, top_logits
 from gemmascope_plugin.patching.answers import TokenSets
@@ -151,10 +154,11 @@ class LogitLens:
         return places[0]
 
 
+@gate(model=check_model)
 @torch.no_grad()
 def logit_lens(
     model: HookedModel,
-    prompt: str | Int[torch.Tensor, "*batch pos"],
+    prompt: PromptLike,
     *,
     layers: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,

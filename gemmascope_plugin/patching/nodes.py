@@ -12,10 +12,11 @@ from jaxtyping import Float, Int, Shaped
 
 from gemmascope_plugin.errors import HookNotFiredError, UnknownNameError
 from gemmascope_plugin.models.asked import no_logits
+from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.components import COMPONENTS
 from gemmascope_plugin.splice import HookedCrossLayer, HookedSAE, splice
-from gemmascope_plugin.splice.splicing import as_list
+from gemmascope_plugin.splice.check import as_list
 
 At = int | slice | tuple[int, ...]
 """One coordinate, all of them, or some."""
@@ -145,7 +146,7 @@ def _read(runner: Any, tokens: torch.Tensor, hooks: Sequence[str]) -> dict[str, 
         return hook_fn
 
     keepers = [(name, keep(name)) for name in hooks]
-    with torch.no_grad(), runner.hooks(fwd_hooks=keepers), no_logits(runner):
+    with torch.no_grad(), hooking(runner, fwd_hooks=keepers), no_logits(runner):
         runner(tokens)
     missing = [name for name in hooks if name not in held]
     if missing:

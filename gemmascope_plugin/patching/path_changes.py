@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.errors import TaskError, UnknownNameError, check_choice, check_feature
+from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.points import restore_heads
 from gemmascope_plugin.patching.names import Stream
 from gemmascope_plugin.patching.node import Node
@@ -213,6 +214,6 @@ def _columns(
 
     hooks = [(acts_hook(name), keep(nodes)) for name, nodes in by_site.items()]
     hooks += [(f"{name}.hook_sae_input", measure(nodes)) for name, nodes in by_site.items()]
-    with runner.hooks(fwd_hooks=hooks):
+    with hooking(runner, fwd_hooks=hooks):
         runner(tokens)
     return acts, scales

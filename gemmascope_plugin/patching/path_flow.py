@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import dtype_of
 from gemmascope_plugin.patching.nodes import read
@@ -138,7 +139,7 @@ class Flow:
                 hooks.setdefault(there, []).append(_add(value, rows))
         edits = [(name, _clone_and(edit)) for name, edit in hooks.items()]
         tokens = self._base.repeat(len(changes), 1)
-        with self._runner.hooks(fwd_hooks=edits):
+        with hooking(self._runner, fwd_hooks=edits):
             seen = read(self._runner, tokens, list(streams))
         return [
             {

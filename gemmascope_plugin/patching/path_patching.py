@@ -30,9 +30,12 @@ from jaxtyping import Float, Int
 from gemmascope_plugin.errors import EmptySelectionError, check_choice, shorten
 from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.restart import Restart, can_restart
+from gemmascope_plugin.patching.check import check_task
 from gemmascope_plugin.patching.edges import EdgeMap
 from gemmascope_plugin.patching.effects import Effects, FeatureId
 from gemmascope_plugin.patching.names import Stream, node_of, reader_of
@@ -49,6 +52,7 @@ from gemmascope_plugin.patching.path_receivers import (
 )
 from gemmascope_plugin.patching.task import BoundTask, Task
 from gemmascope_plugin.patching.timeline import layer_of, written
+from gemmascope_plugin.splice.check import check_saes
 from gemmascope_plugin.types import Direction
 
 MAX_ROWS = 512
@@ -58,6 +62,7 @@ Name = str | FeatureId | Node | Stream
 Named = Name | Reader
 
 
+@gate(model=check_model, task=check_task, saes=check_saes)
 def path_patching(
     model: HookedModel,
     task: Task,

@@ -32,6 +32,7 @@ from jaxtyping import Float
 
 from gemmascope_plugin.errors import TaskError, UnknownNameError
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.patching.names import Stream
 from gemmascope_plugin.patching.node import Node, Reader
@@ -125,7 +126,7 @@ def delivering(
         run = _Pass(runner, anatomy, patterns)
         run.deliver(deliveries, shared_keys=layer)
         run.watch(f"blocks.{layer}.attn.hook_pattern")
-        with torch.no_grad(), runner.hooks(fwd_hooks=run.hooks()):
+        with torch.no_grad(), hooking(runner, fwd_hooks=run.hooks()):
             runner(tokens, stop_at_layer=layer + 1)
         seen = run.live[f"blocks.{layer}.attn.hook_pattern"]
         for d, node in copied:

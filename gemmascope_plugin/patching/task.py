@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.asked import read_out
 from gemmascope_plugin.models.finite import check_finite
+from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.padding import padded, right_padded
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.readout import Readout
@@ -355,7 +356,7 @@ class BoundTask:
         """
         before_cap = self.metric.metric.before_cap
         with (
-            runner.hooks(fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks)),
+            hooking(runner, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks)),
             read_out(runner, self.metric.places, before_cap=before_cap) as readouts,
         ):
             runner(tokens, **kwargs)

@@ -128,11 +128,13 @@ class Replace(Edit):
         """The source where it reaches, the activations elsewhere."""
         source: Any = self.source
         n_batch, n_pos = source.shape[:2]
-        if n_pos < window.end or n_batch not in (1, len(acts)):
+        if n_pos < window.end or n_batch not in (1, window.batch):
             raise EmptySelectionError(
                 f"Replace has activations of {n_batch} prompts with {n_pos} tokens",
-                exists=f"a batch of {len(acts)} with {window.end} tokens each",
+                exists=f"a batch of {window.batch} with {window.end} tokens each",
             )
+        if window.rows is not None:  # some rows of the batch, whose padding is no source
+            source = source[list(window.rows) if n_batch > 1 else slice(None), : window.end]
         here = source[:, window.start : window.stop].to(acts)
         missing = acts.shape[1] - here.shape[1]
         if missing == acts.shape[1]:

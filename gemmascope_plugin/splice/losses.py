@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.models.asked import NextTokenLosses
 from gemmascope_plugin.models.finite import check_finite
+from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import kept_positions, special_ids
 from gemmascope_plugin.splice.fit import Batches
@@ -106,5 +107,5 @@ def _passes(
         here = keep[(..., *[None] * (x.ndim - 2))]
         return torch.where(here.to(x.device), torch.zeros_like(x), x)
 
-    with model.hooks(fwd_hooks=[(hook_out, zero)]):
+    with hooking(model, fwd_hooks=[(hook_out, zero)]):
         yield "zeroed", read(model)

@@ -84,6 +84,8 @@ class Sampling:
     freq_penalty: float = 0.0
     """What a token's logit loses for every time it is in the text already, prompt included."""
     seed: int = 0
+    stop: tuple[int, ...] = ()
+    """Ids of tokens that end a continuation, beside those of the model."""
 
     def __post_init__(self) -> None:
         for name, fits, exists, example in _RANGES:
@@ -110,8 +112,10 @@ class Sampling:
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the model's ``generate``."""
         if self.temperature == 0:
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+            ends = {"stop": self.stop}
+            return {"max_new_tokens": self.max_new_tokens, "do_sample": False, **ends}
         return {
+            "stop": self.stop,
             "max_new_tokens": self.max_new_tokens,
             "do_sample": True,
             "temperature": self.temperature,

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Int
 
 from gemmascope_plugin.errors import (
     HookNotFiredError,
@@ -21,11 +22,13 @@ from gemmascope_plugin.errors import (
     nearest,
     shorten,
 )
-from gemmascope_plugin.models import hook_point, to_tokens
+from gemmascope_plugin.models import hook_point
+from gemmascope_plugin.models.hooks import attached, claim
 from gemmascope_plugin.models.passes import PassWatch
-from gemmascope_plugin.models.prompts import read_prompts
+from gemmascope_plugin.models.prompts import check_room, read_prompts
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import Reading, reading
+from gemmascope_plugin.models.stops import stop_ids
 from gemmascope_plugin.splice.hooked_cross_layer import HookedCrossLayer
 from gemmascope_plugin.splice.hooked_sae import HookedSAE
 from gemmascope_plugin.splice.hooked_site import SUB_HOOKS, HookedSite
@@ -120,18 +123,8 @@ class SplicedModel:
             (n, f, "bwd") for n, f in bwd_hooks
         ]
         points = [(self.hook_point(name), fn, way) for name, fn, way in with_direction]
-        handles = []
-        try:
-            for point, fn, way in points:
-                point.add_hook(fn, dir=way)
-                visible = point.fwd_hooks if way == "fwd" else point.bwd_hooks
-                handles.append((visible[-1], visible))
+        with claim(self.model, "a run with hooks"), attached(points):
             yield self
-        finally:
-            for handle, visible in handles:
-                handle.hook.remove()
-                if handle in visible:
-                    visible.remove(handle)
 
     def run_with_hooks(
         self,
@@ -208,12 +201,44 @@ class SplicedModel:
         """
         return self._watch.generation(prompt, new)
 
-    def generate(self, text: Any, *, max_new_tokens: int = 20, **kwargs: Any) -> torch.Tensor:
-        """Token ids ``[batch, pos + new]``; keyword arguments as for the model's ``generate``."""
+    def generate(
+        self, text: Any, *, max_new_tokens: int = 20, stop: Any = (), **kwargs: Any
+    ) -> Int[torch.Tensor, "batch pos"]:
+        """Continues prompts in any form, of any lengths.
+
+        Args:
+            text: The prompts.
+            max_new_tokens: Longest continuation.
+            stop: Words or ids of tokens that end a continuation, beside those that end one for this model
+                (``models/stops.py``).
+            **kwargs: For the model's ``generate``.
+
+        Returns:
+            Token ids, each prompt and what follows it, padded behind the end. Prompts of one length are
+            continued together, others one length after another: no padding is ever attended to.
+
+        Raises:
+            ModelError: Prompt and continuation are longer than the model's context.
+        """
         options: dict[str, Any] = {"verbose": False, "stop_at_eos": True, "prepend_bos": False}
+        ends = stop_ids(self.model, stop)
+        if ends and options["stop_at_eos"]:
+            options["eos_token_id"] = ends
         options.update(kwargs)
-        tokens = to_tokens(self.model, text)
-        with self.continuing(tokens.shape[1], max_new_tokens):
-            return self.model.generate(
-                tokens, max_new_tokens=max_new_tokens, return_type="tokens", **options
-            )
+        prompts = read_prompts(self.model, text)
+        lengths = prompts.lengths.tolist()
+        check_room(self.model, max(lengths), max_new_tokens)
+        by_length: dict[int, list[int]] = {}
+        for row, length in enumerate(lengths):
+            by_length.setdefault(length, []).append(row)
+        texts: dict[int, torch.Tensor] = {}
+        for length, rows in by_length.items():
+            part = None if len(by_length) == 1 else rows
+            tokens = torch.stack([prompts.tokens[row][prompts.mask[row]] for row in rows])
+            with self._watch.generation(length, max_new_tokens, part, len(lengths)):
+                out = self.model.generate(
+                    tokens, max_new_tokens=max_new_tokens, return_type="tokens", **options
+                )
+            texts.update(zip(rows, out, strict=True))
+        listed = [texts[row] for row in range(len(lengths))]
+        return torch.nn.utils.rnn.pad_sequence(listed, batch_first=True, padding_value=prompts.pad)

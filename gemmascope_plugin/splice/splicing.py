@@ -14,20 +14,20 @@ Cost: that of :class:`HookedSAE` per site and pass.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
-
 from gemmascope_plugin.errors import (
     HookNotFiredError,
-    UnknownNameError,
     WidthMismatchError,
     shorten,
 )
 from gemmascope_plugin.models import hook_point, special_ids
+from gemmascope_plugin.models.check import check_model
 from gemmascope_plugin.models.compiled import refuse_compiled, refuse_unseen
+from gemmascope_plugin.models.gate import gate
+from gemmascope_plugin.models.hooks import claim
 from gemmascope_plugin.models.passes import PassWatch
 from gemmascope_plugin.models.points import width_at
 from gemmascope_plugin.models.protocol import HookedModel
@@ -35,6 +35,7 @@ from gemmascope_plugin.models.sites import reading
 from gemmascope_plugin.saes.cross_layer import cross_layer_of
 from gemmascope_plugin.splice.assign import assign
 from gemmascope_plugin.splice.attach import Course
+from gemmascope_plugin.splice.check import Saes, as_list, check_sae, check_saes
 from gemmascope_plugin.splice.edit import Edit
 from gemmascope_plugin.splice.hooked_cross_layer import HookedCrossLayer
 from gemmascope_plugin.splice.hooked_sae import HookedSAE
@@ -44,12 +45,10 @@ from gemmascope_plugin.splice.token_mask import TokenMask
 from gemmascope_plugin.splice.window import Positions
 from gemmascope_plugin.types import ErrorMode
 
-Saes = Any
-"""One dictionary or :class:`HookedSAE`, a sequence of them, or a mapping whose values they are."""
-
 Hooked = HookedSAE | HookedCrossLayer
 
 
+@gate(model=check_model, saes=check_saes)
 @contextmanager
 def splice(
     model: HookedModel,
@@ -81,7 +80,8 @@ def splice(
         WidthMismatchError: A dictionary of another width than the tensor at its site.
         FeatureIndexError: An edit names a feature outside its dictionary.
         HookNotFiredError: The model ran and a dictionary was never reached.
-        ModelError: The model was compiled with ``torch.compile``.
+        ModelError: The model was compiled with ``torch.compile``, or another thread has hooks in it: they
+            belong to the model, and two threads would get each other's.
     """
     refuse_compiled(model)
     hooked: list[Hooked] = []
@@ -91,6 +91,8 @@ def splice(
         hooked.append(one.with_error(one.error) if one in hooked else one)
     sites = [site for one in hooked for site in one.sites]
     with ExitStack() as stack:
+        at = ", ".join(dict.fromkeys(site.hook_out for site in sites))
+        stack.enter_context(claim(model, f"a splice of dictionaries at {at}"))
         _name_apart(stack, sites)
         by_site = assign(hooked, [edits] if isinstance(edits, Edit) else list(edits))
         points = model.hook_dict
@@ -110,31 +112,12 @@ def splice(
         refuse_unseen()
 
 
-def as_list(saes: Saes) -> list[Any]:
-    """One dictionary, a sequence or a mapping as a list.
-
-    Raises:
-        UnknownNameError: Nothing was given.
-    """
-    if isinstance(saes, torch.nn.Module) or not isinstance(saes, Iterable):
-        return [saes]
-    listed = list(saes.values()) if isinstance(saes, Mapping) else list(saes)
-    if not listed:
-        raise UnknownNameError(
-            "No dictionary was given to splice", fix="saes=[gemmascope_plugin.load(spec)]"
-        )
-    return listed
-
-
 def _as_hooked(
     sae: Any, error: ErrorMode, exclude: str | int | Sequence[str | int], positions: Positions
 ) -> Hooked:
     if isinstance(sae, Hooked):
         return sae
-    if not isinstance(sae, torch.nn.Module):
-        raise UnknownNameError(
-            f"A {type(sae).__name__} is not a loaded dictionary", fix="gemmascope_plugin.load(spec)"
-        )
+    check_sae(sae)
     if (layers := cross_layer_of(sae)) is not None:
         return HookedCrossLayer(layers, error=error, exclude=exclude, positions=positions)
     return HookedSAE(sae, error=error, exclude=exclude, positions=positions)

@@ -24,10 +24,15 @@ from typing import Any, SupportsFloat, SupportsIndex, overload
 import torch
 
 from gemmascope_plugin.errors import EmptySelectionError, check_choice
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
+from gemmascope_plugin.models.prompts import PromptLike, check_room, read_prompts
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.stops import stop_ids
+from gemmascope_plugin.splice.check import as_list, check_saes
 from gemmascope_plugin.splice.hooked_sae import HookedSAE
 from gemmascope_plugin.splice.sampling import Sampling, SteeringError
-from gemmascope_plugin.splice.splicing import as_list, splice
+from gemmascope_plugin.splice.splicing import splice
 from gemmascope_plugin.splice.steering_answer import Answer, AskedAnswer
 from gemmascope_plugin.splice.steering_report import METHODS, Method, Steering
 from gemmascope_plugin.splice.steering_run import Baseline, measure, push
@@ -43,7 +48,7 @@ def steer(
     sae: Any,
     feature: SupportsIndex,
     strength: float,
-    prompt: str,
+    prompt: PromptLike,
     *,
     method: Method = ...,
     max_new_tokens: int = ...,
@@ -51,6 +56,7 @@ def steer(
     top_k: int | None = ...,
     top_p: float | None = ...,
     freq_penalty: float = ...,
+    stop: Any = ...,
     seed: int = ...,
     positions: Positions = ...,
     exclude: Exclude = ...,
@@ -65,7 +71,7 @@ def steer(
     sae: Any,
     feature: SupportsIndex,
     strength: Iterable[float],
-    prompt: str,
+    prompt: PromptLike,
     *,
     method: Method = ...,
     max_new_tokens: int = ...,
@@ -73,6 +79,7 @@ def steer(
     top_k: int | None = ...,
     top_p: float | None = ...,
     freq_penalty: float = ...,
+    stop: Any = ...,
     seed: int = ...,
     positions: Positions = ...,
     exclude: Exclude = ...,
@@ -81,13 +88,14 @@ def steer(
 ) -> SteeringSweep: ...
 
 
+@gate(model=check_model, sae=check_saes)
 @torch.no_grad()
 def steer(
     model: HookedModel,
     sae: Any,
     feature: SupportsIndex,
     strength: float | Iterable[float],
-    prompt: str,
+    prompt: PromptLike,
     *,
     method: Method = "add",
     max_new_tokens: int = 20,
@@ -95,12 +103,13 @@ def steer(
     top_k: int | None = None,
     top_p: float | None = None,
     freq_penalty: float = 0.0,
+    stop: Any = (),
     seed: int = 0,
     positions: Positions = None,
     exclude: Exclude = None,
     answer: Answer | None = None,
     wrong: Answer | None = None,
-) -> Steering | SteeringSweep:
+) -> Any:
     """Continues a prompt with and without a feature's direction pushed at its site.
 
     Args:
@@ -110,13 +119,14 @@ def steer(
         feature: Index of the feature.
         strength: A number; several for a sweep. With ``method="add"`` in units of the feature's
             activation, and may be negative; with ``"orthogonal"`` the factor of what points along it.
-        prompt: Text to continue.
+        prompt: What to continue: text, token ids or a conversation; or several of any lengths.
         method: ``"add"`` or ``"orthogonal"``.
         max_new_tokens: Longest continuation; the model may end it earlier.
         temperature: 0 for the most probable token at every step, else sampling.
         top_k: Sample from this many most probable tokens.
         top_p: Sample from the fewest tokens that have this probability together.
         freq_penalty: What a token's logit loses for every time it is in the text already.
+        stop: Words or ids of tokens that end a continuation, beside the model's own.
         seed: Seed of the sampling, the same for every continuation.
         positions: Where to steer; None for everywhere. Positions are absolute, those of generated tokens
             follow the prompt's, negative ones count from its end; ``slice(n, None)`` reaches into what is
@@ -128,7 +138,8 @@ def steer(
         wrong: Text to compare it with.
 
     Returns:
-        A :class:`Steering` for one strength, a :class:`SteeringSweep` for several.
+        A :class:`Steering` for one strength, a :class:`SteeringSweep` for several; a list of them for
+        several prompts, each continued as if it were alone.
 
     Raises:
         FeatureIndexError: No such feature.
@@ -145,17 +156,26 @@ def steer(
         top_k=top_k,
         top_p=top_p,
         freq_penalty=freq_penalty,
+        stop=tuple(stop_ids(model, stop, with_own=False)),
         seed=seed,
     )
     options: dict[str, Any] = {} if exclude is None else {"exclude": exclude}
-    with splice(model, _one_dictionary(sae, exclude), **options) as spliced:
-        baseline = measure(spliced, feature, prompt, method, positions, sampling)
-        asked = AskedAnswer.of(model, baseline.tokens, answer, wrong)
-        before = None if asked is None else asked.value(spliced, max_new_tokens)
-    runs = tuple(push(model, baseline, s) for s in strengths)
-    if asked is not None and before is not None:
-        runs = tuple(_with_answer(model, baseline, run, asked, before) for run in runs)
-    return SteeringSweep(runs) if _is_sweep(strength) else runs[0]
+    rows = [row[None] for row in read_prompts(model, prompt).rows()]
+    for tokens in rows:
+        check_room(model, tokens.shape[1], sampling.max_new_tokens)
+    results = []
+    for tokens in rows:
+        with splice(model, _one_dictionary(sae, exclude), **options) as spliced:
+            baseline = measure(spliced, feature, tokens, method, positions, sampling)
+            asked = AskedAnswer.of(model, baseline.tokens, answer, wrong)
+            before = None if asked is None else asked.value(spliced, max_new_tokens)
+        if isinstance(prompt, str):
+            baseline = replace(baseline, prompt=prompt)
+        runs = tuple(push(model, baseline, s) for s in strengths)
+        if asked is not None and before is not None:
+            runs = tuple(_with_answer(model, baseline, run, asked, before) for run in runs)
+        results.append(SteeringSweep(runs) if _is_sweep(strength) else runs[0])
+    return results if len(results) > 1 else results[0]
 
 
 def _with_answer(

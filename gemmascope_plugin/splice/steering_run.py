@@ -9,18 +9,19 @@ Cost: a generation and a forward pass each.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.errors import EmptySelectionError, check_feature
-from gemmascope_plugin.models import flatten_heads, special_ids, to_tokens, token_strings
+from gemmascope_plugin.indices import feature_ids
+from gemmascope_plugin.models import flatten_heads, special_ids, token_strings
 from gemmascope_plugin.models.asked import asked_positions, read_out
 from gemmascope_plugin.models.protocol import HookedModel, device_of
 from gemmascope_plugin.models.readout import Readout
+from gemmascope_plugin.models.stops import stop_ids
 from gemmascope_plugin.models.tokens import SPECIAL_NAMES, kept_positions
 from gemmascope_plugin.splice.edits import Add, Edit, Project
 from gemmascope_plugin.splice.hooked_site import HookedSite
@@ -67,8 +68,8 @@ class Baseline:
 
 def measure(
     spliced: SplicedModel,
-    feature: SupportsIndex,
-    prompt: str,
+    feature: Any,
+    tokens: Int[torch.Tensor, "1 prompt"],
     method: Method,
     positions: Positions,
     sampling: Sampling,
@@ -78,7 +79,7 @@ def measure(
     Args:
         spliced: The model with the dictionary, unedited.
         feature: Index of the feature.
-        prompt: Text to continue.
+        tokens: The prompt to continue.
         method: How the push is made.
         positions: Where; None for everywhere.
         sampling: How continuations are drawn.
@@ -89,9 +90,14 @@ def measure(
         SteeringError: A dictionary of several layers.
     """
     model, site = spliced.model, _one_site(spliced)
-    check_feature(feature, site.d_sae, site.name)
-    index = operator.index(feature)
-    tokens = to_tokens(model, prompt)
+    index = feature_ids(feature)
+    if not isinstance(index, int):
+        raise SteeringError(
+            f"feature={feature!r} is not one feature",
+            fix="feature=12; one call for each of several",
+        )
+    check_feature(index, site.d_sae, site.name)
+    prompt = _text(model, tokens[0].tolist())
     special = special_ids(model, site.exclude)
     wanted = _wanted(site, positions, kept_positions(tokens, special), sampling.max_new_tokens)
     ids = _continue(spliced, tokens, sampling)
@@ -146,7 +152,9 @@ def _continue(
     with sampling.seeded(device_of(spliced.model)), asked_positions(spliced, [-1]):
         out = spliced.generate(tokens, **sampling.options())
     ids = out[0, tokens.shape[1] :].tolist()
-    ending = special_ids(spliced.model, SPECIAL_NAMES)
+    ending = {*stop_ids(spliced.model, sampling.stop)}
+    if spliced.model.tokenizer is not None:
+        ending |= special_ids(spliced.model, SPECIAL_NAMES)
     while ids and ids[-1] in ending:
         ids.pop()
     return ids
@@ -183,13 +191,15 @@ def _share(
 
 def _decode(model: HookedModel, tokens: Int[torch.Tensor, "1 prompt"], ids: list[int]) -> str:
     """The continuation as it follows the prompt: a word alone may lose the blank before it."""
-
-    def text(some: list[int]) -> str:
-        return model.tokenizer.decode(some, clean_up_tokenization_spaces=False)
-
     prompt = tokens[0].tolist()
-    whole, start = text(prompt + ids), text(prompt)
-    return whole[len(start) :] if whole.startswith(start) else text(ids)
+    whole, start = _text(model, prompt + ids), _text(model, prompt)
+    return whole[len(start) :] if whole.startswith(start) else _text(model, ids)
+
+
+def _text(model: HookedModel, ids: list[int]) -> str:
+    if model.tokenizer is None:
+        return " ".join(map(str, ids))
+    return model.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def _one_site(spliced: SplicedModel) -> HookedSite:

@@ -71,7 +71,9 @@ class TokenMask:
         # A pass of one token belongs to a generation, as a rule, and that token may be special.
         if keep.shape[1] > 1 and not keep.any(-1).all():
             raise _empty(site)
-        window = Window(keep, seen.start, seen.prompt, seen.horizon, seen.grown)
+        batch = (seen.rows, seen.n_rows)
+        ends = _ends(seen, keep.shape[1])
+        window = Window(keep, seen.start, seen.prompt, seen.horizon, ends, *batch, seen.grown)
         if site.positions is None:
             return window
         own = window.narrowed(keep & window.select(site.positions))
@@ -82,6 +84,14 @@ class TokenMask:
                 fix="other positions, or exclude=()",
             )
         return own
+
+
+def _ends(seen: Pass, n_pos: int) -> Int[torch.Tensor, " batch"] | None:
+    """Where the prompts end that are padded behind their ends; None where all end together."""
+    if seen.attention is None or seen.start > 0 or seen.rows is not None:
+        return None
+    ends = n_pos - seen.attention.int().flip(1).argmax(1)
+    return None if bool((ends == n_pos).all()) else ends
 
 
 def refuse_empty(

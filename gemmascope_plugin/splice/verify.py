@@ -27,11 +27,15 @@ from jaxtyping import Int
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.errors import EmptySelectionError
 from gemmascope_plugin.loading import spec_of
-from gemmascope_plugin.models import special_ids, to_tokens
+from gemmascope_plugin.models import special_ids
 from gemmascope_plugin.models.asked import record
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
+from gemmascope_plugin.models.prompts import PromptLike, documents
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import reading
 from gemmascope_plugin.models.tokens import kept_positions
+from gemmascope_plugin.splice.check import check_sae
 from gemmascope_plugin.splice.diagnose import Declared, far, nearby, own_reading, with_special
 from gemmascope_plugin.splice.findings import explain
 from gemmascope_plugin.splice.fit import Batches, Candidate, Fit, measure
@@ -45,10 +49,11 @@ _SAMPLE = 256
 """Tokens on which every layer is tried."""
 
 
+@gate(model=check_model, sae=check_sae)
 def verify(
     model: HookedModel,
     sae: Any,
-    text: str | Sequence[str] | Int[torch.Tensor, "*batch pos"],
+    text: PromptLike,
     *,
     exclude: Sequence[str | int] = ("bos", "eos", "pad"),
 ) -> Report:
@@ -75,7 +80,9 @@ def verify(
     """
     hooked = sae if isinstance(sae, HookedSAE) else HookedSAE(sae)
     sae, exclude = hooked.sae, (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    batches = _batches(model, text)
+    batches = [part for rows in documents(model, text) for part in rows.split(_BATCH)]
+    if not batches:
+        raise EmptySelectionError("There is no prompt", fix="give text or token ids [batch, pos]")
     excluded = special_ids(model, exclude)
     _refuse_empty(batches, excluded, exclude)
     read, readable = own_reading(model, hooked.hook_in)
@@ -153,20 +160,6 @@ def _bos_l0(model: HookedModel, sae: Any, batches: Batches, own: Candidate) -> f
         active += int((coder.activate(coder.pre_activations(x), x) > 0).sum())
         n += len(x)
     return active / n if n else None
-
-
-def _batches(
-    model: HookedModel, text: str | Sequence[str] | Int[torch.Tensor, "*batch pos"]
-) -> list[Int[torch.Tensor, "_ _"]]:
-    """Token ids in batches; prompts of one length together, others by themselves."""
-    if isinstance(text, (str, torch.Tensor)):
-        return list(to_tokens(model, text).split(_BATCH))
-    rows = [to_tokens(model, prompt) for prompt in text]
-    if not rows:
-        raise EmptySelectionError("There is no prompt", fix="give text or token ids [batch, pos]")
-    if len({row.shape[1] for row in rows}) > 1:
-        return rows
-    return list(torch.cat(rows).split(_BATCH))
 
 
 def _refuse_empty(

@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from gemmascope_plugin.errors import EmptySelectionError
+from gemmascope_plugin.indices import as_indices
 
 Positions = int | slice | Sequence[int] | torch.Tensor | None
 Rows = int | slice | Sequence[int] | None
@@ -35,6 +37,12 @@ class Window:
     """Length of the prompt, from whose end negative positions count; None for the pass itself."""
     horizon: int | None = None
     """One more than the last position that will be seen; None for the end of this pass."""
+    ends: Int[torch.Tensor, " batch"] | None = None
+    """Where each row's prompt ends, if some are padded behind their ends."""
+    rows: tuple[int, ...] | None = None
+    """Which rows of a larger batch these are; None for all of them."""
+    n_rows: int | None = None
+    """Rows of that batch."""
     grown: bool = False
     """Whether this text may be a prompt and what was generated after it, nobody knows from where on."""
 
@@ -52,6 +60,11 @@ class Window:
         """Length of the prompt."""
         return self.stop if self.prompt is None else self.prompt
 
+    @property
+    def batch(self) -> int:
+        """Rows of the whole batch."""
+        return len(self.keep) if self.n_rows is None else self.n_rows
+
     def select(self, positions: Positions, rows: Rows = None) -> Bool[torch.Tensor, "batch pos"]:
         """True at the tokens of this pass at the given positions and batch rows, kept or not.
 
@@ -59,6 +72,8 @@ class Window:
             EmptySelectionError: A position or row that does not exist, a mask of another size,
                 nothing is selected, or positions count from the end of a prompt that is not known.
         """
+        if isinstance(positions, np.ndarray):
+            positions = torch.from_numpy(positions)
         if self.grown and _from_the_end(positions):
             raise EmptySelectionError(
                 f"positions={positions} count from the end of the prompt, and this text is the one "
@@ -70,8 +85,10 @@ class Window:
         elif isinstance(positions, torch.Tensor):
             chosen = _mask(self, positions)
         else:
-            chosen = torch.tensor(_listed(self, positions), dtype=torch.bool)[None]
-        by_row = _rows(rows, len(self.keep))[:, None]
+            chosen = _numbered(self, positions)
+        by_row = _rows(rows, self.batch)[:, None]
+        if self.rows is not None:
+            by_row = by_row[list(self.rows)]
         return (chosen.to(by_row.device) & by_row).expand(self.keep.shape).to(self.keep.device)
 
 
@@ -80,7 +97,25 @@ def _from_the_end(positions: Positions) -> bool:
         return False
     if isinstance(positions, slice):
         return any(bound is not None and bound < 0 for bound in (positions.start, positions.stop))
-    return any(p < 0 for p in ([positions] if isinstance(positions, int) else positions))
+    return any(position < 0 for position in _numbers(positions))
+
+
+def _numbers(positions: Any) -> list[int]:
+    numbers = as_indices(positions)
+    if numbers is None:
+        raise EmptySelectionError(
+            f"positions={positions!r} are not positions",
+            fix="a number, several of them, a slice, or a boolean mask",
+        )
+    return numbers
+
+
+def _numbered(window: Window, positions: Any) -> Bool[torch.Tensor, "batch pos"]:
+    """What integers or a slice select; negative ones count from the end of each row's own prompt."""
+    if window.ends is None or not _from_the_end(positions):
+        return torch.tensor(_listed(window, positions), dtype=torch.bool)[None]
+    rows = [_listed(replace(window, prompt=end), positions) for end in window.ends.tolist()]
+    return torch.tensor(rows, dtype=torch.bool)
 
 
 def _listed(window: Window, positions: Any) -> list[bool]:
@@ -90,7 +125,7 @@ def _listed(window: Window, positions: Any) -> list[bool]:
     if isinstance(positions, slice):
         wanted = _sliced(positions, window.end, last)
     else:
-        given = [positions] if isinstance(positions, int) else list(positions)
+        given = _numbers(positions)
         wrong = [p for p in given if not -window.end <= p < last]
         if wrong:
             raise EmptySelectionError(
@@ -116,7 +151,7 @@ def _sliced(positions: slice, end: int, last: int) -> range:
 
 def _mask(window: Window, mask: torch.Tensor) -> torch.Tensor:
     """The part of a mask over the prompt that this pass sees; False after the prompt."""
-    n_batch = len(window.keep)
+    n_batch = window.batch
     if mask.dtype != torch.bool:
         raise EmptySelectionError(
             f"A tensor of {mask.dtype} is no mask of positions",
@@ -124,6 +159,8 @@ def _mask(window: Window, mask: torch.Tensor) -> torch.Tensor:
         )
     if mask.ndim == 1:
         mask = mask[None]
+    if window.rows is not None:
+        mask = mask[:, : window.end]  # the rest is padding of these rows
     if mask.shape[1] != window.end or mask.shape[0] not in (1, n_batch):
         raise EmptySelectionError(
             f"The mask of positions has shape {list(mask.shape)}",
@@ -131,6 +168,8 @@ def _mask(window: Window, mask: torch.Tensor) -> torch.Tensor:
         )
     if not mask.any():
         raise EmptySelectionError("The mask of positions selects no token")
+    if window.rows is not None and len(mask) > 1:
+        mask = mask[list(window.rows)]
     padded = torch.nn.functional.pad(mask, (0, max(0, window.stop - window.end)))
     return padded[:, window.start : window.stop]
 
@@ -139,7 +178,9 @@ def _rows(rows: Rows, n_batch: int) -> torch.Tensor:
     chosen = torch.zeros(n_batch, dtype=torch.bool)
     if rows is None:
         return ~chosen
-    listed = [rows] if isinstance(rows, int) else rows
+    listed = rows if isinstance(rows, slice) else as_indices(rows)
+    if listed is None:
+        raise EmptySelectionError(f"rows={rows!r} are not rows", exists=f"rows 0 to {n_batch - 1}")
     if not isinstance(listed, slice) and any(not -n_batch <= row < n_batch for row in listed):
         raise EmptySelectionError(
             f"Batch rows {listed} do not exist", exists=f"rows 0 to {n_batch - 1}"

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Int
 
 from gemmascope_plugin.errors import EmptySelectionError, ModelError
-from gemmascope_plugin.models.prompts import to_tokens
+from gemmascope_plugin.models.prompts import text_ids
 from gemmascope_plugin.models.protocol import HookedModel, device_of
 
 Corpus = str | Sequence[str] | torch.Tensor | Iterable[torch.Tensor]
@@ -150,7 +150,7 @@ def _pieces(
         raise EmptySelectionError("The corpus is empty", fix="at least one text with a word")
     pieces = []
     for text in texts:
-        ids = to_tokens(model, text)[0].cpu()
+        ids = text_ids(model, text)
         bos, rest = ids[:1], ids[1:]
         pieces += [torch.cat([bos, part]) for part in rest.split(context - 1)]
     return pieces

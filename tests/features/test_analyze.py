@@ -10,7 +10,6 @@ import torch
 from gemmascope_plugin.errors import (
     EmptySelectionError,
     FeatureIndexError,
-    ModelError,
     UnknownNameError,
 )
 from gemmascope_plugin.features import Features, analyze
@@ -115,11 +114,6 @@ def test_the_model_is_left_alone(model) -> None:
 def test_a_text_without_words_is_an_error(hooked2, text) -> None:
     with pytest.raises(EmptySelectionError, match="prompt (is empty|has only excluded tokens)"):
         analyze(hooked2, factories.residual(hooked2, 1), text)
-
-
-def test_several_texts_are_an_error(hooked2) -> None:
-    with pytest.raises(ModelError, match="one prompt.*2"):
-        analyze(hooked2, factories.residual(hooked2, 1), random_tokens(batch=2))
 
 
 def test_two_dictionaries_at_one_site_are_told_apart(hooked2) -> None:

@@ -88,7 +88,7 @@ def test_a_budget_decides_the_rows() -> None:
     text = r"budget of 1.2 MB is too small.*1.0 MB.*300.0 kB.*memory_budget=1_300_000 or"
     with pytest.raises(GemmaScopeError, match=text):
         Limit(512, "1.2 MB").rows(need)
-    with pytest.raises(UnknownNameError, match="no size 'much'"):
+    with pytest.raises(UnknownNameError, match="'much' is not a size"):
         Limit(512, "much")
     with pytest.raises(UnknownNameError, match="max_rows=0 leaves no row"):
         Limit(0)

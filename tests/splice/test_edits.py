@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from gemmascope_plugin.errors import (
     EmptySelectionError,
     FeatureIndexError,
+    InputError,
     ModelError,
     UnknownNameError,
     check_feature,
@@ -380,7 +381,7 @@ def test_a_feature_that_is_no_index_is_refused(feature: object) -> None:
 
 def test_a_spec_is_not_yet_a_dictionary(hooked2) -> None:
     with (
-        pytest.raises(UnknownNameError, match=r"A dict is not a loaded dictionary.*load\(spec\)"),
+        pytest.raises(InputError, match=r"A dict is not a loaded dictionary.*load\(spec\)"),
         splice(hooked2, [{}]),
     ):
         pass

@@ -12,6 +12,7 @@ import torch
 from gemmascope_plugin.errors import (
     EmptySelectionError,
     HookNotFiredError,
+    InputError,
     MissingHookError,
     ModelError,
     UnknownNameError,
@@ -331,7 +332,7 @@ def test_no_dictionary_is_an_error(hooked2, saes) -> None:
 
 @pytest.mark.parametrize("saes", ["blocks.1.hook_resid_post", 3, [None]])
 def test_something_else_than_a_dictionary_is_an_error(hooked2, saes) -> None:
-    with pytest.raises(UnknownNameError, match="is not a loaded dictionary"), splice(hooked2, saes):
+    with pytest.raises(InputError, match="is not a loaded dictionary"), splice(hooked2, saes):
         pass
 
 

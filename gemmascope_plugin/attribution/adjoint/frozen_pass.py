@@ -33,7 +33,7 @@ from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.finite import check_all
 from gemmascope_plugin.models.norm import Norm
 from gemmascope_plugin.models.points import flatten_heads
-from gemmascope_plugin.models.prompts import to_tokens
+from gemmascope_plugin.models.prompts import PromptLike, to_tokens
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import reading
 from gemmascope_plugin.patching.nodes import read
@@ -76,7 +76,7 @@ class FrozenPass:
     def of(
         cls,
         model: HookedModel,
-        prompt: str | Int[torch.Tensor, "*batch pos"],
+        prompt: PromptLike,
         hooks: Sequence[str],
         budget: int,
     ) -> FrozenPass:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from tqdm.auto import tqdm
 
 from gemmascope_plugin.attribution.adjoint.adjacency import Adjacency, compressed, stacked
@@ -27,13 +26,14 @@ from gemmascope_plugin.attribution.adjoint.sweep import Entry, Sweep
 from gemmascope_plugin.attribution.adjoint.targets import Seed
 from gemmascope_plugin.attribution.adjoint.workers import workers
 from gemmascope_plugin.errors import EmptySelectionError, ModelError
+from gemmascope_plugin.models.prompts import PromptLike
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import reading
 from gemmascope_plugin.models.tokens import special_ids
 from gemmascope_plugin.saes.cross_layer import CrossLayerDictionary, cross_layer_of
+from gemmascope_plugin.splice.check import as_list
 from gemmascope_plugin.splice.hooked_cross_layer import HookedCrossLayer
 from gemmascope_plugin.splice.hooked_sae import HookedSAE
-from gemmascope_plugin.splice.splicing import as_list
 
 MAX_TARGETS = 256
 """Targets of a chunk at most: more are no faster, and their tokens lie further apart."""
@@ -59,7 +59,7 @@ class Tracer:
     def of(
         cls,
         model: HookedModel,
-        prompt: str | Int[torch.Tensor, "*batch pos"],
+        prompt: PromptLike,
         dictionaries: Any,
         *,
         exclude: Any,

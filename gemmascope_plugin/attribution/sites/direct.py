@@ -34,6 +34,7 @@ from gemmascope_plugin.attribution.sites.site import Site
 from gemmascope_plugin.attribution.sites.slopes import Hooks, start_of
 from gemmascope_plugin.attribution.slopes import put
 from gemmascope_plugin.models import flatten_heads
+from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.precision import wide
 
 Probe = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]
@@ -105,7 +106,7 @@ def _passed(
         start, stream = start_of(first), leaves[first.hook]
     else:
         start, stream = first.layer, part.end.stream(first.layer, copies)
-    with part.end.hooks(fwd_hooks=hooks):
+    with hooking(part.end, fwd_hooks=hooks):
         part.end.blocks(stream, start, target.layer + 1)
     y = flatten_heads(held[target.hook])
     if target.reads is None:

@@ -34,7 +34,8 @@ from gemmascope_plugin.models.sites import Reading, reading
 from gemmascope_plugin.patching.timeline import WRITTEN, is_stream, layer_of, written
 from gemmascope_plugin.saes import Coder
 from gemmascope_plugin.splice import HookedCrossLayer, HookedSAE
-from gemmascope_plugin.splice.splicing import as_list, check_site
+from gemmascope_plugin.splice.check import as_list
+from gemmascope_plugin.splice.splicing import check_site
 
 SiteKind = Literal["feature", "head", "mlp"]
 _RAW = {"head": "blocks.{}.attn.hook_z", "mlp": "blocks.{}.hook_mlp_out"}

@@ -13,12 +13,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from gemmascope_plugin.circuits.check import check_circuit
 from gemmascope_plugin.circuits.circuit import Circuit
 from gemmascope_plugin.circuits.evaluate import evaluate
 from gemmascope_plugin.circuits.feature_circuits.ablation import Errors
 from gemmascope_plugin.circuits.scores import Scores
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching import Task
+from gemmascope_plugin.patching.check import check_task
+from gemmascope_plugin.splice.check import check_saes
 
 MINIMAL = 0.01
 """A node counts where leaving it out changes faithfulness by at least this."""
@@ -72,6 +77,7 @@ class FeatureScores:
         return self.to_frame().round(3).to_html()
 
 
+@gate(circuit=check_circuit, model=check_model, task=check_task, saes=check_saes)
 def evaluate_features(
     circuit: Circuit, model: HookedModel, task: Task, *, saes: Any, **options: Any
 ) -> FeatureScores:

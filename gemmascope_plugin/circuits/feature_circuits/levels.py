@@ -15,10 +15,15 @@ from typing import Any
 from gemmascope_plugin.circuits.circuit import Circuit
 from gemmascope_plugin.circuits.feature_circuits.discover import discover_features
 from gemmascope_plugin.errors import EmptySelectionError
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching import Task
+from gemmascope_plugin.patching.check import check_task
+from gemmascope_plugin.splice.check import check_saes
 
 
+@gate(model=check_model, task=check_task, saes=check_saes)
 def discover_levels(
     model: HookedModel, task: Task, *, saes: Any, levels: Sequence[int], **options: Any
 ) -> dict[int, Circuit]:

@@ -25,14 +25,18 @@ from gemmascope_plugin.circuits.evaluate import evaluate
 from gemmascope_plugin.circuits.feature_circuits.ablation import Errors
 from gemmascope_plugin.circuits.feature_circuits.discover import discover_features
 from gemmascope_plugin.errors import EmptySelectionError
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching import Task
+from gemmascope_plugin.patching.check import check_task
 
 Directions = dict[str, Float[torch.Tensor, "feature width"]]
 """Unit decoder rows by site."""
 
 
+@gate(model=check_model, task=check_task, held_out=check_task)
 def stability(
     model: HookedModel,
     task: Task,

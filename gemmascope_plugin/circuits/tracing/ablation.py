@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 
 from gemmascope_plugin.circuits.tracing.replay import Hooks, Replay
 from gemmascope_plugin.models.asked import asked_positions
+from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.sites import reading
 
 
@@ -57,7 +58,7 @@ def ablated_run(
     held: list[torch.Tensor] = []
     end = f"blocks.{record.n_layers - 1}.hook_resid_post"
     hooks.append((end, lambda x, hook: held.append(x)))
-    with record.model.hooks(fwd_hooks=hooks), asked_positions(record.model, list(positions)):
+    with hooking(record.model, fwd_hooks=hooks), asked_positions(record.model, list(positions)):
         logits = record.model(record.tokens.repeat(len(kept), 1))
     return held[0].to(record.dtype), logits
 

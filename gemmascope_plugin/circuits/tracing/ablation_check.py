@@ -25,12 +25,16 @@ import torch
 from jaxtyping import Bool, Float
 
 import gemmascope_plugin.figures as figures
+from gemmascope_plugin.circuits.check import check_graph
 from gemmascope_plugin.circuits.tracing.ablation import ablated_run
 from gemmascope_plugin.circuits.tracing.attribution_graph import SHOWN, AttributionGraph
 from gemmascope_plugin.circuits.tracing.replay import Replay
 from gemmascope_plugin.errors import TaskError
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.task import MIN_GAP
+from gemmascope_plugin.splice.check import check_saes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,6 +87,7 @@ class AblationCheck:
         return f"<p>{escape(repr(self))}</p>{figures.frame_html(self.frame, SHOWN)}"
 
 
+@gate(model=check_model, graph=check_graph, dictionaries=check_saes)
 def check_by_ablation(
     model: HookedModel,
     graph: AttributionGraph,

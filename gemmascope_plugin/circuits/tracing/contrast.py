@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from gemmascope_plugin.circuits.check import check_graph
 from gemmascope_plugin.circuits.tracing.attribution_graph import AttributionGraph
 from gemmascope_plugin.circuits.tracing.matching import (
     KEPT,
@@ -45,11 +46,13 @@ from gemmascope_plugin.circuits.tracing.matching import (
 )
 from gemmascope_plugin.circuits.tracing.parts import NODE_COLUMNS
 from gemmascope_plugin.errors import GemmaScopeError, TaskError, check_choice, nearest, shorten
+from gemmascope_plugin.models.gate import gate
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
+@gate(clean=check_graph, corrupt=check_graph)
 def contrast(
     clean: AttributionGraph, corrupt: AttributionGraph, *, targets: Targets = "label"
 ) -> AttributionGraph:

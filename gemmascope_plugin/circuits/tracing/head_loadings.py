@@ -24,8 +24,11 @@ from gemmascope_plugin.attribution.adjoint.targets import Target
 from gemmascope_plugin.circuits.tracing.attribution_graph import SHOWN, AttributionGraph
 from gemmascope_plugin.circuits.tracing.retrace import Prompt, Retrace, seeds_of, tracer_of
 from gemmascope_plugin.errors import EmptySelectionError, TaskError
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import token_strings
+from gemmascope_plugin.splice.check import check_saes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,6 +132,7 @@ class HeadLoadings:
         return f"<p>{escape(repr(self))}</p>{figures.frame_html(self.to_frame(), SHOWN)}"
 
 
+@gate(model=check_model, transcoders=check_saes)
 def head_loadings(
     model: HookedModel,
     graph: AttributionGraph | Prompt,

@@ -26,14 +26,18 @@ import torch
 
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.attribution.slopes import norms_by_hand
+from gemmascope_plugin.circuits.check import check_graph
 from gemmascope_plugin.circuits.tracing.attribution_graph import SHOWN, AttributionGraph
 from gemmascope_plugin.circuits.tracing.changed import change_hooks
 from gemmascope_plugin.circuits.tracing.held import held_hooks
 from gemmascope_plugin.circuits.tracing.observe import Seen, observe
 from gemmascope_plugin.circuits.tracing.replay import Replay
 from gemmascope_plugin.errors import EmptySelectionError
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import token_strings
+from gemmascope_plugin.splice.check import check_saes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,6 +101,7 @@ class Intervention:
         return f"<p>{escape(repr(self))}</p>{''.join(tables)}"
 
 
+@gate(model=check_model, graph=check_graph, dictionaries=check_saes)
 def intervene(
     model: HookedModel,
     graph: AttributionGraph,

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from gemmascope_plugin.attribution.slopes import norms_by_hand
 from gemmascope_plugin.circuits.tracing.replay import Hooks, Replay
 from gemmascope_plugin.models.asked import asked_positions
+from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.sites import reading
 
 
@@ -44,7 +45,7 @@ def observe(replay: Replay, hooks: Hooks, *, frozen: bool) -> Seen:
     last = (end, _keep(held, "end"))
     with (
         norms_by_hand(),
-        record.model.hooks(fwd_hooks=[*reads, *hooks, last]),
+        hooking(record.model, fwd_hooks=[*reads, *hooks, last]),
         asked_positions(record.model, [-1]),
     ):
         logits = record.model(record.tokens[None])[0, -1]

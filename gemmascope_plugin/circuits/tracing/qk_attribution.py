@@ -28,10 +28,13 @@ from gemmascope_plugin.circuits.tracing.node_table import node_table
 from gemmascope_plugin.circuits.tracing.ranked_pairs import ranked_pairs
 from gemmascope_plugin.circuits.tracing.retrace import Prompt, tracer_of
 from gemmascope_plugin.errors import EmptySelectionError, TaskError
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.head_scores import HeadScores
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import token_strings
 from gemmascope_plugin.patching.nodes import read
+from gemmascope_plugin.splice.check import check_saes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -147,6 +150,7 @@ class QkAttribution:
         return f"<p>{escape(repr(self))}</p>{figures.frame_html(frame, SHOWN)}"
 
 
+@gate(model=check_model, transcoders=check_saes)
 def qk_attribution(
     model: HookedModel,
     prompt: AttributionGraph | Prompt,

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
 
 from gemmascope_plugin.attribution.adjoint.sweep import Entry
 from gemmascope_plugin.attribution.adjoint.targets import (
@@ -28,6 +27,7 @@ from gemmascope_plugin.circuits.tracing.attribution_graph import AttributionGrap
 from gemmascope_plugin.circuits.tracing.node_table import node_table
 from gemmascope_plugin.circuits.tracing.trace import chosen
 from gemmascope_plugin.errors import TaskError, UnknownNameError, nearest
+from gemmascope_plugin.models.prompts import PromptLike
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.sizes import parse_size
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SPECIAL = ("bos", "eos", "pad")
-Prompt = str | Int[torch.Tensor, "*batch pos"]
+Prompt = PromptLike
 
 
 def tracer_of(

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from gemmascope_plugin.attribution.adjoint.tracer import hooked_of
 from gemmascope_plugin.circuits.tracing.attribution_graph import AttributionGraph
 from gemmascope_plugin.errors import UnknownNameError
-from gemmascope_plugin.splice.splicing import as_list
+from gemmascope_plugin.splice.check import as_list
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from gemmascope_plugin.circuits.check import check_graph
 from gemmascope_plugin.circuits.tracing.attribution_graph import AttributionGraph
 from gemmascope_plugin.circuits.tracing.matching import positions_of
 from gemmascope_plugin.circuits.tracing.similarity import by_activation, by_decoder, by_edges
@@ -30,12 +31,15 @@ from gemmascope_plugin.errors import (
     UnknownNameError,
     check_choice,
 )
+from gemmascope_plugin.models.gate import gate
+from gemmascope_plugin.splice.check import check_saes
 
 MEASURES = ("decoder", "activation", "edges")
 MAX_FEATURES = 5000
 """Features between which all similarities fit into memory, 200 MB a matrix."""
 
 
+@gate(graph=check_graph, dictionaries=check_saes)
 def supernodes(
     graph: AttributionGraph,
     dictionaries: Any = None,

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
 
 from gemmascope_plugin.attribution.adjoint.adjacency import Adjacency
 from gemmascope_plugin.attribution.adjoint.targets import (
@@ -43,20 +42,25 @@ from gemmascope_plugin.errors import (
     UnknownNameError,
     nearest,
 )
+from gemmascope_plugin.models.check import check_model
 from gemmascope_plugin.models.finite import check_finite
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.origin import weights_of
+from gemmascope_plugin.models.prompts import PromptLike
 from gemmascope_plugin.models.protocol import HookedModel, dtype_of
 from gemmascope_plugin.models.tokens import token_strings
 from gemmascope_plugin.sizes import parse_size
+from gemmascope_plugin.splice.check import check_saes
 
 RESIDUALS = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Type of the weights to what rounding may leave of a row, as a share of the size of its effects: dozens
 of roundings of a narrow stream, ``2^-9`` or ``2^-12`` each; sums of float32 stay far below."""
 
 
+@gate(model=check_model, transcoders=check_saes)
 def trace(
     model: HookedModel,
-    prompt: str | Int[torch.Tensor, "*batch pos"],
+    prompt: PromptLike,
     transcoders: Any,
     *,
     targets: Sequence[Target] | Target | None = None,

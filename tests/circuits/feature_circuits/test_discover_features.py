@@ -23,6 +23,7 @@ from gemmascope_plugin.circuits import (
 from gemmascope_plugin.errors import (
     EmptySelectionError,
     GemmaScopeError,
+    InputError,
     MissingHookError,
     ModelError,
     TaskError,
@@ -188,7 +189,7 @@ def silent(model: Any) -> Any:
     [
         ({"saes": None}, UnknownNameError, "need dictionaries.*saes=\\[gemmascope_plugin.load"),
         ({"saes": []}, UnknownNameError, "No dictionary was given"),
-        ({"saes": ["res"]}, UnknownNameError, "A str is not a loaded dictionary"),
+        ({"saes": ["res"]}, InputError, "'res' is not a loaded dictionary"),
         ({"method": "igg"}, UnknownNameError, "Unknown method 'igg'.*ig, atp.*Did you mean 'ig'"),
         ({"method": "exact"}, UnknownNameError, "Unknown method 'exact'"),
         ({"size": 9999}, EmptySelectionError, "A circuit of 9999 nodes.*There is: \\d+ nodes"),

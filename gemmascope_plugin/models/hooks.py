@@ -1,0 +1,115 @@
+"""Hooks for the length of a block, removed whatever happens, and one thread at a time.
+
+1. ``hooking`` attaches functions at hook points under a number of its own, and at the end removes what
+   has this number: also what was attached when Ctrl-C came before it was noted, and when Ctrl-C comes
+   while hooks are being removed, which leaves them behind in TransformerLens' own ``hooks()``.
+2. Hooks belong to the model, not to a thread: a second thread that ran the model meanwhile would get them
+   too. ``claim`` refuses it, naming what the first one does.
+
+Cost: a few microseconds a hook.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from gemmascope_plugin.errors import ModelError
+from gemmascope_plugin.models.points import hook_point
+
+Hooks = Sequence[tuple[str, Callable[..., Any]]]
+_LEVELS = count(-2, -1)
+"""Numbers of blocks; those of TransformerLens are not negative."""
+_GUARD = threading.Lock()
+_CLAIMS: WeakKeyDictionary[Any, list[tuple[int, str]]] = WeakKeyDictionary()
+"""Model to the threads that have hooks in it, and what for, the outermost first."""
+
+
+@contextmanager
+def hooking(runner: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = ()) -> Iterator[Any]:
+    """Attaches functions to hook points of a model and removes them at the end of the block.
+
+    Args:
+        runner: A model; something with hooks of its own, as a model with dictionaries, is asked itself.
+        fwd_hooks: Names and functions for the forward pass.
+        bwd_hooks: The same for the backward pass.
+
+    Raises:
+        MissingHookError: A name that the model does not have.
+        ModelError: Another thread has hooks in the model.
+    """
+    points = getattr(runner, "hook_dict", None)
+    if points is None:
+        with runner.hooks(fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks):
+            yield runner
+        return
+    wanted = [(hook_point(runner, name, points), fn, "fwd") for name, fn in fwd_hooks]
+    wanted += [(hook_point(runner, name, points), fn, "bwd") for name, fn in bwd_hooks]
+    with claim(runner, "a run with hooks"), attached(wanted):
+        yield runner
+
+
+@contextmanager
+def attached(wanted: Sequence[tuple[Any, Callable[..., Any], Any]]) -> Iterator[None]:
+    """Functions at hook points inside the block.
+
+    Args:
+        wanted: Hook point, function, and ``"fwd"`` or ``"bwd"``.
+    """
+    level = next(_LEVELS)
+    try:
+        for point, fn, way in wanted:
+            point.add_hook(fn, dir=way, level=level)
+        yield
+    finally:
+        _remove({id(point): point for point, _, _ in wanted}, level)
+
+
+def _remove(points: dict[int, Any], level: int) -> None:
+    """Removes the hooks of a block; an interruption is raised only when all are gone."""
+    interruption = None
+    while points:
+        try:
+            key, point = next(iter(points.items()))
+            for handles in (point.fwd_hooks, point.bwd_hooks):
+                for handle in [handle for handle in handles if handle.context_level == level]:
+                    handle.hook.remove()
+                    handles[:] = [other for other in handles if other is not handle]
+            del points[key]
+        except KeyboardInterrupt as error:
+            interruption = error
+    if interruption is not None:
+        raise interruption
+
+
+@contextmanager
+def claim(model: Any, purpose: str) -> Iterator[None]:
+    """Inside the block only this thread may put hooks into the model; it may do so again and again.
+
+    Args:
+        model: The model.
+        purpose: What the block does, for the error that another thread gets.
+
+    Raises:
+        ModelError: Another thread has hooks in the model.
+    """
+    entry = (threading.get_ident(), purpose)
+    with _GUARD:
+        entries = _CLAIMS.setdefault(model, [])
+        others = [what for thread, what in entries if thread != entry[0]]
+        if others:
+            raise ModelError(
+                f"Another thread is inside {others[0]} of this model, and hooks of one thread run in "
+                "the other's passes too",
+                fix="one thread after the other, or a second copy of the model",
+            )
+        entries.append(entry)
+    try:
+        yield
+    finally:
+        with _GUARD:
+            entries.remove(entry)

@@ -1,0 +1,51 @@
+"""Which tokens end what a model writes.
+
+1. Those that its generation config names: of tuned Gemmas ``<eos>`` and ``<end_of_turn>``; without it a
+   turn never ends and the model goes on to write the user's.
+2. Else the config's or the tokenizer's, and ``<end_of_turn>`` where the tokenizer has a chat template.
+3. Whatever is asked for beside them, one token each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from gemmascope_plugin.indices import as_index, as_indices
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.tokens import check_ids, token_id
+
+_TURN = "<end_of_turn>"
+
+
+def stop_ids(model: HookedModel, stop: Any = (), *, with_own: bool = True) -> list[int]:
+    """Ids of the tokens after which a continuation ends, sorted; empty where none is known.
+
+    Args:
+        model: The model.
+        stop: Words or ids beside the model's own.
+        with_own: Whether those count too.
+
+    Raises:
+        UnknownNameError: A word that is not a single token, or an id that does not exist.
+    """
+    single = isinstance(stop, str) or as_index(stop) is not None or not isinstance(stop, Iterable)
+    wanted = [] if stop is None else [stop] if single else list(stop)
+    own = _named(model) if with_own else []
+    return sorted({*own, *(token_id(model, word, "\n") for word in wanted)})
+
+
+def _named(model: HookedModel) -> list[int]:
+    holders = (model, getattr(model, "original_model", None))
+    for holder in holders:
+        config = getattr(holder, "generation_config", None)
+        ids = as_indices(getattr(config, "eos_token_id", None))
+        if ids:
+            return check_ids(model, ids)
+    tokenizer = model.tokenizer
+    ids = as_indices(getattr(model.cfg, "eos_token_id", None)) or []
+    ids = ids or as_indices(getattr(tokenizer, "eos_token_id", None)) or []
+    if getattr(tokenizer, "chat_template", None):
+        turn = tokenizer.get_vocab().get(_TURN)
+        ids += [] if turn is None else [int(turn)]
+    return ids

@@ -1,0 +1,35 @@
+"""The gate for tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gemmascope_plugin.errors import InputError
+from gemmascope_plugin.models.check import describe
+from gemmascope_plugin.patching.task import Task
+
+
+def check_task(task: Any, call: str = "") -> None:
+    """Refuses what is not a task.
+
+    Args:
+        task: What was given.
+        call: How the function is called, for the error.
+
+    Raises:
+        InputError: Something else, with what to type.
+    """
+    if isinstance(task, Task):
+        return
+    if isinstance(task, str):
+        fix = f"task = gemmascope_plugin.Task.builtin({task!r}, model)"
+    else:
+        fix = "gemmascope_plugin.Task(clean, corrupt, logit_diff(answer, wrong))"
+    where = f"; {call}" if call else ""
+    raise InputError(f"{describe(task)} is not a task", fix=fix + where)
+
+
+def check_tasks(tasks: Any, call: str = "") -> None:
+    """The same for one task or a sequence of them."""
+    for task in tasks if isinstance(tasks, (list, tuple)) and tasks else [tasks]:
+        check_task(task, call)
