@@ -108,8 +108,8 @@ class Arithmetic:
         return x
 
     def final(
-        self, x: Float[torch.Tensor, "row pos d_model"], points: Points
-    ) -> Float[torch.Tensor, "row pos d_model"]:
+        self, x: Float[torch.Tensor, "*axes d_model"], points: Points
+    ) -> Float[torch.Tensor, "*axes d_model"]:
         """What the unembedding reads."""
         return normed(self.anatomy.ln_final, x, points, "ln_final")
 

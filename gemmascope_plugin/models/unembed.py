@@ -37,6 +37,8 @@ WORDS = 8192
 """Words of a tile at most where the weight has to change its type."""
 
 Rows = Float[torch.Tensor, "*rows d_model"]
+Reference = Float[torch.Tensor, "*#rows d_model"]
+"""Rows that others are compared with, repeated where there are fewer."""
 Values = Float[torch.Tensor, "*rows"]
 
 
@@ -234,7 +236,7 @@ def cross_entropy(
 
 def kl_divergence(
     model: HookedModel,
-    p_resid: Rows,
+    p_resid: Reference,
     q_resid: Rows,
     *,
     normed: bool = False,
@@ -249,7 +251,7 @@ def kl_divergence(
     return divergence(out, p, q)
 
 
-def divergence(out: Unembedding, p: Rows, q: Rows) -> Values:
+def divergence(out: Unembedding, p: Reference, q: Rows) -> Values:
     """The same of normed rows."""
     shape, width = q.shape[:-1], q.shape[-1]
     p = p.expand_as(q).reshape(-1, width).detach().to(q)

@@ -140,8 +140,8 @@ class BoundMetric:
     wrong: TokenSets | None = None
     reference: Readout | None = None
     """What the clean run says, for metrics that compare with it."""
-    at: Int[torch.Tensor, " prompt"] | None = None
-    """Positions, once the lengths of the prompts are known."""
+    at: Int[torch.Tensor, " ask"] | None = None
+    """Positions that are read, one per prompt, once the lengths of the prompts are known."""
     prompts: Int[torch.Tensor, " prompt"] | None = None
     """Which prompts of the task these are; None for all of them."""
     rows_per_prompt: int = 1

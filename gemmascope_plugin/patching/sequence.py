@@ -162,7 +162,7 @@ class BoundSequences(BoundMetric):
         copies = torch.arange(times, device=self.row.device)[:, None] * self.n_prompts
         return (copies + self.row).flatten(), self.at.repeat(times)
 
-    def of_rows(self, asked: Asked) -> Float[torch.Tensor, " row"]:
+    def of_rows(self, asked: Asked) -> Float[torch.Tensor, " answer"]:
         """Weighted sums over the tokens of each row's answer."""
         said = OfLogits.of(asked) if isinstance(asked, torch.Tensor) else asked
         times, rest = divmod(len(said), len(self.token))
