@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from typing import SupportsIndex
 
 from gemmascope_plugin.errors import UnknownNameError
 
@@ -11,7 +12,7 @@ UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
 
-def parse_size(size: int | str | None) -> int | None:
+def parse_size(size: SupportsIndex | float | str | None) -> int | None:
     """Bytes of a size such as ``"8 GB"`` or ``"512MiB"``; numbers and None pass through.
 
     Args:

@@ -10,6 +10,7 @@ import torch
 from gemmascope_plugin.errors import FeatureIndexError, UnknownNameError
 from gemmascope_plugin.indices import as_index, feature_ids
 from gemmascope_plugin.sizes import parse_size
+from tests.factories import unchecked
 
 _FRAME = pd.DataFrame({"feature": [3, 5], "activation": [0.5, 0.25], "site": ["a", "b"]})
 
@@ -72,7 +73,7 @@ def test_sizes() -> None:
 @pytest.mark.parametrize("wrong", ["many", "0", 0, -1, "3 parsecs", 1.5, True, "", [4], "nan GB"])
 def test_what_is_no_size_is_refused(wrong: object) -> None:
     with pytest.raises(UnknownNameError, match="is not a size.*'8 GB'"):
-        parse_size(wrong)  # pyright: ignore[reportArgumentType]
+        unchecked(parse_size)(wrong)
 
 
 def test_a_text_without_a_unit_is_refused() -> None:

@@ -164,9 +164,9 @@ class _Run:
         total = len(self.wanted) * -(-len(bound) // size)
         with tqdm(total=total, desc="patching edges", disable=not self.progress) as bar:
             for part in bound.parts(size):
-                out = torch.zeros(len(part), *shape)
                 tokens, others = self._tokens(part)
                 patches = _Patches(self.anatomy, part, tokens, other.of(others))
+                out = torch.zeros(len(part), *shape, dtype=patches.base.dtype)
                 for chunk in self._chunks(max(1, rows // len(part))):
                     out[:, chunk[:, 0], chunk[:, 1]] = patches.effects(chunk).T.cpu()
                     bar.update(len(chunk))

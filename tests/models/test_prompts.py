@@ -201,4 +201,4 @@ def test_what_is_no_model_says_what_comes_first(model) -> None:
 
 def test_the_gate_is_the_first_thing_that_a_prompt_meets() -> None:
     with pytest.raises(GemmaScopeError, match="is not a model"):
-        read_prompts("gemma-2-2b", OTHER)  # pyright: ignore[reportArgumentType]
+        factories.unchecked(read_prompts)("gemma-2-2b", OTHER)

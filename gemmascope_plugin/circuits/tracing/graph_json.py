@@ -145,7 +145,7 @@ def add_to_folder(folder: str | Path, content: Mapping[str, Any]) -> Path:
     info = {**metadata["info"], "create_time_ms": time.time_ns() // 10**6}
     metadata = {**metadata, "info": info}
     index = folder / INDEX
-    with file_lock(folder / f".{INDEX}.lock", "a graph", shown=folder, wait=60):
+    with file_lock(folder / f".{INDEX}.lock", "a graph", shown=folder, wait=60.0):
         listed = [each for each in _listed(index) if each.get("slug") != metadata["slug"]]
         path = write_json(folder / f"{metadata['slug']}.json", {**content, "metadata": metadata})
         listed.append({name: value for name, value in metadata.items() if name != "gemmascope"})

@@ -9,6 +9,7 @@ import pytest
 import gemmascope_plugin as gs
 from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError
 from gemmascope_plugin.patching.builtin import SPLITS, TASKS, build
+from tests.factories import unchecked
 from tests.patching.builtin.words import Words, drafts
 
 WORDS: Any = Words()
@@ -98,7 +99,7 @@ def test_mistakes_name_what_there_is() -> None:
     with pytest.raises(UnknownNameError, match="Unknown task 'IOI'.*Did you mean 'ioi'"):
         gs.Task.builtin("IOI", WORDS)
     with pytest.raises(UnknownNameError, match="Unknown split 'test'. There is: train, held_out"):
-        gs.Task.builtin("ioi", WORDS, split="test")  # pyright: ignore[reportArgumentType]
+        unchecked(build)("ioi", WORDS, n=2, split="test", seed=0)
     with pytest.raises(EmptySelectionError, match="n=0 leaves no prompt"):
         gs.Task.builtin("ioi", WORDS, n=0)
     with pytest.raises(TaskError, match=r"Only \d+ of 900 prompts of 'successors' fit"):
