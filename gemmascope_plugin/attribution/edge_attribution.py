@@ -333,7 +333,8 @@ def pass_bytes(anatomy: Anatomy, n_pos: int) -> int:
     d, heads, wide = anatomy.d_model, anatomy.n_heads, anatomy.n_heads + 2 * anatomy.n_kv
     d_mlp = int(getattr(anatomy.model.cfg, "d_mlp", None) or 4 * d)
     per_token = 16 * d + 6 * d_mlp + 4 * wide * anatomy.d_head + 4 * heads * n_pos
-    return 4 * n_pos * per_token * anatomy.n_layers
+    logits = 3 * int(anatomy.model.cfg.d_vocab)  # at one position, with softmax and gradient
+    return 4 * (n_pos * per_token * anatomy.n_layers + logits)
 
 
 def _moved(here: Writes, base: Writes, other: Writes) -> Writes:

@@ -32,7 +32,7 @@ from gemmascope_plugin.attribution.slopes import FwdHooks
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.norm import Norm
-from gemmascope_plugin.models.points import n_layers
+from gemmascope_plugin.models.points import hook_points, n_layers
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import gain_of
 
@@ -65,7 +65,7 @@ class RelpRules:
 
     def hooks(self, model: HookedModel, *, before_cap: bool = False) -> FwdHooks:
         """The rules as forward hooks by name; arguments as for :meth:`on`."""
-        names = list(model.hook_dict)
+        names = list(hook_points(model))
         if "blocks.0.mlp.hook_pre_linear" not in names:
             raise ModelError(
                 "The MLPs of this model have no gate", fix='a Gemma model, or method="atp"'
@@ -93,7 +93,7 @@ def _constant(x: torch.Tensor, hook: Any) -> torch.Tensor:
 def _norm(model: HookedModel, scale: str) -> FwdHooks:
     """The norm rule for the norm that has this hook."""
     prefix = scale.removesuffix(_SCALE)
-    if f"{prefix}.hook_out" not in model.hook_dict:
+    if f"{prefix}.hook_out" not in hook_points(model):
         return [(scale, _constant)]
     # The bridge rounds differently where a hook changes a scale, so its norms are left to run as they
     # are, and their output gets the other gradient.

@@ -58,7 +58,7 @@ def parts_of(run: Experiment, size: int) -> Iterator[Experiment]:
             here={name: x[index] for name, x in run.here.items()},
             other={name: x[index] for name, x in run.other.items()},
             base_by_prompt=run.base_by_prompt[index.cpu()],
-            parts=None,
+            parts=(),
         )
 
 
@@ -99,13 +99,21 @@ def total(run: Experiment, copies: int, fwd_hooks: FwdHooks = ()) -> Float[torch
         TaskError: It has no gradient.
     """
     tokens = run.base.repeat(copies, 1)
-    values = run.bound.measure(run.runner, tokens, fwd_hooks=fwd_hooks)
+    return differentiable(run.bound.measure(run.runner, tokens, fwd_hooks=fwd_hooks), run).sum()
+
+
+def differentiable(values: torch.Tensor, run: Experiment) -> torch.Tensor:
+    """The values of the metric, which are part of a graph.
+
+    Raises:
+        TaskError: They are not.
+    """
     if not values.requires_grad:
         raise TaskError(
             f"The metric {run.metadata['metric']!r} has no gradient with respect to the logits",
             fix="a metric that is a differentiable function of the logits, or activation_patching",
         )
-    return values.sum()
+    return values
 
 
 def differences(run: Experiment) -> dict[str, Float[torch.Tensor, "prompt ..."]]:

@@ -11,9 +11,11 @@
    **key-value** head; an MLP its input; the logits the last residual stream.
 3. Many circuits ride one pass on the batch axis. All edges kept is the clean run, none kept is the run of
    the replacements.
+4. A pass starts at the first reader that misses an edge, and at the first position where both runs differ
+   (``patching/replayed.py``): writers below write what they wrote.
 
-Cost: one row per circuit and prompt; ``2 * edges * d_model`` operations and ``writers * d_model`` numbers
-per token.
+Cost: one row per circuit and prompt of what runs; ``2 * edges * d_model`` operations and
+``writers * d_model`` numbers per token.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ from jaxtyping import Bool, Float
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.replay import Stage
 from gemmascope_plugin.patching.edge_patching import edge_footprint
 from gemmascope_plugin.patching.edges import EdgeMap
 from gemmascope_plugin.patching.memory import Limit
+from gemmascope_plugin.patching.replayed import Part, replayed
 from gemmascope_plugin.patching.task import BoundTask
 from gemmascope_plugin.patching.writer_replacement import WriterReplacement, replacements
 from gemmascope_plugin.patching.writes import Writes
@@ -57,7 +61,7 @@ class EdgeAblation:
     limit: Limit = field(default_factory=lambda: Limit(MAX_ROWS, "2 GB"))
     anatomy: Anatomy = field(init=False)
     edges: EdgeMap = field(init=False)
-    _parts: list[tuple[BoundTask, Writes]] = field(init=False)
+    _parts: list[tuple[Part, Writes]] = field(init=False)
 
     def __post_init__(self) -> None:
         anatomy = Anatomy(self.model)
@@ -72,8 +76,18 @@ class EdgeAblation:
             rows=size,
             tokens=lambda part: part.corrupt,
         )
-        parts = [(part, other.of(part.corrupt)) for part in self.bound.parts(size)]
-        object.__setattr__(self, "_parts", parts)
+        names = Writes.hooks(anatomy.n_layers)
+        parts = replayed(
+            self.model,
+            self.bound,
+            self.bound.clean,
+            self.bound.corrupt,
+            rows=size,
+            here=names,
+            there=names if self.replacement == "other" else (),
+            whole=self.replacement != "other",
+        )
+        object.__setattr__(self, "_parts", [(part, other.of_part(part)) for part in parts])
 
     @property
     def _rows(self) -> int:
@@ -91,26 +105,33 @@ class EdgeAblation:
         """
         from tqdm.auto import tqdm
 
-        found = []
         with tqdm(total=len(kept) * len(self._parts), desc="circuits", disable=not progress) as bar:
+            values = torch.zeros(len(kept), len(self.bound))
             for part, other in self._parts:
-                copies = max(1, self._rows // len(part))
-                values = []
+                copies, done = max(1, self._rows // len(part.index)), 0
                 for chunk in kept.split(copies):
-                    values.append(self._measure(part, other, chunk))
+                    rows = torch.arange(done, done + len(chunk))[:, None]
+                    values[rows, part.index.cpu()] = self._measure(part, other, chunk).to(values)
+                    done += len(chunk)
                     bar.update(len(chunk))
-                found.append(torch.cat(values))
-        return torch.cat(found, 1)
+        return values
 
     def _measure(
-        self, part: BoundTask, other: Writes, kept: Bool[torch.Tensor, "circuit writer reader"]
-    ) -> Float[torch.Tensor, "circuit prompt"]:
+        self, part: Part, other: Writes, kept: Bool[torch.Tensor, "circuit writer reader"]
+    ) -> Float[torch.Tensor, "circuit part"]:
         removed = ~kept & self.edges.mask
-        device = part.clean.device
-        run = _Run(self.anatomy, self.edges, removed.to(device, torch.float32), other)
-        rows = part.clean.repeat(len(kept), 1)
-        values = part.measure(self.model, rows, fwd_hooks=run.hooks())
-        return values.reshape(len(kept), -1).cpu()
+        columns = removed.flatten(0, 1).any(0).nonzero().flatten()
+        if not len(columns):
+            return part.base.expand(len(kept), -1)
+        first = self.edges.readers[int(columns[0])].node
+        last = first.kind == "logits"
+        layer = self.anatomy.n_layers - 1 if last else first.layer
+        stage: Stage = "post" if last else "mid" if first.kind == "mlp" else "pre"
+        window = part.replay.window(part.start)
+        run = _Run(self.anatomy, self.edges, removed.to(part.index.device), other.window(window))
+        run.start(Writes.of(part.here, self.anatomy.n_layers).window(window), layer, stage)
+        values = part.metric(layer, window, stage=stage, copies=len(kept), hooks=run.hooks())
+        return values.cpu()
 
 
 class _Run:
@@ -120,17 +141,30 @@ class _Run:
         self,
         anatomy: Anatomy,
         edges: EdgeMap,
-        removed: Float[torch.Tensor, "circuit writer reader"],
+        removed: Bool[torch.Tensor, "circuit writer reader"],
         other: Writes,
     ) -> None:
-        self.anatomy, self.edges, self.removed, self.other = anatomy, edges, removed, other
-        self.n_circuits = len(removed)
+        self.anatomy, self.edges, self.other = anatomy, edges, other
         self.any_removed = removed.any(0)
-        self.plain: dict[int, torch.Tensor] = {}
-        """Row of an MLP or the embedding to ``u' - u``."""
-        self.heads: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        """Layer to ``a`` and ``r'_h - r_h``."""
+        self.removed = removed.to(other.embed.dtype)
+        self.n_circuits = len(removed)
+        self.plain: list[int] = []
+        """Rows of the embedding and of MLPs that have written."""
+        self.moved: torch.Tensor | None = None
+        """Their ``u' - u`` ``[circuit, writer, prompt, pos, d_model]``, in that order."""
+        self.heads: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        """Layer to ``a``, what goes into the stream of it, and ``r'_h - r_h``."""
         self.stream: dict[str, torch.Tensor] = {}
+
+    def start(self, base: Writes, layer: int, stage: Stage) -> None:
+        """Takes what the writers below the first layer that runs write from the base run."""
+        whole = layer == 0 and stage == "pre"
+        if not whole:
+            self._write(0, base.embed[None], self.other.embed)
+        for below in range(layer + (stage != "pre")):
+            self._attend(below, base.z[below][None])
+            if below < layer or stage == "post":
+                self._write(self.edges.mlp(below), base.mlp[below][None], self.other.mlp[below])
 
     def hooks(self) -> list[tuple[str, Callable[..., Any]]]:
         """Functions by hook name, in the order of the forward pass."""
@@ -152,34 +186,54 @@ class _Run:
         """What these readers see beyond the live stream; None if they miss nothing."""
         removed = self.removed[:, :, readers]
         total: torch.Tensor | None = None
-        for row, difference in self.plain.items():
-            if bool(self.any_removed[row, readers].any()):
-                part = torch.einsum("cr,cbsd->crbsd", removed[:, row], difference)
-                total = part if total is None else total + part
-        for layer, (a, moved) in self.heads.items():
+        if bool(self.any_removed[self.plain, readers].any()):
+            assert self.moved is not None
+            written = self.moved[:, : len(self.plain)]
+            total = _mixed(removed[:, self.plain], written)
+        for layer, (a, wrote, moved) in self.heads.items():
             rows = self.edges.heads(layer)
             if bool(self.any_removed[rows, readers].any()):
-                joint = torch.einsum("chr,cbshd->crbsd", removed[:, rows], moved)
+                part = _mixed(removed[:, rows], moved)
                 post = self.anatomy.norm(layer, "ln1_post")
-                part = joint if post is None else post(a[:, None] + joint) - post(a)[:, None]
-                total = part if total is None else total + part
+                if post is not None:
+                    part = post(part.add_(a[:, None])).sub_(wrote[:, None])
+                total = part if total is None else total.add_(part)
         return total
+
+    def _write(
+        self,
+        row: int,
+        live: Float[torch.Tensor, "some prompt pos d_model"],
+        other: Float[torch.Tensor, "prompt pos d_model"],
+    ) -> None:
+        if not bool(self.any_removed[row].any()):
+            return
+        if self.moved is None:
+            n_plain = 1 + self.edges.n_layers
+            self.moved = other.new_zeros(self.n_circuits, n_plain, *other.shape)
+        if row not in self.plain:  # a pass that starts earlier than it has to writes it again
+            self.plain.append(row)
+        self.moved[:, self.plain.index(row)] = other - live
+
+    def _attend(self, layer: int, live: Float[torch.Tensor, "some prompt pos head d_head"]) -> None:
+        if not bool(self.any_removed[self.edges.heads(layer)].any()):
+            return
+        dr = self.anatomy.head_results(layer, self.other.z[layer] - live)
+        a, post = self.anatomy.head_sum(layer, live), self.anatomy.norm(layer, "ln1_post")
+        moved = dr.movedim(-2, 1).expand(self.n_circuits, -1, -1, -1, -1)
+        self.heads[layer] = (a, a if post is None else post(a), moved)
 
     def _wrote(
         self, row: int, other: Float[torch.Tensor, "prompt pos d_model"]
     ) -> Callable[..., None]:
         def hook_fn(x: torch.Tensor, hook: Any) -> None:
-            if bool(self.any_removed[row].any()):
-                self.plain[row] = other - self._by_circuit(x)
+            self._write(row, self._by_circuit(x), other)
 
         return hook_fn
 
     def _attended(self, layer: int) -> Callable[..., None]:
         def hook_fn(z: torch.Tensor, hook: Any) -> None:
-            if bool(self.any_removed[self.edges.heads(layer)].any()):
-                live = self._by_circuit(z)
-                dr = self.anatomy.head_results(layer, self.other.z[layer] - live)
-                self.heads[layer] = (self.anatomy.head_sum(layer, live), dr)
+            self._attend(layer, self._by_circuit(z))
 
         return hook_fn
 
@@ -221,3 +275,12 @@ class _Run:
 
     def _by_circuit(self, x: torch.Tensor) -> Float[torch.Tensor, "circuit prompt ..."]:
         return wide(x.detach()).unflatten(0, (self.n_circuits, -1))
+
+
+def _mixed(
+    removed: Float[torch.Tensor, "circuit writer reader"],
+    moved: Float[torch.Tensor, "circuit writer prompt pos d_model"],
+) -> Float[torch.Tensor, "circuit reader prompt pos d_model"]:
+    """What each reader misses of these writers together."""
+    product = removed.transpose(1, 2) @ moved.flatten(2)
+    return product.unflatten(2, moved.shape[2:])

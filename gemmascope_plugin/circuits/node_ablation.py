@@ -4,19 +4,21 @@ The kept nodes are recomputed in that context. Reconstruction errors of dictiona
 takes a node's place is what it is in the corrupted run of the same prompt, zero, or a mean over that
 run.
 
-Cost: one row per circuit and prompt; circuits ride on the batch axis.
+Cost: one row per circuit and prompt, from the lowest replaced node and the first difference on; circuits
+ride on the batch axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 
+from gemmascope_plugin.patching.components import layer_of
 from gemmascope_plugin.patching.node import Node
-from gemmascope_plugin.patching.nodes import read
+from gemmascope_plugin.patching.replayed import Part, joined, replayed
 from gemmascope_plugin.patching.task import BoundTask
 from gemmascope_plugin.patching.writer_replacement import WriterReplacement
 
@@ -41,16 +43,38 @@ def node_metric(
         max_rows: Prompt copies per forward pass.
     """
     hooks = list(dict.fromkeys(node.hook for node in nodes))
-    corrupt = read(runner, bound.corrupt, hooks)
+    whole = replacement != "other"
+    rows = max(1, min(len(bound), max_rows))
+    options: dict[str, Any] = {"rows": rows, "here": hooks, "there": hooks, "whole": whole}
+    parts = tuple(replayed(runner, bound, bound.clean, bound.corrupt, **options))
+    corrupt = joined(parts, hooks, *bound.clean.shape, True)
     given = {name: _replaced(x, bound.mask, replacement) for name, x in corrupt.items()}
-    copies = max(1, max_rows // len(bound))
-    values = []
-    for chunk in kept.split(copies):
-        fwd_hooks = [(name, _ablate(name, nodes, chunk, given[name])) for name in hooks]
-        rows = bound.clean.repeat(len(chunk), 1)
-        measured = bound.measure(runner, rows, fwd_hooks=fwd_hooks)
-        values.append(measured.reshape(len(chunk), -1).cpu())
-    return torch.cat(values)
+    values = torch.zeros(len(kept), len(bound))
+    for part in parts:
+        size, window = max(1, max_rows // len(part.index)), part.replay.window(part.start)
+        some = {name: x[part.index][:, window] for name, x in given.items()}
+        for chunk in torch.arange(len(kept)).split(size):
+            measured = _measured(part, window, nodes, kept[chunk], some)
+            values[chunk[:, None], part.index.cpu()] = measured.to(values)
+    return values
+
+
+def _measured(
+    part: Part,
+    window: slice,
+    nodes: Sequence[Node],
+    kept: Bool[torch.Tensor, "circuit node"],
+    given: Mapping[str, Float[torch.Tensor, "part pos ..."]],
+) -> Float[torch.Tensor, "circuit part"]:
+    """One pass from the lowest node that any of the circuits does not keep."""
+    removed = [
+        node for node, all_kept in zip(nodes, kept.all(0).tolist(), strict=True) if not all_kept
+    ]
+    if not removed:
+        return part.base.expand(len(kept), -1)
+    hooks = [(name, _ablate(name, nodes, kept, x)) for name, x in given.items()]
+    layer = 0 if part.replay.runs_whole else max(0, min(layer_of(n.hook) for n in removed))
+    return part.metric(layer, window, copies=len(kept), hooks=hooks)
 
 
 def _replaced(

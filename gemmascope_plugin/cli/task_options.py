@@ -252,15 +252,11 @@ def load_named(name: str, backend: str, device: str) -> HookedModel:
     Raises:
         MissingFileError: There is none of this name.
     """
-    import torch
-
     import gemmascope_plugin as gs
 
     chosen = cast("Any", backend)
     if name != BUNDLED:
         return gs.load_model(name, backend=chosen, device=device)
-    # so small that on a busy machine threads only wait for one another
-    torch.set_num_threads(1)
     return gs.tiny(backend=chosen, device=_bundled_device(device)).model
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Float
 
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.models.norm import Norm
+from gemmascope_plugin.models.points import hook_points
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import gain_of
@@ -171,7 +172,7 @@ class Anatomy:
 
     @cached_property
     def _has_input_hooks(self) -> bool:
-        return "blocks.0.ln2.hook_in" in self.model.hook_dict
+        return "blocks.0.ln2.hook_in" in hook_points(self.model)
 
     @property
     def ln_final(self) -> Norm:

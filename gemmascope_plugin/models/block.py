@@ -117,6 +117,10 @@ class Block:
         }
         self._act = _activation(anatomy, self._mlp)
 
+    def stays_in_attention(self, points: Points) -> bool:
+        """Whether nothing happens in this block behind the stream between attention and MLP."""
+        return not points.any_of(self._name, _AFTER_MID[1:])
+
     def attention(
         self,
         x: Float[torch.Tensor, "row pos d_model"],
@@ -149,7 +153,7 @@ class Block:
             z = points(f"{name}attn.hook_z", z)
             if cut:
                 x, z = cut_out(x, rows), cut_out(z, rows)
-            wrote = self._normed("ln1_post", self._anatomy.head_sum(self._layer, z), points)
+            wrote = self._normed("ln1_post", self._joined(z), points)
         wrote = points(f"{name}hook_attn_out", wrote)
         x = points(f"{name}hook_resid_mid", x + wrote)
         return x
@@ -226,10 +230,8 @@ class Block:
         """Queries, keys or values before norm and rotation."""
         attn, heads = self._attn, self._anatomy.n_heads if port == "q" else self._anatomy.n_kv
         weight = getattr(attn, f"_W_{port.upper()}", None)  # not repeated for every query head
-        if weight is None or len(weight) != heads:
-            read = {"q": self._anatomy.W_Q, "k": self._anatomy.W_K, "v": self._anatomy.W_V}
-            weight = read[port](self._layer)
-        matrix = weight.detach().permute(1, 0, 2).flatten(1)
+        weight = (getattr(attn, f"W_{port.upper()}") if weight is None else weight).detach()
+        matrix = weight[:: len(weight) // heads].permute(1, 0, 2).flatten(1)
         out = (normed @ matrix).unflatten(-1, (heads, -1))
         bias = _bias(attn, port.upper())
         if bias is not None:
@@ -237,9 +239,15 @@ class Block:
             out = out + rows[:: len(rows) // heads]
         return points(f"{self._name}attn.hook_{port}", out)
 
+    def _joined(self, z: torch.Tensor) -> torch.Tensor:
+        """What all heads write before the norm, in the stream's type."""
+        out = z.flatten(-2) @ self._attn.W_O.detach().flatten(0, 1)
+        bias = _bias(self._attn, "O")
+        return out if bias is None else out + bias
+
     def _head_normed(self, port: str, x: torch.Tensor) -> torch.Tensor:
         norm = self._head_norms[port]
-        return x if norm is None else norm(x)
+        return x if norm is None else _divided(norm, x)
 
     def _turned(
         self, x: Float[torch.Tensor, "row pos head d_head"], at: Int[torch.Tensor, "some pos"]
@@ -247,15 +255,19 @@ class Block:
         """The rotary embedding at positions."""
         at = at[:1] if at.stride(0) == 0 else at
         cos, sin = (turn[at][:, :, None].to(x.dtype) for turn in self._turns)
-        one, two = x.chunk(2, -1)
-        return x * cos + torch.cat([-two, one], -1) * sin
+        half = x.shape[-1] // 2
+        out = x * cos
+        out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+        out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        return out
 
     def _gated(self, x: torch.Tensor, points: Points) -> torch.Tensor:
         name = self._name
         x = self._normed("ln2", points(f"{name}ln2.hook_in", x), points)
         gate = points(f"{name}mlp.hook_pre", self._project(x, "gate"))
         linear = points(f"{name}mlp.hook_pre_linear", self._project(x, "in"))
-        post = self._act(gate) * linear
+        active = self._act(gate)
+        post = active * linear if torch.is_grad_enabled() else active.mul_(linear)
         bias = _bias(self._mlp, "in") if hasattr(self._mlp, "hook_mid") else None
         return post if bias is None else post + bias
 
@@ -294,9 +306,17 @@ def normed(
     """
     scale, divided = f"{name}.hook_scale", f"{name}.hook_normalized"
     if scale not in points and divided not in points:
-        return norm(x)
+        return _divided(norm, x)
     y = points(divided, x.to(_wide(x.dtype)) / points(scale, norm.scale(x)))
     return (y if norm.gain is None else y * norm.gain.to(y)).to(x.dtype)
+
+
+def _divided(norm: Norm, x: torch.Tensor) -> torch.Tensor:
+    """The norm, in few passes over memory."""
+    wide = x.to(_wide(x.dtype))
+    mean = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
+    y = wide * (mean + norm.eps).rsqrt()
+    return (y if norm.gain is None else y.mul_(norm.gain.to(y))).to(x.dtype)
 
 
 def cut_out(x: Float[torch.Tensor, "row pos *axes"], rows: Rows) -> torch.Tensor:

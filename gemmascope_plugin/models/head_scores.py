@@ -26,6 +26,7 @@ from jaxtyping import Float
 
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.norm import Norm
+from gemmascope_plugin.models.points import hook_points
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +66,7 @@ class HeadScores:
     def rotary_hooks(self) -> tuple[str, ...]:
         """Hooks of what :meth:`rotation` must be given."""
         names = (f"{self._prefix}.hook_cos", f"{self._prefix}.hook_sin")
-        return names if names[0] in self._anatomy.model.hook_dict else ()
+        return names if names[0] in hook_points(self._anatomy.model) else ()
 
     @property
     def scale(self) -> float:

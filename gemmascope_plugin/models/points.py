@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,9 +42,28 @@ _D_MODEL_HOOKS = (
 )
 
 
+_TABLES: weakref.WeakKeyDictionary[Any, tuple[Any, dict[str, Any]]] = weakref.WeakKeyDictionary()
+
+
+def hook_points(model: HookedModel) -> Mapping[str, Any]:
+    """``model.hook_dict``, without making it anew as the bridge does, which takes milliseconds.
+
+    It is made again once the bridge has other points, or other names for them.
+    """
+    registry = getattr(model, "_hook_registry", None)
+    if registry is None:
+        return model.hook_dict
+    state = (len(registry), getattr(model, "compatibility_mode", None))
+    known = _TABLES.get(model)
+    if known is None or known[0] != state:
+        table = model.hook_dict
+        known = _TABLES[model] = ((len(registry), state[1]), table)
+    return known[1]
+
+
 def hook_names(model: HookedModel) -> list[str]:
     """All hook names of the model, aliases included."""
-    return list(model.hook_dict)
+    return list(hook_points(model))
 
 
 def hook_point(model: HookedModel, name: str, points: Mapping[str, Any] | None = None) -> Any:
@@ -52,12 +72,12 @@ def hook_point(model: HookedModel, name: str, points: Mapping[str, Any] | None =
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge``.
         name: Its name.
-        points: ``model.hook_dict``, from callers who ask often: the bridge makes it anew every time.
+        points: ``model.hook_dict``, where the caller has it.
 
     Raises:
         MissingHookError: The model has no such hook, or a flag keeps it from firing.
     """
-    points = model.hook_dict if points is None else points
+    points = hook_points(model) if points is None else points
     if name not in points:
         raise MissingHookError(
             f"The model has no hook {name!r}",

@@ -18,6 +18,7 @@ Cost: the matrix products of the rows' positions in the layers that run; memory 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -39,6 +40,7 @@ from gemmascope_plugin.models.block import (
 )
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.restart import can_restart
+from gemmascope_plugin.models.threads import threads_for_tokens
 
 Stage = Literal["pre", "mid", "post"]
 _OUTSIDE = ("hook_embed", "ln_final.hook_scale", "ln_final.hook_normalized")
@@ -114,6 +116,17 @@ class Arithmetic:
         return normed(self.anatomy.ln_final, x, points, "ln_final")
 
 
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """Where copies of the prompts start in a climb; hooks lie in the first layer alone."""
+
+    layer: int
+    stage: Stage
+    copies: int
+    hooks: Hooks
+    known: Mapping[str, torch.Tensor]
+
+
 @dataclass(eq=False)
 class Replay:
     """Prompts that were run once, to be run again from a layer and a position.
@@ -135,18 +148,27 @@ class Replay:
     """Streams between attention and MLP."""
     earlier: list[Earlier] = field(default_factory=list)
 
+    runs_whole = False
+    """Never from the bottom for nothing."""
+
+    @property
+    def model(self) -> HookedModel:
+        """The model."""
+        return self.arithmetic.anatomy.model
+
     @torch.no_grad()
     def record(self, hooks: Hooks = ()) -> Float[torch.Tensor, "ask d_model"]:
         """Runs the prompts; gives what the unembedding reads at the asked positions."""
         points = Points(hooks)
-        x = points("hook_embed", self.arithmetic.embedded(self.tokens))
-        for block in self.arithmetic.blocks:
+        with self._threads(1, slice(0, self.tokens.shape[1])):
+            x = points("hook_embed", self.arithmetic.embedded(self.tokens))
+            for block in self.arithmetic.blocks:
+                self.pre.append(x)
+                x = block.attention(x, Rows(0), None, points, {}, self.earlier)
+                self.mid.append(x)
+                x = block.mlp(x, Rows(0), points, {})
             self.pre.append(x)
-            x = block.attention(x, Rows(0), None, points, {}, self.earlier)
-            self.mid.append(x)
-            x = block.mlp(x, Rows(0), points, {})
-        self.pre.append(x)
-        return self._end(x, Rows(0), points)
+            return self._end(x, Rows(0), points)
 
     def run(
         self,
@@ -171,21 +193,113 @@ class Replay:
             known: Values at points of the first layer that need not be computed.
             stream: Where to start instead of the recorded stream.
         """
-        points, known = Points(hooks), known or {}
+        with self._threads(copies, window):
+            return self._run(layer, window, stage, copies, Points(hooks), known or {}, stream)
+
+    def _run(
+        self,
+        layer: int,
+        window: slice,
+        stage: Stage,
+        copies: int,
+        points: Points,
+        known: Mapping[str, torch.Tensor],
+        stream: torch.Tensor | None,
+    ) -> Float[torch.Tensor, "ask d_model"]:
         n, start = self.arithmetic.anatomy.n_layers, window.start
         if stream is None:
             stream = self._from(layer, stage)[:, window].repeat(copies, 1, 1)
         x, last = stream, Rows(start, self._only(points, start, copies))
+        if layer == 0 and stage == "pre":
+            x = points("hook_embed", x)
         if stage == "post":
             x, layer = points(f"blocks.{layer}.hook_resid_post", x), layer + 1
         for index in range(layer, n):
             first = index == layer
             block, here = self.arithmetic.blocks[index], known if first else {}
             rows = last if index == n - 1 else Rows(start)
-            if not first or stage != "mid":
+            if first and stage == "mid":
+                x = points(f"blocks.{layer}.hook_resid_mid", x)
+            else:
                 x = block.attention(x, rows, self.earlier[index], points, here)
             x = block.mlp(x, rows, points, here)
         return self._end(x, last, points)
+
+    def climb(self, window: slice, entries: Sequence[Entry]) -> Float[torch.Tensor, "ask d_model"]:
+        """The same of several passes that differ in nothing but their first layer, together.
+
+        Rows join where they start, so that every layer is run once, for all rows that need it. What comes
+        out is in the order of ``entries``.
+
+        Args:
+            window: The positions that run.
+            entries: Where passes start; in ascending order of layers.
+        """
+        with self._threads(sum(entry.copies for entry in entries), window):
+            return self._climb(window, entries)
+
+    def _threads(self, copies: int, window: slice) -> AbstractContextManager[None]:
+        n_tokens = copies * len(self.tokens) * (window.stop - window.start)
+        return threads_for_tokens(self.model, n_tokens)
+
+    def _climb(self, window: slice, entries: Sequence[Entry]) -> Float[torch.Tensor, "ask d_model"]:
+        n, nowhere = self.arithmetic.anatomy.n_layers, Points()
+        at_layer: dict[int, list[int]] = {}
+        for i, entry in enumerate(entries):
+            at_layer.setdefault(entry.layer, []).append(i)
+        order: list[int] = []
+        x: torch.Tensor | None = None
+        for layer in range(entries[0].layer, n):
+            block, last = self.arithmetic.blocks[layer], layer == n - 1
+            halfway, whole = (
+                [] if x is None else [(order, self._attended(layer, window, x, nowhere))],
+                [],
+            )
+            for i in at_layer.get(layer, ()):
+                entry = entries[i]
+                points = Points(entry.hooks)
+                y = self._from(layer, entry.stage)[:, window].repeat(entry.copies, 1, 1)
+                rows = self._rows(window, len(y), last)
+                if entry.stage == "post":
+                    whole.append(([i], cut_out(points(f"blocks.{layer}.hook_resid_post", y), rows)))
+                    continue
+                if entry.stage == "pre":
+                    y = self._attended(layer, window, y, points, entry.known)
+                    if block.stays_in_attention(points):
+                        halfway.append(([i], y))
+                        continue
+                y = block.mlp(y, rows, points, entry.known)
+                whole.append(([i], cut_out(y, rows)))
+            if halfway:
+                mid = torch.cat([y for _, y in halfway])
+                y = block.mlp(mid, self._rows(window, len(mid), last), nowhere, {})
+                whole.insert(0, ([i for which, _ in halfway for i in which], y))
+            order = [i for which, _ in whole for i in which]
+            x = torch.cat([y for _, y in whole])
+        assert x is not None, "there are entries"
+        final = self._end(x, self._rows(window, len(x), True), nowhere)
+        each = len(self.at)
+        parts = final.split([entries[i].copies * each for i in order])
+        return torch.cat([part for _, part in sorted(zip(order, parts, strict=True), key=_first)])
+
+    def _attended(
+        self,
+        layer: int,
+        window: slice,
+        x: torch.Tensor,
+        points: Points,
+        known: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """The stream in the middle of a layer; in the last one, at the asked position if that is all."""
+        rows = self._rows(window, len(x), layer == self.arithmetic.anatomy.n_layers - 1)
+        block = self.arithmetic.blocks[layer]
+        y = block.attention(x, rows, self.earlier[layer], points, known or {})
+        return cut_out(y, rows) if block.stays_in_attention(points) else y
+
+    def _rows(self, window: slice, n_rows: int, last: bool) -> Rows:
+        copies = n_rows // len(self.tokens)
+        asked = self._only(Points(), window.start, copies) if last else None
+        return Rows(window.start, asked)
 
     def window(self, start: int) -> slice:
         """The positions from one on to the last that is asked."""
@@ -201,7 +315,7 @@ class Replay:
         self, tokens: Int[torch.Tensor, "prompt pos"], start: int, hooks: Hooks = ()
     ) -> Float[torch.Tensor, "ask d_model"]:
         """Other tokens, the same as the prompts before ``start``; hooks see the positions behind it."""
-        stream = Points(hooks)("hook_embed", self.arithmetic.embedded(tokens[:, start:]))
+        stream = self.arithmetic.embedded(tokens[:, start:])
         return self.run(0, slice(start, tokens.shape[1]), hooks=hooks, stream=stream)
 
     def _only(self, points: Points, start: int, copies: int) -> torch.Tensor | None:
@@ -225,6 +339,10 @@ class Replay:
         return x[(first + row).flatten(), (self.at - rows.start).repeat(len(first))]
 
 
+def _first(pair: tuple[int, torch.Tensor]) -> int:
+    return pair[0]
+
+
 def _at_end(points: Points) -> bool:
     """Whether something happens at the final norm, which is then run at every position."""
     return any(name in points for name in _OUTSIDE[1:])
@@ -245,10 +363,13 @@ def keeping(
         names: The points.
     """
 
-    def keep(x: torch.Tensor, hook: Any) -> None:
-        held[hook.name] = x.detach()
+    def keep(name: str) -> Callable[..., None]:
+        def hook_fn(x: torch.Tensor, hook: Any) -> None:
+            held[name] = x.detach()
 
-    return [(name, keep) for name in names]
+        return hook_fn
+
+    return [(name, keep(name)) for name in names]
 
 
 def _is_point(name: str) -> bool:

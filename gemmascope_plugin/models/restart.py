@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 
 from gemmascope_plugin.models.asked import no_logits
 from gemmascope_plugin.models.hooks import hooking
-from gemmascope_plugin.models.points import n_layers
+from gemmascope_plugin.models.points import hook_points, n_layers
 from gemmascope_plugin.models.protocol import HookedModel
 
 _CACHES = ("past_kv_cache_entry", "past_key_values")
@@ -32,7 +32,7 @@ def can_restart(model: HookedModel) -> bool:
 
     Somebody's hooks, those of dictionaries among them, may need layers that would be left out.
     """
-    points = {id(point): point for point in model.hook_dict.values()}.values()
+    points = {id(point): point for point in hook_points(model).values()}.values()
     return not any(point.fwd_hooks for point in points)
 
 

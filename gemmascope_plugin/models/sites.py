@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Shaped
 
 from gemmascope_plugin.errors import MissingHookError
-from gemmascope_plugin.models.points import hook_point, n_layers
+from gemmascope_plugin.models.points import hook_point, hook_points, n_layers
 from gemmascope_plugin.models.protocol import HookedModel
 
 _GAINED = re.compile(r"blocks\.(\d+)\.(?:mlp\.hook_in|ln2\.hook_out)")
@@ -56,7 +56,7 @@ def reading(model: HookedModel, name: str, points: Mapping[str, Any] | None = No
     Raises:
         MissingHookError: The model has no such tensor, or folding has taken its gain away.
     """
-    points = model.hook_dict if points is None else points
+    points = hook_points(model) if points is None else points
     layer = gained_layer(name)
     if layer is None or layer >= n_layers(model):
         hook_point(model, name, points)

@@ -5,12 +5,13 @@
 2. The base run is repeated with the reader's input moved by that: queries
    ``q[h] + (ln1(x + d) - ln1(x)) W_Q[h]``, keys and values likewise per **key-value** head, an MLP's
    input, or the last residual stream.  No other reader sees the change directly.
-3. Many edges ride one pass on the batch axis, and passes start at the layer of their readers.
+3. Many edges ride one pass on the batch axis. Passes start at the layer of their readers, and at the
+   first position where the runs differ (``replayed.py``).
 
 It is what the brute-force definition gives (patch the writer, freeze all others, splice the stream into
 one reader), for one pass instead of two per edge.
 
-Cost: one row of a pass, from the reader's layer on, per edge and prompt.
+Cost: one row of a pass, from the reader's layer and the first difference on, per edge and prompt.
 """
 
 from __future__ import annotations
@@ -28,14 +29,13 @@ from gemmascope_plugin.models.check import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.precision import wide
-from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.restart import Restart
+from gemmascope_plugin.models.protocol import HookedModel, dtype_of
 from gemmascope_plugin.patching.check import check_task
 from gemmascope_plugin.patching.edge_effects import EdgeEffects
 from gemmascope_plugin.patching.edges import EdgeMap
 from gemmascope_plugin.patching.memory import Footprint, Limit
 from gemmascope_plugin.patching.node import Node, Reader
-from gemmascope_plugin.patching.nodes import read
+from gemmascope_plugin.patching.replayed import Part, replayed
 from gemmascope_plugin.patching.task import BoundTask, Task
 from gemmascope_plugin.patching.writer_replacement import (
     WRITER_REPLACEMENTS,
@@ -159,25 +159,35 @@ class _Run:
             rows=size,
             tokens=lambda part: self._tokens(part)[1],
         )
-        shape = EdgeMap.of(self.anatomy).mask.shape
-        found = []
-        total = len(self.wanted) * -(-len(bound) // size)
+        names = Writes.hooks(self.anatomy.n_layers)
+        parts = replayed(
+            self.anatomy.model,
+            bound,
+            *self._tokens(bound),
+            rows=size,
+            here=names,
+            there=names if self.replacement == "other" else (),
+            whole=self.replacement != "other",
+        )
+        out = torch.zeros(len(bound), *EdgeMap.of(self.anatomy).mask.shape)
+        out = out.to(torch.float64 if dtype_of(self.anatomy.model) == torch.float64 else out.dtype)
+        total = len(self.wanted) * len(bound)
         with tqdm(total=total, desc="patching edges", disable=not self.progress) as bar:
-            for part in bound.parts(size):
-                tokens, others = self._tokens(part)
-                patches = _Patches(self.anatomy, part, tokens, other.of(others))
-                out = torch.zeros(len(part), *shape, dtype=patches.base.dtype)
-                for chunk in self._chunks(max(1, rows // len(part))):
-                    out[:, chunk[:, 0], chunk[:, 1]] = patches.effects(chunk).T.cpu()
-                    bar.update(len(chunk))
-                found.append(out)
-        return torch.cat(found)
+            for part in parts:
+                patches, index = _Patches(self.anatomy, part, other.of_part(part)), part.index.cpu()
+                for chunk in self._chunks(max(1, rows // len(index))):
+                    effects = patches.effects(chunk).to(out)
+                    out[index[:, None], chunk[:, 0], chunk[:, 1]] = effects.T
+                    bar.update(len(chunk) * len(index))
+        return out
 
     def _chunks(self, copies: int) -> Iterator[Int[torch.Tensor, "edge two"]]:
-        """Edges into readers of one layer, ``copies`` at a time."""
-        starts = _start_layers(EdgeMap.of(self.anatomy))[self.wanted[:, 1]]
-        for layer in starts.unique().tolist():
-            yield from self.wanted[starts == layer].split(copies)
+        """Edges into attention, or into the MLP, of one layer, ``copies`` at a time."""
+        edges = EdgeMap.of(self.anatomy)
+        mlp = torch.tensor([reader.node.kind == "mlp" for reader in edges.readers])
+        starts = (2 * _start_layers(edges) + mlp)[self.wanted[:, 1]]
+        for start in starts.unique().tolist():
+            yield from self.wanted[starts == start].split(copies)
 
     def _tokens(self, part: BoundTask) -> tuple[torch.Tensor, torch.Tensor]:
         noising = self.mode == "noising"
@@ -187,31 +197,28 @@ class _Run:
 class _Patches:
     """Some prompts, ready for edges to be patched."""
 
-    def __init__(
-        self, anatomy: Anatomy, part: BoundTask, tokens: torch.Tensor, other: Writes
-    ) -> None:
-        model, n = anatomy.model, anatomy.n_layers
+    def __init__(self, anatomy: Anatomy, part: Part, other: Writes) -> None:
         self.anatomy, self.part, self.edges = anatomy, part, EdgeMap.of(anatomy)
         self.starts = _start_layers(self.edges)
-        self.restart = Restart(model, tokens, range(n + 1))
-        names = [f"blocks.{layer}.hook_resid_mid" for layer in range(n)]
-        cache = read(model, tokens, [*Writes.hooks(n), *names])
-        self.mid = [wide(cache[name]) for name in names]
-        self.deltas = write_deltas(anatomy, Writes.of(cache, n), other)
-        self.base = part.measure(model, tokens)
+        self.window = part.replay.window(part.start)
+        base = Writes.of(part.here, anatomy.n_layers)
+        self.deltas = write_deltas(anatomy, base.window(self.window), other.window(self.window))
 
     def effects(self, edges: Int[torch.Tensor, "edge two"]) -> Float[torch.Tensor, "edge prompt"]:
-        """Change of the metric under each edge alone; all readers are of one layer."""
+        """Change of the metric under each edge alone; all readers are of one layer, MLPs or not."""
         start = int(self.starts[edges[0, 1]])
         moved = self.deltas[:, :, edges[:, 0]].movedim(2, 0)
-        stream = self.restart.stream(start, len(edges))
-        hooks = []
+        replay, hooks, stream, stage = self.part.replay, [], None, "pre"
         if start == self.anatomy.n_layers:
-            stream = (stream + moved.flatten(0, 1)).to(stream)
+            stream = (replay.pre[start][:, self.window] + moved).flatten(0, 1).to(replay.pre[start])
         else:
             hooks = list(self._hooks(start, edges[:, 1], moved))
-        values = self.part.measure(self.restart, stream, start_at_layer=start, fwd_hooks=hooks)
-        return values.reshape(len(edges), -1) - self.base
+            readers = [self.edges.readers[i] for i in edges[:, 1].tolist()]
+            stage = "mid" if all(reader.node.kind == "mlp" for reader in readers) else "pre"
+        values = self.part.metric(
+            start, self.window, stage=stage, copies=len(edges), hooks=hooks, stream=stream
+        )
+        return values.cpu() - self.part.base
 
     def _hooks(
         self,
@@ -219,7 +226,8 @@ class _Patches:
         readers: Int[torch.Tensor, " edge"],
         moved: Float[torch.Tensor, "edge prompt pos d_model"],
     ) -> Iterator[tuple[str, Callable[..., torch.Tensor]]]:
-        x, ln1 = wide(self.restart.stream(layer, 1)), self.anatomy.norm(layer, "ln1")
+        x = wide(self.part.replay.pre[layer][:, self.window])
+        ln1 = self.anatomy.norm(layer, "ln1")
         assert ln1 is not None, "models without it are refused"
         weights = {"q": self.anatomy.W_Q, "k": self.anatomy.W_K, "v": self.anatomy.W_V}
         for port, weight in weights.items():
@@ -228,15 +236,15 @@ class _Patches:
             if len(rows):
                 heads = readers[rows] - columns.start
                 change = ln1(x + moved[rows]) - ln1(x)
-                add = torch.einsum("ebsm,emd->ebsd", change, weight(layer)[heads])
+                add = change.new_empty(*change.shape[:-1], self.anatomy.d_head)
+                for head in heads.unique().tolist():
+                    add[heads == head] = change[heads == head] @ weight(layer)[head].to(change)
                 yield f"blocks.{layer}.attn.hook_{port}", _add_to_heads(rows, heads, add)
         rows = (readers == self.edges.inputs(layer, "mlp").start).nonzero().flatten()
         if len(rows):
             mlp_input = self.anatomy.mlp_input(layer)
-            yield (
-                mlp_input.hook,
-                _replace_rows(rows, mlp_input.value(self.mid[layer] + moved[rows])),
-            )
+            mid = self.part.replay.mid[layer][:, self.window]
+            yield mlp_input.hook, _replace_rows(rows, mlp_input.value(mid + moved[rows]))
 
 
 def _add_to_heads(

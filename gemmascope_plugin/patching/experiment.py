@@ -40,7 +40,6 @@ from gemmascope_plugin.patching.nodes import (
     acts_hook,
     needs_dictionaries,
     patchable,
-    read,
 )
 from gemmascope_plugin.patching.replacement import Replacement, check_replacement, replaced
 from gemmascope_plugin.patching.replayed import Part, joined, replayed
@@ -70,8 +69,8 @@ class Experiment:
     """The metric of the run that is patched, on the CPU."""
     rows: int
     """Prompts in one forward pass."""
-    parts: tuple[Part, ...] | None = None
-    """Its prompts, ready to be run again; None where the model has to run by itself."""
+    parts: tuple[Part, ...] = ()
+    """Its prompts, ready to be run again."""
 
     @property
     def base_metric(self) -> float:
@@ -174,19 +173,10 @@ def experiment(
                 x, component, bound.mask, replacement, seed, bound.metric.rows_per_prompt
             )
 
-        parts = None
-        if runner is model:
-            parts = _parts(model, bound, component, hooks, (base, away), rows)
-        if parts is None:
-            both = (bound.clean, bound.corrupt)
-            metrics = [_metric(runner, bound, tokens, rows) for tokens in both]
-        else:
-            metrics = [
-                _joined_metric(parts, is_other=(clean == denoising)) for clean in (True, False)
-            ]
+        parts = _parts(runner, bound, component, hooks, (base, away), rows)
+        metrics = [_joined_metric(parts, is_other=(clean == denoising)) for clean in (True, False)]
         ends = bound.metric_values(*(float(metric.mean()) for metric in metrics), model)
-        reads = _Reads.of(runner, component, hooks, (base, away), rows, parts)
-        here, other = reads.inserted(insert)
+        here, other = _Reads.of(component, hooks, (base, away), parts).inserted(insert)
         if grid is None:
             chosen = _differing(sites, here, other, bound.mask)
             grid = feature_grid(sites, replace(choice, features=chosen), base.shape[1])
@@ -200,16 +190,6 @@ def experiment(
         yield Experiment(
             model, runner, bound, grid, base, here, other, metadata, by_prompt, rows, parts
         )
-
-
-@torch.no_grad()
-def _metric(
-    runner: Any, bound: BoundTask, tokens: torch.Tensor, rows: int
-) -> Float[torch.Tensor, " prompt"]:
-    """The metric of each prompt of a run."""
-    index = torch.arange(len(tokens), device=tokens.device)
-    parts = [bound.part(some).measure(runner, tokens[some]) for some in index.split(rows)]
-    return torch.cat(parts).cpu()
 
 
 def _sites(
@@ -251,18 +231,17 @@ def _places(component: str, hooks: Sequence[str]) -> dict[str, str]:
 
 
 def _parts(
-    model: HookedModel,
+    runner: Any,
     bound: BoundTask,
     component: str,
     hooks: Sequence[str],
     tokens: tuple[torch.Tensor, torch.Tensor],
     rows: int,
-) -> tuple[Part, ...] | None:
-    """The task, ready to be run again; None where the model has to run by itself."""
-    there = list(_places(component, hooks).values())
+) -> tuple[Part, ...]:
+    """The task, ready to be run again."""
+    there = list(dict.fromkeys(_places(component, hooks).values()))
     here = list(dict.fromkeys([*hooks, *there]))
-    parts = replayed(model, bound, *tokens, rows=rows, here=here, there=there)
-    return None if parts is None else tuple(parts)
+    return tuple(replayed(runner, bound, *tokens, rows=rows, here=here, there=there))
 
 
 def _joined_metric(parts: Sequence[Part], is_other: bool) -> Float[torch.Tensor, " prompt"]:
@@ -286,30 +265,19 @@ class _Reads:
     @classmethod
     def of(
         cls,
-        runner: Any,
         component: str,
         hooks: Sequence[str],
         tokens: tuple[torch.Tensor, torch.Tensor],
-        rows: int,
-        parts: Sequence[Part] | None,
+        parts: Sequence[Part],
     ) -> _Reads:
-        """From passes of the model, or from what parts have recorded."""
+        """What parts have recorded, of the prompts of both runs."""
         at = _places(component, hooks)
-        names, base = list(at.values()), list(dict.fromkeys([*hooks, *at.values()]))
-        if parts is not None:
-            n, width = tokens[0].shape
-            here = joined(parts, base, n, width, False)
-            there = joined(parts, names, n, width, True)
-            for part in parts:  # one copy is enough
-                part.here, part.there = {}, {}
-        else:
-            here, there = (
-                read(runner, tokens[0], names, rows=rows),
-                read(runner, tokens[1], names, rows=rows),
-            )
-            more = [name for name in base if name not in here]
-            if more:
-                here |= read(runner, tokens[0], more, rows=rows)
+        n, n_pos = tokens[0].shape
+        names = list(dict.fromkeys(at.values()))
+        here = joined(parts, list(dict.fromkeys([*hooks, *names])), n, n_pos, False)
+        there = joined(parts, names, n, n_pos, True)
+        for part in parts:  # one copy is enough
+            part.here, part.there = {}, {}
         axis = COMPONENTS[component].dims.index("pos")
         for name in names:
             _agree(there[name], here[name], _n_shared(*tokens), axis)

@@ -11,7 +11,7 @@ Of a set of receivers each gets its difference in one run. Where one lies behind
 what the first makes of its own; in the original method that was overwritten.
 
 Many pairs of senders and receivers ride on the batch axis of one forward pass, which starts at the first
-layer where a receiver lies (``models/restart.py``), or whole where somebody's hooks take part.
+layer where a receiver lies and at the first position where both runs differ (``replayed.py``).
 
 Cost: four to six forward passes over the prompts and ``pairs / copies`` ends of passes of
 ``copies * prompts`` rows; unless ``paths="direct"``, a copy of the prompts more for each set of senders.
@@ -19,9 +19,10 @@ Cost: four to six forward passes over the prompts and ``pairs / copies`` ends of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, get_args
 
 import torch
@@ -34,7 +35,6 @@ from gemmascope_plugin.models.check import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.restart import Restart, can_restart
 from gemmascope_plugin.patching.check import check_task
 from gemmascope_plugin.patching.edges import EdgeMap
 from gemmascope_plugin.patching.effects import Effects, FeatureId
@@ -48,8 +48,10 @@ from gemmascope_plugin.patching.path_receivers import (
     Receiver,
     check_overlap,
     delivering,
+    is_copy,
     stream_of,
 )
+from gemmascope_plugin.patching.replayed import Part, replayed
 from gemmascope_plugin.patching.task import BoundTask, Task
 from gemmascope_plugin.patching.timeline import layer_of, written
 from gemmascope_plugin.splice.check import check_saes
@@ -119,7 +121,7 @@ def path_patching(
             clean, corrupt = (bound.measure(runner, t).cpu() for t in (bound.clean, bound.corrupt))
         ends = bound.metric_values(float(clean.mean()), float(corrupt.mean()), model)
         sweep = _Sweep(runner, anatomy, bound, tokens, sending, receiving, paths)
-        each = sweep.run(corrupt if denoising else clean, max_rows)
+        each = sweep.run(max_rows)
         metadata = _described(model, runner, bound, saes is not None)
     metadata |= {"method": f"path patching, {paths}", "mode": mode, **ends}
     labels = {"sender": _labels(sending), "receiver": _labels(receiving)}
@@ -158,63 +160,92 @@ class _Sweep:
     paths: Paths
 
     @torch.no_grad()
-    def run(
-        self, base: Float[torch.Tensor, " prompt"], max_rows: int
-    ) -> Float[torch.Tensor, "sender receiver prompt"]:
-        """How far each pair moves the metric of each prompt from ``base``; 0 where no path leads.
+    def run(self, max_rows: int) -> Float[torch.Tensor, "sender receiver prompt"]:
+        """How far each pair moves the metric of each prompt; 0 where no path leads.
 
         Raises:
             EmptySelectionError: There is no path at all.
         """
-        changes = changes_of(self.runner, self.senders, *self.tokens)
         reached = self._reached()
+        values = torch.zeros(len(self.senders), len(self.receivers), len(self.bound))
+        rows = max(1, min(len(self.bound), max_rows))
+        for part in replayed(self.runner, self.bound, *self.tokens, rows=rows):
+            width = part.bound.clean.shape[1]
+            tokens = tuple(x[part.index, :width] for x in self.tokens)
+            some = replace(self, bound=part.bound, tokens=tokens)
+            values[:, :, part.index.cpu()] = some._part_values(part, reached, max_rows)
+        return values
+
+    def _part_values(
+        self, part: Part, reached: dict[tuple[int, int], list[Receiver]], max_rows: int
+    ) -> Float[torch.Tensor, "sender receiver part"]:
+        """The same of some prompts, whose tokens these are."""
+        changes = changes_of(self.runner, self.senders, *self.tokens)
         streams = sorted({self._stream(r) for pair in reached.values() for r in pair})
         flow = Flow(self.runner, self.anatomy, *self.tokens, changes, streams, self.paths)
         copies = max(1, max_rows // len(self.bound))
-        end = self._end(reached)
-        values = base.new_zeros(len(self.senders), len(self.receivers), len(base))
-        for part in torch.arange(len(changes)).split(max(1, copies // len(streams))):
-            mine = part.tolist()
+        values = torch.zeros(len(self.senders), len(self.receivers), len(self.bound))
+        for some in torch.arange(len(changes)).split(max(1, copies // len(streams))):
+            mine = some.tolist()
             found = flow.differences([changes[i] for i in mine], streams)
             differences = dict(zip(mine, found, strict=True))
             pairs = [pair for pair in reached if pair[0] in differences]
-            pairs.sort(key=lambda pair: self._first_layer(reached[pair]))
-            for start in range(0, len(pairs), copies):
-                chunk = pairs[start : start + copies]
-                metric = self._measure(chunk, reached, differences, end)
+            for chunk in self._chunks(pairs, reached, copies, together=part.replay.runs_whole):
+                metric = self._measure(chunk, reached, differences, part)
                 for pair, value in zip(chunk, metric, strict=True):
-                    values[pair] = value - base
+                    values[pair] = value - part.base
         return values
+
+    def _chunks(
+        self,
+        pairs: Sequence[tuple[int, int]],
+        reached: dict[tuple[int, int], list[Receiver]],
+        copies: int,
+        *,
+        together: bool,
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Pairs that ride together: those that start at one layer, unless passes run whole."""
+
+        def layer(pair: tuple[int, int]) -> int:
+            return 0 if together else self._first_layer(reached[pair])
+
+        for _, group in groupby(sorted(pairs, key=layer), key=layer):
+            chunk = list(group)
+            for start in range(0, len(chunk), copies):
+                yield chunk[start : start + copies]
 
     def _measure(
         self,
         pairs: Sequence[tuple[int, int]],
         reached: dict[tuple[int, int], list[Receiver]],
         differences: dict[int, dict[str, torch.Tensor]],
-        end: Restart | None,
-    ) -> Float[torch.Tensor, "pair prompt"]:
+        part: Part,
+    ) -> Float[torch.Tensor, "pair part"]:
         """The metric in one forward pass, a copy of the prompts for each pair."""
         n, base = len(self.bound), self.tokens[0]
+        # the keys of single heads take a pass of their own, over all positions
+        keys = any(is_copy(receiver, "k") for pair in pairs for receiver in reached[pair])
+        window = slice(0, base.shape[1]) if keys else part.replay.window(part.start)
         deliveries = [
-            Delivery(slice(j * n, (j + 1) * n), receiver, differences[i][self._stream(receiver)])
+            Delivery(
+                slice(j * n, (j + 1) * n),
+                receiver,
+                differences[i][self._stream(receiver)][:, window],
+            )
             for j, (i, k) in enumerate(pairs)
             for receiver in reached[i, k]
         ]
         tokens = base.repeat(len(pairs), 1)
         start = min(self._first_layer(reached[pair]) for pair in pairs)
-        if end is None:
+        hooks, stream = [], None
+        if start < self.anatomy.n_layers or part.replay.runs_whole:
             hooks = delivering(self.runner, self.anatomy, deliveries, tokens)
-            metric = self.bound.measure(self.runner, tokens, fwd_hooks=hooks)
-        elif start < self.anatomy.n_layers:
-            hooks = delivering(self.runner, self.anatomy, deliveries, tokens)
-            rows = end.stream(start, len(pairs))
-            metric = self.bound.measure(end, rows, fwd_hooks=hooks, start_at_layer=start)
         else:  # all at the end of the stream, where no block is left to run
-            rows = end.stream(start, len(pairs))
+            stream = part.replay.pre[start][:, window].repeat(len(pairs), 1, 1)
             for d in deliveries:
-                rows[d.rows] += d.difference.to(rows)
-            metric = self.bound.measure(end, rows, start_at_layer=start)
-        return metric.reshape(len(pairs), n).cpu()
+                stream[d.rows] += d.difference.to(stream)
+        layer = 0 if part.replay.runs_whole else start
+        return part.metric(layer, window, copies=len(pairs), hooks=hooks, stream=stream).cpu()
 
     def _reached(self) -> dict[tuple[int, int], list[Receiver]]:
         """Sender and receiver sets to the receivers that anything reaches."""
@@ -239,13 +270,6 @@ class _Sweep:
         hooks = [self._stream(receiver) for receiver in receivers]
         last = f"blocks.{n - 1}.hook_resid_post"
         return min(n if hook == last else layer_of(hook) for hook in hooks)
-
-    def _end(self, reached: dict[tuple[int, int], list[Receiver]]) -> Restart | None:
-        """The base run, to start from at a layer; None where passes have to run whole."""
-        starts = {self._first_layer(receivers) for receivers in reached.values()}
-        if self.runner is not self.anatomy.model or not can_restart(self.runner) or starts == {0}:
-            return None
-        return Restart(self.runner, self.tokens[0], starts)
 
     def _stream(self, receiver: Receiver) -> str:
         return stream_of(self.runner, self.anatomy, receiver)

@@ -121,7 +121,7 @@ def delivering(
         tokens: Token ids ``[row, pos]``, for the passes that copies of keys need.
     """
     patterns: dict[tuple[int, int, int], torch.Tensor] = {}
-    copied = [(d, d.receiver.node) for d in deliveries if _is_copy(d.receiver, "k")]
+    copied = [(d, d.receiver.node) for d in deliveries if is_copy(d.receiver, "k")]
     for layer in sorted({node.layer for _, node in copied}):
         run = _Pass(runner, anatomy, patterns)
         run.deliver(deliveries, shared_keys=layer)
@@ -137,7 +137,7 @@ def delivering(
     return run.hooks()
 
 
-def _is_copy(receiver: Receiver, port: str) -> TypeGuard[Reader]:
+def is_copy(receiver: Receiver, port: str) -> TypeGuard[Reader]:
     """Whether a receiver is one head's copy of a key or value."""
     return isinstance(receiver, Reader) and receiver.node.kind == "head" and receiver.port == port
 
@@ -173,8 +173,8 @@ class _Pass:
                 self._mlp(d)
             elif is_feature(receiver.node):
                 self._feature(d)
-            elif not _is_copy(receiver, "k"):
-                self._copied_value(d) if _is_copy(receiver, "v") else self._input(d, receiver)
+            elif not is_copy(receiver, "k"):
+                self._copied_value(d) if is_copy(receiver, "v") else self._input(d, receiver)
             elif receiver.node.layer == shared_keys:
                 whole = Node.kv(receiver.node.layer, receiver.node.index // self.anatomy.group)
                 if (d.rows.start, Reader(whole, "k")) not in done:

@@ -3,7 +3,9 @@
 1. Prompts whose first difference and whose length are the same (or nearly) make a part, so that hardly a
    position is run for nothing. Each part is recorded once (``models/replay.py``).
 2. The other run is computed from the first difference on; before it, it *is* the base run.
-3. A metric is read from the end of the stream, some rows at a time: from the logits of the tokens that it
+3. A model that is not known as functions of its weights, or has dictionaries spliced in, runs by its own
+   modules (``models/module_replay.py``), every position of it.
+4. A metric is read from the end of the stream, some rows at a time: from the logits of the tokens that it
    names alone, where no others count.
 
 Cost: one pass over the base prompts and one over the ends of the others.
@@ -11,23 +13,26 @@ Cost: one pass over the base prompts and one over the ends of the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 
-from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.errors import HookNotFiredError
+from gemmascope_plugin.models.block import Hooks
+from gemmascope_plugin.models.module_replay import ModuleReplay, model_of
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.readout import OfResiduals
 from gemmascope_plugin.models.replay import Arithmetic, Replay, Stage, keeping, replayable
+from gemmascope_plugin.models.unembed import unembedding
 from gemmascope_plugin.patching.task import BoundTask
 
 _ROWS = 128
 """Rows whose logits are all formed at once."""
-_WASTE, _FEW = 0.1, 48
-"""Share of positions, or positions, that may be run for nothing to run more prompts together."""
+_A_PART = 24
+"""What a part costs beside its positions (weights are read once more), in positions."""
 
 
 @dataclass(eq=False)
@@ -40,7 +45,7 @@ class Part:
     """The first position at which any of them differs between both runs."""
     bound: BoundTask
     """The task on them, cut to their length."""
-    replay: Replay
+    replay: Replay | ModuleReplay
     base: Float[torch.Tensor, " part"]
     """The metric of the base run, from the same arithmetic, on the CPU."""
     other: Float[torch.Tensor, " part"]
@@ -57,7 +62,7 @@ class Part:
         *,
         stage: Stage = "pre",
         copies: int = 1,
-        hooks: Sequence[tuple[str, Callable[..., Any]]] = (),
+        hooks: Hooks = (),
         known: Mapping[str, torch.Tensor] | None = None,
         stream: torch.Tensor | None = None,
     ) -> Float[torch.Tensor, "copy part"]:
@@ -71,13 +76,15 @@ class Part:
             known=known,
             stream=stream,
         )
-        return metric_of(self.bound, self.replay.arithmetic.anatomy, final).unflatten(
-            0, (copies, -1)
-        )
+        return self.metric_of(final)
+
+    def metric_of(self, final: Float[torch.Tensor, "ask d_model"]) -> torch.Tensor:
+        """The metric of copies of the prompts, ``[copy, part]``, from what the unembedding reads."""
+        return metric_of(self.bound, self.replay.model, final).unflatten(0, (-1, len(self.bound)))
 
 
 def replayed(
-    model: HookedModel,
+    runner: Any,
     bound: BoundTask,
     base: Int[torch.Tensor, "prompt pos"],
     other: Int[torch.Tensor, "prompt pos"],
@@ -85,64 +92,68 @@ def replayed(
     rows: int,
     here: Sequence[str] = (),
     there: Sequence[str] = (),
-) -> Iterator[Part] | None:
-    """The parts of a task, made one after the other; None where the model has to run by itself.
+    whole: bool = False,
+) -> Iterator[Part]:
+    """The parts of a task, made one after the other.
 
     Args:
-        model: The model.
+        runner: The model, or the model with dictionaries spliced in.
         bound: The task.
         base: Tokens of the run that will be run again.
         other: Those of the other run.
         rows: Prompts of a part at most.
         here: Points whose activations in the base run are kept.
         there: Points whose activations in the other run are kept, some of ``here``.
+        whole: Whether something else than the other tokens may differ before the first of them.
+
+    Raises:
+        HookNotFiredError: A point that no pass reaches.
     """
-    if not replayable([*here, *there]):
-        return None
-    arithmetic = Arithmetic.of(model, base)
+    model = model_of(runner)
+    plain = runner is model and replayable([*here, *there])
+    arithmetic = Arithmetic.of(model, base) if plain else None
     if arithmetic is None:
-        return None
-    starts = first_differences(base, other, bound)
-    groups = together(starts, bound.lengths.tolist(), rows)
-
-    def parts() -> Iterator[Part]:
-        for group in groups:
-            index = torch.tensor(group, device=base.device)
-            width = int(bound.lengths[index].max())
-            some = bound.part(index).cut(width)
-            start = min(starts[i] for i in group)
-            tokens = (base[index, :width], other[index, :width])
-            yield _part(arithmetic, index, start, some, tokens, here, there)
-
-    return parts()
+        groups = [index.tolist() for index in torch.arange(len(base)).split(rows)]
+        starts = [0] * len(base)
+    else:
+        starts = first_differences(base, other, bound)
+        groups = together(starts, bound.lengths.tolist(), rows)
+    for group in groups:
+        index = torch.tensor(group, device=base.device)
+        width = base.shape[1] if arithmetic is None else int(bound.lengths[index].max())
+        some = bound.part(index).cut(width)
+        row, at = some.metric.places(len(some))
+        tokens = base[index, :width]
+        if arithmetic is None:
+            replay = ModuleReplay(runner, tokens, at, row)
+        else:
+            replay = Replay(arithmetic, tokens, at, None if len(at) == len(some) else row)
+        start = min(starts[i] for i in group)
+        yield _part(index, start, some, replay, other[index, :width], (here, there), whole)
 
 
 def _part(
-    arithmetic: Arithmetic,
     index: torch.Tensor,
     start: int,
     bound: BoundTask,
-    tokens: tuple[torch.Tensor, torch.Tensor],
-    here: Sequence[str],
-    there: Sequence[str],
+    replay: Replay | ModuleReplay,
+    other: torch.Tensor,
+    names: tuple[Sequence[str], Sequence[str]],
+    whole: bool,
 ) -> Part:
-    assert bound.metric.at is not None
-    one_each = len(bound.metric.at) == len(bound)
-    replay = Replay(
-        arithmetic,
-        tokens[0],
-        bound.metric.at,
-        None if one_each else bound.metric.places(len(bound))[0],
-    )
+    here, there = names
     kept: dict[str, torch.Tensor] = {}
     changed: dict[str, torch.Tensor] = {}
     end = replay.record(keeping(kept, dict.fromkeys([*here, *there])))
-    away = replay.variant(tokens[1], start, keeping(changed, there))
+    away = replay.variant(other, start, keeping(changed, there))
+    missing = [name for name in [*here, *there] if name not in kept]
+    if missing:
+        raise HookNotFiredError(f"The hooks {', '.join(missing)} never fired")
     for name, x in changed.items():
         axis = position_axis(name)
         changed[name] = torch.cat([kept[name].narrow(axis, 0, start), x], axis)
-    before, after = (metric_of(bound, arithmetic.anatomy, final).cpu() for final in (end, away))
-    return Part(index, start, bound, replay, before, after, kept, changed)
+    before, after = (metric_of(bound, replay.model, final).cpu() for final in (end, away))
+    return Part(index, 0 if whole else start, bound, replay, before, after, kept, changed)
 
 
 def position_axis(name: str) -> int:
@@ -173,28 +184,32 @@ def together(starts: Sequence[int], lengths: Sequence[int], rows: int) -> list[l
     groups: list[list[int]] = []
     for i in sorted(range(len(starts)), key=lambda i: (starts[i], lengths[i], i)):
         if groups and len(groups[-1]) < rows:
-            group = [*groups[-1], i]
-            needed = sum(lengths[j] - starts[j] for j in group)
-            run = len(group) * (max(lengths[j] for j in group) - min(starts[j] for j in group))
-            if run - needed <= max(_FEW, _WASTE * needed):
-                groups[-1] = group
+            apart = _positions(groups[-1], starts, lengths) + lengths[i] - starts[i] + _A_PART
+            if _positions([*groups[-1], i], starts, lengths) <= apart:
+                groups[-1].append(i)
                 continue
         groups.append([i])
     return [sorted(group) for group in groups]
 
 
+def _positions(group: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> int:
+    """How many are run for a group, those for nothing counted."""
+    width = max(lengths[i] for i in group) - min(starts[i] for i in group)
+    return len(group) * width
+
+
 def metric_of(
-    bound: BoundTask, anatomy: Anatomy, final: Float[torch.Tensor, "ask d_model"]
+    bound: BoundTask, model: HookedModel, final: Float[torch.Tensor, "ask d_model"]
 ) -> Float[torch.Tensor, " row"]:
     """The metric of rows, copies of the prompts, from what the unembedding reads.
 
     Args:
         bound: The task on these prompts.
-        anatomy: The model's.
+        model: The model.
         final: Output of the final norm at the asked positions, copy after copy.
     """
     metric = bound.metric
-    out = anatomy.unembedding(before_cap=metric.metric.before_cap)
+    out = unembedding(model, before_cap=metric.metric.before_cap)
     each = len(metric.places(len(bound))[0])
     parts = final.split(max(1, _ROWS // each) * each)
     return torch.cat([metric.of_rows(OfResiduals(out, out.read(x, normed=True))) for x in parts])

@@ -2,13 +2,13 @@
 
 1. A patch that inserts what is there already has no effect and is not run; nor is its effect on a prompt
    where it does.
-2. The others are sorted by the first layer that they touch, and by the first position. A pass carries
-   copies of the prompts, each with its own patch, up to as many rows as are allowed.
-3. Below the first patched layer, and before the first position that a patch changes, every copy is the
-   base run: a pass runs what is above and behind alone (``replayed.py``), from the patched point on.
+2. Each of the others gets a copy of the prompts, with the patch. Below the patched layer, and before the
+   first position that it changes, a copy is the base run: what is above and behind runs alone
+   (``replayed.py``), from the patched point on.
+3. Copies whose patches begin at nearly the same position climb the layers together, up to as many rows as
+   are allowed; each joins at its layer. So a layer is run for all of them at once.
 4. Where that cannot be, for a model that is not a Gemma, passes start at the patched layer by the model's
-   own modules (``models/restart.py``), and whole where somebody's hooks take part, those of dictionaries
-   among them.
+   own modules, and whole where somebody's hooks take part, those of dictionaries among them.
 
 Cost: the matrix products of the positions behind the first change, in the layers above the patch.
 """
@@ -18,13 +18,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from gemmascope_plugin.models.points import n_layers
-from gemmascope_plugin.models.replay import Stage
-from gemmascope_plugin.models.restart import Restart, can_restart
+from gemmascope_plugin.models.replay import Entry, Replay, Stage
 from gemmascope_plugin.patching.components import COMPONENTS, layer_of
 from gemmascope_plugin.patching.experiment import Experiment
 from gemmascope_plugin.patching.insert import inserting
@@ -40,69 +40,36 @@ _SPREAD, _TOKENS = 0.15, 256
 
 
 @torch.no_grad()
-def sweep(
-    run: Experiment, *, restart: bool = True, progress: bool = False
-) -> Float[torch.Tensor, "patch prompt"]:
+def sweep(run: Experiment, *, progress: bool = False) -> Float[torch.Tensor, "patch prompt"]:
     """The metric of each prompt under each patch alone, on the CPU.
 
     Args:
         run: The experiment.
-        restart: Whether passes start late where they can.
         progress: Show a progress bar.
     """
-    if run.parts is not None and restart:
-        return _replayed(run, progress)
     from tqdm.auto import tqdm
 
     patches = run.grid.patches
-    # running a patch that changes nothing would only add rounding
-    live = [i for i, patch in enumerate(patches) if run.changes(patch)]
-    live.sort(key=lambda i: first_layer(patches[i]))
     metric = run.base_by_prompt.repeat(len(patches), 1)
-    copies = max(1, run.rows // len(run.base))
-    chunks = [live[i : i + copies] for i in range(0, len(live), copies)]
-    parts = torch.arange(len(run.base)).split(run.rows)
-    title = f"patching {run.grid.component}"
-    total = len(parts) * len(chunks)
+    total, title = len(run.parts) * len(patches), f"patching {run.grid.component}"
     with warnings.catch_warnings(), tqdm(total=total, desc=title, disable=not progress) as bar:
         # the bridge warns that an edited norm scale may differ from the unedited norm by rounding
         warnings.filterwarnings("ignore", message=".*hook edited hook_scale")
-        for index in parts:
-            passes = _passes(run, index, [[patches[i] for i in chunk] for chunk in chunks], restart)
-            for chunk, values in zip(chunks, passes, strict=True):
-                metric[torch.tensor(chunk)[:, None], index] = values.to(metric)
-                bar.update()
+        for part in run.parts:
+            live = _live(run, part)
+            bar.update(len(patches) - len(live))
+            for chunk in _chunks(run, part, live):
+                values = _chunk_metric(run, part, chunk).cpu()
+                for patch, value in zip(chunk, values, strict=True):
+                    where = part.index[patch.changed].cpu()
+                    metric[patch.index, where] = value[patch.changed.cpu()].to(metric)
+                bar.update(len(chunk))
     return metric
 
 
 def first_layer(patch: Patch) -> int:
     """The first layer that a patch touches."""
     return min(layer_of(hook) for hook in patch.hooks)
-
-
-def _passes(
-    run: Experiment,
-    index: Int[torch.Tensor, " part"],
-    chunks: Sequence[Sequence[Patch]],
-    restart: bool,
-) -> Iterator[Float[torch.Tensor, "patch part"]]:
-    """One pass per chunk of patches, over some of the prompts."""
-    index = index.to(run.base.device)
-    bound, base = run.bound.part(index), run.base[index]
-    # sorted, so that the first patch of a chunk is the earliest
-    last = n_layers(run.model)  # where the final norm begins
-    starts = [min(first_layer(chunk[0]), last) for chunk in chunks]
-    late = restart and any(start > 0 for start in starts) and can_restart(run.model)
-    end = Restart(run.model, base, starts) if late else None
-    for chunk, start in zip(chunks, starts, strict=True):
-        hooks = inserting(chunk, {h: run.other[h][index] for p in chunk for h in p.hooks})
-        if end is None:
-            rows = base.repeat(len(chunk), 1)
-            values = bound.measure(run.runner, rows, fwd_hooks=hooks)
-        else:
-            rows = end.stream(start, len(chunk))
-            values = bound.measure(end, rows, fwd_hooks=hooks, start_at_layer=start)
-        yield values.reshape(len(chunk), len(base))
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,25 +125,6 @@ class _Live:
     changed: Bool[torch.Tensor, " part"]
 
 
-def _replayed(run: Experiment, progress: bool) -> Float[torch.Tensor, "patch prompt"]:
-    from tqdm.auto import tqdm
-
-    assert run.parts is not None
-    patches = run.grid.patches
-    metric = run.base_by_prompt.repeat(len(patches), 1)
-    title = f"patching {run.grid.component}"
-    with tqdm(total=len(run.parts) * len(patches), desc=title, disable=not progress) as bar:
-        for part in run.parts:
-            for chunk in _chunks(run, part, _live(run, part)):
-                values = _chunk_metric(run, part, chunk).cpu()
-                for live, value in zip(chunk, values, strict=True):
-                    where = part.index[live.changed].cpu()
-                    metric[live.index, where] = value[live.changed.cpu()].to(metric)
-                bar.update(len(chunk))
-            bar.n = min(bar.total, bar.n)
-    return metric
-
-
 def _live(run: Experiment, part: Part) -> list[_Live]:
     """Patches that change something that is asked about, from the lowest layer and position on."""
     changes, asked = _Changes.of(run, part), int(part.replay.at.max())
@@ -184,36 +132,72 @@ def _live(run: Experiment, part: Part) -> list[_Live]:
     for i, patch in enumerate(run.grid.patches):
         changed = changes.by_position(patch)[:, : asked + 1]
         if bool(changed.any()):
-            start = int(changed.any(0).int().argmax())
-            live.append(_Live(i, first_layer(patch), start, changed.any(1)))
+            window = part.replay.window(int(changed.any(0).int().argmax()))
+            layer = 0 if part.replay.runs_whole else first_layer(patch)
+            live.append(_Live(i, layer, window.start, changed.any(1)))
     return sorted(live, key=lambda patch: (patch.layer, patch.start, patch.index))
 
 
 def _chunks(run: Experiment, part: Part, live: Sequence[_Live]) -> Iterator[list[_Live]]:
-    """Patches that ride one pass: of one layer, and nearly one position."""
+    """Patches that ride together: of nearly one position, and as many as rows are allowed.
+
+    Each chunk is in ascending order of layers.
+    """
     copies = max(1, run.rows // len(part.index))
-    chunk: list[_Live] = []
     stop = int(part.replay.at.max()) + 1
-    for patch in live:
+    chunk: list[_Live] = []
+    for patch in sorted(live, key=lambda patch: (patch.start, patch.layer, patch.index)):
         if chunk:
             width = stop - chunk[0].start
-            idle = (patch.start - chunk[0].start) / width
             enough = len(chunk) * len(part.index) * width >= _TOKENS
-            if patch.layer != chunk[0].layer or len(chunk) == copies or (enough and idle > _SPREAD):
-                yield chunk
+            if enough and patch.start - chunk[0].start > _SPREAD * width:
+                yield from _in_order(chunk, copies)
                 chunk = []
         chunk.append(patch)
-    if chunk:
-        yield chunk
+    yield from _in_order(chunk, copies)
+
+
+def _in_order(chunk: list[_Live], copies: int) -> Iterator[list[_Live]]:
+    chunk = sorted(chunk, key=lambda patch: (patch.layer, patch.start, patch.index))
+    for start in range(0, len(chunk), copies):
+        yield chunk[start : start + copies]
 
 
 def _chunk_metric(
     run: Experiment, part: Part, chunk: Sequence[_Live]
 ) -> Float[torch.Tensor, "patch part"]:
-    """One pass with a copy of the prompts for each patch."""
-    patches = [run.grid.patches[live.index] for live in chunk]
-    last = part.replay.arithmetic.anatomy.n_layers
-    layer, window = min(chunk[0].layer, last), part.replay.window(chunk[0].start)
+    """A copy of the prompts for each patch; those of one layer start together."""
+    window = part.replay.window(min(patch.start for patch in chunk))
+    last = n_layers(run.model)  # where the final norm begins
+    several = any(len(run.grid.patches[live.index].hooks) > 1 for live in chunk)
+    entries = []
+    for layer, group in groupby(chunk, key=lambda live: min(max(live.layer, 0), last)):
+        patches = [run.grid.patches[live.index] for live in group]
+        entries.append(_entry(run, part, layer, patches, window))
+    if isinstance(part.replay, Replay) and not several and entries[-1].layer < last:
+        return part.metric_of(part.replay.climb(window, entries))
+    if part.replay.runs_whole:
+        patches = [run.grid.patches[live.index] for live in chunk]
+        entries = [_entry(run, part, 0, patches, window)]
+    return torch.cat(
+        [
+            part.metric(
+                entry.layer,
+                window,
+                stage=entry.stage,
+                copies=entry.copies,
+                hooks=entry.hooks,
+                known=entry.known,
+            )
+            for entry in entries
+        ]
+    )
+
+
+def _entry(
+    run: Experiment, part: Part, layer: int, patches: Sequence[Patch], window: slice
+) -> Entry:
+    """Where patches whose first layer is this one start."""
     names = {hook for patch in patches for hook in patch.hooks}
     other = {
         name: run.other[name][part.index].narrow(
@@ -222,35 +206,31 @@ def _chunk_metric(
         for name in names
     }
     hooks = inserting([_shifted(run, patch, window) for patch in patches], other)
-    stage, known = entered(run, part, layer, names, window, len(chunk))
-    return part.metric(layer, window, stage=stage, copies=len(chunk), hooks=hooks, known=known)
+    stage, spares = starting_at(layer, names)
+    known = {}
+    if spares:
+        (name,) = (name for name in names if name.startswith(f"blocks.{layer}."))
+        value = run.here[name][part.index][:, window]
+        known[name] = value.repeat(len(patches), *[1] * (value.ndim - 1))
+    return Entry(layer, stage, len(patches), hooks, known)
 
 
-def entered(
-    run: Experiment, part: Part, layer: int, names: set[str], window: slice, copies: int
-) -> tuple[Stage, dict[str, torch.Tensor]]:
-    """Where in a layer a pass starts whose first changes are at these points, and what is known there.
+def starting_at(layer: int, names: set[str]) -> tuple[Stage, bool]:
+    """Where in a layer a pass starts whose first changes are at these points.
 
     Args:
-        run: The experiment.
-        part: Some of its prompts.
         layer: The layer.
         names: All points that are changed.
-        window: The positions that run.
-        copies: Of the prompts.
+
+    Returns:
+        The stage, and whether a known value at the only point of the layer spares what lies before it.
     """
     prefix = f"blocks.{layer}."
     first = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-    stage: Stage = "pre"
     if first and all(name == "hook_resid_post" for name in first):
-        return "post", {}
-    if first and all(name.startswith(_MID) for name in first):
-        stage = "mid"
-    known = {}
-    if len(first) == 1 and (name := next(iter(first))) in _KNOWN:
-        value = run.here[prefix + name][part.index][:, window]
-        known[prefix + name] = value.repeat(copies, *[1] * (value.ndim - 1))
-    return stage, known
+        return "post", False
+    within = bool(first) and all(name.startswith(_MID) for name in first)
+    return "mid" if within else "pre", len(first) == 1 and next(iter(first)) in _KNOWN
 
 
 def _shifted(run: Experiment, patch: Patch, window: slice) -> Patch:

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from gemmascope_plugin.errors import check_choice
+from gemmascope_plugin.patching.replayed import Part
 from gemmascope_plugin.patching.task import BoundTask
 from gemmascope_plugin.patching.writes import Writes
 
@@ -43,6 +44,23 @@ class Replacements:
     replacement: WriterReplacement
     means: Writes | None = None
 
+    def of_part(self, part: Part) -> Writes:
+        """The replacements for the prompts of a part that has read the writers of both runs."""
+        if self.replacement == "other":
+            return Writes.of(part.there, self.n_layers)
+        if self.means is None:
+            return Writes.of(part.here, self.n_layers).map(torch.zeros_like)
+        rows, width = part.bound.clean.shape
+        return self._expanded(rows, width)
+
+    def _expanded(self, rows: int, width: int) -> Writes:
+        assert self.means is not None
+        return Writes(
+            self.means.embed[:, :width].expand(rows, -1, -1),
+            self.means.z[:, :, :width].expand(-1, rows, -1, -1, -1),
+            self.means.mlp[:, :, :width].expand(-1, rows, -1, -1),
+        )
+
     def of(self, tokens: torch.Tensor) -> Writes:
         """The replacements for some prompts.
 
@@ -53,13 +71,7 @@ class Replacements:
             return Writes.read(self.runner, tokens, self.n_layers)
         if self.means is None:
             return Writes.read(self.runner, tokens, self.n_layers).map(torch.zeros_like)
-        rows = len(tokens)
-        mean = self.means
-        return Writes(
-            mean.embed.expand(rows, -1, -1),
-            mean.z.expand(-1, rows, -1, -1, -1),
-            mean.mlp.expand(-1, rows, -1, -1),
-        )
+        return self._expanded(*tokens.shape)
 
 
 def replacements(

@@ -20,7 +20,7 @@ Cost: two forward passes; ``tokens * writers * d_model`` numbers for the tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,7 +53,7 @@ class Writes:
         return ["hook_embed", *(name for pair in layers for name in pair)]
 
     @classmethod
-    def of(cls, cache: dict[str, torch.Tensor], n_layers: int) -> Writes:
+    def of(cls, cache: Mapping[str, torch.Tensor], n_layers: int) -> Writes:
         """From activations by hook name."""
         names = cls.hooks(n_layers)
         z, mlp = (torch.stack([wide(cache[name]) for name in names[start::2]]) for start in (1, 2))
@@ -67,6 +67,10 @@ class Writes:
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Writes:
         """Another run, made from this one."""
         return Writes(fn(self.embed), fn(self.z), fn(self.mlp))
+
+    def window(self, positions: slice) -> Writes:
+        """Some positions."""
+        return Writes(self.embed[:, positions], self.z[:, :, positions], self.mlp[:, :, positions])
 
     def tokens(self, index: slice) -> Writes:
         """Some tokens, rows and positions flattened, with one row."""

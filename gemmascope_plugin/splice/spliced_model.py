@@ -29,6 +29,7 @@ from gemmascope_plugin.models.prompts import check_room, read_prompts
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import Reading, reading
 from gemmascope_plugin.models.stops import stop_ids
+from gemmascope_plugin.models.threads import threads_for_tokens
 from gemmascope_plugin.splice.hooked_cross_layer import HookedCrossLayer
 from gemmascope_plugin.splice.hooked_sae import HookedSAE
 from gemmascope_plugin.splice.hooked_site import SUB_HOOKS, HookedSite
@@ -235,7 +236,9 @@ class SplicedModel:
         for length, rows in by_length.items():
             part = None if len(by_length) == 1 else rows
             tokens = torch.stack([prompts.tokens[row][prompts.mask[row]] for row in rows])
-            with self._watch.generation(length, max_new_tokens, part, len(lengths)):
+            # each step is a product of a few tokens
+            threads = threads_for_tokens(self.model, len(rows))
+            with threads, self._watch.generation(length, max_new_tokens, part, len(lengths)):
                 out = self.model.generate(
                     tokens, max_new_tokens=max_new_tokens, return_type="tokens", **options
                 )

@@ -29,7 +29,7 @@ from gemmascope_plugin.models.compiled import refuse_compiled, refuse_unseen
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.hooks import claim
 from gemmascope_plugin.models.passes import PassWatch
-from gemmascope_plugin.models.points import width_at
+from gemmascope_plugin.models.points import hook_points, width_at
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import reading
 from gemmascope_plugin.saes.cross_layer import cross_layer_of
@@ -95,7 +95,7 @@ def splice(
         stack.enter_context(claim(model, f"a splice of dictionaries at {at}"))
         _name_apart(stack, sites)
         by_site = assign(hooked, [edits] if isinstance(edits, Edit) else list(edits))
-        points = model.hook_dict
+        points = hook_points(model)
         for site in sites:
             check_site(model, site, points)
         watch = PassWatch(model)

@@ -26,6 +26,7 @@ from gemmascope_plugin.attribution.adjoint.sweep import Entry, Sweep
 from gemmascope_plugin.attribution.adjoint.targets import Seed
 from gemmascope_plugin.attribution.adjoint.workers import workers
 from gemmascope_plugin.errors import EmptySelectionError, ModelError
+from gemmascope_plugin.models.points import hook_points
 from gemmascope_plugin.models.prompts import PromptLike
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import reading
@@ -325,5 +326,5 @@ def hooked_of(one: Any, exclude: Any) -> HookedSAE | HookedCrossLayer:
 
 
 def _readable(model: HookedModel, names: Sequence[str]) -> list[str]:
-    points = model.hook_dict
+    points = hook_points(model)
     return [reading(model, name, points).hook for name in names]

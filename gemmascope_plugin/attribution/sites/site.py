@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from gemmascope_plugin.errors import GemmaScopeError, ModelError, UnknownNameError
 from gemmascope_plugin.models import special_ids
-from gemmascope_plugin.models.points import n_layers, width_at
+from gemmascope_plugin.models.points import hook_points, n_layers, width_at
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import Reading, reading
 from gemmascope_plugin.patching.timeline import WRITTEN, is_stream, layer_of, written
@@ -155,7 +155,7 @@ def _dictionary_site(model: HookedModel, hooked: HookedSAE) -> Site:
             "takes apart what is added to the residual stream, and the stream",
             exists=", ".join(_ALLOWED),
         )
-    check_site(model, hooked, model.hook_dict)
+    check_site(model, hooked, hook_points(model))
     return Site(
         hooked.hook_out,
         "feature",

@@ -16,6 +16,7 @@ import torch
 
 from gemmascope_plugin.attribution.slopes import put
 from gemmascope_plugin.circuits.tracing.replay import Hooks, Replay
+from gemmascope_plugin.models.points import hook_points
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.sites import reading
 from gemmascope_plugin.patching.nodes import read
@@ -27,7 +28,7 @@ _LAST = "ln_final.hook_scale"
 def held_hooks(replay: Replay) -> Hooks:
     """Hooks that hold a run to its record."""
     record, model = replay.record, replay.record.model
-    points = model.hook_dict
+    points = hook_points(model)
     names = []
     for layer in range(record.n_layers):
         scales = [f"blocks.{layer}.{norm}.hook_scale" for norm in _NORMS]

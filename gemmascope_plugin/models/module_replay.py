@@ -1,0 +1,146 @@
+"""Runs prompts again from a layer by the model's own modules, where ``replay.py`` does not know them.
+
+1. Every position runs, in rows that are copies of the prompts. Below a layer every copy is what it was,
+   so a pass starts there (``restart.py``).
+2. Where somebody's hooks take part, those of dictionaries among them, a pass runs whole: they may need
+   what would be left out.
+
+Cost: one pass, and one more to restart from; then the layers that run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+
+from gemmascope_plugin.models.block import Hooks
+from gemmascope_plugin.models.hooks import hooking
+from gemmascope_plugin.models.points import n_layers
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.replay import Stage
+from gemmascope_plugin.models.restart import Restart, can_restart
+from gemmascope_plugin.models.threads import threads_for_tokens
+
+
+def model_of(runner: Any) -> Any:
+    """The model that runs, of one with dictionaries spliced in."""
+    return runner.model if hasattr(runner, "sites") else runner
+
+
+@dataclass(eq=False)
+class ModuleReplay:
+    """Prompts that were run once, to be run again from a layer.
+
+    Args:
+        runner: The model, or the model with dictionaries spliced in.
+        tokens: The prompts ``[prompt, pos]``.
+        at: The positions that are asked about.
+        row: Which prompt each of them belongs to.
+    """
+
+    runner: Any
+    tokens: Int[torch.Tensor, "prompt pos"]
+    at: Int[torch.Tensor, " ask"]
+    row: Int[torch.Tensor, " ask"]
+    pre: list[torch.Tensor] = field(default_factory=list)
+    """Streams before each layer, and behind the last; none with dictionaries."""
+    mid: list[torch.Tensor] = field(default_factory=list)
+    """Streams between attention and MLP."""
+    _end: Restart | None = None
+
+    @property
+    def runs_whole(self) -> bool:
+        """Whether passes start at the bottom, wherever they could start."""
+        return self._end is None
+
+    @property
+    def model(self) -> HookedModel:
+        """The model."""
+        return model_of(self.runner)
+
+    @torch.no_grad()
+    def record(self, hooks: Hooks = ()) -> Float[torch.Tensor, "ask d_model"]:
+        """Runs the prompts; gives what the unembedding reads at the asked positions."""
+        if self.runner is not self.model:
+            return self._pass(self.tokens, hooks, {})
+        restarts = can_restart(self.model)
+        n, held = n_layers(self.model), {}
+
+        def keep(name: str) -> tuple[str, Any]:
+            def hook_fn(x: torch.Tensor, hook: Any) -> None:
+                held[name] = x.detach()
+
+            return name, hook_fn
+
+        pre = [f"blocks.{layer}.hook_resid_pre" for layer in range(n)]
+        mid = [f"blocks.{layer}.hook_resid_mid" for layer in range(n)]
+        streams = [keep(name) for name in (*pre, *mid, f"blocks.{n - 1}.hook_resid_post")]
+        final = self._pass(self.tokens, [*hooks, *streams], {})
+        self.pre = [held[name] for name in (*pre, f"blocks.{n - 1}.hook_resid_post")]
+        self.mid = [held[name] for name in mid]
+        self._end = Restart(self.model, self.tokens, range(n + 1)) if restarts else None
+        return final
+
+    def run(
+        self,
+        layer: int,
+        window: slice,
+        *,
+        stage: Stage = "pre",
+        copies: int = 1,
+        hooks: Hooks = (),
+        known: Mapping[str, torch.Tensor] | None = None,
+        stream: torch.Tensor | None = None,
+    ) -> Float[torch.Tensor, "ask d_model"]:
+        """What ``Replay.run`` says, always from the beginning of the layer; ``known`` saves nothing."""
+        hooks = list(hooks)
+        embeds = layer == 0 and any(name == "hook_embed" for name, _ in hooks)
+        if self._end is not None and not embeds:
+            rows = self._end.stream(layer, copies) if stream is None else stream
+            return self._pass(rows, hooks, {"start_at_layer": layer}, self._end)
+        rows = self.tokens.repeat(copies, 1)
+        if stream is None:
+            return self._pass(rows, hooks, {})
+        n, new = n_layers(self.model), stream
+
+        def put(x: torch.Tensor, hook: Any) -> torch.Tensor:
+            return new
+
+        last = f"blocks.{n - 1}.hook_resid_post"
+        where = last if layer == n else f"blocks.{layer}.hook_resid_pre"
+        return self._pass(rows, [(where, put), *hooks], {})
+
+    def window(self, start: int) -> slice:
+        """All positions."""
+        return slice(0, self.tokens.shape[1])
+
+    @torch.no_grad()
+    def variant(
+        self, tokens: Int[torch.Tensor, "prompt pos"], start: int, hooks: Hooks = ()
+    ) -> Float[torch.Tensor, "ask d_model"]:
+        """Other tokens."""
+        return self._pass(tokens, hooks, {})
+
+    def _pass(
+        self, rows: torch.Tensor, hooks: Hooks, options: dict[str, Any], runner: Any = None
+    ) -> Float[torch.Tensor, "ask d_model"]:
+        held: list[torch.Tensor] = []
+        runner = self.runner if runner is None else runner
+
+        def end(x: torch.Tensor, hook: Any) -> torch.Tensor:
+            first = torch.arange(0, len(x), len(self.tokens), device=x.device)[:, None]
+            at = self.at.repeat(len(first)).to(x.device)
+            held.append(x[(first + self.row.to(x.device)).flatten(), at])
+            return x[:1, :1]  # logits are not asked for
+
+        hooks = [*hooks, ("unembed.hook_in", end)]
+        with (
+            threads_for_tokens(self.model, len(rows) * rows.shape[1]),
+            hooking(runner, fwd_hooks=hooks),
+        ):
+            runner(rows, **options)
+        return held[0]
