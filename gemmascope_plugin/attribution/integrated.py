@@ -46,7 +46,7 @@ from gemmascope_plugin.models.threads import threads_for_tokens
 from gemmascope_plugin.patching.components import layer_of
 from gemmascope_plugin.patching.experiment import Experiment
 from gemmascope_plugin.patching.nodes import read
-from gemmascope_plugin.patching.replayed import Part, position_axis
+from gemmascope_plugin.patching.replayed import Part, inside, position_axis
 from gemmascope_plugin.patching.sweep import starting_at
 
 _EMBED = "hook_embed"
@@ -71,9 +71,10 @@ def integrated_activations(run: Experiment, steps: int, max_rows: int) -> Estima
             product = line.slope(steps, max_rows) / steps * line.delta
             index = torch.arange(line.window.start, line.window.stop, device=product.device)
             whole = products[name][part.index]
-            whole.index_copy_(position_axis(name), index, product.to(whole))
+            last = slice(None) if product.shape[-1] == whole.shape[-1] else slice(line.window.stop)
+            whole[..., last].index_copy_(position_axis(name), index, product.to(whole))
             products[name][part.index] = whole
-            drift[name][part.index.cpu()] = _sums(product) - line.change()
+            drift[name][part.index.cpu()] = (_sums(product) - line.change()).to(drift[name])
     by_hook = {name: product[None] for name, product in products.items()}
     return Estimate(by_patch(run.grid, by_hook)[0], drift)
 
@@ -96,16 +97,17 @@ class _Line:
     ) -> _Line | None:
         """None where nothing moves that is asked about."""
         axis = position_axis(name)
-        moves = (delta[part.index] != 0).movedim(axis, 0).flatten(1).any(1)
-        moves = moves[: int(part.replay.at.max()) + 1]
+        asked = part.before_asked()
+        delta = delta[part.index].narrow(axis, 0, asked.shape[1])
+        shape = [1] * delta.ndim
+        shape[0], shape[axis] = asked.shape
+        delta = delta * asked.reshape(shape).to(delta)
+        moves = (delta != 0).movedim(axis, 0).flatten(1).any(1)
         if not bool(moves.any()):
             return None
         window = part.replay.window(int(moves.int().argmax()))
-        size = window.stop - window.start
-        here, some = (
-            x[part.index].narrow(axis, window.start, size) for x in (run.here[name], delta)
-        )
-        return cls(run, part, name, window, here, some)
+        here = inside(run.here[name][part.index], name, window)
+        return cls(run, part, name, window, here, inside(delta, name, window))
 
     def slope(self, steps: int, max_rows: int) -> Float[torch.Tensor, "part ..."]:
         """Gradients at the midpoints, summed."""
@@ -124,7 +126,9 @@ class _Line:
     @torch.no_grad()
     def change(self) -> Float[torch.Tensor, " part"]:
         """How the metric changes if everything at the hook is replaced."""
-        return self._metric((self.here + self.delta).to(self.here))[0].cpu() - self.part.base
+        after = self._metric((self.here + self.delta).to(self.here))[0].cpu()
+        moves = (self.delta != 0).flatten(1).any(1).cpu()
+        return torch.where(moves, after - self.part.base, 0.0)
 
     def _metric(self, points: Float[torch.Tensor, "row ..."]) -> Float[torch.Tensor, "copy part"]:
         """With these values at the hook; the graph starts there."""

@@ -303,6 +303,8 @@ class Replay:
 
     def window(self, start: int) -> slice:
         """The positions from one on to the last that is asked."""
+        if self.row is not None:  # of several positions of a prompt all are read
+            start = min(start, int(self.at.min()))
         return slice(start, int(self.at.max()) + 1)
 
     def _from(self, layer: int, stage: Stage) -> torch.Tensor:
@@ -321,7 +323,8 @@ class Replay:
     def _only(self, points: Points, start: int, copies: int) -> torch.Tensor | None:
         """The position of each row that goes on in the last layer; None where several do."""
         several = self.row is not None or _at_end(points)
-        return None if several else (self.at - start).repeat(copies)
+        # a shorter prompt that is asked before it all is as it was: what is read of it counts for nothing
+        return None if several else (self.at - start).clamp(min=0).repeat(copies)
 
     def _end(self, x: torch.Tensor, rows: Rows, points: Points) -> torch.Tensor:
         if _at_end(points):
@@ -336,7 +339,8 @@ class Replay:
         n = len(self.tokens)
         row = torch.arange(n, device=x.device) if self.row is None else self.row
         first = torch.arange(0, len(x), n, device=x.device)[:, None]
-        return x[(first + row).flatten(), (self.at - rows.start).repeat(len(first))]
+        at = (self.at - rows.start).clamp(min=0).repeat(len(first))
+        return x[(first + row).flatten(), at]
 
 
 def _first(pair: tuple[int, torch.Tensor]) -> int:

@@ -56,10 +56,7 @@ def changes_of(
         UnknownNameError: A node that sends nothing, or a feature of no spliced dictionary.
         TaskError: A set names a component and a part of it.
     """
-    for sender in (sender for group in groups for sender in group):
-        check_sender(runner, sender)
-    for group in groups:
-        _check_apart(runner, group)
+    check_senders(runner, groups)
     features = list(dict.fromkeys(s for group in groups for s in group if is_feature(s)))
     sent = _sent(runner, features, base, other) if features else {}
     changes = []
@@ -76,6 +73,19 @@ def changes_of(
                 replaced[sender.hook] = None
         changes.append(Change(replaced, added))
     return changes
+
+
+def check_senders(runner: Any, groups: Sequence[tuple[Sender, ...]]) -> None:
+    """Refuses sets that cannot send.
+
+    Raises:
+        UnknownNameError: A node that sends nothing, or a feature of no spliced dictionary.
+        TaskError: A set names a component and a part of it.
+    """
+    for sender in (sender for group in groups for sender in group):
+        check_sender(runner, sender)
+    for group in groups:
+        _check_apart(runner, group)
 
 
 def is_feature(node: Any) -> bool:

@@ -41,7 +41,7 @@ from gemmascope_plugin.patching.effects import Effects, FeatureId
 from gemmascope_plugin.patching.names import Stream, node_of, reader_of
 from gemmascope_plugin.patching.node import Node, Reader
 from gemmascope_plugin.patching.nodes import patchable
-from gemmascope_plugin.patching.path_changes import Sender, changes_of, first_written
+from gemmascope_plugin.patching.path_changes import Sender, changes_of, check_senders, first_written
 from gemmascope_plugin.patching.path_flow import Flow, Paths
 from gemmascope_plugin.patching.path_receivers import (
     Delivery,
@@ -166,6 +166,7 @@ class _Sweep:
         Raises:
             EmptySelectionError: There is no path at all.
         """
+        check_senders(self.runner, self.senders)
         reached = self._reached()
         values = torch.zeros(len(self.senders), len(self.receivers), len(self.bound))
         rows = max(1, min(len(self.bound), max_rows))

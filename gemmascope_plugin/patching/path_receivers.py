@@ -243,7 +243,9 @@ class _Pass:
         self.watch(pattern)
 
         def edit(z: torch.Tensor) -> None:
-            z[d.rows, :, head] += (wide(self.live[pattern][d.rows, head]) @ change()).to(z)
+            added = change()  # at the keys that run in this pass, the last ones
+            seen = wide(self.live[pattern][d.rows, head])[..., -added.shape[1] :]
+            z[d.rows, :, head] += (seen @ added).to(z)
 
         self._edit(f"blocks.{layer}.attn.hook_z", edit)
 

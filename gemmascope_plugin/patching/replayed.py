@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.errors import HookNotFiredError
 from gemmascope_plugin.models.block import Hooks
@@ -77,6 +77,13 @@ class Part:
             stream=stream,
         )
         return self.metric_of(final)
+
+    def before_asked(self) -> Bool[torch.Tensor, "part pos"]:
+        """True up to the last position that each prompt is asked about; what is behind has no effect."""
+        row, at = self.bound.metric.places(len(self.bound))
+        last = torch.zeros_like(self.bound.lengths).scatter_reduce(0, row, at, "amax")
+        positions = torch.arange(self.bound.clean.shape[1], device=last.device)
+        return positions <= last[:, None]
 
     def metric_of(self, final: Float[torch.Tensor, "ask d_model"]) -> torch.Tensor:
         """The metric of copies of the prompts, ``[copy, part]``, from what the unembedding reads."""
@@ -159,6 +166,12 @@ def _part(
 def position_axis(name: str) -> int:
     """Which axis of a point's tensor has the positions that a pass runs: queries, of a pattern."""
     return 2 if name.endswith("hook_pattern") else 1
+
+
+def inside(x: torch.Tensor, name: str, window: slice) -> torch.Tensor:
+    """The positions of a window of a point's tensor; of a pattern, the keys that there are as well."""
+    x = x.narrow(position_axis(name), window.start, window.stop - window.start)
+    return x[..., : window.stop] if name.endswith("hook_pattern") else x
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from gemmascope_plugin.patching.components import COMPONENTS, layer_of
 from gemmascope_plugin.patching.experiment import Experiment
 from gemmascope_plugin.patching.insert import inserting
 from gemmascope_plugin.patching.nodes import Patch
-from gemmascope_plugin.patching.replayed import Part, position_axis
+from gemmascope_plugin.patching.replayed import Part, inside
 
 _KNOWN = ("attn.hook_z", "hook_attn_out", "mlp.hook_post", "hook_mlp_out")
 """Points whose recorded value spares what lies before them in their layer."""
@@ -127,10 +127,10 @@ class _Live:
 
 def _live(run: Experiment, part: Part) -> list[_Live]:
     """Patches that change something that is asked about, from the lowest layer and position on."""
-    changes, asked = _Changes.of(run, part), int(part.replay.at.max())
+    changes, asked = _Changes.of(run, part), part.before_asked()
     live = []
     for i, patch in enumerate(run.grid.patches):
-        changed = changes.by_position(patch)[:, : asked + 1]
+        changed = changes.by_position(patch)[:, : asked.shape[1]] & asked
         if bool(changed.any()):
             window = part.replay.window(int(changed.any(0).int().argmax()))
             layer = 0 if part.replay.runs_whole else first_layer(patch)
@@ -199,12 +199,7 @@ def _entry(
 ) -> Entry:
     """Where patches whose first layer is this one start."""
     names = {hook for patch in patches for hook in patch.hooks}
-    other = {
-        name: run.other[name][part.index].narrow(
-            position_axis(name), window.start, window.stop - window.start
-        )
-        for name in names
-    }
+    other = {name: inside(run.other[name][part.index], name, window) for name in names}
     hooks = inserting([_shifted(run, patch, window) for patch in patches], other)
     stage, spares = starting_at(layer, names)
     known = {}

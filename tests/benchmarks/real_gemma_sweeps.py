@@ -61,12 +61,13 @@ def heads(model: Any, task: Any, rounds: int) -> None:
     seconds = median(lambda: gs.activation_patching(model, task, "z"), rounds)
     sample = [(0, 0), (anatomy.n_layers // 2, 1), (anatomy.n_layers - 1, anatomy.n_heads - 1)]
     effects: list[torch.Tensor] = []
-    each = median(lambda: effects.append(loop(model, bound, sample)), 1) / len(sample)
+    # the loop begins with a pass for each run
+    each = median(lambda: effects.append(loop(model, bound, sample)), 1) / (len(sample) + 2)
     n_heads = anatomy.n_layers * anatomy.n_heads
     found = torch.stack([ours.values[place] for place in sample])
     off = float((effects[-1] - found).abs().max() / abs(ours.gap))
     least = floor(anatomy, bound)
-    usual = each * n_heads
+    usual = each * (n_heads + 2)
     print(
         f"  heads: {seconds:.2f} s; the usual loop {usual:.1f} s ({usual / seconds:.1f}x); products "
         f"alone {least:.2f} s ({seconds / least:.2f} of them); difference {off:.0e} of the gap",

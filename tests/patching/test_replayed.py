@@ -61,16 +61,17 @@ def test_each_part_starts_where_its_prompts_differ(model) -> None:
 def test_effects_are_those_of_whole_passes(model, metric: str, rows: int, monkeypatch) -> None:
     late = activation_patching(model, task(metric), "z", mode="noising", max_rows=rows)
     by_pos = activation_patching(model, task(metric), "resid_post", mode="noising", max_rows=rows)
+    pattern = activation_patching(model, task(metric), "pattern", mode="noising", max_rows=rows)
     monkeypatch.setattr(Arithmetic, "of", lambda *args: None)
-    for found, component in ((late, "z"), (by_pos, "resid_post")):
+    for found, component in ((late, "z"), (by_pos, "resid_post"), (pattern, "pattern")):
         whole = activation_patching(model, task(metric), component, mode="noising")
-        assert whole.by_prompt is not None and found.by_prompt is not None
-        assert torch.allclose(found.by_prompt, whole.by_prompt, atol=1e-5)
+        assert whole.values_by_prompt is not None and found.values_by_prompt is not None
+        assert torch.allclose(found.values_by_prompt, whole.values_by_prompt, atol=1e-5)
 
 
 def test_what_does_not_change_has_no_effect_at_all(model) -> None:
     effects = activation_patching(model, task("all logits"), "resid_post", mode="noising")
-    assert effects.by_prompt is not None
+    assert effects.values_by_prompt is not None
     for row, start in enumerate(STARTS):
-        assert not effects.by_prompt[:, :start, row].any()
-        assert not effects.by_prompt[:, LENGTHS[row] :, row].any()
+        assert not effects.values_by_prompt[:, :start, row].any()
+        assert not effects.values_by_prompt[:, LENGTHS[row] :, row].any()
