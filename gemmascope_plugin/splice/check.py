@@ -82,7 +82,8 @@ def _is_dictionary(sae: Any) -> bool:
         return False
     if isinstance(sae, HookedSite) or cross_layer_of(sae) is not None or hasattr(sae, "sites"):
         return True
-    return hasattr(sae, "W_dec") or hasattr(getattr(sae, "cfg", None), "d_sae")
+    # of which architectures something can be made is said where it is made
+    return hasattr(sae, "W_dec") or hasattr(getattr(sae, "cfg", None), "architecture")
 
 
 def _no_dictionary(given: Any, call: str) -> InputError:

@@ -34,7 +34,7 @@ from gemmascope_plugin.models.sites import Reading, reading
 from gemmascope_plugin.patching.timeline import WRITTEN, is_stream, layer_of, written
 from gemmascope_plugin.saes import Coder
 from gemmascope_plugin.splice import HookedCrossLayer, HookedSAE
-from gemmascope_plugin.splice.check import as_list
+from gemmascope_plugin.splice.check import as_list, check_sae
 from gemmascope_plugin.splice.splicing import check_site
 
 SiteKind = Literal["feature", "head", "mlp"]
@@ -134,11 +134,7 @@ def _hooked(sae: Any, level: int | None) -> HookedSAE:
             fix="dictionaries of one layer each, or gemmascope_plugin.trace",
         )
     if not isinstance(sae, HookedSAE):
-        if not hasattr(sae, "cfg"):
-            raise UnknownNameError(
-                f"A {type(sae).__name__} is not a loaded dictionary",
-                fix="gemmascope_plugin.load(spec)",
-            )
+        check_sae(sae)
         return HookedSAE(sae, level=level)
     if sae.positions is not None:
         raise ModelError(
