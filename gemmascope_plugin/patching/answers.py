@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,6 +21,8 @@ from gemmascope_plugin.models.tokens import quoted_label, token_id
 
 Answer = str | int | Sequence[str | int]
 """A token, or a set of tokens of which any counts."""
+Answers = str | SupportsIndex | Iterable[Any]
+"""Answers as people give them: one per prompt, ids of any library, in a list, an array or a tensor."""
 
 
 def answer_list(what: str, answers: Any) -> list[Answer]:

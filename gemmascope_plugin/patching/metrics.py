@@ -26,7 +26,7 @@ from jaxtyping import Float
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.readout import Readout
-from gemmascope_plugin.patching.answers import Answer
+from gemmascope_plugin.patching.answers import Answers, answer_list
 from gemmascope_plugin.patching.metric import AnswerMetric, BoundMetric, Metric
 
 
@@ -142,39 +142,49 @@ Position = int | Sequence[int]
 
 
 def logit_diff(
-    answer: Sequence[Answer],
-    wrong: Sequence[Answer],
+    answer: Answers,
+    wrong: Answers,
     *,
     position: Position = -1,
     before_cap: bool = False,
 ) -> LogitDiff:
     """``logit(answer) - logit(wrong)`` at ``position``, one entry per prompt."""
-    return LogitDiff(answer=answer, wrong=wrong, position=position, before_cap=before_cap)
+    return LogitDiff(
+        answer=answer_list("answer", answer),
+        wrong=answer_list("wrong", wrong),
+        position=position,
+        before_cap=before_cap,
+    )
 
 
 def probability(
-    answer: Sequence[Answer],
-    wrong: Sequence[Answer] | None = None,
+    answer: Answers,
+    wrong: Answers | None = None,
     *,
     position: Position = -1,
     before_cap: bool = False,
 ) -> Probability:
     """Probability of ``answer`` (minus that of ``wrong``) at ``position``."""
-    return Probability(answer=answer, wrong=wrong, position=position, before_cap=before_cap)
+    return Probability(
+        answer=answer_list("answer", answer),
+        wrong=None if wrong is None else answer_list("wrong", wrong),
+        position=position,
+        before_cap=before_cap,
+    )
 
 
-def margin(
-    answer: Sequence[Answer], *, position: Position = -1, before_cap: bool = False
-) -> Margin:
+def margin(answer: Answers, *, position: Position = -1, before_cap: bool = False) -> Margin:
     """``logit(answer)`` minus the largest logit of all other tokens."""
-    return Margin(answer=answer, position=position, before_cap=before_cap)
+    right = answer_list("answer", answer)
+    return Margin(answer=right, position=position, before_cap=before_cap)
 
 
 def cross_entropy(
-    answer: Sequence[Answer], *, position: Position = -1, before_cap: bool = False
+    answer: Answers, *, position: Position = -1, before_cap: bool = False
 ) -> CrossEntropy:
     """``log p(answer)``: minus the cross-entropy, higher is better."""
-    return CrossEntropy(answer=answer, position=position, before_cap=before_cap)
+    right = answer_list("answer", answer)
+    return CrossEntropy(answer=right, position=position, before_cap=before_cap)
 
 
 def kl_divergence(*, position: Position = -1, before_cap: bool = False) -> KLDivergence:

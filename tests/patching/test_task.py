@@ -18,6 +18,7 @@ from gemmascope_plugin.patching import (
     margin,
     probability,
 )
+from tests.factories import unchecked
 from tests.patching.tasks import CLEAN, CORRUPT, TASK
 
 LOGITS = torch.tensor([[[0.0, 1.0, 2.0, 4.0]], [[3.0, 1.0, 0.0, 0.0]]])
@@ -245,4 +246,4 @@ def test_answers_may_be_of_any_integers(hooked2) -> None:
 @pytest.mark.parametrize("wrong", [1.5, None, {"a": 1}, [1.5], [[1, None]], b"x"])
 def test_what_is_neither_a_word_nor_an_id_is_an_error(wrong) -> None:
     with pytest.raises(TaskError, match="neither a word nor a token id"):
-        logit_diff(wrong, [1])
+        unchecked(logit_diff)(wrong, [1])
