@@ -44,11 +44,13 @@ from gemmascope_plugin.patching import Task, activation_patching
 from gemmascope_plugin.splice import splice
 
 N_STEPS = 8
-N_PROMPTS = 16
-N_RANDOM = 20
+N_PROMPTS = 12
+N_RANDOM = 5
 N_SAES = 4
 """SAEs that are spliced in at most, when files of more are on this machine."""
-CIRCUIT_SIZE = 30
+CIRCUIT_SIZE = 40
+SIZES = (0, 10, 20, 40, 60)
+"""Circuits that are run, beside the whole model."""
 
 
 @dataclass(frozen=True)
@@ -204,9 +206,10 @@ def compared(model: HookedModel, task: Task) -> Comparison:
 
 def checked_circuit(model: HookedModel, train: Task, held_out: Task) -> Scores:
     """A circuit of heads and MLPs from training prompts, evaluated on held-out ones."""
-    circuit = discover(model, train, size=CIRCUIT_SIZE)
+    nodes = discover(model, train)
+    circuit = nodes.top(min(CIRCUIT_SIZE, len(nodes.ranking) // 2))
     n_nodes = len(circuit.ranking)
-    sizes = sorted({*range(0, min(n_nodes, 60), 5), n_nodes})
+    sizes = [*(size for size in SIZES if size < n_nodes), n_nodes]
     return evaluate(circuit, model, held_out, sizes=sizes, n_random=N_RANDOM)
 
 
