@@ -21,6 +21,7 @@ from gemmascope_plugin.catalog.sites import (
 )
 from gemmascope_plugin.catalog.spec import SaeSpec
 from gemmascope_plugin.errors import UnknownNameError, nearest, shorten
+from gemmascope_plugin.indices import as_indices
 
 L0_FIX = "l0='canonical', l0='medium', l0=71, l0='nearest:80', l0=(50, 100) or l0=[38, 71]"
 LABELS = ("small", "medium", "big")
@@ -86,7 +87,14 @@ def layer(given: int | Iterable[int]) -> Criterion:
     if isinstance(given, range):  # an interval: the part beyond the last layer is no mistake
         tests = [(given, lambda s: any(n in given for n in s.all_layers))]
     else:
-        numbers = list(given) if isinstance(given, Iterable) else [given]
+        numbers = as_indices(given)
+        if numbers is None:
+            text = given.strip() if isinstance(given, str) else ""
+            raise UnknownNameError(
+                f"layer={given!r} is not the number of a layer",
+                exists="a number, a list of numbers, or a range",
+                fix=f"layer={int(text)}" if text.isdecimal() else "layer=12, or layer=[12, 20]",
+            )
         tests = [(n, lambda s, n=n: n == s.layer or n in s.layers) for n in numbers]
     return Criterion("layer", given, tests, lambda s: s.all_layers)
 

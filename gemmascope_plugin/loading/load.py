@@ -12,6 +12,7 @@ size.  SAELens' import on the first call of a process costs several seconds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ _OPENERS = {
 
 
 def load(
-    spec: SaeSpec | tuple[str, str],
+    spec: SaeSpec | tuple[str, str] | str,
+    sae_id: str | None = None,
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
@@ -50,7 +52,8 @@ def load(
     """A dictionary, frozen, with its spec in the metadata.
 
     Args:
-        spec: A spec, or ``(release, sae_id)``.
+        spec: A spec, or ``(release, sae_id)``, or a release with ``sae_id`` beside it, as in SAELens.
+        sae_id: Id in the release, where ``spec`` is the name of one.
         device: Where the parameters go; ``"auto"`` for a GPU if there is one.
         dtype: Their type, or its name.
         local_dir: Folder that mirrors the repository, instead of cache and hub.
@@ -70,8 +73,8 @@ def load(
         WidthMismatchError: The file reads or writes tensors of another width.
     """
     device, dtype = as_device(device), as_dtype(dtype)
-    if not isinstance(spec, SaeSpec):
-        spec = get(*_pair(spec))
+    if not isinstance(spec, SaeSpec) or sae_id is not None:
+        spec = get(*_pair(spec if sae_id is None else (spec, sae_id)))
     files = locate(spec, local_dir=local_dir, revision=revision, offline=offline)
     renew()
     if opener := _OPENERS.get(spec.format):
@@ -82,12 +85,16 @@ def load(
 
 
 def _pair(given: object) -> tuple[str, str]:
-    if isinstance(given, (tuple, list)) and len(given) == 2:
+    is_pair = isinstance(given, (tuple, list)) and len(given) == 2
+    if is_pair and all(isinstance(name, str) for name in given):
         return str(given[0]), str(given[1])
+    several = not isinstance(given, str) and isinstance(given, Sequence)
+    shown = f"{len(given)} entries" if several else repr(given)
     raise GemmaScopeError(
-        f"load() got {type(given).__name__} {given!r}",
+        f"load() got {type(given).__name__} with {shown}" if several else f"load() got {shown}",
         exists="a SaeSpec or a pair (release, sae_id)",
-        fix="load(find(model='2b', site='res', layer=20, width='16k', l0='canonical').one())",
+        fix="load(find(model='2b', site='res', layer=20, width='16k', l0='canonical').one()), or "
+        "load_suite(specs) for several",
     )
 
 

@@ -329,3 +329,11 @@ def test_a_list_shows_itself_as_text_html_and_frame() -> None:
     html = find(model="2b")._repr_html_()
     assert len(html) < 100_000 and "912 dictionaries, 862 more not shown" in html
     assert "<script" not in html and "http" not in html
+
+
+def test_a_layer_is_a_number() -> None:
+    import numpy as np
+
+    assert find(model="2b", layer=np.int64(12)) == find(model="2b", layer=[12])
+    with pytest.raises(UnknownNameError, match="layer='12' is not the number.*Try: layer=12"):
+        find(model="2b", layer="12")  # type: ignore[arg-type]

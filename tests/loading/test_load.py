@@ -108,6 +108,10 @@ def test_a_wrong_argument_and_unknown_names(suite) -> None:
         load(replace(suite.specs["transcoder"], affine=True))
     with pytest.raises(GemmaScopeError, match="got tuple .*There is: a SaeSpec or a pair"):
         _pair(("x",))
+    with pytest.raises(GemmaScopeError, match="got list with 1 entries.*load_suite"):
+        load([suite.specs["transcoder"]])
+    with pytest.raises(UnknownNameError, match="no release 'gemma-2-test-rse'"):
+        load("gemma-2-test-rse", "x")
 
 
 def test_a_canonical_id_loads_the_file_of_the_plain_release(hub_cache, suite) -> None:
