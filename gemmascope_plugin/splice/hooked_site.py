@@ -33,7 +33,7 @@ from transformer_lens.hook_points import HookPoint
 
 from gemmascope_plugin.errors import WidthMismatchError, check_choice
 from gemmascope_plugin.models import flatten_heads, restore_heads
-from gemmascope_plugin.models.finite import check_finite
+from gemmascope_plugin.models.finite import check_finite, is_finite
 from gemmascope_plugin.saes import Coder, TwoStage
 from gemmascope_plugin.splice.edit import Edit
 from gemmascope_plugin.splice.pass_features import PassFeatures
@@ -202,8 +202,10 @@ class HookedSite(torch.nn.Module, ABC):
         for edit in own.projections:
             out = edit.project(out, own.weights.W_dec, window)
         out = out.to(flat.dtype)
-        if not torch.compiler.is_compiling():
-            check_finite(out, f"What the dictionary at {self.name} writes")
+        if not torch.compiler.is_compiling() and not is_finite(out):
+            chosen = window.keep.to(out.device)[..., None]  # padding may hold anything
+            written = torch.where(chosen, out, torch.zeros_like(out))
+            check_finite(written, f"What the dictionary at {self.name} writes")
         # edits alone leave excluded tokens as they are, hooks need not
         if self.error != "keep" or any(features.site.listened() for features in (*earlier, own)):
             out = torch.where(window.keep.to(out.device)[..., None], out, flat)
