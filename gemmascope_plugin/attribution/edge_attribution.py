@@ -16,7 +16,8 @@ norm after attention, which other implementations leave out), times the gradient
 
 Identities: with ``writer_delta="jacobian"`` the scores of all edges out of a writer sum to its node score
 ``<z' - z, dm/dz>``; with ``eap-ig`` the scores out of the embedding sum to the whole difference of the
-metric as ``n`` grows. The share that is missing from that is ``metadata["conservation"]``.
+metric as ``n`` grows. The share that is missing from that is ``metadata["conservation"]``. With the
+other forms, ``exact`` (the default) among them, edges out of a head need not sum to its node score.
 
 Cost: per prompt two forward passes and 1, 2, ``steps`` or ``steps * (2 layers + 1)`` forward and backward
 passes; blocks of ``tokens * writers * d_model`` numbers within the budget.
@@ -47,6 +48,7 @@ from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.check import check_tasks
+from gemmascope_plugin.patching.conservation import checked_share
 from gemmascope_plugin.patching.edge_effects import EdgeEffects
 from gemmascope_plugin.patching.edges import EdgeMap
 from gemmascope_plugin.patching.metrics import KLDivergence
@@ -67,7 +69,7 @@ def edge_attribution(
     task: Task | Sequence[Task],
     *,
     method: EdgeMethod = "eap-ig",
-    steps: int = 10,
+    steps: int | None = None,
     mode: Direction = "noising",
     writer_delta: DeltaForm = "exact",
     replacement: WriterReplacement = "other",
@@ -83,7 +85,7 @@ def edge_attribution(
         model: ``HookedTransformer`` or ``TransformerBridge``.
         task: Clean and corrupted prompts and a metric; several tasks are worked off one after another.
         method: ``eap``, ``eap-ig``, ``eap-ig-activations`` or ``clean-corrupted``.
-        steps: Points on the line, for integrated gradients.
+        steps: Points on the line, for integrated gradients alone; 10 by default.
         mode: ``noising``: the clean run is patched with the other's values; ``denoising``: the reverse.
         writer_delta: How a head's difference goes through the norm after attention: ``exact``,
             ``jacobian`` or ``frozen``; ``naive`` leaves the norm out and is wrong on Gemma.
@@ -101,7 +103,7 @@ def edge_attribution(
 
     Raises:
         TaskError: Prompts that cannot be compared, a metric without a gradient, options that do not go
-            together, or too little memory.
+            together or play no part, or too little memory.
         UnknownNameError: An unknown method, mode, form or replacement.
     """
     options = EdgeOptions(
@@ -161,8 +163,10 @@ class _Scorer:
             "weights": weights_of(self.model),
             **metric,
         }
+        if self.options.integrates:
+            details["steps"] = self.options.n_steps
         if self.options.method == "eap-ig":
-            details |= {"steps": self.options.steps, **self._conservation(values, metric)}
+            details["conservation"] = self._conservation(values, metric)
         return EdgeEffects(values, self.edges, details, prompts)
 
     def _refuse_flat(self, tasks: Sequence[BoundTask]) -> None:
@@ -174,19 +178,18 @@ class _Scorer:
                 fix="logit_diff, mode='denoising', or method='eap-ig'",
             )
 
-    def _conservation(self, values: torch.Tensor, metric: dict[str, float]) -> dict[str, float]:
+    def _conservation(self, values: torch.Tensor, metric: dict[str, float]) -> float:
+        """What the scores out of the embedding miss of the whole difference, as a share of it."""
         whole = metric["metric_corrupt"] - metric["metric_clean"]
         whole = whole if self.options.mode == "noising" else -whole
-        found = float(values[0].sum())
-        return {"conservation": found / whole - 1}
+        return checked_share(float(values[0].sum()) / whole - 1)
 
     def _task_scores(self, task: BoundTask) -> Iterator[torch.Tensor]:
         """Sums over the prompts of each part, or one matrix per prompt."""
         from tqdm.auto import tqdm
 
         rows, block = self._sizes(task)
-        n_steps = self.options.steps if self.options.method.startswith("eap-ig") else 1
-        at_once = max(1, rows // n_steps)
+        at_once = max(1, rows // self.options.n_steps)
         other = replacements(
             self.model,
             task,
@@ -248,7 +251,7 @@ class _Scorer:
                     own = deltas_between(
                         self.anatomy, run.writes, _moved(run.writes, base, other), form
                     )
-                    yield Path(own, [run], 1 / self.options.steps)
+                    yield Path(own, [run], 1 / self.options.n_steps)
             else:
                 yield Path(deltas, list(runs))
         else:
@@ -276,7 +279,7 @@ class _Scorer:
         at_once: int,
     ) -> Iterator[ReaderGradients]:
         """Runs at the midpoints of a line; several points ride on the batch axis."""
-        n, rows = self.options.steps, len(tokens)
+        n, rows = self.options.n_steps, len(tokens)
         middles = (torch.arange(n, device=start.device) + 0.5) / n
         for alphas in middles.to(start.dtype).split(at_once):
             shape = (-1, *[1] * start.ndim)

@@ -14,6 +14,8 @@ EdgeMethod = Literal["eap", "eap-ig", "eap-ig-activations", "clean-corrupted"]
 EDGE_METHODS = get_args(EdgeMethod)
 MAX_ROWS = 64
 """Rows of one forward and backward pass by default."""
+STEPS = 10
+"""Points on the line by default."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class EdgeOptions:
     """
 
     method: Any = "eap-ig"
-    steps: int = 10
+    steps: int | None = None
     mode: Any = "noising"
     writer_delta: Any = "exact"
     replacement: WriterReplacement = "other"
@@ -39,7 +41,12 @@ class EdgeOptions:
         check_choice("method", self.method, EDGE_METHODS)
         check_choice("mode", self.mode, get_args(Direction))
         check_choice("writer_delta", self.writer_delta, get_args(DeltaForm))
-        if self.steps < 1:
+        if self.steps is not None and not self.integrates:
+            raise TaskError(
+                f"steps plays no part in method={self.method!r}, which follows no line",
+                fix="method='eap-ig', or without steps=",
+            )
+        if self.n_steps < 1:
             raise TaskError(f"steps={self.steps} are no steps", fix="steps=10")
         if self.replacement != "other" and self.method in ("eap-ig", "clean-corrupted"):
             raise TaskError(
@@ -52,3 +59,15 @@ class EdgeOptions:
                 "per_position and by_prompt together would keep every token's matrix",
                 fix="one of them",
             )
+
+    @property
+    def integrates(self) -> bool:
+        """Whether gradients are averaged along a line."""
+        return self.method.startswith("eap-ig")
+
+    @property
+    def n_steps(self) -> int:
+        """Points at which gradients are taken; 1 where there is no line."""
+        if not self.integrates:
+            return 1
+        return STEPS if self.steps is None else self.steps

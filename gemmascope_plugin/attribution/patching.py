@@ -29,6 +29,7 @@ from gemmascope_plugin.models.check import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.check import check_task
+from gemmascope_plugin.patching.conservation import checked_share
 from gemmascope_plugin.patching.effects import Effects, FeatureId
 from gemmascope_plugin.patching.experiment import Experiment, experiment
 from gemmascope_plugin.patching.memory import Limit
@@ -48,6 +49,8 @@ NAMES = {
     "relp": "RelP",
 }
 """Methods in words, for titles."""
+STEPS = 10
+"""Midpoints by default."""
 MAX_ROWS = 64
 """Prompt copies in one forward and backward pass by default."""
 
@@ -59,7 +62,7 @@ def attribution_patching(
     component: str,
     *,
     method: Method = "atp",
-    steps: int = 10,
+    steps: int | None = None,
     rules: RelpRules | None = None,
     mode: Direction = "denoising",
     saes: Any = None,
@@ -71,7 +74,7 @@ def attribution_patching(
     positions: Sequence[int] | None = None,
     neurons: Sequence[int] | None = None,
     replacement: Replacement = "other",
-    seed: int = 0,
+    seed: int | None = None,
     max_rows: int = MAX_ROWS,
 ) -> Effects:
     """First-order estimate of :func:`gemmascope_plugin.activation_patching`, same axes and sign.
@@ -82,8 +85,8 @@ def attribution_patching(
         component: As for :func:`gemmascope_plugin.activation_patching`, as all that is not said here.
         method: ``atp``, ``ig`` (activations), ``ig-inputs`` (embedding), ``atp*`` (**magnitudes only**,
             for ranking) or ``relp``.
-        steps: Midpoints, for ``ig`` and ``ig-inputs``.
-        rules: For ``relp``; None for ``RelpRules()``, those of the paper.
+        steps: Midpoints, for ``ig`` and ``ig-inputs`` alone; 10 by default.
+        rules: For ``relp`` alone; None for ``RelpRules()``, those of the paper.
         mode: ``denoising`` takes the gradient on the corrupted run, ``noising`` on the clean one.
         saes: Dictionaries, for ``feature`` and ``error``.
         features: Which features; None for all that the replacement changes.
@@ -94,7 +97,7 @@ def attribution_patching(
         positions: Only these.
         neurons: Only these.
         replacement: What would be inserted.
-        seed: Of ``replacement="resample"``.
+        seed: Of ``replacement="resample"`` alone; 0 by default.
         max_rows: Rows in one forward and backward pass: prompts, times steps or dropped layers.
 
     Returns:
@@ -104,12 +107,14 @@ def attribution_patching(
 
     Raises:
         TaskError: Prompts that cannot be compared, a metric that does not tell them apart, or one
-            whose gradient says nothing.
+            whose gradient says nothing; an option that plays no part.
         UnknownNameError: An unknown component or method, or features without dictionaries.
         ModelError: ``relp`` without gated MLPs, ``atp*`` on one layer.
     """
     check_choice("method", method, NAMES)
-    _refuse(task, method, mode, steps, replacement)
+    _refuse_unused(method, steps, rules)
+    n_steps = STEPS if steps is None else steps
+    _refuse(task, method, mode, n_steps, replacement)
     options = {
         "layers": layers,
         "heads": heads,
@@ -136,11 +141,11 @@ def attribution_patching(
         chosen = rules or RelpRules()
         # integrated gradients go by the parts that the experiment has recorded
         some = [run] if method == "ig" else parts_of(run, run.rows)
-        parts = [_estimate(part, model, method, steps, chosen, run.rows) for part in some]
+        parts = [_estimate(part, model, method, n_steps, chosen, run.rows) for part in some]
         estimate = Estimate.joined(parts)
         each = estimate.by_prompt
         effects = run.effects(each.mean(1), NAMES[method], by_prompt=each)
-    more = _metadata(effects, estimate, method, steps, chosen)
+    more = _metadata(effects, estimate, method, n_steps, chosen)
     return replace(effects, metadata={**effects.metadata, **more, "options": options})
 
 
@@ -177,8 +182,25 @@ def _metadata(
     return {
         "steps": steps,
         "residual": residual,
-        "residual_max": max(abs(share) for share in residual.values()),
+        "residual_max": checked_share(max(abs(share) for share in residual.values())),
     }
+
+
+def _refuse_unused(method: Method, steps: int | None, rules: RelpRules | None) -> None:
+    """Options that would change nothing are mistakes.
+
+    Raises:
+        TaskError: With the option.
+    """
+    if steps is not None and not method.startswith("ig"):
+        raise TaskError(
+            f"steps plays no part in method={method!r}, which follows no line",
+            fix='method="ig", or without steps=',
+        )
+    if rules is not None and method != "relp":
+        raise TaskError(
+            f"rules plays no part in method={method!r}", fix='method="relp", or without rules='
+        )
 
 
 def _refuse(task: Task, method: Method, mode: str, steps: int, replacement: str) -> None:

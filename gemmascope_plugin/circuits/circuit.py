@@ -1,14 +1,14 @@
 """A circuit: a graph and which of its units are kept.
 
 The units are what the graph ranks: its edges, or its nodes. They are ranked by the absolute
-value of their scores (or by the signed scores, ``signed=True``), equal ones in the order of the graph.
+value of their scores (or by the signed scores, ``rank``), equal ones in the order of the graph.
 Circuits come from :func:`~gemmascope_plugin.circuits.select.top_n`, ``greedy`` and ``threshold``; another
 size, pruning and so on make new ones that share the graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
@@ -19,17 +19,22 @@ import torch
 from jaxtyping import Bool, Int64
 
 import gemmascope_plugin.figures as figures
-from gemmascope_plugin.circuits.graph import PORTS, SHOWN, Graph
+from gemmascope_plugin.circuits.graph import PORTS, SHOWN, Graph, Rank
 from gemmascope_plugin.circuits.places import places_in
 from gemmascope_plugin.circuits.prune import prune
 from gemmascope_plugin.circuits.storage import load_circuit, save_circuit
 from gemmascope_plugin.circuits.to_networkx import to_networkx
 from gemmascope_plugin.errors import EmptySelectionError, GemmaScopeError
+from gemmascope_plugin.patching.conservation import conservation_text
 from gemmascope_plugin.patching.edges import EdgeMap
 from gemmascope_plugin.patching.node import Node, Reader
 
 Labels = Mapping[Node, str] | Mapping[str, Mapping[int, str]] | Callable[[Node], str | None]
 """What nodes mean: by node, by site and feature, or as a function."""
+
+ROLES = {1: "supports", 0: "", -1: "opposes"}
+"""What the sign of a score says of a unit and the metric."""
+SIGNS = {1: "+", 0: "", -1: "-"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,8 +44,8 @@ class Circuit:
     graph: Graph
     kept: Bool[torch.Tensor, " unit"]
     """True where an edge (or node, where nodes are ranked) is kept."""
-    signed: bool = False
-    """Whether units are ranked by score, not by its absolute value."""
+    rank: Rank = "absolute"
+    """Which units come first: the largest, or, by sign, those for or those against the metric."""
 
     def __post_init__(self) -> None:
         assert len(self.kept) == len(self.graph.unit_scores), "not of this graph"
@@ -68,7 +73,7 @@ class Circuit:
     @property
     def order(self) -> Int64[torch.Tensor, " unit"]:
         """All units, most important first, as places in the graph."""
-        return self.graph.order(self.signed)
+        return self.graph.order(self.rank)
 
     @property
     def kept_order(self) -> Int64[torch.Tensor, " kept"]:
@@ -163,7 +168,7 @@ class Circuit:
         Raises:
             GemmaScopeError: The file cannot be written, or the metadata do not fit into JSON.
         """
-        return save_circuit(path, self.graph, self.kept, signed=self.signed)
+        return save_circuit(path, self.graph, self.kept, rank=self.rank)
 
     @classmethod
     def load(cls, path: str | Path) -> Circuit:
@@ -186,11 +191,13 @@ class Circuit:
     def to_frame(self, n: int | None = None) -> Any:
         """A DataFrame, one row per unit, most important first.
 
+        Its ``role`` says whether a unit supports the metric or opposes it, by the sign of its score.
+
         Args:
             n: Only the first ``n`` rows.
         """
         order = self.order[:n]
-        frame = self.graph.to_frame(order)
+        frame = self._frame(order)
         frame.insert(0, "rank", range(1, len(order) + 1))
         frame["kept"] = self.kept[order].numpy()
         return frame
@@ -218,11 +225,40 @@ class Circuit:
     def plot(self) -> Any:
         """A plotly figure of what is kept: edges between layers, nodes with their edges, or bars."""
         title = f"Circuit for {self.metadata.get('task')}: {self._count}"
+        title += f", {self.n_against} against the metric" if self.n_against else ""
         return self.graph.draw(self.kept_order, title)
+
+    @cached_property
+    def n_against(self) -> int:
+        """How many of the kept units work against the metric; 0 where scores are sizes."""
+        against = self.graph.unit_scores[self.kept] < 0
+        return int(against.sum()) if self.graph.has_signs else 0
+
+    def _frame(self, units: Int64[torch.Tensor, " some"]) -> Any:
+        """Rows of some units, with what their sign means where scores have one."""
+        frame = self.graph.to_frame(units)
+        if self.graph.has_signs:
+            signs = self.graph.unit_scores[units].sign().int().tolist()
+            frame["role"] = [ROLES[sign] for sign in signs]
+        return frame
+
+    def _signed(self, units: Int64[torch.Tensor, " some"], labels: Sequence[str]) -> list[str]:
+        """Labels with the sign of their scores, as ``+L1H3`` and ``-MLP2``."""
+        if not self.graph.has_signs:
+            return list(labels)
+        signs = self.graph.unit_scores[units].sign().int().tolist()
+        return [f"{SIGNS[sign]}{label}" for sign, label in zip(signs, labels, strict=True)]
 
     @property
     def _count(self) -> str:
         return f"{self.size} of {self.n_units} {self.graph.unit}s"
+
+    @property
+    def _way(self) -> str:
+        """How it was ranked, and how many units work the other way."""
+        first = "" if self.rank == "absolute" else f", {self.rank} scores first"
+        against = f", {self.n_against} against the metric" if self.n_against else ""
+        return f"{self.metadata.get('method')}{first}{against}"
 
     def _named(self, node: Node) -> str:
         words = self.graph.meanings.get(node)
@@ -236,12 +272,12 @@ class Circuit:
             labels = [self._named(self.graph.nodes[i]) for i in first.tolist()]
         more = f", and {self.size - 6} more" if self.size > 6 else ""
         return (
-            f"Circuit({self.metadata.get('task')}, {self._count} by "
-            f"{self.metadata.get('method')}: {', '.join(labels)}{more})"
+            f"Circuit({self.metadata.get('task')}, {self._count} by {self._way}: "
+            f"{', '.join(self._signed(first, labels))}{more}{conservation_text(self.metadata)})"
         )
 
     def _repr_html_(self) -> str:
-        frame = self.graph.to_frame(self.kept_order[:SHOWN])
+        frame = self._frame(self.kept_order[:SHOWN])
         return f"<p>{escape(repr(self))}</p>{figures.frame_html(frame, SHOWN)}"
 
 

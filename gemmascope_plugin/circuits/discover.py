@@ -16,6 +16,7 @@ Cost: that of the method.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from gemmascope_plugin.attribution import attribution_patching
@@ -25,7 +26,7 @@ from gemmascope_plugin.circuits.acdc import acdc
 from gemmascope_plugin.circuits.circuit import Circuit
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
 from gemmascope_plugin.circuits.feature_circuits.discover import OPTIONS, discover_features
-from gemmascope_plugin.circuits.graph import Graph
+from gemmascope_plugin.circuits.graph import MAGNITUDES, Graph, Rank
 from gemmascope_plugin.circuits.places import places_in
 from gemmascope_plugin.circuits.select import greedy, threshold, top_n
 from gemmascope_plugin.errors import TaskError, check_choice
@@ -50,7 +51,10 @@ METHODS = tuple(dict.fromkeys((*NODE_METHODS, *EDGE_METHODS, "acdc")))
 FEATURES = "features"
 """Among ``nodes``: a circuit of features."""
 _COMPONENT = {"head": "z", "mlp": "mlp_out", "feature": "feature"}
+STEPPED = ("ig", "eap-ig", "eap-ig-activations")
+"""Methods that follow a line."""
 _MAX_ROWS = 512
+_MEMORY = "2 GB"
 
 
 @gate(model=check_model, task=check_task, saes=check_saes)
@@ -65,9 +69,10 @@ def discover(
     size: int | None = None,
     tau: float | None = None,
     select: Selection = "top",
-    steps: int = 10,
+    rank: Rank = "absolute",
+    steps: int | None = None,
     replacement: WriterReplacement = "other",
-    memory_budget: int | str = "2 GB",
+    memory_budget: int | str | None = None,
     progress: bool = False,
     **features: Any,
 ) -> Circuit:
@@ -83,13 +88,17 @@ def discover(
         units: ``nodes`` or ``edges``; None for what the method scores, nodes for ``exact``.
         size: How many units to keep; half of the nodes, a tenth of the edges, 60 nodes of a circuit of
             features by default.
-        tau: Keep the units with an absolute score of at least this instead; for ``acdc`` the bar of the
-            divergence, .01 by default.
+        tau: Keep the units with a score, as ``rank`` has it, of at least this instead; for ``acdc`` the
+            bar of the divergence, .01 by default.
         select: ``top`` scores, or, of edges, ``greedy`` growth from the logits.
-        steps: Points on the line, for integrated gradients.
+        rank: Which units count as the best: those of the largest ``absolute`` score, those that
+            support the metric most (``positive``) or those that work against it most (``negative``).
+            Tables, figures and the text of a circuit say of each unit which it does.
+        steps: Points on the line, for integrated gradients alone; 10 by default.
         replacement: What stands in for a removed writer, for edges: the ``other`` (corrupted) run,
             ``zero``, ``mean`` or ``overall_mean``.
-        memory_budget: Bytes, or ``"2 GB"``, for edges.
+        memory_budget: Bytes, or ``"2 GB"``, the default, for edges and features; for ``exact`` nodes as
+            :func:`~gemmascope_plugin.activation_patching` has it.
         progress: Show a progress bar.
         **features: For circuits of features: ``per_position``, ``errors``, ``edges``, ``level``,
             ``labels``, ``max_rows``, as :func:`~gemmascope_plugin.circuits.discover_features` has them.
@@ -98,8 +107,9 @@ def discover(
         The circuit; :func:`evaluate` checks it by ablation.
 
     Raises:
-        UnknownNameError: An unknown node kind, method, unit, selection or replacement.
-        TaskError: A method that does not score these units, or prompts that cannot be compared.
+        UnknownNameError: An unknown node kind, method, unit, selection, rank or replacement.
+        TaskError: A method that does not score these units, an option that plays no part, or prompts
+            that cannot be compared.
         EmptySelectionError: ``size`` exceeds the number of units.
     """
     if _asks_for_features(nodes, features):
@@ -112,45 +122,60 @@ def discover(
             method="ig" if method is None else method,
             size=size,
             tau=tau,
+            rank=rank,
             steps=steps,
-            memory_budget=memory_budget,
+            memory_budget=_MEMORY if memory_budget is None else memory_budget,
             progress=progress,
             **features,
         )
     kinds, method = check_kinds(nodes), "exact" if method is None else method
     check_choice("method", method, METHODS)
     check_choice("selection", select, get_args(Selection))
+    check_choice("rank", rank, get_args(Rank))
     scored = _units(method, units)
     _refuse_unused(
         scored,
         {
             "nodes": scored == "edges" and (kinds != ("head", "mlp") or saes is not None),
+            "saes": scored == "nodes" and saes is not None and "feature" not in kinds,
             "select": select != "top" and (scored == "nodes" or method == "acdc"),
             "replacement": scored == "nodes" and replacement != "other",
             "size": method == "acdc" and size is not None,
+            "rank": method in ("acdc", "atp*") and rank != "absolute",
+            "steps": method not in STEPPED and steps is not None,
+            "memory_budget": scored == "nodes" and method != "exact" and memory_budget is not None,
         },
         method,
     )
     if scored == "nodes":
-        graph = _node_graph(model, task, kinds, saes, method, steps, progress)
-        return _selected(graph, size, tau, "top", len(graph.nodes) // 2)
+        exact = {"memory_budget": memory_budget, "progress": progress}
+        asked = exact if method == "exact" else {"method": method, "steps": steps}
+        graph = _node_graph(model, task, kinds, saes, rank, asked)
+        return _selected(graph, size, tau, "top", rank, len(graph.nodes) // 2)
     options: dict[str, Any] = {
         "replacement": replacement,
-        "memory_budget": memory_budget,
+        "memory_budget": _MEMORY if memory_budget is None else memory_budget,
         "progress": progress,
     }
     if method == "acdc":
         return _acdc(model, task, 0.01 if tau is None else tau, options)
-    graph = _edge_graph(model, task, method, steps, options)
-    return _selected(graph, size, tau, select, graph.n_edges // 10)
+    graph = _edge_graph(model, task, method, steps, rank, options)
+    return _selected(graph, size, tau, select, rank, graph.n_edges // 10)
 
 
 def _edge_graph(
-    model: HookedModel, task: Task, method: Any, steps: int, options: dict[str, Any]
+    model: HookedModel,
+    task: Task,
+    method: Any,
+    steps: int | None,
+    rank: Rank,
+    options: dict[str, Any],
 ) -> Graph:
     if method == "exact":
-        return graph_of(edge_patching(model, task, **options))
-    return graph_of(edge_attribution(model, task, method=method, steps=steps, **options))
+        graph = graph_of(edge_patching(model, task, **options))
+    else:
+        graph = graph_of(edge_attribution(model, task, method=method, steps=steps, **options))
+    return replace(graph, metadata={**graph.metadata, "rank": rank})
 
 
 def _asks_for_features(nodes: str | Sequence[str], options: dict[str, Any]) -> bool:
@@ -219,6 +244,7 @@ def graph_of(effects: EdgeEffects) -> Graph:
         "replacement",
         "writer_delta",
         "steps",
+        "conservation",
         "n_prompts",
         "weights",
     )
@@ -263,14 +289,20 @@ def _units(method: str, asked: str | None) -> Units:
 
 
 def _selected(
-    graph: Graph, size: int | None, tau: float | None, select: Selection, default: int
+    graph: Graph,
+    size: int | None,
+    tau: float | None,
+    select: Selection,
+    rank: Rank,
+    default: int,
 ) -> Circuit:
     if size is not None and tau is not None:
         raise TaskError(f"Both size={size} and tau={tau} say what to keep", fix="one of them")
     if tau is not None:
-        return threshold(graph, tau)
+        return threshold(graph, tau, rank=rank)
     wanted = default if size is None else size
-    return greedy(graph, wanted) if select == "greedy" else top_n(graph, wanted)
+    choose = greedy if select == "greedy" else top_n
+    return choose(graph, wanted, rank=rank)
 
 
 def _acdc(model: HookedModel, task: Task, tau: float, options: dict[str, Any]) -> Circuit:
@@ -300,23 +332,27 @@ def _node_graph(
     task: Task,
     kinds: tuple[str, ...],
     saes: Any,
-    method: str,
-    steps: int,
-    progress: bool,
+    rank: Rank,
+    options: dict[str, Any],
 ) -> Graph:
-    found: list[tuple[Node, float]] = []
+    """Nodes of some kinds, scored exactly or, with ``method`` among the options, by an estimate."""
+    method, patch = options.get("method", "exact"), attribution_patching
+    if method == "exact":
+        patch = activation_patching
+    scored: list[tuple[Node, float]] = []
+    more: dict[str, Any] = {}
     for kind in kinds:
-        component, given = _COMPONENT[kind], {"saes": saes} if kind == "feature" else {}
-        asked: dict[str, Any] = {"mode": "noising", "per_position": False, **given}
-        if method == "exact":
-            effects = activation_patching(model, task, component, progress=progress, **asked)
-        else:
-            asked |= {"method": method, "steps": steps}
-            effects = attribution_patching(model, task, component, **asked)
-        found += _drops(kind, effects, method == "atp*")  # which says sizes only
+        dictionaries = {"saes": saes} if kind == "feature" else {}
+        asked: dict[str, Any] = {"mode": "noising", "per_position": False, **dictionaries}
+        effects = patch(model, task, _COMPONENT[kind], **asked, **options)
+        scored += _drops(kind, effects, method == "atp*")  # which says sizes only
+        if "residual_max" in effects.metadata:
+            worst = max(more.get("residual_max", 0.0), effects.metadata["residual_max"])
+            more |= {"steps": effects.metadata["steps"], "residual_max": worst}
     details = {"task": task.name, "metric": task.asked.name, "method": method, "kinds": kinds}
-    details["weights"] = weights_of(model)
-    return Graph.of_nodes([node for node, _ in found], [drop for _, drop in found], details)
+    details |= {"rank": rank, **more, "weights": weights_of(model)}
+    details |= {"sign": MAGNITUDES} if method == "atp*" else {}
+    return Graph.of_nodes([node for node, _ in scored], [drop for _, drop in scored], details)
 
 
 def _drops(kind: str, effects: Effects, magnitudes: bool) -> list[tuple[Node, float]]:

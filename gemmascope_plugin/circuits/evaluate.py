@@ -26,7 +26,7 @@ from gemmascope_plugin.circuits.check import check_circuit, check_ranking
 from gemmascope_plugin.circuits.circuit import Circuit
 from gemmascope_plugin.circuits.feature_circuits.ablation import Errors
 from gemmascope_plugin.circuits.feature_circuits.graphs import is_feature_graph
-from gemmascope_plugin.circuits.graph import Graph
+from gemmascope_plugin.circuits.graph import Graph, Rank
 from gemmascope_plugin.circuits.mib import Curve, MibScores, sizes_of
 from gemmascope_plugin.circuits.prune import prune
 from gemmascope_plugin.circuits.scores import Scores
@@ -46,6 +46,8 @@ from gemmascope_plugin.patching.writer_replacement import WRITER_REPLACEMENTS, W
 from gemmascope_plugin.splice.check import check_saes
 
 _N_SIZES, _FEW = 12, 24
+BOTH: tuple[Rank, ...] = ("positive", "absolute")
+"""Rankings of MIB, the one of CPR first."""
 
 
 @gate(circuit=check_circuit, model=check_model, task=check_task, saes=check_saes)
@@ -201,9 +203,7 @@ def evaluate_ranking(
         TaskError: The metric with everything replaced hardly differs from the full model's.
     """
     bound, n = task.bind(model), len(graph.unit_scores)
-    kept = [
-        top_n(graph, size, signed=signed).kept for signed in (True, False) for size in sizes_of(n)
-    ]
+    kept = [top_n(graph, size, rank=rank).kept for rank in BOTH for size in sizes_of(n)]
     everything = torch.ones_like(kept[0])
     limit = Limit(max_rows, memory_budget)
     with ablator(

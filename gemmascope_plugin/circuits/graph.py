@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64, UInt8
@@ -30,7 +30,7 @@ from gemmascope_plugin.circuits.tables import (
     node_frame,
     row_of,
 )
-from gemmascope_plugin.errors import ModelError
+from gemmascope_plugin.errors import ModelError, check_choice
 from gemmascope_plugin.figures.graph import layered_graph
 from gemmascope_plugin.patching.edges import EdgeMap
 from gemmascope_plugin.patching.node import Node, Port
@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 PORTS: tuple[Port, ...] = ("", "q", "k", "v")
 """Ports by their number in ``Graph.port``."""
 SIGN = "positive = supports the metric"
+MAGNITUDES = "magnitude: no direction"
+"""``metadata["sign"]`` of methods that know sizes only."""
+Rank = Literal["absolute", "positive", "negative"]
+"""What comes first: the largest, what supports the metric most, or what works against it most."""
 MAX_BARS = 40
 """Bars of a figure of nodes."""
 SHOWN = 12
@@ -194,21 +198,37 @@ class Graph:
         inside = (kept[self.source] & kept[self.target]).nonzero().flatten()
         return inside[self.edge_scores[inside].abs().argsort(descending=True, stable=True)]
 
-    def order(self, signed: bool = False) -> Int64[torch.Tensor, " unit"]:
+    @property
+    def has_signs(self) -> bool:
+        """Whether scores say more than a size."""
+        return self.metadata.get("sign") != MAGNITUDES
+
+    def ranked_by(self, rank: Rank) -> Float32[torch.Tensor, " unit"]:
+        """What units are ranked by, the largest first.
+
+        Args:
+            rank: The ``absolute`` score, the score (``positive``) or its opposite (``negative``).
+
+        Raises:
+            UnknownNameError: Another rank.
+        """
+        check_choice("rank", rank, get_args(Rank))
+        scores = self.unit_scores
+        return {"absolute": scores.abs(), "positive": scores, "negative": -scores}[rank]
+
+    def order(self, rank: Rank = "absolute") -> Int64[torch.Tensor, " unit"]:
         """All units, most important first; equal ones in the order of the graph.
 
         Args:
-            signed: By score, not by its absolute value.
+            rank: See :meth:`ranked_by`.
         """
-        return self._by_score if signed else self._by_size
+        if rank not in self._orders:
+            self._orders[rank] = self.ranked_by(rank).argsort(descending=True, stable=True)
+        return self._orders[rank]
 
     @cached_property
-    def _by_size(self) -> Int64[torch.Tensor, " unit"]:
-        return self.unit_scores.abs().argsort(descending=True, stable=True)
-
-    @cached_property
-    def _by_score(self) -> Int64[torch.Tensor, " unit"]:
-        return self.unit_scores.argsort(descending=True, stable=True)
+    def _orders(self) -> dict[Rank, Int64[torch.Tensor, " unit"]]:
+        return {}
 
     @cached_property
     def feeds(self) -> Int64[torch.Tensor, "pair two"]:
@@ -282,7 +302,8 @@ class Graph:
         if len(largest) < len(units):
             title += f", the {len(largest)} largest"
         names = [caption(self.nodes[i], self.meanings) for i in units[largest].tolist()]
-        x_title = f"effect on {self.metadata.get('metric')}"
+        sign = f", {self.metadata['sign']}" if "sign" in self.metadata else ""
+        x_title = f"effect on {self.metadata.get('metric')}{sign}"
         return figures.bars(names, scores[largest].tolist(), title=title, x_title=x_title)
 
     def _layers(
@@ -292,6 +313,7 @@ class Graph:
         nodes: Int64[torch.Tensor, " other"] | None = None,
     ) -> Any:
         """Edges between layers, and nodes that are drawn whether they have edges or not."""
+        scores = None if nodes is None or not self.has_signs else self.node_scores
         return layered_graph(
             [caption(node, self.meanings) for node in self.nodes],
             [row_of(node) for node in self.nodes],
@@ -302,6 +324,7 @@ class Graph:
             edge_labels=self.labels_of(edges),
             links=self.feeds.numpy(),
             nodes=None if nodes is None else nodes.numpy(),
+            node_weights=None if scores is None else scores.numpy(),
             title=title,
         )
 

@@ -17,65 +17,76 @@ from heapq import heappop, heappush
 from itertools import islice
 
 import torch
+from jaxtyping import Int64
 
 from gemmascope_plugin.circuits.circuit import Circuit
-from gemmascope_plugin.circuits.graph import Graph
+from gemmascope_plugin.circuits.graph import Graph, Rank
 from gemmascope_plugin.circuits.prune import check_edges, ends
 from gemmascope_plugin.errors import EmptySelectionError
 
 
-def top_n(graph: Graph, n: int, *, signed: bool = False) -> Circuit:
+def top_n(graph: Graph, n: int, *, rank: Rank = "absolute") -> Circuit:
     """The circuit of the ``n`` best edges, or nodes of a graph that ranks nodes.
 
     Args:
         graph: The graph.
         n: How many to keep.
-        signed: Rank by score (those that support the metric first), not by its absolute value.
+        rank: By ``absolute`` score; or those that support the metric most first (``positive``), or
+            those that work against it most (``negative``).
 
     Raises:
         EmptySelectionError: ``n`` is negative or larger than the number of units.
+        UnknownNameError: Another rank.
     """
     nothing = torch.zeros(len(graph.unit_scores), dtype=torch.bool)
-    return Circuit(graph, nothing, signed).top(n)
+    return Circuit(graph, nothing, rank).top(n)
 
 
-def threshold(graph: Graph, tau: float) -> Circuit:
-    """The circuit of all units with an absolute score of at least ``tau``.
+def threshold(graph: Graph, tau: float, *, rank: Rank = "absolute") -> Circuit:
+    """The circuit of all units with a score of at least ``tau``.
+
+    Args:
+        graph: The graph.
+        tau: The bar.
+        rank: Whether ``absolute`` scores are compared, scores (``positive``) or their opposites
+            (``negative``).
 
     Raises:
         EmptySelectionError: ``tau`` is negative or NaN.
+        UnknownNameError: Another rank.
     """
     if not tau >= 0:
         raise EmptySelectionError(f"The threshold is {tau}", fix="a number from 0 up")
-    return Circuit(graph, graph.unit_scores.abs() >= tau)
+    return Circuit(graph, graph.ranked_by(rank) >= tau, rank)
 
 
-def greedy(graph: Graph, n: int) -> Circuit:
+def greedy(graph: Graph, n: int, *, rank: Rank = "absolute") -> Circuit:
     """The circuit of ``n`` edges grown from the logits backwards.
 
     Args:
         graph: A graph with edges.
         n: How many to keep.
+        rank: What counts as the largest score, as for :func:`top_n`.
 
     Raises:
         GemmaScopeError: The graph has no edges.
+        UnknownNameError: Another rank.
         EmptySelectionError: ``n`` is negative or larger than the number of edges, or of those from which
             the logits can be reached; or there are no logits.
     """
     check_edges(graph, "Greedy circuits")
     kept = torch.zeros_like(top_n(graph, n).kept)  # refuses numbers out of range
-    grown = list(islice(_growth(graph), n))
+    grown = list(islice(_growth(graph, graph.order(rank)), n))
     if len(grown) < n:
         raise EmptySelectionError(
             f"A circuit of {n} edges was asked for", exists=f"{len(grown)} that lead to the logits"
         )
     kept[torch.tensor(grown, dtype=torch.int64)] = True
-    return Circuit(graph, kept)
+    return Circuit(graph, kept, rank)
 
 
-def _growth(graph: Graph) -> Iterator[int]:
+def _growth(graph: Graph, order: Int64[torch.Tensor, " edge"]) -> Iterator[int]:
     """Edges in the order in which they come in."""
-    order = graph.order()
     # ranks of the edges that end at a node, best first, lie side by side
     ranked = graph.target[order].argsort(stable=True)
     bounds = torch.searchsorted(graph.target[order][ranked], torch.arange(len(graph.nodes) + 1))

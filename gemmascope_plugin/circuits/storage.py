@@ -20,7 +20,7 @@ from typing import Any, get_args
 import torch
 from jaxtyping import Bool, Shaped
 
-from gemmascope_plugin.circuits.graph import PORTS, Graph
+from gemmascope_plugin.circuits.graph import PORTS, Graph, Rank
 from gemmascope_plugin.circuits.soundness import MAX_LAYER, content_fault
 from gemmascope_plugin.circuits.tables import layer_of
 from gemmascope_plugin.files.bundle import as_json, from_json_value, read_bundle, write_bundle
@@ -49,7 +49,7 @@ Arrays = dict[str, Shaped[torch.Tensor, "*_"]]
 
 
 def save_circuit(
-    path: str | Path, graph: Graph, kept: Bool[torch.Tensor, " unit"], *, signed: bool
+    path: str | Path, graph: Graph, kept: Bool[torch.Tensor, " unit"], *, rank: Rank
 ) -> Path:
     """Writes a circuit; an older file is replaced.
 
@@ -57,7 +57,7 @@ def save_circuit(
         path: The file; its folder is made if need be.
         graph: The graph.
         kept: Which units are kept.
-        signed: Whether they are ranked by signed score.
+        rank: What they are ranked by.
 
     Returns:
         The path.
@@ -74,7 +74,8 @@ def save_circuit(
         "n_nodes": len(graph.nodes),
         "n_edges": graph.n_edges,
         "n_kept": int(kept.sum()),
-        "signed": signed,
+        "signed": rank != "absolute",
+        "rank": rank,
         "ranked": graph.ranked,
         "ports": list(PORTS),
         "sites": [list(site) for site in sites],
@@ -103,11 +104,11 @@ def _arrays(graph: Graph, kept: Bool[torch.Tensor, " unit"], place: Mapping[Any,
     return arrays
 
 
-def load_circuit(path: str | Path) -> tuple[Graph, Bool[torch.Tensor, " unit"], bool]:
+def load_circuit(path: str | Path) -> tuple[Graph, Bool[torch.Tensor, " unit"], Rank]:
     """Reads what :func:`save_circuit` has written.
 
     Returns:
-        The graph, which units are kept, and whether they are ranked by signed score.
+        The graph, which units are kept, and what they are ranked by.
 
     Raises:
         MissingFileError: There is no such file.
@@ -156,7 +157,7 @@ def _check_arrays(arrays: Arrays, ranked: str) -> None:
         raise ValueError("array 'kept' has no entries")
 
 
-def _decoded(content: Record, arrays: Arrays) -> tuple[Graph, Bool[torch.Tensor, " unit"], bool]:
+def _decoded(content: Record, arrays: Arrays) -> tuple[Graph, Bool[torch.Tensor, " unit"], Rank]:
     """The circuit.
 
     Raises:
@@ -180,7 +181,24 @@ def _decoded(content: Record, arrays: Arrays) -> tuple[Graph, Bool[torch.Tensor,
         raise ValueError("the metadata are not an object")
     meanings = _meanings(content, nodes)
     graph = Graph(nodes, **optional, **edges, metadata=metadata, ranked=ranked, meanings=meanings)
-    return graph, kept, content.get("signed", bool)
+    return graph, kept, _rank(content)
+
+
+def _rank(content: Record) -> Rank:
+    """What units are ranked by; files without ``rank`` know only whether by signed score.
+
+    Raises:
+        ValueError: What is wrong; also BadFileError.
+    """
+    signed = content.get("signed", bool)
+    if "rank" not in content.content:
+        return "positive" if signed else "absolute"
+    rank: Any = content.get("rank", str)
+    if rank not in get_args(Rank):
+        raise ValueError(f"rank is {rank!r}, none of {', '.join(get_args(Rank))}")
+    if signed != (rank != "absolute"):
+        raise ValueError(f"rank is {rank!r}, and signed is {signed}")
+    return rank
 
 
 def _meanings(content: Record, nodes: tuple[Node, ...]) -> dict[Node, str]:

@@ -72,6 +72,12 @@ def discover_command(
     select: Annotated[
         str, typer.Option(help="top scores, or of edges greedy growth from the logits.")
     ] = "top",
+    rank: Annotated[
+        str,
+        typer.Option(
+            help="By absolute score; positive or negative: for or against the metric first."
+        ),
+    ] = "absolute",
     nodes: Annotated[
         str | None, typer.Option(help="Kinds, for circuits of nodes: head,mlp.")
     ] = None,
@@ -109,7 +115,8 @@ def discover_command(
         device=device,
     )
     question.check()
-    options = {"method": method, "units": units, "size": size, "tau": tau, "select": select}
+    options = {"method": method, "units": units, "size": size, "tau": tau}
+    options |= {"select": select, "rank": rank}
     kinds = _check(options, nodes, random)
     check_out(out)
     check_out(save, "--save")
@@ -134,10 +141,11 @@ def _check(options: dict[str, Any], nodes: str | None, random: int) -> tuple[str
     """Refuses what says nothing or contradicts itself; the kinds of nodes.
 
     Raises:
-        UnknownNameError: An unknown method, unit, selection or kind of node.
+        UnknownNameError: An unknown method, unit, selection, rank or kind of node.
         TaskError: Options that do not go together.
     """
     from gemmascope_plugin.circuits.discover import METHODS, NODE_METHODS, Selection, Units
+    from gemmascope_plugin.circuits.graph import Rank
     from gemmascope_plugin.patching.node import check_kinds
 
     method, units = options["method"], options["units"]
@@ -145,6 +153,7 @@ def _check(options: dict[str, Any], nodes: str | None, random: int) -> tuple[str
     if units is not None:
         check_choice("units", units, get_args(Units))
     check_choice("selection", options["select"], get_args(Selection))
+    check_choice("rank", options["rank"], get_args(Rank))
     if options["size"] is not None and options["tau"] is not None:
         raise TaskError(
             f"Both --size {options['size']} and --tau {options['tau']} say what to keep",

@@ -62,6 +62,7 @@ def layered_graph(
     edge_labels: Sequence[str] | Shaped[np.ndarray, " edge"],
     links: Int[np.ndarray, "link two"] | None = None,
     nodes: Int[np.ndarray, " some"] | None = None,
+    node_weights: Float[np.ndarray, " node"] | None = None,
     title: str = "",
     max_edges: int = MAX_EDGES,
 ) -> Figure:
@@ -77,6 +78,7 @@ def layered_graph(
         edge_labels: Its name.
         links: Pairs of nodes that belong together, joined by a dotted line where both are drawn.
         nodes: Nodes that are drawn whether edges touch them or not.
+        node_weights: Signed weight of every node: a negative one puts a ring around it.
         title: Title of the figure; says so itself when edges are left out.
         max_edges: Draw only so many edges, the largest.
 
@@ -84,7 +86,7 @@ def layered_graph(
         A plotly figure.
 
     Raises:
-        FigureInputError: Kinds, layers, or edges differ in number.
+        FigureInputError: Kinds, layers, edges, or weights of nodes differ in number.
     """
     import plotly.graph_objects as go
 
@@ -92,6 +94,8 @@ def layered_graph(
     check_length("layers", len(layers), len(labels), "labels")
     for name, values in (("targets", target), ("weights", weights), ("edge labels", edge_labels)):
         check_length(name, len(values), len(source), "sources")
+    if node_weights is not None:
+        check_length("node weights", len(node_weights), len(labels), "labels")
     chosen = np.argsort(-np.abs(weights), kind="stable")[:max_edges]
     if len(chosen) < len(source):
         title += f", the {len(chosen)} largest drawn"
@@ -105,7 +109,9 @@ def layered_graph(
     if links is not None and len(links):
         _add_links(figure, links[np.isin(links, drawn).all(1)], places)
     add_edges(figure, places[ends], sizes, np.asarray(edge_labels, dtype=object)[chosen])
-    add_nodes(figure, drawn, labels, kinds, places)
+    if node_weights is not None and bool((node_weights[drawn] < 0).any()):
+        title += ", ringed nodes work against the metric"
+    add_nodes(figure, drawn, labels, kinds, places, node_weights)
     named = {i: layer for i in drawn.tolist() if (layer := layers[i]) is not None and layer >= 0}
     ticks = {
         layer: float(np.mean([places[i, 1] for i in named if named[i] == layer]))
@@ -223,8 +229,11 @@ def add_nodes(
     labels: Sequence[str],
     kinds: Sequence[str],
     places: Float[np.ndarray, "node two"],
+    weights: Float[np.ndarray, " node"] | None = None,
 ) -> None:
-    """One trace per kind."""
+    """One trace per kind; where nodes have weights, pointing at one says it."""
+    against = np.zeros(len(labels), dtype=bool) if weights is None else weights < 0
+    says = [""] * len(labels) if weights is None else [f": {weight:.4g}" for weight in weights]
     known = list(dict.fromkeys(kinds))
     for i, kind in enumerate(known):
         row = [int(node) for node in drawn if kinds[node] == kind]
@@ -240,12 +249,15 @@ def add_nodes(
             marker={
                 "size": 13,
                 "color": SERIES[i % len(SERIES)],
-                "line": {"color": "white", "width": 1.5},
+                "line": {
+                    "color": [NEGATIVE if against[node] else "white" for node in row],
+                    "width": [3.0 if against[node] else 1.5 for node in row],
+                },
             },
             text=["" if many else name for name, many in zip(names, crowded, strict=True)],
             textposition="middle right",
             textfont={"size": 10},
-            hovertext=[plain(labels[node]) for node in row],
+            hovertext=[plain(labels[node]) + says[node] for node in row],
             hovertemplate="%{hovertext}<extra></extra>",
             name=plain(kind),
         )

@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.errors import TaskError
+from gemmascope_plugin.patching.conservation import conservation_text
 from gemmascope_plugin.patching.edges import EdgeMap
 
 
@@ -47,7 +48,10 @@ class EdgeEffects:
         return self.metadata["metric_clean"] - self.metadata["metric_corrupt"]
 
     def node_effects(self) -> Float[torch.Tensor, " writer"]:
-        """Each writer's effects, summed over its readers."""
+        """Each writer's effects, summed over its readers.
+
+        The writer's own first-order effect only with ``writer_delta="jacobian"``.
+        """
         return self.total.sum(1)
 
     def to_frame(self) -> Any:
@@ -116,5 +120,5 @@ class EdgeEffects:
             f"EdgeEffects({meta.get('method')}, {meta.get('mode')}, {self.edges.n_edges} edges, "
             f"{meta.get('n_prompts')} prompts, metric clean "
             f"{meta.get('metric_clean', float('nan')):.3f}, "
-            f"corrupt {meta.get('metric_corrupt', float('nan')):.3f})"
+            f"corrupt {meta.get('metric_corrupt', float('nan')):.3f}{conservation_text(meta)})"
         )

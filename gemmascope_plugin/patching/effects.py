@@ -15,6 +15,7 @@ import torch
 
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.errors import TaskError, UnknownNameError, check_choice, nearest, shorten
+from gemmascope_plugin.patching.conservation import conservation_text
 from gemmascope_plugin.patching.significance import (
     Interval,
     PValues,
@@ -244,5 +245,5 @@ class Effects:
             f"{answers}"
             f"metric clean {meta.get('metric_clean', float('nan')):.3f}, "
             f"corrupt {meta.get('metric_corrupt', float('nan')):.3f}, "
-            f"excluded tokens {meta.get('exclude')})"
+            f"excluded tokens {meta.get('exclude')}{conservation_text(meta)})"
         )

@@ -47,7 +47,7 @@ def activation_patching(
     saes: Any = None,
     features: Sequence[FeatureId] | None = None,
     replacement: Replacement = "other",
-    seed: int = 0,
+    seed: int | None = None,
     max_rows: int = MAX_ROWS,
     memory_budget: int | str | None = None,
     progress: bool = False,
@@ -78,7 +78,7 @@ def activation_patching(
         replacement: ``other``, the other run's activation; ``zero``; ``mean``, the other run's mean at
             each position over prompts; ``overall_mean``, over positions as well; ``resample``, the
             other run's activation of another prompt of the same length.
-        seed: For ``resample``.
+        seed: For ``resample`` alone; 0 by default.
         max_rows: Most prompts, copies counted, in one forward pass.
         memory_budget: Bytes, or e.g. ``"2 GB"``, for activations (``memory.py`` says what is counted).
         progress: Show a progress bar.

@@ -19,7 +19,7 @@ from typing import Any, get_args
 import torch
 from jaxtyping import Bool, Float, Int
 
-from gemmascope_plugin.errors import EmptySelectionError, check_choice
+from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choice
 from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.origin import weights_of
@@ -99,6 +99,20 @@ class Experiment:
         return Effects(values.reshape(shape), self.grid.axes, self.grid.labels, metadata, each)
 
 
+def _order(replacement: str, seed: int | None) -> int:
+    """The seed of the order in which prompts are resampled.
+
+    Raises:
+        TaskError: Nothing is drawn.
+    """
+    if seed is not None and replacement != "resample":
+        raise TaskError(
+            f"seed plays no part in replacement={replacement!r}, which draws nothing",
+            fix='replacement="resample", or without seed=',
+        )
+    return 0 if seed is None else seed
+
+
 @contextmanager
 def experiment(
     model: HookedModel,
@@ -115,7 +129,7 @@ def experiment(
     positions: Sequence[int] | None = None,
     neurons: Sequence[int] | None = None,
     replacement: Replacement = "other",
-    seed: int = 0,
+    seed: int | None = None,
     limit: Limit | None = None,
 ) -> Iterator[Experiment]:
     """Checks everything, runs both prompts, and splices for the length of the block.
@@ -134,7 +148,7 @@ def experiment(
         positions: Only these.
         neurons: Only these.
         replacement: What is inserted.
-        seed: Of ``resample``.
+        seed: Of ``resample`` alone; None for 0.
         limit: How large a forward pass may be; None for all prompts at once.
 
     Raises:
@@ -147,6 +161,7 @@ def experiment(
     check_choice("component", component, COMPONENTS)
     check_choice("mode", mode, get_args(Direction))
     check_replacement(replacement, component)
+    order = _order(replacement, seed)
     choice = Choice(
         axes=axes,
         per_position=per_position,
@@ -170,7 +185,7 @@ def experiment(
 
         def insert(x: torch.Tensor) -> torch.Tensor:
             return replaced(
-                x, component, bound.mask, replacement, seed, bound.metric.rows_per_prompt
+                x, component, bound.mask, replacement, order, bound.metric.rows_per_prompt
             )
 
         parts = _parts(runner, bound, component, hooks, (base, away), rows)
@@ -183,7 +198,7 @@ def experiment(
         metadata = {
             **_describe(model, runner, bound, component),
             **{"mode": mode, "replacement": replacement},
-            **({"seed": seed} if replacement == "resample" else {}),
+            **({"seed": order} if replacement == "resample" else {}),
             **ends,
         }
         by_prompt = metrics[int(denoising)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from hypothesis import strategies as st
 
 from gemmascope_plugin.circuits import Circuit, Graph
+from gemmascope_plugin.circuits.graph import Rank
 from gemmascope_plugin.patching import FeatureId
 from gemmascope_plugin.patching.edges import EdgeMap
 from gemmascope_plugin.patching.node import Node
@@ -54,7 +56,7 @@ class Recipe:
 
     def circuit(self) -> Circuit:
         graph = self.graph()
-        return Circuit(graph, self.kept(len(graph.unit_scores)), signed=self.seed % 2 == 0)
+        return Circuit(graph, self.kept(len(graph.unit_scores)), rank=get_args(Rank)[self.seed % 3])
 
 
 def recipes(*heads: tuple[int, int] | None) -> st.SearchStrategy[Recipe]:
@@ -81,7 +83,7 @@ def equal(one: Circuit, other: Circuit) -> bool:
     return (
         one.graph.nodes == other.graph.nodes
         and all(same_array(*pair) for pair in [*pairs, (one.kept, other.kept)])
-        and one.signed == other.signed
+        and one.rank == other.rank
         and one.metadata == other.metadata
     )
 

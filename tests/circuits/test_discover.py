@@ -92,11 +92,12 @@ def test_labels_say_where_a_node_is() -> None:
 
 def test_a_circuit_as_table_figure_and_text() -> None:
     frame = CIRCUIT.to_frame()
-    assert list(frame.columns) == ["rank", "node", "kind", "layer", "score", "kept"]
+    assert list(frame.columns) == ["rank", "node", "kind", "layer", "score", "role", "kept"]
+    assert frame["role"].tolist() == ["supports", "opposes", "supports"]
     assert frame["kept"].tolist() == [True, True, False]
     (bars,) = CIRCUIT.plot().data
     assert sorted(bars.x) == [-2.0, 3.0]
-    assert repr(CIRCUIT) == "Circuit(t, 2 of 3 nodes by exact: L1H3, MLP2)"
+    assert repr(CIRCUIT) == "Circuit(t, 2 of 3 nodes by exact, 1 against the metric: +L1H3, -MLP2)"
     assert CIRCUIT.top(1).nodes == NODES[:1]
 
 
@@ -164,6 +165,13 @@ def test_scores_of_edges_say_how_far_the_metric_falls(hooked2) -> None:
         ({"method": "acdc", "size": 9}, TaskError, "tau=0.01 sets what ACDC keeps"),
         ({"method": "atp", "select": "greedy"}, TaskError, "select plays no part.*nodes"),
         ({"replacement": "zero"}, TaskError, "replacement plays no part.*'exact'"),
+        ({"steps": 3}, TaskError, "steps plays no part in circuits of nodes by 'exact'"),
+        ({"method": "eap", "steps": 3}, TaskError, "steps plays no part.*edges by 'eap'"),
+        ({"method": "atp", "memory_budget": "1 GB"}, TaskError, "memory_budget plays no part"),
+        ({"saes": []}, TaskError, "saes plays no part in circuits of nodes"),
+        ({"method": "acdc", "rank": "positive"}, TaskError, "rank plays no part.*'acdc'"),
+        ({"method": "atp*", "rank": "negative"}, TaskError, "rank plays no part.*'atp\\*'"),
+        ({"rank": "positiv"}, UnknownNameError, "Unknown rank 'positiv'.*'positive'"),
         ({"method": "eap", "select": "greed"}, UnknownNameError, "Unknown selection 'greed'"),
     ],
 )

@@ -206,8 +206,8 @@ def test_a_circuit_of_edges() -> None:
     assert (circuit.size, circuit.n_units) == (3, EDGE_MAP.n_edges)
     assert circuit.share == 3 / EDGE_MAP.n_edges
     assert repr(circuit) == (
-        f"Circuit(t, 3 of {EDGE_MAP.n_edges} edges by eap: embed->L0H1.q, L0H1->L1KV1.v, "
-        "L1H3->logits)"
+        f"Circuit(t, 3 of {EDGE_MAP.n_edges} edges by eap, 1 against the metric: +embed->L0H1.q, "
+        "-L0H1->L1KV1.v, +L1H3->logits)"
     )
     assert circuit.top(1).edges == PATH[:1]
     assert circuit.top(0).nodes == ()
@@ -228,7 +228,7 @@ def test_a_circuit_of_nodes() -> None:
 def test_equal_scores_keep_the_order_of_the_graph() -> None:
     graph = Graph.of_nodes([Node.mlp(i) for i in range(5)], [1.0, -2.0, 2.0, -1.0, 2.0])
     assert [node.layer for node in top_n(graph, 0).ranking] == [1, 2, 4, 0, 3]
-    assert [node.layer for node in top_n(graph, 0, signed=True).ranking] == [2, 4, 0, 3, 1]
+    assert [node.layer for node in top_n(graph, 0, rank="positive").ranking] == [2, 4, 0, 3, 1]
 
 
 def test_a_circuit_of_edges_has_no_ranking_of_nodes() -> None:
@@ -282,7 +282,8 @@ def test_a_circuit_of_edges_as_table_and_figure() -> None:
         *("L0H1", "L1KV1", "v", -2.0),
     ]
     assert circuit.to_frame(2).equals(frame.head(2))
-    assert circuit.plot().layout.title.text == f"Circuit for t: 3 of {EDGE_MAP.n_edges} edges"
+    title = f"Circuit for t: 3 of {EDGE_MAP.n_edges} edges, 1 against the metric"
+    assert circuit.plot().layout.title.text == title
     assert circuit._repr_html_().count("<tr>") == 1 + 3
 
 

@@ -67,22 +67,28 @@ def test_greedy_circuits_lead_to_the_logits(recipe: Recipe) -> None:
 def test_the_best_are_as_many_as_asked_for_and_no_other_is_better(recipe: Recipe) -> None:
     graph = recipe.graph()
     n = int(recipe.density * len(graph.unit_scores))
-    for signed in (False, True):
-        circuit = top_n(graph, n, signed=signed)
-        scores = graph.unit_scores if signed else graph.unit_scores.abs()
+    for rank in ("absolute", "positive", "negative"):
+        circuit = top_n(graph, n, rank=rank)
+        scores = _by(rank, graph.unit_scores)
         assert circuit.size == n
         kept, out = scores[circuit.kept].tolist(), scores[~circuit.kept].tolist()
         assert min(kept, default=9.0) >= max(out, default=-9.0)
-        bigger = top_n(graph, min(n + 1, circuit.n_units), signed=signed)
+        bigger = top_n(graph, min(n + 1, circuit.n_units), rank=rank)
         assert bool((circuit.kept <= bigger.kept).all())
         assert circuit.top(n).kept.equal(circuit.kept)
 
 
+def _by(rank: str, scores: torch.Tensor) -> torch.Tensor:
+    if rank == "absolute":
+        return scores.abs()
+    return scores if rank == "positive" else -scores
+
+
 def test_a_signed_ranking_stays_signed() -> None:
     graph = edge_graph()
-    circuit = top_n(graph, 3, signed=True)
+    circuit = top_n(graph, 3, rank="positive")
     assert all(score > 0 for score in circuit.scores[:10])
-    assert circuit.top(10).kept.equal(top_n(graph, 10, signed=True).kept)
+    assert circuit.top(10).kept.equal(top_n(graph, 10, rank="positive").kept)
     assert not circuit.top(10).kept.equal(top_n(graph, 10).kept)
 
 
@@ -91,6 +97,9 @@ def test_a_signed_ranking_stays_signed() -> None:
 def test_all_above_a_bar_are_kept(tau: float) -> None:
     for graph in (edge_graph(), node_graph()):
         assert threshold(graph, tau).kept.equal(graph.unit_scores.abs() >= tau)
+    graph = edge_graph()
+    for sign, rank in ((1, "positive"), (-1, "negative")):
+        assert threshold(graph, 1.0, rank=rank).kept.equal(sign * graph.unit_scores >= 1.0)
     assert threshold(edge_graph(), 2.0).size > threshold(edge_graph(), 3.0).size > 0
 
 

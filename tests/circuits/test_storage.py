@@ -152,6 +152,8 @@ def test_words_are_part_of_the_digest(path: Path) -> None:
         ({"n_nodes": 1}, "n_nodes is 1"),
         ({"ports": ["", "q"]}, "ports are"),
         ({"signed": "no"}, "'signed' is 'no', not true or false"),
+        ({"rank": "best"}, "rank is 'best', none of absolute, positive, negative"),
+        ({"rank": "negative"}, "rank is 'negative', and signed is False"),
         ({"metadata": []}, r"'metadata' is \[\], not an object"),
         ({"metadata": {"$float": "nan"}}, "the metadata are not an object"),
         ({"sites": [["tail", "hook_embed"]]}, r"\['tail', 'hook_embed'\] is not a kind of node"),
@@ -224,6 +226,7 @@ FIELDS = [
     "metadata",
     "meanings",
     "signed",
+    "rank",
     "ranked",
 ]
 

@@ -87,7 +87,7 @@ def test_nodes_are_printed_with_what_was_measured() -> None:
     assert re.fullmatch(rf"  KL            {figure} nats from the full model", lines[6])
     wanted = r"  smallest      \d+ nodes, with faithfulness of at least 0.9 from there on"
     assert re.fullmatch(wanted, lines[7])
-    assert lines[9].split() == ["rank", "node", "kind", "layer", "score"]
+    assert lines[9].split() == ["rank", "node", "kind", "layer", "score", "role"]
     assert [line.split()[0] for line in lines[10:]] == ["1", "2", "3", "4", "5"]
     assert lines[10].split()[1:4] == ["L1H1", "head", "1"]
 

@@ -180,19 +180,24 @@ def _some(sae: Any) -> list[tuple[str, int]]:
     return [FeatureId(sae.cfg.metadata.hook_name, i) for i in range(0, 60, 3)]
 
 
+def _line(method: str, steps: int) -> dict[str, Any]:
+    """Steps, where a line is followed."""
+    return {"steps": steps} if "ig" in method else {}
+
+
 for _method in ("atp", "ig", "ig-inputs", "atp*", "relp"):
     CALLS[f"attribution_patching/{_method}"] = lambda s, m=_method: gs.attribution_patching(
-        s.model, s.task, "z", method=m, steps=3, per_position=False
+        s.model, s.task, "z", method=m, per_position=False, **_line(m, 3)
     )
 CALLS["attribution_patching/feature"] = lambda s: gs.attribution_patching(
     s.model, s.task, "feature", saes=s.saes["res"], per_position=False
 )
 for _method in ("eap", "eap-ig", "eap-ig-activations", "clean-corrupted"):
     CALLS[f"edge_attribution/{_method}"] = lambda s, m=_method: gs.edge_attribution(
-        s.model, s.task, method=m, steps=2
+        s.model, s.task, method=m, **_line(m, 2)
     )
     CALLS[f"discover/{_method}"] = lambda s, m=_method: (
-        gs.discover(s.model, s.task, method=m, steps=2).graph
+        gs.discover(s.model, s.task, method=m, **_line(m, 2)).graph
     )
 for _form in ("jacobian", "frozen", "naive"):
     CALLS[f"edge_attribution/{_form}"] = lambda s, f=_form: gs.edge_attribution(
@@ -207,7 +212,7 @@ CALLS["edge_attribution/per_position"] = lambda s: gs.edge_attribution(
 )
 for _method in ("exact", "atp", "ig", "atp*", "relp"):
     CALLS[f"discover/{_method}"] = lambda s, m=_method: (
-        gs.discover(s.model, s.task, method=m, steps=3).graph
+        gs.discover(s.model, s.task, method=m, **_line(m, 3)).graph
     )
 CALLS["discover/acdc"] = lambda s: (
     gs.discover(s.model, gs.tiny().task("ioi", n=1), method="acdc", tau=0.5).graph

@@ -31,19 +31,22 @@ from gemmascope_plugin.circuits.feature_circuits.scoring import (
     score_nodes,
     site_summary,
 )
-from gemmascope_plugin.circuits.graph import Graph
+from gemmascope_plugin.circuits.graph import Graph, Rank
 from gemmascope_plugin.circuits.select import threshold, top_n
 from gemmascope_plugin.errors import TaskError, check_choice
 from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.points import n_heads
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching import Task
+from gemmascope_plugin.patching.conservation import checked_share
 from gemmascope_plugin.patching.memory import Limit
 from gemmascope_plugin.patching.metrics import KLDivergence
 from gemmascope_plugin.patching.task import BoundTask
 
 SIZE = 60
 """Nodes kept by default, at most."""
+STEPS = 10
+"""Midpoints by default."""
 MAX_ROWS = 256
 """Rows of a pass by default."""
 OPTIONS = ("per_position", "errors", "edges", "level", "labels", "max_rows")
@@ -59,7 +62,8 @@ def discover_features(
     method: str = "ig",
     size: int | None = None,
     tau: float | None = None,
-    steps: int = 10,
+    rank: Rank = "absolute",
+    steps: int | None = None,
     per_position: bool = False,
     errors: bool = True,
     edges: bool = True,
@@ -79,8 +83,10 @@ def discover_features(
         raw: ``head``, ``mlp`` or both: also these, where no dictionary is.
         method: ``ig`` or ``atp``.
         size: How many nodes to keep; 60 by default, or all if there are fewer.
-        tau: Keep the nodes with an absolute score of at least this instead.
-        steps: Midpoints, for ``ig``.
+        tau: Keep the nodes with a score, as ``rank`` has it, of at least this instead.
+        rank: By ``absolute`` score, those for the metric first (``positive``), or those against it
+            (``negative``).
+        steps: Midpoints, for ``ig`` alone; 10 by default.
         per_position: Whether each position has nodes of its own; prompts of one length only.
         errors: Whether errors are nodes. They are part of every dictionary's site in any case.
         edges: Whether to join the kept nodes.
@@ -91,7 +97,7 @@ def discover_features(
         progress: Show a progress bar.
 
     Raises:
-        UnknownNameError: An unknown method, no dictionary, two at one place, no such level.
+        UnknownNameError: An unknown method or rank, no dictionary, two at one place, no such level.
         TaskError: Prompts that cannot be compared, of several lengths with ``per_position``, or a
             metric without a gradient.
         EmptySelectionError: No feature is active, or ``size`` exceeds the number of nodes.
@@ -101,7 +107,14 @@ def discover_features(
         GemmaScopeError: A model with hooks of its own, or a memory budget too small for one prompt.
     """
     check_choice("method", method, get_args(SlopeMethod))
-    _refuse(task, method, size, tau, steps)
+    check_choice("rank", rank, get_args(Rank))
+    n_steps = STEPS if steps is None else steps
+    _refuse(task, method, size, tau, n_steps)
+    if steps is not None and method != "ig":
+        raise TaskError(
+            f"steps plays no part in method={method!r}, which follows no line",
+            fix='method="ig", or without steps=',
+        )
     sites = sites_of(model, saes, raw, level=level)
     bound = task.bind(model)
     if per_position:
@@ -109,12 +122,12 @@ def discover_features(
     limit = Limit(max_rows, memory_budget)
     chosen: SlopeMethod = "ig" if method == "ig" else "atp"
     parts = run_sites(
-        model, bound, sites, method=chosen, steps=steps, limit=limit, progress=progress
+        model, bound, sites, method=chosen, steps=n_steps, limit=limit, progress=progress
     )
-    details = _details(bound, parts, sites, method, steps, per_position, level)
-    details["weights"] = weights_of(model)
+    details = _details(bound, parts, sites, method, n_steps, per_position, level)
+    details |= {"rank": rank, "weights": weights_of(model)}
     scored = score_nodes(parts, n_heads=n_heads(model), per_position=per_position, errors=errors)
-    circuit = _selected(scored, details, size, tau)
+    circuit = _selected(scored, details, size, tau, rank)
     if edges:
         rows = limit.rows(site_footprint(model, len(bound), bound.clean.shape[1], sites))
         circuit = _joined(model, parts, scored, circuit, method == "ig", rows)
@@ -188,20 +201,24 @@ def _details(
         details |= {
             "steps": steps,
             "residual": residual,
-            "residual_max": max(map(abs, residual.values())),
+            "residual_max": checked_share(max(map(abs, residual.values()))),
         }
     return details
 
 
 def _selected(
-    scored: ScoredNodes, details: dict[str, Any], size: int | None, tau: float | None
+    scored: ScoredNodes,
+    details: dict[str, Any],
+    size: int | None,
+    tau: float | None,
+    rank: Rank,
 ) -> Circuit:
     nodes = [node for site in scored.layout for node in site.nodes()]
     more = {"corrupt_only": scored.corrupt_only}
     graph = Graph.of_nodes(nodes, scored.scores, {**details, **more})
     if tau is not None:
-        return threshold(graph, tau)
-    return top_n(graph, min(SIZE, len(nodes)) if size is None else size)
+        return threshold(graph, tau, rank=rank)
+    return top_n(graph, min(SIZE, len(nodes)) if size is None else size, rank=rank)
 
 
 def _joined(
