@@ -47,7 +47,7 @@ def node_metric(
     rows = max(1, min(len(bound), max_rows))
     options: dict[str, Any] = {"rows": rows, "here": hooks, "there": hooks, "whole": whole}
     parts = tuple(replayed(runner, bound, bound.clean, bound.corrupt, **options))
-    corrupt = joined(parts, hooks, *bound.clean.shape, True)
+    corrupt = joined(parts, hooks, *bound.clean.shape, other=True)
     given = {name: _replaced(x, bound.mask, replacement) for name, x in corrupt.items()}
     values = torch.zeros(len(kept), len(bound))
     for part in parts:

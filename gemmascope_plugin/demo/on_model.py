@@ -261,7 +261,8 @@ def saes_section(report: ModelReport) -> Section:
     parts: list[Any] = []
     if len(frame):
         columns = ["kind", "site", "width", "provenance"]
-        parts.append(frame.groupby(columns).size().rename("SAEs").reset_index())
+        counts: Any = frame.groupby(columns).size()
+        parts.append(counts.rename("SAEs").reset_index())
     if report.spliced:
         parts.append(
             f"Spliced in: {', '.join(report.spliced)}. Largest change of a logit, reconstruction "

@@ -69,8 +69,8 @@ class Restart:
 
     def __call__(
         self, stream: Float[torch.Tensor, "row pos d_model"], *, start_at_layer: int
-    ) -> Float[torch.Tensor, "row asked d_vocab"]:
-        """The logits of a stream before ``start_at_layer``."""
+    ) -> Float[torch.Tensor, "read asked d_vocab"]:
+        """The logits of a stream before ``start_at_layer``, wherever they are asked for."""
         stream = self.blocks(stream, start_at_layer, n_layers(self._model))
         logits = self._model.unembed(self._model.ln_final(stream))
         cap = getattr(self._model.cfg, "output_logits_soft_cap", None)
