@@ -19,7 +19,7 @@ tables it needs, 2 ms for one model and 35 ms for all; later ones cost below a m
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import gemmascope_plugin.catalog.complaints as complaints
 import gemmascope_plugin.catalog.criteria as criteria
@@ -51,7 +51,7 @@ def find(
     *,
     model: _Words | None = None,
     site: _Words | None = None,
-    layer: int | Iterable[int] | None = None,
+    layer: SupportsIndex | Iterable[SupportsIndex] | None = None,
     width: str | int | range | Sequence[str | int] | None = None,
     l0: str | int | float | Sequence[int | float] | None = None,
     kind: _Words | None = None,

@@ -190,7 +190,7 @@ def experiment(
 
         parts = _parts(runner, bound, component, hooks, (base, away), rows)
         metrics = [_joined_metric(parts, is_other=(clean == denoising)) for clean in (True, False)]
-        ends = bound.metric_values(*(float(metric.mean()) for metric in metrics), model=model)
+        ends = bound.metric_values(*(float(metric.mean()) for metric in metrics), runner=model)
         here, other = _Reads.of(component, hooks, (base, away), parts).inserted(insert)
         if grid is None:
             chosen = _differing(sites, here, other, bound.mask)
