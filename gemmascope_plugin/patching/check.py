@@ -30,6 +30,6 @@ def check_task(task: Any, call: str = "") -> None:
 
 
 def check_tasks(tasks: Any, call: str = "") -> None:
-    """The same for one task or a sequence of them."""
-    for task in tasks if isinstance(tasks, (list, tuple)) and tasks else [tasks]:
+    """The same for one task or a sequence of them, of which there may be none."""
+    for task in tasks if isinstance(tasks, (list, tuple)) else [tasks]:
         check_task(task, call)

@@ -95,7 +95,7 @@ def test_who_waits_comes_next_and_says_for_whom(tmp_path) -> None:
     thread = threading.Thread(target=hold)
     thread.start()
     first.wait()
-    with folder_lock(tmp_path, "second", wait=60, on_wait=told.append):
+    with folder_lock(tmp_path, "second", wait=60.0, on_wait=told.append):
         order.append("second")
     thread.join()
     assert order == ["first", "second"]
@@ -107,7 +107,7 @@ def test_of_many_takers_only_one_is_inside_at_a_time(tmp_path) -> None:
 
     def work() -> None:
         for _ in range(20):
-            with folder_lock(tmp_path, "work", wait=60):
+            with folder_lock(tmp_path, "work", wait=60.0):
                 inside.append(1)
                 most.append(len(inside))
                 inside.pop()

@@ -18,6 +18,7 @@ from gemmascope_plugin.errors import (
 )
 from gemmascope_plugin.loading import load, spec_of
 from gemmascope_plugin.loading.load import _pair
+from tests.factories import unchecked
 
 
 def reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,7 +110,7 @@ def test_a_wrong_argument_and_unknown_names(suite) -> None:
     with pytest.raises(GemmaScopeError, match="got tuple .*There is: a SaeSpec or a pair"):
         _pair(("x",))
     with pytest.raises(GemmaScopeError, match="got list with 1 entries.*load_suite"):
-        load([suite.specs["transcoder"]])
+        unchecked(load)([suite.specs["transcoder"]])
     with pytest.raises(UnknownNameError, match="no release 'gemma-2-test-rse'"):
         load("gemma-2-test-rse", "x")
 

@@ -147,5 +147,5 @@ def test_bad_masks_are_errors(hooked2) -> None:
     for prompts in (tokens[:, :3], CLEAN[:2]):
         with pytest.raises(TaskError, match="mask has shape .2, 4."):
             Task(prompts, prompts, logit_diff([1, 2], [3, 4]), mask=hole).bind(hooked2)
-    with pytest.raises(EmptySelectionError, match="no prompts"):
+    with pytest.raises(EmptySelectionError, match="no prompt"):
         padded(hooked2, [])
