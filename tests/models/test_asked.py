@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemmascope_plugin.errors import HookNotFiredError
+from gemmascope_plugin.errors import MissingHookError
 from gemmascope_plugin.models.asked import (
     NextTokenLosses,
     asked_positions,
@@ -154,7 +154,7 @@ def test_what_is_recorded_comes_after_hooks_that_change_it(model) -> None:
 
 
 def test_a_hook_that_never_fires(hooked2) -> None:
-    with pytest.raises(HookNotFiredError, match="hook_mlp_in"):
+    with pytest.raises(MissingHookError, match="hook_mlp_in.*never fires"):
         record(hooked2, TOKENS, ["blocks.0.hook_mlp_in"])
 
 
