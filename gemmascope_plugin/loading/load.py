@@ -84,7 +84,7 @@ def load(
     return fill(sae, tensors, device=device, dtype=dtype)
 
 
-def _pair(given: object) -> tuple[str, str]:
+def _pair(given: Any) -> tuple[str, str]:
     is_pair = isinstance(given, (tuple, list)) and len(given) == 2
     if is_pair and all(isinstance(name, str) for name in given):
         return str(given[0]), str(given[1])
