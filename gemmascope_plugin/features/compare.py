@@ -103,8 +103,8 @@ def compare(
         ``Measures.to_frame``, then those of steps 2 and 3 at the top of this file that were asked for.
 
     Raises:
-        EmptySelectionError: No dictionary, no token, or excluded tokens only.
-        UnknownNameError: The dictionaries have no names.
+        EmptySelectionError: No token, or excluded tokens only.
+        UnknownNameError: No dictionary, or one without a name.
         ModelError: Not a dictionary with one site, or concepts without names or for other tokens.
         MissingHookError: The model has no such hook.
         WidthMismatchError: A dictionary of another width than the model's tensor.
@@ -197,8 +197,4 @@ def _check_named(saes: object) -> None:
         raise UnknownNameError(
             f"compare() needs a name for each dictionary, and got a {type(saes).__name__}",
             fix='compare(model, {"narrow": sae, "wide": other}, tokens)',
-        )
-    if not saes:
-        raise EmptySelectionError(
-            "There is no dictionary to compare", fix='{"name": gemmascope_plugin.load(spec)}'
         )

@@ -71,9 +71,8 @@ def as_list(saes: Saes, call: str = "") -> list[Any]:
         raise _no_dictionary(saes, call)
     listed = list(saes.values()) if isinstance(saes, Mapping) else list(saes)
     if not listed:
-        raise UnknownNameError(
-            "No dictionary was given to splice", fix="saes=[gemmascope_plugin.load(spec)]"
-        )
+        fix = "gemmascope_plugin.load(spec) for one"
+        raise UnknownNameError("No dictionary was given", fix=f"{call}; {fix}" if call else fix)
     return listed
 
 
