@@ -110,7 +110,7 @@ def test_other_figures_can_be_drawn_and_equal_names_hide_nothing(frame) -> None:
 
 
 def test_what_cannot_be_compared_is_an_error(hooked2, frame) -> None:
-    with pytest.raises(UnknownNameError, match="No dictionary was given.*Try"):
+    with pytest.raises(UnknownNameError, match="No dictionary was given.*Try: compare"):
         compare(hooked2, {}, TOKENS)
     with pytest.raises(UnknownNameError, match="a name for each dictionary, and got a list.*Try"):
         unchecked(compare)(hooked2, [factories.residual(hooked2, 1)], TOKENS)
