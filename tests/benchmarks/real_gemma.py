@@ -52,7 +52,7 @@ def circuits(model: Any, n: int, options: Any) -> None:
 
 def formulas(model: Any, n: int, options: Any) -> None:
     """One table for each task."""
-    for name in options.tasks or (("ioi",) if options.smoke else ("ioi", "greater_than")):
+    for name in options.tasks or (("ioi",) if options.smoke else ("ioi", "agreement")):
         task, held_out = splits(model, name, n)
         print(f"\n| {name} | usual formula | here | truth |\n|---|---|---|---|")
         show(real_gemma_formulas.table(model, task, held_out))
