@@ -28,7 +28,7 @@ def test_a_thread_for_every_share(three, shares: float, threads: int) -> None:
 
 def test_blocks_in_blocks(three) -> None:
     with pytest.raises(KeyError), threads_for(2 * SHARE):
-        with threads_for(0):
+        with threads_for(0.0):
             assert torch.get_num_threads() == 2  # the larger product counts
         assert torch.get_num_threads() == 2
         raise KeyError
@@ -39,7 +39,7 @@ def test_blocks_that_overlap_in_threads(three) -> None:
     entered, leave = threading.Event(), threading.Event()
 
     def other() -> None:
-        with threads_for(0):
+        with threads_for(0.0):
             entered.set()
             leave.wait()
 
@@ -51,7 +51,7 @@ def test_blocks_that_overlap_in_threads(three) -> None:
     leave.set()
     thread.join()
     seen = []
-    with threads_for(0):
+    with threads_for(0.0):
         seen.append(torch.get_num_threads())
     thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
     thread.start()
