@@ -4,8 +4,8 @@ With the error term on, two spliced SAEs change no value: the model is itself. S
 logit difference with respect to a feature of the lower one is that of the *bare* model along the
 feature's decoder row, and central differences of the bare model give it without any SAE.
 
-1. Two TopK SAEs are fitted in seconds to activations of the standard library's sources, ``d_sae`` rows
-   from centred activations, a few hundred Adam steps.
+1. Two TopK SAEs are fitted to activations of the standard library's sources: ``EXPANSION`` times as many
+   features as the stream is wide, rows from centred activations, ``STEPS`` Adam steps.
 2. Active features of the lower SAE at the last token: gradient by SAELens (``use_error_term=True``), by
    this package (``error="keep"``), and by central differences.
 3. Cosine of both with the differences.
@@ -27,7 +27,7 @@ from tests.benchmarks.real_gemma_formulas import Row
 
 PAIRS = ((5 / 18, 12 / 18), (9 / 18, 14 / 18))
 """Depths of the lower and the upper SAE, as shares of the layers."""
-D_SAE, K, STEPS, BATCH = 2048, 48, 300, 1024
+EXPANSION, K, STEPS, BATCH = 3, 48, 200, 512
 N_TOKENS, CONTEXT = 12_288, 128
 N_FEATURES = 32
 
@@ -89,7 +89,8 @@ def _fit(x: Float[torch.Tensor, "token d_in"], hook: str) -> Any:
     generator = torch.Generator().manual_seed(0)
     mean, size = x.mean(0), (x - x.mean(0)).norm(dim=1).mean() / x.shape[1] ** 0.5
     centred = (x - mean) / size
-    rows = centred[torch.randperm(len(x), generator=generator)[:D_SAE]]
+    d_sae = EXPANSION * x.shape[1]
+    rows = centred[torch.randperm(len(x), generator=generator)[:d_sae]]
     decoder = torch.nn.functional.normalize(rows, dim=1).requires_grad_(True)
     encoder = decoder.detach().T.clone().requires_grad_(True)
     optimiser = torch.optim.Adam([encoder, decoder], lr=1e-3)
