@@ -82,6 +82,7 @@ def test_labels_of_errors_and_positions(hooked2) -> None:
         "layer",
         "pos",
         "score",
+        "role",
         "kept",
     ]
     assert Node.error("blocks.0.hook_resid_post").layer == 0

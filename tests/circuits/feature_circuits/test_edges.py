@@ -24,8 +24,9 @@ SIZE = 24
 
 
 def found(model: Any, **options: Any) -> Circuit:
-    given = {"nodes": ("features", "head", "mlp"), "saes": dictionaries(model), "steps": 2}
-    return discover(model, TASK, **{**given, **options})
+    given = {"nodes": ("features", "head", "mlp"), "saes": dictionaries(model), **options}
+    steps = {} if options.get("method") == "atp" else {"steps": 2}
+    return discover(model, TASK, **{**steps, **given})
 
 
 def weights(circuit: Circuit) -> dict[tuple[Node, Node], float]:
