@@ -28,6 +28,7 @@ Line = tuple[str, str]
 
 def induction(model: Any, task: Any) -> Iterator[Line]:
     """What paths from previous-token heads into the keys of induction heads carry."""
+    task = with_other_predecessor(model, task)
     for paths in ("direct", "total"):
         for senders in (PREVIOUS, *OTHERS):
             effects = gs.path_patching(
@@ -39,11 +40,33 @@ def induction(model: Any, task: Any) -> Iterator[Line]:
                 f"{share:+.1%} of the gap",
             )
     scores = gs.activation_patching(model, task, "z", mode="noising", axes=("layer", "head"))
-    for _, line in scores.top(6).iterrows():
-        yield (
-            f"L{int(line.layer)}H{int(line.head)} corrupted",
-            f"{line.effect / scores.gap:+.1%} of the gap",
-        )
+    for line in scores.top(6).to_dict("records"):
+        name = f"L{line['layer']}H{line['head']}"
+        yield f"{name} corrupted", f"{line['effect'] / scores.gap:+.1%} of the gap"
+
+
+def with_other_predecessor(model: Any, task: Any) -> Any:
+    """The same prompts, corrupted where the repeated word stood first: what it preceded stays.
+
+    Only heads that tell a token what came before it see the difference at the token to be copied.
+    """
+    bound = task.bind(model)
+    length = int(bound.lengths.min())
+    clean = bound.clean[bound.lengths == length][:, :length]
+    corrupt = clean.clone()
+    for row in range(len(clean)):
+        first = int((clean[row, :-1] == clean[row, -1]).nonzero()[0])
+        others = clean[(row + 1) % len(clean)]
+        corrupt[row, first] = next(word for word in others[1:] if word not in clean[row])
+    rows = torch.arange(len(clean))
+    places = [int((ids[:-1] == ids[-1]).nonzero()[0]) + 1 for ids in clean]
+    answers = clean[rows, places]
+    wrong = [
+        next(int(w) for w in ids[2:-1] if w != a) for ids, a in zip(clean, answers, strict=True)
+    ]
+    return gs.Task(
+        clean, corrupt, gs.logit_diff(answers, wrong), name="induction, other predecessor"
+    )
 
 
 def indirect_objects(model: Any, task: Any) -> Iterator[Line]:
