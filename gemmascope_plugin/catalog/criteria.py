@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import Any
 
 from gemmascope_plugin.catalog.sites import (
     KIND_WORDS,
@@ -81,7 +81,7 @@ def _site_test(word: str, several: bool) -> Test:
     return found
 
 
-def layer(given: SupportsIndex | Iterable[SupportsIndex]) -> Criterion:
+def layer(given: Any) -> Criterion:
     """A layer that the dictionary reads."""
     tests: list[tuple[object, Test]]
     if isinstance(given, range):  # an interval: the part beyond the last layer is no mistake

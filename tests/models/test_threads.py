@@ -41,12 +41,12 @@ def test_blocks_that_overlap_in_threads(three) -> None:
     def other() -> None:
         with threads_for(0.0):
             entered.set()
-            leave.wait()
+            leave.wait(60)
 
     thread = threading.Thread(target=other)
     with threads_for(2 * SHARE):
         thread.start()
-        entered.wait()
+        assert entered.wait(60)
     assert torch.get_num_threads() == 3
     leave.set()
     thread.join()
