@@ -33,6 +33,7 @@ from pathlib import Path
 
 ELSEWHERE = {
     "circuit_tracer_golden": "circuit-tracer",
+    "real_gemma_token_columns": "circuit-tracer",
     "trace_peer": "circuit-tracer",
     "trace_models": "a folder to write to; trace runs its code",
 }
