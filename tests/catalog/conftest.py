@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gemmascope_plugin.catalog import tables
-from gemmascope_plugin.catalog.home import VARIABLE
+# The package is imported inside fixtures: ``pytest --shapes`` has to come before it.
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +26,9 @@ def saelens() -> dict[str, Any]:
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty home folder for one test; afterwards the catalog is as before."""
+    from gemmascope_plugin.catalog import tables
+    from gemmascope_plugin.catalog.home import VARIABLE
+
     monkeypatch.setenv(VARIABLE, str(tmp_path / "home"))
     tables.clear_caches()
     yield tmp_path / "home"

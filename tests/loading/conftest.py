@@ -1,14 +1,17 @@
 """A catalog that lists generated files, and an offline hub cache."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from npz_files import arrays, save, spec
 
-from gemmascope_plugin.catalog import SaeSpec, tables
-from gemmascope_plugin.loading import sources
+# The package is imported inside fixtures: ``pytest --shapes`` has to come before it.
+if TYPE_CHECKING:
+    from gemmascope_plugin.catalog import SaeSpec
 
 
 @dataclass
@@ -33,6 +36,11 @@ def own_home(tmp_path_factory, monkeypatch) -> Path:
 
 @pytest.fixture
 def suite(tmp_path, monkeypatch) -> Iterator[Suite]:
+    from npz_files import arrays, save, spec
+
+    from gemmascope_plugin.catalog import tables
+    from gemmascope_plugin.loading import sources
+
     specs = {
         "res": spec(),
         "att": spec(site="att"),
@@ -40,8 +48,8 @@ def suite(tmp_path, monkeypatch) -> Iterator[Suite]:
     }
     folder = tmp_path / "tables"
     folder.mkdir()
-    for one in specs.values():
-        tables.dump_release([one], folder=folder)
+    for listed in specs.values():
+        tables.dump_release([listed], folder=folder)
     monkeypatch.setattr(tables, "TABLES", folder)
     monkeypatch.setattr(sources, "ASSETS", tmp_path / "assets")
     made = Suite(tmp_path / "assets", specs)
@@ -65,6 +73,7 @@ def forget_releases(names: Iterable[str]) -> None:
 def hub_cache(tmp_path, monkeypatch) -> Callable[..., Path]:
     """An offline Hugging Face cache; the function puts a file of a spec into it."""
     from huggingface_hub import constants
+    from npz_files import save
 
     root = tmp_path / "hub"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root))
