@@ -4,10 +4,11 @@
 
 position   One position through the unembedding against TransformerLens' own ``unembed`` on a row-major
            ``W_U``, as it comes from there, and on the layout that ``load_model`` makes.
-calls      ``logit_lens``, ``steer``, ``measure`` (417 tokens), ``verify`` (ids [2, 512]) and ``evaluate``
-           in a process of their own, in turns with the same calls from another checkout of this
-           repository (``git worktree add CHECKOUT 9a878da``): median CPU seconds, peak memory above what
-           the model takes.
+lens       The matrix products of ``logit_lens`` on 16 positions alone: what it cannot go below.
+calls      ``logit_lens`` (16 positions, and the last one alone), ``steer``, ``measure`` (417 tokens),
+           ``verify`` (ids [2, 512]) and ``evaluate`` in a process of their own, in turns with the same
+           calls from another checkout of this repository (``git worktree add CHECKOUT 9a878da``): median
+           CPU seconds, peak memory above what the model takes.
 
 ``--model`` is a Hugging Face folder of Gemma 3 270M; without it, and with ``--smoke``, the bundled model.
 Dictionaries are random JumpReLU of width 4096 in the middle layer: what they cost does not depend on what
@@ -30,7 +31,7 @@ from typing import Any
 
 import torch
 
-CALLS = ("logit_lens", "steer", "measure", "verify", "evaluate")
+CALLS = ("logit_lens", "logit_lens_end", "steer", "measure", "verify", "evaluate")
 ROUNDS = 3
 
 
@@ -48,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.child:
         print(json.dumps(child(options.child, options.model, options.smoke)))
         return
-    position(model_of(options.model), 3 if options.smoke else 7)
+    model = model_of(options.model)
+    position(model, 3 if options.smoke else 7)
+    lens_products(model)
+    del model  # the calls need the memory
     for name in options.calls:
         if options.smoke:  # in this process, which has imported everything
             print(name, child(name, None, True))
@@ -77,6 +81,22 @@ def position(model: Any, rounds: int) -> None:
         f"{median['transposed']:.4f} s, here {median['here']:.4f} s, ratios "
         f"{median['row-major'] / median['here']:.1f} and {median['transposed'] / median['here']:.1f}"
     )
+
+
+def lens_products(model: Any) -> None:
+    """The products that the lens needs for every layer at 16 positions, in its own tiles."""
+    from gemmascope_plugin.models.unembed import Unembedding
+
+    out = Unembedding.of(model)
+    x = torch.randn(model.cfg.n_layers * 16, model.cfg.d_model)
+    seconds = []
+    for _ in range(ROUNDS):
+        start = time.process_time()
+        for _, weight, parts in out.tiles(len(x), x):
+            for part in parts:
+                _ = x[part] @ weight.T
+        seconds.append(time.process_time() - start)
+    print(f"logit_lens, products of 16 positions alone: {statistics.median(seconds):.3f} s")
 
 
 def compare(name: str, options: argparse.Namespace) -> None:
@@ -143,6 +163,8 @@ def prepared(name: str, model: Any, smoke: bool) -> Callable[[], object]:
     sae = dictionary(model, 256 if smoke else 4096)
     if name == "logit_lens":
         return lambda: gs.logit_lens(model, ids[:1, :16])
+    if name == "logit_lens_end":
+        return lambda: gs.logit_lens(model, ids[:1, :16], positions=[-1])
     if name == "steer":
         return lambda: gs.steer(model, sae, 3, 4.0, PROMPT, max_new_tokens=8)
     if name == "measure":
