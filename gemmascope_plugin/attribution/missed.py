@@ -28,7 +28,7 @@ from gemmascope_plugin.errors import EmptySelectionError, TaskError
 from gemmascope_plugin.models.check import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.patching.check import check_task
+from gemmascope_plugin.patching.check import check_effects, check_task
 from gemmascope_plugin.patching.effects import Effects
 from gemmascope_plugin.patching.exact import MAX_ROWS
 from gemmascope_plugin.patching.experiment import Experiment
@@ -64,7 +64,7 @@ class MissedEffects:
         )
 
 
-@gate(model=check_model, task=check_task, saes=check_saes)
+@gate(model=check_model, task=check_task, effects=check_effects, saes=check_saes)
 def missed_effects(
     model: HookedModel,
     task: Task,

@@ -24,7 +24,7 @@ from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.check import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, dtype_of
-from gemmascope_plugin.patching.check import check_task
+from gemmascope_plugin.patching.check import check_effects, check_task
 from gemmascope_plugin.patching.effects import Effects
 from gemmascope_plugin.patching.exact import MAX_ROWS
 from gemmascope_plugin.patching.experiment import Experiment, experiment
@@ -44,7 +44,7 @@ _CHOICES = {
 """Axis to the option that chooses coordinates along it."""
 
 
-@gate(model=check_model, task=check_task, saes=check_saes)
+@gate(model=check_model, task=check_task, effects=check_effects, saes=check_saes)
 def verify_top(
     model: HookedModel,
     task: Task,

@@ -21,7 +21,7 @@ from gemmascope_plugin.catalog.sites import (
 )
 from gemmascope_plugin.catalog.spec import SaeSpec
 from gemmascope_plugin.errors import UnknownNameError, nearest, shorten
-from gemmascope_plugin.indices import as_indices
+from gemmascope_plugin.indices import as_index, as_indices
 
 L0_FIX = "l0='canonical', l0='medium', l0=71, l0='nearest:80', l0=(50, 100) or l0=[38, 71]"
 LABELS = ("small", "medium", "big")
@@ -52,7 +52,7 @@ def site(given: str | Sequence[str], *, several: bool = False) -> Criterion:
 
     ``several`` says whether a site also means the dictionaries of several layers that live there.
     """
-    tests = [(w, _site_test(w, several)) for w in _listed(given)]
+    tests = [(w, _site_test(w, several)) for w in as_words(given)]
     return Criterion(
         "site", given, tests, lambda s: [s.site] if several or not s.layers else [s.kind]
     )
@@ -105,8 +105,12 @@ def width(given: str | int | range | Sequence[str | int]) -> Criterion:
     if isinstance(given, range):
         tests = [(given, lambda s: given.start <= s.d_sae < given.stop)]
     else:
-        words = [given] if isinstance(given, (str, int)) else list(given)
-        tests = [(w, _width_test(str(w).lower())) for w in words]
+        is_single = isinstance(given, str) or as_index(given) is not None
+        words = [given] if is_single or not isinstance(given, Iterable) else list(given)
+        labels = [word if isinstance(word, str) else as_index(word) for word in words]
+        if None in labels:
+            raise UnknownNameError(f"width={given!r} is not a width", fix='width="16k", or 16384')
+        tests = [(label, _width_test(str(label).lower())) for label in labels]
     return Criterion("width", given, tests, lambda s: [s.width])
 
 
@@ -116,14 +120,14 @@ def _width_test(word: str) -> Test:
 
 def kind(given: str | Sequence[str]) -> Criterion:
     """What it maps; the plural is understood."""
-    words = [(w, KIND_WORDS.get(w.lower(), w.lower().removesuffix("s"))) for w in _listed(given)]
+    words = [(w, KIND_WORDS.get(w.lower(), w.lower().removesuffix("s"))) for w in as_words(given)]
     tests = [(word, lambda s, name=name: s.kind == name) for word, name in words]
     return Criterion("kind", given, tests, lambda s: [s.kind])
 
 
 def variant(given: str | Sequence[str]) -> Criterion:
     """``plain``, ``all``, ``seed_1`` and so on."""
-    words = [(w, w.lower()) for w in _listed(given)]
+    words = [(w, w.lower()) for w in as_words(given)]
     tests = [(word, lambda s, name=name: (s.variant or PLAIN) == name) for word, name in words]
     return Criterion("variant", given, tests, lambda s: [s.variant or PLAIN])
 
@@ -131,7 +135,7 @@ def variant(given: str | Sequence[str]) -> Criterion:
 def hook(name: str, given: str | Sequence[str]) -> Criterion:
     """A hook that the dictionary reads (``hook_in``) or writes (``hook_out``)."""
     attribute = "hooks_in" if name == "hook_in" else "hooks_out"
-    words = _listed(given)
+    words = as_words(given)
     tests = [(word, lambda s, w=word: w in getattr(s, attribute)) for word in words]
     return Criterion(name, given, tests, lambda s: getattr(s, attribute))
 
@@ -145,7 +149,12 @@ def number(name: str, given: int | range | Sequence[int]) -> Criterion:
         low, high = given
         tests = [(given, lambda s: low <= getattr(s, name) <= high)]
     else:
-        numbers = [given] if isinstance(given, int) else list(given)
+        numbers = as_indices(given)
+        if numbers is None:
+            raise UnknownNameError(
+                f"{name}={given!r} is not a number",
+                exists="a whole number, a list of them, a range, a pair (low, high)",
+            )
         tests = [(n, lambda s, n=n: getattr(s, name) == n) for n in numbers]
     return Criterion(name, given, tests, lambda s: [getattr(s, name)])
 
@@ -206,5 +215,14 @@ def _number(text: object, given: object = None) -> float:
         ) from None
 
 
-def _listed(given: str | Sequence[str]) -> list[str]:
-    return [given] if isinstance(given, str) else list(given)
+def as_words(given: str | Sequence[str]) -> list[str]:
+    """One word or several.
+
+    Raises:
+        UnknownNameError: Something else.
+    """
+    words = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    for word in words:
+        if not isinstance(word, str):
+            raise UnknownNameError(f"{word!r} is not a name", exists="texts, one or several")
+    return words

@@ -141,7 +141,7 @@ def find(
 def _pool(release: _Words | None, model: _Words | None) -> tuple[list[SaeSpec], str]:
     """What to search, and how to call it in an error."""
     if release is not None:
-        names = [release] if isinstance(release, str) else list(release)
+        names = criteria.as_words(release)
         return [s for name in names for s in specs_of(name)], f" of {', '.join(names)}"
     skipped = canonical_releases()
     plain = {name: of for name, of in models().items() if name not in skipped}
@@ -156,7 +156,7 @@ def _models(given: _Words) -> list[str]:
     """The models meant by the words."""
     known = set(models().values())
     wanted = []
-    for word in [given] if isinstance(given, str) else list(given):
+    for word in criteria.as_words(given):
         name = resolve_model(word, known)
         if name is None:
             raise complaints.unknown_model(word, known)

@@ -28,14 +28,14 @@ import torch
 from jaxtyping import Bool
 
 import gemmascope_plugin.figures as figures
-from gemmascope_plugin.errors import EmptySelectionError, UnknownNameError, check_choice
+from gemmascope_plugin.errors import EmptySelectionError, InputError, UnknownNameError, check_choice
 from gemmascope_plugin.features.adaptivity import adaptivity
 from gemmascope_plugin.features.concepts import concept_scores_of
 from gemmascope_plugin.features.cost import cost as measure_cost
 from gemmascope_plugin.features.hierarchy import hierarchy
 from gemmascope_plugin.features.measure import measure
 from gemmascope_plugin.features.stream import Tokens, check_concepts
-from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.check import check_model, describe
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.splice.check import check_saes
@@ -131,6 +131,20 @@ def compare(
     return frame.astype({"level": "Int64"})
 
 
+def _check_frame(frame: Any, call: str = "") -> None:
+    """Refuses what is not a table.
+
+    Raises:
+        InputError: See above.
+    """
+    if not hasattr(frame, "columns"):
+        raise InputError(
+            f"{describe(frame)} is not a table of dictionaries",
+            fix=f"frame = gemmascope_plugin.compare(model, saes, tokens); {call}",
+        )
+
+
+@gate(frame=_check_frame)
 def plot_comparison(frame: Any, *, y: str = "fvu", title: str = "") -> Any:
     """Draws one point per dictionary of :func:`compare`: FVU, or another figure, against L0.
 

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int64
 
-from gemmascope_plugin.errors import EmptySelectionError, ModelError
+from gemmascope_plugin.errors import EmptySelectionError, InputError, ModelError
 from gemmascope_plugin.features.stream import (
     Tokens,
     check_names,
@@ -43,7 +43,7 @@ from gemmascope_plugin.features.stream import (
     hooked_for,
     kept_concepts,
 )
-from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.check import check_model, describe
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.saes import SparseActs
@@ -90,6 +90,22 @@ class _Entries:
         return mask
 
 
+def _check_active(active: Any, call: str = "") -> None:
+    """Refuses what does not say where features are active.
+
+    Raises:
+        InputError: See above.
+    """
+    is_table = isinstance(active, torch.Tensor) and active.ndim == 2
+    if not is_table and not isinstance(active, SparseActs):
+        raise InputError(
+            f"{describe(active)} does not say where features are active",
+            exists="a tensor [token, feature], SparseActs",
+            fix=f"concept_scores_of(model, sae, tokens, ...), or {call}",
+        )
+
+
+@gate(active=_check_active)
 def concept_scores(
     active: Bool[torch.Tensor, "token d_sae"] | SparseActs,
     concepts: Bool[torch.Tensor, "token concept"],

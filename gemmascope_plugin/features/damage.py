@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float
 from gemmascope_plugin.features.stream import Corpus
 from gemmascope_plugin.models import flatten_heads, restore_heads
 from gemmascope_plugin.models.asked import NextTokenLosses
+from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.splice import HookedSAE, splice
@@ -68,6 +69,7 @@ def damage(
     Raises:
         MissingHookError: The model lacks a hook of the dictionary.
         WidthMismatchError: The dictionary has another width than the model's tensor.
+        ModelError: A loss that is not finite.
     """
     assert hooked.error == "drop", "the reconstruction alone must flow"
     sums, n = [0.0] * 4, 0
@@ -80,6 +82,8 @@ def damage(
         for value in (torch.zeros_like(mean), mean):
             with hooking(model, fwd_hooks=[(hooked.hook_out, _replace(text.kept(tokens), value))]):
                 each.append(read(model))
+        for name, losses in zip(("clean", "spliced", "zeroed", "mean-ablated"), each, strict=True):
+            check_finite(losses, f"The loss of the next token in the {name} pass", model)
         sums = [
             total + float(losses.double().sum()) for total, losses in zip(sums, each, strict=True)
         ]

@@ -22,7 +22,9 @@ from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.catalog.model_names import resolve_model
 from gemmascope_plugin.catalog.sites import human_size
 from gemmascope_plugin.dtypes import as_dtype
-from gemmascope_plugin.errors import UnknownNameError, nearest, shorten
+from gemmascope_plugin.errors import InputError, UnknownNameError, nearest, shorten
+from gemmascope_plugin.indices import as_index
+from gemmascope_plugin.loading.suite import as_specs
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,9 @@ def footprint(
 
     Raises:
         UnknownNameError: A name that is no Gemma model.
+        InputError: Something that is neither a model nor specs.
     """
-    chosen = [specs] if isinstance(specs, SaeSpec) else list(specs)
+    chosen, n_tokens = as_specs(specs), _tokens(n_tokens)
     dtype = as_dtype(dtype)
     size = dtype.itemsize
     weights, vocabulary = _model(model, size)
@@ -125,6 +128,13 @@ def footprint(
     )
 
 
+def _tokens(n: Any) -> int:
+    number = as_index(n)
+    if number is None or number < 0:
+        raise InputError(f"n_tokens={n!r} is not a number of tokens", fix="n_tokens=1024")
+    return number
+
+
 def _model(model: Any, size: int) -> tuple[int, int]:
     """Bytes of the weights, and the number of logits per token."""
     if model is None:
@@ -138,5 +148,11 @@ def _model(model: Any, size: int) -> tuple[int, int]:
             )
         found = MODELS[name]
         return (found.n_parameters + found.d_vocab * found.d_model) * size, found.d_vocab
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(
+            f"A {type(model).__name__} is not a model",
+            exists="a model, its name, or None for dictionaries alone",
+            fix="footprint(model, specs)",
+        )
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return weights, int(getattr(model.cfg, "d_vocab", 0))

@@ -15,6 +15,7 @@ Costs nothing but step 4, which downloads up to ``spec.nbytes``.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -23,7 +24,7 @@ from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.catalog.hub import is_offline
 from gemmascope_plugin.catalog.sites import human_size
 from gemmascope_plugin.catalog.spec import BUNDLED_PREFIX
-from gemmascope_plugin.errors import BadFileError, MissingFileError, nearest, shorten
+from gemmascope_plugin.errors import BadFileError, InputError, MissingFileError, nearest, shorten
 
 ASSETS = Path(__file__).parents[1] / "demo" / "assets"
 _NEEDS_CONFIG = ("sae_lens", "tree")
@@ -54,9 +55,12 @@ def locate(
     Raises:
         MissingFileError: One is nowhere, and may not or could not be downloaded.
         BadFileError: The path of the spec, or a link, leads out of the folder.
+        InputError: ``local_dir`` is not a path.
     """
     _check_names(spec)
     if local_dir is not None:
+        if not isinstance(local_dir, (str, os.PathLike)):
+            raise InputError(f"local_dir={local_dir!r} is not a path", fix='local_dir="~/saes"')
         return _in_folder(spec, Path(local_dir).expanduser(), "local_dir")
     if spec.bundled:
         return _in_folder(spec, ASSETS / spec.repo_id.removeprefix(BUNDLED_PREFIX), "the package")

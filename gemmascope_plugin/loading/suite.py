@@ -24,6 +24,7 @@ from gemmascope_plugin.errors import (
     AmbiguousSpecError,
     EmptySelectionError,
     GemmaScopeError,
+    InputError,
     UnknownNameError,
     nearest,
     shorten,
@@ -43,6 +44,7 @@ class SaeSuite(Mapping[SaeSpec, Any]):
         options: Arguments of ``load``.
 
     Raises:
+        InputError: Something that does not hold specs.
         EmptySelectionError: No specs.
         GemmaScopeError: One dictionary alone is larger than the budget, or two specs are the same.
     """
@@ -160,6 +162,32 @@ def _means(key: object, spec: SaeSpec) -> bool:
     return type(key) is int and key in spec.all_layers
 
 
+def as_specs(specs: Any) -> list[SaeSpec]:
+    """One spec or several, given as specs or as pairs of release and id.
+
+    Raises:
+        InputError: Something else.
+        UnknownNameError: A pair that does not exist.
+    """
+    is_several = isinstance(specs, Iterable) and not isinstance(specs, (str, Mapping))
+    listed = [] if not is_several else list(specs)
+    if isinstance(specs, SaeSpec):
+        listed = [specs]
+    elif not is_several or not all(map(_is_spec, listed)):
+        shown = type(specs).__name__ if specs is not None else "None"
+        raise InputError(
+            f"{shown} does not hold specs",
+            exists="a SaeSpec, several, or pairs (release, sae_id)",
+            fix="specs = gemmascope_plugin.find(model='2b', site='res', layer=20)",
+        )
+    return [spec if isinstance(spec, SaeSpec) else get(*spec) for spec in listed]
+
+
+def _is_spec(spec: Any) -> bool:
+    is_pair = isinstance(spec, (tuple, list)) and len(spec) == 2
+    return isinstance(spec, SaeSpec) or (is_pair and all(isinstance(name, str) for name in spec))
+
+
 def load_suite(
     specs: Iterable[SaeSpec | tuple[str, str]],
     *,
@@ -186,11 +214,12 @@ def load_suite(
 
     Raises:
         UnknownNameError: A pair, a device or a type that does not exist, or a budget that is no size.
+        InputError: Something that does not hold specs.
         EmptySelectionError: No specs.
         GemmaScopeError: One dictionary alone is larger than the budget.
     """
     return SaeSuite(
-        (spec if isinstance(spec, SaeSpec) else get(*spec) for spec in specs),
+        as_specs(specs),
         memory_budget=parse_size(memory_budget),
         device=as_device(device),
         dtype=as_dtype(dtype),

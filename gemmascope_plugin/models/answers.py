@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from gemmascope_plugin.errors import TaskError
+from gemmascope_plugin.indices import as_indices
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import token_strings
 
@@ -24,7 +25,11 @@ def answer_ids(model: HookedModel, text: str | Sequence[int], end: int, what: st
         TaskError: An empty answer, unknown words, or one that would run into the prompt's last word.
     """
     if not isinstance(text, str):
-        ids = [int(i) for i in text]
+        ids = as_indices(text)
+        if ids is None:
+            raise TaskError(
+                f"{what} is {text!r}, neither a text nor token ids", fix='" Paris", or [9079]'
+            )
         outside = [i for i in ids if not 0 <= i < model.cfg.d_vocab]
         if outside:
             raise TaskError(

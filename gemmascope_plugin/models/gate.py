@@ -1,8 +1,12 @@
 """Arguments of public functions pass gates before anything else happens: one line above a function.
 
-``@gate(model=check_model, saes=check_saes)`` gives each named argument, and how the function is called,
-to its check, in this order. A check raises or says nothing; what an argument becomes is the function's
-own business. Swapped arguments are refused by the first of them, with the order that is right.
+1. What is annotated as a number, several of them or a yes or no becomes Python's, whatever library it
+   comes from; anything else is refused (``kinds.py``).
+2. ``@gate(model=check_model, saes=check_saes)`` gives each named argument, and how the function is
+   called, to its check, in this order. A check raises or says nothing; what else an argument becomes is
+   the function's own business. Swapped arguments are refused by the first of them, with the order that
+   is right.
+3. The function runs outside of inference mode (``inference.py``).
 
 Cost: binding the arguments.
 """
@@ -15,6 +19,7 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 from gemmascope_plugin.models.inference import usual_mode
+from gemmascope_plugin.models.kinds import as_kind, kind_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Check = Callable[[Any, str], object]
@@ -30,18 +35,27 @@ def gate(**checks: Check) -> Callable[[Function], Function]:
     def around(function: Function) -> Function:
         signature = inspect.signature(function)
         call = call_of(function)
+        kinds = {
+            name: kind
+            for name, parameter in signature.parameters.items()
+            if (kind := kind_of(parameter)) is not None
+        }
 
         @wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
             try:
-                arguments = signature.bind(*args, **kwargs).arguments
+                bound = signature.bind(*args, **kwargs)
             except TypeError:
                 return function(*args, **kwargs)  # Python says best what is missing
+            arguments = bound.arguments
             for name, check in checks.items():
                 if name in arguments:
                     check(arguments[name], call)
+            for name, kind in kinds.items():
+                if name in arguments:
+                    arguments[name] = as_kind(signature.parameters[name], arguments[name], kind)
             with usual_mode(arguments.get("model")):
-                return function(*args, **kwargs)
+                return function(*bound.args, **bound.kwargs)
 
         return cast("Function", checked)
 

@@ -115,7 +115,8 @@ def read_prompts(model: HookedModel, prompts: PromptLike, mask: Any = None) -> P
     if not bool(inside.any(1).all()):
         row = int((~inside.any(1)).nonzero()[0])
         raise EmptySelectionError(f"Prompt {row} has no tokens but padding")
-    _check_lengths(model, inside.sum(1))
+    longest = int(inside.sum(1).argmax())
+    check_context(model, int(inside[longest].sum()), longest)
     device = device_of(model)
     return Prompts(tokens.to(device), inside.to(device), pad)
 
@@ -204,6 +205,25 @@ def check_room(model: HookedModel, length: int, new: int) -> None:
         )
 
 
+def check_context(model: HookedModel, length: int, row: int = 0) -> None:
+    """Refuses what the model's context has no room for.
+
+    Args:
+        model: The model.
+        length: Tokens.
+        row: Which prompt that is.
+
+    Raises:
+        ModelError: There are more.
+    """
+    limit = getattr(model.cfg, "n_ctx", None)
+    if limit is not None and length > limit:
+        raise ModelError(
+            f"Prompt {row} has {length} tokens, the model's context has {limit}",
+            fix="a shorter prompt, or several",
+        )
+
+
 def pad_id(model: HookedModel) -> int:
     """What fills rows behind the end of their prompts."""
     number = getattr(model.tokenizer, "pad_token_id", None)
@@ -285,16 +305,6 @@ def _check_rows(model: HookedModel, rows: list[torch.Tensor]) -> None:
         if not len(row):
             raise EmptySelectionError("The prompt has no tokens")
         check_ids(model, (int(row.min()), int(row.max())))
-
-
-def _check_lengths(model: HookedModel, lengths: torch.Tensor) -> None:
-    limit = getattr(model.cfg, "n_ctx", None)
-    if limit is not None and int(lengths.max()) > limit:
-        row = int(lengths.argmax())
-        raise ModelError(
-            f"Prompt {row} has {int(lengths[row])} tokens, the model's context has {limit}",
-            fix="a shorter prompt, or several",
-        )
 
 
 def _outer(tokens: torch.Tensor, pad: int | None) -> Bool[torch.Tensor, "prompt pos"]:

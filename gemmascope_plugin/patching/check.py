@@ -6,6 +6,7 @@ from typing import Any
 
 from gemmascope_plugin.errors import InputError
 from gemmascope_plugin.models.check import describe
+from gemmascope_plugin.patching.effects import Effects
 from gemmascope_plugin.patching.task import Task
 
 
@@ -27,6 +28,23 @@ def check_task(task: Any, call: str = "") -> None:
         fix = "gemmascope_plugin.Task(clean, corrupt, logit_diff(answer, wrong))"
     where = f"; {call}" if call else ""
     raise InputError(f"{describe(task)} is not a task", fix=fix + where)
+
+
+def check_effects(effects: Any, call: str = "") -> None:
+    """Refuses what is not the result of patching nodes, exactly or by attribution.
+
+    Args:
+        effects: What was given.
+        call: How the function is called, for the error.
+
+    Raises:
+        InputError: Something else, with what to type.
+    """
+    if isinstance(effects, Effects) and {"component", "mode"} <= effects.metadata.keys():
+        return
+    given = repr(effects) if isinstance(effects, Effects) else describe(effects)
+    fix = "effects = gemmascope_plugin.attribution_patching(model, task, component)"
+    raise InputError(f"{given} is not the effects of nodes", fix=f"{call}; {fix}" if call else fix)
 
 
 def check_tasks(tasks: Any, call: str = "") -> None:

@@ -16,14 +16,14 @@ Cost: one row of a pass, from the reader's layer and the first difference on, pe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Int
 
-from gemmascope_plugin.errors import EmptySelectionError, UnknownNameError, check_choice
+from gemmascope_plugin.errors import EmptySelectionError, check_choice
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.check import check_model
 from gemmascope_plugin.models.gate import gate
@@ -34,7 +34,7 @@ from gemmascope_plugin.patching.check import check_task
 from gemmascope_plugin.patching.edge_effects import EdgeEffects
 from gemmascope_plugin.patching.edges import EdgeMap
 from gemmascope_plugin.patching.memory import Footprint, Limit
-from gemmascope_plugin.patching.node import Node, Reader
+from gemmascope_plugin.patching.names import Named, edges_of
 from gemmascope_plugin.patching.replayed import Part, replayed
 from gemmascope_plugin.patching.task import BoundTask, Task
 from gemmascope_plugin.patching.writer_replacement import (
@@ -47,6 +47,7 @@ from gemmascope_plugin.types import Direction
 
 MAX_ROWS = 512
 """Prompt copies in one pass by default."""
+Edges = Iterable[tuple[Named, Named]]
 
 
 @gate(model=check_model, task=check_task)
@@ -54,7 +55,7 @@ def edge_patching(
     model: HookedModel,
     task: Task,
     *,
-    edges: Sequence[tuple[Node, Reader]] | None = None,
+    edges: Edges | None = None,
     mode: Direction = "noising",
     replacement: WriterReplacement = "other",
     memory_budget: int | str = "2 GB",
@@ -66,7 +67,8 @@ def edge_patching(
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge``.
         task: Clean and corrupted prompts and a metric.
-        edges: Which edges; None for all. The others stay at 0 in the result.
+        edges: Which edges, each a writer and a reader by name (``("L1H3", "L2H0.q")``; see
+            ``names.py``) or as nodes; None for all. The others stay at 0 in the result.
         mode: ``noising`` patches the clean run, ``denoising`` the corrupted one.
         replacement: What a writer is replaced by: the ``other`` run, ``zero``, ``overall_mean``
             or ``mean``.
@@ -81,6 +83,7 @@ def edge_patching(
     Raises:
         TaskError: Prompts that cannot be compared, or a metric that does not tell them apart.
         UnknownNameError: An unknown mode, replacement or edge.
+        InputError: Something that is not a pair of ends.
         EmptySelectionError: No edge.
         GemmaScopeError: The memory budget is too small for one prompt.
     """
@@ -109,25 +112,11 @@ def edge_patching(
     return EdgeEffects(by_row.mean(0), EdgeMap.of(anatomy), details, by_prompt)
 
 
-def _places(
-    edges: EdgeMap, given: Sequence[tuple[Node, Reader]] | None
-) -> Int[torch.Tensor, "edge two"]:
+def _places(edges: EdgeMap, pairs: Edges | None) -> Int[torch.Tensor, "edge two"]:
     """Writer and reader of each edge, sorted by reader."""
-    if given is None:
-        places = edges.mask.nonzero()
-    else:
-        if not given:
-            raise EmptySelectionError("No edge is named", fix="edges=None for all")
-        known = {node: i for i, node in enumerate(edges.writers)}
-        columns = {reader: i for i, reader in enumerate(edges.readers)}
-        for writer, reader in given:
-            row, column = known.get(writer), columns.get(reader)
-            if row is None or column is None or not edges.mask[row, column]:
-                raise UnknownNameError(
-                    f"There is no edge from {writer.label} to {reader.label}",
-                    exists=f"{edges.n_edges} edges from a writer to a reader after it",
-                )
-        places = torch.tensor([[known[w], columns[r]] for w, r in given])
+    places = edges.mask.nonzero() if pairs is None else torch.tensor(edges_of(pairs, edges))
+    if not len(places):
+        raise EmptySelectionError("No edge is named", fix="edges=None for all")
     return places[places[:, 1].argsort(stable=True)]
 
 

@@ -30,7 +30,7 @@ from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.prompts import PromptLike
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.unembed import Unembedding, top_logits
-from gemmascope_plugin.patching.answers import TokenSets
+from gemmascope_plugin.patching.answers import Answers, TokenSets, answer_list
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -163,7 +163,7 @@ def logit_lens(
     layers: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
     top_k: int = 5,
-    tokens: Sequence[str | int] = (),
+    tokens: Answers = (),
 ) -> LogitLens:
     """The model's predictions as they stand after each layer.
 
@@ -193,7 +193,8 @@ def logit_lens(
         raise EmptySelectionError(
             f"top_k={top_k} keeps no prediction", exists=f"1 to {model.cfg.d_vocab} tokens"
         )
-    asked = tuple(TokenSets.of(model, list(tokens)).ids[:, 0].tolist()) if tokens else ()
+    words = answer_list("tokens", tokens)
+    asked = tuple(TokenSets.of(model, words).ids[:, 0].tolist()) if words else ()
     hooks = [f"blocks.{layer}.hook_resid_post" for layer in kept]
     cache = record(model, ids, hooks)
     streams = torch.stack([cache.pop(hook)[0, list(at)] for hook in hooks])

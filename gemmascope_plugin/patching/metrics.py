@@ -24,6 +24,8 @@ import torch
 from jaxtyping import Float
 
 from gemmascope_plugin.errors import TaskError
+from gemmascope_plugin.models.check import describe
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.readout import Readout
 from gemmascope_plugin.patching.answers import Answers, answer_list
@@ -141,6 +143,7 @@ class Custom(Metric):
 Position = int | Sequence[int]
 
 
+@gate()
 def logit_diff(
     answer: Answers,
     wrong: Answers,
@@ -157,6 +160,7 @@ def logit_diff(
     )
 
 
+@gate()
 def probability(
     answer: Answers,
     wrong: Answers | None = None,
@@ -173,12 +177,14 @@ def probability(
     )
 
 
+@gate()
 def margin(answer: Answers, *, position: Position = -1, before_cap: bool = False) -> Margin:
     """``logit(answer)`` minus the largest logit of all other tokens."""
     right = answer_list("answer", answer)
     return Margin(answer=right, position=position, before_cap=before_cap)
 
 
+@gate()
 def cross_entropy(
     answer: Answers, *, position: Position = -1, before_cap: bool = False
 ) -> CrossEntropy:
@@ -187,11 +193,25 @@ def cross_entropy(
     return CrossEntropy(answer=right, position=position, before_cap=before_cap)
 
 
+@gate()
 def kl_divergence(*, position: Position = -1, before_cap: bool = False) -> KLDivergence:
     """Minus the divergence of the run's next-token distribution from the clean run's."""
     return KLDivergence(position=position, before_cap=before_cap)
 
 
+def _check_function(fn: Any, call: str = "") -> None:
+    """Refuses what cannot be called.
+
+    Raises:
+        TaskError: See above.
+    """
+    if not callable(fn):
+        raise TaskError(
+            f"{describe(fn)} is not a function", fix=f"{call}, of logits [prompt, d_vocab]"
+        )
+
+
+@gate(fn=_check_function)
 def custom(
     fn: Callable[..., Any],
     *,

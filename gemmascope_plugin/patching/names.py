@@ -20,9 +20,12 @@ value that head 3 alone sees.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from gemmascope_plugin.errors import UnknownNameError, check_choice, nearest
+from gemmascope_plugin.errors import InputError, UnknownNameError, check_choice, nearest
+from gemmascope_plugin.models.check import describe
 from gemmascope_plugin.patching.edges import EdgeMap
 from gemmascope_plugin.patching.effects import FeatureId
 from gemmascope_plugin.patching.node import Node, Port, Reader
@@ -49,7 +52,11 @@ class Stream:
         return self.hook
 
 
-def node_of(name: str | FeatureId | Node | Stream, edges: EdgeMap | None = None) -> Node | Stream:
+Name = str | FeatureId | Node | Stream
+Named = Name | Reader
+
+
+def node_of(name: Name, edges: EdgeMap | None = None) -> Node | Stream:
     """A node from its name; nodes pass through.
 
     Args:
@@ -58,6 +65,7 @@ def node_of(name: str | FeatureId | Node | Stream, edges: EdgeMap | None = None)
 
     Raises:
         UnknownNameError: No such form of a name, or no such node in the model.
+        InputError: Neither a name nor a node.
     """
     if isinstance(name, (Node, Stream)):
         found = name
@@ -70,9 +78,7 @@ def node_of(name: str | FeatureId | Node | Stream, edges: EdgeMap | None = None)
     return found
 
 
-def reader_of(
-    name: str | FeatureId | Node | Stream | Reader, edges: EdgeMap | None = None
-) -> Reader | Stream:
+def reader_of(name: Named, edges: EdgeMap | None = None) -> Reader | Stream:
     """One input of a node from its name; readers pass through.
 
     Args:
@@ -82,6 +88,7 @@ def reader_of(
     Raises:
         UnknownNameError: No such form of a name, a node that reads through several inputs without
             saying which, one that reads nothing, or no such node in the model.
+        InputError: Neither a name nor a node.
     """
     if isinstance(name, Reader):
         node, port = node_of(name.node, edges), name.port
@@ -103,7 +110,50 @@ def reader_of(
     return Reader(node, next(p for p in allowed if p == port))
 
 
-def _parsed(name: str) -> Node | Stream:
+def edges_of(pairs: Any, edges: EdgeMap) -> list[tuple[int, int]]:
+    """Row and column of edges, each given as its two ends.
+
+    Args:
+        pairs: Writer and reader of each, by name or as nodes: ``("L1H3", "MLP2")``.
+        edges: Those of the model.
+
+    Raises:
+        InputError: Something that is not a sequence of pairs.
+        UnknownNameError: An end that does not exist, or two without an edge between them.
+    """
+    if isinstance(pairs, str) or not isinstance(pairs, Iterable):
+        raise _not_edges(pairs)
+    return [_place(pair, edges) for pair in pairs]
+
+
+def _place(pair: Any, edges: EdgeMap) -> tuple[int, int]:
+    if isinstance(pair, (str, Node, Reader)) or not isinstance(pair, Iterable):
+        raise _not_edges(pair)
+    ends = list(pair)
+    if len(ends) != 2:
+        raise _not_edges(pair)
+    writer, reader = node_of(ends[0], edges), reader_of(ends[1], edges)
+    if writer in edges.writers and reader in edges.readers:
+        place = edges.writers.index(writer), edges.readers.index(reader)
+        if edges.mask[place]:
+            return place
+    raise UnknownNameError(
+        f"There is no edge from {writer.label} to {reader.label}",
+        exists=f"{edges.n_edges} edges from a writer (embed, heads, MLPs) to a reader after it (queries "
+        "of heads, keys and values of key-value heads, MLPs, logits)",
+    )
+
+
+def _not_edges(given: Any) -> InputError:
+    return InputError(
+        f"{describe(given)} is not an edge",
+        fix='edges=[("L1H3", "MLP2"), ("embed", "L2H0.q")], each a writer and a reader',
+    )
+
+
+def _parsed(name: Any) -> Node | Stream:
+    if not isinstance(name, str):
+        raise InputError(f"{describe(name)} is not a node", exists=_FORMS)
     if name in ("embed", "logits"):
         return Node.embed() if name == "embed" else Node.logits()
     if match := _HEAD.fullmatch(name):

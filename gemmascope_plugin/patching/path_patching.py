@@ -19,7 +19,7 @@ Cost: four to six forward passes over the prompts and ``pairs / copies`` ends of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -38,8 +38,8 @@ from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.check import check_task
 from gemmascope_plugin.patching.edges import EdgeMap
 from gemmascope_plugin.patching.effects import Effects, FeatureId
-from gemmascope_plugin.patching.names import Stream, node_of, reader_of
-from gemmascope_plugin.patching.node import Node, Reader
+from gemmascope_plugin.patching.names import Name, Named, node_of, reader_of
+from gemmascope_plugin.patching.node import Reader
 from gemmascope_plugin.patching.nodes import patchable
 from gemmascope_plugin.patching.path_changes import Sender, changes_of, check_senders, first_written
 from gemmascope_plugin.patching.path_flow import Flow, Paths
@@ -59,9 +59,6 @@ from gemmascope_plugin.types import Direction
 
 MAX_ROWS = 512
 """Prompt copies in one forward pass by default."""
-
-Name = str | FeatureId | Node | Stream
-Named = Name | Reader
 
 
 @gate(model=check_model, task=check_task, saes=check_saes)
@@ -109,8 +106,8 @@ def path_patching(
     check_choice("mode", mode, get_args(Direction))
     anatomy = Anatomy(model)
     edges = EdgeMap.of(anatomy)
-    sending = [tuple(node_of(n, edges) for n in group) for group in _groups(senders, joint)]
-    receiving = [tuple(reader_of(n, edges) for n in group) for group in _groups(receivers, joint)]
+    sending = _groups(senders, joint, lambda name: node_of(name, edges))
+    receiving = _groups(receivers, joint, lambda name: reader_of(name, edges))
     for group in receiving:
         check_overlap(group)
     bound = task.bind(model)
@@ -276,14 +273,15 @@ class _Sweep:
         return stream_of(self.runner, self.anatomy, receiver)
 
 
-def _groups(names: Any, joint: bool) -> list[tuple[Any, ...]]:
-    """Names as sets, each name once.
+def _groups(names: Any, joint: bool, read: Callable[[Any], Any]) -> list[tuple[Any, ...]]:
+    """What is named as sets, each once.
 
     Raises:
         EmptySelectionError: Nothing is named.
     """
     listed = list(names) if _is_list(names) else [names]
-    groups = [tuple(dict.fromkeys(entry if _is_list(entry) else (entry,))) for entry in listed]
+    named = [map(read, entry if _is_list(entry) else (entry,)) for entry in listed]
+    groups = [tuple(dict.fromkeys(group)) for group in named]
     if joint:
         groups = [tuple(dict.fromkeys(name for group in groups for name in group))]
     if not groups or not all(groups):

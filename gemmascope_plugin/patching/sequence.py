@@ -16,7 +16,7 @@ Cost: as a task with once or twice the prompts; logits of ``len(answer)`` positi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,8 @@ from jaxtyping import Float, Int
 
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.answers import answer_ids
+from gemmascope_plugin.models.check import describe
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.prompts import pad_id
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.readout import OfLogits, Readout
@@ -117,6 +119,26 @@ class SequenceLogprob(Metric):
         ]
 
 
+def _check_texts(texts: Any, call: str = "") -> None:
+    """Refuses what is not one answer per prompt.
+
+    Raises:
+        TaskError: See above.
+    """
+    if isinstance(texts, (str, Mapping)) or not isinstance(texts, Sequence):
+        raise TaskError(
+            f"{describe(texts)} is not one answer per prompt",
+            fix=f'{call}, as [" New York", " Texas"], or lists of token ids',
+        )
+
+
+def _check_wrong(texts: Any, call: str = "") -> None:
+    """The same where there may be none."""
+    if texts is not None:
+        _check_texts(texts, call)
+
+
+@gate(answer=_check_texts, wrong=_check_wrong)
 def sequence_logprob(
     answer: Sequence[Text], wrong: Sequence[Text] | None = None, *, before_cap: bool = False
 ) -> SequenceLogprob:

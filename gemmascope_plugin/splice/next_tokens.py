@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 
 from gemmascope_plugin.models import token_strings
+from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.readout import Readout
 
@@ -45,9 +46,14 @@ def compare_next(model: HookedModel, before: Readout, after: Readout) -> NextTok
         model: Whose tokens these are.
         before: What the one run says.
         after: What the other says.
+
+    Raises:
+        ModelError: A distribution that is not finite.
     """
     best, top_before, lse_before = before.top(1)
     best_after, top_after, lse_after = after.top(1)
+    for lse, run in ((lse_before, "before"), (lse_after, "with")):
+        check_finite(lse, f"What the model says next, by position, {run} the intervention", model)
     still = after.pick(top_before)[:, 0] - lse_after
     return NextTokens(
         # rounding may leave it a little below 0

@@ -14,17 +14,18 @@ Cost: that of :class:`HookedSAE` per site and pass.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from gemmascope_plugin.errors import (
     HookNotFiredError,
+    InputError,
     WidthMismatchError,
     shorten,
 )
 from gemmascope_plugin.models import hook_point, special_ids
-from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.check import check_model, describe
 from gemmascope_plugin.models.compiled import refuse_compiled, refuse_unseen
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.hooks import claim
@@ -94,7 +95,7 @@ def splice(
         at = ", ".join(dict.fromkeys(site.hook_out for site in sites))
         stack.enter_context(claim(model, f"a splice of dictionaries at {at}"))
         _name_apart(stack, sites)
-        by_site = assign(hooked, [edits] if isinstance(edits, Edit) else list(edits))
+        by_site = assign(hooked, _as_edits(edits))
         points = hook_points(model)
         for site in sites:
             check_site(model, site, points)
@@ -110,6 +111,23 @@ def splice(
         _refuse_silent(courses)
     else:
         refuse_unseen()
+
+
+def _as_edits(edits: Any) -> list[Edit]:
+    """One edit or several as a list.
+
+    Raises:
+        InputError: Something else.
+    """
+    listed = [edits] if isinstance(edits, Edit) or not isinstance(edits, Iterable) else list(edits)
+    for edit in listed:
+        if not isinstance(edit, Edit):
+            raise InputError(
+                f"{describe(edit)} is not an edit",
+                exists="Ablate, Clamp, Scale, Add, Replace, Project, Custom",
+                fix="edits=gemmascope_plugin.Ablate(features=12), or several in a list",
+            )
+    return listed
 
 
 def _as_hooked(

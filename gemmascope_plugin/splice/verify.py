@@ -55,7 +55,7 @@ def verify(
     sae: Any,
     text: PromptLike,
     *,
-    exclude: Sequence[str | int] = ("bos", "eos", "pad"),
+    exclude: str | int | Sequence[str | int] = ("bos", "eos", "pad"),
 ) -> Report:
     """Measures a dictionary in a model and says what looks wrong and why.
 
@@ -79,7 +79,7 @@ def verify(
         EmptySelectionError: No text, or nothing but excluded tokens.
     """
     hooked = sae if isinstance(sae, HookedSAE) else HookedSAE(sae)
-    sae, exclude = hooked.sae, (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    sae, exclude = hooked.sae, (exclude,) if isinstance(exclude, (str, int)) else tuple(exclude)
     batches = [part for rows in documents(model, text) for part in rows.split(_BATCH)]
     if not batches:
         raise EmptySelectionError("There is no prompt", fix="give text or token ids [batch, pos]")

@@ -1,7 +1,8 @@
 """Text of any form as batches of token ids, in one order, from any place of it.
 
 1. Strings are tokenised, cut into pieces of ``context`` tokens, each with BOS in front, and put into one
-   random order; the rows of a tensor of ids are put into one random order too.
+   random order; the rows of ids (a tensor, an array, lists, a tokenizer's output) and conversations are
+   put into one random order too. Padding in front of ids is moved behind their end.
 2. Anything else is iterated: every item is a batch ``[row, pos]``, used as it comes. What can be iterated
    again is read again when it ends; a mere iterator is read once.
 3. The place is the number of batches read, with a checksum of all of them, which tells other text apart
@@ -13,18 +14,19 @@ Cost: tokenising once; going to a place reads all tokens before it, without the 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 
 from gemmascope_plugin.errors import EmptySelectionError, ModelError
-from gemmascope_plugin.models.prompts import text_ids
+from gemmascope_plugin.models.chat import is_chat
+from gemmascope_plugin.models.prompts import check_context, read_prompts, text_ids
 from gemmascope_plugin.models.protocol import HookedModel, device_of
 
 Corpus = str | Sequence[str] | torch.Tensor | Iterable[torch.Tensor]
-"""One text, texts, token ids ``[row, pos]``, or batches of them."""
+"""One text, texts, token ids ``[row, pos]`` of any kind, conversations, or batches of ids."""
 
 
 class Rows(NamedTuple):
@@ -55,6 +57,11 @@ class TokenStream:
         self._model = model
         if isinstance(corpus, (str, torch.Tensor)) or _are_texts(corpus):
             pieces = _pieces(model, corpus, context)
+        elif _are_prompts(corpus):
+            pieces = read_prompts(model, corpus).rows()
+        else:
+            pieces = None
+        if pieces is not None:
             generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(len(pieces), generator=generator).tolist()
             self._batches: Any = _Padded(pieces, order, rows, _filler(model))
@@ -88,7 +95,8 @@ class TokenStream:
         if item is None:
             self._given = None
             return None
-        batch = _checked(item)
+        batch = _packed(self._model, _checked(item))
+        check_context(self._model, batch.tokens.shape[1])
         self.read_batches += 1
         self._checksum = zlib.crc32(batch.tokens.cpu().numpy().tobytes(), self._checksum)
         device = device_of(self._model)
@@ -135,6 +143,26 @@ def _are_texts(corpus: Any) -> bool:
     return isinstance(corpus, Sequence) and all(isinstance(item, str) for item in corpus)
 
 
+def _are_prompts(corpus: Any) -> bool:
+    """Whether something is ids or conversations, and not batches of ids."""
+    if isinstance(corpus, Mapping) or (
+        hasattr(corpus, "__array__") and not isinstance(corpus, torch.Tensor)
+    ):
+        return True
+    if not isinstance(corpus, (list, tuple)) or not corpus:
+        return False
+    return is_chat(corpus) or all(isinstance(row, (list, tuple, Mapping)) for row in corpus)
+
+
+def _packed(model: HookedModel, batch: Rows) -> Rows:
+    """Padding in front moved behind the end: attended to, it would change what is learnt."""
+    if not bool((batch.tokens[:, 0] == _filler(model)).any()) or not bool(batch.real.all()):
+        return batch
+    tokens, lengths = read_prompts(model, batch.tokens).packed()
+    at = torch.arange(tokens.shape[1], device=tokens.device)
+    return Rows(tokens, at < lengths[:, None])
+
+
 def _filler(model: HookedModel) -> int:
     pad = None if model.tokenizer is None else model.tokenizer.pad_token_id
     return 0 if pad is None else int(pad)
@@ -144,7 +172,10 @@ def _pieces(
     model: HookedModel, corpus: str | Sequence[str] | torch.Tensor, context: int
 ) -> Sequence[torch.Tensor]:
     if isinstance(corpus, torch.Tensor):
-        return list(_checked(corpus).tokens.cpu())
+        batch = _packed(model, _checked(corpus))
+        if bool(batch.real.all()):
+            return list(batch.tokens.cpu())
+        return [ids[real].cpu() for ids, real in zip(batch.tokens, batch.real, strict=True)]
     texts = [text for text in ([corpus] if isinstance(corpus, str) else corpus) if text.strip()]
     if not texts:
         raise EmptySelectionError("The corpus is empty", fix="at least one text with a word")

@@ -23,6 +23,8 @@ import torch
 
 from gemmascope_plugin.dtypes import as_device
 from gemmascope_plugin.errors import GemmaScopeError, ModelError
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, device_of
 from gemmascope_plugin.training.architectures import architecture
 from gemmascope_plugin.training.corpus import TokenStream
@@ -44,6 +46,13 @@ SHARED = ("model", "context", "rows", "bucket", "exclude", "steps", "batch", "se
 """Fields that dictionaries trained together must agree on."""
 
 
+def _check_reader(model: Any, call: str = "") -> None:
+    """A model, or None where activations are stored already."""
+    if model is not None:
+        check_model(model, call)
+
+
+@gate(model=_check_reader)
 def train(
     model: HookedModel | None,
     spec: TrainSpec | Mapping[str, Any],
@@ -93,6 +102,7 @@ def train(
     return next(iter(train_many(model, [spec], corpus, **options).values()))
 
 
+@gate(model=_check_reader)
 def train_many(
     model: HookedModel | None,
     specs: Sequence[TrainSpec | Mapping[str, Any]],

@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import gemmascope_plugin.catalog.sites as sites
 from gemmascope_plugin.catalog.sites import Gain
-from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError, nearest, shorten
+from gemmascope_plugin.errors import GemmaScopeError, InputError, UnknownNameError, nearest, shorten
+from gemmascope_plugin.models.check import describe
 from gemmascope_plugin.training.values import check_types
 from gemmascope_plugin.types import Kind, Site
 
@@ -238,6 +239,11 @@ def check_keys(values: Mapping[str, Any]) -> None:
     Raises:
         UnknownNameError: With the nearest key.
     """
+    if not isinstance(values, Mapping):
+        raise InputError(
+            f"{describe(values)} is not a training spec",
+            fix='TrainSpec(d_sae=512, layer=12), or {"d_sae": 512, "layer": 12}',
+        )
     known = [f.name for f in fields(TrainSpec)]
     for key in values:
         if key not in known:

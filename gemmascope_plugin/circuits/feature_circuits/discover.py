@@ -34,14 +34,18 @@ from gemmascope_plugin.circuits.feature_circuits.scoring import (
 from gemmascope_plugin.circuits.graph import Graph, Rank
 from gemmascope_plugin.circuits.select import threshold, top_n
 from gemmascope_plugin.errors import TaskError, check_choice
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.points import n_heads
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching import Task
+from gemmascope_plugin.patching.check import check_task
 from gemmascope_plugin.patching.conservation import checked_share
 from gemmascope_plugin.patching.memory import Limit
 from gemmascope_plugin.patching.metrics import KLDivergence
 from gemmascope_plugin.patching.task import BoundTask
+from gemmascope_plugin.splice.check import check_saes
 
 SIZE = 60
 """Nodes kept by default, at most."""
@@ -53,6 +57,7 @@ OPTIONS = ("per_position", "errors", "edges", "level", "labels", "max_rows")
 """What only circuits of features have."""
 
 
+@gate(model=check_model, task=check_task, saes=check_saes)
 def discover_features(
     model: HookedModel,
     task: Task,

@@ -24,8 +24,8 @@ from gemmascope_plugin.circuits.circuit import Circuit
 from gemmascope_plugin.circuits.evaluate import evaluate
 from gemmascope_plugin.circuits.feature_circuits.ablation import Errors
 from gemmascope_plugin.circuits.feature_circuits.discover import discover_features
-from gemmascope_plugin.errors import EmptySelectionError
-from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.errors import EmptySelectionError, InputError
+from gemmascope_plugin.models.check import check_model, describe
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
@@ -74,6 +74,10 @@ def stability(
     """
     import pandas as pd
 
+    if not isinstance(sets, Mapping):
+        raise InputError(
+            f"{describe(sets)} does not name sets of dictionaries", fix="sets={name: [...], ...}"
+        )
     if len(sets) < 2:
         raise EmptySelectionError(
             f"There are {len(sets)} sets of dictionaries to compare", fix="sets={name: [...], ...}"

@@ -44,6 +44,7 @@ from gemmascope_plugin.circuits.tracing.influence import (
 )
 from gemmascope_plugin.circuits.tracing.parts import KINDS, Parts, ends
 from gemmascope_plugin.errors import EmptySelectionError, UnknownNameError, nearest
+from gemmascope_plugin.indices import as_index
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -168,16 +169,17 @@ class AttributionGraph:
         Raises:
             UnknownNameError: With the nearest id.
         """
-        if isinstance(node, int) and 0 <= node < len(self.nodes):
-            return node
-        if node not in self._places:
+        place = as_index(node)
+        if place is not None and 0 <= place < len(self.nodes):
+            return place
+        if not isinstance(node, str) or node not in self._places:
             raise UnknownNameError(
                 f"The graph has no node {node!r}",
                 exists=f"{len(self.nodes)} nodes",
                 nearest=nearest(str(node), self._places),
                 fix="graph.nodes.id",
             )
-        return self._places[str(node)]
+        return self._places[node]
 
     @cached_property
     def _places(self) -> dict[str, int]:

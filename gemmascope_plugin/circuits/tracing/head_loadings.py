@@ -10,7 +10,7 @@ Cost: one forward pass and encoding, then a sweep for each target and a push upw
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -211,13 +211,19 @@ def _pairs(edges: Any) -> list[tuple[str, str]]:
         edges = list(zip(edges["source"], edges["target"], strict=True))
     elif isinstance(edges, tuple) and all(isinstance(one, str) for one in edges):
         edges = [edges]
-    found = [tuple(edge) for edge in edges]
+    if isinstance(edges, (str, Mapping)) or not isinstance(edges, Iterable):
+        raise _no_edge(edges)
+    found = [tuple(edge) if isinstance(edge, (tuple, list)) else (edge,) for edge in edges]
     if not found:
         raise EmptySelectionError("No edge was given", fix="graph.edge_frame(10)")
     for edge in found:
         if len(edge) != 2 or not all(isinstance(one, str) for one in edge):
-            raise TaskError(f"{edge!r} is no edge", fix="(source, target), ids of graph.nodes.id")
+            raise _no_edge(edge)
     return found
+
+
+def _no_edge(given: Any) -> TaskError:
+    return TaskError(f"{given!r} is not an edge", fix="(source, target), ids of graph.nodes.id")
 
 
 def _shares(loads: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ Cost: one forward pass and one encoding per site.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +28,8 @@ from gemmascope_plugin.attribution.adjoint.targets import (
 from gemmascope_plugin.attribution.adjoint.tracer import Tracer
 from gemmascope_plugin.circuits.tracing.attribution_graph import AttributionGraph
 from gemmascope_plugin.circuits.tracing.node_table import node_table
-from gemmascope_plugin.errors import TaskError, UnknownNameError
+from gemmascope_plugin.errors import InputError, TaskError, UnknownNameError
+from gemmascope_plugin.models.check import describe
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import reading
 from gemmascope_plugin.sizes import parse_size
@@ -99,8 +101,18 @@ class Replay:
         Raises:
             UnknownNameError: No such node, or one that cannot be changed.
         """
+        if not isinstance(changes, Mapping):
+            raise InputError(
+                f"{describe(changes)} does not say what is changed",
+                fix="changes={node id: factor}, 0.0 for off; ids are those of graph.nodes.id",
+            )
         found = {}
         for name, factor in changes.items():
+            if not isinstance(factor, (int, float)) or not math.isfinite(factor):
+                raise InputError(
+                    f"The factor of {name!r} is {factor!r}",
+                    fix=f"changes={{{name!r}: 0.0}} for off",
+                )
             node = self.graph.find(name)
             kind = str(self.graph.nodes["kind"].iloc[node])
             if kind not in KINDS_CHANGED:

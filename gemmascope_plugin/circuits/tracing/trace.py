@@ -12,7 +12,7 @@ influential features only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -150,7 +150,10 @@ def chosen(
     """
     single = isinstance(targets, (str, int, Logit, LogitDifference, StreamDirection, FeatureTarget))
     given: Any = [targets] if single else targets
-    if not len(given):
+    if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
+        as_target(given)  # says what a target is
+    given = list(given)
+    if not given:
         raise TaskError("No target was given", fix="targets=None for the likeliest next tokens")
     seeds: list[Seed] = []
     features: dict[int, FeatureTarget] = {}

@@ -16,12 +16,13 @@ Cost: per graph one pass over its entries and those of the sum; memory for the s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Literal, get_args
 
 import numpy as np
 
+from gemmascope_plugin.circuits.check import check_graph
 from gemmascope_plugin.circuits.tracing.attribution_graph import AttributionGraph
 from gemmascope_plugin.circuits.tracing.graph_sum import GraphSum
 from gemmascope_plugin.circuits.tracing.matching import Targets, positions_of
@@ -31,8 +32,10 @@ from gemmascope_plugin.errors import (
     UnknownNameError,
     check_choice,
 )
+from gemmascope_plugin.models.gate import gate
 
 
+@gate()
 def union(
     graphs: Iterable[AttributionGraph],
     *,
@@ -73,12 +76,18 @@ def union(
         raise UnknownNameError(f"min_share={min_share} is no share", exists="shares from 0 to 1")
     if labels is not None and align == "end":
         raise TaskError('labels= and align="end" both align', fix="one of them")
+    if isinstance(graphs, (str, Mapping)) or not isinstance(graphs, Iterable):
+        check_graph(graphs, "union(graphs)")
+    if labels is not None and (isinstance(labels, str) or not isinstance(labels, Iterable)):
+        raise _no_labels("union()", labels)
     total = GraphSum(targets)
     if labels is None:
         for graph in graphs:
+            check_graph(graph, "union(graphs)")
             total.add(graph, *_counted(graph, align, total))
     else:
         for graph, given in _paired(graphs, labels):
+            check_graph(graph, "union(graphs)")
             _check_labels(given, len(graph.tokens), f"Graph {total.n_graphs}")
             total.add(graph, tuple(given), np.linspace(0, 1, len(given)))
     if total.first is None:
@@ -133,8 +142,10 @@ def _check_labels(given: Sequence[str], n_pos: int, name: str) -> None:
     Raises:
         TaskError: With what is wrong.
     """
-    if isinstance(given, str) or not all(isinstance(label, str) for label in given):
-        raise TaskError(f"{name} has the labels {given!r}", exists="lists of texts")
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise _no_labels(name, given)
+    if not all(isinstance(label, str) for label in given):
+        raise _no_labels(name, given)
     if len(given) != n_pos:
         raise TaskError(f"{name} has {n_pos} tokens and {len(given)} labels")
     label, times = Counter(given).most_common(1)[0]
@@ -142,3 +153,7 @@ def _check_labels(given: Sequence[str], n_pos: int, name: str) -> None:
         raise TaskError(
             f"{name} has the label {label!r} {times} times", fix=f"'{label} 1', '{label} 2'"
         )
+
+
+def _no_labels(name: str, given: object) -> TaskError:
+    return TaskError(f"{name} has the labels {given!r}", exists="lists of texts")
