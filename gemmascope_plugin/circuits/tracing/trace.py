@@ -150,8 +150,8 @@ def chosen(
     """
     single = isinstance(targets, (str, int, Logit, LogitDifference, StreamDirection, FeatureTarget))
     given: Any = [targets] if single else targets
-    if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
-        as_target(given)  # says what a target is
+    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+        as_target(given)  # pyright: ignore[reportArgumentType]  # says what a target is
     given = list(given)
     if not given:
         raise TaskError("No target was given", fix="targets=None for the likeliest next tokens")
