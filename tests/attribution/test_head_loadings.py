@@ -239,7 +239,7 @@ def test_edges_that_are_none(
 def test_no_edges(graph: AttributionGraph, saes: list[Any], hooked2: Any) -> None:
     with pytest.raises(EmptySelectionError, match="No edge was given. Try: graph.edge_frame"):
         head_loadings(hooked2, graph, saes, [])
-    with pytest.raises(TaskError, match=r"\('a',\) is no edge"):
+    with pytest.raises(TaskError, match=r"\('a',\) is not an edge"):
         factories.unchecked(head_loadings)(hooked2, graph, saes, [("a",)])
 
 
