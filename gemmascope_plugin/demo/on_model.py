@@ -1,10 +1,10 @@
 """The main job on a real model: its SAEs, a task, patching, a circuit that is checked, one page.
 
-1. Ask the catalog for SAEs of the model; those whose files are on this machine are spliced in, and the
-   logits compared with the bare model's.
+1. Ask the catalog for SAEs of the model. Those whose files are on this machine, the smallest at each
+   hook, are spliced in: the logits are compared with the bare model's, and their features looked at.
 2. Build a task from single tokens of the model's own tokenizer.
 3. Patch the residual stream by layer and position of one prompt, and every head, exactly and by
-   attribution.
+   attribution, on held-out prompts.
 4. Discover a circuit of heads and MLPs on training prompts; evaluate it on held-out ones beside random
    circuits of its size.
 
@@ -21,16 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from markupsafe import Markup
 
+import gemmascope_plugin.figures as figures
 from gemmascope_plugin.attribution import attribution_patching
-from gemmascope_plugin.catalog import SpecList, find
+from gemmascope_plugin.catalog import SaeSpec, SpecList, find
 from gemmascope_plugin.circuits import Scores, discover, evaluate
 from gemmascope_plugin.demo.progress import Steps, versions
-from gemmascope_plugin.errors import MissingFileError, UnknownNameError
+from gemmascope_plugin.errors import MissingFileError, UnknownNameError, check_choice
+from gemmascope_plugin.features import Features, analyze
+from gemmascope_plugin.features.top_words import top_words
 from gemmascope_plugin.loading import load
 from gemmascope_plugin.loading.sources import locate
 from gemmascope_plugin.models import load_model
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.origin import weights_of
+from gemmascope_plugin.models.protocol import HookedModel, device_of
 from gemmascope_plugin.pages import prepare
 from gemmascope_plugin.pages.report import Section, write_page
 from gemmascope_plugin.pages.sections import (
@@ -39,8 +44,10 @@ from gemmascope_plugin.pages.sections import (
     circuit_section,
     heads_section,
     positions_section,
+    site_name,
 )
-from gemmascope_plugin.patching import Task, activation_patching
+from gemmascope_plugin.patching import Effects, Task, activation_patching
+from gemmascope_plugin.patching.builtin import TASKS
 from gemmascope_plugin.splice import splice
 
 N_STEPS = 8
@@ -48,9 +55,24 @@ N_PROMPTS = 12
 N_RANDOM = 5
 N_SAES = 4
 """SAEs that are spliced in at most, when files of more are on this machine."""
+N_FEATURES = 8
+"""Features of these that are shown."""
 CIRCUIT_SIZE = 40
 SIZES = (0, 10, 20, 40, 60)
 """Circuits that are run, beside the whole model."""
+
+
+@dataclass(frozen=True)
+class SplicedSaes:
+    """SAEs whose files are on this machine, spliced into the model."""
+
+    names: tuple[str, ...]
+    logit_difference: float
+    """Largest change of a logit, error kept."""
+    features: Features
+    """What they see in the first prompt."""
+    words: dict[tuple[str, int], tuple[str, ...]]
+    """Site and feature to the words that it writes towards."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +85,23 @@ class ModelReport:
     """Where the weights come from."""
     specs: SpecList
     """SAEs that the catalog has for the model."""
-    spliced: tuple[str, ...]
-    """Those whose files are on this machine, as far as they were spliced in."""
-    logit_difference: float | None
-    """Largest change of a logit by splicing them in, error kept."""
+    spliced: SplicedSaes | None
+    """Those on this machine; None where there are none."""
     task: Task
-    positions: Any
+    """Held-out prompts: what is patched, and what the circuit is evaluated on."""
+    positions: Effects
     heads: Comparison
     scores: Scores
     seconds: float = field(default=0.0, compare=False)
 
+    @property
+    def best_random(self) -> float:
+        """Faithfulness of the best random circuit of the same size."""
+        return max(self.scores.random)
+
     def summary(self) -> str:
         """The main figures, one per line."""
         circuit = self.scores.circuit
-        best = max(self.scores.random)
         rows = [
             ("model", f"{self.model}, weights from {self.source}"),
             ("SAEs", f"{len(self.specs)} in the catalog, {self._local()}"),
@@ -85,7 +110,7 @@ class ModelReport:
             (
                 f"circuit, {circuit.size} of {len(circuit.ranking)} nodes",
                 f"faithfulness {self.scores.faithfulness:.3f} held out, "
-                f"best of {len(self.scores.random)} random {best:.3f}",
+                f"best of {len(self.scores.random)} random {self.best_random:.3f}",
             ),
             ("time", f"{self.seconds:.0f} s"),
         ]
@@ -93,11 +118,11 @@ class ModelReport:
         return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
 
     def _local(self) -> str:
-        if not self.spliced:
+        if self.spliced is None:
             return "none of them on this machine"
         return (
-            f"{len(self.spliced)} of those on this machine spliced in: "
-            f"logits change by at most {self.logit_difference:.2g}"
+            f"{len(self.spliced.names)} of those on this machine spliced in: "
+            f"logits change by at most {self.spliced.logit_difference:.2g}"
         )
 
     def __repr__(self) -> str:
@@ -110,6 +135,7 @@ def run_on_model(
     *,
     task: str = "ioi",
     n: int = N_PROMPTS,
+    local_dir: str | Path | None = None,
     progress: bool = True,
 ) -> ModelReport:
     """Runs find, task, patch, discover, evaluate on a model and writes a page.
@@ -118,34 +144,36 @@ def run_on_model(
         name: As for :func:`gemmascope_plugin.load_model`.
         out: The page; an older one is replaced.
         task: Name of a built-in task.
-        n: Prompts for patching and for the circuit, and as many held-out ones.
+        n: Prompts for patching and for checking the circuit, and as many others to find it on.
+        local_dir: Folder that mirrors the SAEs' repository, looked at instead of the hub's cache.
         progress: Show a progress bar.
 
     Raises:
         PageError: The page cannot be written there; found out before any work is done.
         MissingFileError: The model is nowhere, and may not or could not be downloaded.
-        UnknownNameError: There is no such task.
+        UnknownNameError: There is no such task, or no such model.
     """
     started = time.monotonic()
     path = prepare(out)
+    check_choice("task", task, TASKS)
     with Steps(N_STEPS, progress) as step:
         specs = step("find SAEs", specs_of, name)
         model = step("load the model", load_model, name)
-        spliced, difference = step("splice SAEs", splice_local, model, specs)
-        train = step("build the task", lambda: Task.builtin(task, model, n=n, split="train"))
-        held_out = Task.builtin(task, model, n=n, split="held_out")
+        train, held_out = step("build the task", both_splits, task, model, n)
+        prompt = str(held_out.clean[0])
+        spliced = step("splice SAEs", splice_local, model, specs, prompt, local_dir)
+        first = held_out.first(1)
         positions = step(
-            "patch layers and positions", activation_patching, model, train.first(1), "resid_pre"
+            "patch layers and positions", activation_patching, model, first, "resid_pre"
         )
-        heads = step("patch heads", compared, model, train)
+        heads = step("patch heads", compared, model, held_out)
         scores = step("discover and evaluate", checked_circuit, model, train, held_out)
         report = ModelReport(
             path=path,
             model=name,
-            source=str(getattr(model, "gemmascope_source", name)),
+            source=weights_of(model) or name,
             specs=specs,
             spliced=spliced,
-            logit_difference=difference,
             task=held_out,
             positions=positions,
             heads=heads,
@@ -164,32 +192,52 @@ def specs_of(name: str) -> SpecList:
         return SpecList([])
 
 
-def splice_local(model: HookedModel, specs: SpecList) -> tuple[tuple[str, ...], float | None]:
-    """Splices in SAEs whose files are on this machine, one per hook; the largest change of a logit."""
-    chosen = {}
-    for spec in specs:
-        if spec.kind == "sae" and spec.hook_out not in chosen and _is_local(spec):
-            chosen[spec.hook_out] = spec
-        if len(chosen) == N_SAES:
-            break
-    if not chosen:
-        return (), None
-    saes = [load(spec, offline=True) for spec in chosen.values()]
-    prompt = "The quick brown fox jumps over the lazy dog."
-    with torch.no_grad():
-        bare = model(prompt)
-        with splice(model, saes) as run:
-            # asking for the reconstructions makes every SAE run; otherwise none would have to
-            logits, _ = run.run_with_cache(prompt, names_filter=_is_reconstruction)
-    names = tuple(f"{spec.release} {spec.sae_id}" for spec in chosen.values())
-    return names, float((logits - bare).abs().max())
+def both_splits(task: str, model: HookedModel, n: int) -> tuple[Task, Task]:
+    """Training and held-out prompts."""
+    train = Task.builtin(task, model, n=n, split="train")
+    return train, Task.builtin(task, model, n=n, split="held_out")
 
 
-def _is_reconstruction(name: str) -> bool:
-    return name.endswith("sae_recons")
+# --------------------------------------------------------------------------- SAEs
+def splice_local(
+    model: HookedModel, specs: SpecList, prompt: str, local_dir: str | Path | None = None
+) -> SplicedSaes | None:
+    """Splices in SAEs whose files are on this machine and looks at what they see in a prompt.
+
+    Args:
+        model: The model.
+        specs: Dictionaries for it; the smallest local SAE of a hook is taken, of the first hooks.
+        prompt: A text.
+        local_dir: Folder that mirrors the repository.
+    """
+    smallest: dict[str, SaeSpec] = {}
+    for spec in sorted(specs, key=lambda spec: spec.nbytes):
+        if spec.kind == "sae" and spec.hook_out not in smallest and _is_local(spec, local_dir):
+            smallest[spec.hook_out] = spec
+    if not smallest:
+        return None
+    chosen = _spread(sorted(smallest.values(), key=lambda spec: (spec.layer or 0, spec.site)))
+    place = {"device": device_of(model), "dtype": model.cfg.dtype}
+    saes = [load(spec, offline=True, local_dir=local_dir, **place) for spec in chosen]
+    features = analyze(model, saes, prompt)
+    return SplicedSaes(
+        names=tuple(f"{spec.release} {spec.sae_id}" for spec in chosen),
+        logit_difference=_logit_difference(model, saes, prompt),
+        features=features,
+        words=_words(model, dict(zip(chosen, saes, strict=True)), features),
+    )
 
 
-def _is_local(spec: Any) -> bool:
+def _spread(specs: Sequence[SaeSpec]) -> list[SaeSpec]:
+    """At most ``N_SAES``, from the first to the last."""
+    n = min(N_SAES, len(specs))
+    return [specs[round(i * (len(specs) - 1) / max(n - 1, 1))] for i in range(n)]
+
+
+def _is_local(spec: SaeSpec, local_dir: str | Path | None) -> bool:
+    if local_dir is not None:
+        folder = Path(local_dir).expanduser()
+        return all((folder / name).is_file() for name in spec.filenames)
     try:
         locate(spec, offline=True)
     except MissingFileError:
@@ -197,6 +245,35 @@ def _is_local(spec: Any) -> bool:
     return True
 
 
+@torch.no_grad()
+def _logit_difference(model: HookedModel, saes: Sequence[Any], prompt: str) -> float:
+    bare = model(prompt)
+    with splice(model, saes) as spliced:
+        # asking for the reconstructions makes every SAE run; otherwise none would have to
+        logits, _ = spliced.run_with_cache(prompt, names_filter=_is_reconstruction)
+    return float((logits - bare).abs().max())
+
+
+def _is_reconstruction(name: str) -> bool:
+    return name.endswith("sae_recons")
+
+
+def _words(
+    model: HookedModel, saes: dict[SaeSpec, Any], features: Features
+) -> dict[tuple[str, int], tuple[str, ...]]:
+    """What the most active features write towards, where they write to the stream itself."""
+    decoders = {spec.hook_out: sae.W_dec for spec, sae in saes.items() if spec.site != "att"}
+    rows = [row for row in features.top(N_FEATURES).itertuples() if row.site in decoders]
+    if not rows:
+        return {}
+    directions = torch.stack([decoders[row.site][row.feature] for row in rows])
+    words = top_words(model, directions, k=3)
+    return {
+        (row.site, row.feature): each.top for row, each in zip(rows, words, strict=True)
+    }
+
+
+# --------------------------------------------------------------------------- causes
 def compared(model: HookedModel, task: Task) -> Comparison:
     """Heads patched exactly and by attribution."""
     exact = activation_patching(model, task, "z")
@@ -216,18 +293,21 @@ def checked_circuit(model: HookedModel, train: Task, held_out: Task) -> Scores:
 # --------------------------------------------------------------------------- the page
 def write(report: ModelReport) -> Path:
     """Writes the page."""
-    circuit = report.scores.circuit
+    circuit, spliced = report.scores.circuit, report.spliced
     key_figures = [
-        (f"{report.heads.spearman:.2f}", "rank correlation of attribution with exact patching"),
+        (f"{report.heads.spearman:.2f}", "rank correlation of attribution with exact patching, heads"),
         (
             f"{report.scores.faithfulness:.2f}",
             f"faithfulness of {circuit.size} of {len(circuit.ranking)} nodes on held-out prompts "
-            f"(best random circuit: {max(report.scores.random):.2f})",
+            f"(best random circuit: {report.best_random:.2f})",
         ),
     ]
+    if spliced is not None:
+        change = f"largest logit change by splicing {len(spliced.names)} SAEs, error kept"
+        key_figures.insert(0, (f"{spliced.logit_difference:.1g}", change))
     sections = [
         saes_section(report),
-        positions_section(report.positions, f"The prompt: {report.task.first(1)!r}"),
+        positions_section(report.positions, _first_pair(report.task)),
         heads_section(report.heads.exact, report.heads.estimate, agreement(report.heads)),
         circuit_section(report.scores),
     ]
@@ -242,36 +322,42 @@ def write(report: ModelReport) -> Path:
         report.path,
         f"From SAEs to a checked circuit: {report.model}",
         sections,
-        lead=f"The task is {report.task.name}: {_first_prompts(report.task)}.",
+        lead=_lead(report),
         key_figures=key_figures,
         footer=footer,
     )
 
 
-def _first_prompts(task: Task) -> str:
+def _lead(report: ModelReport) -> str:
+    """The task, and the ends of its metric."""
+    meta, task = report.heads.exact.metadata, report.task
+    return (
+        f"The task is {task.name}: “{task.clean[0]} …” against “{task.corrupt[0]} …”. Over "
+        f"{len(task)} held-out prompts the mean {meta['metric']} is {meta['metric_clean']:.2f}, "
+        f"and {meta['metric_corrupt']:.2f} on their corrupted partners."
+    )
+
+
+def _first_pair(task: Task) -> str:
     """The first clean prompt and its corrupted partner."""
-    pair: Sequence[Any] = (task.clean, task.corrupt)
-    clean, corrupt = (p if isinstance(p, str) else p[0] for p in pair)
-    return f"“{clean} …” against “{corrupt} …”"
+    return f"The prompt is “{task.clean[0]} …”, corrupted “{task.corrupt[0]} …”."
 
 
 def saes_section(report: ModelReport) -> Section:
     """What the catalog has for the model, and what splicing changed."""
-    frame = report.specs.to_frame()
     parts: list[Any] = []
-    if len(frame):
+    if len(report.specs):
         columns = ["kind", "site", "width", "provenance"]
-        counts: Any = frame.groupby(columns).size()
-        parts.append(counts.rename("SAEs").reset_index())
-    if report.spliced:
-        parts.append(
-            f"Spliced in: {', '.join(report.spliced)}. Largest change of a logit, reconstruction "
-            f"error kept: {report.logit_difference:.2g}."
-        )
+        counts: Any = report.specs.to_frame().groupby(columns, sort=False).size()
+        parts.append(counts.rename("number").reset_index())
     else:
+        parts.append("The catalog has none for this model.")
+    if report.spliced is not None:
+        parts += _spliced_parts(report.spliced)
+    elif len(report.specs):
         parts.append(
-            "None of their files is on this machine, so none was spliced in: gemmascope download, or "
-            "load(spec) with a network, fetches one."
+            "None of their files is on this machine, so none was spliced in. load(spec) fetches one, "
+            "where there is a network."
         )
     return Section(
         "SAEs for this model",
@@ -279,3 +365,29 @@ def saes_section(report: ModelReport) -> Section:
         "reconstruction error kept must not change the model.",
         tuple(parts),
     )
+
+
+def _spliced_parts(spliced: SplicedSaes) -> list[Any]:
+    import pandas as pd
+
+    features = spliced.features
+    rows = [
+        {
+            "feature": f"{site_name(row.site)} / {row.feature}",
+            "token": row.token,
+            "activation": row.activation,
+            "writes towards": ", ".join(spliced.words.get((row.site, row.feature), ("",))),
+        }
+        for row in features.top(N_FEATURES).itertuples()
+    ]
+    fits = "; ".join(
+        f"{site_name(site)}: L0 {fit.l0:.1f}, variance explained {fit.variance_explained:.2f}"
+        for site, fit in features.fits.items()
+    )
+    return [
+        f"Spliced in: {', '.join(spliced.names)}. Largest change of a logit, reconstruction error "
+        f"kept: {spliced.logit_difference:.2g}.",
+        f"The most active features on the first prompt, and the words that they write towards. {fits}. "
+        f"Excluded tokens: {', '.join(map(str, features.exclude))}.",
+        Markup(figures.frame_html(pd.DataFrame(rows), N_FEATURES)),
+    ]

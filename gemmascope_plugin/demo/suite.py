@@ -29,6 +29,8 @@ from gemmascope_plugin.patching.builtin import Split
 from gemmascope_plugin.types import Backend
 
 MODEL = "gemma-2-tiny"
+SOURCE = f"{MODEL}, the model that ships with this package"
+"""Where its weights come from, in words for pages and results."""
 _SUITES: dict[str, dict[str, Any]] = {
     "transcoder": {"site": "transcoder", "affine": False},
     "skip-transcoder": {"site": "transcoder", "affine": True},
@@ -60,7 +62,9 @@ class TinySuite:
     @cached_property
     def model(self) -> HookedModel:
         """The trained model, frozen."""
-        return load_model(ASSETS / MODEL_FOLDER, backend=self.backend, **self._place())
+        model: Any = load_model(ASSETS / MODEL_FOLDER, backend=self.backend, **self._place())
+        model.gemmascope_source = SOURCE  # its folder is called "model"
+        return model
 
     @property
     def specs(self) -> SpecList:

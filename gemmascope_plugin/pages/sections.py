@@ -151,14 +151,18 @@ def positions_section(effects: Effects, agreement: str) -> Section:
         "Where the answer is decided",
         "Each cell copies the residual stream of the clean run into the corrupted run at one layer "
         f"and position, and runs the rest of the model. 1 (blue) brings back the whole {meta['metric']}, "
-        f"0 (white) nothing. Mean over {meta['n_prompts']} held-out prompts.",
+        f"0 (white) nothing. {_mean_over(meta['n_prompts'])}.",
         (figure, agreement),
     )
 
 
+def _mean_over(n_prompts: int) -> str:
+    return f"Mean over {n_prompts} held-out prompts" if n_prompts > 1 else "One held-out prompt"
+
+
 def heads_section(exact: Effects, estimate: Effects, agreement: str) -> Section:
     """Heads patched one by one beside the estimate of the same from one backward pass."""
-    note = f"Mean over {exact.metadata['n_prompts']} held-out prompts."
+    note = f"{_mean_over(exact.metadata['n_prompts'])}."
     limit = max(float(effects.share.abs().max()) for effects in (exact, estimate))
     panels = Columns(tuple(_heads(e, e.metadata["method"], limit) for e in (exact, estimate)))
     return Section(
