@@ -29,12 +29,18 @@ from gemmascope_plugin.cli.find import (
     search,
     table,
 )
-from gemmascope_plugin.errors import UnknownNameError, check_choice, check_feature
+from gemmascope_plugin.errors import (
+    EmptySelectionError,
+    UnknownNameError,
+    check_choice,
+    check_feature,
+)
 from gemmascope_plugin.types import Backend
 
 if TYPE_CHECKING:
     from gemmascope_plugin.catalog import SaeSpec
     from gemmascope_plugin.splice import Steering, SteeringSweep
+    from gemmascope_plugin.splice.steering_answer import AnswerChange
     from gemmascope_plugin.splice.steering_report import Method
 
 _BUNDLED = "gemma-2-tiny"
@@ -68,6 +74,11 @@ def steer_command(
     top_k: Annotated[int | None, typer.Option(help="Sample from so many tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from so much probability.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    answer: Annotated[
+        str | None,
+        typer.Option(help="Text behind the prompt, of any length: its log-probability, both ways."),
+    ] = None,
+    wrong: Annotated[str | None, typer.Option(help="Text to compare the answer with.")] = None,
     backend: Annotated[str, typer.Option(help="Model class: hooked or bridge.")] = "hooked",
     local_dir: Annotated[
         str | None, typer.Option(help="Folder that mirrors the dictionary's repository.")
@@ -81,6 +92,8 @@ def steer_command(
     gemmascope steer --model gemma-2-tiny --site res --layer 2 --l0 canonical \
     --feature next_is_singular_verb --strength 16 --max-new-tokens 3 \
     --prompt "today the keys near the cabinet"
+
+    With --answer " is clean ." also how likely that text is, before and after.
     """
     spec = search(
         model=model,
@@ -95,6 +108,10 @@ def steer_command(
         variant=variant,
     ).one()
     check_choice("backend", backend, get_args(Backend))
+    if answer is None and wrong is not None:
+        raise EmptySelectionError(
+            f"--wrong {wrong!r} has no answer to be compared with", fix="--answer TEXT"
+        )
     index, label = _feature(spec, feature)
 
     import gemmascope_plugin as gs
@@ -107,7 +124,15 @@ def steer_command(
     Sampling(**drawn)
     sae = gs.load(spec, local_dir=local_dir)
     runs = gs.steer(
-        _model(spec, backend), sae, index, strength, prompt, method=cast("Method", method), **drawn
+        _model(spec, backend),
+        sae,
+        index,
+        strength,
+        prompt,
+        method=cast("Method", method),
+        answer=answer,
+        wrong=wrong,
+        **drawn,
     )
     if as_json:
         typer.echo(json.dumps(_record(spec, label, runs), indent=2))
@@ -164,6 +189,7 @@ def _text(run: Steering) -> list[str]:
         ("before", one_line(run.before)),
         ("after", one_line(run.after)),
         ("KL", run.summary()),
+        *([] if run.answer is None else [("answer", repr(run.answer))]),
     ]
     most = run.to_frame().nlargest(_N_POSITIONS, "kl").sort_index()
     columns = ("pos", "token", "KL", "next before", "p", "next after", "p")
@@ -191,17 +217,27 @@ def _table(runs: SteeringSweep) -> list[str]:
         ("steered", f"{first.method}, {_where(first)}"),
         ("prompt", one_line(first.prompt)),
         ("before", one_line(first.before)),
+        *([] if first.answer is None else [("answer", _asked(first.answer))]),
     ]
-    columns = ("strength", "mean KL", "max KL", "push", "changed", "after")
+    asked = first.answer is not None
+    columns = ("strength", "mean KL", "max KL", "push", "changed", *["answer"] * asked, "after")
     rows = [
         (
             *(f"{run.strength:g}", f"{run.mean_kl:.3f}", f"{run.max_kl:.3f}"),
-            *(f"{run.relative_push:.3f}", str(run.tokens_changed), one_line(run.after)),
+            *(f"{run.relative_push:.3f}", str(run.tokens_changed)),
+            *([] if run.answer is None else [f"{run.answer.after:+.3f}"]),
+            one_line(run.after),
         )
         for run in runs
     ]
     lines = table(columns, rows, right=columns[:-1])
     return [*(f"  {name.ljust(9)}{text}" for name, text in pairs), "", *lines]
+
+
+def _asked(answer: AnswerChange) -> str:
+    """The answer of a sweep, which a column of the table says the values of."""
+    against = "" if answer.wrong is None else f" against {answer.wrong!r}"
+    return f"{answer.answer!r}{against}, {answer.before:+.3f} nats before"
 
 
 def _where(run: Steering) -> str:
@@ -226,12 +262,16 @@ def _record(spec: SaeSpec, label: str | None, runs: SteeringSweep) -> dict[str, 
         "sampling": asdict(first.sampling),
         "prompt": first.prompt,
         "before": first.before,
+        "answer": None if first.answer is None else first.answer.answer,
+        "wrong": None if first.answer is None else first.answer.wrong,
+        "logprob_before": None if first.answer is None else first.answer.before,
         "tokens": list(first.tokens),
         "runs": [
             {
                 "strength": run.strength,
                 "after": run.after,
                 **{name: getattr(run, name) for name in (*figures, "first_difference")},
+                "logprob_after": None if run.answer is None else run.answer.after,
                 "kl": run.kl.tolist(),
             }
             for run in runs

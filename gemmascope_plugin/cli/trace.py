@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from gemmascope_plugin.cli.find import Affine, Level, Width, search, table
+from gemmascope_plugin.cli.find import Affine, Level, Width, table
 from gemmascope_plugin.cli.task_options import (
     BUNDLED,
     BackendName,
@@ -34,8 +34,8 @@ from gemmascope_plugin.cli.task_options import (
     split_of,
     task_names,
 )
+from gemmascope_plugin.cli.trace_dictionaries import dictionaries, find_files
 from gemmascope_plugin.errors import (
-    AmbiguousSpecError,
     EmptySelectionError,
     TaskError,
     check_choice,
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from gemmascope_plugin.catalog import SaeSpec
     from gemmascope_plugin.circuits import AttributionGraph
 
-_DEFAULTS = {BUNDLED: "gemma-2-tiny-skip-transcoders"}
 _SHOWN = 12
 
 
@@ -126,6 +125,11 @@ def trace_command(
     gemmascope trace "the capital of the state containing dallas is" --out trace.html
 
     and the first prompt of a task: gemmascope trace --task two_hop
+
+    On a real model the transcoders of all layers, or a CLT, are downloaded first:
+
+    gemmascope trace --task ioi --model gemma-3-270m --width 16k --l0 small --no-affine \
+    --transcoders gemma-scope-2-270m-pt-transcoders-all
     """
     from gemmascope_plugin.circuits.tracing.graph_json import check_slug
 
@@ -162,34 +166,6 @@ def trace_command(
     if as_json is not None:
         _write_json(as_json, request, graph)
         typer.echo(f"graph: {as_json}")
-
-
-def dictionaries(model: str, transcoders: str | None, **given: Any) -> list[SaeSpec]:
-    """One dictionary for every layer, or one of all.
-
-    Args:
-        model: Name of the model.
-        transcoders: A release, or ``transcoder`` or ``clt``.
-        given: Other arguments of ``find``.
-
-    Raises:
-        UnknownNameError: None that match.
-        AmbiguousSpecError: Several for a layer.
-    """
-    named = transcoders or _DEFAULTS.get(model, "transcoder")
-    kind = {"kind" if named in ("transcoder", "clt") else "release": named}
-    specs = list(search(model=model, **kind, **given))
-    clts = [spec for spec in specs if spec.kind == "clt"]
-    first = [spec for spec in specs if spec.layer == specs[0].layer]
-    several = clts if len(clts) > 1 else first if not clts and len(first) > 1 else []
-    if several:
-        what = "as a CLT" if clts else f"for layer {first[0].layer}"
-        raise AmbiguousSpecError(
-            f"{len(several)} dictionaries match {what}",
-            exists=shorten(f"{s.release} {s.sae_id}" for s in several),
-            fix="--transcoders RELEASE, --width, --l0, --affine or --no-affine",
-        )
-    return specs
 
 
 def parse_targets(text: str | None) -> list[Any] | None:
@@ -276,6 +252,7 @@ def _traced(request: _Request) -> tuple[_Request, AttributionGraph, Any]:
     from gemmascope_plugin.circuits.tracing.top_tokens import top_tokens
     from gemmascope_plugin.models.protocol import device_of
 
+    find_files(request.specs, request.local_dir)
     model = load_named(request.model, request.backend, request.device)
     if request.drawn.task is not None:
         prompt, targets = _from_task(model, request.drawn)

@@ -268,9 +268,7 @@ def _words(
         return {}
     directions = torch.stack([decoders[row.site][row.feature] for row in rows])
     words = top_words(model, directions, k=3)
-    return {
-        (row.site, row.feature): each.top for row, each in zip(rows, words, strict=True)
-    }
+    return {(row.site, row.feature): each.top for row, each in zip(rows, words, strict=True)}
 
 
 # --------------------------------------------------------------------------- causes
@@ -295,7 +293,10 @@ def write(report: ModelReport) -> Path:
     """Writes the page."""
     circuit, spliced = report.scores.circuit, report.spliced
     key_figures = [
-        (f"{report.heads.spearman:.2f}", "rank correlation of attribution with exact patching, heads"),
+        (
+            f"{report.heads.spearman:.2f}",
+            "rank correlation of attribution with exact patching, heads",
+        ),
         (
             f"{report.scores.faithfulness:.2f}",
             f"faithfulness of {circuit.size} of {len(circuit.ranking)} nodes on held-out prompts "

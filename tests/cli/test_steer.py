@@ -98,6 +98,32 @@ def test_json_holds_what_steer_measures() -> None:
         assert got["first_difference"] == wanted.first_difference
 
 
+def test_how_likely_an_answer_of_several_tokens_is() -> None:
+    asked = ("--answer", "is clean .", "--wrong", "are quiet .")
+    lines = run(*ARGUMENTS, *asked, "--strength", "16").splitlines()
+    suite = gs.tiny()
+    options: dict[str, Any] = {"answer": "is clean .", "wrong": "are quiet .", "max_new_tokens": 3}
+    runs = gs.steer(suite.model, suite.load("res", 2), 280, [16.0, 32.0], PROMPT, **options)
+    change = runs[0].answer
+    assert change is not None and change.before < 0 < change.after
+    assert lines[6] == f"  answer   {change!r}"
+
+    both = ("--strength", "16", "--strength", "32")
+    lines = run(*ARGUMENTS, *asked, *both).splitlines()
+    assert lines[4] == (
+        f"  answer   {change.answer!r} against {change.wrong!r}, {change.before:+.3f} nats before"
+    )
+    assert lines[6].split()[-3:] == ["changed", "answer", "after"]
+    assert lines[7].split()[5] == f"{change.after:+.3f}"
+
+    printed = json.loads(run(*ARGUMENTS, *asked, *both, "--json"))
+    assert (printed["answer"], printed["wrong"]) == (change.answer, change.wrong)
+    assert printed["logprob_before"] == pytest.approx(change.before, abs=1e-5)
+    for got, wanted in zip(printed["runs"], runs, strict=True):
+        assert wanted.answer is not None
+        assert got["logprob_after"] == pytest.approx(wanted.answer.after, abs=1e-5)
+
+
 def test_options_reach_steer(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
     real = gs.steer
@@ -114,6 +140,8 @@ def test_options_reach_steer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == {
         "model": "TransformerBridge",
         "method": "orthogonal",
+        "answer": None,
+        "wrong": None,
         "max_new_tokens": 3,
         "temperature": 0.5,
         "top_k": 4,
@@ -141,6 +169,7 @@ def test_the_example_of_the_help_works() -> None:
         (("--feature", "1", "--temperature", "-1"), "temperature=-1.0 is out of range"),
         (("--feature", "1", "--top-p", "0.5"), "top_p=0.5 has no effect at temperature 0"),
         (("--feature", "1", "--local-dir", "/nowhere"), "/nowhere"),
+        (("--feature", "1", "--wrong", "are"), "--wrong 'are' has no answer to be compared with"),
     ],
 )
 def test_mistakes(arguments: tuple[str, ...], message: str) -> None:

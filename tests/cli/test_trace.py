@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 import gemmascope_plugin as gs
 from gemmascope_plugin.cli.app import app
-from gemmascope_plugin.cli.trace import dictionaries, parse_targets
+from gemmascope_plugin.cli.trace import parse_targets
+from gemmascope_plugin.cli.trace_dictionaries import dictionaries
 from gemmascope_plugin.errors import AmbiguousSpecError
 from tests.circuits.graph_rules import check_rules
 
@@ -105,6 +106,7 @@ def test_options_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_example_of_the_help_works() -> None:
     text = CliRunner().invoke(app, ["trace", "--help"], env={"COLUMNS": "200"}).output
+    assert all(word in text for word in WHOLE[2:])
     example = re.search(r'gemmascope trace "(.*)" (--out trace.html)', text)
     assert example
     assert run(example[1], *example[2].split()).splitlines()[-1] == "page: trace.html"
@@ -122,6 +124,42 @@ def test_one_dictionary_for_each_layer() -> None:
     assert [spec.kind for spec in one] == ["clt"]
     with pytest.raises(AmbiguousSpecError, match=r"8 dictionaries match as a CLT.*--transcoders"):
         dictionaries("270m", "clt", width=None, l0=None, affine=None)
+
+
+WHOLE = (
+    *("--model", "270m", "--transcoders", "gemma-scope-2-270m-pt-transcoders-all"),
+    *("--width", "16k", "--l0", "small", "--no-affine"),
+)
+
+
+def test_where_several_match_the_smallest_suite_of_all_layers_is_what_to_type() -> None:
+    line = mistake("x", "--model", "270m")
+    typed = f"Try: {' '.join(WHOLE[2:])} (18 dictionaries, 1.51 GB)"
+    assert line.endswith(typed)
+    given = {"width": "16k", "l0": "small", "affine": False}
+    specs = dictionaries("270m", WHOLE[3], **given)
+    assert [spec.layer for spec in specs] == list(range(18))
+    line = mistake("x", "--model", "270m", "--transcoders", "clt")
+    assert "--width 262k --l0 medium --no-affine (1 CLT, 12.75 GB)" in line
+
+
+def test_missing_files_are_named_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(gs, "load_model", lambda *_, **__: pytest.fail("the model is loaded"))
+    line = mistake("--task", "ioi", *WHOLE)
+    assert "A trace needs 18 dictionaries, 1.51 GB, and they are not on this machine: " in line
+    assert (
+        "hf download google/gemma-scope-2-270m-pt --include 'transcoder_all/layer_*_width" in line
+    )
+    assert line.endswith("then --local-dir FOLDER here")
+    line = mistake("x", "--model", "2b")
+    assert "26 dictionaries, 7.86 GB" in line
+    assert "--include 'layer_*/width_16k/average_l0_*/params.npz' --local-dir" in line
+    line = mistake("x", *WHOLE, "--local-dir", str(tmp_path))
+    assert f"they are not in {str(tmp_path)!r}: no file" in line
+    assert line.endswith("Try: another folder, or no --local-dir")
 
 
 def test_a_prompt_of_a_task_is_traced_for_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The demo on a model that is named, here the bundled one in the place of a Gemma: figures, page, mistakes."""
+"""The demo on a model that is named, here the bundled one in its place: figures, page, mistakes."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ def specs(model: Any, tmp_path_factory: pytest.TempPathFactory) -> SpecList:
 
 
 @pytest.fixture(scope="module")
-def report(
-    model: Any, specs: SpecList, tmp_path_factory: pytest.TempPathFactory
-) -> ModelReport:
+def report(model: Any, specs: SpecList, tmp_path_factory: pytest.TempPathFactory) -> ModelReport:
     """One run for all tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(on_model, "load_model", lambda _: model)
