@@ -57,8 +57,10 @@ N_SAES = 4
 """SAEs that are spliced in at most, when files of more are on this machine."""
 N_FEATURES = 8
 """Features of these that are shown."""
-CIRCUIT_SIZE = 40
-SIZES = (0, 10, 20, 40, 60)
+CIRCUIT_SIZE = 20
+"""Small enough that random circuits of this size do nothing: of 90 nodes a random half may hold all that
+matters."""
+SIZES = (0, 5, 10, 20, 40)
 """Circuits that are run, beside the whole model."""
 
 
@@ -348,9 +350,7 @@ def saes_section(report: ModelReport) -> Section:
     """What the catalog has for the model, and what splicing changed."""
     parts: list[Any] = []
     if len(report.specs):
-        columns = ["kind", "site", "width", "provenance"]
-        counts: Any = report.specs.to_frame().groupby(columns, sort=False).size()
-        parts.append(counts.rename("number").reset_index())
+        parts.append(_catalog_table(report.specs))
     else:
         parts.append("The catalog has none for this model.")
     if report.spliced is not None:
@@ -366,6 +366,28 @@ def saes_section(report: ModelReport) -> Section:
         "reconstruction error kept must not change the model.",
         tuple(parts),
     )
+
+
+def _catalog_table(specs: SpecList) -> Any:
+    """A row for each kind and site."""
+    import pandas as pd
+
+    groups: dict[tuple[str, str], list[SaeSpec]] = {}
+    for spec in specs:
+        groups.setdefault((spec.kind, spec.site), []).append(spec)
+    rows = [
+        {
+            "kind": kind,
+            "site": site,
+            "number": len(group),
+            "layers": len({layer for spec in group for layer in spec.all_layers}),
+            "widths": ", ".join(
+                dict.fromkeys(s.width for s in sorted(group, key=lambda s: s.d_sae))
+            ),
+        }
+        for (kind, site), group in groups.items()
+    ]
+    return pd.DataFrame(rows)
 
 
 def _spliced_parts(spliced: SplicedSaes) -> list[Any]:

@@ -254,6 +254,9 @@ def _unwritable(target: Path, fault: OSError) -> GemmaScopeError:
             f"The file system of {str(target)!r} has no locks ({fault.strerror})",
             fix="a folder on a local disk",
         )
+    if fault.errno in (errno.EEXIST, errno.ENOTDIR):
+        file = next((path for path in (target, *target.parents) if path.is_file()), target)
+        return GemmaScopeError(f"{str(file)!r} is a file, not a folder", fix="another folder")
     return GemmaScopeError(
         f"{str(target)!r} cannot be written to: {fault.strerror or fault}",
         fix="mend the permissions, or another folder",

@@ -256,11 +256,12 @@ def _rows(model: HookedModel, prompts: Any) -> list[Int[torch.Tensor, " _"]]:
 
 def _row(model: HookedModel, prompt: Any) -> Int[torch.Tensor, " _"]:
     """One of several prompts."""
-    if isinstance(prompt, Mapping) and "input_ids" in prompt:
-        return read_prompts(model, prompt).rows()[0].cpu()
     if isinstance(prompt, list | tuple) and not len(prompt):
         raise EmptySelectionError("The prompt is empty", fix="at least one token")
-    rows = _rows(model, prompt)
+    if isinstance(prompt, Mapping) and "input_ids" in prompt:
+        rows = [row.cpu() for row in read_prompts(model, prompt).rows()]
+    else:
+        rows = _rows(model, prompt)
     if len(rows) != 1:
         raise InputError(
             f"A prompt of the list holds {len(rows)} prompts",

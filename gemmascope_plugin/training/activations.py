@@ -13,13 +13,16 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Bool, Float, Int
 
-from gemmascope_plugin.models import flatten_heads, special_ids
+from gemmascope_plugin.models import flatten_heads, special_ids, to_tokens
 from gemmascope_plugin.models.asked import record
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import Reading, reading
 from gemmascope_plugin.models.tokens import kept_positions
 
 
+@gate(model=check_model)
 @torch.no_grad()
 def collect_activations(
     model: HookedModel,
@@ -46,7 +49,7 @@ def collect_activations(
     excluded = special_ids(model, exclude)
     parts = [
         read_activations(model, readings, chunk, kept_positions(chunk, excluded))
-        for chunk in tokens.split(batch)
+        for chunk in to_tokens(model, tokens).split(batch)
     ]
     return {name: torch.cat([part[name] for part in parts]) for name in hooks}
 

@@ -15,18 +15,21 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 
-from gemmascope_plugin.errors import EmptySelectionError, ModelError
-from gemmascope_plugin.models.chat import is_chat
-from gemmascope_plugin.models.prompts import check_context, read_prompts, text_ids
+from gemmascope_plugin.errors import EmptySelectionError, InputError, ModelError
+from gemmascope_plugin.models.check import describe
+from gemmascope_plugin.models.prompts import pad_id, read_prompts, text_ids
 from gemmascope_plugin.models.protocol import HookedModel, device_of
 
 Corpus = str | Sequence[str] | torch.Tensor | Iterable[torch.Tensor]
 """One text, texts, token ids ``[row, pos]`` of any kind, conversations, or batches of ids."""
+
+_EXISTS = "texts, token ids [row, pos], or an iterable of batches of token ids"
 
 
 class Rows(NamedTuple):
@@ -48,30 +51,24 @@ class TokenStream:
 
     Raises:
         EmptySelectionError: There is no text.
-        ModelError: What is given is no corpus, or text without a tokenizer.
+        InputError: A list holds something that is neither text nor ids.
+        ModelError: Something that is not a corpus, text without a tokenizer, or a row of ids that is
+            longer than the model's context.
+        UnknownNameError: An id outside the vocabulary.
     """
 
     def __init__(
         self, model: HookedModel, corpus: Any, *, context: int, rows: int, seed: int
     ) -> None:
         self._model = model
-        if isinstance(corpus, (str, torch.Tensor)) or _are_texts(corpus):
+        _check_kind(corpus)
+        if isinstance(corpus, str) or _are_texts(corpus) or _are_rows(corpus):
             pieces = _pieces(model, corpus, context)
-        elif _are_prompts(corpus):
-            pieces = read_prompts(model, corpus).rows()
-        else:
-            pieces = None
-        if pieces is not None:
             generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(len(pieces), generator=generator).tolist()
-            self._batches: Any = _Padded(pieces, order, rows, _filler(model))
-        elif isinstance(corpus, Iterable):
-            self._batches = corpus
+            self._batches: Any = _Padded(pieces, order, rows, pad_id(model))
         else:
-            raise ModelError(
-                f"A {type(corpus).__name__} is no corpus",
-                exists="texts, token ids [row, pos], or an iterable of batches of token ids",
-            )
+            self._batches = corpus
         self._given: Iterator[Any] | None = iter(self._batches)
         self.can_repeat = self._given is not self._batches
         self.read_batches = 0
@@ -82,7 +79,7 @@ class TokenStream:
 
         Raises:
             EmptySelectionError: The corpus can be read only once and has ended.
-            ModelError: An item is no batch of token ids.
+            InputError: An item is not a batch of token ids.
         """
         if self._given is None:
             if not self.can_repeat:
@@ -95,8 +92,7 @@ class TokenStream:
         if item is None:
             self._given = None
             return None
-        batch = _packed(self._model, _checked(item))
-        check_context(self._model, batch.tokens.shape[1])
+        batch = _batch(self._model, item)
         self.read_batches += 1
         self._checksum = zlib.crc32(batch.tokens.cpu().numpy().tobytes(), self._checksum)
         device = device_of(self._model)
@@ -139,46 +135,55 @@ class _Padded:
             yield Rows(tokens, torch.arange(tokens.shape[1]) < length[:, None])
 
 
+def _check_kind(corpus: Any) -> None:
+    """Refuses what is not a corpus, and the name of a file.
+
+    Raises:
+        ModelError: Something else.
+    """
+    is_file = isinstance(corpus, str) and _is_file(corpus)
+    if is_file or isinstance(corpus, Path):
+        raise ModelError(
+            f"{str(corpus)!r} is a file, and its text is meant",
+            exists=_EXISTS,
+            fix="Path(file).read_text().splitlines(), one document per line",
+        )
+    is_mapping = isinstance(corpus, Mapping) and "input_ids" not in corpus
+    if is_mapping or not isinstance(corpus, Iterable):
+        raise ModelError(f"{describe(corpus)} is not a corpus", exists=_EXISTS)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # a text too long for a name, or with characters that none has
+        return False
+
+
 def _are_texts(corpus: Any) -> bool:
     return isinstance(corpus, Sequence) and all(isinstance(item, str) for item in corpus)
 
 
-def _are_prompts(corpus: Any) -> bool:
-    """Whether something is ids or conversations, and not batches of ids."""
-    if isinstance(corpus, Mapping) or (
-        hasattr(corpus, "__array__") and not isinstance(corpus, torch.Tensor)
-    ):
+def _are_rows(corpus: Any) -> bool:
+    """Whether it is ids or conversations, all of them at hand, and not batches of ids."""
+    if isinstance(corpus, Mapping) or hasattr(corpus, "__array__"):
         return True
-    if not isinstance(corpus, (list, tuple)) or not corpus:
-        return False
-    return is_chat(corpus) or all(isinstance(row, (list, tuple, Mapping)) for row in corpus)
+    return isinstance(corpus, Sequence) and not any(map(_is_batch, corpus))
 
 
-def _packed(model: HookedModel, batch: Rows) -> Rows:
-    """Padding in front moved behind the end: attended to, it would change what is learnt."""
-    if not bool((batch.tokens[:, 0] == _filler(model)).any()) or not bool(batch.real.all()):
-        return batch
-    tokens, lengths = read_prompts(model, batch.tokens).packed()
-    at = torch.arange(tokens.shape[1], device=tokens.device)
-    return Rows(tokens, at < lengths[:, None])
+def _is_batch(item: Any) -> bool:
+    """An array or a tokenizer's output."""
+    return hasattr(item, "__array__") or (isinstance(item, Mapping) and "input_ids" in item)
 
 
-def _filler(model: HookedModel) -> int:
-    pad = None if model.tokenizer is None else model.tokenizer.pad_token_id
-    return 0 if pad is None else int(pad)
-
-
-def _pieces(
-    model: HookedModel, corpus: str | Sequence[str] | torch.Tensor, context: int
-) -> Sequence[torch.Tensor]:
-    if isinstance(corpus, torch.Tensor):
-        batch = _packed(model, _checked(corpus))
-        if bool(batch.real.all()):
-            return list(batch.tokens.cpu())
-        return [ids[real].cpu() for ids, real in zip(batch.tokens, batch.real, strict=True)]
+def _pieces(model: HookedModel, corpus: Any, context: int) -> Sequence[torch.Tensor]:
+    """What is read as one piece: rows of ids as they are, texts cut to the context."""
+    if not isinstance(corpus, str) and not _are_texts(corpus):
+        return [row.cpu() for row in read_prompts(model, corpus).rows()]
     texts = [text for text in ([corpus] if isinstance(corpus, str) else corpus) if text.strip()]
     if not texts:
         raise EmptySelectionError("The corpus is empty", fix="at least one text with a word")
+    context = min(context, getattr(model.cfg, "n_ctx", None) or context)
     pieces = []
     for text in texts:
         ids = text_ids(model, text)
@@ -187,22 +192,25 @@ def _pieces(
     return pieces
 
 
-def _checked(item: Any) -> Rows:
-    """A batch of token ids with a row axis.
+def _batch(model: HookedModel, item: Any) -> Rows:
+    """A batch of token ids with a row axis, padding behind the end.
 
     Raises:
         EmptySelectionError: It has no tokens.
-        ModelError: It holds something else.
+        InputError: It holds something else.
+        ModelError: A row is longer than the model's context.
+        UnknownNameError: An id outside the vocabulary.
     """
     if isinstance(item, Rows):
         return item
-    if not isinstance(item, torch.Tensor) or item.is_floating_point() or item.ndim not in (1, 2):
-        shape = f" {list(item.shape)} of {item.dtype}" if isinstance(item, torch.Tensor) else ""
-        raise ModelError(
-            f"A {type(item).__name__}{shape} is no batch of token ids",
+    if not _is_batch(item):
+        raise InputError(
+            f"{describe(item)} is not a batch of token ids",
             exists="integer tensors [row, pos]",
+            fix="list(corpus), where it is an iterator over texts",
         )
-    tokens = item if item.ndim == 2 else item[None]
-    if tokens.numel() == 0:
-        raise EmptySelectionError("The corpus has a batch without tokens")
-    return Rows(tokens.long(), torch.ones_like(tokens, dtype=torch.bool))
+    prompts = read_prompts(model, item)
+    if bool(prompts.mask[:, 0].all()):
+        return Rows(prompts.tokens, prompts.mask)
+    tokens, lengths = prompts.packed()
+    return Rows(tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None])

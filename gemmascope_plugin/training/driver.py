@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 from gemmascope_plugin.dtypes import as_device
-from gemmascope_plugin.errors import GemmaScopeError, ModelError
-from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.errors import GemmaScopeError, InputError, ModelError
+from gemmascope_plugin.indices import as_index
+from gemmascope_plugin.models.check import check_model, describe
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, device_of
 from gemmascope_plugin.training.architectures import architecture
@@ -46,13 +47,28 @@ SHARED = ("model", "context", "rows", "bucket", "exclude", "steps", "batch", "se
 """Fields that dictionaries trained together must agree on."""
 
 
-def _check_reader(model: Any, call: str = "") -> None:
-    """A model, or None where activations are stored already."""
+def _check_optional_model(model: Any, call: str) -> None:
+    """None is for stored activations."""
     if model is not None:
         check_model(model, call)
 
 
-@gate(model=_check_reader)
+def _check_spec(spec: Any, call: str = "") -> None:
+    """Refuses what is neither a spec nor fields of one.
+
+    Raises:
+        InputError: Something else, with what to type.
+    """
+    if not isinstance(spec, TrainSpec | Mapping):
+        where = f"; {call}" if call else ""
+        raise InputError(
+            f"{describe(spec)} is not a training spec",
+            exists="TrainSpec, or a dict of some of its fields",
+            fix='{"architecture": "jumprelu", "site": "res", "layer": 9, "d_sae": 4096}' + where,
+        )
+
+
+@gate(model=_check_optional_model, spec=_check_spec)
 def train(
     model: HookedModel | None,
     spec: TrainSpec | Mapping[str, Any],
@@ -73,8 +89,10 @@ def train(
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge``; None with stored activations.
         spec: What to train; or some of its fields, the others being those of ``preset``.
-        corpus: Texts, token ids ``[row, pos]``, batches of them, or an ``ActivationStore``. To resume
-            with a mere iterator, give one that begins where the first one began.
+        corpus: Texts, conversations, rows of token ids in any form, an iterable of batches of ids, or an
+            ``ActivationStore``. Texts are cut to ``context`` tokens, or to the model's own context where
+            that is shorter. To resume with a mere iterator, give one that begins where the first one
+            began.
         preset: ``quick`` (the default), ``gemma-scope`` or ``gemma-scope-2``; not beside a whole spec.
         run_dir: Folder for config, metrics, checkpoints and results; None for none of them.
         resume: Go on with the run in ``run_dir``.
@@ -94,6 +112,7 @@ def train(
         TrainingStoppedError: Out of memory, or numbers that are not finite.
         BadFileError: ``run_dir`` holds a run with another spec, model or versions, or damaged files.
         FolderInUseError: Another process trains into ``run_dir``.
+        InputError: Something that is not a model or a spec, or not in this order.
         GemmaScopeError: The spec, the corpus or the folder cannot be used; the text says why.
     """
     options: dict[str, Any] = {"preset": preset, "run_dir": run_dir, "resume": resume}
@@ -102,7 +121,7 @@ def train(
     return next(iter(train_many(model, [spec], corpus, **options).values()))
 
 
-@gate(model=_check_reader)
+@gate(model=_check_optional_model)
 def train_many(
     model: HookedModel | None,
     specs: Sequence[TrainSpec | Mapping[str, Any]],
@@ -145,8 +164,10 @@ def train_many(
         ("keep", keep),
         ("log_every", log_every),
     ):
-        if value < 1:
-            raise GemmaScopeError(f"{name}={value} is out of range", exists="numbers from 1")
+        if (as_index(value) or 0) < 1:
+            raise GemmaScopeError(
+                f"{name}={value!r} is out of range", exists="whole numbers from 1"
+            )
     if resume and run_dir is None:
         raise GemmaScopeError(
             "resume=True without run_dir", fix="run_dir= of the run to go on with"
@@ -169,7 +190,8 @@ def train_many(
             config=config,
         )
         try:
-            run.train(journal)
+            with torch.enable_grad():  # whatever the caller has switched off
+                run.train(journal)
             return run.finish(journal)
         finally:
             journal.close()
@@ -185,6 +207,7 @@ def whole_spec(spec: TrainSpec | Mapping[str, Any], preset: str | None) -> Train
     Raises:
         GemmaScopeError: A preset beside a whole spec, or fields that cannot be.
     """
+    _check_spec(spec)
     if not isinstance(spec, TrainSpec):
         return _checked(preset_spec(preset or "quick", spec))
     if preset is not None:

@@ -35,6 +35,8 @@ from gemmascope_plugin.files.lock import LOCK, folder_lock
 from gemmascope_plugin.files.whole import write_text_whole, write_whole
 from gemmascope_plugin.loading.arrays import ArrayFile
 from gemmascope_plugin.loading.safetensors import safetensors_arrays, write_safetensors
+from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.training.corpus import TokenStream
 from gemmascope_plugin.training.forward_reader import ForwardReader
@@ -48,6 +50,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
+@gate(model=check_model)
 def store_activations(
     model: HookedModel,
     corpus: Any,

@@ -79,6 +79,7 @@ def test_saes_of_a_folder_are_spliced_in(report: ModelReport) -> None:
         (row.site, row.feature) for row in spliced.features.top(on_model.N_FEATURES).itertuples()
     }
     page = report.path.read_text(encoding="utf-8")
+    assert "<td>sae</td><td>res</td><td>3</td><td>3</td>" in page
     assert "writes towards" in page and all(name in page for name in spliced.names)
     assert "2 of those on this machine spliced in" in report.summary()
 

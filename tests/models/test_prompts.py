@@ -131,6 +131,7 @@ NO_PROMPTS = {
     "below zero": ([BOS, -1], UnknownNameError, "id -1 does not exist"),
     "too long": ([BOS] + [300] * 64, ModelError, "Prompt 0 has 65 tokens.*context has 64"),
     "nested": ([[IDS, IDS]], InputError, "holds 2 prompts"),
+    "several in a mapping of a list": ([{"input_ids": [IDS, IDS]}], InputError, "holds 2 prompts"),
     "another mapping": ({"text": PROMPT}, InputError, "A dict is not a prompt"),
     "a message without text": ([{"role": "user"}], InputError, "message has no text"),
     "another role": (
