@@ -23,7 +23,6 @@ import torch
 
 from gemmascope_plugin.dtypes import as_device
 from gemmascope_plugin.errors import GemmaScopeError, InputError, ModelError
-from gemmascope_plugin.indices import as_index
 from gemmascope_plugin.models.check import check_model, describe
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, device_of
@@ -164,10 +163,8 @@ def train_many(
         ("keep", keep),
         ("log_every", log_every),
     ):
-        if (as_index(value) or 0) < 1:
-            raise GemmaScopeError(
-                f"{name}={value!r} is out of range", exists="whole numbers from 1"
-            )
+        if value < 1:
+            raise GemmaScopeError(f"{name}={value} is out of range", exists="numbers from 1")
     if resume and run_dir is None:
         raise GemmaScopeError(
             "resume=True without run_dir", fix="run_dir= of the run to go on with"
