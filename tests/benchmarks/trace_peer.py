@@ -7,7 +7,7 @@ circuit-tracer wants an older transformers than this package, so it has an envir
         [--adjacency FILE.npy]
 
 ``FOLDER`` is a case of ``trace_models.py``. One line of JSON is printed: ``seconds``, the median over
-the repeats after one warm-up; ``peak_mb``, by how much the warm-up raised the largest memory of the
+the repeats after one warm-up; ``cpu_seconds``, the same of the time that its threads ran; ``peak_mb``, by how much the warm-up raised the largest memory of the
 process (one process a measurement, then); ``active_features``, ``nodes``, ``batch_size``, ``threads``,
 ``version``.
 
@@ -135,15 +135,17 @@ def main() -> None:
 
     case = Case.load(arguments.folder)
     model = replacement_model(case)
-    before, times = peak_mb(), []
+    before, times, cpu_times = peak_mb(), [], []
     for turn in range(arguments.repeat + 1):
-        start = time.perf_counter()
+        start, spent = time.perf_counter(), time.process_time()
         graph = trace(model, case.tokens, arguments.batch_size)
         times.append(time.perf_counter() - start)
+        cpu_times.append(time.process_time() - spent)
         if not turn:
             growth = peak_mb() - before
     result = {
         "seconds": statistics.median(times[1:] or times),
+        "cpu_seconds": statistics.median(cpu_times[1:] or cpu_times),
         "all_seconds": times,
         "peak_mb": growth,
         "active_features": len(graph.active_features),

@@ -13,18 +13,20 @@ Cost: one pass over the entries for each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 import torch
-from jaxtyping import Float
 
 MIN_SUM = 1e-10
 """Smallest sum that a row is divided by."""
+BLOCK = 1 << 20
+"""Entries that are added up at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +62,9 @@ class Adjacency:
             keep: True for those that stay, one per entry.
         """
         matrix = self.matrix
-        ends = np.concatenate([[0], np.cumsum(keep)])[matrix.indptr]
-        cut = rows_of(matrix.data[keep], matrix.indices[keep], ends, matrix.shape)
+        left = np.flatnonzero(keep)
+        ends = np.searchsorted(left, matrix.indptr)
+        cut = rows_of(matrix.data[left], matrix.indices[left], ends, matrix.shape)
         return Adjacency(cut, self.nodes)
 
     def subset(self, nodes: np.ndarray) -> Adjacency:
@@ -92,13 +95,34 @@ class Adjacency:
         return self.entries(columns[self.matrix.indices])
 
     @cached_property
+    def sizes(self) -> np.ndarray:
+        """The sum of each row's absolute values, ``[row]``."""
+        return self._sums(np.abs)
+
+    @cached_property
+    def sums(self) -> np.ndarray:
+        """The sum of each row, ``[row]``."""
+        return self._sums(np.asarray)
+
+    def _sums(self, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """In float64, of changed entries, some rows at a time."""
+        matrix, found = self.matrix, np.zeros(len(self.nodes))
+        step = max(1, BLOCK * len(self.nodes) // max(1, matrix.nnz))
+        for first in range(0, len(self.nodes), step):
+            ends = matrix.indptr[first : first + step + 1]
+            block = change(matrix.data[ends[0] : ends[-1]]).astype(np.float64)
+            filled = np.flatnonzero(np.diff(ends))
+            if len(filled):
+                found[first + filled] = np.add.reduceat(block, (ends - ends[0])[filled])
+        return found
+
+    @cached_property
     def normalised(self) -> Adjacency:
         """``Abar`` of all columns."""
         matrix = self.matrix
-        size = np.abs(matrix.data)
-        sums = np.asarray(abs(matrix).sum(1)).ravel()
-        scale = 1 / np.maximum(sums, MIN_SUM)
-        data = size * np.repeat(scale, np.diff(matrix.indptr)).astype(size.dtype)
+        scale = (1 / np.maximum(self.sizes, MIN_SUM)).astype(matrix.dtype)
+        data = np.abs(matrix.data)
+        data *= np.repeat(scale, np.diff(matrix.indptr))
         return Adjacency(rows_of(data, matrix.indices, matrix.indptr, matrix.shape), self.nodes)
 
     def influence(self, weights: np.ndarray) -> np.ndarray:
@@ -151,39 +175,99 @@ def rows_of(data: np.ndarray, columns: np.ndarray, ends: np.ndarray, shape: tupl
     return sp.csr_array(parts, shape=shape)
 
 
-def compressed(effects: Float[torch.Tensor, "node target"], n_nodes: int, min_share: float) -> Any:
-    """Rows of some targets.
+class Store:
+    """Rows in their final place: what a row can hold at most is known, and nothing is moved if it does.
 
     Args:
-        effects: Of the first nodes on each target.
-        n_nodes: Number of all nodes.
+        room: Entries that each row may have.
+        dtype: Of the entries.
         min_share: Entries that are a smaller share of their row's absolute sum are dropped.
     """
-    dense = effects.T.contiguous().cpu().numpy()
-    mask = dense != 0
-    if min_share > 0:
-        size = np.abs(dense)
-        mask &= size >= min_share * size.sum(1, keepdims=True)
-    counts = mask.sum(1)
-    # of a flat mask, which numpy searches several times faster than one of two axes
-    flat = np.flatnonzero(mask.ravel())
-    columns = flat - np.repeat(np.arange(len(dense)) * dense.shape[1], counts)
-    ends = np.concatenate([[0], np.cumsum(counts)])
-    shape = (len(dense), n_nodes)
-    return rows_of(dense.ravel()[flat], columns, ends, shape)
+
+    def __init__(self, room: np.ndarray, dtype: Any, min_share: float = 0.0) -> None:
+        self._starts = np.concatenate([[0], np.cumsum(room, dtype=np.int64)])
+        self._data = np.empty(self._starts[-1], dtype)
+        self._columns = np.empty(self._starts[-1], np.int32)
+        self._min_share = min_share
+        self.counts = np.zeros(len(room), dtype=np.int64)
+        """Entries of each row."""
+
+    def put(self, row: int, effects: np.ndarray, columns: np.ndarray) -> None:
+        """Fills some rows that follow one another and have the same room.
+
+        Args:
+            row: The first.
+            effects: ``[row, node]`` of the first nodes.
+            columns: The nodes that can reach them, as many as there is room for.
+        """
+        n, size = effects.shape[0], len(columns)
+        start = self._starts[row]
+        assert self._starts[row + n] - start == n * size, "rows and columns disagree"
+        data = self._data[start : start + n * size].reshape(n, size)
+        np.take(effects, columns, axis=1, out=data, mode="clip")
+        places = self._columns[start : start + n * size].reshape(n, size)
+        places[:] = columns
+        self.counts[row : row + n] = size
+        if self._min_share == 0 and int(torch.from_numpy(data).count_nonzero()) == data.size:
+            return
+        mask = data != 0
+        if self._min_share > 0:
+            sizes = np.abs(data)
+            mask &= sizes >= self._min_share * sizes.sum(1, keepdims=True)
+        self.counts[row : row + n] = mask.sum(1)
+        # of a flat mask, which numpy searches several times faster than one of two axes
+        flat = np.flatnonzero(mask.ravel())
+        for whole in (self._data, self._columns):
+            whole[start : start + len(flat)] = whole[start : start + n * size][flat]
+        # only the first of them now begins where its room does
+        self._starts[row + 1 : row + n] = start + np.cumsum(self.counts[row : row + n - 1])
+
+    def part(self, nodes: np.ndarray) -> Part:
+        """The rows, without gaps.
+
+        Args:
+            nodes: The node of each.
+        """
+        ends = np.cumsum(self.counts)
+        total = int(ends[-1]) if len(ends) else 0
+        if total < len(self._data):
+            self._close(ends)
+        return Part(self._data[:total], self._columns[:total], self.counts, nodes)
+
+    def _close(self, ends: np.ndarray) -> None:
+        """Moves rows down over gaps, runs of rows without a gap between them at once."""
+        starts = self._starts[:-1]
+        cuts = np.flatnonzero(starts[1:] != starts[:-1] + self.counts[:-1]) + 1
+        for first, last in itertools.pairwise([0, *cuts.tolist(), len(starts)]):
+            size = int(self.counts[first:last].sum())
+            start, to = int(starts[first]), int(ends[last - 1]) - size
+            for whole in (self._data, self._columns):
+                whole[to : to + size] = whole[start : start + size]
 
 
-def stacked(parts: Sequence[Any], nodes: Sequence[np.ndarray]) -> Adjacency:
-    """Rows of several chunks as one matrix, in the order of their nodes."""
-    order = sorted(range(len(parts)), key=lambda i: int(nodes[i][0]))
-    joined = np.concatenate([nodes[i] for i in order])
-    data = np.concatenate([parts[i].data for i in order])
-    columns = np.concatenate([parts[i].indices for i in order])
-    counts = np.concatenate([np.diff(parts[i].indptr) for i in order])
+class Part(NamedTuple):
+    """Rows of some targets."""
+
+    data: np.ndarray
+    columns: np.ndarray
+    counts: np.ndarray
+    """Entries of each row."""
+    nodes: np.ndarray
+    """The node of each row."""
+
+    def copy(self) -> Part:
+        """In memory of its own, no larger than it needs."""
+        return Part(*(array.copy() for array in self))
+
+
+def stacked(parts: Sequence[Part], n_nodes: int) -> Adjacency:
+    """Parts as one matrix, in the order of their nodes; a single one that is in order is not copied."""
+    parts = sorted((part for part in parts if len(part.nodes)), key=lambda part: int(part.nodes[0]))
+    joined = parts[0] if len(parts) == 1 else Part(*map(np.concatenate, zip(*parts, strict=True)))
+    data, columns, counts, nodes = joined
     ends = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    shape = (len(joined), parts[0].shape[1])
-    matrix = rows_of(data, columns, ends, shape)
-    if len(joined) > 1 and (np.diff(joined) < 0).any():
-        by_node = np.argsort(joined, kind="stable")
-        matrix, joined = matrix[by_node], joined[by_node]
-    return Adjacency(matrix, joined)
+    matrix = rows_of(data, columns, ends, (len(nodes), n_nodes))
+    if (np.diff(nodes) < 0).any():
+        by_node = np.argsort(nodes, kind="stable")
+        matrix, nodes = matrix[by_node], nodes[by_node]
+    return Adjacency(matrix, nodes)

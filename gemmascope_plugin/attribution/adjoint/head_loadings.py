@@ -66,11 +66,21 @@ class _Trail(Sweep):
         self.streams: dict[int, torch.Tensor] = {}
         """``[pos, d_model]``; none for a target that reads ``z``."""
 
-    def _through(self, layer: int, heads: Cotangent, stream: Cotangent | None) -> Cotangent:
-        self.heads[layer] = _spread(heads)
+    def _through(
+        self,
+        layer: int,
+        heads: Float[torch.Tensor, "head *pos target d_head"],
+        state: Cotangent,
+        stream: Cotangent | None,
+    ) -> Cotangent:
+        self.heads[layer] = _spread(state.with_values(heads.movedim(0, -2).flatten(-2)))
         if stream is not None:
             self.streams[layer] = _spread(stream)
-        return super()._through(layer, heads, stream)
+        return super()._through(layer, heads, state, stream)
+
+    @property
+    def _tokens(self) -> None:
+        """The first attention is met like every other."""
 
 
 def _spread(one: Cotangent) -> Float[torch.Tensor, "pos width"]:
@@ -94,7 +104,7 @@ def loadings(tracer: Tracer, entry: Entry, sources: Sequence[int]) -> Loadings:
     assert len(entry.positions) == 1, "targets are taken one by one"
     record, layout = tracer.record, tracer.layout
     trail = _Trail(record, layout, tracer.budget)
-    effects = trail(entry)[torch.tensor(sources), 0]
+    effects = trail(entry)[0, torch.tensor(sources)]
     shape = (len(sources), record.n_layers)
     n_pos = int(entry.positions[0]) + 1
     loads = effects.new_zeros(*shape, record.anatomy.n_heads, n_pos)

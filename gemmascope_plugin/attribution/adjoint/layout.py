@@ -100,20 +100,8 @@ class Layout:
         """Active features of all sites."""
         return sum(one.n_features for one in self.activities)
 
-    def row_nodes(self, site: int) -> Int64[torch.Tensor, " row"]:
-        """The node of every row that a site writes, see :class:`Written`."""
-        own = self.activities[site]
-        keep = own.keep.cpu()
-        rest = torch.where(
-            keep, keep.long().cumsum(0) - 1 + self.errors(site).start, self.passed(site)
-        )
-        sources = [
-            (self.activities[i].acts.offsets.tolist(), self.starts[i]) for i in self.heard(site)
-        ]
-        b_dec = torch.tensor(self.b_dec(site))
-        nodes: list[torch.Tensor] = []
-        for pos in range(self.n_pos):
-            for offsets, start in sources:
-                nodes.append(torch.arange(offsets[pos], offsets[pos + 1]) + start)
-            nodes.append(torch.stack([rest[pos], b_dec]))
-        return torch.cat(nodes)
+    def rest_nodes(self, site: int) -> Int64[torch.Tensor, " pos"]:
+        """The node of what a site's features leave at each token: an error, or what it passes through."""
+        keep = self.activities[site].keep.cpu()
+        errors = keep.long().cumsum(0) - 1 + self.errors(site).start
+        return torch.where(keep, errors, self.passed(site))

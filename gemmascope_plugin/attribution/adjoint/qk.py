@@ -187,6 +187,6 @@ class Score:
         n_pos = max(side.positions) + 1
         size = tracer.sweep.fitting(n_pos, self.n_below, tracer.budget)
         parts = [
-            tracer.sweep(side.entry(part, shares, self.n_below)) for part in wanted.split(size)
+            tracer.sweep(side.entry(part, shares, self.n_below)).T for part in wanted.split(size)
         ]
         return torch.cat(parts, 1)

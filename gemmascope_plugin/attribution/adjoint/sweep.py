@@ -9,23 +9,31 @@ et al., "Circuit Tracing", 2025, where autograd does it).  From the top, for a c
 2. At an MLP its dictionary is read, and an affine skip passes the gradient on to the norm before it.
 3. At attention the gradient is pulled back to ``z``. An attention SAE is read and ends it there.
 4. The rest goes through the frozen pattern and the values to earlier tokens, beside what passes by.
-5. At the end the token embeddings are read.
+5. Token embeddings are read behind the first attention: what each becomes there is known once and for all
+   (``tokens_through``). With long prompts, attention biases or an SAE there they are read below it.
 
 Features enter where they read: transcoders at 3, attention SAEs at 4, residual SAEs at 2 of their layer.
 Only tokens and layers before a target are visited, and until the first attention only its own token.
 
-Cost: a target costs ``layers * pos * d_model * (2 head * d_head + rows per token)`` multiplications at
-most; memory is ``targets * pos * d_model`` numbers, whatever the depth.
+Cost: a target costs ``layers * pos * d_model * (head * d_head + kv * d_head + rows per token)``
+multiplications at most, and half of ``layers * pos^2 * head * d_head``; memory is
+``targets * pos * d_model`` numbers, whatever the depth. These products are what a trace is bound by, see
+``tracer.py``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int64
 
-from gemmascope_plugin.attribution.adjoint.attention_step import through_values, to_heads
+from gemmascope_plugin.attribution.adjoint.attention_step import (
+    through_values,
+    to_heads,
+    tokens_through,
+)
 from gemmascope_plugin.attribution.adjoint.cotangent import Cotangent
 from gemmascope_plugin.attribution.adjoint.frozen_pass import FrozenPass
 from gemmascope_plugin.attribution.adjoint.layout import Layout
@@ -64,9 +72,17 @@ class Sweep:
     """
 
     def __init__(self, record: FrozenPass, layout: Layout, budget: int) -> None:
-        self.record, self.layout = record, layout
+        self.record, self.layout, self._budget = record, layout, budget
         share = budget // max(1, len(layout.activities))
         self._written = [Written(layout, i, share) for i in range(len(layout.activities))]
+
+    @cached_property
+    def work(self) -> int:
+        """Operations that a target costs at a token of a layer, about."""
+        anatomy, layout = self.record.anatomy, self.layout
+        heads = (anatomy.n_heads + anatomy.n_kv) * anatomy.d_head
+        rows = layout.n_features // (layout.n_pos * len(layout.activities))
+        return 2 * anatomy.d_model * (heads + rows)
 
     def bytes_per_target(self, n_pos: int, n_below: int) -> int:
         """Memory that one more target in a chunk takes."""
@@ -101,26 +117,60 @@ class Sweep:
         for layer in range(self.record.n_layers):
             self.record.attention(layer)
         for written in self._written:
-            written.rows(0)
+            written.prepare()
+        _ = self._tokens
 
     @torch.no_grad()
-    def __call__(self, entry: Entry) -> Float[torch.Tensor, "node target"]:
+    def __call__(self, entry: Entry) -> Float[torch.Tensor, "target node"]:
         """Effects of the nodes below on the targets, summed over all direct paths."""
-        effects = entry.vectors.new_zeros(entry.n_below, len(entry.positions))
-        effects[self.layout.own] = entry.own
+        effects = entry.vectors.new_zeros(len(entry.positions), entry.n_below)
+        effects[:, self.layout.own] = entry.own
         state = Cotangent(entry.positions, entry.vectors)
-        for layer in range(self.record.n_layers - 1, -1, -1):
+        # what enters below the first attention reads tokens as they are
+        tokens = self._tokens if entry.after >= 0 else None
+        lowest = 0 if tokens is None else 1
+        for layer in range(self.record.n_layers - 1, lowest - 1, -1):
             if PER_LAYER * layer <= entry.after and state is not None:
                 state = self._layer(layer, entry.after, state, effects)
-        if state is not None:
+        if state is None:
+            return effects
+        if tokens is None:
             self._read_tokens(state, effects)
+            return effects
+        state = self._above_attention(0, entry.after, state, effects)
+        if state is not None:
+            for pos, targets, gradients in state.at():
+                effects[targets, : pos + 1].addmm_(gradients, tokens[pos, : pos + 1].T)
         return effects
+
+    @cached_property
+    def _tokens(self) -> Float[torch.Tensor, "query key d_model"] | None:
+        """What tokens have become behind the first attention; None where they are read below it."""
+        record, n_pos = self.record, self.record.n_pos
+        attention = record.attention(0)
+        size = n_pos * record.embed.numel() * record.embed.element_size()
+        plain = attention.bias_O is None and attention.bias_V is None and 0 not in self.layout.at
+        heads = len(attention.W_O) * attention.W_O.shape[-1]
+        if not plain or n_pos > heads or size > self._budget // 4:
+            return None
+        return tokens_through(attention, record.embed)
 
     def _layer(
         self, layer: int, after: int, state: Cotangent, effects: torch.Tensor
     ) -> Cotangent | None:
         """One layer, from above to below; None where nothing is left."""
-        z, mlp, resid = (PER_LAYER * layer + stage for stage in (0, 1, 2))
+        above = self._above_attention(layer, after, state, effects)
+        if above is None:
+            return None
+        if after == PER_LAYER * layer:  # features of an attention SAE read z itself
+            return self._through(layer, self._unscaled(layer, above), above, None)
+        return self._attention(layer, above, effects)
+
+    def _above_attention(
+        self, layer: int, after: int, state: Cotangent, effects: torch.Tensor
+    ) -> Cotangent | None:
+        """The sites of a layer's stream and MLP; None where nothing is left below them."""
+        mlp, resid = (PER_LAYER * layer + stage for stage in (1, 2))
         if resid < after and resid in self.layout.at:
             index = self.layout.at[resid]
             self._read(index, state, effects)
@@ -132,9 +182,7 @@ class Sweep:
             index = self.layout.at[mlp]
             self._read(index, state, effects)
             state = self._skipped(self.layout.activities[index], state)
-        if after == z:  # features of an attention SAE read z itself
-            return self._through(layer, self._unscaled(layer, state), None)
-        return self._attention(layer, state, effects)
+        return state
 
     def _attention(self, layer: int, stream: Cotangent, effects: torch.Tensor) -> Cotangent:
         attention = self.record.attention(layer)
@@ -142,27 +190,36 @@ class Sweep:
         index = self.layout.at.get(PER_LAYER * layer)
         bias = attention.bias_O
         if bias is not None:
-            effects[self.layout.attention_bias(layer)] += stream.sums(bias, attention.post)
+            effects[:, self.layout.attention_bias(layer)] += stream.sums(bias, attention.post)
         through = torch.ones_like(attention.post)
         if index is not None:
             own = self.layout.activities[index]
-            scaled = heads.with_values(heads.values * heads.scaled(attention.post))
-            self._read(index, scaled, effects)
+            z = heads.movedim(0, -2).flatten(-2) * stream.scaled(attention.post)
+            self._read(index, stream.with_values(z), effects)
             through = (~own.keep).to(through)
-            heads = heads.with_values(heads.values * heads.scaled(through))
+            heads = heads * stream.scaled(through)
         if attention.bias_V is not None:
             sums = stream.sums(attention.bias_V, attention.post * through)
-            effects[self.layout.attention_bias(layer)] += sums
-        return self._through(layer, heads, stream)
+            effects[:, self.layout.attention_bias(layer)] += sums
+        return self._through(layer, heads, stream, stream)
 
-    def _through(self, layer: int, heads: Cotangent, stream: Cotangent | None) -> Cotangent:
+    def _through(
+        self,
+        layer: int,
+        heads: Float[torch.Tensor, "head *pos target d_head"],
+        state: Cotangent,
+        stream: Cotangent | None,
+    ) -> Cotangent:
         """To earlier tokens; see :func:`through_values`."""
-        return through_values(self.record.attention(layer), heads, stream)
+        return through_values(self.record.attention(layer), heads, state, stream)
 
-    def _unscaled(self, layer: int, heads: Cotangent) -> Cotangent:
+    def _unscaled(
+        self, layer: int, state: Cotangent
+    ) -> Float[torch.Tensor, "head *pos target d_head"]:
         """Gradients at ``z`` itself, as the pattern with the post-norm's scale in it takes them."""
-        scale = 1 / self.record.attention(layer).post
-        return heads.with_values(heads.values * heads.scaled(scale))
+        attention = self.record.attention(layer)
+        heads = state.values * state.scaled(1 / attention.post)
+        return heads.unflatten(-1, (len(attention.W_O), -1)).movedim(-2, 0).contiguous()
 
     def _skipped(self, own: Activity, state: Cotangent) -> Cotangent:
         skip = own.site.skip
@@ -177,20 +234,28 @@ class Sweep:
     def _read(self, index: int, state: Cotangent, effects: torch.Tensor) -> None:
         """Adds the effects of everything that a site writes."""
         written = self._written[index]
-        found = effects.new_zeros(written.offsets[state.n_pos], effects.shape[1])
         for pos, targets, gradients in state.at():
-            own = slice(written.offsets[pos], written.offsets[pos + 1])
-            torch.mm(written.rows(pos), gradients.T, out=found[own, targets])
-        effects.index_add_(0, written.nodes[: len(found)], found)
+            for nodes, rows in written.rows(pos):
+                effects[targets, nodes].addmm_(gradients, rows.T)
+        constants, nodes = written.constants, written.rest_nodes
+        if state.dense:
+            products = torch.bmm(constants[: state.n_pos], state.values.transpose(1, 2))
+            effects.index_add_(1, nodes[: state.n_pos], products[:, 0].T)
+            effects[:, written.b_dec] += products[:, 1].sum(0)
+        else:
+            read = torch.einsum("tcd,td->ct", constants[state.positions], state.values)
+            each = torch.arange(len(state.positions), device=nodes.device)
+            effects[each, nodes[state.positions]] += read[0]
+            effects[:, written.b_dec] += read[1]
 
     def _read_tokens(self, state: Cotangent, effects: torch.Tensor) -> None:
         embed = self.record.embed
         if state.dense:
             products = torch.bmm(state.values, embed[: state.n_pos, :, None])[..., 0]
-            effects[: state.n_pos] += products
+            effects[:, : state.n_pos] += products.T
         else:
-            columns = torch.arange(len(state.positions), device=embed.device)
-            effects[state.positions, columns] += (state.values * embed[state.positions]).sum(-1)
+            targets = torch.arange(len(state.positions), device=embed.device)
+            effects[targets, state.positions] += (state.values * embed[state.positions]).sum(-1)
 
 
 def _ended(state: Cotangent, own: Activity) -> Cotangent | None:

@@ -10,17 +10,20 @@ Cost: that of the sweep; rows are stored sparsely as they come.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from gemmascope_plugin.attribution.adjoint.adjacency import Adjacency, compressed, stacked
+from gemmascope_plugin.attribution.adjoint.adjacency import Adjacency, Part, Store, stacked
 from gemmascope_plugin.attribution.adjoint.frozen_pass import FrozenPass
 from gemmascope_plugin.attribution.adjoint.layout import Layout
+from gemmascope_plugin.attribution.adjoint.reach import Reach
 from gemmascope_plugin.attribution.adjoint.site import PER_LAYER, Site, activities, site_of
 from gemmascope_plugin.attribution.adjoint.sweep import Entry, Sweep
 from gemmascope_plugin.attribution.adjoint.targets import Seed
@@ -38,6 +41,10 @@ from gemmascope_plugin.splice.hooked_sae import HookedSAE
 
 MAX_TARGETS = 256
 """Targets of a chunk at most: more are no faster, and their tokens lie further apart."""
+MIN_CHUNK = 32
+"""Targets of a chunk that may end before it is full."""
+SMALL = 1 << 20
+"""Operations in the time that a small product takes to be called, beside what it computes."""
 MIN_TARGETS = 32
 """Targets that a thread needs to be worth its while."""
 ROUNDS = 8
@@ -117,12 +124,11 @@ class Tracer:
         total = self.layout.n_features if max_features is None else max_features
         with tqdm(total=total + len(seeds), disable=not progress, desc="rows") as bar:
             known = _Rows(self, n_nodes, bar)
-            known.add_seeds(seeds)
             if max_features is None or max_features >= self.layout.n_features:
-                for site in self._targets():
-                    known.add(self._feature_nodes(site))
+                every = [self._feature_nodes(site) for site in self._targets()]
+                known.add(np.concatenate([np.zeros(0, dtype=np.int64), *every]), seeds)
                 return known.adjacency()
-            known.add(np.array(sorted(features), dtype=np.int64))
+            known.add(np.array(sorted(features), dtype=np.int64), seeds)
             step = -(-max_features // ROUNDS)
             while (left := max_features - known.n_features) > 0:
                 chosen = self._next(known.adjacency(), weights, min(step, left))
@@ -130,6 +136,11 @@ class Tracer:
                     break
                 known.add(chosen)
             return known.adjacency()
+
+    @cached_property
+    def reach(self) -> Reach:
+        """Which nodes can reach a target."""
+        return Reach(self.record, self.layout)
 
     def sites_of(self, nodes: np.ndarray) -> np.ndarray:
         """The sites that nodes of features and errors belong to."""
@@ -192,8 +203,9 @@ class Tracer:
         """
         n_pos = int(entry.positions.max()) + 1
         fitting = self.sweep.fitting(n_pos, entry.n_below, self.budget // n_workers)
-        parts = -(-len(entry.positions) // min(MAX_TARGETS, fitting))
-        for index in torch.arange(len(entry.positions)).tensor_split(parts):
+        ends = self._ends(entry, min(MAX_TARGETS, fitting))
+        for first, last in pairwise([0, *ends]):
+            index = slice(first, last)
             yield Entry(
                 entry.after,
                 entry.positions[index],
@@ -201,6 +213,24 @@ class Tracer:
                 entry.own[index],
                 entry.n_below,
             )
+
+    def _ends(self, entry: Entry, most: int) -> list[int]:
+        """Where chunks end: a further token costs all targets before it one more token at every layer,
+        another chunk costs as many small products as it has tokens."""
+        tokens, counts = entry.positions.unique_consecutive(return_counts=True)
+        small = SMALL if entry.positions.device.type == "cpu" else float("inf")
+        ends, start, stop = [], 0, 0
+        for pos, count in zip(tokens.tolist(), counts.tolist(), strict=True):
+            held = stop - start
+            wasteful = held >= MIN_CHUNK and held * self.sweep.work > (pos + 1) * small
+            if held and (wasteful or held + count > most):
+                ends.append(stop)
+                start = stop
+            while start + most < stop + count:
+                start += most
+                ends.append(start)
+            stop += count
+        return [*ends, stop]
 
     def _next(self, known: Adjacency, weights: np.ndarray, count: int) -> np.ndarray:
         """The most influential features without a row."""
@@ -222,51 +252,91 @@ class Tracer:
         return found
 
 
+_Job = tuple[np.ndarray, int, np.ndarray, Callable[[], Entry]]
+"""Rows that enter at one place: which, when, at which tokens, and how they read."""
+
+
 class _Rows:
     """Rows as they come."""
 
     def __init__(self, tracer: Tracer, n_nodes: int, bar: Any) -> None:
         self._tracer, self._n_nodes, self._bar = tracer, n_nodes, bar
-        self._parts: list[Any] = []
-        self._nodes: list[np.ndarray] = []
+        self._parts: list[Part] = []
         self.n_features = 0
 
-    def add_seeds(self, seeds: Sequence[Seed]) -> None:
-        """Rows of targets that are no features."""
-        first = self._tracer.layout.n_nodes
-        for after in sorted({seed.after for seed in seeds}):
-            own = [i for i, seed in enumerate(seeds) if seed.after == after]
-            own.sort(key=lambda i: seeds[i].position)
-            entry = self._tracer.seed_entry(after, [seeds[i] for i in own])
-            self._sweep(entry, np.array(own) + first)
-
-    def add(self, nodes: np.ndarray) -> None:
-        """Rows of features, which must be ascending."""
-        sites = self._tracer.sites_of(nodes)
-        for site in np.unique(sites):
-            own = nodes[sites == site]
-            self.n_features += len(own)
-            self._sweep(self._tracer.entry(int(site), own), own)
+    def add(self, features: np.ndarray, seeds: Sequence[Seed] = ()) -> None:
+        """Rows of features, which must be ascending, and of targets that are no features."""
+        tracer, reach = self._tracer, self._tracer.reach
+        self.n_features += len(features)
+        nodes = np.concatenate([features, tracer.layout.n_nodes + np.arange(len(seeds))])
+        jobs = [*self._of_features(features), *self._of_seeds(len(features), seeds)]
+        room = np.zeros(len(nodes), dtype=np.int64)
+        for rows, after, positions, _ in jobs:
+            room[rows] = reach.room(after, positions)
+        whole = self._store(room) if tracer.min_share == 0 else None
+        for rows, _, _, make in jobs:
+            self._sweep(make(), rows, whole, room, nodes)
+        if whole is not None:
+            self._parts.append(whole.part(nodes))
 
     def adjacency(self) -> Adjacency:
         """What is known."""
-        return stacked(self._parts, self._nodes)
+        return stacked(self._parts, self._n_nodes)
 
-    def _sweep(self, entry: Entry, nodes: np.ndarray) -> None:
-        tracer, done = self._tracer, 0
-        count = tracer.n_workers(entry)
-        parts = list(tracer.chunks(entry, count))
+    def _of_features(self, features: np.ndarray) -> Iterator[_Job]:
+        tracer = self._tracer
+        sites = tracer.sites_of(features)
+        for site in np.unique(sites).tolist():
+            rows = np.flatnonzero(sites == site)
+            activity, start = tracer.layout.activities[site], tracer.layout.starts[site]
+            positions = activity.acts.rows.cpu().numpy()[features[rows] - start]
+            make = partial(tracer.entry, site, features[rows])
+            yield rows, activity.site.time, positions, make
+
+    def _of_seeds(self, first: int, seeds: Sequence[Seed]) -> Iterator[_Job]:
+        for after in sorted({seed.after for seed in seeds}):
+            chosen = [i for i, seed in enumerate(seeds) if seed.after == after]
+            chosen.sort(key=lambda i: seeds[i].position)
+            entering = [seeds[i] for i in chosen]
+            positions = np.array([seed.position for seed in entering])
+            make = partial(self._tracer.seed_entry, after, entering)
+            yield np.array(chosen) + first, after, positions, make
+
+    def _store(self, room: np.ndarray) -> Store:
+        dtype = torch.empty(0, dtype=self._tracer.record.dtype).numpy().dtype
+        return Store(room, dtype, self._tracer.min_share)
+
+    def _sweep(
+        self,
+        entry: Entry,
+        rows: np.ndarray,
+        whole: Store | None,
+        room: np.ndarray,
+        nodes: np.ndarray,
+    ) -> None:
+        """One entry, chunk by chunk; where there is no store for all of them each has its own."""
+        reach, sweep = self._tracer.reach, self._tracer.sweep
+
+        def fill(part: Entry, places: np.ndarray) -> Part | None:
+            effects, positions = sweep(part).cpu().numpy(), part.positions.cpu().numpy()
+            store, at = whole, places
+            if store is None:
+                store, at = self._store(room[places]), np.arange(len(places))
+            cuts = np.flatnonzero((np.diff(positions) != 0) | (np.diff(at) != 1)) + 1
+            for first, last in pairwise([0, *cuts.tolist(), len(at)]):
+                columns = reach.columns(entry.after, int(positions[first]))
+                store.put(int(at[first]), effects[first:last], columns)
+            return store.part(nodes[places]).copy() if whole is None else None
+
+        count = self._tracer.n_workers(entry)
+        parts = list(self._tracer.chunks(entry, count))
+        ends = np.cumsum([len(part.positions) for part in parts])
+        places = np.split(rows, ends[:-1])
         with workers(count) as pool:
-            for part, rows in zip(parts, pool.map(self._compressed, parts), strict=True):
-                n = len(part.positions)
-                self._parts.append(rows)
-                self._nodes.append(nodes[done : done + n])
-                done += n
-                self._bar.update(n)
-
-    def _compressed(self, part: Entry) -> Any:
-        effects = self._tracer.sweep(part)
-        return compressed(effects, self._n_nodes, self._tracer.min_share)
+            for some, part in zip(places, pool.map(fill, parts, places), strict=True):
+                self._bar.update(len(some))
+                if part is not None:
+                    self._parts.append(part)
 
 
 def sites_of(model: HookedModel, dictionaries: Any, exclude: Any) -> list[Site]:

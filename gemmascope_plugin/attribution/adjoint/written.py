@@ -1,14 +1,16 @@
-"""Everything that a site writes into the stream, one row per node, token after token.
+"""Everything that a site writes into the stream, token after token.
 
-For each token: the rows of its active features (of all layers that write here, in a cross-layer
-dictionary), what is missing to the real tensor, and ``b_dec``.  One product with the cotangent at that
-token then gives the effects of all of them.
+1. For each token the rows of its active features, of all layers that write here in a cross-layer
+   dictionary. Features of one token and source are neighbours among the nodes, so that one product with
+   the cotangent at that token puts their effects where they belong.
+2. Two constants a token: what is missing to the real tensor, and ``b_dec``.
 
 Cost: ``rows * d_out`` numbers where they fit the budget; else rows are gathered at every use.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -27,38 +29,52 @@ class Written:
     """
 
     def __init__(self, layout: Layout, site: int, budget: int) -> None:
-        self._own = layout.activities[site]
-        self._sources = [layout.activities[i] for i in layout.heard(site)]
+        self._activity = layout.activities[site]
+        heard = layout.heard(site)
+        self._sources = [layout.activities[i] for i in heard]
+        self._starts = [layout.starts[i] for i in heard]
+        self._offsets = [source.acts.offsets.tolist() for source in self._sources]
         self._budget = budget
-        nodes = layout.row_nodes(site)
-        self.nodes: Int64[torch.Tensor, " row"] = nodes.to(self._own.rest.device)
-        """The node of each row."""
-        counts = torch.stack([a.acts.offsets.diff() for a in self._sources]).sum(0) + 2
-        self.offsets: list[int] = [0, *counts.cumsum(0).tolist()]
-        """Where each token's rows begin."""
+        device = self._activity.rest.device
+        self.rest_nodes: Int64[torch.Tensor, " pos"] = layout.rest_nodes(site).to(device)
+        """The node of what is missing at each token."""
+        self.b_dec = layout.b_dec(site)
+        """The node of the decoder bias."""
 
     @property
     def n_rows(self) -> int:
-        """Number of rows."""
-        return self.offsets[-1]
+        """Rows of features."""
+        return sum(source.n_features for source in self._sources)
 
-    def rows(self, pos: int) -> Float[torch.Tensor, "some d_out"]:
-        """The rows of one token."""
-        if self._kept is None:
-            return self._gathered(pos)
-        return self._kept[self.offsets[pos] : self.offsets[pos + 1]]
+    def prepare(self) -> None:
+        """Makes what is made once, before several threads ask for it."""
+        _ = self._held, self.constants
+
+    def rows(self, pos: int) -> Iterator[tuple[slice, Float[torch.Tensor, "some d_out"]]]:
+        """The nodes of one token's features and what they write, a source at a time."""
+        for i, (source, first) in enumerate(zip(self._sources, self._starts, strict=True)):
+            start, stop = self._offsets[i][pos : pos + 2]
+            if start < stop:
+                nodes = slice(first + start, first + stop)
+                yield nodes, self._gathered(i, pos) if self._held is None else self._held[i][start:stop]
 
     @cached_property
-    def _kept(self) -> Float[torch.Tensor, "row d_out"] | None:
-        rest = self._own.rest
+    def constants(self) -> Float[torch.Tensor, "pos 2 d_out"]:
+        """What is missing at each token, and ``b_dec`` where the dictionary works."""
+        activity = self._activity
+        b_dec = activity.keep[:, None] * activity.b_dec
+        return torch.stack([activity.rest, b_dec.to(activity.rest)], 1)
+
+    @cached_property
+    def _held(self) -> list[Float[torch.Tensor, "row d_out"]] | None:
+        rest = self._activity.rest
         if self.n_rows * rest.shape[1] * rest.element_size() > self._budget:
             return None
-        return torch.cat([self._gathered(pos) for pos in range(len(rest))])
-
-    def _gathered(self, pos: int) -> Float[torch.Tensor, "some d_out"]:
-        own = self._own
-        parts = [
-            one.writers(own.site.hooked.decoder_from(one.site.place), pos) for one in self._sources
+        tokens = range(len(rest))
+        return [
+            torch.cat([self._gathered(i, pos) for pos in tokens]) for i in range(len(self._sources))
         ]
-        constant = own.b_dec if bool(own.keep[pos]) else torch.zeros_like(own.b_dec)
-        return torch.cat([*parts, own.rest[pos, None], constant[None]])
+
+    def _gathered(self, i: int, pos: int) -> Float[torch.Tensor, "some d_out"]:
+        source = self._sources[i]
+        return source.writers(self._activity.site.hooked.decoder_from(source.site.place), pos)

@@ -229,16 +229,15 @@ def _judged(tracer: Tracer, nodes: Any, edges: Adjacency) -> float:
     Raises:
         ModelError: Something is not finite, or rows do not sum to what they explain.
     """
-    matrix = edges.matrix
-    check_finite(torch.from_numpy(matrix.data), "The effect of a node on a target")
+    check_finite(torch.from_numpy(edges.matrix.data), "The effect of a node on a target")
     values = nodes["activation"].to_numpy()[edges.nodes]
     check_finite(torch.from_numpy(values), "The pre-activation of an explained node")
-    sums = np.asarray(matrix.sum(1, dtype=np.float64)).ravel()
+    sums = edges.sums
     gaps = np.abs(sums - values)
     residual = float(gaps.max() / max(np.abs(values).max(), 1e-30))
     allowed = RESIDUALS.get(dtype_of(tracer.record.model), 1e-2)
     # of terms that cancel, rounding leaves a share of their size
-    size = np.asarray(abs(matrix).sum(1)).ravel()
+    size = edges.sizes
     worst = int(np.argmax(gaps - allowed * np.maximum(size, np.abs(values))))
     if not gaps[worst] <= allowed * max(size[worst], abs(values[worst])):
         node = nodes["id"].iloc[edges.nodes[worst]]
