@@ -97,11 +97,12 @@ def ours(folder: Path, repeat: int, adjacency: Path | None) -> dict[str, Any]:
     model, transcoders, tokens = model_of(case), transcoders_of(case), torch.tensor(case.tokens)
     with torch.no_grad():
         model(tokens[None])
-    before, seconds, graph = peak_mb(), [], None
+    before, seconds, cpu_seconds, graph = peak_mb(), [], [], None
     for i in range(repeat + 1):
-        start = time.perf_counter()
+        start, spent = time.perf_counter(), time.process_time()
         graph = gs.trace(model, tokens, transcoders, exclude=(BOS,))
         seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - spent)
         if i == 0:
             after = peak_mb()
     assert graph is not None
@@ -109,6 +110,7 @@ def ours(folder: Path, repeat: int, adjacency: Path | None) -> dict[str, Any]:
         np.save(adjacency, in_their_order(graph, case))
     return {
         "seconds": statistics.median(seconds[1:] or seconds),
+        "cpu_seconds": statistics.median(cpu_seconds[1:] or cpu_seconds),
         "peak_mb": after - before,
         "active_features": int(graph.where("feature").sum()),
         "residual": graph.metadata["residual"],
@@ -162,21 +164,28 @@ def compare(options: argparse.Namespace, name: str, root: Path) -> None:
         command = peer_command(options.peer, folder, size)
         peers.append({"batch_size": size, **child([*command, *common, files["peer"]])})
         owns.append(child([*own_command(folder), *common, files["ours"]]))
-        print(
-            f"  batch {size}: circuit-tracer {peers[-1]['seconds']:.2f} s, "
-            f"ours {owns[-1]['seconds']:.2f} s"
-        )
-    own = {**owns[-1], "seconds": statistics.median(run["seconds"] for run in owns)}
-    best = min(peers, key=lambda peer: peer["seconds"])
+        sides = {"circuit-tracer": peers[-1], "ours": owns[-1]}
+        print(f"  batch {size}: {', '.join(map(timed, sides, sides.values()))}", flush=True)
+    times = ("seconds", "cpu_seconds")
+    own = {**owns[-1], **{name: statistics.median(run[name] for run in owns) for name in times}}
+    best, least = (min(peers, key=lambda peer: peer[name]) for name in times)
     got, expected = (np.load(files[who]) for who in ("ours", "peer"))
     gap = np.abs(got - expected).max() / np.abs(expected).max()
-    print(
-        f"{name}: {own['active_features']} active features; circuit-tracer {best['seconds']:.2f} s "
-        f"(batch {best['batch_size']}, +{best['peak_mb']:.0f} MB), ours {own['seconds']:.2f} s "
-        f"(+{own['peak_mb']:.0f} MB): {best['seconds'] / own['seconds']:.1f}x; largest difference of the "
-        f"adjacencies {gap:.1e} of the largest entry; rows sum to pre-activations to "
-        f"{own['residual']:.1e}"
+    ratio, cpu_ratio = (
+        peer[unit] / own[unit] for peer, unit in zip((best, least), times, strict=True)
     )
+    print(
+        f"{name}: {own['active_features']} active features; {ratio:.1f}x, of CPU {cpu_ratio:.1f}x: "
+        f"{timed('circuit-tracer', {**best, 'cpu_seconds': least['cpu_seconds']})} (batch "
+        f"{best['batch_size']}, of CPU {least['batch_size']}; +{best['peak_mb']:.0f} MB), "
+        f"{timed('ours', own)} (+{own['peak_mb']:.0f} MB); largest difference {gap:.1e} "
+        f"of the largest entry; rows sum to pre-activations to {own['residual']:.1e}"
+    )
+
+
+def timed(name: str, run: dict[str, Any]) -> str:
+    """How long a run took."""
+    return f"{name} {run['seconds']:.2f} s ({run['cpu_seconds']:.2f} s of CPU)"
 
 
 def long_prompt(n_pos: int, rows: int, *, small: bool = False) -> None:

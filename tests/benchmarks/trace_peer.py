@@ -7,9 +7,9 @@ circuit-tracer wants an older transformers than this package, so it has an envir
         [--adjacency FILE.npy]
 
 ``FOLDER`` is a case of ``trace_models.py``. One line of JSON is printed: ``seconds``, the median over
-the repeats after one warm-up; ``cpu_seconds``, the same of the time that its threads ran; ``peak_mb``, by how much the warm-up raised the largest memory of the
-process (one process a measurement, then); ``active_features``, ``nodes``, ``batch_size``, ``threads``,
-``version``.
+the repeats after one warm-up; ``cpu_seconds``, the same of the time that its threads ran; ``peak_mb``, by
+how much the warm-up raised the largest memory of the process (one process a measurement, then);
+``active_features``, ``nodes``, ``batch_size``, ``threads``, ``version``.
 
 All active features get a row (``max_feature_nodes=None``). The adjacency has targets as rows and sources
 as columns, both in the order

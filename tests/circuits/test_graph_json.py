@@ -13,7 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemmascope_plugin.circuits import AttributionGraph
-from gemmascope_plugin.circuits.tracing.graph_json import INDEX, add_to_folder, write_json
+from gemmascope_plugin.circuits.tracing.graph_json import (
+    INDEX,
+    _shortest,
+    add_to_folder,
+    write_json,
+)
 from gemmascope_plugin.circuits.tracing.graph_json_nodes import cantor, from_cantor
 from gemmascope_plugin.errors import (
     BadFileError,
@@ -74,6 +79,18 @@ def test_biases_are_sums_in_the_metadata() -> None:
     column = graph.edges.matrix[:, [graph.find(names.iloc[0])]].sum()
     assert sums[names.iloc[0]] == pytest.approx(float(column))
     assert content["metadata"]["gemmascope"]["residual"] == graph.metadata["residual"]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_weights_have_their_shortest_text(dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    sizes = 10 ** rng.uniform(-15, 15, 3000)
+    some = [0.0, 0.1, -3.5, 1e12, 1e-12, 123456789, 2**-20, np.finfo(dtype).tiny]
+    with np.errstate(over="ignore"):
+        weights = np.concatenate([rng.standard_normal(3000) * sizes, some]).astype(dtype)
+    weights = weights[np.isfinite(weights)]
+    expected = [float(str(weight)) for weight in weights]
+    assert _shortest(weights).tolist() == expected
 
 
 def test_names_of_nodes() -> None:

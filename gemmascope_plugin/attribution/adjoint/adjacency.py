@@ -14,7 +14,7 @@ Cost: one pass over the entries for each.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ import torch
 
 MIN_SUM = 1e-10
 """Smallest sum that a row is divided by."""
-BLOCK = 1 << 20
+BLOCK = 1 << 17
 """Entries that are added up at a time."""
 
 
@@ -73,8 +73,12 @@ class Adjacency:
         Args:
             nodes: True for those, ``[node]``.
         """
-        rows = np.repeat(nodes[self.nodes], np.diff(self.matrix.indptr))
-        return self.entries(rows & nodes[self.matrix.indices])
+        keep = np.zeros(self.n_edges, dtype=bool)
+        starts, columns = self.matrix.indptr.tolist(), self.matrix.indices
+        for row in np.flatnonzero(nodes[self.nodes]).tolist():
+            entries = slice(starts[row], starts[row + 1])
+            keep[entries] = nodes[columns[entries]]
+        return self.entries(keep)
 
     def compacted(self, nodes: np.ndarray) -> Adjacency:
         """Only some nodes, numbered anew.
@@ -94,27 +98,33 @@ class Adjacency:
         """
         return self.entries(columns[self.matrix.indices])
 
-    @cached_property
-    def sizes(self) -> np.ndarray:
-        """The sum of each row's absolute values, ``[row]``."""
-        return self._sums(np.abs)
-
-    @cached_property
+    @property
     def sums(self) -> np.ndarray:
         """The sum of each row, ``[row]``."""
-        return self._sums(np.asarray)
+        return self._sums[0]
 
-    def _sums(self, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """In float64, of changed entries, some rows at a time."""
-        matrix, found = self.matrix, np.zeros(len(self.nodes))
-        step = max(1, BLOCK * len(self.nodes) // max(1, matrix.nnz))
-        for first in range(0, len(self.nodes), step):
-            ends = matrix.indptr[first : first + step + 1]
-            block = change(matrix.data[ends[0] : ends[-1]]).astype(np.float64)
-            filled = np.flatnonzero(np.diff(ends))
-            if len(filled):
-                found[first + filled] = np.add.reduceat(block, (ends - ends[0])[filled])
-        return found
+    @property
+    def sizes(self) -> np.ndarray:
+        """The sum of each row's absolute values, ``[row]``."""
+        return self._sums[1]
+
+    @cached_property
+    def _sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """In float64, some rows at a time."""
+        ends, n_rows = self.matrix.indptr, len(self.nodes)
+        sums, sizes = np.zeros(n_rows), np.zeros(n_rows)
+        step = max(1, BLOCK * n_rows // max(1, int(ends[-1])))
+        for first in range(0, n_rows, step):
+            starts = ends[first : first + step + 1]
+            # reduceat would give a row without entries the entry that follows
+            rows = np.flatnonzero(np.diff(starts))
+            if not len(rows):
+                continue
+            block = self.matrix.data[starts[0] : starts[-1]].astype(np.float64)
+            places = (starts - starts[0])[rows]
+            sums[first + rows] = np.add.reduceat(block, places)
+            sizes[first + rows] = np.add.reduceat(np.abs(block, out=block), places)
+        return sums, sizes
 
     @cached_property
     def normalised(self) -> Adjacency:

@@ -3,11 +3,11 @@
 1. ``to_heads``: ``W_O`` with the post-norm's gain, head by head.
 2. ``through_values``: over tokens by the frozen pattern, summed over the heads of a key-value group, and
    through ``W_V``. A gradient at one token spreads to all earlier ones here.
-3. ``tokens_through``: the same for the embeddings alone, from below: what each token writes at every later
-   one through the first attention and beside it.
+3. ``tokens_through``: the same for the embeddings alone, from below: what each token writes at every
+   later one through the first attention and beside it.
 
-Gradients at ``z`` lie head by head, ``[head, pos, target, d_head]``: then every step is one product of two
-matrices, and nothing is turned round in memory.
+Gradients at ``z`` lie head by head, ``[head, pos, target, d_head]``: then every step is one product of
+two matrices, and nothing is turned round in memory.
 
 Cost: ``pos * d_model * (head + kv) * d_head`` and half of ``pos^2 * head * d_head`` multiplications; a
 target at one token pays for that token only.
@@ -19,10 +19,7 @@ import torch
 from jaxtyping import Float
 
 from gemmascope_plugin.attribution.adjoint.cotangent import Cotangent
-from gemmascope_plugin.attribution.adjoint.frozen_pass import FrozenAttention
-
-QUERIES = 64
-"""Queries that are mixed at a time."""
+from gemmascope_plugin.attribution.adjoint.frozen_pass import QUERIES, FrozenAttention
 
 
 def to_heads(
@@ -87,9 +84,11 @@ def tokens_through(
 
 
 def _mixed(
-    attention: FrozenAttention, heads: Float[torch.Tensor, "head pos target d_head"], state: Cotangent
+    attention: FrozenAttention,
+    heads: Float[torch.Tensor, "head pos target d_head"],
+    state: Cotangent,
 ) -> Float[torch.Tensor, "kv pos target d_head"]:
-    """Over tokens, some queries at a time: earlier keys only, later targets only."""
+    """Over tokens, some queries at a time: keys that they look at only, later targets only."""
     kv, group, n_pos = len(attention.W_V), attention.group, state.n_pos
     mix = attention.mix.unflatten(-1, (group, -1))
     _, _, n, d_head = heads.shape
@@ -98,10 +97,11 @@ def _mixed(
     for start in range(0, n_pos, QUERIES):
         stop = min(start + QUERIES, n_pos)
         first = int(torch.searchsorted(state.positions, start)) * d_head
+        keys = slice(attention.first_keys[start // QUERIES], stop)
         for index in range(kv):
             for head in range(group):
-                weights = mix[index, :stop, head, start:stop]
-                out[index, :stop, first:].addmm_(weights, flat[index, head, start:stop, first:])
+                weights = mix[index, keys, head, start:stop]
+                out[index, keys, first:].addmm_(weights, flat[index, head, start:stop, first:])
     return out.view(kv, n_pos, n, d_head)
 
 

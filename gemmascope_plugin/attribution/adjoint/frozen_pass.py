@@ -38,6 +38,9 @@ from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import reading
 from gemmascope_plugin.patching.nodes import read
 
+QUERIES = 64
+"""Queries that are mixed at a time."""
+
 
 @dataclass(frozen=True, eq=False)
 class FrozenAttention:
@@ -60,6 +63,14 @@ class FrozenAttention:
     def group(self) -> int:
         """Query heads of a key-value head."""
         return len(self.W_O) // len(self.W_V)
+
+    @cached_property
+    def first_keys(self) -> list[int]:
+        """The first key that any of some queries looks at, of every ``QUERIES`` of them: not the first
+        token where attention is local.
+        """
+        looks = (self.mix != 0).any(0).unflatten(-1, (self.group, -1)).any(1)
+        return [int(part.any(1).int().argmax()) for part in looks.split(QUERIES, 1)]
 
 
 @dataclass(frozen=True, eq=False)

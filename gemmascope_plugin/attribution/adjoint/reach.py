@@ -1,7 +1,7 @@
 """Which nodes can reach a target: those before it in the pass, at its own token or an earlier one.
 
-They are tokens, some of the biases, and of each site below the first features and the first errors, so that
-the room of every row is known before any is made.
+They are tokens, some of the biases, and of each site below the first features and the first errors, so
+that the room of every row is known before any is made.
 
 Cost: a few numbers a site and token.
 """
@@ -70,12 +70,12 @@ class Reach:
     @cached_property
     def _constants(self) -> list[tuple[int, int]]:
         """The first tokens at which the two biases of each site are not zero; ``n_pos`` for nowhere."""
-        found = []
+        starts = []
         for activity in self.layout.activities:
             b_dec = activity.keep & bool(activity.b_dec.any())
             passed = ~activity.keep & (activity.rest != 0).any(1)
-            found.append((_first(b_dec.cpu().numpy()), _first(passed.cpu().numpy())))
-        return found
+            starts.append((_first(b_dec.cpu().numpy()), _first(passed.cpu().numpy())))
+        return starts
 
     @cached_property
     def _features(self) -> list[np.ndarray]:

@@ -115,7 +115,7 @@ class Sweep:
     def prepare(self) -> None:
         """Makes what is made once, before several threads ask for it."""
         for layer in range(self.record.n_layers):
-            self.record.attention(layer)
+            _ = self.record.attention(layer).first_keys
         for written in self._written:
             written.prepare()
         _ = self._tokens

@@ -216,7 +216,8 @@ class Tracer:
 
     def _ends(self, entry: Entry, most: int) -> list[int]:
         """Where chunks end: a further token costs all targets before it one more token at every layer,
-        another chunk costs as many small products as it has tokens."""
+        another chunk costs as many small products as it has tokens.
+        """
         tokens, counts = entry.positions.unique_consecutive(return_counts=True)
         small = SMALL if entry.positions.device.type == "cpu" else float("inf")
         ends, start, stop = [], 0, 0

@@ -52,11 +52,14 @@ class Written:
 
     def rows(self, pos: int) -> Iterator[tuple[slice, Float[torch.Tensor, "some d_out"]]]:
         """The nodes of one token's features and what they write, a source at a time."""
-        for i, (source, first) in enumerate(zip(self._sources, self._starts, strict=True)):
+        for i, first in enumerate(self._starts):
             start, stop = self._offsets[i][pos : pos + 2]
             if start < stop:
                 nodes = slice(first + start, first + stop)
-                yield nodes, self._gathered(i, pos) if self._held is None else self._held[i][start:stop]
+                yield (
+                    nodes,
+                    self._gathered(i, pos) if self._held is None else self._held[i][start:stop],
+                )
 
     @cached_property
     def constants(self) -> Float[torch.Tensor, "pos 2 d_out"]:

