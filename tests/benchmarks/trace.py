@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.trace peer --peer PEER/bin/python [--cases small medium large]
         [--batch-sizes 64 256 512] [--threads 2] [--repeat 3]
+    python -m tests.benchmarks.trace bound [--threads 1] [--repeat 3]
     python -m tests.benchmarks.trace long [--pos 2500] [--rows 128] [--threads 2]
     python -m tests.benchmarks.trace --smoke
 
@@ -10,6 +11,9 @@ peer   The same graph, every active feature a row, by this package and by circui
        about 3,000, 11,000 and 23,000 active features. Both run in processes of their own, one warm-up
        first, taking turns; circuit-tracer gets the best of the batch sizes (its own default is 512). The
        adjacencies are compared.
+bound  A prompt of 16 tokens on 18 layers of Gemma 3 270M's shape with random weights, 60 active features
+       a token and layer: CPU seconds of a trace, and those that the products which its definition asks
+       for take by themselves, at the rate of a product of this size measured in the same run.
 long   A prompt of 2,500 tokens on 4 layers of Gemma 2 2B's width with random weights and transcoders of
        16,384 features: seconds, and the peak of the process.
 
@@ -44,6 +48,7 @@ from tests.benchmarks.trace_models import (
     gemma2_config,
     random_case,
     random_state,
+    random_tokens,
     random_transcoders,
 )
 
@@ -220,10 +225,63 @@ def long_prompt(n_pos: int, rows: int, *, small: bool = False) -> None:
     )
 
 
+def bound(repeat: int, *, small: bool = False) -> None:
+    """A short prompt on many layers against the products that it cannot do without."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"n_layers": 18, "d_model": 640, "d_head": 256, "n_heads": 4, "n_key_value_heads": 1}
+    sizes |= {"d_mlp": 2048, "d_vocab": 4096, "n_ctx": 512, "window_size": 512}
+    config, d_sae, l0 = (gemma2_config(), 64, 6) if small else (gemma2_config(**sizes), 4096, 60)
+    state = random_state(config, generator)
+    weights = random_transcoders(config, d_sae, l0 / d_sae, generator)
+    tokens = random_tokens(config, 16, generator)
+    case = Case(config, state, weights, tokens)
+    model, transcoders = model_of(case), transcoders_of(case)
+    cpu_seconds, graph = [], None
+    for _ in range(repeat + 1):
+        graph = None
+        spent = time.process_time()
+        graph = gs.trace(model, torch.tensor(tokens), transcoders, exclude=(BOS,))
+        cpu_seconds.append(time.process_time() - spent)
+    assert graph is not None
+    operations, speed = needed(graph, config), rate(config)
+    own = statistics.median(cpu_seconds[1:])
+    print(
+        f"{int(graph.where('feature').sum())} active features, {graph.n_edges} edges "
+        f"({8e-6 * graph.n_edges:.0f} MB): {own:.2f} s of CPU; {operations / 1e9:.0f} billion operations "
+        f"at {speed / 1e9:.0f} billion a second: {operations / speed:.2f} s, "
+        f"{own * speed / operations:.2f}x; rows sum to pre-activations to "
+        f"{graph.metadata['residual']:.1e}"
+    )
+
+
+def needed(graph: Any, config: dict[str, Any]) -> float:
+    """Operations of the products of all rows: through attention at every token and layer below a target,
+    but for the first layer, and one product of the model's width for every edge."""
+    nodes = graph.nodes[graph.nodes["kind"].isin(("feature", "target"))]
+    layers, tokens = nodes["layer"].to_numpy().clip(max=config["n_layers"] - 1), nodes["pos"] + 1
+    heads, values = (config["d_head"] * config[n] for n in ("n_heads", "n_key_value_heads"))
+    passed = (layers - 1).clip(min=0)
+    through = (passed * tokens + (layers > 0)) * heads + layers * tokens * values
+    mixed = passed * tokens * (tokens + 1) / 2 * heads / config["d_model"]
+    return 2.0 * config["d_model"] * float((through + mixed).sum() + graph.n_edges)
+
+
+def rate(config: dict[str, Any]) -> float:
+    """Operations a second of CPU of a product like those of the sweep."""
+    heads = config["n_heads"] * config["d_head"]
+    gradients, weights = torch.randn(512, config["d_model"]), torch.randn(config["d_model"], heads)
+    seconds = []
+    for _ in range(20):
+        spent = time.process_time()
+        gradients @ weights
+        seconds.append(time.process_time() - spent)
+    return 2 * gradients.numel() * heads / statistics.median(seconds)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", nargs="?", choices=("peer", "long", "child"))
+    parser.add_argument("part", nargs="?", choices=("peer", "bound", "long", "child"))
     parser.add_argument("folder", nargs="?", type=Path, help="for a child")
     parser.add_argument("--peer", type=Path, help="circuit-tracer's Python")
     parser.add_argument("--cases", nargs="*", default=list(CASES))
@@ -236,18 +294,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--smoke",
         action="store_true",
-        help="a small case of both parts, our own half in place of the peer's",
+        help="a small case of every part, our own half in place of the peer's",
     )
     options = parser.parse_args(arguments)
     if options.smoke:
         options.part, options.peer, options.threads, options.repeat = "peer", None, 1, 1
         CASES["smoke"], options.cases, options.batch_sizes = (8, 64, 40), ["smoke"], [64]
         long_prompt(n_pos=12, rows=4, small=True)
+        bound(1, small=True)
     elif options.part is None or (options.part == "peer" and options.peer is None):
-        parser.error("peer --peer PYTHON, long or --smoke?")
+        parser.error("peer --peer PYTHON, bound, long or --smoke?")
     torch.set_num_threads(options.threads)
     if options.part == "child":
         print(json.dumps(ours(options.folder, options.repeat, options.adjacency)))
+    elif options.part == "bound":
+        bound(options.repeat)
     elif options.part == "long":
         long_prompt(options.pos, options.rows)
     else:

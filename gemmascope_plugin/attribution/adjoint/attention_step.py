@@ -51,10 +51,11 @@ def through_values(
     if stream is not None and stream.dense:
         out = stream.values
     else:
-        out = mixed.new_zeros(n_pos, n, attention.W_V.shape[2])
-    flat = out.view(n_pos * n, -1)
+        out = mixed.new_empty(n_pos, n, attention.W_V.shape[2])
+    flat, is_new = out.view(n_pos * n, -1), out is not getattr(stream, "values", None)
     for index, W_V in enumerate(attention.W_V):
-        flat.addmm_(mixed[index].view(n_pos * n, -1), W_V)
+        beta = 0 if is_new and index == 0 else 1
+        flat.addmm_(mixed[index].view(n_pos * n, -1), W_V, beta=beta)
     if stream is not None and not stream.dense:
         out[stream.positions, torch.arange(n, device=out.device)] += stream.values
     return state.with_values(out)
@@ -93,7 +94,8 @@ def _mixed(
     mix = attention.mix.unflatten(-1, (group, -1))
     _, _, n, d_head = heads.shape
     flat = heads.view(kv, group, n_pos, n * d_head)
-    out = heads.new_zeros(kv, n_pos, n * d_head)
+    out = heads.new_empty(kv, n_pos, n * d_head)
+    out[:, QUERIES:] = 0
     for start in range(0, n_pos, QUERIES):
         stop = min(start + QUERIES, n_pos)
         first = int(torch.searchsorted(state.positions, start)) * d_head
@@ -101,7 +103,10 @@ def _mixed(
         for index in range(kv):
             for head in range(group):
                 weights = mix[index, keys, head, start:stop]
-                out[index, keys, first:].addmm_(weights, flat[index, head, start:stop, first:])
+                gradients = flat[index, head, start:stop, first:]
+                # the first product fills what the others add to
+                beta = 0 if start == head == 0 else 1
+                out[index, keys, first:].addmm_(weights, gradients, beta=beta)
     return out.view(kv, n_pos, n, d_head)
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
@@ -78,9 +79,10 @@ class _Trail(Sweep):
             self.streams[layer] = _spread(stream)
         return super()._through(layer, heads, state, stream)
 
-    @property
-    def _tokens(self) -> None:
-        """The first attention is met like every other."""
+    @cached_property
+    def _tokens(self) -> Float[torch.Tensor, "query key d_model"] | None:
+        """None: the first attention is met like every other."""
+        return None
 
 
 def _spread(one: Cotangent) -> Float[torch.Tensor, "pos width"]:

@@ -32,7 +32,8 @@ class Reach:
             after: Time at which it enters.
             pos: Its token.
         """
-        parts = [np.arange(pos + 1), self._biases(after, pos)]
+        biases, firsts = self._biases(after)
+        parts = [np.arange(pos + 1), biases[firsts <= pos]]
         for site in range(self._n_below(after)):
             features, errors = self.layout.starts[site], self.layout.errors(site).start
             parts.append(np.arange(features, features + self._features[site][pos]))
@@ -44,23 +45,31 @@ class Reach:
         below = self._n_below(after)
         tokens = np.arange(self.layout.n_pos)
         counts = tokens + 1 + sum(self._features[:below]) + sum(self._errors[:below])
-        counts = counts + [len(self._biases(after, pos)) for pos in tokens.tolist()]
+        _, firsts = self._biases(after)
+        counts = counts + (firsts <= tokens[:, None]).sum(1)
         return counts[positions]
 
     def _n_below(self, after: int) -> int:
         return sum(activity.site.time < after for activity in self.layout.activities)
 
-    def _biases(self, after: int, pos: int) -> np.ndarray:
-        """Those that are not zero."""
-        layout = self.layout
-        nodes = [layout.own]
-        for layer, biased in enumerate(self._biased):
-            if biased and PER_LAYER * layer <= after:
-                nodes.append(layout.attention_bias(layer))
-        for site in range(self._n_below(after)):
-            first, passed = self._constants[site]
-            nodes += [layout.b_dec(site)] * (first <= pos) + [layout.passed(site)] * (passed <= pos)
-        return np.array(nodes)
+    def _biases(self, after: int) -> tuple[np.ndarray, np.ndarray]:
+        """Those that may not be zero, and the first token that each of them stands at."""
+        if after not in self._biases_of:
+            layout = self.layout
+            pairs = [(layout.own, 0)]
+            for layer, biased in enumerate(self._biased):
+                if biased and PER_LAYER * layer <= after:
+                    pairs.append((layout.attention_bias(layer), 0))
+            for site in range(self._n_below(after)):
+                first, passed = self._constants[site]
+                pairs += [(layout.b_dec(site), first), (layout.passed(site), passed)]
+            nodes, firsts = np.array(pairs).T
+            self._biases_of[after] = nodes, firsts
+        return self._biases_of[after]
+
+    @cached_property
+    def _biases_of(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        return {}
 
     @cached_property
     def _biased(self) -> list[bool]:
