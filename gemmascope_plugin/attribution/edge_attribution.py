@@ -19,14 +19,15 @@ Identities: with ``writer_delta="jacobian"`` the scores of all edges out of a wr
 metric as ``n`` grows. The share that is missing from that is ``metadata["conservation"]``. With the
 other forms, ``exact`` (the default) among them, edges out of a head need not sum to its node score.
 
-Cost: per prompt two forward passes and 1, 2, ``steps`` or ``steps * (2 layers + 1)`` forward and backward
-passes; blocks of ``tokens * writers * d_model`` numbers within the budget.
+Cost: per prompt a forward pass and 1, 2, ``steps`` or ``steps * (2 layers + 1)`` forward and backward
+passes from the first position that differs on, the last of these from each writer's layer on; blocks of
+``tokens * writers * d_model`` numbers within the budget.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,27 +41,35 @@ from gemmascope_plugin.attribution.edge_scores import (
     add_sums,
     deltas_between,
 )
-from gemmascope_plugin.attribution.reader_gradients import ReaderGradients, read_gradients
+from gemmascope_plugin.attribution.reader_gradients import (
+    ReaderGradients,
+    late_gradients,
+    read_gradients,
+)
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.check import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.origin import weights_of
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, dtype_of
+from gemmascope_plugin.models.replay import Replay
 from gemmascope_plugin.patching.check import check_tasks
 from gemmascope_plugin.patching.conservation import checked_share
 from gemmascope_plugin.patching.edge_effects import EdgeEffects
 from gemmascope_plugin.patching.edges import EdgeMap
 from gemmascope_plugin.patching.metrics import KLDivergence
+from gemmascope_plugin.patching.nodes import read
+from gemmascope_plugin.patching.replayed import Part, replayed
 from gemmascope_plugin.patching.task import BoundTask, Task
 from gemmascope_plugin.patching.writer_replacement import (
-    Replacements,
     WriterReplacement,
     replacements,
 )
 from gemmascope_plugin.patching.writes import DeltaForm, Writes
 from gemmascope_plugin.sizes import parse_size
 from gemmascope_plugin.types import Direction
+
+_EMBED = "hook_embed"
 
 
 @gate(model=check_model, task=check_tasks)
@@ -190,62 +199,79 @@ class _Scorer:
 
         rows, block = self._sizes(task)
         at_once = max(1, rows // self.options.n_steps)
+        size, n_layers = task.metric.rows_per_prompt, self.anatomy.n_layers
         other = replacements(
             self.model,
             task,
-            self.anatomy.n_layers,
+            n_layers,
             self.options.replacement,
             rows=rows,
             tokens=lambda part: self._runs(part)[1],
         )
-        whole = task.metric.rows_per_prompt  # the rows of a prompt stay together
-        parts = list(task.parts(max(whole, at_once - at_once % whole)))
-        for part in tqdm(parts, desc=f"edges by {self.options.method}", disable=not self.progress):
-            yield self._part_scores(part, other, max(1, rows // len(part)), block)
+        names, is_other = Writes.hooks(n_layers), self.options.replacement == "other"
+        parts = replayed(
+            self.model,
+            task,
+            *self._runs(task),
+            rows=at_once,
+            here=names,
+            there=names if is_other else (),
+            whole=not is_other,
+        )
+        by_row: torch.Tensor | None = None
+        title = f"edges by {self.options.method}"
+        with tqdm(total=len(task), desc=title, disable=not self.progress) as bar:
+            for part in parts:
+                copies = max(1, rows // len(part.index))
+                scores = self._part_scores(part, other.of_part(part), copies, block)
+                if self.options.by_prompt:
+                    if by_row is None:
+                        by_row = scores.new_zeros(len(task), *scores.shape[1:])
+                    by_row[part.index] = scores
+                else:
+                    yield scores / size
+                bar.update(len(part.index))
+        if by_row is not None:
+            yield task.fold(by_row.movedim(0, -1)).movedim(-1, 0)
 
     def _part_scores(
-        self, part: BoundTask, other: Replacements, steps_at_once: int, block: int
+        self, part: Part, other: Writes, steps_at_once: int, block: int
     ) -> torch.Tensor:
-        base_tokens, other_tokens = self._runs(part)
-        n_rows, n_pos = base_tokens.shape
-        shape = self.edges.mask.shape
-        blank = functools.partial(torch.zeros, device=base_tokens.device)
-        tokens = n_rows * n_pos
-        replaced = other.of(other_tokens)
-        paths = self._paths(part, base_tokens, other_tokens, replaced, steps_at_once)
-        if self.options.per_position or self.options.by_prompt:
-            out = blank(tokens, *shape)
+        """Sums over the rows of a part, or the matrix of each."""
+        window = part.replay.window(part.start)
+        n_rows, n_pos = len(part.index), window.stop - window.start
+        shape, tokens = self.edges.mask.shape, n_rows * n_pos
+        blank = functools.partial(torch.zeros, device=part.bound.clean.device)
+        base = Writes.of(part.here, self.anatomy.n_layers).window(window)
+        paths = self._paths(part, window, base, other.window(window), steps_at_once)
+        if not self.options.per_position and not self.options.by_prompt:
+            out = blank(shape)
             for path in paths:
-                add_by_token(out, self.edges, path, tokens, block)
-            by_row = out.reshape(n_rows, n_pos, *shape)
-            if self.options.by_prompt:
-                return part.fold(by_row.sum(1).movedim(0, -1)).movedim(-1, 0)
-            return by_row.sum(0).permute(1, 2, 0) / part.metric.rows_per_prompt
-        out = blank(shape)
+                add_sums(out, self.edges, path, tokens, block)
+            return out
+        out = blank(tokens, *shape)
         for path in paths:
-            add_sums(out, self.edges, path, tokens, block)
-        return out / part.metric.rows_per_prompt
+            add_by_token(out, self.edges, path, tokens, block)
+        by_row = out.reshape(n_rows, n_pos, *shape)
+        if self.options.by_prompt:
+            return by_row.sum(1)
+        values = blank(*shape, part.bound.clean.shape[1])  # nothing differs before the window
+        values[:, :, window] = by_row.sum(0).permute(1, 2, 0)
+        return values
 
     def _paths(
-        self,
-        part: BoundTask,
-        base_tokens: torch.Tensor,
-        other_tokens: torch.Tensor,
-        other: Writes,
-        steps_at_once: int,
+        self, part: Part, window: slice, base: Writes, other: Writes, steps_at_once: int
     ) -> Iterator[Path]:
         form, method = self.options.writer_delta, self.options.method
-        here = self._run(part, base_tokens)
-        base = here.writes
         deltas = deltas_between(self.anatomy, base, other, form)
-        if method == "eap":
-            yield Path(deltas, [here])
-        elif method == "clean-corrupted":
-            yield Path(deltas, [here, self._run(part, other_tokens)])
+        if method in ("eap", "clean-corrupted"):
+            runs = [self._run(part, window, _EMBED, base.embed)]
+            if method == "clean-corrupted":
+                embedded = self._embedded(part, self._runs(part.bound)[1], window)
+                runs.append(self._run(part, window, _EMBED, embedded))
+            yield Path(deltas, runs)
         elif method == "eap-ig":
-            runs = self._along(
-                part, base_tokens, "hook_embed", base.embed, other.embed, steps_at_once
-            )
+            runs = self._along(part, window, _EMBED, base.embed, other.embed, steps_at_once)
             if form == "jacobian":  # each step's own Jacobian keeps the node identity step by step
                 for run in runs:
                     own = deltas_between(
@@ -256,7 +282,7 @@ class _Scorer:
                 yield Path(deltas, list(runs))
         else:
             for hook, only, start, end in self._sites(base, other):
-                runs = self._along(part, base_tokens, hook, start, end, steps_at_once)
+                runs = self._along(part, window, hook, start, end, steps_at_once)
                 yield Path(deltas, list(runs), only=only)
 
     def _sites(
@@ -271,36 +297,42 @@ class _Scorer:
 
     def _along(
         self,
-        part: BoundTask,
-        tokens: torch.Tensor,
+        part: Part,
+        window: slice,
         hook: str,
         start: torch.Tensor,
         end: torch.Tensor,
         at_once: int,
     ) -> Iterator[ReaderGradients]:
         """Runs at the midpoints of a line; several points ride on the batch axis."""
-        n, rows = self.options.n_steps, len(tokens)
+        n, rows = self.options.n_steps, len(part.index)
         middles = (torch.arange(n, device=start.device) + 0.5) / n
         for alphas in middles.to(start.dtype).split(at_once):
             shape = (-1, *[1] * start.ndim)
             points = (start + alphas.reshape(shape) * (end - start)).flatten(0, 1)
-
-            def put(x: torch.Tensor, hook: Any, points: torch.Tensor = points) -> torch.Tensor:
-                # values of the line, with the graph of what was there
-                return points.reshape(x.shape).to(x) + (x - x.detach())
-
-            several = self._run(part, tokens.repeat(len(alphas), 1), [(hook, put)])
-            yield from several.split(rows)
+            yield from self._run(part, window, hook, points).split(rows)
 
     def _run(
-        self,
-        part: BoundTask,
-        tokens: torch.Tensor,
-        hooks: Sequence[tuple[str, Callable[..., Any]]] = (),
+        self, part: Part, window: slice, hook: str, points: Float[torch.Tensor, "row pos ..."]
     ) -> ReaderGradients:
-        return read_gradients(
-            self.anatomy, self.model, lambda: part.measure(self.model, tokens), hooks
-        )
+        """Gradients with these values at a hook, of copies of the prompts."""
+        points = points.to(dtype_of(self.model))
+        if isinstance(part.replay, Replay):
+            return late_gradients(self.anatomy, part, window, hook, points)
+
+        def put(x: torch.Tensor, hook: Any) -> torch.Tensor:
+            # the values, with the graph of what was there
+            return points.reshape(x.shape).to(x) + (x - x.detach())
+
+        tokens = part.replay.tokens.repeat(len(points) // len(part.index), 1)
+        measure = functools.partial(part.bound.measure, self.model, tokens)
+        return read_gradients(self.anatomy, self.model, measure, [(hook, put)])
+
+    def _embedded(self, part: Part, tokens: torch.Tensor, window: slice) -> torch.Tensor:
+        """The embedding of other tokens at the positions that run."""
+        if isinstance(part.replay, Replay):
+            return part.replay.arithmetic.embedded(tokens[:, window])
+        return read(self.model, tokens, [_EMBED])[_EMBED][:, window]
 
     def _runs(self, part: BoundTask) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens of the base run and of the other."""

@@ -60,15 +60,15 @@ def edge_products(
         tokens = slice(start, min(start + block, n_tokens))
         written = path.deltas(tokens)
         for layer in range(edges.n_layers):
-            gradients = _mean([run.of_layer(layer, tokens) for run in path.runs])
             first, mlp = edges.inputs(layer, "q").start, edges.inputs(layer, "mlp").start
             heads = edges.heads(layer)
-            for readers, upto, g in (
-                (slice(first, mlp), heads.start, gradients[:, :-1]),
-                (slice(mlp, mlp + 1), heads.stop, gradients[:, -1:]),
+            for readers, upto, of in (
+                (slice(first, mlp), heads.start, ReaderGradients.of_heads),
+                (slice(mlp, mlp + 1), heads.stop, ReaderGradients.of_mlp),
             ):
                 writers = _cut(path.only, upto)
                 if writers.start < writers.stop:
+                    g = _mean([of(run, layer, tokens) for run in path.runs])
                     yield (tokens, writers, readers), written[:, writers], g
         writers = _cut(path.only, len(edges.writers))
         last = _mean([run.of_logits(tokens) for run in path.runs])

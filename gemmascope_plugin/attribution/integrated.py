@@ -19,29 +19,31 @@ between clean and corrupted metric.
 Cost: of ``ig``, per hook, ``n`` forward and backward passes and one forward pass for the residual, all of
 them from that hook up, and from the first position that moves on: ``2 n + 1`` times what one exact patch
 at that hook costs.  So a layer of fewer heads than that is answered exactly for less.  ``ig-inputs``
-takes ``n`` whole forward and backward passes.  Steps ride on the batch axis.
+takes ``n`` forward and backward passes from the first position that differs.  Steps ride on the batch
+axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
+from gemmascope_plugin.attribution.late_slopes import late_slopes
 from gemmascope_plugin.attribution.slopes import (
     Estimate,
     by_patch,
     differences,
     differentiable,
     put,
-    slopes,
 )
-from gemmascope_plugin.models.gradients import frozen
+from gemmascope_plugin.models.gradients import frozen, gradients_of
 from gemmascope_plugin.models.module_replay import model_of
 from gemmascope_plugin.models.points import n_layers
 from gemmascope_plugin.models.precision import wide
+from gemmascope_plugin.models.replay import Replay
 from gemmascope_plugin.models.threads import threads_for_tokens
 from gemmascope_plugin.patching.components import layer_of
 from gemmascope_plugin.patching.experiment import Experiment
@@ -69,11 +71,8 @@ def integrated_activations(run: Experiment, steps: int, max_rows: int) -> Estima
             if line is None:
                 continue
             product = line.slope(steps, max_rows) / steps * line.delta
-            index = torch.arange(line.window.start, line.window.stop, device=product.device)
             whole = products[name][part.index]
-            last = slice(None) if product.shape[-1] == whole.shape[-1] else slice(line.window.stop)
-            whole[..., last].index_copy_(position_axis(name), index, product.to(whole))
-            products[name][part.index] = whole
+            products[name][part.index] = _placed(whole, name, line.window, product)
             drift[name][part.index.cpu()] = (_sums(product) - line.change()).to(drift[name])
     by_hook = {name: product[None] for name, product in products.items()}
     return Estimate(by_patch(run.grid, by_hook)[0], drift)
@@ -153,20 +152,70 @@ def integrated_inputs(run: Experiment, steps: int, max_rows: int) -> Estimate:
         steps: Midpoints.
         max_rows: Rows in one forward pass.
     """
+    parts = [_part_inputs(run, part, steps, max_rows) for part in run.parts]
+    moved = differences(run)
+    products = {name: torch.zeros_like(delta) for name, delta in moved.items()}
+    drift = torch.zeros(len(run.base))
+    for part, (window, mean, change) in zip(run.parts, parts, strict=True):
+        index = part.index
+        for name, delta in moved.items():
+            some = inside(delta[index], name, window) * mean[name]
+            products[name][index] = _placed(products[name][index], name, window, some)
+        drift[index.cpu()] = (change - (part.other - part.base)).to(drift)
+    by_hook = {name: product[None] for name, product in products.items()}
+    return Estimate(by_patch(run.grid, by_hook)[0], {_EMBED: drift})
+
+
+def _part_inputs(
+    run: Experiment, part: Part, steps: int, max_rows: int
+) -> tuple[slice, dict[str, torch.Tensor], Float[torch.Tensor, " part"]]:
+    """Mean slopes at the nodes of some prompts, in a window, and what they say of the embedding."""
+    window, names = part.replay.window(part.start), list(dict.fromkeys([*run.grid.hooks, _EMBED]))
     denoising = run.metadata["mode"] == "denoising"
-    away = run.bound.clean if denoising else run.bound.corrupt
-    here, other = (read(run.runner, tokens, [_EMBED])[_EMBED] for tokens in (run.base, away))
-    names = list(dict.fromkeys([*run.grid.hooks, _EMBED]))
+    away = part.bound.clean if denoising else part.bound.corrupt
+    here, there = _embeddings(run, part, away, window)
     mean: dict[str, torch.Tensor] = {}
-    for alphas in _chunks(steps, max_rows // len(run.base)):
-        insert = (_EMBED, put(_way(here, other - here, alphas)))
-        for name, slope in slopes(run, names, copies=len(alphas), fwd_hooks=[insert]).items():
-            mean[name] = mean.get(name, 0) + wide(slope).sum(0) / steps
-    products = {name: (mean[name] * delta)[None] for name, delta in differences(run).items()}
-    with torch.no_grad():
-        change = run.bound.measure(run.runner, away).cpu() - run.base_by_prompt
-    drift = {_EMBED: _sums(mean[_EMBED] * (wide(other) - wide(here))) - change}
-    return Estimate(by_patch(run.grid, products)[0], drift)
+    for alphas in _chunks(steps, max_rows // len(part.index)):
+        points = _way(here, there - here, alphas)
+        for name, slope in _slopes(run, part, window, points, names).items():
+            by_step = slope.unflatten(0, (len(alphas), -1))
+            mean[name] = mean.get(name, 0) + wide(by_step).sum(0) / steps
+    return window, mean, _sums(mean[_EMBED] * (wide(there) - wide(here)))
+
+
+def _embeddings(
+    run: Experiment, part: Part, away: Int[torch.Tensor, "part pos"], window: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of both runs."""
+    replay = part.replay
+    if isinstance(replay, Replay):
+        return replay.pre[0][:, window], replay.arithmetic.embedded(away[:, window])
+    here, there = (read(run.runner, tokens, [_EMBED])[_EMBED] for tokens in (replay.tokens, away))
+    return here, there
+
+
+def _slopes(
+    run: Experiment, part: Part, window: slice, points: torch.Tensor, names: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """Slopes at hooks, with these embeddings of copies of the prompts."""
+    if isinstance(part.replay, Replay):
+        return late_slopes(part, window, _EMBED, points, names)[1]
+    tokens = part.replay.tokens.repeat(len(points) // len(part.index), 1)
+
+    def total() -> torch.Tensor:
+        return differentiable(part.bound.measure(run.runner, tokens), run).sum()
+
+    return gradients_of(run.runner, total, names, fwd_hooks=[(_EMBED, put(points))])
+
+
+def _placed(
+    whole: Float[torch.Tensor, "part ..."], name: str, window: slice, some: torch.Tensor
+) -> torch.Tensor:
+    """All positions of a point's tensor, with those of a window put there."""
+    index = torch.arange(window.start, window.stop, device=whole.device)
+    last = slice(None) if some.shape[-1] == whole.shape[-1] else slice(window.stop)
+    whole[..., last].index_copy_(position_axis(name), index, some.to(whole))
+    return whole
 
 
 def _chunks(steps: int, size: int) -> Iterator[list[float]]:

@@ -140,7 +140,7 @@ def attribution_patching(
     ):
         chosen = rules or RelpRules()
         # integrated gradients go by the parts that the experiment has recorded
-        some = [run] if method == "ig" else parts_of(run, run.rows)
+        some = [run] if method in ("ig", "ig-inputs") else parts_of(run, run.rows)
         parts = [_estimate(part, model, method, n_steps, chosen, run.rows) for part in some]
         estimate = Estimate.joined(parts)
         each = estimate.by_prompt

@@ -10,6 +10,9 @@ No gate of the model has to be switched for that, it is the same on both model c
 folding, and ``d_head`` numbers per head are kept instead of ``d_model``.  A key-value head's gradient is
 the sum over the query heads that share it.
 
+Where prompts can be run again late (``models/replay.py``), both passes begin at the site whose line is
+followed, and at the first position that differs: what lies before has no edge to score.
+
 Cost: one forward and one backward pass; ``readers of a layer * d_model`` numbers per token asked for.
 """
 
@@ -22,12 +25,15 @@ from typing import Any
 import torch
 from jaxtyping import Float
 
+from gemmascope_plugin.attribution.late_slopes import late_slopes
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.gradients import gradients_of
 from gemmascope_plugin.models.precision import wide
+from gemmascope_plugin.patching.components import layer_of
+from gemmascope_plugin.patching.replayed import Part
 from gemmascope_plugin.patching.writes import Writes
 
-_PORTS = ("q", "k", "v")
+_PORTS, _EMBED = ("q", "k", "v"), "hook_embed"
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class ReaderGradients:
 
     def split(self, rows: int) -> list[ReaderGradients]:
         """The runs of copies of the prompts, copy after copy, one by one."""
-        n_copies = len(next(iter(self.cache.values()))) // rows
+        n_copies = len(next(iter(self.slopes.values()))) // rows
         parts = [
             [
                 {name: value.split(rows)[i] for name, value in values.items()}
@@ -58,15 +64,15 @@ class ReaderGradients:
         pairs = zip(*parts, strict=True)
         return [ReaderGradients(self.anatomy, cache, slopes) for cache, slopes in pairs]
 
-    def of_layer(self, layer: int, tokens: slice) -> Float[torch.Tensor, "token reader d_model"]:
-        """Gradients at the queries, keys, values and MLP input of a layer, in the order of ``EdgeMap``.
+    def of_heads(self, layer: int, tokens: slice) -> Float[torch.Tensor, "token reader d_model"]:
+        """Gradients at the queries, keys and values of a layer, in the order of ``EdgeMap``.
 
         Args:
             layer: The layer.
             tokens: Which tokens, rows and positions flattened.
         """
         name = f"blocks.{layer}."
-        pre, mid = (self._at(self.cache, f"{name}hook_resid_{p}", tokens) for p in ("pre", "mid"))
+        pre = self._at(self.cache, f"{name}hook_resid_pre", tokens)
         ln1 = self.anatomy.norm(layer, "ln1")
         assert ln1 is not None, "models without it are refused"
         weights = (self.anatomy.W_Q(layer), self.anatomy.W_K(layer), self.anatomy.W_V(layer))
@@ -76,10 +82,13 @@ class ReaderGradients:
             )
             for port, weight in zip(_PORTS, weights, strict=True)
         ]
-        heads = ln1.vjp(pre[:, None], torch.cat(pulled, 1))
+        return ln1.vjp(pre[:, None], torch.cat(pulled, 1))
+
+    def of_mlp(self, layer: int, tokens: slice) -> Float[torch.Tensor, "token 1 d_model"]:
+        """Gradient at the input of an MLP."""
         mlp_input = self.anatomy.mlp_input(layer)
-        mlp = mlp_input.pulled(mid, self._at(self.slopes, mlp_input.hook, tokens))
-        return torch.cat([heads, mlp[:, None]], 1)
+        mid = self._at(self.cache, f"blocks.{layer}.hook_resid_mid", tokens)
+        return mlp_input.pulled(mid, self._at(self.slopes, mlp_input.hook, tokens))[:, None]
 
     def of_logits(self, tokens: slice) -> Float[torch.Tensor, "token 1 d_model"]:
         """Gradient at the end of the stream."""
@@ -110,11 +119,7 @@ def read_gradients(
     Raises:
         HookNotFiredError: The metric does not depend on the model.
     """
-    n = anatomy.n_layers
-    last = f"blocks.{n - 1}.hook_resid_post"
-    streams = [f"blocks.{layer}.hook_resid_{p}" for layer in range(n) for p in ("pre", "mid")]
-    wanted = [f"blocks.{layer}.attn.hook_{port}" for layer in range(n) for port in _PORTS]
-    wanted += [anatomy.mlp_input(layer).hook for layer in range(n)]
+    wanted, streams = _behind(anatomy, _EMBED)
     cache: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> tuple[str, Callable[..., None]]:
@@ -123,9 +128,44 @@ def read_gradients(
 
         return name, hook_fn
 
-    names = dict.fromkeys([*streams, *Writes.hooks(n)])
+    names = dict.fromkeys([*streams, *Writes.hooks(anatomy.n_layers)])
     keepers = [keep(name) for name in names]
-    slopes = gradients_of(
-        runner, lambda: run().sum(), [*wanted, last], fwd_hooks=[*fwd_hooks, *keepers]
-    )
+    slopes = gradients_of(runner, lambda: run().sum(), wanted, fwd_hooks=[*fwd_hooks, *keepers])
     return ReaderGradients(anatomy, cache, slopes)
+
+
+def late_gradients(
+    anatomy: Anatomy,
+    part: Part,
+    window: slice,
+    hook: str,
+    start: Float[torch.Tensor, "row pos ..."],
+) -> ReaderGradients:
+    """The same of readers behind a hook, from a value there on; of positions that are run again.
+
+    Args:
+        anatomy: The model's.
+        part: Prompts whose replay knows the model as functions of its weights.
+        window: The positions.
+        hook: ``hook_embed``, or where a writer's activation is.
+        start: What is there, of copies of the prompts at these positions.
+
+    Raises:
+        HookNotFiredError: The metric does not depend on the model.
+    """
+    wanted, streams = _behind(anatomy, hook)
+    writes = Writes.hooks(anatomy.n_layers) if hook == _EMBED else []
+    acts, slopes = late_slopes(part, window, hook, start, wanted, [*streams, *writes])
+    return ReaderGradients(anatomy, acts, slopes)
+
+
+def _behind(anatomy: Anatomy, hook: str) -> tuple[list[str], list[str]]:
+    """Where readers behind a hook have their gradients, and the streams that they read."""
+    n, first = anatomy.n_layers, 0 if hook == _EMBED else layer_of(hook) + 1
+    layers = range(first, n)
+    mlps = range(first - hook.endswith("hook_z"), n)  # that of the same layer reads heads
+    wanted = [f"blocks.{layer}.attn.hook_{port}" for layer in layers for port in _PORTS]
+    wanted += [anatomy.mlp_input(layer).hook for layer in mlps]
+    streams = [f"blocks.{layer}.hook_resid_pre" for layer in layers]
+    streams += [f"blocks.{layer}.hook_resid_mid" for layer in mlps]
+    return [*wanted, f"blocks.{n - 1}.hook_resid_post"], streams

@@ -168,11 +168,11 @@ class Block:
         """The stream after the block, from the one between attention and MLP."""
         name = self._name
         cut = rows.asked is not None and not points.any_of(name, _AFTER_MID[1:])
-        known = {at: cut_out(value, rows) for at, value in known.items()} if cut else known
-        x = cut_out(x, rows) if cut else x
-        wrote = known.get(f"{name}hook_mlp_out")
+        wrote, post = known.get(f"{name}hook_mlp_out"), known.get(f"{name}mlp.hook_post")
+        if cut:
+            x = cut_out(x, rows)
+            wrote, post = (None if y is None else cut_out(y, rows) for y in (wrote, post))
         if wrote is None:
-            post = known.get(f"{name}mlp.hook_post")
             if post is None:
                 post = self._gated(x, points)
             post = points(f"{name}mlp.hook_post", post)

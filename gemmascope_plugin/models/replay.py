@@ -190,7 +190,7 @@ class Replay:
                 (``mid``), or behind it (``post``), where only its last point is passed.
             copies: Of the prompts.
             hooks: What happens on the way, with tensors ``[row, some, ...]`` of the window's positions.
-            known: Values at points of the first layer that need not be computed.
+            known: Values at points that need not be computed.
             stream: Where to start instead of the recorded stream.
         """
         with self._threads(copies, window):
@@ -215,14 +215,13 @@ class Replay:
         if stage == "post":
             x, layer = points(f"blocks.{layer}.hook_resid_post", x), layer + 1
         for index in range(layer, n):
-            first = index == layer
-            block, here = self.arithmetic.blocks[index], known if first else {}
+            block = self.arithmetic.blocks[index]
             rows = last if index == n - 1 else Rows(start)
-            if first and stage == "mid":
+            if index == layer and stage == "mid":
                 x = points(f"blocks.{layer}.hook_resid_mid", x)
             else:
-                x = block.attention(x, rows, self.earlier[index], points, here)
-            x = block.mlp(x, rows, points, here)
+                x = block.attention(x, rows, self.earlier[index], points, known)
+            x = block.mlp(x, rows, points, known)
         return self._end(x, last, points)
 
     def climb(self, window: slice, entries: Sequence[Entry]) -> Float[torch.Tensor, "ask d_model"]:

@@ -75,6 +75,14 @@ def changes_of(
     return changes
 
 
+def hooks_of(runner: Any, groups: Sequence[tuple[Sender, ...]]) -> tuple[set[str], set[str]]:
+    """Hooks that sets of senders replace, and those that their features add to."""
+    senders = [sender for group in groups for sender in group]
+    replaced = {sender.hook for sender in senders if not is_feature(sender)}
+    outputs = [_outputs(runner, s) for s in senders if isinstance(s, Node) and is_feature(s)]
+    return replaced, set().union(*outputs)
+
+
 def check_senders(runner: Any, groups: Sequence[tuple[Sender, ...]]) -> None:
     """Refuses sets that cannot send.
 

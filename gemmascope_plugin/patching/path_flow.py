@@ -11,7 +11,8 @@
 
 Of a stream that is a sender all that was written before it is sent, senders before it included.
 
-Cost: ``direct`` a few products; the others one forward pass with a copy of the prompts per set.
+Cost: ``direct`` a few products; the others one forward pass with a copy of the prompts per set, from the
+lowest layer of the senders and the first position that differs on.
 """
 
 from __future__ import annotations
@@ -20,52 +21,54 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import dtype_of
-from gemmascope_plugin.patching.nodes import read
+from gemmascope_plugin.models.replay import keeping
+from gemmascope_plugin.patching.components import layer_of
 from gemmascope_plugin.patching.path_changes import Change
-from gemmascope_plugin.patching.timeline import is_stream, is_z, layer_of, written
+from gemmascope_plugin.patching.replayed import Part
+from gemmascope_plugin.patching.timeline import is_stream, is_z, written
 
 Paths = Literal["direct", "mlps", "total"]
 Difference = Float[torch.Tensor, "prompt pos d_model"]
 
 
-class Flow:
-    """Both runs, and how changes travel in the base run.
+def read_by_flow(
+    anatomy: Anatomy, replaced: set[str], added: set[str], streams: Sequence[str], paths: Paths
+) -> tuple[list[str], list[str]]:
+    """Hooks whose activation a flow needs, of the run that is patched and of the other.
 
     Args:
-        runner: The model, or the model with dictionaries spliced in.
         anatomy: The model's.
-        base: Tokens of the run that is patched.
-        other: Tokens of the run that new values come from.
-        changes: All changes that will be asked for.
+        replaced: Hooks at which any change takes the other run's value.
+        added: Hooks at which any change adds something.
         streams: Hooks of all streams that will be asked for.
         paths: What may carry the changes.
     """
+    here = replaced | {hook for hook in added if is_z(hook)}
+    if paths != "direct":
+        here = here | set(streams)
+    if paths == "mlps":
+        here = here | {f"blocks.{layer}.attn.hook_z" for layer in range(anatomy.n_layers)}
+    return sorted(here), sorted(replaced)
 
-    def __init__(
-        self,
-        runner: Any,
-        anatomy: Anatomy,
-        base: Int[torch.Tensor, "prompt pos"],
-        other: Int[torch.Tensor, "prompt pos"],
-        changes: Sequence[Change],
-        streams: Sequence[str],
-        paths: Paths,
-    ) -> None:
-        self._runner, self._anatomy, self._base, self._paths = runner, anatomy, base, paths
-        replaced = {hook for change in changes for hook in change.replaced}
-        here = {*replaced, *(hook for change in changes for hook in change.added if is_z(hook))}
-        if paths != "direct":
-            here |= set(streams)
-        if paths == "mlps":
-            here |= {f"blocks.{layer}.attn.hook_z" for layer in range(anatomy.n_layers)}
-        self._here = read(runner, base, sorted(here)) if here else {}
-        self._there = read(runner, other, sorted(replaced)) if replaced else {}
+
+class Flow:
+    """How changes travel in the base run of a part.
+
+    Args:
+        anatomy: The model's.
+        part: The prompts, with what ``read_by_flow`` names of both runs.
+        window: The positions at which anything may differ.
+        paths: What may carry the changes.
+    """
+
+    def __init__(self, anatomy: Anatomy, part: Part, window: slice, paths: Paths) -> None:
+        self._anatomy, self._part, self._window, self._paths = anatomy, part, window, paths
+        self._here, self._there = part.here, part.there
 
     def differences(
         self, changes: Sequence[Change], streams: Sequence[str]
@@ -92,8 +95,9 @@ class Flow:
 
     def _zero(self) -> Difference:
         model = self._anatomy.model
-        shape = (*self._base.shape, self._anatomy.d_model)
-        return wide(torch.zeros(shape, device=self._base.device, dtype=dtype_of(model)))
+        tokens = self._part.replay.tokens
+        shape = (*tokens.shape, self._anatomy.d_model)
+        return wide(torch.zeros(shape, device=tokens.device, dtype=dtype_of(model)))
 
     def _added(self, change: Change, hook: str) -> torch.Tensor:
         """What the tensor at a hook changes by."""
@@ -122,13 +126,16 @@ class Flow:
     def _recomputed(
         self, changes: Sequence[Change], streams: Sequence[str]
     ) -> list[dict[str, Difference]]:
-        """Runs the base prompts once per change, side by side, and sees what becomes of the streams."""
-        n = len(self._base)
+        """Runs the prompts once per change, side by side, and sees what becomes of the streams."""
+        replay, window, n = self._part.replay, self._window, len(self._part.index)
+        first = min(layer_of(hook) for c in changes for hook in (*c.replaced, *c.added))
         hooks: dict[str, list[Callable[[torch.Tensor], None]]] = {}
+        known: dict[str, torch.Tensor] = {}
         if self._paths == "mlps":
-            for layer in range(self._anatomy.n_layers):
+            for layer in range(max(0, first), self._anatomy.n_layers):
                 name = f"blocks.{layer}.attn.hook_z"
-                hooks[name] = [self._freeze(name)]
+                known[name] = self._here[name][:, window].repeat(len(changes), 1, 1, 1)
+                hooks[name] = [_freeze(known[name])]
         for j, change in enumerate(changes):
             rows = slice(j * n, (j + 1) * n)
             for name in change.replaced:
@@ -136,31 +143,31 @@ class Flow:
             for name, value in change.added.items():
                 # the two model classes disagree about what is returned from the middle of a layer
                 there = name.replace("hook_resid_mid", "hook_attn_out")
-                hooks.setdefault(there, []).append(_add(value, rows))
+                hooks.setdefault(there, []).append(_add(value[:, window], rows))
         edits = [(name, _clone_and(edit)) for name, edit in hooks.items()]
-        tokens = self._base.repeat(len(changes), 1)
-        with hooking(self._runner, fwd_hooks=edits):
-            seen = read(self._runner, tokens, list(streams))
+        seen: dict[str, torch.Tensor] = {}
+        replay.run(
+            0 if replay.runs_whole else max(0, first),
+            window,
+            copies=len(changes),
+            hooks=[*edits, *keeping(seen, streams)],
+            known=known,
+        )
         return [
-            {
-                hook: wide(x[j * n : (j + 1) * n]) - wide(self._here[hook])
-                for hook, x in seen.items()
-            }
+            {hook: self._placed(x[j * n : (j + 1) * n], hook) for hook, x in seen.items()}
             for j in range(len(changes))
         ]
 
-    def _freeze(self, name: str) -> Callable[[torch.Tensor], None]:
-        value = self._here[name]
-
-        def edit(x: torch.Tensor) -> None:
-            x.copy_(value.repeat(len(x) // len(value), 1, 1, 1))
-
-        return edit
+    def _placed(self, x: Float[torch.Tensor, "prompt some d_model"], hook: str) -> Difference:
+        """How a stream differs at all positions, from what it is at those that ran."""
+        whole = self._zero()
+        whole[:, self._window] = wide(x) - wide(self._here[hook][:, self._window])
+        return whole
 
     def _replace(
         self, name: str, heads: tuple[int, ...] | None, rows: slice
     ) -> Callable[[torch.Tensor], None]:
-        value = self._there[name]
+        value = self._there[name][:, self._window]
 
         def edit(x: torch.Tensor) -> None:
             if heads is None:
@@ -170,6 +177,13 @@ class Flow:
                 x[rows, :, index] = value[:, :, index]
 
         return edit
+
+
+def _freeze(value: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    def edit(x: torch.Tensor) -> None:
+        x.copy_(value)
+
+    return edit
 
 
 def _add(value: torch.Tensor, rows: slice) -> Callable[[torch.Tensor], None]:

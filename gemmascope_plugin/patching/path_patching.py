@@ -41,8 +41,14 @@ from gemmascope_plugin.patching.effects import Effects, FeatureId
 from gemmascope_plugin.patching.names import Name, Named, node_of, reader_of
 from gemmascope_plugin.patching.node import Reader
 from gemmascope_plugin.patching.nodes import patchable
-from gemmascope_plugin.patching.path_changes import Sender, changes_of, check_senders, first_written
-from gemmascope_plugin.patching.path_flow import Flow, Paths
+from gemmascope_plugin.patching.path_changes import (
+    Sender,
+    changes_of,
+    check_senders,
+    first_written,
+    hooks_of,
+)
+from gemmascope_plugin.patching.path_flow import Flow, Paths, read_by_flow
 from gemmascope_plugin.patching.path_receivers import (
     Delivery,
     Receiver,
@@ -167,7 +173,11 @@ class _Sweep:
         reached = self._reached()
         values = torch.zeros(len(self.senders), len(self.receivers), len(self.bound))
         rows = max(1, min(len(self.bound), max_rows))
-        for part in replayed(self.runner, self.bound, *self.tokens, rows=rows):
+        streams = sorted({self._stream(r) for pair in reached.values() for r in pair})
+        hooks = hooks_of(self.runner, self.senders)
+        here, there = read_by_flow(self.anatomy, *hooks, streams, self.paths)
+        parts = replayed(self.runner, self.bound, *self.tokens, rows=rows, here=here, there=there)
+        for part in parts:
             width = part.bound.clean.shape[1]
             tokens = tuple(x[part.index, :width] for x in self.tokens)
             some = replace(self, bound=part.bound, tokens=tokens)
@@ -180,7 +190,8 @@ class _Sweep:
         """The same of some prompts, whose tokens these are."""
         changes = changes_of(self.runner, self.senders, *self.tokens)
         streams = sorted({self._stream(r) for pair in reached.values() for r in pair})
-        flow = Flow(self.runner, self.anatomy, *self.tokens, changes, streams, self.paths)
+        window = part.replay.window(part.start)
+        flow = Flow(self.anatomy, part, window, self.paths)
         copies = max(1, max_rows // len(self.bound))
         values = torch.zeros(len(self.senders), len(self.receivers), len(self.bound))
         for some in torch.arange(len(changes)).split(max(1, copies // len(streams))):

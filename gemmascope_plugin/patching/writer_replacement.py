@@ -33,13 +33,11 @@ class Replacements:
     """Replacement values for the writers of a task.
 
     Args:
-        runner: The model.
-        n_layers: Its layers.
+        n_layers: Layers of the model.
         replacement: What they are.
         means: Of the whole task, with one row.
     """
 
-    runner: Any
     n_layers: int
     replacement: WriterReplacement
     means: Writes | None = None
@@ -60,18 +58,6 @@ class Replacements:
             self.means.z[:, :, :width].expand(-1, rows, -1, -1, -1),
             self.means.mlp[:, :, :width].expand(-1, rows, -1, -1),
         )
-
-    def of(self, tokens: torch.Tensor) -> Writes:
-        """The replacements for some prompts.
-
-        Args:
-            tokens: The other run's prompts ``[row, pos]``.
-        """
-        if self.replacement == "other":
-            return Writes.read(self.runner, tokens, self.n_layers)
-        if self.means is None:
-            return Writes.read(self.runner, tokens, self.n_layers).map(torch.zeros_like)
-        return self._expanded(*tokens.shape)
 
 
 def replacements(
@@ -98,7 +84,7 @@ def replacements(
     """
     check_choice("replacement", replacement, WRITER_REPLACEMENTS)
     if replacement in ("other", "zero"):
-        return Replacements(runner, n_layers, replacement)
+        return Replacements(n_layers, replacement)
     sums: Writes | None = None
     counts = bound.mask.sum(0).float()
     for part in bound.parts(rows):
@@ -110,7 +96,7 @@ def replacements(
         means = sums.map(lambda x: _over_positions(x) / counts.sum())
     else:
         means = sums.map(lambda x: x / _aligned(counts.clamp(min=1), x))
-    return Replacements(runner, n_layers, replacement, means)
+    return Replacements(n_layers, replacement, means)
 
 
 def _sum_over(mask: Bool[torch.Tensor, "row pos"]) -> Callable[[torch.Tensor], torch.Tensor]:

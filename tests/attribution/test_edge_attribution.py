@@ -11,13 +11,14 @@ from gemmascope_plugin.attribution import attribution_patching, edge_attribution
 from gemmascope_plugin.errors import TaskError, UnknownNameError
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.gradients import gradients_of
-from gemmascope_plugin.models.load import hooked_from_hf
+from gemmascope_plugin.models.load import bridge_from_hf, hooked_from_hf
+from gemmascope_plugin.models.replay import Arithmetic
 from gemmascope_plugin.patching import Task, custom, kl_divergence, logit_diff
 from gemmascope_plugin.patching.edge_patching import edge_patching
 from gemmascope_plugin.patching.writes import Writes, head_deltas
-from tests.factories import n_hooks, tiny_model, tiny_tokenizer, unchecked
+from tests.factories import n_hooks, tiny_hf, tiny_model, tiny_tokenizer, unchecked
 from tests.ground_truth.cases import CASES
-from tests.patching.tasks import CLEAN, CORRUPT, RIGHT, TASK, WRONG
+from tests.patching.tasks import CLEAN, CORRUPT, LATE, RIGHT, TASK, WRONG
 from tests.support.rounding import TINY
 from tests.tiny_models import random_tokens
 
@@ -69,8 +70,6 @@ def test_both_classes_agree(family: str) -> None:
 
 def scaled(factor: float):
     """Gemma 2 with all attention outputs larger, which the norm after them undoes."""
-    from tests.factories import tiny_hf
-
     hf = copy.deepcopy(tiny_hf("gemma2"))
     for layer in hf.model.layers:
         layer.self_attn.o_proj.weight.data *= factor
@@ -278,3 +277,32 @@ def test_a_divergence_has_no_gradient_at_the_clean_run(hooked2) -> None:
     assert largest(edge_attribution(hooked2, task, method="eap-ig").values) > 1e-4
     with pytest.raises(TaskError, match="There is no task"):
         edge_attribution(hooked2, [])
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+@pytest.mark.parametrize("method", ["eap", "eap-ig", "eap-ig-activations", "clean-corrupted"])
+def test_late_passes_give_what_whole_ones_do(method: str, backend: str, monkeypatch) -> None:
+    """Prompts begin to differ at several positions; whole passes are those of the model's modules."""
+    options = {"method": method, "max_rows": 8, "by_prompt": True}
+    options |= {"steps": 2} if "ig" in method else {}
+    forms = ("exact", "jacobian") if method == "eap-ig" else ("exact",)
+    families = ("gemma3", "gemma2") if method == "eap-ig" else ("gemma3",)
+    models = [(tiny_model(family, backend), 1e-5) for family in families]
+    build = {"hooked": hooked_from_hf, "bridge": bridge_from_hf}[backend]
+    half = build(copy.deepcopy(tiny_hf("gemma3")).to(torch.bfloat16), tiny_tokenizer(), "half")
+    for own, share in [*models, (half, 0.1)]:
+        for form in forms:
+            late = edge_attribution(own, LATE, writer_delta=form, **options)
+            by_pos = edge_attribution(
+                own, LATE, writer_delta=form, **{**options, "by_prompt": False}, per_position=True
+            )
+            with monkeypatch.context() as patched:
+                patched.setattr(Arithmetic, "of", lambda *args: None)
+                whole = edge_attribution(own, LATE, writer_delta=form, **options)
+            assert late.by_prompt is not None and whole.by_prompt is not None
+            for one, other in (
+                (late.by_prompt, whole.by_prompt),
+                (by_pos.values.sum(-1), whole.values),
+            ):
+                assert float((one - other).norm()) < share * float(other.norm())
+            assert not by_pos.values[..., :2].any()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -10,11 +12,13 @@ from gemmascope_plugin.attribution.integrated import integrated_activations
 from gemmascope_plugin.attribution.slopes import parts_of
 from gemmascope_plugin.errors import TaskError, UnknownNameError
 from gemmascope_plugin.models import gradients
+from gemmascope_plugin.models.load import bridge_from_hf, hooked_from_hf
+from gemmascope_plugin.models.replay import Arithmetic
 from gemmascope_plugin.patching import Task, custom, kl_divergence
 from gemmascope_plugin.patching.experiment import experiment
 from tests import factories
-from tests.factories import n_hooks, tiny_model
-from tests.patching.tasks import CLEAN, CORRUPT, TASK, metric_under, values_at
+from tests.factories import n_hooks, tiny_hf, tiny_model, tiny_tokenizer
+from tests.patching.tasks import CLEAN, CORRUPT, LATE, TASK, metric_under, values_at
 
 NAME = "blocks.1.hook_resid_pre"
 
@@ -160,3 +164,23 @@ def test_nothing_is_left_behind(model) -> None:
         raise RuntimeError("stop")
     assert n_hooks(model) == hooks
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+@pytest.mark.parametrize("component", ["z", "k", "pattern", "resid_mid", "mlp_out", "neuron"])
+def test_late_passes_give_what_whole_ones_do(component: str, backend: str, monkeypatch) -> None:
+    """Prompts begin to differ at several positions; whole passes are those of the model's modules."""
+    build = {"hooked": hooked_from_hf, "bridge": bridge_from_hf}[backend]
+    half = build(copy.deepcopy(tiny_hf("gemma3")).to(torch.bfloat16), tiny_tokenizer(), "half")
+    options = {"method": "ig-inputs", "steps": 3, "max_rows": 8}
+    for own, share in ((tiny_model("gemma3", backend), 1e-5), (half, 0.1)):
+        late = attribution_patching(own, LATE, component, **options)
+        with monkeypatch.context() as patched:
+            patched.setattr(Arithmetic, "of", lambda *args: None)
+            whole = attribution_patching(own, LATE, component, **options)
+        assert late.values_by_prompt is not None and whole.values_by_prompt is not None
+        difference = late.values_by_prompt - whole.values_by_prompt
+        assert float(difference.norm()) < share * float(whole.values_by_prompt.norm())
+        assert late.metadata["residual_max"] == pytest.approx(
+            whole.metadata["residual_max"], abs=share
+        )

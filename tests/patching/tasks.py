@@ -16,6 +16,13 @@ CORRUPT = CLEAN.clone()
 CORRUPT[:, 2:4] = random_tokens(batch=2, length=3, seed=6)[:, 1:]
 RIGHT, WRONG = [10, 20], [30, 40]
 TASK = Task(CLEAN, CORRUPT, logit_diff(RIGHT, WRONG), name="random")
+_LONG = random_tokens(batch=4, length=12, seed=5)
+LATE = Task(
+    _LONG,
+    _LONG.scatter(1, torch.tensor([[2], [7], [2], [5]]), torch.tensor([[40], [50], [60], [70]])),
+    logit_diff([10, 20, 30, 40], [11, 21, 31, 41]),
+)
+"""Prompts that differ at one token each."""
 
 
 def score(logits: torch.Tensor) -> float:

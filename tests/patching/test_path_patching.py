@@ -11,13 +11,16 @@ import torch
 from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError
 from gemmascope_plugin.models import flatten_heads, restore_heads
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.load import bridge_from_hf, hooked_from_hf
+from gemmascope_plugin.models.replay import Arithmetic
 from gemmascope_plugin.patching import FeatureId, Task, logit_diff
 from gemmascope_plugin.patching.names import Stream
 from gemmascope_plugin.patching.node import Node, Reader
 from gemmascope_plugin.patching.path_patching import path_patching
 from tests import factories
+from tests.factories import tiny_hf, tiny_model, tiny_tokenizer
 from tests.patching.paths_slow import CORRUPT, TASK, base_metric, copied, delivered, difference
-from tests.patching.tasks import CLEAN, metric_under, values_at
+from tests.patching.tasks import CLEAN, LATE, metric_under, values_at
 from tests.splice import cross_layer_cases
 from tests.splice.cross_layer_reference import layer_features
 from tests.splice.reference import features
@@ -324,3 +327,21 @@ def test_mistakes(hooked2) -> None:
         with pytest.raises(error, match=message):
             path_patching(hooked2, TASK, senders, receivers, **options)
     assert factories.n_hooks(hooked2) == 0
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+@pytest.mark.parametrize("paths", ["direct", "mlps", "total"])
+def test_late_passes_give_what_whole_ones_do(paths: str, backend: str, monkeypatch) -> None:
+    """Prompts begin to differ at several positions; whole passes are those of the model's modules."""
+    build = {"hooked": hooked_from_hf, "bridge": bridge_from_hf}[backend]
+    half = build(copy.deepcopy(tiny_hf("gemma3")).to(torch.bfloat16), tiny_tokenizer(), "half")
+    senders = ["embed", "L0H1", "MLP0", "L1H2", "MLP1", "blocks.1.hook_resid_pre"]
+    receivers = ["L1H1.q", "L2H0.k", "L2H3.v", "MLP1", "MLP2", "blocks.2.hook_resid_pre", "logits"]
+    for own, share in ((tiny_model("gemma3", backend), 1e-5), (half, 0.1)):
+        late = path_patching(own, LATE, senders, receivers, paths=paths)
+        with monkeypatch.context() as patched:
+            patched.setattr(Arithmetic, "of", lambda *args: None)
+            whole = path_patching(own, LATE, senders, receivers, paths=paths)
+        assert late.values_by_prompt is not None and whole.values_by_prompt is not None
+        difference = late.values_by_prompt - whole.values_by_prompt
+        assert float(difference.norm()) < share * float(whole.values_by_prompt.norm())
