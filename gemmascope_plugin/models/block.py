@@ -13,6 +13,7 @@ Sums of norms and softmax are taken in float32. Cost: the matrix products of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -25,6 +26,10 @@ from gemmascope_plugin.models.anatomy import Anatomy, NormName
 from gemmascope_plugin.models.head_scores import HeadScores
 from gemmascope_plugin.models.norm import Norm
 
+_GELU = ("gelu_pytorch_tanh", "gelu_new")
+_SLOPE, _CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
+_FUSED, _CACHED = (torch.float32, torch.float64), 2**16
+"""Types, and numbers at a time that stay in a core's cache."""
 Hooks = Iterable[tuple[str, Callable[..., Any]]]
 _Q = ("attn.hook_q", "attn.hook_pattern", "attn.hook_z")
 _AFTER_Z = ("ln1_post.hook_scale", "ln1_post.hook_normalized", "hook_attn_out")
@@ -116,6 +121,7 @@ class Block:
             "k": anatomy.head_norm(layer, "k_norm"),
         }
         self._act = _activation(anatomy, self._mlp)
+        self._is_gelu = str(getattr(anatomy.model.cfg, "act_fn", "")) in _GELU
 
     def stays_in_attention(self, points: Points) -> bool:
         """Whether nothing happens in this block behind the stream between attention and MLP."""
@@ -266,8 +272,10 @@ class Block:
         x = self._normed("ln2", points(f"{name}ln2.hook_in", x), points)
         gate = points(f"{name}mlp.hook_pre", self._project(x, "gate"))
         linear = points(f"{name}mlp.hook_pre_linear", self._project(x, "in"))
-        active = self._act(gate)
-        post = active * linear if torch.is_grad_enabled() else active.mul_(linear)
+        if torch.is_grad_enabled() or not self._is_gelu or gate.dtype not in _FUSED:
+            post = self._act(gate) * linear
+        else:
+            post = gelu_times(gate, linear)
         bias = _bias(self._mlp, "in") if hasattr(self._mlp, "hook_mid") else None
         return post if bias is None else post + bias
 
@@ -319,6 +327,22 @@ def _divided(norm: Norm, x: torch.Tensor) -> torch.Tensor:
     return (y if norm.gain is None else y.mul_(norm.gain.to(y))).to(x.dtype)
 
 
+def gelu_times(
+    gate: Float[torch.Tensor, "*axes d_mlp"], linear: Float[torch.Tensor, "*axes d_mlp"]
+) -> Float[torch.Tensor, "*axes d_mlp"]:
+    """``gelu(gate) * linear`` with the approximation by tanh, without gradients.
+
+    ``0.5 (1 + tanh(u / 2)) = sigmoid(u)``, in few steps over numbers that stay in the cache: torch's own
+    function takes five times as long where many numbers are large, as they are in Gemma's MLPs.
+    """
+    gates, linears = gate.flatten(), linear.flatten()
+    out, slope = torch.empty_like(gates), gate.new_tensor(_SLOPE)
+    for g, x, y in zip(*(t.split(_CACHED) for t in (gates, linears, out)), strict=True):
+        torch.addcmul(slope, g, g, value=_SLOPE * _CUBE, out=y)
+        y.mul_(g).sigmoid_().mul_(g).mul_(x)
+    return out.view(gate.shape)
+
+
 def cut_out(x: Float[torch.Tensor, "row pos *axes"], rows: Rows) -> torch.Tensor:
     """The asked position of each row, the only one from there on."""
     if rows.asked is None or x.shape[1] == 1:
@@ -337,8 +361,7 @@ def window_of(anatomy: Anatomy, layer: int) -> int | None:
 
 
 def _activation(anatomy: Anatomy, mlp: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    name = str(getattr(anatomy.model.cfg, "act_fn", ""))
-    if name in ("gelu_pytorch_tanh", "gelu_new"):  # one formula, here in one step
+    if str(getattr(anatomy.model.cfg, "act_fn", "")) in _GELU:  # one formula, here in one step
         return lambda x: torch.nn.functional.gelu(x, approximate="tanh")
     inner = getattr(mlp, "original_component", None)
     return mlp.act_fn if inner is None else inner.act_fn

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemmascope_plugin.models.block import POINTS
+from gemmascope_plugin.models.block import POINTS, gelu_times
 from gemmascope_plugin.models.replay import Arithmetic, Replay, keeping, replayable
 from tests.factories import tiny_model
 from tests.tiny_models import random_tokens
@@ -171,3 +171,14 @@ def test_which_hooks_are_points() -> None:
     assert replayable(["hook_embed", "blocks.3.attn.hook_z", "ln_final.hook_scale"])
     assert not replayable(["blocks.3.attn.hook_rot_q"])
     assert not replayable(["unembed.hook_in"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gated_product_is_that_of_torch(dtype: torch.dtype) -> None:
+    gate = torch.randn(70, 1000, generator=torch.Generator().manual_seed(0)).to(dtype) * 10
+    gate[0, :4] = torch.tensor([0.0, 1e4, -1e4, -30.0])
+    linear = torch.randn(70, 1000, generator=torch.Generator().manual_seed(1)).to(dtype)
+    usual = torch.nn.functional.gelu(gate.double(), approximate="tanh") * linear.double()
+    off = (gelu_times(gate, linear).double() - usual).abs()
+    # torch rounds 1 + tanh, which is near 0 for large negative numbers, to the type's last digit at 1
+    assert bool((off <= 8 * torch.finfo(dtype).eps * (gate * linear).double().abs()).all())
