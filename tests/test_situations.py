@@ -8,6 +8,7 @@ weight that is not a number, padding in front, inference mode, float16; bfloat16
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 
 import gemmascope_plugin as gs
 from gemmascope_plugin.demo.corpus import make_corpus
-from gemmascope_plugin.errors import GemmaScopeError
+from gemmascope_plugin.errors import GemmaScopeError, ModelError
 from tests.support.arguments import ARGUMENTS, ELSEWHERE, METRICS, call
 from tests.support.calls import Numbers, Scene, bundled, numbers
 from tests.support.compared import check_close, compared
@@ -98,6 +99,32 @@ def test_inference_mode_changes_nothing(name: str, scene: Scene) -> None:
     arguments = ARGUMENTS[name](scene)
     with torch.inference_mode():
         check_same(call(name, arguments), plain(name, scene))
+
+
+def test_what_is_loaded_in_inference_mode_can_be_differentiated() -> None:
+    with torch.inference_mode():
+        specs = gs.tiny().specs[:2]
+        models = [gs.tiny(backend=backend).model for backend in ("hooked", "bridge")]
+        loaded = [gs.load(specs[0]), gs.load_suite(specs)[specs[1]], *models]
+    for module in loaded:
+        assert not any(x.is_inference() for x in (*module.parameters(), *module.buffers()))
+
+
+def test_a_dictionary_from_inside_inference_mode_says_so(scene: Scene) -> None:
+    with torch.inference_mode():
+        sae = copy.deepcopy(scene.saes["res"])
+    with pytest.raises(ModelError, match="made inside torch.inference_mode.*outside"):
+        gs.verify(scene.model, sae, scene.prompt)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_task_has_an_entry_for_each_prompt(form: str, scene: Scene) -> None:
+    for task in (scene.task, scene.task.first(1)):
+        formed = in_form({"model": scene.model, "task": task}, form)["task"]
+        assert len(formed) == len(task) and f"{len(task)} prompts" in repr(formed)
+        expected, taken = (t.take([len(task) - 1]).bind(scene.model) for t in (task, formed))
+        assert torch.equal(taken.clean, expected.clean)
+        assert torch.equal(taken.corrupt, expected.corrupt)
 
 
 @FUNCTIONS

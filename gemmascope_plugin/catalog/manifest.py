@@ -24,11 +24,14 @@ from gemmascope_plugin.catalog.home import VARIABLE, home
 from gemmascope_plugin.catalog.patterns import spec_of_folder
 from gemmascope_plugin.catalog.spec import SaeSpec, unchecked
 from gemmascope_plugin.files.json_file import Record, read_json
+from gemmascope_plugin.files.lock import file_lock
 from gemmascope_plugin.files.whole import write_text_whole
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
 MAX_SIZE = 1 << 26
+WAIT = 30.0
+"""Seconds to wait for another process that writes the file."""
 FIX = "gemmascope refresh --clear, then gemmascope refresh"
 
 
@@ -70,6 +73,19 @@ def listings() -> dict[str, Listing]:
         )
         for repo_id, row in rows.items()
     }
+
+
+def update(found: Mapping[str, Listing]) -> Path:
+    """Adds listings to those that are there, which another process may have changed since.
+
+    Raises:
+        GemmaScopeError: The folder cannot be written to, or somebody else writes for long.
+    """
+    path = manifest_path()
+    lock = path.with_name(f".{FILE_NAME}.lock")
+    with file_lock(lock, "a refresh of the catalog", shown=path, wait=WAIT):
+        listings.cache_clear()
+        return write({**listings(), **found})
 
 
 def write(found: Mapping[str, Listing]) -> Path:

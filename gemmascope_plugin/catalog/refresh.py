@@ -111,7 +111,8 @@ def refresh(*, repos: Sequence[str] | None = None, progress: bool = True) -> Ref
                 nearest=nearest(repo_id, known),
             )
     api = _api()
-    found = dict(manifest.listings())
+    manifest.listings()  # a damaged file is said before the network is asked
+    found: dict[str, Listing] = {}
     reports = []
     for repo_id in _with_progress(wanted, progress):
         specs = [s for release in known[repo_id] for s in tables.built_in(release)]
@@ -119,7 +120,7 @@ def refresh(*, repos: Sequence[str] | None = None, progress: bool = True) -> Ref
         reports.append(report)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         found[repo_id] = Listing(listed_at=now, missing=report.missing, added=report.added)
-    path = manifest.write(found)
+    path = manifest.update(found)
     tables.clear_caches()
     return RefreshReport(tuple(reports), path)
 

@@ -38,6 +38,7 @@ _OPENERS = {
 """Formats that do not hold one JumpReLU dictionary of one layer in Gemma Scope's keys."""
 
 
+@torch.inference_mode(False)
 def load(
     spec: SaeSpec | tuple[str, str] | str,
     sae_id: str | None = None,

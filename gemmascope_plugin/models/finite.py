@@ -87,9 +87,14 @@ def check_weights(weights: Iterable[tuple[str, torch.Tensor]], owner: str) -> No
         owner: Whose they are, as a sentence begins.
 
     Raises:
-        ModelError: With the weight and the place in it.
+        ModelError: With the weight and the place in it; or weights from inside inference mode.
     """
     for name, x in weights:
+        if x.is_inference():
+            raise ModelError(
+                f"{owner} was made inside torch.inference_mode(), so nothing can be differentiated",
+                fix="load it outside of the block",
+            )
         if _CHECKED.get(x) == x._version:
             continue
         if not is_finite(x):

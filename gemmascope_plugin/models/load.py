@@ -27,6 +27,7 @@ import torch
 from gemmascope_plugin.dtypes import as_device, as_dtype
 from gemmascope_plugin.errors import ModelError, check_choice
 from gemmascope_plugin.models.convert import hooked_config
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.parity import compare, fixed_tokens, last_logits
 from gemmascope_plugin.models.protocol import HookedModel, device_of
 from gemmascope_plugin.models.transformers_model import (
@@ -41,6 +42,7 @@ _TABLES = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
 """What a ``HookedTransformer`` computes for itself."""
 
 
+@gate()
 def load_model(
     name_or_path: str | Path | torch.nn.Module,
     *,

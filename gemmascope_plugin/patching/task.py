@@ -20,7 +20,9 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 
 from gemmascope_plugin.errors import TaskError
+from gemmascope_plugin.indices import as_index
 from gemmascope_plugin.models.asked import read_out
+from gemmascope_plugin.models.chat import is_chat
 from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.padding import padded, right_padded
@@ -68,7 +70,7 @@ class Task:
     """
 
     clean: Prompts
-    """Text or token ids ``[prompt, pos]``."""
+    """Texts, token ids ``[prompt, pos]``, or what else is a prompt (``models/prompts.py``)."""
     corrupt: Prompts
     """As many prompts, each as long in tokens as its clean partner."""
     metric: Any
@@ -87,6 +89,8 @@ class Task:
                     fix="logit_diff(answer, wrong), or a function of logits [prompt, d_vocab]",
                 )
             object.__setattr__(self, "metric", Custom(fn=self.metric))
+        for name in ("clean", "corrupt"):
+            object.__setattr__(self, name, _one_by_one(getattr(self, name)))
 
     @property
     def asked(self) -> Metric:
@@ -268,6 +272,26 @@ class Task:
                 fix="token ids [prompt, pos] and a mask of the same shape",
             )
         return right_padded(model, prompts, self.mask)
+
+
+def _one_by_one(prompts: Any) -> Any:
+    """Prompts in a form that has one entry for each: a tokenizer's output and single ones have not."""
+    if isinstance(prompts, Mapping) and "input_ids" in prompts:
+        ids, mask = prompts["input_ids"], prompts.get("attention_mask")
+        if as_index(ids[0]) is not None:
+            ids, mask = [ids], None if mask is None else [mask]
+        if mask is None:
+            return [_plain(row) for row in ids]
+        pairs = zip(ids, mask, strict=True)
+        return [[i for i, m in zip(_plain(r), _plain(k), strict=True) if m] for r, k in pairs]
+    if isinstance(prompts, str) or getattr(prompts, "ndim", 1) != 1:
+        return prompts
+    is_single = is_chat(prompts) or (len(prompts) > 0 and as_index(prompts[0]) is not None)
+    return [prompts] if is_single else prompts
+
+
+def _plain(row: Any) -> list[int]:
+    return [int(number) for number in row]
 
 
 def _taken(prompts: Prompts, index: list[int]) -> Prompts:

@@ -18,6 +18,7 @@ from gemmascope_plugin.errors import (
     MissingFileError,
     UnknownNameError,
 )
+from gemmascope_plugin.files.lock import FolderInUseError, file_lock
 
 PT_27B = "google/gemma-scope-2-27b-pt"
 IT_270M = "google/gemma-scope-2-270m-it"
@@ -129,6 +130,38 @@ def test_a_failed_run_changes_nothing(
         assert f"could not list {PT_27B}: {type(fault).__name__}" in str(error.value)
         assert "Nothing was changed" in str(error.value)
     assert not home.exists() and find() == before
+
+
+def test_what_another_process_lists_meanwhile_is_kept(
+    hub: dict[str, object], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub[IT_270M] = files_of(IT_270M)
+    other = manifest.Listing(listed_at="2026-01-01T00:00:00+00:00", missing=("x",))
+    at_once = manifest.update
+
+    def late(found: dict[str, manifest.Listing]) -> Path:
+        at_once({PT_27B: other})  # the other one was quicker
+        return at_once(found)
+
+    monkeypatch.setattr(manifest, "update", late)
+    refresh(repos=[IT_270M], progress=False)
+    assert manifest.listings().keys() == {IT_270M, PT_27B}
+    assert manifest.listings()[PT_27B] == other
+    assert [f.name for f in home.iterdir()] == ["manifest.json"]
+
+
+def test_one_process_at_a_time_writes(
+    hub: dict[str, object], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub[IT_270M] = files_of(IT_270M)
+    monkeypatch.setattr(manifest, "WAIT", 0.0)
+    home.mkdir()
+    with (
+        file_lock(home / ".manifest.json.lock", "a test"),
+        pytest.raises(FolderInUseError, match="manifest.json.*written to by.*a test"),
+    ):
+        refresh(repos=[IT_270M], progress=False)
+    assert not list(home.iterdir())
 
 
 def test_a_write_that_fails_leaves_no_file(

@@ -143,3 +143,20 @@ def test_refused(hooked2: Any) -> None:
     only = gs.trace(hooked2, TOKENS, saes, exclude=("bos",), targets=[target])
     with pytest.raises(TaskError, match="explains features only"):
         check_by_ablation(hooked2, only, saes)
+
+
+@pytest.mark.parametrize("constrained", [True, False])
+def test_likely_tokens_and_targets_are_of_one_run(constrained: bool) -> None:
+    """Without a soft-cap the difference of two targets is that of their log-probabilities."""
+    model = factories.tiny_model("gemma3", "hooked")
+    saes = [factories.transcoder(model, layer, seed=layer) for layer in range(3)]
+    best = model(TOKENS)[0, -1].topk(2).indices.tolist()
+    graph = gs.trace(model, TOKENS, saes, exclude=("bos",), targets=best)
+    feature = graph.nodes["id"][graph.where("feature")].iloc[0]
+    done = intervene(model, graph, saes, {feature: 5.0}, constrained=constrained)
+    rows = done.targets
+    after = (rows["before"] + rows["actual"]).to_numpy()
+    tokens = done.top_tokens.set_index("token")["after"]
+    said = np.log([tokens[label] for label in rows["label"]])
+    assert np.abs(np.diff(after) - np.diff(said)).max() < 1e-4
+    assert np.abs(rows["actual"]).max() > 1e-3, "something has to move"

@@ -156,11 +156,12 @@ def test_a_kill_at_any_call_leaves_a_whole_folder_for_the_next(tmp_path, call, n
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root writes anywhere")
 def test_a_folder_that_may_not_be_written(tmp_path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(GemmaScopeError, match="cannot be written to: Permission denied"):
-        fill(tmp_path / "f", "new")
-    with pytest.raises(GemmaScopeError, match="cannot write .*Permission denied"):
-        write_whole(tmp_path / "x", lambda file: None)
-    tmp_path.chmod(0o700)
+    """A file stands where the folder belongs: nobody writes there, whoever runs the tests."""
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        GemmaScopeError, match="cannot be written to: (Not a directory|File exists)"
+    ):
+        fill(tmp_path / "file" / "f", "new")
+    with pytest.raises(GemmaScopeError, match="cannot write .*(Not a directory|File exists)"):
+        write_whole(tmp_path / "file" / "x", lambda file: None)

@@ -11,12 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class LargestTensor(TorchDispatchMode):
     """Looks at the results of every operation, backward passes included, that are no views of its inputs.
 
-    ``numel`` is the largest number of entries among matrices whose last dimension is ``width`` or more.
+    ``numel`` is the largest number of entries among matrices whose last dimension is ``width`` or more;
+    with ``exact`` is ``width``.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, exact: bool = False) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.exact = width, exact
         self.numel = 0
         self.shape: tuple[int, ...] = ()
 
@@ -31,7 +32,9 @@ class LargestTensor(TorchDispatchMode):
         return result
 
     def _is_larger(self, x: torch.Tensor) -> bool:
-        return x.ndim > 1 and x.shape[-1] >= self.width and x.numel() > self.numel
+        if x.ndim < 2 or x.numel() <= self.numel:
+            return False
+        return x.shape[-1] == self.width if self.exact else x.shape[-1] >= self.width
 
 
 def _storage(x: torch.Tensor) -> int:
