@@ -144,6 +144,34 @@ def test_chunks_do_not_matter(hooked2: Any, monkeypatch: pytest.MonkeyPatch) -> 
     np.testing.assert_allclose(got, expected, atol=TINY)
 
 
+def test_chunks_of_one_token_are_the_same(hooked2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    saes = [factories.transcoder(hooked2, layer) for layer in LAYERS]
+    tracer = tracer_of(hooked2, saes)
+    weights = np.zeros(tracer.layout.n_nodes)
+    module = "gemmascope_plugin.attribution.adjoint.tracer"
+    found = []
+    for small, least in ((float("inf"), 1), (0, 1)):
+        monkeypatch.setattr(f"{module}.SMALL", small)
+        monkeypatch.setattr(f"{module}.MIN_CHUNK", least)
+        nodes = tracer._feature_nodes(tracer.layout.at[5])
+        entry = tracer.entry(tracer.layout.at[5], nodes)
+        spans = [len(part.positions.unique()) for part in tracer.chunks(entry, 1)]
+        assert max(spans) == 1 if small == 0 else len(spans) == 1
+        found.append(tracer.rows([], [], weights, None, False).matrix.toarray())
+    np.testing.assert_allclose(found[0], found[1], atol=TINY)
+
+
+def test_tokens_read_behind_and_below_the_first_attention_are_the_same(hooked2: Any) -> None:
+    saes = [factories.transcoder(hooked2, layer) for layer in LAYERS]
+    tracer = tracer_of(hooked2, saes)
+    weights = np.zeros(tracer.layout.n_nodes)
+    assert tracer.sweep._tokens is not None
+    expected = tracer.rows([], [], weights, None, False).matrix.toarray()
+    tracer.sweep.__dict__["_tokens"] = None
+    got = tracer.rows([], [], weights, None, False).matrix.toarray()
+    np.testing.assert_allclose(got, expected, atol=TINY)
+
+
 def test_rows_gathered_at_every_use_are_the_same(hooked2: Any) -> None:
     saes = [factories.transcoder(hooked2, layer) for layer in LAYERS]
     tracer = tracer_of(hooked2, saes)
@@ -151,7 +179,7 @@ def test_rows_gathered_at_every_use_are_the_same(hooked2: Any) -> None:
     expected = tracer.rows([], [], weights, None, False).matrix.toarray()
     for written in tracer.sweep._written:
         written._budget = 0
-        written.__dict__.pop("_kept", None)
+        written.__dict__.pop("_held", None)
     got = tracer.rows([], [], weights, None, False).matrix.toarray()
     np.testing.assert_array_equal(got, expected)
 

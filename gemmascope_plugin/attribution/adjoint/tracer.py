@@ -1,11 +1,21 @@
 """From a prompt and dictionaries to the rows of a trace: checks, nodes, chunks of targets.
 
 1. One frozen pass; every site is encoded.
-2. Targets that enter at one place are sorted by token and taken in chunks that fit the memory budget.
+2. Targets that enter at one place are sorted by token and taken in chunks that fit the memory budget,
+   and that end where one more token would cost those before it more than another chunk does.
 3. With a limit on the number of feature rows the most influential ones are taken, as found from the rows
    known so far, some at a time (as circuit-tracer does).
 
-Cost: that of the sweep; rows are stored sparsely as they come.
+Cost: that of the sweep, which is bound by its products. Of 16 tokens on 18 layers of Gemma 3 270M's
+shape with 60 active features a token and layer (15,929 features, 65 million edges, one thread), of
+17.2 s of CPU
+
+    gradients to what heads write 55 %, over tokens and through values 21 %, effects of features 12 %,
+    rows to their place 4 %, forward pass 2 %, encoding 1 %, row sums 1 %, all else 4 %
+
+so that 88 % are products: 1.9 * 10^12 operations, 1.3 to 1.4 times what a single large product takes for as
+many (``tests/benchmarks/trace.py bound``). Narrow models (``d_model`` 64) are bound by what is moved
+instead: 8 bytes an edge, written once.
 """
 
 from __future__ import annotations
