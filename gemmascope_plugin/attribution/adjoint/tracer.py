@@ -13,7 +13,7 @@ shape with 60 active features a token and layer (15,929 features, 65 million edg
     gradients to what heads write 55 %, over tokens and through values 21 %, effects of features 12 %,
     rows to their place 4 %, forward pass 2 %, encoding 1 %, row sums 1 %, all else 4 %
 
-so that 88 % are products: 1.9 * 10^12 operations, 1.3 to 1.4 times what a single large product takes for as
+so that 88 % are products: 1.9 * 10^12 operations, in 1.3 to 1.7 times what a large product takes for as
 many (``tests/benchmarks/trace.py bound``). Narrow models (``d_model`` 64) are bound by what is moved
 instead: 8 bytes an edge, written once.
 """
