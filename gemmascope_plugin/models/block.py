@@ -204,7 +204,7 @@ class Block:
         if cut and q.shape[1] < n_pos:
             assert rows.asked is not None
             ask = rows.asked[:, None] + rows.start
-        q = self._turned(self._head_normed("q", q), ask).transpose(1, 2)
+        q = self._turned(self._head_normed("q", q), ask)
         k = self._turned(self._head_normed("k", k), at[None]).transpose(1, 2)
         v = v.transpose(1, 2)
         if made is not None:
@@ -213,15 +213,26 @@ class Block:
             assert earlier is not None, "positions start behind others"
             keys, values = earlier.before(rows.start, len(x))
             k, v = torch.cat([keys, k], 2), torch.cat([values, v], 2)
-        kv, group = k.shape[1], q.shape[1] // k.shape[1]
-        # the heads of a group are further queries of one key-value head
-        scores = q.reshape(len(q), kv, group * q.shape[2], -1) @ k.transpose(2, 3)
-        scores = self._capped(scores.unflatten(2, (group, -1)) / self._scale)
-        mask = self._mask(ask, k.shape[2])[:, None, None]
+        group = q.shape[2] // k.shape[1]
+        # the heads of a group are further queries of one key-value head, position after position: with a
+        # single one of these, as in small Gemmas, nothing is copied
+        q = q.unflatten(2, (-1, group)).transpose(1, 2).flatten(2, 3)
+        scores = self._capped((q @ k.transpose(2, 3)).unflatten(2, (-1, group)) / self._scale)
+        mask = self._mask(ask, k.shape[2])[:, None, :, None]
         pattern = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=_wide(scores.dtype))
-        pattern = points(f"{self._name}attn.hook_pattern", pattern.flatten(1, 2).to(v.dtype))
-        z = pattern.unflatten(1, (kv, group)).flatten(2, 3).to(v.dtype) @ v
-        return z.unflatten(2, (group, -1)).flatten(1, 2).transpose(1, 2)
+        pattern = self._shown(pattern.to(v.dtype), points)
+        z = pattern.flatten(2, 3) @ v
+        return z.unflatten(2, (-1, group)).transpose(1, 2).flatten(2, 3)
+
+    def _shown(
+        self, pattern: Float[torch.Tensor, "row kv pos group key"], points: Points
+    ) -> Float[torch.Tensor, "row kv pos group key"]:
+        """The attention pattern behind its point, where heads are one axis."""
+        name = f"{self._name}attn.hook_pattern"
+        if name not in points:
+            return pattern
+        by_head = points(name, pattern.transpose(2, 3).flatten(1, 2))
+        return by_head.unflatten(1, (pattern.shape[1], -1)).transpose(2, 3).to(pattern.dtype)
 
     def _mask(
         self, ask: Int[torch.Tensor, "row pos"], n_keys: int

@@ -37,6 +37,8 @@ _MID = ("ln2.", "mlp.", "ln2_post.", "hook_mlp_out")
 """Points between attention and the end of the layer."""
 _SPREAD, _TOKENS = 0.15, 256
 """Share of positions that may be run for nothing, once a pass has this many."""
+_AT_ONCE = 1024
+"""Positions of a pass on a CPU: more make products no faster, and memory is asked for anew each time."""
 
 
 @torch.no_grad()
@@ -143,7 +145,6 @@ def _chunks(run: Experiment, part: Part, live: Sequence[_Live]) -> Iterator[list
 
     Each chunk is in ascending order of layers.
     """
-    copies = max(1, run.rows // len(part.index))
     stop = int(part.replay.at.max()) + 1
     chunk: list[_Live] = []
     for patch in sorted(live, key=lambda patch: (patch.start, patch.layer, patch.index)):
@@ -151,13 +152,19 @@ def _chunks(run: Experiment, part: Part, live: Sequence[_Live]) -> Iterator[list
             width = stop - chunk[0].start
             enough = len(chunk) * len(part.index) * width >= _TOKENS
             if enough and patch.start - chunk[0].start > _SPREAD * width:
-                yield from _in_order(chunk, copies)
+                yield from _in_order(run, part, chunk)
                 chunk = []
         chunk.append(patch)
-    yield from _in_order(chunk, copies)
+    if chunk:
+        yield from _in_order(run, part, chunk)
 
 
-def _in_order(chunk: list[_Live], copies: int) -> Iterator[list[_Live]]:
+def _in_order(run: Experiment, part: Part, chunk: list[_Live]) -> Iterator[list[_Live]]:
+    copies = max(1, run.rows // len(part.index))
+    if run.base.device.type == "cpu":
+        window = part.replay.window(chunk[0].start)
+        tokens = len(part.index) * (window.stop - window.start)
+        copies = min(copies, max(1, _AT_ONCE // tokens))
     chunk = sorted(chunk, key=lambda patch: (patch.layer, patch.start, patch.index))
     for start in range(0, len(chunk), copies):
         yield chunk[start : start + copies]
