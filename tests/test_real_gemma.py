@@ -23,6 +23,11 @@ def task(real_model: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
+def transcoders(real_model: Any) -> list[Any]:
+    return fitted_transcoders(real_model)
+
+
+@pytest.fixture(scope="module")
 def saes(real_model: Any) -> list[Any]:
     return [fitted_sae(real_model, RESID), fitted_sae(real_model, LATER)]
 
@@ -82,6 +87,25 @@ def test_rows_of_a_trace_sum_to_what_they_explain(fixture: str, most: float, req
         model, "The capital of France is", fitted_transcoders(model), max_feature_nodes=64
     )
     assert graph.metadata["residual"] < most
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        '<a href="',  # two likely tokens differ by a space
+        "def add(a, b):\n    return",
+        "\u201cTo be or not to be",
+        "1, 2, 4, 8, 16,",
+        "\u65e5\u672c\u306e\u9996\u90fd\u306f",
+        "\U0001f469\u200d\U0001f469\u200d\U0001f467",  # bytes
+        "...",
+    ],
+)
+def test_ordinary_prompts_can_be_traced(prompt: str, real_model: Any, transcoders: Any) -> None:
+    graph = gs.trace(real_model, prompt, transcoders, max_feature_nodes=16)
+    assert graph.nodes["id"].is_unique and graph.metadata["residual"] < 1e-5
+    targets = graph.metadata["targets"]
+    assert len(set(targets)) == len(targets) == graph.where("target").sum()
 
 
 def test_integrated_gradients_are_conserved(real_model, task) -> None:

@@ -35,6 +35,7 @@ from gemmascope_plugin.attribution.adjoint.tracer import Tracer
 from gemmascope_plugin.circuits.tracing.attribution_graph import AttributionGraph
 from gemmascope_plugin.circuits.tracing.matching import dictionary_name
 from gemmascope_plugin.circuits.tracing.node_table import node_table
+from gemmascope_plugin.circuits.tracing.rounding import allowed_gap
 from gemmascope_plugin.errors import (
     FeatureIndexError,
     ModelError,
@@ -51,10 +52,6 @@ from gemmascope_plugin.models.protocol import HookedModel, dtype_of
 from gemmascope_plugin.models.tokens import token_strings
 from gemmascope_plugin.sizes import parse_size
 from gemmascope_plugin.splice.check import check_saes
-
-RESIDUALS = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-"""Type of the weights to what rounding may leave of a row, as a share of the size of its effects: dozens
-of roundings of a narrow stream, ``2^-9`` or ``2^-12`` each; sums of float32 stay far below."""
 
 
 @gate(model=check_model, transcoders=check_saes)
@@ -236,7 +233,7 @@ def _judged(tracer: Tracer, nodes: Any, edges: Adjacency) -> float:
     sums = edges.sums
     gaps = np.abs(sums - values)
     residual = float(gaps.max() / max(np.abs(values).max(), 1e-30))
-    allowed = RESIDUALS.get(dtype_of(tracer.record.model), 1e-2)
+    allowed = _allowed(tracer, edges)
     # of terms that cancel, rounding leaves a share of their size
     size = edges.sizes
     worst = int(np.argmax(gaps - allowed * np.maximum(size, np.abs(values))))
@@ -248,6 +245,15 @@ def _judged(tracer: Tracer, nodes: Any, edges: Adjacency) -> float:
             fix="load_model(name), which folds nothing, or dtype='float32'",
         )
     return residual
+
+
+def _allowed(tracer: Tracer, edges: Adjacency) -> float:
+    """The share of a row's size that rounding may leave."""
+    record = tracer.record
+    dtypes = {dtype_of(record.model), torch.from_numpy(edges.matrix.data[:0]).dtype}
+    for one in tracer.layout.activities:
+        dtypes |= {x.dtype for x in one.site.hooked.sae.parameters()}
+    return allowed_gap(dtypes, record.n_layers, int(record.model.cfg.d_model))
 
 
 def _check_limits(
