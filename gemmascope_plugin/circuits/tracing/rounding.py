@@ -8,8 +8,8 @@ model has rounded away. With a type whose roundings are ``u`` on average (a quar
    ``u sqrt(12 L)`` of the size of what is rounded.
 2. Sums of half-precision products are kept in float32. Those of float32 are not kept in more, so each of
    the ``d`` terms of a product rounds too: ``sqrt(12 L d)``.
-3. ``SIGMAS`` of that, over thousands of rows: what is above is not rounding. Heads of one layer that write
-   a thousandth more than their values say are above it in float32, a third more in bfloat16.
+3. ``SIGMAS`` of that, over thousands of rows: what is above is not rounding. Heads of one layer that
+   write a thousandth more than their values say are above it in float32, a third more in bfloat16.
 
 For Gemma 3 270M (18 layers) that is 3e-5 in float32 and 0.09 in bfloat16, as a share of the absolute sum
 of a row; on the bundled suite rows are off by a fifth of what is allowed.
@@ -31,7 +31,7 @@ def allowed_gap(dtypes: Iterable[torch.dtype], n_layers: int, d_model: int) -> f
     """The share of the absolute sum of a row that its sum may be off.
 
     Args:
-        dtypes: Types of the model, its dictionaries and the rows; the narrowest counts.
+        dtypes: Types of the model, of features and of the rows; the narrowest counts.
         n_layers: Blocks that are passed.
         d_model: Width of the stream.
     """

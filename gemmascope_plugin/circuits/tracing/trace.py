@@ -251,8 +251,7 @@ def _allowed(tracer: Tracer, edges: Adjacency) -> float:
     """The share of a row's size that rounding may leave."""
     record = tracer.record
     dtypes = {dtype_of(record.model), torch.from_numpy(edges.matrix.data[:0]).dtype}
-    for one in tracer.layout.activities:
-        dtypes |= {x.dtype for x in one.site.hooked.sae.parameters()}
+    dtypes |= {one.acts.values.dtype for one in tracer.layout.activities}
     return allowed_gap(dtypes, record.n_layers, int(record.model.cfg.d_model))
 
 
