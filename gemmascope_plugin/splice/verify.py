@@ -155,8 +155,9 @@ def _bos_l0(model: HookedModel, sae: Any, batches: Batches, own: Candidate) -> f
         if not rows.any():
             continue
         name = own.read.hook
-        cache = record(model, tokens[rows], [name])
-        x = own.read(cache[name])[here[rows]].flatten(1)
+        n_read = int(here.any(0).nonzero().max()) + 1  # no later token changes what BOS is
+        cache = record(model, tokens[rows, :n_read], [name])
+        x = own.read(cache[name])[here[rows, :n_read]].flatten(1)
         active += int((coder.activate(coder.pre_activations(x), x) > 0).sum())
         n += len(x)
     return active / n if n else None

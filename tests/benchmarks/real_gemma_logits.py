@@ -6,9 +6,10 @@ position   One position through the unembedding against TransformerLens' own ``u
            ``W_U``, as it comes from there, and on the layout that ``load_model`` makes.
 lens       The matrix products of ``logit_lens`` on 16 positions alone: what it cannot go below.
 calls      ``logit_lens`` (16 positions, and the last one alone), ``steer``, ``measure`` (417 tokens),
-           ``verify`` (ids [2, 512]) and ``evaluate`` in a process of their own, in turns with the same
-           calls from another checkout of this repository (``git worktree add CHECKOUT 9a878da``): median
-           CPU seconds, peak memory above what the model takes.
+           ``verify`` (ids [2, 512]) and ``evaluate`` (a circuit of nodes on 8 prompts of 12 tokens
+           beside 20 random ones) in a process of their own, in turns with the same calls from another
+           checkout of this repository (``git worktree add CHECKOUT 9a878da``): median CPU seconds, peak
+           memory above what the model takes.
 
 ``--model`` is a Hugging Face folder of Gemma 3 270M; without it, and with ``--smoke``, the bundled model.
 Dictionaries are random JumpReLU of width 4096 in the middle layer: what they cost does not depend on what
@@ -171,13 +172,14 @@ def prepared(name: str, model: Any, smoke: bool) -> Callable[[], object]:
         return lambda: gs.measure(model, sae, ids[:1, : 32 if smoke else 417])
     if name == "verify":
         return lambda: gs.verify(model, sae, ids)
-    clean = ids[:, :12].clone()
+    clean = torch.randint(5, words, (2 if smoke else 8, 12))
+    clean[:, 0] = model.tokenizer.bos_token_id
     corrupt = clean.clone()
     corrupt[:, 4] = clean[:, 4].flip(0)
-    answer, wrong = [7, 8], [9, 10]
-    task = gs.Task(clean, corrupt, gs.logit_diff(answer, wrong))
+    answers = torch.arange(7, 7 + 2 * len(clean)).view(2, -1).tolist()
+    task = gs.Task(clean, corrupt, gs.logit_diff(*answers))
     circuit = gs.discover(model, task)
-    return lambda: gs.evaluate(circuit, model, task, n_random=2, sizes=[0, 4, 8])
+    return lambda: gs.evaluate(circuit, model, task, n_random=2 if smoke else 20)
 
 
 PROMPT = "the man went to the store"
