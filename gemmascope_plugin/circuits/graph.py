@@ -302,7 +302,8 @@ class Graph:
         if len(largest) < len(units):
             title += f", the {len(largest)} largest"
         names = [caption(self.nodes[i], self.meanings) for i in units[largest].tolist()]
-        sign = f", {self.metadata['sign']}" if "sign" in self.metadata else ""
+        # in two lines: a figure is half as wide as a page
+        sign = f"<br>{self.metadata['sign']}" if "sign" in self.metadata else ""
         x_title = f"effect on {self.metadata.get('metric')}{sign}"
         return figures.bars(names, scores[largest].tolist(), title=title, x_title=x_title)
 

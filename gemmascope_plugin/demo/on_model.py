@@ -31,6 +31,7 @@ from gemmascope_plugin.demo.progress import Steps, versions
 from gemmascope_plugin.errors import MissingFileError, UnknownNameError, check_choice
 from gemmascope_plugin.features import Features, analyze
 from gemmascope_plugin.features.top_words import top_words
+from gemmascope_plugin.figures.theme import visible
 from gemmascope_plugin.loading import load
 from gemmascope_plugin.loading.sources import locate
 from gemmascope_plugin.models import load_model
@@ -397,9 +398,11 @@ def _spliced_parts(spliced: SplicedSaes) -> list[Any]:
     rows = [
         {
             "feature": f"{site_name(row.site)} / {row.feature}",
-            "token": row.token,
+            "token": visible(row.token),
             "activation": row.activation,
-            "writes towards": ", ".join(spliced.words.get((row.site, row.feature), ("",))),
+            "writes towards": "  ".join(
+                map(visible, spliced.words.get((row.site, row.feature), ()))
+            ),
         }
         for row in features.top(N_FEATURES).itertuples()
     ]

@@ -63,7 +63,8 @@ class TinySuite:
     def model(self) -> HookedModel:
         """The trained model, frozen."""
         model: Any = load_model(ASSETS / MODEL_FOLDER, backend=self.backend, **self._place())
-        model.gemmascope_source = SOURCE  # its folder is called "model"
+        # its folder is called "model"
+        model.cfg.model_name, model.gemmascope_source = MODEL, SOURCE
         return model
 
     @property

@@ -144,7 +144,7 @@ def positions_section(effects: Effects, agreement: str) -> Section:
         x=list(meta["tokens"]),
         y=[f"layer {layer}" for layer in effects.labels["layer"]],
         x_title="token (of the first prompt)",
-        title="Share of the answer that one patch brings back",
+        title="Share that one patch brings back",
         color_title="share",
     )
     return Section(

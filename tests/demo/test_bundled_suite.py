@@ -37,6 +37,13 @@ def test_package_data_is_at_most_20_megabytes():
     assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) <= MAX_BYTES
 
 
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_the_model_says_what_it_is_and_where_its_weights_come_from(backend):
+    model = tiny(backend=backend).model
+    assert model.cfg.model_name == "gemma-2-tiny"
+    assert model.gemmascope_source == "gemma-2-tiny, the model that ships with this package"
+
+
 def test_there_is_a_dictionary_of_every_kind_for_every_layer(suite):
     assert len(suite.specs) == 24
     plain, matryoshka = ("npz", None), ("gemma-scope-2", "matryoshka")

@@ -11,7 +11,7 @@ from gemmascope_plugin.models.origin import end_ids, weights_of
 from gemmascope_plugin.pages import circuit_html, effects_html, trace_html
 from tests.factories import tiny_model
 
-PLACE = "folder 'model'"
+PLACE = "gemma-2-tiny, the model that ships with this package"
 
 
 @pytest.fixture(scope="module")
