@@ -55,7 +55,10 @@ Clean = Annotated[list[str] | None, typer.Option(help="Own clean prompt; once pe
 Corrupt = Annotated[
     list[str] | None, typer.Option(help="Its corruption, as long in tokens as the clean prompt.")
 ]
-Answer = Annotated[list[str] | None, typer.Option(help="Right next word of a clean prompt.")]
+Answer = Annotated[
+    list[str] | None,
+    typer.Option(help="Right next word of a clean prompt, with its blank: ' Paris'."),
+]
 Wrong = Annotated[list[str] | None, typer.Option(help="Word to compare the answer with.")]
 MetricName = Annotated[
     str | None,
@@ -68,7 +71,12 @@ BeforeCap = Annotated[
     bool, typer.Option("--before-cap", help="Read logits before the final soft-cap.")
 ]
 ModelName = Annotated[
-    str, typer.Option("--model", help="Model: gemma-2-tiny, a name on the hub or a folder.")
+    str,
+    typer.Option(
+        "--model",
+        help="Model: gemma-2-tiny, gemma-3-270m (extra [gemma]), any name on the hub, a folder or a "
+        "GGUF file.",
+    ),
 ]
 BackendName = Annotated[str, typer.Option("--backend", help="Model class: hooked or bridge.")]
 Device = Annotated[

@@ -187,7 +187,6 @@ def _heads(effects: Effects, title: str, limit: float) -> Any:
 def circuit_section(scores: Scores) -> Section:
     """The ranked nodes and how faithful the circuit is beside random ones."""
     circuit, frame = scores.circuit, scores.circuit.to_frame()
-    best = max(scores.random, default=float("nan"))
     meta = scores.metadata
     ranked = frame.drop(columns="kept")
     shown = min(circuit.size, MAX_NODES)
@@ -199,12 +198,20 @@ def circuit_section(scores: Scores) -> Section:
         "band spans random circuits of the same size.",
         (
             f"The best {circuit.size} of {len(circuit.ranking)} nodes: faithfulness "
-            f"{scores.faithfulness:.3f}; the best of {len(scores.random)} random circuits of that "
-            f"size: {best:.3f}.",
+            f"{scores.faithfulness:.3f}{_beside(scores.random)}.",
             Columns((circuit.plot(), scores.plot())),
             Markup(figures.frame_html(ranked, max(shown, 1))),
         ),
     )
+
+
+def _beside(random: Sequence[float]) -> str:
+    """Random circuits of the same size; one of several may hold all that matters, so their mean too."""
+    if not random:
+        return ""
+    n = "one random circuit" if len(random) == 1 else f"{len(random)} random circuits"
+    mean = sum(random) / len(random)
+    return f"; {n} of that size: {mean:.3f} on average, {max(random):.3f} at best"
 
 
 def steering_html(steering: Steering) -> Markup:

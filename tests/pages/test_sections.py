@@ -139,7 +139,7 @@ def test_heatmaps_of_heads_share_their_colours() -> None:
 
 def test_circuit_section_lists_the_kept_nodes() -> None:
     text, _, table = circuit_section(scores()).parts
-    assert "The best 2 of 4 nodes: faithfulness 0.900; the best of 1 random circuits" in text
+    assert "The best 2 of 4 nodes: faithfulness 0.900; one random circuit of that size" in text
     assert "L0H1" in table and "L0H2" not in table
     assert "… and 2 more rows" in table
 
