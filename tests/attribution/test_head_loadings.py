@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +22,13 @@ from gemmascope_plugin.attribution.adjoint.targets import (
 )
 from gemmascope_plugin.attribution.adjoint.tracer import Tracer
 from gemmascope_plugin.circuits import AttributionGraph, FeatureTarget, trace
-from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError
+from gemmascope_plugin.errors import EmptySelectionError, ModelError, TaskError, UnknownNameError
 from tests import factories
 from tests.attribution.frozen_reference import FrozenModel, with_attention_biases
 from tests.attribution.test_adjoint import LAYERS, SETS, TOKENS, dictionaries, tracer_of
 from tests.support.rounding import TINY
 
+module: Any = importlib.import_module("gemmascope_plugin.circuits.tracing.head_loadings")
 Cut = list[tuple[str, Callable[..., Any]]]
 
 
@@ -234,6 +237,27 @@ def test_edges_that_are_none(
     given = tuple(names.get(node, node) for node in edge)
     with pytest.raises(error, match=words):
         head_loadings(hooked2, graph, saes, [given])
+
+
+def test_parts_that_do_not_sum_to_their_edge_are_refused(
+    graph: AttributionGraph, saes: list[Any], hooked2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame = graph.edge_frame()
+    nodes = graph.nodes
+    early = set(nodes["id"][graph.where("feature") & (nodes["layer"] == 0).to_numpy()])
+    ends = set(nodes["id"][graph.where("target")])
+    pairs = zip(frame["source"], frame["target"], strict=True)
+    edge = next((s, t) for s, t in pairs if s in early and t in ends)
+    whole = module.loadings
+
+    def wrong(*args: Any) -> Any:
+        found = whole(*args)
+        return dataclasses.replace(found, effects=found.effects * 1.01)
+
+    head_loadings(hooked2, graph, saes, [edge])
+    monkeypatch.setattr(module, "loadings", wrong)
+    with pytest.raises(ModelError, match="What heads carry of the edge .* is off by"):
+        head_loadings(hooked2, graph, saes, [edge])
 
 
 def test_no_edges(graph: AttributionGraph, saes: list[Any], hooked2: Any) -> None:

@@ -19,14 +19,16 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 import gemmascope_plugin.figures as figures
+from gemmascope_plugin.attribution.adjoint.frozen_pass import FrozenPass
 from gemmascope_plugin.attribution.adjoint.head_loadings import loadings
 from gemmascope_plugin.attribution.adjoint.targets import Target
 from gemmascope_plugin.circuits.tracing.attribution_graph import SHOWN, AttributionGraph
 from gemmascope_plugin.circuits.tracing.retrace import Prompt, Retrace, seeds_of, tracer_of
-from gemmascope_plugin.errors import EmptySelectionError, TaskError
+from gemmascope_plugin.circuits.tracing.rounding import allowed_gap
+from gemmascope_plugin.errors import EmptySelectionError, ModelError, TaskError
 from gemmascope_plugin.models.check import check_model
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, dtype_of
 from gemmascope_plugin.models.tokens import token_strings
 from gemmascope_plugin.splice.check import check_saes
 
@@ -195,9 +197,33 @@ def _carried(
         between[own] = found.between.cpu().numpy()
         weights[own] = found.effects.double().cpu().numpy()
         gaps[own] = found.gaps.double().cpu().numpy()
+    _judge(record, pairs, gaps, np.maximum(np.abs(by_key).sum((1, 2, 3)), np.abs(weights)))
     details = {"residual": float(gaps.max() / max(np.abs(weights).max(), 1e-30))}
     words = tuple(token_strings(record.model, record.tokens))
     return HeadLoadings(tuple(pairs), weights, by_key, bypass, between, words, details)
+
+
+def _judge(
+    record: FrozenPass,
+    pairs: Sequence[tuple[str, str]],
+    gaps: Float[np.ndarray, " edge"],
+    sizes: Float[np.ndarray, " edge"],
+) -> None:
+    """Refuses edges that are not the sum of their parts.
+
+    Raises:
+        ModelError: With the worst of them.
+    """
+    model = record.model
+    allowed = allowed_gap([dtype_of(model)], record.n_layers, int(model.cfg.d_model)) * sizes
+    worst = int(np.argmax(gaps - allowed))
+    if not gaps[worst] <= allowed[worst]:
+        source, target = pairs[worst]
+        raise ModelError(
+            f"What heads carry of the edge from {source} to {target} is off by {gaps[worst]:.3g}, "
+            f"allowed is {allowed[worst]:.1g}",
+            fix="load_model(name), which folds nothing, or dtype='float32'",
+        )
 
 
 def _pairs(edges: Any) -> list[tuple[str, str]]:
@@ -213,7 +239,9 @@ def _pairs(edges: Any) -> list[tuple[str, str]]:
         edges = [edges]
     if isinstance(edges, (str, Mapping)) or not isinstance(edges, Iterable):
         raise _no_edge(edges)
-    found = [tuple(edge) if isinstance(edge, (tuple, list)) else (edge,) for edge in edges]
+    found: list[Any] = [
+        tuple(edge) if isinstance(edge, (tuple, list)) else (edge,) for edge in edges
+    ]
     if not found:
         raise EmptySelectionError("No edge was given", fix="graph.edge_frame(10)")
     for edge in found:

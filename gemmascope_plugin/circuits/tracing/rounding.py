@@ -12,7 +12,8 @@ model has rounded away. With a type whose roundings are ``u`` on average (a quar
    write a thousandth more than their values say are above it in float32, a third more in bfloat16.
 
 For Gemma 3 270M (18 layers) that is 3e-5 in float32 and 0.09 in bfloat16, as a share of the absolute sum
-of a row; on the bundled suite rows are off by a fifth of what is allowed.
+of a row; ordinary prompts with random transcoders were off by 4e-7 and 6e-3 at most, the bundled suite,
+whose stream is narrow, by a fifth of what is allowed.
 """
 
 from __future__ import annotations
