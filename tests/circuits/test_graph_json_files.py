@@ -138,6 +138,8 @@ CHANGES: list[tuple[Any, str]] = [
     (lambda c: c.update(nodes=[]), "it has no nodes|which is no node"),
     (lambda c: c.update(nodes=3), "no attribution graph"),
     (lambda c: c["metadata"].update(prompt_tokens=["a", 3]), "not a list of texts"),
+    (lambda c: c["metadata"].update(scan={"$float": None}), "None stands for a number"),
+    (lambda c: c["metadata"].update(prompt={"$float": 1}), "1 stands for a number"),
     (lambda c: c.update(qParams=[]), "qParams is not an object"),
     (lambda c: c["qParams"].update(pinnedIds=3), "pins or supernodes that are not lists"),
     (lambda c: c["qParams"].update(supernodes=[[1]]), "pins or supernodes that are not lists"),
@@ -159,6 +161,11 @@ def test_damaged_content_is_named(number: int, tmp_path: Path) -> None:
         AttributionGraph.from_json(path)
 
 
+def feature_of(content: dict[str, Any]) -> dict[str, Any]:
+    """The first feature in a content."""
+    return next(node for node in content["nodes"] if node["feature_type"].startswith("cross"))
+
+
 def test_own_files_with_other_types_are_named() -> None:
     for change in (
         lambda c: c["metadata"]["gemmascope"].update(dtype="object"),
@@ -168,6 +175,8 @@ def test_own_files_with_other_types_are_named() -> None:
         lambda c: c["nodes"][-1]["gemmascope"].update(layer="high"),
         lambda c: c["nodes"][-1]["gemmascope"].update(value={"$float": []}),
         lambda c: c["nodes"][-1]["gemmascope"].update(explained="yes"),
+        lambda c: feature_of(c)["gemmascope"].update(site="0"),
+        lambda c: feature_of(c)["gemmascope"].update(site="blocks.1.hook_mlp_in"),
     ):
         content = copy.deepcopy(traced("some").to_json("x"))
         change(content)

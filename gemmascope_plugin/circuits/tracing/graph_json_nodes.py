@@ -53,18 +53,23 @@ def from_cantor(number: int) -> tuple[int, int]:
     return diagonal - index, index
 
 
+def has_word(site: object) -> bool:
+    """Whether nodes of a site have a name in this format."""
+    match = _PLACE.fullmatch(site) if isinstance(site, str) else None
+    return match is not None and match[1] in _WORDS
+
+
 def site_word(site: str) -> str:
     """``mlp``, ``att`` or ``res`` for an output hook.
 
     Raises:
         GemmaScopeError: Another hook.
     """
-    match = _PLACE.fullmatch(site)
-    if match is None or match[1] not in _WORDS:
+    if not has_word(site):
         raise GemmaScopeError(
             f"Nodes at {site!r} have no name in this format", exists=", ".join(_WORDS)
         )
-    return _WORDS[match[1]]
+    return _WORDS[site.split(".", 2)[2]]
 
 
 def node_records(

@@ -35,6 +35,7 @@ from gemmascope_plugin.circuits.tracing.graph_json_nodes import (
     SHIFT,
     SITES,
     from_cantor,
+    has_word,
 )
 from gemmascope_plugin.circuits.tracing.graph_json_view import changed_labels, read_view
 from gemmascope_plugin.circuits.tracing.parts import NODE_COLUMNS, Parts
@@ -171,6 +172,9 @@ def _row(
         activation = from_json_value(own.get("value"))
     weight = node.get("token_prob") or 0.0 if kind == "target" else own.get("weight", 0.0)
     site = "" if kind in ("token", "target") else f"blocks.{layer}.{SITES['mlp']}"
+    site = own.get("site", site)
+    if kind in ("feature", "error") and not has_word(site):
+        raise ValueError(f"its node {node['node_id']!r} has the site {site!r:.60}")
     influence, label = node.get("influence"), node["clerp"]
     if kind in _WORDS and "label" not in own:
         match = _WORDS[kind].fullmatch(label)
@@ -182,7 +186,7 @@ def _row(
     return {
         "id": own.get("id", f"{kind}:{node['node_id']}"),
         "kind": kind,
-        "site": own.get("site", site),
+        "site": site,
         "layer": _whole(layer, "layer"),
         "pos": pos,
         "index": _whole(index, "feature"),
@@ -273,8 +277,8 @@ def _edges(nodes: Any, links: Any, dtype: str) -> tuple[Adjacency, int]:
 
 
 def _metadata(head: Mapping[str, Any], ambiguous: int) -> dict[str, Any]:
-    known = {"prompt": head["prompt"], "model": head["scan"]}
+    named = {"prompt": head["prompt"], "model": head["scan"]}
     settings = {**head.get("generation_settings", {}), **head.get("pruning_settings", {})}
     if head.get("node_threshold") is not None:
         settings["node_threshold"] = head["node_threshold"]
-    return {**known, **from_json_value(settings), "ambiguous_links": ambiguous}
+    return {**from_json_value({**named, **settings}), "ambiguous_links": ambiguous}
