@@ -57,6 +57,7 @@ from gemmascope_plugin.patching.check import check_tasks
 from gemmascope_plugin.patching.conservation import checked_share
 from gemmascope_plugin.patching.edge_effects import EdgeEffects
 from gemmascope_plugin.patching.edges import EdgeMap
+from gemmascope_plugin.patching.memory import logits_held
 from gemmascope_plugin.patching.metrics import KLDivergence
 from gemmascope_plugin.patching.nodes import read
 from gemmascope_plugin.patching.replayed import Part, replayed
@@ -348,7 +349,7 @@ class _Scorer:
         budget = parse_size(self.options.memory_budget)
         assert budget is not None
         token = 4 * (len(self.edges.writers) + self.anatomy.n_heads * 3) * self.anatomy.d_model * 2
-        row = pass_bytes(self.anatomy, task.clean.shape[1])
+        row = pass_bytes(self.anatomy, task)
         if budget < max(token, row):
             raise TaskError(
                 f"memory_budget={self.options.memory_budget!r} is too little: one prompt of "
@@ -358,17 +359,18 @@ class _Scorer:
         return max(1, min(self.options.max_rows, budget // row)), max(1, budget // token)
 
 
-def pass_bytes(anatomy: Anatomy, n_pos: int) -> int:
+def pass_bytes(anatomy: Anatomy, bound: BoundTask) -> int:
     """Bytes that a forward pass with its graph keeps per row, an estimate.
 
     Args:
         anatomy: The model's.
-        n_pos: Tokens of a row.
+        bound: The task.
     """
     d, heads, wide = anatomy.d_model, anatomy.n_heads, anatomy.n_heads + 2 * anatomy.n_kv
+    n_pos = bound.clean.shape[1]
     d_mlp = int(getattr(anatomy.model.cfg, "d_mlp", None) or 4 * d)
     per_token = 16 * d + 6 * d_mlp + 4 * wide * anatomy.d_head + 4 * heads * n_pos
-    logits = 3 * int(anatomy.model.cfg.d_vocab)  # at one position, with softmax and gradient
+    logits = logits_held(anatomy.model, bound)  # at one position, with softmax and gradient
     return 4 * (n_pos * per_token * anatomy.n_layers + logits)
 
 

@@ -91,7 +91,7 @@ class EdgeAblation:
 
     @property
     def _rows(self) -> int:
-        return self.limit.rows(edge_footprint(self.anatomy, self.bound.clean.shape[1]))
+        return self.limit.rows(edge_footprint(self.anatomy, self.bound))
 
     @torch.no_grad()
     def metric(

@@ -127,11 +127,11 @@ class Anatomy:
 
     def W_K(self, layer: int) -> Float[torch.Tensor, "kv d_model d_head"]:
         """Key weights, one per key-value head."""
-        return self._per_kv(self._attn(layer).W_K)
+        return self._per_kv(layer, "W_K")
 
     def W_V(self, layer: int) -> Float[torch.Tensor, "kv d_model d_head"]:
         """Value weights, one per key-value head."""
-        return self._per_kv(self._attn(layer).W_V)
+        return self._per_kv(layer, "W_V")
 
     def W_O(self, layer: int) -> Float[torch.Tensor, "head d_head d_model"]:
         """Output weights."""
@@ -195,8 +195,12 @@ class Anatomy:
     def _attn(self, layer: int) -> Any:
         return self.model.blocks[layer].attn
 
-    def _per_kv(self, weight: torch.Tensor) -> Float[torch.Tensor, "kv d_model d_head"]:
-        return self._typed(weight.detach()[:: len(weight) // self.n_kv])
+    def _per_kv(self, layer: int, name: str) -> Float[torch.Tensor, "kv d_model d_head"]:
+        attn = self._attn(layer)
+        # HookedTransformer holds one per key-value head, and repeats it for each head that asks
+        weight = getattr(attn, f"_{name}", None)
+        weight = (getattr(attn, name) if weight is None else weight).detach()
+        return self._typed(weight[:: len(weight) // self.n_kv])
 
     def _typed(self, x: torch.Tensor) -> torch.Tensor:
         return wide(x) if self.is_wide else x

@@ -33,7 +33,7 @@ from gemmascope_plugin.models.protocol import HookedModel, dtype_of
 from gemmascope_plugin.patching.check import check_task
 from gemmascope_plugin.patching.edge_effects import EdgeEffects
 from gemmascope_plugin.patching.edges import EdgeMap
-from gemmascope_plugin.patching.memory import Footprint, Limit
+from gemmascope_plugin.patching.memory import Footprint, Limit, logits_held
 from gemmascope_plugin.patching.names import Named, edges_of
 from gemmascope_plugin.patching.replayed import Part, replayed
 from gemmascope_plugin.patching.task import BoundTask, Task
@@ -136,7 +136,7 @@ class _Run:
         """Effects of every prompt."""
         from tqdm.auto import tqdm
 
-        need = edge_footprint(self.anatomy, bound.clean.shape[1])
+        need = edge_footprint(self.anatomy, bound)
         rows = self.limit.rows(need)
         # half of the rows' memory for what lies beside a pass: the writers' differences
         size = max(1, min(len(bound), rows))
@@ -271,16 +271,16 @@ def _start_layers(edges: EdgeMap) -> Int[torch.Tensor, " reader"]:
     )
 
 
-def edge_footprint(anatomy: Anatomy, n_pos: int) -> Footprint:
+def edge_footprint(anatomy: Anatomy, bound: BoundTask) -> Footprint:
     """Bytes per prompt: the writers' differences, and a row of a pass with one edge's change.
 
     Args:
         anatomy: The model's.
-        n_pos: Tokens of a prompt.
+        bound: The task.
     """
-    cfg, d = anatomy.model.cfg, anatomy.d_model
+    cfg, d, n_pos = anatomy.model.cfg, anatomy.d_model, bound.clean.shape[1]
     writers = len(EdgeMap.of(anatomy).writers) + 4 * anatomy.n_heads
     d_mlp = int(getattr(cfg, "d_mlp", None) or 4 * d)
     passing = 16 * d + 4 * max(d_mlp, anatomy.n_heads * (2 * anatomy.d_head + n_pos))
-    row = n_pos * (writers * d + anatomy.n_layers * 4 * d + passing) + 4 * int(cfg.d_vocab)
-    return Footprint(0, 4 * row)
+    row = n_pos * (writers * d + anatomy.n_layers * 4 * d + passing)
+    return Footprint(0, 4 * (row + logits_held(anatomy.model, bound)))

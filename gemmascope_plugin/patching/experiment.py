@@ -180,7 +180,7 @@ def experiment(
         sites = _sites(runner, component, layers, sizes["layer"])
         grid = _grid(component, sites, choice, sizes)
         hooks = [acts_hook(site) for site in sites] if grid is None else grid.hooks
-        need = footprint(model, component, len(base), base.shape[1], hooks, sites)
+        need = footprint(model, component, bound, hooks, sites)
         rows = len(base) if limit is None else limit.rows(need)
 
         def insert(x: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,13 @@ scores     ``SCORES`` tensors ``[head, pos, pos]``: raw, capped, masked, softmax
 MLP        ``MLP`` tensors ``[pos, d_mlp]``: gate, its activation, up, their product
 dictionary ``CODES`` tensors ``[pos, d_sae]`` of the widest, where some are spliced in
 patch      one more copy of the patched activation
-logits     ``LOGITS`` tensors ``[d_vocab]``, at one position only
+logits     ``LOGITS`` tensors ``[d_vocab]``, at one position only, where the metric reads all of them
 ========== =============================================================================================
 
 Attention, MLP and dictionary are not at work together: the largest counts. Beside the rows lie, as long
 as the sweep lasts, the activations of both runs at the patched hooks, what is made of them, and the
-streams, keys and values from which it restarts. Weights are not counted, they are there already.
+streams, keys and values from which it restarts. Weights are not counted, they are there already; nor are
+tiles of the vocabulary, which most metrics need or not even that, and whose size knows no rows.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from typing import Any
 
 from gemmascope_plugin.catalog.sites import human_size
 from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError
+from gemmascope_plugin.models.asked import has_hooks
 from gemmascope_plugin.models.points import n_heads, n_layers
 from gemmascope_plugin.models.protocol import HookedModel, dtype_of
 from gemmascope_plugin.patching.components import COMPONENTS, sizes_of
+from gemmascope_plugin.patching.task import BoundTask
 from gemmascope_plugin.sizes import parse_size
 
 STREAM, HEADS, SCORES, MLP, CODES, LOGITS = 8, 8, 4, 4, 3, 4
@@ -89,8 +92,7 @@ class Footprint:
 def footprint(
     model: HookedModel,
     component: str,
-    n_prompts: int,
-    n_pos: int,
+    bound: BoundTask,
     hooks: Sequence[str],
     sites: Mapping[str, Any],
 ) -> Footprint:
@@ -99,19 +101,18 @@ def footprint(
     Args:
         model: The model.
         component: What is patched.
-        n_prompts: Prompts of the task.
-        n_pos: Length of the prompts.
+        bound: The task.
         hooks: Hooks that are patched.
         sites: Dictionary sites among them.
     """
-    cfg = model.cfg
+    cfg, (n_prompts, n_pos) = model.cfg, bound.clean.shape
     codes = [site.d_sae for site in sites.values()]
     patched = _entries(model, component, n_pos, sites)
     stream = n_pos * int(cfg.d_model)
     scores = SCORES * n_pos * n_pos * (n_heads(model) + 1)  # and the mask
     attention = HEADS * n_pos * n_heads(model) * int(cfg.d_head) + scores
     work = max(attention, MLP * n_pos * int(cfg.d_mlp), CODES * n_pos * max(codes, default=0))
-    row = STREAM * stream + work + max(patched) + LOGITS * int(cfg.d_vocab)
+    row = STREAM * stream + work + max(patched) + logits_held(model, bound)
     copies = 3 if COMPONENTS[component].reads is None else 4
     activations = sum(patched) if sites else patched[0] * len(hooks)
     n_kv = int(getattr(cfg, "n_key_value_heads", None) or n_heads(model))
@@ -120,6 +121,19 @@ def footprint(
     held = n_prompts * (copies * activations + streams + earlier)
     size = max(4, dtype_of(model).itemsize)  # norms and softmax are taken in float32
     return Footprint(size * held, size * row)
+
+
+def logits_held(model: HookedModel, bound: BoundTask) -> int:
+    """Logits of a row that are alive at once: all of them, in copies, or none that would count.
+
+    Args:
+        model: The model; somebody's hook at its logits is shown all of them.
+        bound: The task, whose metric says whether it reads all.
+    """
+    unembed: Any = model.unembed  # pyright: ignore[reportAttributeAccessIssue]
+    if bound.metric.metric.reads_all_logits or has_hooks(unembed.hook_out):
+        return LOGITS * int(model.cfg.d_vocab)
+    return 0
 
 
 def _entries(model: HookedModel, component: str, n_pos: int, sites: Mapping[str, Any]) -> list[int]:

@@ -39,6 +39,8 @@ class Metric(ABC):
     """Whether logits are read before the final soft-cap."""
     name: ClassVar[str]
     """For titles and metadata."""
+    reads_all_logits: ClassVar[bool] = False
+    """Whether every logit of a row is held at once; where not, a few words or tiles of the vocabulary."""
 
     @abstractmethod
     def bind(

@@ -113,6 +113,7 @@ class KLDivergence(Metric):
 class Custom(Metric):
     """Any function of the logits."""
 
+    reads_all_logits = True
     fn: Callable[..., Any]
     """Logits ``[prompt, d_vocab]`` and the numbers ``[prompt]`` of these prompts to ``[prompt]``."""
     name: str = "custom metric"  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,12 +11,26 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gemmascope_plugin.attribution.edge_attribution import pass_bytes
+from gemmascope_plugin.attribution.sites import Site
+from gemmascope_plugin.attribution.sites.runs import site_footprint
+from gemmascope_plugin.circuits.feature_circuits.ablation import ablation_footprint
 from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError
+from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.block import Block
-from gemmascope_plugin.patching import activation_patching
+from gemmascope_plugin.patching import (
+    Task,
+    activation_patching,
+    custom,
+    kl_divergence,
+    logit_diff,
+)
+from gemmascope_plugin.patching.edge_patching import edge_footprint
 from gemmascope_plugin.patching.experiment import experiment
-from gemmascope_plugin.patching.memory import Footprint, Limit, footprint
+from gemmascope_plugin.patching.memory import LOGITS, Footprint, Limit, footprint
+from gemmascope_plugin.patching.metric import Metric
 from gemmascope_plugin.patching.sweep import sweep
+from gemmascope_plugin.patching.task import BoundTask
 from tests import tiny_models
 from tests.factories import bridge_from_hf, hooked_from_hf, tiny_tokenizer
 from tests.patching.tasks import TASK
@@ -46,26 +61,63 @@ class Peak(TorchDispatchMode):
         self.live -= self.known.pop(key)
 
 
+WORDS = logit_diff([10] * 4, [11] * 4)
+ALL = custom(lambda logits, prompts: logits.log_softmax(-1).amax(-1))
+
+
+def _task(tokens: Any, metric: Metric) -> Task:
+    """Prompts that differ in the middle."""
+    corrupt = tokens.clone()
+    corrupt[:, 2] = 10 + (tokens[:, 2] == 10).long()
+    n = len(tokens)
+    return Task(tokens, corrupt, metric.take(range(n)))
+
+
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
 @pytest.mark.parametrize("shape", [{"hidden_size": 128}, {"intermediate_size": 1024}])
 def test_the_estimate_of_a_row_is_an_upper_bound(backend: str, shape: dict[str, int]) -> None:
     build = {"hooked": hooked_from_hf, "bridge": bridge_from_hf}[backend]
     model = build(tiny_models.gemma2(**shape), tiny_tokenizer(), "tiny")
-    tokens = tiny_models.random_tokens(batch=4, length=64)
-    hooks = [
-        ("unembed.hook_in", lambda x, hook: x[:, -1:]),
-        ("blocks.1.hook_attn_out", lambda x, hook: x.clone()),
+    hooks = [("blocks.1.hook_attn_out", lambda x, hook: x.clone())]
+    # so few positions that logits would show
+    long, short = (tiny_models.random_tokens(batch=4, length=n) for n in (64, 4))
+    for tokens, metric in ((long, WORDS), (short, WORDS), (long, ALL), (short, ALL)):
+        bound = _task(tokens, metric).bind(model)
+        parts = {rows: bound.part(torch.arange(rows)) for rows in (1, 4)}
+
+        def peak(part: BoundTask) -> int:
+            with torch.no_grad(), Peak() as found:
+                part.measure(model, part.clean, fwd_hooks=hooks)
+            return found.peak
+
+        peak(parts[1])
+        measured = (peak(parts[4]) - peak(parts[1])) / 3
+        need = footprint(model, "attn_out", parts[1], ["blocks.1.hook_attn_out"], {}).row
+        assert measured <= need, (tokens.shape, metric.name)
+        assert tokens is short or need <= 3 * measured, metric.name
+
+
+def test_logits_count_where_all_are_read(hooked2) -> None:
+    anatomy, sites = Anatomy(hooked2), [Site("blocks.0.hook_mlp_out", "mlp", 32)]
+    names = ["blocks.1.hook_attn_out"]
+    needs: list[Callable[[BoundTask], int]] = [
+        lambda bound: footprint(hooked2, "attn_out", bound, names, {}).row,
+        lambda bound: edge_footprint(anatomy, bound).row,
+        lambda bound: site_footprint(hooked2, bound, sites).row,
+        lambda bound: ablation_footprint(hooked2, bound, sites).row,
+        lambda bound: pass_bytes(anatomy, bound),
     ]
-
-    def peak(rows: int) -> int:
-        with torch.no_grad(), model.hooks(fwd_hooks=hooks), Peak() as found:
-            model(tokens[:rows]).log_softmax(-1)
-        return found.peak
-
-    peak(1)
-    measured = (peak(4) - peak(1)) / 3
-    need = footprint(model, "attn_out", 1, 64, ["blocks.1.hook_attn_out"], {}).row
-    assert measured <= need <= 3 * measured
+    words, divergence, everything = (
+        _task(TASK.clean, metric).bind(hooked2) for metric in (WORDS, kl_divergence(), ALL)
+    )
+    logits = 4 * LOGITS * hooked2.cfg.d_vocab
+    for need in needs:
+        assert need(everything) - need(words) == logits
+        assert need(divergence) == need(words)
+    before = [need(words) for need in needs]
+    with hooked2.hooks(fwd_hooks=[("unembed.hook_out", lambda x, hook: None)]):
+        seen = [need(words) for need in needs]
+    assert [b - a for a, b in zip(before, seen, strict=True)] == [logits] * len(needs)
 
 
 def test_what_is_held_is_counted(hooked2) -> None:
@@ -75,7 +127,7 @@ def test_what_is_held_is_counted(hooked2) -> None:
             for part in run.parts:
                 earlier = [x for e in part.replay.earlier for x in (e.keys, e.values)]
                 held += sum(x.nbytes for x in (*part.replay.pre, *part.replay.mid, *earlier))
-            need = footprint(hooked2, component, *run.base.shape, run.grid.hooks, {})
+            need = footprint(hooked2, component, run.bound, run.grid.hooks, {})
         assert held <= need.held <= 4 * held
 
 

@@ -32,7 +32,15 @@ from gemmascope_plugin.models.points import n_heads, n_layers
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.restart import Restart, can_restart
-from gemmascope_plugin.patching.memory import HEADS, LOGITS, MLP, SCORES, STREAM, Footprint, Limit
+from gemmascope_plugin.patching.memory import (
+    HEADS,
+    MLP,
+    SCORES,
+    STREAM,
+    Footprint,
+    Limit,
+    logits_held,
+)
 from gemmascope_plugin.patching.task import BoundTask
 
 SlopeMethod = Literal["ig", "atp"]
@@ -103,7 +111,7 @@ def run_sites(
     from tqdm.auto import tqdm
 
     check_restartable(model, can_restart(model))
-    rows = limit.rows(site_footprint(model, len(bound), bound.clean.shape[1], sites))
+    rows = limit.rows(site_footprint(model, bound, sites))
     parts = list(bound.parts(min(rows, len(bound))))
     with (
         norms_by_hand(),
@@ -147,23 +155,20 @@ def _run_part(
     return PartRun(bound, end, tuple(found), *ends)
 
 
-def site_footprint(
-    model: HookedModel, n_prompts: int, n_pos: int, sites: Sequence[Site]
-) -> Footprint:
+def site_footprint(model: HookedModel, bound: BoundTask, sites: Sequence[Site]) -> Footprint:
     """Bytes of what is kept, and per row of a pass whose graph is kept for its backward pass.
 
     Args:
         model: The model.
-        n_prompts: Prompts of the task.
-        n_pos: Tokens of a prompt.
+        bound: The task.
         sites: The sites.
     """
-    cfg = model.cfg
+    cfg, (n_prompts, n_pos) = model.cfg, bound.clean.shape
     d, d_mlp = int(cfg.d_model), int(getattr(cfg, "d_mlp", None) or 4 * int(cfg.d_model))
     heads = n_heads(model)
     layer = n_pos * (STREAM * d + HEADS * heads * int(cfg.d_head) + MLP * d_mlp)
     layer += SCORES * n_pos * n_pos * (heads + 1)
     longest = max(n_layers(model) - min(start_of(site) for site in sites), 1)
-    row = longest * layer + LOGITS * int(cfg.d_vocab)
+    row = longest * layer + logits_held(model, bound)
     held = n_pos * (3 * sum(site.width for site in sites) + (n_layers(model) + 1) * d)
     return Footprint(4 * n_prompts * held, 4 * row)

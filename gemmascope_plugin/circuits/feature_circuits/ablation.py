@@ -42,12 +42,12 @@ from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.memory import (
     CODES,
     HEADS,
-    LOGITS,
     MLP,
     SCORES,
     STREAM,
     Footprint,
     Limit,
+    logits_held,
 )
 from gemmascope_plugin.patching.task import BoundTask
 from gemmascope_plugin.patching.writer_replacement import WriterReplacement
@@ -88,7 +88,7 @@ def feature_metric(
     from tqdm.auto import tqdm
 
     sites = [nodes.site for nodes in layout]
-    rows = limit.rows(ablation_footprint(model, len(bound), bound.clean.shape[1], sites))
+    rows = limit.rows(ablation_footprint(model, bound, sites))
     parts = list(bound.parts(min(rows, len(bound))))
     given = stand_ins(model, parts, sites, replacement)
     found = []
@@ -224,23 +224,19 @@ class _Run:
         return torch.where(known[place] == keys, kept, rest)
 
 
-def ablation_footprint(
-    model: HookedModel, n_prompts: int, n_pos: int, sites: Sequence[Site]
-) -> Footprint:
+def ablation_footprint(model: HookedModel, bound: BoundTask, sites: Sequence[Site]) -> Footprint:
     """Bytes of what stands in, and per row of a pass without gradients.
 
     Args:
         model: The model.
-        n_prompts: Prompts of the task.
-        n_pos: Tokens of a prompt.
+        bound: The task.
         sites: The sites.
     """
-    cfg, heads = model.cfg, n_heads(model)
+    cfg, heads, (n_prompts, n_pos) = model.cfg, n_heads(model), bound.clean.shape
     d, d_mlp = int(cfg.d_model), int(getattr(cfg, "d_mlp", None) or 4 * int(cfg.d_model))
     attention = HEADS * n_pos * heads * int(cfg.d_head) + SCORES * n_pos * n_pos * (heads + 1)
     codes = CODES * n_pos * max(site.d_sae for site in sites)
-    row = (
-        STREAM * n_pos * d + max(attention, MLP * n_pos * d_mlp, codes) + LOGITS * int(cfg.d_vocab)
-    )
+    row = STREAM * n_pos * d + max(attention, MLP * n_pos * d_mlp, codes)
+    row += logits_held(model, bound)
     held = n_pos * sum(site.width for site in sites) + (n_layers(model) + 1) * n_pos * d
     return Footprint(4 * n_prompts * held, 4 * row)

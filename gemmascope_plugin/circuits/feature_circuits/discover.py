@@ -134,7 +134,7 @@ def discover_features(
     scored = score_nodes(parts, n_heads=n_heads(model), per_position=per_position, errors=errors)
     circuit = _selected(scored, details, size, tau, rank)
     if edges:
-        rows = limit.rows(site_footprint(model, len(bound), bound.clean.shape[1], sites))
+        rows = limit.rows(site_footprint(model, bound, sites))
         circuit = _joined(model, parts, scored, circuit, method == "ig", rows)
     return circuit if labels is None else circuit.with_labels(labels)
 
