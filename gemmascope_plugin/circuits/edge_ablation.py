@@ -6,7 +6,8 @@
    ``x_v = x + sum_{MLP, embed u removed} (u' - u) + sum_layers [ln1_post(a + sum_h m_hv (r'_h - r_h)) -
    ln1_post(a)]``, ``m_hv = 1`` where the edge from head ``h`` is removed.
 
-   The norm after attention makes the removed heads of a layer act together, not one by one.
+   The norm after attention makes the removed heads of a layer act together, not one by one: by its scale,
+   and nothing else (``written.py``).
 2. Queries, keys and values get ``(ln1(x_v) - ln1(x)) W`` added per head, keys and values per
    **key-value** head; an MLP its input; the logits the last residual stream.
 3. Many circuits ride one pass on the batch axis. All edges kept is the clean run, none kept is the run of
@@ -15,7 +16,7 @@
    (``patching/replayed.py``): writers below write what they wrote.
 
 Cost: one row per circuit and prompt of what runs; ``2 * edges * d_model`` operations and
-``writers * d_model`` numbers per token.
+``(writers + layers) * d_model`` numbers per token.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 
+from gemmascope_plugin.circuits.written import Written
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
@@ -146,14 +148,10 @@ class _Run:
     ) -> None:
         self.anatomy, self.edges, self.other = anatomy, edges, other
         self.any_removed = removed.any(0)
-        self.removed = removed.to(other.embed.dtype)
         self.n_circuits = len(removed)
-        self.plain: list[int] = []
-        """Rows of the embedding and of MLPs that have written."""
-        self.moved: torch.Tensor | None = None
-        """Their ``u' - u`` ``[circuit, writer, prompt, pos, d_model]``, in that order."""
-        self.heads: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        """Layer to ``a``, what goes into the stream of it, and ``r'_h - r_h``."""
+        self.written = Written(anatomy, edges, removed, other.embed)
+        self.seen: tuple[int, torch.Tensor] | None = None
+        """A layer, and what its heads see in its norm beyond the live stream."""
         self.stream: dict[str, torch.Tensor] = {}
 
     def start(self, base: Writes, layer: int, stage: Stage) -> None:
@@ -182,46 +180,19 @@ class _Run:
             ]
         return [*found, (f"blocks.{n - 1}.hook_resid_post", self._read_logits)]
 
-    def change(self, readers: slice) -> Float[torch.Tensor, "circuit reader prompt pos d"] | None:
-        """What these readers see beyond the live stream; None if they miss nothing."""
-        removed = self.removed[:, :, readers]
-        total: torch.Tensor | None = None
-        if bool(self.any_removed[self.plain, readers].any()):
-            assert self.moved is not None
-            written = self.moved[:, : len(self.plain)]
-            total = _mixed(removed[:, self.plain], written)
-        for layer, (a, wrote, moved) in self.heads.items():
-            rows = self.edges.heads(layer)
-            if bool(self.any_removed[rows, readers].any()):
-                part = _mixed(removed[:, rows], moved)
-                post = self.anatomy.norm(layer, "ln1_post")
-                if post is not None:
-                    part = post(part.add_(a[:, None])).sub_(wrote[:, None])
-                total = part if total is None else total.add_(part)
-        return total
-
     def _write(
         self,
         row: int,
         live: Float[torch.Tensor, "some prompt pos d_model"],
         other: Float[torch.Tensor, "prompt pos d_model"],
     ) -> None:
-        if not bool(self.any_removed[row].any()):
-            return
-        if self.moved is None:
-            n_plain = 1 + self.edges.n_layers
-            self.moved = other.new_zeros(self.n_circuits, n_plain, *other.shape)
-        if row not in self.plain:  # a pass that starts earlier than it has to writes it again
-            self.plain.append(row)
-        self.moved[:, self.plain.index(row)] = other - live
+        if bool(self.any_removed[row].any()):
+            self.written.add(row, other - live)
 
     def _attend(self, layer: int, live: Float[torch.Tensor, "some prompt pos head d_head"]) -> None:
-        if not bool(self.any_removed[self.edges.heads(layer)].any()):
-            return
-        dr = self.anatomy.head_results(layer, self.other.z[layer] - live)
-        a, post = self.anatomy.head_sum(layer, live), self.anatomy.norm(layer, "ln1_post")
-        moved = dr.movedim(-2, 1).expand(self.n_circuits, -1, -1, -1, -1)
-        self.heads[layer] = (a, a if post is None else post(a), moved)
+        if bool(self.any_removed[self.edges.heads(layer)].any()):
+            moved = self.anatomy.head_results(layer, self.other.z[layer] - live)
+            self.written.add_heads(layer, self.anatomy.head_sum(layer, live), moved)
 
     def _wrote(
         self, row: int, other: Float[torch.Tensor, "prompt pos d_model"]
@@ -245,42 +216,46 @@ class _Run:
 
     def _read_heads(self, layer: int, port: str) -> Callable[..., Any]:
         weight = {"q": self.anatomy.W_Q, "k": self.anatomy.W_K, "v": self.anatomy.W_V}[port]
-        ln1 = self.anatomy.norm(layer, "ln1")
-        assert ln1 is not None, "models without it are refused"
+        readers = self.edges.inputs(layer, port)
+        first = self.edges.inputs(layer, "q").start
 
         def hook_fn(values: torch.Tensor, hook: Any) -> torch.Tensor:
-            change = self.change(self.edges.inputs(layer, port))
-            if change is None:
+            if not bool(self.any_removed[:, readers].any()):
                 return values
-            x = self.stream["pre"][:, None]
-            add = torch.einsum("chbsm,hmd->cbshd", ln1(x + change) - ln1(x), weight(layer))
+            change = self._normed(layer)[..., readers.start - first : readers.stop - first, :]
+            add = torch.einsum("cbshm,hmd->cbshd", change, weight(layer))
             return (values + add.flatten(0, 1)).to(values.dtype)
 
         return hook_fn
 
+    def _normed(self, layer: int) -> Float[torch.Tensor, "circuit prompt pos reader d_model"]:
+        """What queries, keys and values of a layer see in its norm beyond the live stream."""
+        if self.seen is None or self.seen[0] != layer:
+            ln1 = self.anatomy.norm(layer, "ln1")
+            assert ln1 is not None, "models without it are refused"
+            first, mlp = self.edges.inputs(layer, "q").start, self.edges.inputs(layer, "mlp").start
+            x = self.stream["pre"][..., None, :]
+            change = self.written.change(slice(first, mlp))
+            self.seen = layer, ln1(change.add_(x)).sub_(ln1(x))
+        return self.seen[1]
+
     def _read_mlp(self, layer: int) -> Callable[..., Any]:
-        mlp_input = self.anatomy.mlp_input(layer)
+        mlp_input, readers = self.anatomy.mlp_input(layer), self.edges.inputs(layer, "mlp")
 
         def hook_fn(values: torch.Tensor, hook: Any) -> torch.Tensor:
-            change = self.change(self.edges.inputs(layer, "mlp"))
-            if change is None:
+            if not bool(self.any_removed[:, readers].any()):
                 return values
-            return mlp_input.value(self.stream["mid"] + change[:, 0]).flatten(0, 1).to(values.dtype)
+            change = self.written.change(readers)[..., 0, :]
+            seen = mlp_input.value(self.stream["mid"] + change)
+            return seen.flatten(0, 1).to(values.dtype)
 
         return hook_fn
 
     def _read_logits(self, x: torch.Tensor, hook: Any) -> torch.Tensor:
-        change = self.change(self.edges.inputs(0, "logits"))
-        return x if change is None else (x + change[:, 0].flatten(0, 1)).to(x.dtype)
+        readers = self.edges.inputs(0, "logits")
+        if not bool(self.any_removed[:, readers].any()):
+            return x
+        return (x + self.written.change(readers)[..., 0, :].flatten(0, 1)).to(x.dtype)
 
     def _by_circuit(self, x: torch.Tensor) -> Float[torch.Tensor, "circuit prompt ..."]:
         return wide(x.detach()).unflatten(0, (self.n_circuits, -1))
-
-
-def _mixed(
-    removed: Float[torch.Tensor, "circuit writer reader"],
-    moved: Float[torch.Tensor, "circuit writer prompt pos d_model"],
-) -> Float[torch.Tensor, "circuit reader prompt pos d_model"]:
-    """What each reader misses of these writers together."""
-    product = removed.transpose(1, 2) @ moved.flatten(2)
-    return product.unflatten(2, moved.shape[2:])

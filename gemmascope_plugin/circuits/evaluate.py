@@ -9,7 +9,7 @@
 5. The divergence of its next-token distribution from the model's, summed over the vocabulary.
 6. Faithfulness of the first 0, 1, 2, ... units of the ranking, and of random circuits of each size.
 
-Cost: one row of prompts per circuit; circuits ride on the batch axis.
+Cost: one row of prompts per circuit that differs from the others; circuits ride on the batch axis.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from gemmascope_plugin.patching.check import check_task
 from gemmascope_plugin.patching.exact import MAX_ROWS
 from gemmascope_plugin.patching.memory import Limit
 from gemmascope_plugin.patching.metrics import kl_divergence
-from gemmascope_plugin.patching.task import MIN_GAP
+from gemmascope_plugin.patching.task import MIN_GAP, BoundTask
 from gemmascope_plugin.patching.writer_replacement import WRITER_REPLACEMENTS, WriterReplacement
 from gemmascope_plugin.splice.check import check_saes
 
@@ -99,9 +99,9 @@ def evaluate(
     bound = task.bind(model)
     chosen = sorted({circuit.size, *(_sizes(circuit.n_units) if sizes is None else sizes)})
     masks = _masks(circuit, chosen, n_random, seed, minimality)
-    # what is in no unit is kept where everything is, and in the complement
+    # what is in no unit of a circuit of features is kept where everything is, and in the complement
     rest = torch.zeros(len(masks), dtype=torch.bool)
-    rest[-4] = rest[-2] = True
+    rest[-4] = rest[-2] = is_feature_graph(circuit.graph)
     with ablator(
         circuit.graph,
         model,
@@ -111,7 +111,7 @@ def evaluate(
         limit=Limit(max_rows, memory_budget),
         progress=progress,
     ) as run:
-        values = run(bound, masks, rest)
+        values = _each_once(run, bound, masks, rest)
         far = _divergence(run, model, task, circuit.kept)
     scale = _scale(values, model)
     shares = ((values.mean(1) - scale[1]) / (scale[0] - scale[1])).tolist()
@@ -154,6 +154,17 @@ def _masks(
     found += [_random(rng, circuit.n_units, n) for n in sizes for _ in range(n_random)]
     found += _without_one(circuit.kept) if minimality else []
     return torch.stack([*found, ~circuit.kept, circuit.kept, everything, ~everything])
+
+
+def _each_once(
+    run: Ablator,
+    bound: BoundTask,
+    masks: Bool[torch.Tensor, "mask unit"],
+    rest: Bool[torch.Tensor, " mask"],
+) -> Float[torch.Tensor, "mask prompt"]:
+    """The metric of every prompt; circuits that are there twice, as empty ones are, run once."""
+    different, place = torch.cat([masks, rest[:, None]], 1).unique(dim=0, return_inverse=True)
+    return run(bound, different[:, :-1], different[:, -1])[place]
 
 
 def _errors(circuit: Circuit, errors: str | None) -> Errors:

@@ -188,11 +188,11 @@ def _picture(circuit: Circuit) -> Section:
             else "Kept nodes, early layers at the bottom, and the edges between them; the wider, the "
             "larger the score. Point at an edge or a node for its name."
         )
-        return Section(title, lead, (_spread(figure),))
+        return Section(title, lead, (spread(figure),))
     return Section(title, "Kept nodes and their scores.", (figure,))
 
 
-def _spread(figure: Any) -> Any:
+def spread(figure: Any) -> Any:
     """The same graph as wide as the page where its rows are short, with room for the labels."""
     widest = max((abs(x) for trace in figure.data for x in trace.x if x is not None), default=0.0)
     half = min(_HALF, max(0.4, 1.35 * widest))

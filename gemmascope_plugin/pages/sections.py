@@ -15,6 +15,7 @@ from markupsafe import Markup
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.circuits import Scores
 from gemmascope_plugin.features import Features
+from gemmascope_plugin.pages.circuit import spread
 from gemmascope_plugin.pages.report import Columns, Section
 from gemmascope_plugin.patching import Effects, FeatureId
 from gemmascope_plugin.splice import Steering
@@ -27,6 +28,13 @@ _SITES = {
 
 MAX_NODES = 20
 """Rows of a circuit's table."""
+_LAYERS = ("source_layer", "target_layer")
+_RANKED = {
+    "node": "Nodes ranked on training prompts by how much the metric falls when a node alone gets its "
+    "corrupted value.",
+    "edge": "An edge is what one head or MLP reads of what another wrote. Edges are ranked on training "
+    "prompts by an estimate of how much the metric falls when the edge alone is corrupted.",
+}
 
 Labels = Mapping[FeatureId, Any]
 """Feature to its label: ``concept``, ``precision`` and ``recall``."""
@@ -185,21 +193,23 @@ def _heads(effects: Effects, title: str, limit: float) -> Any:
 
 
 def circuit_section(scores: Scores) -> Section:
-    """The ranked nodes and how faithful the circuit is beside random ones."""
-    circuit, frame = scores.circuit, scores.circuit.to_frame()
-    meta = scores.metadata
-    ranked = frame.drop(columns="kept")
-    shown = min(circuit.size, MAX_NODES)
+    """The ranked nodes, or edges, and how faithful the circuit is beside random ones."""
+    circuit = scores.circuit
+    unit, shown = circuit.graph.unit, min(circuit.size, MAX_NODES)
+    ranked = circuit.to_frame(shown).drop(columns="kept")
+    ranked = ranked.drop(columns=[name for name in _LAYERS if name in ranked])
+    picture = spread(circuit.plot()) if unit == "edge" else circuit.plot()
+    pictures = (picture, scores.plot())
     return Section(
         "The circuit, checked by ablation",
-        "Nodes ranked on training prompts by how much the metric falls when a node alone gets its "
-        "corrupted value. The curve keeps the best 0, 1, 2, ... nodes and corrupts all others, on "
-        f"{meta['n_prompts']} held-out prompts: 1 is the full model, 0 is everything corrupted. The grey "
-        "band spans random circuits of the same size.",
+        f"{_RANKED[unit]} The curve keeps the best 0, 1, 2, ... {unit}s and corrupts all others, on "
+        f"{scores.metadata['n_prompts']} held-out prompts: 1 is the full model, 0 is everything "
+        "corrupted. The grey band spans random circuits of the same size.",
         (
-            f"The best {circuit.size} of {len(circuit.ranking)} nodes: faithfulness "
+            f"The best {circuit.size} of {circuit.n_units} {unit}s: faithfulness "
             f"{scores.faithfulness:.3f}{_beside(scores.random)}.",
-            Columns((circuit.plot(), scores.plot())),
+            *([Columns(pictures)] if unit == "node" else pictures),
+            *([f"The first {shown} of the {circuit.size} edges:"] if unit == "edge" else []),
             Markup(figures.frame_html(ranked, max(shown, 1))),
         ),
     )

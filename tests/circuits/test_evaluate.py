@@ -116,6 +116,20 @@ def test_random_circuits_are_reproducible(hooked2) -> None:
     assert len(one.random) == 20
 
 
+def test_circuits_that_are_there_twice_run_once(hooked2, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[torch.Tensor] = []
+
+    def counted(runner, bound, nodes, kept, **options):
+        ran.append(kept)
+        return node_metric(runner, bound, nodes, kept, **options)
+
+    monkeypatch.setattr("gemmascope_plugin.circuits.ablator.node_metric", counted)
+    scores = evaluate(circuit((*HEADS, *MLPS), 15), hooked2, TASK, sizes=[0, 15], n_random=3)
+    assert [len(kept) for kept in ran] == [2, 1]  # all and nothing; the divergence
+    assert scores.faithfulness_by_size == (0, 1)
+    assert scores.random_by_size == ((0, 0, 0), (1, 1, 1))
+
+
 def test_both_classes_agree() -> None:
     nodes = (*HEADS, *MLPS, *FEATURES)
     sae = factories.residual(factories.tiny_model("gemma3", "hooked"), 0)
