@@ -196,7 +196,7 @@ def circuit_section(scores: Scores) -> Section:
     """The ranked nodes, or edges, and how faithful the circuit is beside random ones."""
     circuit = scores.circuit
     unit, shown = circuit.graph.unit, min(circuit.size, MAX_NODES)
-    ranked = circuit.to_frame(shown).drop(columns="kept")
+    ranked = circuit.to_frame().drop(columns="kept")
     ranked = ranked.drop(columns=[name for name in _LAYERS if name in ranked])
     picture = spread(circuit.plot()) if unit == "edge" else circuit.plot()
     pictures = (picture, scores.plot())
