@@ -121,10 +121,12 @@ class Scores:
         )
 
     def __repr__(self) -> str:
-        best = max(self.random, default=float("nan"))
+        # Rounded first: no minus before zero.
+        best = round(max(self.random, default=float("nan")), 3) + 0.0
+        faithfulness = round(self.faithfulness, 3) + 0.0
         return (
             f"Scores({self.metadata.get('task')}, {self.circuit.size} of {self.circuit.n_units} "
-            f"{self.circuit.graph.unit}s, faithfulness {self.faithfulness:.3f}, best of "
+            f"{self.circuit.graph.unit}s, faithfulness {faithfulness:.3f}, best of "
             f"{len(self.random)} random {best:.3f}, metric full {self.metric_full:.3f}, "
             f"empty {self.metric_empty:.3f})"
         )

@@ -21,18 +21,21 @@ from gemmascope_plugin.cli.refresh import refresh_command
 from gemmascope_plugin.cli.steer import steer_command
 from gemmascope_plugin.cli.trace import trace_command
 from gemmascope_plugin.cli.train import train_command
+from gemmascope_plugin.cli.wording import on_the_command_line
 from gemmascope_plugin.errors import GemmaScopeError
 
 
 class ErrorLineGroup(TyperGroup):
-    """Prints a `GemmaScopeError` as one line instead of a traceback."""
+    """Prints a `GemmaScopeError` as one line, in the words of the command, instead of a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
         try:
             return super().invoke(ctx)
         except GemmaScopeError as error:
+            command = self.commands.get(ctx.invoked_subcommand or "")
             line = " ".join(str(error).split())
+            line = on_the_command_line(line, command, self.commands["find"])
             typer.secho(f"error: {line}", fg=typer.colors.RED, err=True)
             raise typer.Exit(code=1) from error
 

@@ -221,7 +221,7 @@ def _measured(question: Question, scores: Scores) -> list[tuple[str, str]]:
 
     meta, unit = scores.metadata, scores.circuit.graph.unit
     interval, smallest = _interval(scores), scores.smallest(FAITHFUL)
-    between = "" if interval is None else f", 95 % {interval[0]:.3f} to {interval[1]:.3f}"
+    between = "" if interval is None else f", 95 % {_fixed(interval[0])} to {_fixed(interval[1])}"
     n = meta["n_prompts"]
     where = (
         _count(n, "prompt", "held-out")
@@ -231,16 +231,21 @@ def _measured(question: Question, scores: Scores) -> list[tuple[str, str]]:
     beside = "none"
     if scores.random:
         n_random = _count(len(scores.random), "random circuit")
-        beside = f"{max(scores.random):.3f}, the best of {n_random} of this size"
+        beside = f"{_fixed(max(scores.random))}, the best of {n_random} of this size"
     from_there = f"{smallest} {unit}s, with faithfulness of at least {FAITHFUL} from there on"
     return [
         ("evaluated on", where),
-        ("faithfulness", f"{scores.faithfulness:.3f}{between}"),
+        ("faithfulness", f"{_fixed(scores.faithfulness)}{between}"),
         ("random", beside),
-        ("completeness", f"{scores.completeness:.3f} of the metric without the circuit"),
+        ("completeness", f"{_fixed(scores.completeness)} of the metric without the circuit"),
         ("KL", f"{scores.kl:.4f} nats from the full model"),
         ("smallest", "none" if smallest is None else from_there),
     ]
+
+
+def _fixed(value: float) -> str:
+    """Three digits, and no minus before zero."""
+    return f"{round(value, 3) + 0.0:.3f}"
 
 
 def _count(n: int, noun: str, kind: str = "") -> str:

@@ -296,4 +296,6 @@ def refuse_dictionaries(what: str, call: str) -> None:
     Raises:
         TaskError: Always.
     """
-    raise TaskError(f"{what} needs dictionaries, which this command does not load", fix=call)
+    raise TaskError(
+        f"{what} needs dictionaries, which this command does not load", fix=f"in Python, {call}"
+    )

@@ -240,10 +240,13 @@ class Effects:
         meta = self.metadata
         shape = " x ".join(f"{len(self.labels[a])} {a}" for a in self.axes)
         answers = f"first prompt {meta['answers']}, " if meta.get("answers") else ""
+        # Rounded first: no minus before zero.
+        clean, corrupt = (
+            round(meta.get(f"metric_{run}", float("nan")), 3) + 0.0 for run in ("clean", "corrupt")
+        )
+        excluded = ", ".join(map(str, meta.get("exclude") or ())) or "none"
         return (
             f"Effects({meta.get('component')}, {meta.get('method')}, {meta.get('mode')}, {shape}, "
-            f"{answers}"
-            f"metric clean {meta.get('metric_clean', float('nan')):.3f}, "
-            f"corrupt {meta.get('metric_corrupt', float('nan')):.3f}, "
-            f"excluded tokens {meta.get('exclude')}{conservation_text(meta)})"
+            f"{answers}metric clean {clean:.3f}, corrupt {corrupt:.3f}, "
+            f"excluded tokens {excluded}{conservation_text(meta)})"
         )

@@ -81,7 +81,7 @@ class SteeringSweep(Sequence[Steering]):
         lines += [
             f"  {run.strength:g}: {one_line(run.after)}  "
             f"(KL mean {run.mean_kl:.3g}, max {run.max_kl:.3g}; push {run.relative_push:.3g}; "
-            f"{run.tokens_changed} tokens changed)"
+            f"{run.tokens_changed} {'token' if run.tokens_changed == 1 else 'tokens'} changed)"
             for run in self
         ]
         return "\n".join(lines)

@@ -178,7 +178,7 @@ def test_what_is_no_target_is_refused() -> None:
 
 
 def test_a_layer_without_a_dictionary_is_refused(hooked2: Any) -> None:
-    with pytest.raises(ModelError, match="MLPs of layers 1 have no dictionary.*layers 0, 2"):
+    with pytest.raises(ModelError, match="no dictionary of the MLP of layer 1,.*layers 0, 2"):
         gs.trace(hooked2, TOKENS, [transcoders(hooked2)[i] for i in (0, 2)])
 
 

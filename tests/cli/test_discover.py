@@ -156,7 +156,7 @@ def test_the_example_of_the_help_works(tmp_path: Path, monkeypatch: pytest.Monke
         ((*OWN, *OWN[:2]), "There are 2 --clean, 1 --corrupt, 1 --answer, 1 --wrong"),
         ((*SUITE, "--method", "eap-gi"), "Did you mean 'eap-ig'"),
         ((*SUITE, "--units", "heads"), "Unknown units 'heads'. There is: nodes, edges"),
-        ((*SUITE, "--units", "nodes"), "method='eap-ig' scores edges, not nodes"),
+        ((*SUITE, "--units", "nodes"), "--method eap-ig scores edges, not nodes"),
         ((*SUITE, "--size", "3", "--tau", "0.1"), "Both --size 3 and --tau 0.1 say what to keep"),
         ((*SUITE, "--size", "999"), "999"),
         ((*SUITE, "--select", "best"), "Unknown selection 'best'. There is: top, greedy"),

@@ -60,7 +60,7 @@ def test_arguments_of_find_name_one_too() -> None:
 def test_several_matches_say_what_tells_them_apart() -> None:
     result = CliRunner().invoke(app, ["info", "--model", "4b-it", "--site", "res"])
     assert result.exit_code == 1
-    assert "dictionaries match, one is needed" in result.stderr and "layer=one of" in result.stderr
+    assert "dictionaries match, one is needed" in result.stderr and "--layer (" in result.stderr
 
 
 def test_an_unknown_id_names_the_nearest() -> None:

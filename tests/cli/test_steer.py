@@ -166,8 +166,8 @@ def test_the_example_of_the_help_works() -> None:
         (("--feature", "-1"), "Feature -1 does not exist"),
         (("--feature", "1", "--method", "orthogonl"), "Did you mean 'orthogonal'"),
         (("--feature", "1", "--backend", "bridg"), "Did you mean 'bridge'"),
-        (("--feature", "1", "--temperature", "-1"), "temperature=-1.0 is out of range"),
-        (("--feature", "1", "--top-p", "0.5"), "top_p=0.5 has no effect at temperature 0"),
+        (("--feature", "1", "--temperature", "-1"), "--temperature -1.0 is out of range"),
+        (("--feature", "1", "--top-p", "0.5"), "--top-p 0.5 has no effect at temperature 0"),
         (("--feature", "1", "--local-dir", "/nowhere"), "/nowhere"),
         (("--feature", "1", "--wrong", "are"), "--wrong 'are' has no answer to be compared with"),
     ],
@@ -181,9 +181,9 @@ def test_mistakes(arguments: tuple[str, ...], message: str) -> None:
 def test_mistakes_of_the_dictionary() -> None:
     several = ("--model", "gemma-2-tiny", "--site", "mlp", "--layer", "2", "--feature", "1")
     line = mistake(*several, *TEXT, "--strength", "1")
-    assert "3 dictionaries match, one is needed" in line and "kind=" in line
+    assert "3 dictionaries match, one is needed" in line and "--kind (sae, transcoder)" in line
     big = ("--release", "gemma-scope-2b-pt-res", "--layer", "20", "--width", "16k", "--l0", "71")
     line = mistake(*big, *TEXT, "--strength", "1", "--feature", LABEL)
     assert "the features of gemma-2-2b have no labels here" in line
     line = mistake(*SAE, *TEXT, "--strength", "nan", "--feature", "1")
-    assert "strength=nan is no finite number" in line
+    assert "--strength nan is no finite number" in line

@@ -195,7 +195,7 @@ def test_a_prompt_of_a_task_is_traced_for_its_answer(monkeypatch: pytest.MonkeyP
         (("x", "--edge-threshold", "0"), "--edge-threshold 0.0 is no share"),
         (("x", "--backend", "hoked"), "Did you mean 'hooked'"),
         (("x", "--transcoders", "gemma-2-tiny-transcoder"), "Did you mean 'gemma-2-tiny-transcoders'"),
-        (("x", "--model", "gemma-9"), "no dictionary has model='gemma-9'"),
+        (("x", "--model", "gemma-9"), "no dictionary has --model gemma-9"),
         (("x", "--model", "270m"), "26 dictionaries match for layer 5"),
         (("x", "--out", "/nowhere/a.html"), "There is no folder '/nowhere' for --out"),
         (("x", "--json", "/nowhere/a.json"), "There is no folder '/nowhere' for --json"),

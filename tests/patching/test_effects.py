@@ -71,7 +71,7 @@ def test_columns_of_positions_are_tokens() -> None:
 def test_the_repr_states_the_essentials() -> None:
     assert repr(GRID) == (
         "Effects(z, exact patching, denoising, 2 layer x 2 head, metric clean 3.000, "
-        "corrupt -1.000, excluded tokens ())"
+        "corrupt -1.000, excluded tokens none)"
     )
 
 

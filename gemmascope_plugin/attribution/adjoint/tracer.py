@@ -377,9 +377,8 @@ def sites_of(model: HookedModel, dictionaries: Any, exclude: Any) -> list[Site]:
     missing = [layer for layer in range(int(model.cfg.n_layers)) if layer not in covered]
     if missing:
         raise ModelError(
-            f"The MLPs of layers {', '.join(map(str, missing))} have no dictionary, and an MLP is not "
-            "linear",
-            exists=f"dictionaries of MLPs at layers {', '.join(map(str, sorted(covered))) or 'none'}",
+            f"There is no dictionary of the MLP of {_layers(missing)}, and an MLP is not linear",
+            exists=f"dictionaries of the MLP of {_layers(sorted(covered))}" if covered else None,
             fix='[load(spec) for spec in find(model=..., site="transcoder", ...)], one per layer',
         )
     return sites
@@ -409,3 +408,8 @@ def hooked_of(one: Any, exclude: Any) -> HookedSAE | HookedCrossLayer:
 def _readable(model: HookedModel, names: Sequence[str]) -> list[str]:
     points = hook_points(model)
     return [reading(model, name, points).hook for name in names]
+
+
+def _layers(layers: Sequence[int]) -> str:
+    """``layer 3``, ``layers 0, 1``."""
+    return f"{'layer' if len(layers) == 1 else 'layers'} {', '.join(map(str, layers))}"

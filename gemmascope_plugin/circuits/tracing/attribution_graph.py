@@ -285,12 +285,10 @@ class AttributionGraph:
 
     def __repr__(self) -> str:
         counts = self.nodes["kind"].value_counts()
-        parts = ", ".join(f"{counts[kind]} {kind}s" for kind in KINDS if kind in counts)
+        parts = ", ".join(_counted(counts[kind], kind) for kind in KINDS if kind in counts)
         text = "".join(self.tokens)
         shown = text if len(text) <= 60 else f"{text[:57]}..."
-        return (
-            f"AttributionGraph({shown!r}: {parts.replace('biass', 'biases')}, {self.n_edges} edges)"
-        )
+        return f"AttributionGraph({shown!r}: {parts}, {_counted(self.n_edges, 'edge')})"
 
     def _repr_html_(self) -> str:
         best = np.argsort(-self.influence, kind="stable")[:SHOWN]
@@ -298,3 +296,8 @@ class AttributionGraph:
         frame = frame.assign(influence=self.influence[best])
         table = figures.frame_html(frame.reset_index(drop=True), SHOWN)
         return f"<p>{escape(repr(self))}; the most influential nodes:</p>{table}"
+
+
+def _counted(n: int, noun: str) -> str:
+    """``1 target``, ``13 biases``."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}{'es' if noun.endswith('s') else 's'}"

@@ -125,8 +125,9 @@ class HeadLoadings:
 
     def __repr__(self) -> str:
         _, layers, heads, _ = self.by_key.shape
+        noun = "edge" if len(self) == 1 else "edges"
         return (
-            f"HeadLoadings({len(self)} edges, {layers} layers of {heads} heads, "
+            f"HeadLoadings({len(self)} {noun}, {layers} layers of {heads} heads, "
             f"residual {self.metadata.get('residual', float('nan')):.1e})"
         )
 

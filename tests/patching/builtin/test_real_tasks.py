@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,3 +93,15 @@ def test_a_sentence_and_lists(real_model: Any) -> None:
     kept = task.filtered(real_model)
     assert len(kept) >= 11
     assert (kept.figures(real_model).metric > 0).all()
+
+
+def test_the_sentence_of_the_readme(real_model: Any) -> None:
+    """The task that the README makes from a sentence, as it stands there."""
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "from_template" in b)
+    lines = [line for line in ast.parse(block).body if "from_template" in ast.unparse(line)]
+    names: dict[str, Any] = {"gs": gs, "model": real_model}
+    exec(compile(ast.Module(lines, []), "README.md", "exec"), names)
+    task = names["mine"]
+    assert len(task) == 8
+    assert task.figures(real_model).accuracy == 1
