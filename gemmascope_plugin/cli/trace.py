@@ -207,13 +207,20 @@ def _check_prompt(prompt: str | None, task: str | None, row: int, model: str) ->
 
 
 def _from_task(model: Any, drawn: _Drawn) -> tuple[str, list[Any] | None]:
-    """A prompt, and its answer against the wrong one; None where either is a set of tokens."""
+    """A prompt, and its answer against the wrong one; None where either is several tokens."""
     assert drawn.task is not None
     task = builtin_task(drawn.task, model, drawn.row + 1, drawn.split, drawn.seed)
     asked: Any = task.asked
-    answer, wrong = asked.answer[drawn.row], asked.wrong[drawn.row]
-    several = any(not isinstance(side, str | int) for side in (answer, wrong))
+    answer, wrong = (_single(side[drawn.row]) for side in (asked.answer, asked.wrong))
+    several = answer is None or wrong is None
     return str(task.clean[drawn.row]), None if several else [(answer, wrong)]
+
+
+def _single(side: Any) -> str | int | None:
+    """The word or token of one side, alone or in a list; None where there are several."""
+    if isinstance(side, str | int):
+        return side
+    return side[0] if len(side) == 1 else None
 
 
 def _options(targets: str | None, max_features: int | None, memory_budget: str) -> dict[str, Any]:
@@ -283,9 +290,11 @@ def _labels(specs: Sequence[SaeSpec]) -> dict[tuple[str, int], str]:
 
 def _report(request: _Request, graph: AttributionGraph) -> list[str]:
     """Sizes, scores and the most influential nodes."""
+    from gemmascope_plugin.figures.theme import short_label
+
     whole, scores = graph.metadata["whole"], graph.scores
     nodes = graph.nodes
-    targets = [f"{label} ({weight:.3f})" for label, weight in _explained(graph)]
+    targets = [f"{short_label(label)} ({weight:.3f})" for label, weight in _explained(graph)]
     pairs = [
         ("explained", shorten(targets)),
         ("replacement", f"{scores.replacement:.3f}, unpruned {whole['replacement']:.3f}"),
@@ -295,7 +304,13 @@ def _report(request: _Request, graph: AttributionGraph) -> list[str]:
     inner = nodes.loc[graph.where("feature") | graph.where("error")]
     best = inner.sort_values("influence", kind="stable").head(_SHOWN)
     rows = [
-        (row.label, row.kind, str(row.layer), graph.tokens[row.pos], f"{row.influence:.3f}")
+        (
+            row.label,
+            row.kind,
+            str(row.layer),
+            short_label(graph.tokens[row.pos]),
+            f"{row.influence:.3f}",
+        )
         for row in best.itertuples()
     ]
     return [

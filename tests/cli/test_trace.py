@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import gemmascope_plugin as gs
 from gemmascope_plugin.cli.app import app
-from gemmascope_plugin.cli.trace import parse_targets
+from gemmascope_plugin.cli.trace import _Drawn, _from_task, parse_targets
 from gemmascope_plugin.cli.trace_dictionaries import dictionaries
 from gemmascope_plugin.errors import AmbiguousSpecError
 from tests.circuits.graph_rules import check_rules
@@ -205,3 +205,15 @@ def test_a_prompt_of_a_task_is_traced_for_its_answer(monkeypatch: pytest.MonkeyP
 )  # fmt: skip
 def test_mistakes(arguments: tuple[str, ...], message: str) -> None:
     assert message in mistake(*arguments)
+
+
+@pytest.mark.real
+def test_a_task_on_a_real_model_asks_for_its_answer_against_the_wrong_one(real_model: Any) -> None:
+    """Built-in tasks have lists of ids, of one id where one token is right."""
+    prompt, targets = _from_task(real_model, _Drawn("ioi", 1, "held_out", 0))
+    task = gs.Task.builtin("ioi", real_model, n=2, split="held_out")
+    asked: Any = task.asked
+    assert prompt == task.clean[1]
+    assert targets == [(asked.answer[1][0], asked.wrong[1][0])]
+    # Several years are right.
+    assert _from_task(real_model, _Drawn("greater_than", 0, "held_out", 0))[1] is None

@@ -284,7 +284,7 @@ class AttributionGraph:
         return len(self.nodes)
 
     def __repr__(self) -> str:
-        counts = self.nodes["kind"].value_counts()
+        counts: dict[str, int] = self.nodes["kind"].value_counts().to_dict()
         parts = ", ".join(_counted(counts[kind], kind) for kind in KINDS if kind in counts)
         text = "".join(self.tokens)
         shown = text if len(text) <= 60 else f"{text[:57]}..."
