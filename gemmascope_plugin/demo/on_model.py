@@ -61,10 +61,10 @@ N_SAES = 4
 """SAEs that are spliced in at most, when files of more are on this machine."""
 N_FEATURES = 8
 """Features of these that are shown."""
-CIRCUIT_SIZE = 150
+CIRCUIT_SIZE = 200
 """Edges of the circuit, of models that have ten times as many."""
-SIZES = (0, 25, 50, 100, 150, 300, 600)
-"""Edges that are kept, beside all of them."""
+SIZES = (0, 25, 50, 100, 200, 400, 800)
+"""Edges that are kept."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ def checked_circuit(model: HookedModel, train: Task, held_out: Task) -> Scores:
     """A circuit of edges from training prompts, evaluated on held-out ones."""
     edges = discover(model, train, method="eap-ig")
     circuit = edges.top(min(CIRCUIT_SIZE, edges.n_units // 10))
-    sizes = [*(size for size in SIZES if size < edges.n_units), edges.n_units]
+    sizes = [size for size in SIZES if size < edges.n_units]
     return evaluate(circuit, model, held_out, sizes=sizes, n_random=N_RANDOM)
 
 

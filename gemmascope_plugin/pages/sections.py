@@ -28,6 +28,8 @@ _SITES = {
 
 MAX_NODES = 20
 """Rows of a circuit's table."""
+MAX_EDGES = 40
+"""Edges of a circuit's picture."""
 _LAYERS = ("source_layer", "target_layer")
 _RANKED = {
     "node": "Nodes ranked on training prompts by how much the metric falls when a node alone gets its "
@@ -198,8 +200,10 @@ def circuit_section(scores: Scores) -> Section:
     unit, shown = circuit.graph.unit, min(circuit.size, MAX_NODES)
     ranked = circuit.to_frame().drop(columns="kept")
     ranked = ranked.drop(columns=[name for name in _LAYERS if name in ranked])
-    picture = spread(circuit.plot()) if unit == "edge" else circuit.plot()
-    pictures = (picture, scores.plot())
+    if unit == "edge":  # more would hide each other
+        pictures = (scores.plot(), spread(circuit.top(min(circuit.size, MAX_EDGES)).plot()))
+    else:
+        pictures = (circuit.plot(), scores.plot())
     return Section(
         "The circuit, checked by ablation",
         f"{_RANKED[unit]} The curve keeps the best 0, 1, 2, ... {unit}s and corrupts all others, on "
@@ -209,7 +213,7 @@ def circuit_section(scores: Scores) -> Section:
             f"The best {circuit.size} of {circuit.n_units} {unit}s: faithfulness "
             f"{scores.faithfulness:.3f}{_beside(scores.random)}.",
             *([Columns(pictures)] if unit == "node" else pictures),
-            *([f"The first {shown} of the {circuit.size} edges:"] if unit == "edge" else []),
+            *([f"The best {shown} edges:"] if unit == "edge" else []),
             Markup(figures.frame_html(ranked, max(shown, 1))),
         ),
     )

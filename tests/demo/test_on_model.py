@@ -94,7 +94,7 @@ def test_the_circuit_is_found_on_other_prompts_than_it_is_checked_on(report: Mod
     assert report.scores.faithfulness > 0.5 > 5 * report.best_random
     page = report.path.read_text(encoding="utf-8")
     assert f"The best {circuit.size} of {circuit.n_units} edges: faithfulness" in page
-    assert "The first 20 of the" in page and "source_layer" not in page
+    assert "The best 20 edges:" in page and "source_layer" not in page
 
 
 def test_the_page_says_what_was_done(report: ModelReport) -> None:
