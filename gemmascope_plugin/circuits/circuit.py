@@ -25,6 +25,7 @@ from gemmascope_plugin.circuits.prune import prune
 from gemmascope_plugin.circuits.storage import load_circuit, save_circuit
 from gemmascope_plugin.circuits.to_networkx import to_networkx
 from gemmascope_plugin.errors import EmptySelectionError, GemmaScopeError
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.patching.conservation import conservation_text
 from gemmascope_plugin.patching.edges import EdgeMap
 from gemmascope_plugin.patching.node import Node, Reader
@@ -159,6 +160,7 @@ class Circuit:
         """
         return replace(self, kept=prune(self.graph, self.kept))
 
+    @gate()
     def save(self, path: str | Path) -> Path:
         """Writes graph and selection into one file, exactly; see ``storage.py``.
 
@@ -171,6 +173,7 @@ class Circuit:
         return save_circuit(path, self.graph, self.kept, rank=self.rank)
 
     @classmethod
+    @gate()
     def load(cls, path: str | Path) -> Circuit:
         """Reads what :meth:`save` has written.
 

@@ -29,7 +29,7 @@ from gemmascope_plugin.circuits.feature_circuits.discover import OPTIONS, discov
 from gemmascope_plugin.circuits.graph import MAGNITUDES, Graph, Rank
 from gemmascope_plugin.circuits.places import places_in
 from gemmascope_plugin.circuits.select import greedy, threshold, top_n
-from gemmascope_plugin.errors import TaskError, check_choice
+from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choice
 from gemmascope_plugin.models.check import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.origin import weights_of
@@ -300,6 +300,10 @@ def _selected(
         raise TaskError(f"Both size={size} and tau={tau} say what to keep", fix="one of them")
     if tau is not None:
         return threshold(graph, tau, rank=rank)
+    if size is not None and size < 1:
+        raise EmptySelectionError(
+            f"size={size} keeps nothing", fix="size=20, or None for the usual size"
+        )
     wanted = default if size is None else size
     choose = greedy if select == "greedy" else top_n
     return choose(graph, wanted, rank=rank)

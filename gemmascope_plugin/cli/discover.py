@@ -42,7 +42,7 @@ from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choic
 if TYPE_CHECKING:
     from gemmascope_plugin.circuits import Circuit, Scores
 
-_N_PROMPTS = 32
+_N_PROMPTS, _N_RANDOM = 32, 10
 
 
 def discover_command(
@@ -84,7 +84,9 @@ def discover_command(
     evaluate: Annotated[
         bool, typer.Option("--evaluate/--no-evaluate", help="Check it by ablation.")
     ] = True,
-    random: Annotated[int, typer.Option(help="Random circuits of each size beside it.")] = 10,
+    random: Annotated[
+        int | None, typer.Option(help="Random circuits of each size beside it; 10 if not given.")
+    ] = None,
     model: ModelName = BUNDLED,
     backend: BackendName = "hooked",
     device: Device = "auto",
@@ -117,11 +119,13 @@ def discover_command(
     question.check()
     options = {"method": method, "units": units, "size": size, "tau": tau}
     options |= {"select": select, "rank": rank}
-    kinds = _check(options, nodes, random)
+    kinds = _check(options, nodes)
+    _check_random(random, evaluate)
     check_out(out)
     check_out(save, "--save")
 
-    found, scores = _found(question, {**options, "nodes": kinds}, random if evaluate else None)
+    n_random = (_N_RANDOM if random is None else random) if evaluate else None
+    found, scores = _found(question, {**options, "nodes": kinds}, n_random)
     if as_json:
         typer.echo(json.dumps(_record(question, found, scores), indent=2))
     else:
@@ -137,7 +141,22 @@ def discover_command(
         typer.echo(f"page: {out}", err=as_json)
 
 
-def _check(options: dict[str, Any], nodes: str | None, random: int) -> tuple[str, ...]:
+def _check_random(random: int | None, evaluate: bool) -> None:
+    """Refuses random circuits that nobody evaluates.
+
+    Raises:
+        EmptySelectionError: A negative number.
+        TaskError: The circuit is not evaluated.
+    """
+    if random is not None and random < 0:
+        raise EmptySelectionError(
+            f"--random {random} is not a number of circuits", fix=f"--random {_N_RANDOM}"
+        )
+    if random is not None and not evaluate:
+        raise TaskError(f"--random {random} says nothing here: --no-evaluate leaves the check out")
+
+
+def _check(options: dict[str, Any], nodes: str | None) -> tuple[str, ...]:
     """Refuses what says nothing or contradicts itself; the kinds of nodes.
 
     Raises:
@@ -159,8 +178,6 @@ def _check(options: dict[str, Any], nodes: str | None, random: int) -> tuple[str
             f"Both --size {options['size']} and --tau {options['tau']} say what to keep",
             fix="one of them",
         )
-    if random < 0:
-        raise EmptySelectionError(f"--random {random} is no number of circuits", fix="--random 10")
     of_nodes = method in NODE_METHODS and not (method == "exact" and units == "edges")
     useless = {
         "--nodes": nodes is not None and not of_nodes,

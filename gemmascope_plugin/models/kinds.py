@@ -118,6 +118,10 @@ def _path(value: Any) -> Any:
     return value if isinstance(value, (str, os.PathLike)) else None
 
 
+def _source(value: Any) -> Any:
+    return value if isinstance(value, (str, os.PathLike, Mapping)) else None
+
+
 _WHOLE = Kind("a whole number", as_index, (int,))
 _REAL = Kind("a number", _real, (float, int))
 _SPECIAL = Kind("bos, eos, pad or token ids, one or several", _special)
@@ -132,6 +136,7 @@ _KINDS = {
     "bool": Kind("True or False", _flag, (bool,)),
     "str": Kind("a text", lambda value: str(value) if isinstance(value, str) else None, (str,)),
     "str | Path": Kind("a path", _path),
+    "str | Path | Mapping[str, Any]": Kind("a path, or what such a file holds", _source),
     "Sequence[int]": Kind("a list of whole numbers", as_indices),
     "Sequence[str]": _TEXTS,
     "str | Sequence[str]": replace(_TEXTS, types=(str,)),

@@ -136,10 +136,10 @@ def bridge_from_hf(hf: Any, tokenizer: Any, name: str) -> Any:
 
 
 def _path(name_or_path: object) -> str | Path:
-    if isinstance(name_or_path, (str, Path)):
+    if isinstance(name_or_path, (str, Path)) and str(name_or_path).strip():
         return name_or_path
     raise ModelError(
-        f"load_model() got {type(name_or_path).__name__} {name_or_path!r}",
+        f"load_model() got {type(name_or_path).__name__} {name_or_path!r:.60}",
         exists="names, folders, GGUF files, and transformers models in memory",
         fix='load_model("2b")',
     )

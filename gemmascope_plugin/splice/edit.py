@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 
-from gemmascope_plugin.errors import EmptySelectionError, check_feature
+from gemmascope_plugin.errors import EmptySelectionError, InputError, check_feature
 from gemmascope_plugin.indices import feature_ids
+from gemmascope_plugin.models.finite import is_finite
 from gemmascope_plugin.splice.window import Positions, Rows, Window
 
 
@@ -41,6 +42,29 @@ class Edit(ABC):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", feature_ids(self.features))
+        for field in fields(self):
+            if str(field.type).endswith("Amount"):
+                self._check_amount(field.name, getattr(self, field.name))
+
+    def _check_amount(self, name: str, value: Any) -> None:
+        """Refuses what is not numbers; the word of ``Ablate(to=...)`` is judged by its ``bind``.
+
+        Raises:
+            InputError: Something else, or a number that is not finite.
+        """
+        shown = f"{type(self).__name__}({name}={value!r:.60})"
+        try:
+            numbers = None if isinstance(value, bool) else torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            numbers = None
+        if numbers is None:
+            if not (isinstance(value, str) and name == "to"):
+                raise InputError(
+                    f"{shown} is not a number",
+                    exists="a number, one for each feature, or a tensor",
+                )
+        elif not is_finite(numbers):
+            raise InputError(f"{shown} is not finite")
 
     @abstractmethod
     def apply(

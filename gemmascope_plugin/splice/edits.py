@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 
-from gemmascope_plugin.errors import EmptySelectionError, ModelError, check_choice
+from gemmascope_plugin.errors import EmptySelectionError, InputError, ModelError, check_choice
+from gemmascope_plugin.models.finite import is_finite
 from gemmascope_plugin.saes import SparseActs
 from gemmascope_plugin.splice.edit import Edit, edited_tokens
 from gemmascope_plugin.splice.window import Window
@@ -150,13 +151,21 @@ class Custom(Edit):
     fn: Callable[[torch.Tensor], torch.Tensor]
     """Returns a tensor of the same shape; must not change its argument in place."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not callable(self.fn):
+            raise InputError(
+                f"Custom(fn={self.fn!r:.60}) is not a function", fix="fn=lambda acts: acts * 2"
+            )
+
     def apply(
         self, acts: Float[torch.Tensor, "batch pos k"], window: Window
     ) -> Float[torch.Tensor, "batch pos k"]:
         """What the function returns.
 
         Raises:
-            ModelError: It returns something else than a tensor of the same shape.
+            ModelError: It returns something else than a tensor of the same shape, or makes numbers that
+                are not finite.
         """
         new: Any = self.fn(acts)
         if not isinstance(new, torch.Tensor) or new.shape != acts.shape:
@@ -165,6 +174,10 @@ class Custom(Edit):
                 f"The function of Custom returned {got}",
                 exists=f"activations of shape {list(acts.shape)}",
                 fix="return a tensor of the shape of the argument",
+            )
+        if not is_finite(new) and is_finite(acts):
+            raise ModelError(
+                "The function of Custom returned numbers that are not finite for activations that are"
             )
         return new
 

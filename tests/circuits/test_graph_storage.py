@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from gemmascope_plugin.attribution.adjoint.adjacency import Adjacency
 from gemmascope_plugin.circuits import AttributionGraph
-from gemmascope_plugin.errors import BadFileError, GemmaScopeError, MissingFileError
+from gemmascope_plugin.errors import BadFileError, GemmaScopeError, InputError, MissingFileError
 from tests.circuits.bundles import read, rewrite
 from tests.circuits.traces import same, traced
 
@@ -224,3 +224,13 @@ def test_the_figure_has_tokens_below_and_targets_on_top() -> None:
         for x, y in zip(t.x, t.y, strict=True)
     ]
     assert len(set(places)) == len(places)
+
+
+def test_what_is_not_a_path_or_a_number_is_refused() -> None:
+    graph: Any = traced("some")
+    graphs: Any = AttributionGraph
+    for call in (graphs.from_json, graphs.load, graph.save):
+        with pytest.raises(InputError, match="=3 is not a path"):
+            call(3)
+    with pytest.raises(InputError, match="node_threshold='0.8' is not a number"):
+        graph.prune(node_threshold="0.8")

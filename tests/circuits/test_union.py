@@ -13,6 +13,7 @@ from gemmascope_plugin.circuits import AttributionGraph, contrast, supernodes, u
 from gemmascope_plugin.errors import (
     EmptySelectionError,
     GemmaScopeError,
+    InputError,
     TaskError,
     UnknownNameError,
 )
@@ -161,6 +162,8 @@ def test_mistakes() -> None:
     clean, long = graph("clean"), graph("long")
     with pytest.raises(EmptySelectionError, match=r"No graph was given.*\[trace"):
         union([])
+    with pytest.raises(InputError, match=r"single graph. Try: union\(\[graph, other\]\)"):
+        factories.unchecked(union)(clean)
     with pytest.raises(TaskError, match=r"Graph 1 has 9 tokens, the first graph 7.*align=\"end\""):
         union([clean, long])
     with pytest.raises(UnknownNameError, match=r"alignment 'ends'.*position, end.*'end'"):

@@ -16,7 +16,8 @@ import gemmascope_plugin as gs
 from gemmascope_plugin.cli.app import app
 from tests.cli.test_patch import OWN
 
-SUITE = ("--task", "ioi", "--n", "3", "--random", "1")
+BARE = ("--task", "ioi", "--n", "3")
+SUITE = (*BARE, "--random", "1")
 NODES = (*SUITE, "--method", "exact", "--size", "5")
 
 
@@ -109,7 +110,7 @@ def test_own_prompts_are_used_twice_and_that_is_said(tmp_path: Path) -> None:
 
 
 def test_without_evaluation(suite: Any) -> None:
-    given = (*SUITE, "--select", "greedy", "--size", "4", "--no-evaluate")
+    given = (*BARE, "--select", "greedy", "--size", "4", "--no-evaluate")
     lines = run(*given).splitlines()
     assert lines[0] == "ioi on gemma-2-tiny: 4 of 343 edges by eap-ig"
     assert lines[2] == "" and len(lines) == 8
@@ -121,7 +122,7 @@ def test_without_evaluation(suite: Any) -> None:
 
 
 def test_a_bar_for_the_scores() -> None:
-    kept = json.loads(run(*SUITE, "--tau", "2.5", "--no-evaluate", "--json"))["kept"]
+    kept = json.loads(run(*BARE, "--tau", "2.5", "--no-evaluate", "--json"))["kept"]
     assert kept and all(abs(row["score"]) >= 2.5 for row in kept)
 
 
@@ -165,7 +166,9 @@ def test_the_example_of_the_help_works(tmp_path: Path, monkeypatch: pytest.Monke
         ((*SUITE, "--method", "acdc", "--size", "3"), "--size says nothing here: --method acdc chooses"),
         ((*NODES, "--nodes", "head,mpl"), "Did you mean 'mlp'"),
         ((*NODES, "--nodes", "head,feature"), "--nodes feature needs dictionaries"),
-        ((*SUITE, "--random", "-1"), "--random -1 is no number of circuits"),
+        ((*SUITE, "--random", "-1"), "--random -1 is not a number of circuits"),
+        ((*SUITE, "--no-evaluate", "--random", "3"), "--random 3 says nothing here: --no-evaluate"),
+        ((*SUITE, "--size", "0"), "--size 0 keeps nothing. Try: --size 20"),
         ((*SUITE, "--out", "/nowhere/a.html"), "There is no folder '/nowhere' for --out"),
         ((*SUITE, "--save", "/nowhere/a"), "There is no folder '/nowhere' for --save"),
     ],

@@ -276,6 +276,29 @@ def test_a_function_of_ones_own() -> None:
             applied(Custom(features=1, fn=wrong))
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Clamp(features=0, value="a"), "Clamp\\(value='a'\\) is not a number"),
+        (lambda: Add(features=0, amount=True), "Add\\(amount=True\\) is not a number"),
+        (lambda: Ablate(features=0, to=None), "Ablate\\(to=None\\) is not a number"),
+        (lambda: Scale(features=0, factor=float("nan")), "Scale\\(factor=nan\\) is not finite"),
+        (lambda: Add(features=0, amount=[1.0, float("inf")]), "is not finite"),
+        (lambda: Custom(features=0, fn=3), "Custom\\(fn=3\\) is not a function"),
+    ],
+)
+def test_what_is_not_an_amount_or_a_function_is_refused_at_once(make, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_a_function_that_makes_nan_is_named() -> None:
+    with pytest.raises(
+        ModelError, match="The function of Custom returned numbers that are not finite"
+    ):
+        applied(Custom(features=3, fn=lambda acts: acts * float("nan")))
+
+
 def test_amounts_that_do_not_fit_are_an_error() -> None:
     with pytest.raises(EmptySelectionError, match=r"Clamp has amounts of shape \[3\].*one number"):
         applied(Clamp(features=[1, 4], value=[1.0, 2.0, 3.0]))

@@ -45,6 +45,7 @@ from gemmascope_plugin.circuits.tracing.influence import (
 from gemmascope_plugin.circuits.tracing.parts import KINDS, Parts, ends
 from gemmascope_plugin.errors import EmptySelectionError, UnknownNameError, nearest
 from gemmascope_plugin.indices import as_index
+from gemmascope_plugin.models.gate import gate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,6 +116,7 @@ class AttributionGraph:
         """Replacement and completeness, as circuit-tracer defines them."""
         return scores_of(self._counted, self.influence, self.weights, self.where)
 
+    @gate()
     def prune(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> AttributionGraph:
         """The nodes that hold most of the influence, and the edges that do.
 
@@ -145,6 +147,7 @@ class AttributionGraph:
             self, nodes=nodes, edges=masks.edges.compacted(masks.nodes), metadata=details
         )
 
+    @gate()
     def prune_masks(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> Pruned:
         """What :meth:`prune` keeps.
 
@@ -248,11 +251,13 @@ class AttributionGraph:
     def _parts(self) -> Parts:
         return Parts(self.nodes, self.edges, self.tokens, self.metadata)
 
+    @gate()
     def save(self, path: str | Path) -> Path:
         """Writes the graph into one file, exactly; see ``graph_storage.py``."""
         return save_graph(path, self._parts)
 
     @classmethod
+    @gate()
     def load(cls, path: str | Path) -> AttributionGraph:
         """Reads what :meth:`save` has written."""
         return cls(*load_graph(path))
@@ -262,6 +267,7 @@ class AttributionGraph:
         return graph_json.to_json(self._parts, self.scores, self.shares, slug=slug, **options)
 
     @classmethod
+    @gate()
     def from_json(cls, source: str | Path | Mapping[str, Any]) -> AttributionGraph:
         """Reads such JSON, circuit-tracer's own too, from a file or as it is; it has no biases."""
         return cls(*read_graph(source))
@@ -285,10 +291,10 @@ class AttributionGraph:
 
     def __repr__(self) -> str:
         counts: dict[str, int] = self.nodes["kind"].value_counts().to_dict()
-        parts = ", ".join(_counted(counts[kind], kind) for kind in KINDS if kind in counts)
+        parts = ", ".join(_number_of(counts[kind], kind) for kind in KINDS if kind in counts)
         text = "".join(self.tokens)
         shown = text if len(text) <= 60 else f"{text[:57]}..."
-        return f"AttributionGraph({shown!r}: {parts}, {_counted(self.n_edges, 'edge')})"
+        return f"AttributionGraph({shown!r}: {parts}, {_number_of(self.n_edges, 'edge')})"
 
     def _repr_html_(self) -> str:
         best = np.argsort(-self.influence, kind="stable")[:SHOWN]
@@ -298,6 +304,6 @@ class AttributionGraph:
         return f"<p>{escape(repr(self))}; the most influential nodes:</p>{table}"
 
 
-def _counted(n: int, noun: str) -> str:
+def _number_of(n: int, noun: str) -> str:
     """``1 target``, ``13 biases``."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}{'es' if noun.endswith('s') else 's'}"

@@ -28,6 +28,7 @@ from gemmascope_plugin.circuits.tracing.graph_sum import GraphSum
 from gemmascope_plugin.circuits.tracing.matching import Targets, positions_of
 from gemmascope_plugin.errors import (
     EmptySelectionError,
+    InputError,
     TaskError,
     UnknownNameError,
     check_choice,
@@ -64,6 +65,7 @@ def union(
         between a row's sum and the mean of what it explains; not a number if anything was left out.
 
     Raises:
+        InputError: A single graph.
         EmptySelectionError: No graph, or ``min_share`` leaves no feature and no error.
         TaskError: Different models or dictionaries, different lengths without labels, labels that do
             not fit.
@@ -78,6 +80,7 @@ def union(
         raise TaskError('labels= and align="end" both align', fix="one of them")
     if isinstance(graphs, (str, Mapping)) or not isinstance(graphs, Iterable):
         check_graph(graphs, "union(graphs)")
+        raise InputError("union() got a single graph", fix="union([graph, other])")
     if labels is not None and (isinstance(labels, str) or not isinstance(labels, Iterable)):
         raise _no_labels("union()", labels)
     total = GraphSum(targets)
