@@ -21,6 +21,7 @@ from gemmascope_plugin.patching.experiment import experiment
 from tests import factories, tiny_models
 from tests.factories import n_hooks, tiny_model
 from tests.patching.tasks import CORRUPT, TASK, values_at
+from tests.support.rounding import TINY
 
 LONG_CLEAN = tiny_models.random_tokens(batch=2, length=20, seed=5)
 LONG_CORRUPT = LONG_CLEAN.clone()
@@ -82,7 +83,7 @@ def test_fixes_equal_replacing_one_position_by_hand(model, port: str) -> None:
     places = [2, 3, 5, 19]
     expected = by_hand(model, LONG, port, places)
     got = fixed(model, port, ("layer", "pos", "head"))[places]
-    assert torch.allclose(got, expected, atol=1e-6)
+    assert torch.allclose(got, expected, atol=TINY)
     assert expected.shape[1] == (4 if port == "q" else 2)
     assert float(expected.abs().max()) > 1e-4
     first_order = attribution_patching(model, LONG, port, axes=("layer", "pos", "head"))
@@ -92,9 +93,9 @@ def test_fixes_equal_replacing_one_position_by_hand(model, port: str) -> None:
 @pytest.mark.parametrize("port", ["q", "k"])
 def test_patches_of_all_positions_replace_them_together(model, port: str) -> None:
     expected = by_hand(model, LONG, port, [slice(None)])[0]
-    assert torch.allclose(fixed(model, port, ("layer", "head")), expected, atol=1e-6)
+    assert torch.allclose(fixed(model, port, ("layer", "head")), expected, atol=TINY)
     one_by_one = fixed(model, port, ("layer", "pos", "head")).sum(0)
-    assert torch.allclose(one_by_one, expected, atol=1e-6) == (port == "q")
+    assert torch.allclose(one_by_one, expected, atol=TINY) == (port == "q")
 
 
 def test_the_key_fix_survives_saturated_attention() -> None:
@@ -137,7 +138,7 @@ def test_grad_drop_equals_one_pass_per_layer(backend: str, component: str) -> No
             if layer != dropped or component == "resid_pre":
                 expected[layer] += each.abs().mean(0)
     expected /= 3 if component == "resid_pre" else 2
-    assert torch.allclose(got.values, expected, atol=1e-6)
+    assert torch.allclose(got.values, expected, atol=TINY)
     assert float(got.values.min()) >= 0
     assert got.metadata["magnitudes"]
     assert got.metadata["sign"] == "magnitude: no direction"
@@ -147,7 +148,7 @@ def test_copies_may_be_taken_a_few_at_a_time(hooked2) -> None:
     whole = attribution_patching(hooked2, TASK, "q", method="atp*").values
     for max_rows in (1, 4):
         some = attribution_patching(hooked2, TASK, "q", method="atp*", max_rows=max_rows).values
-        assert torch.allclose(some, whole, atol=1e-7)
+        assert torch.allclose(some, whole, atol=TINY)
 
 
 def test_features_have_an_own_layer_where_they_write_inside_one(hooked2) -> None:
@@ -158,7 +159,7 @@ def test_features_have_an_own_layer_where_they_write_inside_one(hooked2) -> None
     assert last  # nothing comes after: dropping the layers below changes nothing
     assert plain.values_by_prompt is not None
     expected = plain.values_by_prompt[last].abs().mean(1)
-    assert torch.allclose(got.values[last], expected, atol=1e-6)
+    assert torch.allclose(got.values[last], expected, atol=TINY)
 
 
 def test_one_layer_cannot_be_dropped() -> None:

@@ -19,6 +19,7 @@ from gemmascope_plugin.patching.experiment import experiment
 from tests import factories
 from tests.factories import n_hooks, tiny_hf, tiny_model, tiny_tokenizer
 from tests.patching.tasks import CLEAN, CORRUPT, LATE, TASK, metric_under, values_at
+from tests.support.rounding import TINY
 
 NAME = "blocks.1.hook_resid_pre"
 
@@ -110,7 +111,7 @@ def test_features_and_errors_are_moved_site_by_site(backend: str) -> None:
         assert effects.metadata["residual_max"] < 0.02
     some = features.labels["feature"][:2]
     alone = attribution_patching(model, TASK, "feature", method="ig", saes=saes, features=some)
-    assert torch.allclose(alone.values, features.values[:2], atol=1e-6)
+    assert torch.allclose(alone.values, features.values[:2], atol=TINY)
 
 
 def test_a_task_in_parts_gives_the_same(double) -> None:

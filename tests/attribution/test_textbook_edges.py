@@ -12,6 +12,7 @@ from gemmascope_plugin.attribution import edge_attribution
 from gemmascope_plugin.models.gradients import gradients_of
 from gemmascope_plugin.patching import Task, logit_diff
 from gemmascope_plugin.patching.edges import EdgeMap
+from tests.support.rounding import TINY
 
 CLEAN = torch.tensor([[1, 5, 9, 12, 3], [1, 7, 8, 2, 6]])
 CORRUPT = torch.tensor([[1, 5, 20, 12, 3], [1, 30, 8, 2, 6]])
@@ -77,4 +78,4 @@ def test_it_is_the_textbook_formula(pre_norm) -> None:
     assert float(expected.abs().max()) > 1e-2
     for form in ("exact", "jacobian", "frozen", "naive"):
         got = edge_attribution(pre_norm, TASK, method="eap", writer_delta=form).values
-        assert torch.allclose(got, expected, atol=1e-6), form
+        assert torch.allclose(got, expected, atol=TINY), form

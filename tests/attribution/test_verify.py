@@ -15,6 +15,7 @@ from gemmascope_plugin.patching import Task, activation_patching, logit_diff
 from tests import factories
 from tests.factories import tiny_model
 from tests.patching.tasks import CLEAN, CORRUPT, RIGHT, TASK, WRONG, metric_under, values_at
+from tests.support.rounding import TINY
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_the_top_is_exact_and_the_rest_estimated(component: str, options) -> Non
     assert torch.allclose(got.values.flatten(), expected, atol=1e-5)
     assert not torch.allclose(guess.values.flatten(), expected, atol=1e-5)
     assert got.values_by_prompt is not None
-    assert torch.allclose(got.values_by_prompt.mean(-1), got.values, atol=1e-6)
+    assert torch.allclose(got.values_by_prompt.mean(-1), got.values, atol=TINY)
     assert got.metadata["n_exact"] == 3
     assert got.metadata["method"] == "attribution, top 3 exact"
     assert got.metadata["estimates"] == pytest.approx(guess.values.flatten()[at].tolist())

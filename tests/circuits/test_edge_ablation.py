@@ -14,6 +14,7 @@ from gemmascope_plugin.patching.writes import Writes
 from tests.factories import n_hooks
 from tests.ground_truth.cases import CASES
 from tests.patching.tasks import CLEAN, CORRUPT, TASK, score
+from tests.support.rounding import TINY
 
 
 def random_circuits(ablation: EdgeAblation, n: int) -> torch.Tensor:
@@ -94,7 +95,7 @@ def test_all_is_clean_and_none_is_corrupt(model) -> None:
     values = ablation.metric(torch.stack([torch.ones(shape).bool(), torch.zeros(shape).bool()]))
     with torch.no_grad():
         ends = [bound.measure(model, tokens) for tokens in (CLEAN, CORRUPT)]
-    assert torch.allclose(values, torch.stack(ends), atol=2e-6)
+    assert torch.allclose(values, torch.stack(ends), atol=TINY)
     assert n_hooks(model) == before
 
 
@@ -107,7 +108,7 @@ def test_one_removed_edge_is_exact_edge_patching(hooked2) -> None:
     full = ablation.metric(torch.ones(1, *ablation.edges.mask.shape, dtype=torch.bool))
     got = ablation.metric(circuits) - full
     expected = exact.by_prompt[:, places[:, 0], places[:, 1]].T
-    assert torch.allclose(got, expected, atol=1e-6)
+    assert torch.allclose(got, expected, atol=TINY)
     assert float(expected.abs().max()) > 1e-2
 
 
@@ -116,7 +117,7 @@ def test_batches_do_not_matter(hooked2) -> None:
     circuits = random_circuits(EdgeAblation(hooked2, bound), 5)
     whole = EdgeAblation(hooked2, bound).metric(circuits)
     parts = EdgeAblation(hooked2, bound, limit=Limit(1, "1 GB")).metric(circuits)
-    assert torch.allclose(whole, parts, atol=1e-6)
+    assert torch.allclose(whole, parts, atol=TINY)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

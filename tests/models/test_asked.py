@@ -15,6 +15,7 @@ from gemmascope_plugin.models.asked import (
     no_logits,
     record,
 )
+from tests.support.rounding import TINY
 from tests.tiny_models import random_tokens
 
 TOKENS = random_tokens(batch=4, length=9)
@@ -34,11 +35,11 @@ def test_logits_at_the_position_of_each_prompt(model, logits) -> None:
     with torch.no_grad(), asked_positions(model, AT) as readout:
         got = model(TOKENS)
     assert got.shape == (4, 1, model.cfg.d_vocab)
-    assert torch.allclose(got[:, 0], wanted, atol=2e-6)
+    assert torch.allclose(got[:, 0], wanted, atol=TINY)
     cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0.0
     (before,) = readout.before_cap
     capped = cap * torch.tanh(before / cap) if cap > 0 else before
-    assert torch.allclose(capped, got, atol=2e-6)
+    assert torch.allclose(capped, got, atol=TINY)
     with torch.no_grad():
         assert torch.equal(model(TOKENS), logits)
 
@@ -48,21 +49,21 @@ def test_words_of_each_prompt(model, logits) -> None:
     wanted = logits[torch.arange(4), AT.repeat(2)].gather(-1, words.repeat(2, 1))
     with torch.no_grad(), asked_positions(model, AT, words):
         got = model(TOKENS)
-    assert torch.allclose(got[:, 0], wanted, atol=2e-6)
+    assert torch.allclose(got[:, 0], wanted, atol=TINY)
 
 
 @pytest.mark.parametrize("at", [slice(-2, None), [1, 5], [-1]])
 def test_the_same_positions_in_every_row(model, logits, at) -> None:
     with torch.no_grad(), asked_positions(model, at):
         got = model(TOKENS)
-    assert torch.allclose(got, logits[:, at], atol=2e-6)
+    assert torch.allclose(got, logits[:, at], atol=TINY)
 
 
 def test_places_one_by_one(model, logits) -> None:
     rows, at = torch.tensor([0, 0, 3]), torch.tensor([2, 7, 1])
     with torch.no_grad(), asked_positions(model, lambda n: (rows, at)):
         got = model(TOKENS)
-    assert torch.allclose(got[:, 0], logits[rows, at], atol=2e-6)
+    assert torch.allclose(got[:, 0], logits[rows, at], atol=TINY)
 
 
 def test_gradients_reach_the_hooks_of_the_model(model) -> None:
@@ -85,7 +86,7 @@ def test_gradients_reach_the_hooks_of_the_model(model) -> None:
 
     wanted = gradient(False)
     assert float(wanted.abs().max()) > 1e-4
-    assert torch.allclose(gradient(True), wanted, atol=1e-6)
+    assert torch.allclose(gradient(True), wanted, atol=TINY)
 
 
 def test_a_hook_at_the_logits_sees_all_of_them(model, logits) -> None:

@@ -8,6 +8,7 @@ import torch
 from gemmascope_plugin.errors import HookNotFiredError
 from gemmascope_plugin.models import gradients
 from tests.factories import n_hooks
+from tests.support.rounding import TINY
 from tests.tiny_models import random_tokens
 
 TOKENS = random_tokens()
@@ -66,7 +67,7 @@ def test_both_classes_agree_at_heads() -> None:
         for backend in ("hooked", "bridge")
     )
     assert one.shape == other.shape == (*TOKENS.shape, 4, 12)
-    assert torch.allclose(one, other, atol=1e-6)
+    assert torch.allclose(one, other, atol=TINY)
 
 
 def test_a_norm_called_three_times_gives_the_sum(hooked2) -> None:

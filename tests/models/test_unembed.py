@@ -10,6 +10,7 @@ import torch
 
 from gemmascope_plugin.models import unembed
 from tests.support.largest import LargestTensor
+from tests.support.rounding import TINY
 from tests.tiny_models import VOCABULARY, random_tokens
 
 TOKENS = random_tokens(batch=3, length=7)
@@ -36,18 +37,18 @@ def run(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_all_logits_and_those_of_some_words(model, run) -> None:
     resid, logits = run
-    assert torch.allclose(unembed.logits_at(model, resid), logits, atol=2e-6)
+    assert torch.allclose(unembed.logits_at(model, resid), logits, atol=TINY)
     some = unembed.logits_at(model, resid[:, -1], WORDS)
-    assert torch.allclose(some, logits[:, -1].gather(-1, WORDS), atol=2e-6)
+    assert torch.allclose(some, logits[:, -1].gather(-1, WORDS), atol=TINY)
     shared = unembed.logits_at(model, resid, torch.tensor([3, 250]))
-    assert torch.allclose(shared, logits[..., [3, 250]], atol=2e-6)
+    assert torch.allclose(shared, logits[..., [3, 250]], atol=TINY)
 
 
 def test_before_the_soft_cap(model, run) -> None:
     cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0.0
     before = unembed.logits_at(model, run[0], before_cap=True)
     after = cap * torch.tanh(before / cap) if cap > 0 else before
-    assert torch.allclose(after, run[1], atol=2e-6)
+    assert torch.allclose(after, run[1], atol=TINY)
 
 
 @pytest.mark.usefixtures("tiled")
@@ -73,7 +74,7 @@ def test_divergence(model, run) -> None:
     slow = (p.exp() * (p - q)).sum(-1)
     fast = unembed.kl_divergence(model, resid[:1], resid)
     assert torch.equal(fast[0], torch.zeros(7))
-    assert torch.allclose(fast.double(), slow, atol=1e-6)
+    assert torch.allclose(fast.double(), slow, atol=TINY)
     assert fast[1:, 1:].min() > 1e-3
 
 
@@ -112,7 +113,7 @@ def test_gradients(model, run, what: str) -> None:
     (value, gradient), (other, wanted) = found
     assert wanted is not None and float(wanted.abs().max()) > 1e-5
     scale = float(wanted.abs().max())
-    assert torch.allclose(value, other.to(value.dtype), atol=2e-6, rtol=1e-5)
+    assert torch.allclose(value, other.to(value.dtype), atol=TINY, rtol=1e-5)
     assert torch.allclose(gradient, wanted, atol=1e-5 * scale)
 
 
@@ -146,9 +147,9 @@ def test_words_in_the_other_layout_and_a_bias(hooked2) -> None:
     weight = other.unembed.W_U.data
     other.unembed.W_U.data = weight.contiguous()
     assert other.unembed.W_U.stride() != weight.T.contiguous().T.stride()
-    assert torch.allclose(unembed.logits_at(other, x), unembed.logits_at(hooked2, x), atol=1e-6)
+    assert torch.allclose(unembed.logits_at(other, x), unembed.logits_at(hooked2, x), atol=TINY)
     other.unembed.b_U.data = torch.linspace(-1, 1, VOCABULARY)
-    assert torch.allclose(unembed.logits_at(other, x), _slow_logits(other, x[None])[0], atol=2e-6)
+    assert torch.allclose(unembed.logits_at(other, x), _slow_logits(other, x[None])[0], atol=TINY)
     targets = torch.tensor([0, 1, 2, 255])
     slow = torch.nn.functional.cross_entropy(
         _slow_logits(other, x[None])[0], targets, reduction="none"

@@ -13,6 +13,7 @@ from tests.factories import n_hooks, unchecked
 from tests.ground_truth.brute import Brute
 from tests.ground_truth.cases import CASES
 from tests.patching.tasks import TASK
+from tests.support.rounding import TINY
 
 EDGES = EdgeMap(3, 4, 2)
 SOME = [
@@ -33,7 +34,7 @@ def test_edges_equal_brute_force(model, mode: str) -> None:
     for writer, reader in SOME:
         expected = brute._change([brute._edge(writer, reader)]) * brute.gap
         value = got.values[EDGES.writer(writer), EDGES.reader(reader)]
-        assert float(value) == pytest.approx(expected, abs=1e-6), (writer.label, reader.label)
+        assert float(value) == pytest.approx(expected, abs=TINY), (writer.label, reader.label)
     assert int((got.values != 0).sum()) == len(SOME)
 
 
@@ -54,9 +55,9 @@ def test_the_true_edges_of_hand_built_circuits(case) -> None:
 def test_batches_and_parts_do_not_matter(hooked2) -> None:
     whole = edge_patching(hooked2, TASK)
     one = edge_patching(hooked2, TASK, max_rows=1)
-    assert torch.allclose(whole.values, one.values, atol=1e-6)
-    assert torch.allclose(whole.by_prompt, one.by_prompt, atol=1e-6)
-    assert torch.allclose(whole.by_prompt.mean(0), whole.values, atol=1e-7)
+    assert torch.allclose(whole.values, one.values, atol=TINY)
+    assert torch.allclose(whole.by_prompt, one.by_prompt, atol=TINY)
+    assert torch.allclose(whole.by_prompt.mean(0), whole.values, atol=TINY)
 
 
 def test_zero_and_mean_ablation(hooked2) -> None:

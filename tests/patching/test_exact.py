@@ -25,6 +25,7 @@ from tests.patching.tasks import (
     with_features,
 )
 from tests.splice.reference import features
+from tests.support.rounding import TINY
 from tests.tiny_models import FIRST_WORD_ID
 
 # the bridge's word on an edited norm scale, of the slow references
@@ -91,7 +92,7 @@ def test_the_sweep_equals_one_patch_per_pass(hooked2, component: str, mode: str)
     assert got.axes == ("layer", axis)
     assert torch.allclose(got.values, expected, atol=1e-5)
     assert expected.abs().max() > 1e-2
-    assert torch.allclose(got.values_by_prompt.mean(-1), got.values, atol=1e-6)
+    assert torch.allclose(got.values_by_prompt.mean(-1), got.values, atol=TINY)
 
 
 @pytest.mark.parametrize("component", CASES)
@@ -176,7 +177,7 @@ def test_a_late_start_changes_no_number(model, component: str, monkeypatch) -> N
     restarted = swept()
     monkeypatch.setattr(module_replay, "can_restart", lambda model: False)
     whole = swept()
-    assert torch.allclose(restarted, whole, atol=1e-6)
+    assert torch.allclose(restarted, whole, atol=TINY)
     assert torch.allclose(late, whole, atol=1e-5)
 
 
@@ -292,7 +293,7 @@ def test_all_features_and_the_error_together_are_the_clean_run(model) -> None:
 def test_the_size_of_a_batch_does_not_matter(hooked2, max_rows: int) -> None:
     whole = activation_patching(hooked2, TASK, "z")
     parts = activation_patching(hooked2, TASK, "z", max_rows=max_rows)
-    assert torch.allclose(whole.values, parts.values, atol=1e-6)
+    assert torch.allclose(whole.values, parts.values, atol=TINY)
 
 
 @pytest.mark.parametrize("mode", RUNS)

@@ -12,6 +12,7 @@ from gemmascope_plugin.models import unembed
 from gemmascope_plugin.patching.lens import logit_lens
 from tests.splice.gained_transcoders import folded
 from tests.support.largest import LargestTensor
+from tests.support.rounding import TINY
 from tests.tiny_models import random_tokens
 
 TOKENS = random_tokens(batch=1, length=7, seed=8)
@@ -39,8 +40,8 @@ def check_last(model) -> None:
     p = model(TOKENS).softmax(-1)[0]
     best = p.topk(4, dim=-1)
     assert torch.equal(lens.ids[-1], best.indices)
-    assert torch.allclose(lens.probabilities[-1], best.values, atol=1e-6)
-    assert torch.allclose(lens.asked_probabilities[-1], p[:, [9, 10]], atol=1e-6)
+    assert torch.allclose(lens.probabilities[-1], best.values, atol=TINY)
+    assert torch.allclose(lens.asked_probabilities[-1], p[:, [9, 10]], atol=TINY)
     order = p.argsort(-1, descending=True).argsort(-1) + 1
     assert torch.equal(lens.ranks[-1], order[:, [9, 10]])
 
@@ -53,7 +54,7 @@ def test_earlier_layers_go_through_the_same_end(hooked2, monkeypatch) -> None:
     for row, layer in enumerate(lens.layers):
         best = distributions(hooked2, layer)[[2, 6]].topk(5, dim=-1)
         assert torch.equal(lens.ids[row], best.indices)
-        assert torch.allclose(lens.probabilities[row], best.values, atol=1e-6)
+        assert torch.allclose(lens.probabilities[row], best.values, atol=TINY)
 
 
 def test_never_more_logits_than_a_tile(hooked2, monkeypatch) -> None:

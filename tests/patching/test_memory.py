@@ -34,6 +34,7 @@ from gemmascope_plugin.patching.task import BoundTask
 from tests import tiny_models
 from tests.factories import bridge_from_hf, hooked_from_hf, tiny_tokenizer
 from tests.patching.tasks import TASK
+from tests.support.rounding import TINY
 
 
 class Peak(TorchDispatchMode):
@@ -160,12 +161,12 @@ def test_passes_stay_within_their_rows(hooked2, rows: int, monkeypatch) -> None:
         monkeypatch.setattr(Block, "mlp", counted)
         got = sweep(run) - run.base_by_prompt
     assert max(seen) <= rows
-    assert torch.allclose(got.mean(1), whole.values.flatten(), atol=1e-6)
+    assert torch.allclose(got.mean(1), whole.values.flatten(), atol=TINY)
 
 
 def test_a_budget_for_activations(hooked2) -> None:
     whole = activation_patching(hooked2, TASK, "z")
     tight = activation_patching(hooked2, TASK, "z", memory_budget="120 kB")
-    assert torch.allclose(whole.values, tight.values, atol=1e-6)
+    assert torch.allclose(whole.values, tight.values, atol=TINY)
     with pytest.raises(GemmaScopeError, match="too small"):
         activation_patching(hooked2, TASK, "z", memory_budget=1000)

@@ -24,6 +24,7 @@ from tests.patching.tasks import CLEAN, LATE, metric_under, values_at
 from tests.splice import cross_layer_cases
 from tests.splice.cross_layer_reference import layer_features
 from tests.splice.reference import features
+from tests.support.rounding import TINY
 from tests.tiny_models import FIRST_WORD_ID
 
 SENDERS: dict[Any, dict[str, Any]] = {
@@ -159,7 +160,7 @@ def test_noising_is_the_other_direction(hooked2) -> None:
     noising = path_patching(hooked2, TASK, "L0H1", "MLP1", mode="noising")
     swapped = Task(CORRUPT, CLEAN, TASK.metric)
     assert torch.allclose(
-        noising.values, path_patching(hooked2, swapped, "L0H1", "MLP1").values, atol=1e-6
+        noising.values, path_patching(hooked2, swapped, "L0H1", "MLP1").values, atol=TINY
     )
     assert noising.metadata["mode"] == "noising"
     assert noising.metadata["method"] == "path patching, direct"
@@ -289,7 +290,7 @@ def test_nodes_stand_for_their_names(hooked2) -> None:
         hooked2, TASK, ["L0H1", "blocks.1.hook_resid_pre"], Reader(Node.logits()), max_rows=1
     )
     assert one.labels == other.labels
-    assert torch.allclose(one.values, other.values, atol=1e-6)
+    assert torch.allclose(one.values, other.values, atol=TINY)
     assert one.values_by_prompt is not None
     assert one.values_by_prompt.shape == (2, 1, len(CLEAN))
     assert other.to_frame()["sender"].tolist() == ["L0H1", "blocks.1.hook_resid_pre"]

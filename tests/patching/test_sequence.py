@@ -10,6 +10,7 @@ import torch
 import gemmascope_plugin as gs
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.patching import Task, sequence_logprob
+from tests.support.rounding import TINY
 from tests.tiny_models import random_tokens
 
 CLEAN = random_tokens(batch=3, length=7, seed=5)
@@ -126,7 +127,7 @@ def test_estimates_know_it(model: Any, method: Any) -> None:
     line = {"steps": 4} if method.startswith("ig") else {}
     effects = gs.attribution_patching(model, TASK, "z", method=method, **line)
     assert effects.values_by_prompt.shape == (3, 4, 3)
-    assert torch.allclose(effects.values_by_prompt.mean(-1), effects.values, atol=1e-6)
+    assert torch.allclose(effects.values_by_prompt.mean(-1), effects.values, atol=TINY)
     # parts of one row at most: those of a prompt stay together
     small = gs.attribution_patching(model, TASK, "z", method=method, max_rows=3, **line)
     assert torch.allclose(small.values_by_prompt, effects.values_by_prompt, atol=1e-4)

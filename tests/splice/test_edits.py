@@ -24,6 +24,7 @@ from gemmascope_plugin.splice.window import Window
 from tests import factories
 from tests.factories import D_SAE, activations
 from tests.splice.reference import features
+from tests.support.rounding import TINY
 from tests.tiny_models import random_tokens
 
 TOKENS = random_tokens()
@@ -82,7 +83,7 @@ def test_an_edit_is_what_it_says(hooked2, name: str, where: str, listened: bool)
     expected = expected_tensor(hooked2, sae, change, positions)
     assert torch.allclose(got, expected, atol=1e-5)
     bare = activations(hooked2, TOKENS, "blocks.1.hook_resid_post")
-    assert torch.allclose(got[:, 0], bare[:, 0], atol=1e-6)
+    assert torch.allclose(got[:, 0], bare[:, 0], atol=TINY)
 
 
 @pytest.mark.parametrize("listened", [False, True])
@@ -198,7 +199,7 @@ def test_ablation_is_idempotent_and_touches_only_what_it_names(chosen, at, to) -
     edit = Ablate(features=chosen, positions=at, to=to)
     once = applied(edit)
     if to == "zero" or at is None:  # the mean of a part changes when that part does
-        assert torch.allclose(once, applied(edit, edit), atol=1e-6)
+        assert torch.allclose(once, applied(edit, edit), atol=TINY)
     here = ALL.select(at)
     others = [i for i in range(6) if i not in chosen]
     assert torch.equal(once[..., others], ACTS[..., others])

@@ -17,6 +17,7 @@ from gemmascope_plugin.models import flatten_heads, gradients, restore_heads
 from gemmascope_plugin.splice import Ablate, Scale, splice
 from gemmascope_plugin.splice.hooked_site import SUB_HOOKS
 from tests import factories
+from tests.support.rounding import TINY
 from tests.tiny_models import random_tokens
 
 TOKENS = random_tokens(batch=1)
@@ -139,7 +140,7 @@ def test_error_and_features_get_the_gradient_of_the_site(hooked2) -> None:
     with splice(hooked2, sae, exclude=()) as spliced:
         hooks = [f"{name}.hook_sae_error", acts_hook(sae)]
         got = gradients(spliced, TOKENS, metric, hooks)
-    assert torch.allclose(got[hooks[0]], g, atol=1e-6)
+    assert torch.allclose(got[hooks[0]], g, atol=TINY)
     assert torch.allclose(got[hooks[1]], g @ sae.W_dec.T, atol=1e-5)
 
 
@@ -218,7 +219,7 @@ def test_every_sub_hook_has_a_gradient_with_the_error_kept(model, site: str) -> 
     expected = [to_input, to_pre, to_acts, to_output, to_output, to_output]
     for key, value in zip(names, expected, strict=True):
         assert torch.allclose(got[key], value, atol=1e-5 * float(value.abs().max())), key
-    assert torch.allclose(got["hook_embed"], bare["hook_embed"], atol=1e-6)
+    assert torch.allclose(got["hook_embed"], bare["hook_embed"], atol=TINY)
 
 
 def test_leaves_collect_their_gradients(hooked2) -> None:
@@ -237,7 +238,7 @@ def test_leaves_collect_their_gradients(hooked2) -> None:
     assert acts.grad is not None
     assert error.grad is not None
     assert torch.allclose(acts.grad[:, 1:], (g @ sae.W_dec.T)[:, 1:], atol=1e-5)
-    assert torch.allclose(error.grad[:, 1:], g[:, 1:], atol=1e-6)
+    assert torch.allclose(error.grad[:, 1:], g[:, 1:], atol=TINY)
     assert not acts.grad[:, 0].any()
 
 

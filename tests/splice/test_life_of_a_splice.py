@@ -23,6 +23,7 @@ from gemmascope_plugin.splice.hooked_site import HookedSite
 from tests import factories
 from tests.factories import n_hooks, random_sae, unchecked
 from tests.splice.reference import features
+from tests.support.rounding import TINY
 from tests.tiny_models import BOS_ID, PAD_ID, random_tokens
 
 TOKENS = random_tokens()
@@ -181,7 +182,7 @@ def test_splices_nest(model) -> None:
         assert torch.equal(outer(TOKENS), alone)
     named = [Add(features=1, amount=3.0, sae=first), Add(features=2, amount=3.0, sae=second)]
     with splice(model, [first, second], edits=named) as together:
-        assert torch.allclose(together(TOKENS), both, atol=1e-6)
+        assert torch.allclose(together(TOKENS), both, atol=TINY)
 
 
 def test_a_mapping_of_dictionaries_will_do(hooked2) -> None:
@@ -384,7 +385,7 @@ def test_a_pass_that_skips_the_embedding_works_without_exclusions(hooked2) -> No
     residual = factories.activations(hooked2, TOKENS, "blocks.1.hook_resid_pre")
     edit = Add(features=1, amount=2.0)
     with splice(hooked2, factories.residual(hooked2, 1), exclude=(), edits=edit) as spliced:
-        assert torch.allclose(hooked2(residual, start_at_layer=1), spliced(TOKENS), atol=1e-6)
+        assert torch.allclose(hooked2(residual, start_at_layer=1), spliced(TOKENS), atol=TINY)
 
 
 def test_passes_that_start_above_the_dictionary_are_an_error(hooked2) -> None:

@@ -33,6 +33,7 @@ from gemmascope_plugin.splice.sampling import Sampling
 from gemmascope_plugin.splice.steering_report import Method
 from tests import factories
 from tests.factories import n_hooks, tiny_model, unchecked
+from tests.support.rounding import TINY
 
 PROMPT = "w5 w6 w7"
 KEYS = "today the keys near the cabinet"
@@ -55,7 +56,7 @@ def same(one: Steering, other: Steering) -> bool:
     """Equal in everything that is measured, up to rounding."""
     plain = ("before", "after", "strength", "method", "site", "exclude", "tokens", "ids_after")
     return all(getattr(one, name) == getattr(other, name) for name in plain) and torch.allclose(
-        one.kl, other.kl, atol=1e-6
+        one.kl, other.kl, atol=TINY
     )
 
 
@@ -123,7 +124,7 @@ def test_compared_are_the_distributions_in_float32(hooked2) -> None:
     p, q = before.float().log_softmax(-1), after.float().log_softmax(-1)
     whole = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
     assert result.kl.dtype == torch.float32
-    assert torch.allclose(result.kl, whole, atol=1e-6)
+    assert torch.allclose(result.kl, whole, atol=TINY)
     assert float(compare_next(hooked2, OfLogits.of(before), OfLogits.of(before)).kl.max()) == 0
 
 
@@ -231,7 +232,7 @@ def test_continuation_is_the_one_without_a_cache(model, positions) -> None:
     text = torch.tensor([[*prompt[0].tolist(), *result.ids_before]])
     steered = pushed_logits(model, text, STRENGTH * sae.W_dec[FEATURE], result.steered)
     assert torch.allclose(
-        result.kl, compare_next(model, OfLogits(model(text)[0]), OfLogits(steered[0])).kl, atol=1e-6
+        result.kl, compare_next(model, OfLogits(model(text)[0]), OfLogits(steered[0])).kl, atol=TINY
     )
 
 

@@ -18,6 +18,7 @@ from gemmascope_plugin.splice import Ablate, Add, Clamp, HookedSAE, Project, Sca
 from gemmascope_plugin.splice.hooked_site import SUB_HOOKS
 from tests import factories
 from tests.splice.kinds import TWO_KINDS
+from tests.support.rounding import TINY
 from tests.tiny_models import FIRST_WORD_ID, random_tokens
 
 TOKENS = random_tokens()
@@ -220,7 +221,7 @@ def test_feature_gradients_with_the_error_kept(model) -> None:
     expected = [leaf.grad, to_pre, to_acts, site, site, site]
     for name, value in zip(names, expected, strict=True):
         assert torch.allclose(got[name], value, atol=1e-5 * float(value.abs().max())), name
-    assert torch.allclose(got["hook_embed"], bare["hook_embed"], atol=1e-6)
+    assert torch.allclose(got["hook_embed"], bare["hook_embed"], atol=TINY)
 
 
 @pytest.mark.parametrize("listened", [False, True])

@@ -16,6 +16,7 @@ from gemmascope_plugin.patching import Task, logit_diff
 from gemmascope_plugin.patching.memory import Limit
 from tests.circuits.feature_circuits.slow import ablated_metric, caches, dictionaries, metric
 from tests.patching.tasks import CLEAN, CORRUPT, RIGHT, TASK, WRONG
+from tests.support.rounding import TINY
 from tests.tiny_models import FIRST_WORD_ID
 
 ALL = ("features", "head", "mlp")
@@ -113,7 +114,7 @@ def test_features_that_are_in_no_graph_are_outside_and_in_the_complement_inside(
         others = torch.full((2,), rest)
         values = run(part, hooked2, kept[:, there], others)
         whole = (kept & there) | (~there if rest else torch.zeros_like(there))
-        assert torch.allclose(values, run(circuit, hooked2, whole, others), atol=1e-6)
+        assert torch.allclose(values, run(circuit, hooked2, whole, others), atol=TINY)
 
 
 def test_rows_and_parts_do_not_matter(hooked2) -> None:
