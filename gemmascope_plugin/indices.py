@@ -13,10 +13,13 @@ from typing import Any
 
 from gemmascope_plugin.errors import FeatureIndexError
 
+BYTES = (bytes, bytearray, memoryview)
+"""What gives numbers when it is walked over, and means none."""
+
 
 def as_index(value: Any) -> int | None:
     """The number, or None where it is not one."""
-    if isinstance(value, (bool, str, bytes)) or "bool" in str(getattr(value, "dtype", "")):
+    if isinstance(value, (bool, str, *BYTES)) or "bool" in str(getattr(value, "dtype", "")):
         return None
     if getattr(value, "ndim", 0):
         return None
@@ -33,7 +36,7 @@ def as_indices(values: Any) -> list[int] | None:
     single = as_index(values)
     if single is not None:
         return [single]
-    is_listed = isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping))
+    is_listed = isinstance(values, Iterable) and not isinstance(values, (str, *BYTES, Mapping))
     if not is_listed or getattr(values, "ndim", 1) != 1:
         return None
     numbers = [as_index(value) for value in values]

@@ -39,6 +39,7 @@ FORMS = {
     "tensor": torch.tensor([_ids(PROMPT)]),
     "tokenizer": tokenizer()(PROMPT, return_tensors="pt"),
     "padded in front": torch.tensor([[0, 0, *_ids(PROMPT)]]),
+    "padded behind": torch.tensor([[*_ids(PROMPT), 0, 0, 0]]),
     "list of one text": [PROMPT],
 }
 READERS = {
@@ -56,6 +57,43 @@ READERS = {
 @pytest.mark.parametrize("reader", READERS)
 def test_every_reader_takes_every_form_of_a_prompt(reader: str, form: str) -> None:
     assert READERS[reader](FORMS[form]) == READERS[reader](PROMPT)
+
+
+@BOTH
+def test_functions_of_one_prompt_end_where_it_ends(backend: str) -> None:
+    suite = gs.tiny(backend=backend)
+    model, prompt = suite.model, "today the keys near the cabinet"
+    affine = gs.find(model="gemma-2-tiny", kind="transcoder", affine=True)
+    transcoders = gs.load_suite(affine)
+    ids = model.to_tokens(prompt)
+    pad = torch.full((1, 3), model.tokenizer.pad_token_id)
+
+    def lens(prompt: Any) -> np.ndarray:
+        return np.asarray(gs.logit_lens(model, prompt).probabilities)
+
+    def traced(prompt: Any) -> np.ndarray:
+        return gs.trace(model, prompt, transcoders, max_feature_nodes=8).edges.matrix.data
+
+    def qk(prompt: Any) -> np.ndarray:
+        found = gs.qk_attribution(model, prompt, transcoders, layer=2, head=1, query=5, key=2)
+        return np.array([found.score, *found.by_query["weight"], *found.by_key["weight"]])
+
+    for function in (lens, traced, qk):
+        np.testing.assert_array_equal(function(torch.cat([ids, pad], 1)), function(ids))
+
+
+@pytest.mark.parametrize("prompt", [b"today", bytearray(b"today"), [b"today"]])
+def test_bytes_are_neither_text_nor_ids(prompt: Any) -> None:
+    with pytest.raises(InputError, match=r"neither text nor token ids.*data.decode\(\)"):
+        gs.analyze(real_like(), real_like_sae(), prompt)
+    with pytest.raises(InputError):
+        gs.splice(real_like(), real_like_sae(), exclude=prompt)
+
+
+@pytest.mark.parametrize("prompt", [{"a", "b"}, frozenset([2, 300]), {2: 0, 300: 0}.keys()])
+def test_what_has_no_order_is_not_a_prompt(prompt: Any) -> None:
+    with pytest.raises(InputError, match="it has no order.*a list of the same"):
+        gs.logit_lens(real_like(), prompt)
 
 
 def _swapped() -> dict[str, tuple[Any, str]]:

@@ -1,9 +1,10 @@
 """Functions x situations: each cell gives what the plain call gives, or an error that says what to type.
 
-Prompts in every form, numbers of every library, prompts that are too long, swapped and wrong arguments, a
-weight that is not a number, padding in front, inference mode, float16; bfloat16 has a file of its own
-(``test_half_precision.py``), options as well (``test_options.py``). The functions are those of
-``gemmascope_plugin.__all__``: one without an entry in ``tests/support/arguments.py`` fails here.
+Prompts in every form and in what is none, numbers of every library, prompts that are too long, swapped
+and wrong arguments, counts of nothing, a weight that is not a number, padding at both ends, inference
+mode, float16; bfloat16 has a file of its own (``test_half_precision.py``), options as well
+(``test_options.py``). The functions are those of ``gemmascope_plugin.__all__``: one without an entry in
+``tests/support/arguments.py`` fails here.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from tests.support.situations import (
     FORMS,
     ILL,
     LIBRARIES,
+    NO_FORMS,
     TEMPLATE,
     in_form,
     prompts_of,
     too_long,
+    too_small,
     with_numbers,
     wrong_arguments,
 )
@@ -86,6 +89,35 @@ def test_prompts_of_every_form(name: str, form: str, scene: Scene) -> None:
     arguments = ARGUMENTS[name](scene)
     if prompts_of(arguments):
         check_same(call(name, in_form(arguments, form)), plain(name, scene))
+
+
+@pytest.mark.parametrize("form", NO_FORMS)
+@FUNCTIONS
+def test_what_is_not_a_prompt_is_refused(name: str, form: str, scene: Scene) -> None:
+    arguments = ARGUMENTS[name](scene)
+    if prompts_of(arguments):
+        with pytest.raises(GemmaScopeError):
+            call(name, in_form(arguments, form))
+
+
+@FUNCTIONS
+def test_counts_of_nothing_are_refused(name: str, scene: Scene) -> None:
+    accepted = []
+    for what, arguments in too_small(name, ARGUMENTS[name](scene)):
+        try:
+            call(name, arguments)
+        except GemmaScopeError:
+            continue
+        accepted.append(what)
+    assert not accepted
+
+
+@FUNCTIONS
+def test_a_token_that_does_not_exist_cannot_be_left_out(name: str, scene: Scene) -> None:
+    if "exclude" in inspect.signature(getattr(gs, name)).parameters:
+        arguments = ARGUMENTS[name](scene) | {"exclude": [2, scene.model.cfg.d_vocab]}
+        with pytest.raises(GemmaScopeError, match=r"Token id 462 does not exist.*0 to 461"):
+            call(name, arguments)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

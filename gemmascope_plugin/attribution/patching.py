@@ -114,7 +114,7 @@ def attribution_patching(
     check_choice("method", method, NAMES)
     _refuse_unused(method, steps, rules)
     n_steps = STEPS if steps is None else steps
-    _refuse(task, method, mode, n_steps, replacement)
+    _refuse(task, method, mode, replacement)
     options = {
         "layers": layers,
         "heads": heads,
@@ -203,14 +203,12 @@ def _refuse_unused(method: Method, steps: int | None, rules: RelpRules | None) -
         )
 
 
-def _refuse(task: Task, method: Method, mode: str, steps: int, replacement: str) -> None:
+def _refuse(task: Task, method: Method, mode: str, replacement: str) -> None:
     """Refuses what would give zeros or nonsense.
 
     Raises:
         TaskError: With what to do instead.
     """
-    if steps < 1:
-        raise TaskError(f"steps={steps} leaves no point to take a gradient at", fix="steps=10")
     if method == "ig-inputs" and replacement != "other":
         raise TaskError(
             f"ig-inputs moves the embedding towards the other prompt, and replacement={replacement!r} "

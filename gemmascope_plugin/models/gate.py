@@ -1,7 +1,7 @@
 """Arguments of public functions pass gates before anything else happens: one line above a function.
 
 1. What is annotated as a number, several of them or a yes or no becomes Python's, whatever library it
-   comes from; anything else is refused (``kinds.py``).
+   comes from; anything else is refused, and so are counts that are too small (``kinds.py``).
 2. ``@gate(model=check_model, saes=check_saes)`` gives each named argument, and how the function is
    called, to its check, in this order. A check raises or says nothing; what else an argument becomes is
    the function's own business. Swapped arguments are refused by the first of them, with the order that
@@ -19,7 +19,7 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 from gemmascope_plugin.models.inference import usual_mode
-from gemmascope_plugin.models.kinds import as_kind, kind_of
+from gemmascope_plugin.models.kinds import as_kind, check_count, kind_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Check = Callable[[Any, str], object]
@@ -53,7 +53,9 @@ def gate(**checks: Check) -> Callable[[Function], Function]:
                     check(arguments[name], call)
             for name, kind in kinds.items():
                 if name in arguments:
-                    arguments[name] = as_kind(signature.parameters[name], arguments[name], kind)
+                    parameter = signature.parameters[name]
+                    arguments[name] = as_kind(parameter, arguments[name], kind)
+                    check_count(parameter, arguments[name])
             with usual_mode(arguments.get("model")):
                 return function(*bound.args, **bound.kwargs)
 

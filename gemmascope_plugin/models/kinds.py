@@ -2,7 +2,8 @@
 
 A function that says ``batch: int`` gets an int, whether it was called with an int, numpy's, a tensor
 without axes or a whole float, and nobody gets to its first line with a text there. The annotation as it
-is written is the key, so a new argument is judged without another word.
+is written is the key, so a new argument is judged without another word. Counts are judged by their
+name as well (``LEAST``): a pass of no rows and -1 random circuits mean nothing, whoever is asked.
 
 Cost: a look at each argument.
 """
@@ -11,16 +12,22 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from gemmascope_plugin.errors import InputError
-from gemmascope_plugin.indices import as_index, as_indices
+from gemmascope_plugin.indices import BYTES, as_index, as_indices
 from gemmascope_plugin.models.check import describe
 from gemmascope_plugin.sizes import parse_size
+
+LEAST = {
+    **dict.fromkeys(("max_rows", "batch", "steps", "top_k"), 1),
+    **dict.fromkeys(("n_random", "min_tokens", "seed"), 0),
+}
+"""Counts by the name of their argument, and the smallest that means something."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ def as_kind(parameter: inspect.Parameter, value: Any, kind: Kind) -> Any:
     """The value of an argument as what it stands for.
 
     Raises:
-        InputError: It is something else.
+        InputError: It is something else, or a count that is too small.
         UnknownNameError: A size without a unit, or none.
     """
     if (value is None and kind.may_be_none) or type(value) in kind.types:
@@ -61,6 +68,23 @@ def as_kind(parameter: inspect.Parameter, value: Any, kind: Kind) -> Any:
         fix = None if is_needed else f"{parameter.name}={parameter.default!r}, the default"
         raise InputError(f"{parameter.name}={_shown(value)} is not {kind.noun}", fix=fix)
     return read
+
+
+def check_count(parameter: inspect.Parameter, value: Any) -> None:
+    """Refuses a number of things that is smaller than there can be.
+
+    Raises:
+        InputError: It is.
+    """
+    least = LEAST.get(parameter.name)
+    if least is None or type(value) is not int or value >= least:
+        return
+    default = parameter.default
+    raise InputError(
+        f"{parameter.name}={value} is out of range",
+        exists=f"whole numbers from {least}",
+        fix=f"{parameter.name}={default!r}, the default" if type(default) is int else None,
+    )
 
 
 def _shown(value: Any) -> str:
@@ -88,13 +112,15 @@ def _position(value: Any) -> int | list[int] | None:
 
 
 def _listed(value: Any) -> list[Any] | None:
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+    if isinstance(value, (str, *BYTES, Mapping)) or not isinstance(value, Iterable):
         return None
     return list(value) if getattr(value, "ndim", 1) == 1 else None
 
 
 def _texts(value: Any) -> list[str] | None:
-    texts = [value] if isinstance(value, str) else _listed(value)
+    texts = (
+        [value] if isinstance(value, str) else None if isinstance(value, Set) else _listed(value)
+    )
     return texts if texts is not None and all(isinstance(t, str) for t in texts) else None
 
 

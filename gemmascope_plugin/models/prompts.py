@@ -8,7 +8,8 @@ ids: list, array, tensor             taken as they are; lists may differ in leng
 a tokenizer's output, a mapping      its ``input_ids``, with ``attention_mask`` where it has one
 ==================================== =================================================================
 
-1. Ids outside the vocabulary, empty prompts and prompts longer than the model's context are refused.
+1. Ids outside the vocabulary, empty prompts and prompts longer than the model's context are refused, and
+   so are bytes, which look like ids, and sets, which have no order.
 2. PAD at the ends of ids is padding whether or not a mask says so: attended to, it would change every
    number after it without a word.
 3. ``Prompts.packed`` moves padding behind the end, where a causal model does not look: no attention mask,
@@ -19,7 +20,7 @@ Cost: the tokenizer's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ import torch
 from jaxtyping import Bool, Int
 
 from gemmascope_plugin.errors import EmptySelectionError, InputError, ModelError, TaskError
-from gemmascope_plugin.indices import as_indices
+from gemmascope_plugin.indices import BYTES, as_indices
 from gemmascope_plugin.models.chat import is_chat, render
 from gemmascope_plugin.models.check import check_model, describe
 from gemmascope_plugin.models.protocol import HookedModel, device_of
@@ -147,20 +148,21 @@ def to_tokens(model: HookedModel, text: PromptLike) -> Int[torch.Tensor, "batch 
     return tokens
 
 
-def one_prompt(model: HookedModel, prompt: PromptLike, who: str) -> Int[torch.Tensor, "1 pos"]:
+def one_prompt(model: HookedModel, prompt: PromptLike, fix: str) -> Int[torch.Tensor, "1 pos"]:
     """Token ids of exactly one prompt, without padding.
 
     Args:
         model: The model.
         prompt: One prompt in any form.
-        who: The function, for the error.
+        fix: What to do with several, for the error.
 
     Raises:
-        ModelError: Several prompts, or what :func:`read_prompts` raises.
+        TaskError: Several prompts.
+        GemmaScopeError: What :func:`read_prompts` raises.
     """
     prompts = read_prompts(model, prompt)
     if len(prompts) > 1:
-        raise ModelError(f"{who}() takes one prompt, got {len(prompts)}", fix="one call per prompt")
+        raise TaskError(f"{len(prompts)} prompts were given, this is of one", fix=fix)
     return prompts.rows()[0][None]
 
 
@@ -237,10 +239,28 @@ def _padding(model: HookedModel) -> int | None:
     return None if number is None or number in others else int(number)
 
 
+def refuse_bytes_and_sets(prompts: Any) -> None:
+    """Refuses what gives numbers or texts one by one that are no ids, or in no order.
+
+    Raises:
+        InputError: With what to give instead.
+    """
+    if isinstance(prompts, BYTES):
+        raise InputError(
+            f"{describe(prompts)} is not a prompt: bytes are neither text nor token ids",
+            fix="data.decode() for the text, list(data) where they are token ids",
+        )
+    if isinstance(prompts, Set):
+        raise InputError(
+            f"{describe(prompts)} is not a prompt: it has no order", fix="a list of the same"
+        )
+
+
 def _rows(model: HookedModel, prompts: Any) -> list[Int[torch.Tensor, " _"]]:
     """The ids of every prompt, on the CPU."""
     if isinstance(prompts, str) or is_chat(prompts):
         return [text_ids(model, prompts)]
+    refuse_bytes_and_sets(prompts)
     if getattr(prompts, "ndim", 0) or hasattr(prompts, "__array__"):
         matrix = _integers(prompts)
         return list(matrix if matrix.ndim == 2 else matrix[None])

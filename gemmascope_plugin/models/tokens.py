@@ -110,14 +110,14 @@ def special_ids(model: HookedModel, exclude: str | int | Iterable[str | int]) ->
     """Token ids behind names like ``"bos"``; ids pass through.
 
     Raises:
-        UnknownNameError: A name other than bos, eos, pad.
+        UnknownNameError: A name other than bos, eos, pad, or an id outside the vocabulary.
         ModelError: A name was given and the model has no tokenizer.
     """
     ids = set()
     for item in [exclude] if isinstance(exclude, str | int) else exclude:
         number = as_index(item)
         if number is not None:
-            ids.add(number)
+            ids.update(check_ids(model, [number]))
             continue
         if item not in SPECIAL_NAMES:
             raise UnknownNameError(

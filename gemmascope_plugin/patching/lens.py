@@ -19,15 +19,15 @@ import torch
 from jaxtyping import Float, Int
 
 import gemmascope_plugin.figures as figures
-from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError, shorten
+from gemmascope_plugin.errors import EmptySelectionError, UnknownNameError, shorten
 from gemmascope_plugin.figures.theme import plain, short_label
-from gemmascope_plugin.models import to_tokens, token_strings
+from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.asked import record
 from gemmascope_plugin.models.check import check_model
 from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.prompts import PromptLike
+from gemmascope_plugin.models.prompts import PromptLike, one_prompt
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.unembed import Unembedding, top_logits
 from gemmascope_plugin.patching.answers import Answers, TokenSets, answer_list
@@ -183,9 +183,7 @@ def logit_lens(
         EmptySelectionError: A layer or position that does not exist, or none at all.
         UnknownNameError: A word that is not a single token.
     """
-    ids = to_tokens(model, prompt)
-    if len(ids) != 1:
-        raise TaskError(f"There are {len(ids)} prompts", fix="logit_lens(model, prompt) for each")
+    ids = one_prompt(model, prompt, "logit_lens(model, prompt) for each")
     anatomy = Anatomy(model)
     kept = _chosen("layer", layers, anatomy.n_layers)
     at = _chosen("position", positions, ids.shape[1])

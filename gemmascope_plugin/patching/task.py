@@ -26,6 +26,7 @@ from gemmascope_plugin.models.chat import is_chat
 from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.padding import padded, right_padded
+from gemmascope_plugin.models.prompts import refuse_bytes_and_sets
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.readout import Readout
 from gemmascope_plugin.patching.builtin import (
@@ -276,6 +277,7 @@ class Task:
 
 def _one_by_one(prompts: Any) -> Any:
     """Prompts in a form that has one entry for each: a tokenizer's output and single ones have not."""
+    refuse_bytes_and_sets(prompts)
     if isinstance(prompts, Mapping) and "input_ids" in prompts:
         ids, mask = prompts["input_ids"], prompts.get("attention_mask")
         if as_index(ids[0]) is not None:

@@ -10,7 +10,7 @@ import torch
 from gemmascope_plugin.attribution import attribution_patching
 from gemmascope_plugin.attribution.integrated import integrated_activations
 from gemmascope_plugin.attribution.slopes import parts_of
-from gemmascope_plugin.errors import TaskError, UnknownNameError
+from gemmascope_plugin.errors import InputError, TaskError, UnknownNameError
 from gemmascope_plugin.models import gradients
 from gemmascope_plugin.models.load import bridge_from_hf, hooked_from_hf
 from gemmascope_plugin.models.replay import Arithmetic
@@ -144,7 +144,7 @@ def test_mistakes_are_errors(hooked2) -> None:
     constant = Task(CLEAN, CORRUPT, custom(lambda logits, prompts: 0 * prompts.float() + 1))
     with pytest.raises(TaskError, match="metric is 1.000000 on clean and 1.000000 on corrupted"):
         attribution_patching(hooked2, constant, "z")
-    with pytest.raises(TaskError, match="steps=0"):
+    with pytest.raises(InputError, match="steps=0 is out of range"):
         attribution_patching(hooked2, TASK, "z", method="ig", steps=0)
     with pytest.raises(TaskError, match="ig-inputs moves the embedding.*replacement='zero'"):
         attribution_patching(hooked2, TASK, "z", method="ig-inputs", replacement="zero")

@@ -28,7 +28,7 @@ from gemmascope_plugin.errors import (
 )
 from tests.circuits.graph_rules import check_rules, scores_from_file
 from tests.circuits.peer_graph import peer_file
-from tests.circuits.traces import same, traced, without_biases
+from tests.circuits.traces import same, traced
 
 GRAPHS = ("plain", "mixed", "targets", "some")
 
@@ -39,7 +39,59 @@ def test_files_obey_the_rules_and_come_back(name: str) -> None:
     content = graph.to_json("a-graph", scan="gemma-2-2b")
     check_rules(content)
     assert content["metadata"]["scan"] == "gemma-2-2b"
-    same(AttributionGraph.from_json(json.loads(json.dumps(content))), without_biases(graph))
+    same(AttributionGraph.from_json(json.loads(json.dumps(content))), graph)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_rows_sum_to_what_they_explain_after_reading(name: str) -> None:
+    graph = traced(name)
+    found = AttributionGraph.from_json(graph.to_json("a"))
+    active = graph.nodes["activation"].to_numpy()[graph.edges.nodes]
+    size = np.abs(active).max()
+    assert found.where("bias").sum() == graph.where("bias").sum() > 0
+    assert np.abs(found.edges.sums - graph.edges.sums).max() <= 1e-6 * size
+    assert np.abs(found.edges.sums - active).max() <= 1e-6 * size
+    assert found.metadata["residual"] == graph.metadata["residual"] < 1e-6
+
+
+def test_a_file_with_fewer_links_does_not_say_that_rows_sum() -> None:
+    for place in (["links"], ["metadata", "gemmascope", "biases", "links"]):
+        content = json.loads(json.dumps(traced().to_json("a")))
+        links = content
+        for name in place:
+            links = links[name]
+        links.pop()
+        found = AttributionGraph.from_json(content)
+        assert np.isnan(found.metadata["residual"]) and found.n_edges == traced().n_edges - 1
+
+
+def test_a_file_without_biases_does_not_say_that_rows_sum() -> None:
+    content = traced().to_json("a")
+    del content["metadata"]["gemmascope"]["biases"]
+    found = AttributionGraph.from_json(content)
+    assert not found.where("bias").any() and np.isnan(found.metadata["residual"])
+    assert "residual" not in AttributionGraph.from_json(peer_file()).metadata
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b["nodes"][0].update(place=10**6), "a bias has the place 1000000"),
+        (lambda b: b["nodes"][0].update(kind="feature"), "stands among the biases"),
+        (lambda b: b["nodes"][0].update(layer="1"), "layer of 'bias:.*' is not a whole number"),
+        (lambda b: b["nodes"][0].update(weight="1"), "weight of 'bias:.*' is not a number"),
+        (lambda b: b["nodes"].append(b["nodes"][0]), "is there twice"),
+        (lambda b: b["nodes"].pop(0), "which is no node"),
+        (lambda b: b["links"].append(b["links"][0]), "is there twice"),
+        (lambda b: b.pop("nodes"), "'nodes' is missing"),
+        (lambda b: b.update(nodes=3), "no attribution graph"),
+    ],
+)
+def test_damaged_biases_are_refused(change: Any, message: str) -> None:
+    content = json.loads(json.dumps(traced().to_json("a")))
+    change(content["metadata"]["gemmascope"]["biases"])
+    with pytest.raises(BadFileError, match=message):
+        AttributionGraph.from_json(content)
 
 
 def test_pruned_graphs_come_back_with_their_shares() -> None:
@@ -170,7 +222,7 @@ def test_a_folder_lists_its_graphs(tmp_path: Path) -> None:
         ("one", "newer"),
     ]
     assert listed[0]["info"]["create_time_ms"] > 10**12
-    same(AttributionGraph.from_json(first), without_biases(graph))
+    same(AttributionGraph.from_json(first), graph)
     (tmp_path / INDEX).write_text("[]")
     with pytest.raises(BadFileError, match="graph-metadata.json"):
         add_to_folder(tmp_path, graph.to_json("one"))

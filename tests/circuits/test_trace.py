@@ -222,6 +222,15 @@ def test_a_prompt_without_active_features_is_refused(hooked2: Any) -> None:
         gs.trace(hooked2, TOKENS[:, :1], transcoders(hooked2))
 
 
+def test_a_direction_of_nothing_is_refused(hooked2: Any) -> None:
+    for nothing in (
+        torch.zeros(hooked2.cfg.d_model),
+        torch.full((hooked2.cfg.d_model,), torch.nan),
+    ):
+        with pytest.raises(TaskError, match="'direction' is zero or not finite"):
+            traced(hooked2, targets=gs.StreamDirection(nothing, 1))
+
+
 def test_several_prompts_are_refused(hooked2: Any) -> None:
     with pytest.raises(TaskError, match="2 prompts were given"):
         gs.trace(hooked2, random_tokens(batch=2), transcoders(hooked2))

@@ -41,13 +41,6 @@ def traced(name: str = "plain") -> AttributionGraph:
     return trace(model, TOKENS, saes, **options)
 
 
-def without_biases(graph: AttributionGraph) -> AttributionGraph:
-    """The graph as a file of the viewers has it."""
-    kept = ~graph.where("bias")
-    nodes = graph.nodes[kept].reset_index(drop=True)
-    return AttributionGraph(nodes, graph.edges.compacted(kept), graph.tokens, graph.metadata)
-
-
 def same(one: AttributionGraph, other: AttributionGraph) -> None:
     """Asserts that two graphs are equal, exactly."""
     import numpy as np

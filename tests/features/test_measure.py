@@ -11,6 +11,7 @@ import torch
 
 from gemmascope_plugin.errors import (
     EmptySelectionError,
+    InputError,
     MissingHookError,
     ModelError,
     UnknownNameError,
@@ -282,7 +283,7 @@ def test_what_cannot_be_measured_is_an_error(hooked2) -> None:
         measure(hooked2, sae, TOKENS[:1, :1])
     with pytest.raises(EmptySelectionError, match="no documents"):
         measure(hooked2, sae, [])
-    with pytest.raises(ModelError, match="batch=0 .*Try: batch=16"):
+    with pytest.raises(InputError, match="batch=0 .*Try: batch=16"):
         measure(hooked2, sae, TOKENS, batch=0)
     with pytest.raises(ModelError, match="n_positions=-1 is negative.*Try: n_positions=0"):
         measure(hooked2, sae, TOKENS, n_positions=-1)

@@ -53,7 +53,7 @@ def test_every_form_of_a_prompt_is_the_same_ids(form: str) -> None:
     tokens, lengths = prompts.packed()
     assert tokens.tolist() == [IDS]
     assert lengths.tolist() == [6]
-    assert one_prompt(real_like(), FORMS[form], "trace").tolist() == [IDS]
+    assert one_prompt(real_like(), FORMS[form], "each").tolist() == [IDS]
 
 
 def test_the_tokenizer_itself_may_be_called() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError
+from gemmascope_plugin.errors import EmptySelectionError, InputError, TaskError, UnknownNameError
 from gemmascope_plugin.models import unembed
 from gemmascope_plugin.patching.lens import logit_lens
 from tests.splice.gained_transcoders import folded
@@ -87,13 +87,13 @@ def test_tables_and_figures(hooked2) -> None:
 
 
 def test_mistakes(hooked2) -> None:
-    with pytest.raises(TaskError, match="There are 2 prompts"):
+    with pytest.raises(TaskError, match="2 prompts were given"):
         logit_lens(hooked2, random_tokens(2, 4))
     with pytest.raises(EmptySelectionError, match="no layer 3.*layers 0 to 2"):
         logit_lens(hooked2, TOKENS, layers=[3])
     with pytest.raises(EmptySelectionError, match="No position is chosen"):
         logit_lens(hooked2, TOKENS, positions=[])
-    with pytest.raises(EmptySelectionError, match="top_k=0 keeps no prediction"):
+    with pytest.raises(InputError, match="top_k=0 is out of range.*from 1.*top_k=5, the default"):
         logit_lens(hooked2, TOKENS, top_k=0)
     lens = logit_lens(hooked2, TOKENS, layers=[1])
     with pytest.raises(UnknownNameError, match="Layer 0 .* was not kept.*layers 1"):

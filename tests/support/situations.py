@@ -49,6 +49,12 @@ def _encoded(rows: list[list[int]], n_in_front: int = 0) -> Any:
     return BatchEncoding({"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})
 
 
+def _padded_behind(rows: list[list[int]], n: int) -> torch.Tensor:
+    """Ids as a tensor, PAD behind the end of each."""
+    width = max(map(len, rows)) + n
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows])
+
+
 def _texts(model: Any, rows: list[list[int]], before: str = "") -> list[str]:
     return [before + model.tokenizer.decode(row[1:]) for row in rows]
 
@@ -65,8 +71,19 @@ FORMS: dict[str, Callable[[Any, list[list[int]]], Any]] = {
     "text with BOS": lambda model, rows: _texts(model, rows, "<bos>"),
     "padded in front, with a mask": lambda model, rows: _encoded(rows, 2),
     "padded in front, without": lambda model, rows: _encoded(rows, 2)["input_ids"],
+    "padded behind": lambda model, rows: _padded_behind(rows, 3),
 }
 """What a prompt may be handed over as, made from its ids."""
+NO_FORMS: dict[str, Callable[[Any, list[list[int]]], Any]] = {
+    "bytes": lambda model, rows: b"today the keys",
+    "bytearray": lambda model, rows: bytearray(b"today"),
+    "memoryview": lambda model, rows: memoryview(b"today"),
+    "list of bytes": lambda model, rows: [b"today the keys"] * len(rows),
+    "set": lambda model, rows: set(_texts(model, rows)),
+    "frozenset": lambda model, rows: frozenset(rows[0]),
+    "keys": lambda model, rows: dict.fromkeys(rows[0]).keys(),
+}
+"""What is not a prompt, though numbers or texts come out of it one by one."""
 
 
 def prompts_of(arguments: Arguments) -> dict[str, Any]:
@@ -81,11 +98,11 @@ def prompts_of(arguments: Arguments) -> dict[str, Any]:
 
 
 def in_form(arguments: Arguments, form: str) -> Arguments:
-    """The same call, its prompts in a form."""
+    """The same call, its prompts in a form, or in what is none."""
     model = arguments["model"]
 
     def formed(prompts: Any) -> Any:
-        return FORMS[form](model, _rows(model, prompts))
+        return (FORMS | NO_FORMS)[form](model, _rows(model, prompts))
 
     def changed(value: Any) -> Any:
         if isinstance(value, gs.Task):
@@ -94,7 +111,12 @@ def in_form(arguments: Arguments, form: str) -> Arguments:
             )
         return formed(value)
 
-    return arguments | {name: changed(value) for name, value in prompts_of(arguments).items()}
+    formed_arguments = {name: changed(value) for name, value in prompts_of(arguments).items()}
+    if "concepts" in arguments and form == "padded behind":  # marks of PAD as well
+        marks, n = arguments["concepts"], formed_arguments["tokens"].shape[1]
+        width = n - marks.shape[1]
+        formed_arguments["concepts"] = torch.nn.functional.pad(marks, (0, 0, 0, width))
+    return arguments | formed_arguments
 
 
 LIBRARIES: dict[str, Callable[[Any], Any]] = {
@@ -127,6 +149,24 @@ def too_long(arguments: Arguments) -> Arguments:
         return dataclasses.replace(value, clean=rows, corrupt=corrupt)
 
     return arguments | {name: changed(value) for name, value in prompts_of(arguments).items()}
+
+
+COUNTS = {
+    **dict.fromkeys(("max_rows", "batch", "steps", "top_k", "repeats", "max_new_tokens"), 0),
+    **dict.fromkeys(("max_n_logits", "max_feature_nodes", "n_subsets", "k"), 0),
+    **dict.fromkeys(("n_random", "min_tokens", "n_positions", "n_parents", "size", "n"), -1),
+    **dict.fromkeys(("n_tokens", "seed", "sizes", "exclude"), -1),
+}
+"""The largest number that means nothing, by the name of the argument."""
+
+
+def too_small(name: str, arguments: Arguments) -> Iterator[tuple[str, Arguments]]:
+    """Calls with counts of nothing, and what is wrong about each."""
+    names = set(inspect.signature(getattr(gs, name)).parameters) | set(arguments)
+    for count in sorted(names & set(COUNTS)):
+        for value in (COUNTS[count], -5):
+            wrong: Any = [value] if count in ("sizes", "exclude") else value
+            yield f"{count}={wrong!r}", arguments | {count: wrong}
 
 
 def required(name: str) -> list[str]:

@@ -28,12 +28,12 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.catalog.sites import human_size
-from gemmascope_plugin.errors import GemmaScopeError, TaskError
+from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.finite import check_all
 from gemmascope_plugin.models.norm import Norm
 from gemmascope_plugin.models.points import flatten_heads
-from gemmascope_plugin.models.prompts import PromptLike, to_tokens
+from gemmascope_plugin.models.prompts import PromptLike, one_prompt
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.sites import reading
 from gemmascope_plugin.patching.nodes import read
@@ -104,12 +104,7 @@ class FrozenPass:
             GemmaScopeError: The patterns do not fit.
             ModelError: Something in the pass is not finite.
         """
-        tokens = to_tokens(model, prompt)
-        if len(tokens) != 1:
-            raise TaskError(
-                f"{len(tokens)} prompts were given, a trace is of one",
-                fix="trace each prompt, then union(graphs)",
-            )
+        tokens = one_prompt(model, prompt, "trace each prompt, then union(graphs)")
         anatomy = Anatomy(model)
         _check_patterns(anatomy, tokens.shape[1], budget)
         names = [*_needed(anatomy.n_layers), *hooks]

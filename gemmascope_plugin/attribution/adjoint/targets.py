@@ -183,7 +183,7 @@ class Readout:
         """A vector at the stream behind a layer.
 
         Raises:
-            TaskError: No such layer.
+            TaskError: No such layer, or a direction that is zero or not finite.
             WidthMismatchError: The vector has another width.
         """
         record, layer = self._record, target.layer
@@ -196,8 +196,13 @@ class Readout:
                 f"The direction has shape {tuple(target.vector.shape)}, the stream width "
                 f"{record.anatomy.d_model}"
             )
-        position = position_in(target.position, record.n_pos)
         vector = target.vector.to(self._mean)
+        if not bool(vector.isfinite().all()) or not bool(vector.any()):
+            raise TaskError(
+                f"The direction {target.name!r} is zero or not finite: there is nothing to explain",
+                fix="a vector of finite numbers, not all of them 0",
+            )
+        position = position_in(target.position, record.n_pos)
         value = float(vector @ record.stream(layer + 1)[position])
         after = PER_LAYER * layer + PER_LAYER - 1
         source = ("direction", target.name, layer, position)

@@ -114,7 +114,7 @@ def discover_features(
     check_choice("method", method, get_args(SlopeMethod))
     check_choice("rank", rank, get_args(Rank))
     n_steps = STEPS if steps is None else steps
-    _refuse(task, method, size, tau, n_steps)
+    _refuse(task, method, size, tau)
     if steps is not None and method != "ig":
         raise TaskError(
             f"steps plays no part in method={method!r}, which follows no line",
@@ -154,14 +154,12 @@ def refuse_lengths(bound: BoundTask) -> None:
         )
 
 
-def _refuse(task: Task, method: str, size: int | None, tau: float | None, steps: int) -> None:
+def _refuse(task: Task, method: str, size: int | None, tau: float | None) -> None:
     """Refuses what would give zeros or nonsense.
 
     Raises:
         TaskError: With what to do instead.
     """
-    if steps < 1:
-        raise TaskError(f"steps={steps} leaves no point to take a gradient at", fix="steps=10")
     if size is not None and tau is not None:
         raise TaskError(f"Both size={size} and tau={tau} say what to keep", fix="one of them")
     if method == "atp" and isinstance(task.asked, KLDivergence):

@@ -269,7 +269,7 @@ class AttributionGraph:
     @classmethod
     @gate()
     def from_json(cls, source: str | Path | Mapping[str, Any]) -> AttributionGraph:
-        """Reads such JSON, circuit-tracer's own too, from a file or as it is; it has no biases."""
+        """Reads such JSON from a file or as it is; circuit-tracer's own too, which has no biases."""
         return cls(*read_graph(source))
 
     def to_networkx(self) -> Any:

@@ -3,9 +3,10 @@
 The keys are those of circuit-tracer's ``frontend/graph_models.py`` and of Neuronpedia's
 ``graph-schema.json`` 1.0.0; nodes are named in ``graph_json_nodes.py``.
 
-1. Biases are no nodes, as Neuronpedia would take them for targets: their column sums and the largest
-   residual of a row stand in ``metadata.gemmascope``, beside all else that the format has no place for,
-   and what a viewer will not show (``limits``).
+1. Biases are no nodes, as Neuronpedia would take them for targets: they and their links
+   (``graph_json_biases.py``), their column sums and the largest residual of a row stand in
+   ``metadata.gemmascope``, beside all else that the format has no place for, and what a viewer will not
+   show (``limits``).
 2. The viewers compute scores from nodes and links; on graphs with transcoders only they are ours.
 3. The view that a viewer has saved (``qParams``: pins, supernodes, the rest) comes from ``metadata``
    where ``from_json`` has put it, and goes back into the file (``graph_json_view.py``).
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from gemmascope_plugin.circuits.tracing.graph_json_biases import bias_records
 from gemmascope_plugin.circuits.tracing.graph_json_nodes import node_records
 from gemmascope_plugin.circuits.tracing.graph_json_view import VIEW, saved_view
 from gemmascope_plugin.circuits.tracing.influence import TraceScores
@@ -85,12 +87,13 @@ def to_json(
     rows = parts.nodes.assign(share=shares).loc[kept].to_dict("records")
     explained = (parts.edges.row_of >= 0)[kept].tolist()
     nodes = node_records(rows, explained, parts.tokens, _n_layers(parts))
-    names = np.full(len(kept), "", dtype=object)
+    names = parts.nodes["id"].to_numpy(dtype=object, copy=True)
     names[kept] = [node["node_id"] for node in nodes]
     names_of = dict(zip(parts.nodes["id"][kept], names[kept], strict=True))
     view = saved_view(parts.metadata, names_of, groups, pinned)
     head = {"slug": slug, "scan": scan or str(parts.metadata.get("model", "model"))}
-    details = {**_own_metadata(parts, scores), "limits": _limits(rows)}
+    biases = {"nodes": bias_records(parts.nodes), "links": _links(parts, names, ~kept)}
+    details = {**_own_metadata(parts, scores), "biases": biases, "limits": _limits(rows)}
     shown = _metadata(parts, description, source_set, transcoder_list)
     return {
         "metadata": {**head, **shown, "gemmascope": details},
@@ -167,6 +170,7 @@ def _listed(index: Path) -> list[dict[str, Any]]:
 
 
 def _links(parts: Parts, names: np.ndarray, kept: np.ndarray) -> list[dict[str, Any]]:
+    """Links from some nodes."""
     source, target, weight = ends(parts.edges)
     there = kept[source]
     weights = _shortest(weight[there]).tolist()
@@ -229,6 +233,7 @@ def _own_metadata(parts: Parts, scores: TraceScores) -> dict[str, Any]:
         "residual": as_json(parts.metadata.get("residual")),
         "bias_sums": dict(zip(names, map(float, sums[biases]), strict=True)),
         "pruned": "influence" in parts.nodes,
+        "n_edges": parts.edges.n_edges,
         "dtype": str(parts.edges.matrix.dtype),
     }
 

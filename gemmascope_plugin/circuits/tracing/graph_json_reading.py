@@ -1,7 +1,8 @@
 """Reads an attribution graph from the JSON of ``graph_json.py``, or of circuit-tracer.
 
-1. Our own files give back the graph without its biases, exactly: what the format has no place for stands
-   under ``gemmascope``. Nodes keep their order.
+1. Our own files give back the graph, exactly: what the format has no place for, biases too, stands under
+   ``gemmascope``. Nodes keep their order. Where links are missing, ``residual`` becomes NaN
+   (``graph_json_biases.py``).
 2. Files of circuit-tracer have no sites, no exact order and no probabilities but those of targets. Its
    error of layer ``l`` may be called as feature ``l`` of layer 0 is: nodes are known by name *and* type;
    a link from such a name is the feature's where the error could not reach the target, or where it comes
@@ -28,6 +29,11 @@ import numpy as np
 
 from gemmascope_plugin.attribution.adjoint.adjacency import Adjacency
 from gemmascope_plugin.circuits.tracing.defects import node_defect
+from gemmascope_plugin.circuits.tracing.graph_json_biases import (
+    is_whole,
+    with_biases,
+    without_residual,
+)
 from gemmascope_plugin.circuits.tracing.graph_json_nodes import (
     EMBEDDING,
     FEATURE,
@@ -120,6 +126,7 @@ def _decoded(content: Any) -> Parts:
         rows.sort(key=_in_order)
     if not rows:
         raise ValueError("it has no nodes")
+    rows = rows if own is None else with_biases(rows, own)
     nodes = pd.DataFrame(rows).astype(_TYPES)
     columns = [*NODE_COLUMNS, *(["influence"] if own is None or own["pruned"] else [])]
     if not nodes["id"].is_unique:
@@ -131,10 +138,15 @@ def _decoded(content: Any) -> Parts:
     dtype = "float32" if own is None else own["dtype"]
     if dtype not in ("float16", "float32", "float64"):
         raise ValueError(f"its dtype is {dtype!r}")
-    edges, ambiguous = _edges(nodes, content["links"], dtype)
+    links = content["links"]
+    if own is not None and "biases" in own:
+        links = [*links, *own["biases"]["links"]]
+    edges, ambiguous = _edges(nodes, links, dtype)
     metadata = _metadata(head, ambiguous) if own is None else from_json_value(own["metadata"])
     if not isinstance(metadata, dict):
         raise ValueError("its metadata are not an object")
+    if own is not None and not is_whole(own, edges.n_edges):
+        metadata = without_residual(metadata)
     ids = dict(zip(reversed(nodes["node_id"]), reversed(nodes["id"]), strict=True))
     metadata |= read_view(content.get("qParams", {}), ids)
     return Parts(nodes[columns].copy(), edges, tuple(tokens), metadata)

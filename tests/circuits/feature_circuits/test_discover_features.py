@@ -196,7 +196,7 @@ def silent(model: Any) -> Any:
         ({"size": 9999}, EmptySelectionError, "A circuit of 9999 nodes.*There is: \\d+ nodes"),
         ({"size": 3, "tau": 0.1}, TaskError, "Both size=3 and tau=0.1"),
         ({"tau": -1.0}, EmptySelectionError, "The threshold is -1"),
-        ({"steps": 0}, TaskError, "steps=0 leaves no point"),
+        ({"steps": 0}, InputError, "steps=0 is out of range.*from 1"),
         ({"level": 0}, UnknownNameError, "has no levels, so there is no level 0"),
         ({"nodes": ("features", "kv")}, UnknownNameError, "beside 'features' 'kv'.*head, mlp"),
         ({"units": "edges"}, TaskError, "units plays no part in circuits of features"),
