@@ -114,10 +114,16 @@ def check_choice(what: str, given: object, options: Iterable[str]) -> None:
     known = tuple(options)
     if given not in known:
         raise UnknownNameError(
-            f"Unknown {what} {given!r}",
+            f"Unknown {what} {_shown(given)}",
             exists=", ".join(known),
-            nearest=nearest(str(given), known),
+            nearest=nearest(given, known) if isinstance(given, str) else None,
         )
+
+
+def _shown(value: object) -> str:
+    """A value in an error; what would fill the screen, such as a model, by its class."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"(a {type(value).__name__})"
 
 
 def check_feature(index: object, d_sae: int, where: str) -> None:

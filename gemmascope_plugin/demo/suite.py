@@ -20,12 +20,21 @@ from gemmascope_plugin.demo.assets import (
 from gemmascope_plugin.demo.labels import Label, labels_from_json
 from gemmascope_plugin.demo.tasks import TASK_NAMES, make_task
 from gemmascope_plugin.dtypes import as_device, as_dtype
-from gemmascope_plugin.errors import MissingFileError, UnknownNameError, check_choice, nearest
+from gemmascope_plugin.errors import (
+    InputError,
+    MissingFileError,
+    UnknownNameError,
+    check_choice,
+    nearest,
+)
 from gemmascope_plugin.loading import load, spec_of
 from gemmascope_plugin.models import load_model
+from gemmascope_plugin.models.check import describe
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching import Task
 from gemmascope_plugin.patching.builtin import Split
+from gemmascope_plugin.splice.check import check_sae
 from gemmascope_plugin.types import Backend
 
 MODEL = "gemma-2-tiny"
@@ -77,6 +86,7 @@ class TinySuite:
         """Name to held-out task; :meth:`task` makes others."""
         return _Tasks({name: make_task(name) for name in TASK_NAMES})
 
+    @gate()
     def task(self, name: str, *, split: Split = "held_out", n: int = 64, seed: int = 0) -> Task:
         """A task with other prompts than those in :attr:`tasks`.
 
@@ -123,8 +133,11 @@ class TinySuite:
         """Feature to label for a dictionary of this suite, or its spec.
 
         Raises:
+            InputError: It is not a dictionary.
             UnknownNameError: The dictionary is not one of this suite.
         """
+        if not isinstance(sae, SaeSpec):
+            check_sae(sae)
         spec = sae if isinstance(sae, SaeSpec) else spec_of(sae)
         key = "a dictionary without a spec" if spec is None else f"{spec.release}/{spec.sae_id}"
         if key not in self.labels:
@@ -158,6 +171,10 @@ class TinySuite:
         Raises:
             UnknownNameError: No feature of the dictionary carries that label.
         """
+        if not isinstance(concept, str):
+            raise InputError(
+                f"{describe(concept)} is not a concept", fix="suite.feature(sae, concept)"
+            )
         labels = self.labels_of(sae)
         found = [i for i, label in labels.items() if label.concept == concept]
         if not found:

@@ -8,6 +8,8 @@
    is right.
 3. The function runs outside of inference mode (``inference.py``).
 
+Class methods have the gate below ``@classmethod``.
+
 Cost: binding the arguments.
 """
 
@@ -65,11 +67,17 @@ def gate(**checks: Check) -> Callable[[Function], Function]:
 
 
 def call_of(function: Callable[..., Any]) -> str:
-    """How a function is called: its name and the arguments that it cannot do without."""
+    """How a function is called: its name and the arguments that it cannot do without.
+
+    A class method goes by its class: ``Task.builtin(name, model)``.
+    """
     needed = [
         parameter.name
         for parameter in inspect.signature(function).parameters.values()
         if parameter.default is parameter.empty
         and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
-    return f"{getattr(function, '__name__', 'function')}({', '.join(needed)})"
+    name = getattr(function, "__name__", "function")
+    if needed[:1] == ["cls"]:
+        name, needed = function.__qualname__.split("<locals>.")[-1], needed[1:]
+    return f"{name}({', '.join(needed)})"

@@ -186,6 +186,10 @@ def _exact_follows(word: str, before: str | None) -> bool:
 def _unknown(model: HookedModel, word: str) -> UnknownNameError:
     """Why a word is not a token: its pieces, or its nearest neighbours where it is unknown."""
     problem = f"{word!r} is not a single token of this model"
+    if _BYTE.fullmatch(word) and (byte := _byte_id(model, word)) is not None:
+        return UnknownNameError(
+            f"{word!r} is the name of a byte token, not a text; its id is {byte}", fix=str(byte)
+        )
     ids = _ids_of(model, word)
     if not ids or model.tokenizer.unk_token_id in ids:
         close = nearest(word, model.tokenizer.get_vocab())
@@ -196,6 +200,12 @@ def _unknown(model: HookedModel, word: str) -> UnknownNameError:
         fix=f"sequence_logprob([{word!r}]) for an answer of several tokens, or give the token id of "
         "the piece that you mean",
     )
+
+
+def _byte_id(model: HookedModel, name: str) -> int | None:
+    """The token with the name of a byte; None where the vocabulary has none."""
+    vocabulary = model.tokenizer.get_vocab()
+    return vocabulary.get(name, vocabulary.get(f"<0x{name[3:5].upper()}>"))
 
 
 def _name(model: HookedModel, number: int) -> str | None:

@@ -191,7 +191,7 @@ class _Sums:
         return {
             "task": bound.name,
             "metric": "logit difference" if single else "difference of mean logits",
-            "answers": "one token each" if single else "mean over each set",
+            "answers": bound.answers(model),
             "logits": "before the final soft-cap",
             "sign": "positive = raises the logit difference",
             "n_prompts": len(bound),

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -19,11 +19,13 @@ from weakref import ReferenceType, ref
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 
-from gemmascope_plugin.errors import TaskError
+from gemmascope_plugin.errors import InputError, TaskError
 from gemmascope_plugin.indices import as_index
 from gemmascope_plugin.models.asked import read_out
 from gemmascope_plugin.models.chat import is_chat
+from gemmascope_plugin.models.check import check_model, describe
 from gemmascope_plugin.models.finite import check_finite
+from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.padding import padded, right_padded
 from gemmascope_plugin.models.prompts import refuse_bytes_and_sets
@@ -35,6 +37,18 @@ from gemmascope_plugin.patching.builtin import (
     Template,
     build,
     build_from_template,
+)
+from gemmascope_plugin.patching.builtin.template_arguments import (
+    check_ask,
+    check_corrupt,
+    check_fill,
+    check_needed_text,
+    check_task_name,
+    check_text,
+    check_wrong,
+    needs_wrong,
+    plain,
+    takes_wrong,
 )
 from gemmascope_plugin.patching.metric import BoundMetric, Metric
 from gemmascope_plugin.patching.metrics import Custom, KLDivergence, logit_diff
@@ -91,6 +105,11 @@ class Task:
                 )
             object.__setattr__(self, "metric", Custom(fn=self.metric))
         for name in ("clean", "corrupt"):
+            if not isinstance(getattr(self, name), Iterable):
+                raise InputError(
+                    f"{name}={describe(getattr(self, name))} is not prompts",
+                    fix="Task(clean, corrupt, logit_diff(answer, wrong)) of texts or token ids",
+                )
             object.__setattr__(self, name, _one_by_one(getattr(self, name)))
 
     @property
@@ -100,6 +119,7 @@ class Task:
         return self.metric
 
     @classmethod
+    @gate(name=check_task_name, model=check_model)
     def builtin(
         cls, name: str, model: HookedModel, *, n: int = 64, split: Split = "train", seed: int = 0
     ) -> Task:
@@ -115,6 +135,7 @@ class Task:
             seed: The same arguments give the same prompts.
 
         Raises:
+            InputError: An argument of another kind.
             UnknownNameError: An unknown task or split, or one that the model has no prompts of.
             TaskError: Fewer prompts than that fit the tokenizer.
             EmptySelectionError: ``n`` below 1.
@@ -125,6 +146,15 @@ class Task:
         return cls(built.clean, built.corrupt, built.metric, name, origin=origin)
 
     @classmethod
+    @gate(
+        model=check_model,
+        template=check_needed_text("template", '"When {A} and {B} left, {B} gave a ring to"'),
+        answer=check_needed_text("answer", '" {A}"'),
+        wrong=check_text("wrong", '" {B}"'),
+        corrupt=check_corrupt,
+        fill=check_fill,
+        metric=check_ask,
+    )
     def from_template(
         cls,
         model: HookedModel,
@@ -150,15 +180,18 @@ class Task:
             corrupt: Slot to another slot, whose text it gets, or to ``"other"``, another entry of its
                 list; or a template of the corrupted prompt.
             fill: Slot to texts; several slots to rows of texts that belong together.
-            metric: ``logit_diff``, or another metric of answers; answers of several tokens need
-                ``sequence_logprob``.
+            metric: ``logit_diff``, ``probability``, ``margin`` or ``cross_entropy``, of which the last
+                two take no ``wrong``; answers of several tokens need ``sequence_logprob``. Or a function
+                of ``answer`` and ``wrong``: ``partial(logit_diff, before_cap=True)``.
             n: Prompts; None for as many as there are, up to 64.
             seed: Of the draw.
             name: Of the task.
 
         Raises:
+            InputError: An argument of another kind.
             UnknownNameError: A slot without a list, or a list without a slot.
-            TaskError: Nothing to compare with, or too few prompts that fit the tokenizer.
+            TaskError: Nothing to compare with, a metric that is not one of answers, or too few prompts
+                that fit the tokenizer.
 
         Example:
             >>> import gemmascope_plugin as gs
@@ -175,9 +208,11 @@ class Task:
             >>> len(task)
             24
         """
-        tokens = "all" if metric is sequence_logprob else "one"
-        checked = Template.of(template, answer, wrong, corrupt, fill, tokens)
-        if metric is logit_diff and checked.wrong is None:
+        check_wrong(metric, wrong)
+        tokens = "all" if plain(metric) is sequence_logprob else "one"
+        compares = takes_wrong(metric)
+        checked = Template.of(template, answer, wrong, corrupt, fill, tokens, compares=compares)
+        if needs_wrong(metric) and checked.wrong is None:
             raise TaskError(
                 f"There is nothing to compare {answer!r} with",
                 fix="wrong=..., or metric=probability",

@@ -9,7 +9,7 @@ from gemmascope_plugin.demo.assets import ASSETS
 from gemmascope_plugin.demo.corpus import make_corpus
 from gemmascope_plugin.demo.measure import dictionary_scores, task_scores
 from gemmascope_plugin.demo.train_dictionaries import HELD_OUT_SEED, label_corpus
-from gemmascope_plugin.errors import UnknownNameError
+from gemmascope_plugin.errors import InputError, UnknownNameError
 from gemmascope_plugin.features import measure
 from gemmascope_plugin.loading import load
 from gemmascope_plugin.saes import MatryoshkaSAE
@@ -127,3 +127,7 @@ def test_suite_finds_features_by_concept_and_names_the_nearest(suite):
     assert suite.labels_of(sae)[suite.feature(sae, concept)].concept == concept
     with pytest.raises(UnknownNameError, match="No feature is labelled 'indirect_objekt'"):
         suite.feature(sae, "indirect_objekt")
+    with pytest.raises(InputError, match=r"^3 is not a loaded dictionary"):
+        suite.feature(3, "nope")
+    with pytest.raises(InputError, match=r"^3 is not a concept.*suite.feature\(sae, concept\)"):
+        suite.feature(sae, 3)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -98,3 +101,26 @@ def test_every_token_has_a_label() -> None:
 def test_a_byte_is_one_token_by_its_number_only() -> None:
     ids = tokenizer()("\u00fc", add_special_tokens=False)["input_ids"]
     assert [token_label(real_like(), i) for i in ids] == ["<0xC3>", "<0xBC>"]
+
+
+def test_the_name_of_a_byte_is_said_to_be_one() -> None:
+    """As Gemma's tokenizer has it: the name is in the vocabulary, and its text is several tokens."""
+
+    class Pieces:
+        unk_token_id = 3
+
+        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+            return {"input_ids": [10] * len(text)}
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"<0xE0>": 462}
+
+        def decode(self, ids: list[int]) -> str:
+            return "x"
+
+    model: Any = SimpleNamespace(tokenizer=Pieces(), cfg=SimpleNamespace(d_vocab=500))
+    for name in ("<0xE0>", "<0xe0>"):
+        with pytest.raises(UnknownNameError, match="name of a byte token.*its id is 462.*Try: 462"):
+            token_id(model, name)
+    with pytest.raises(UnknownNameError, match="it is 6: 'x'"):
+        token_id(model, "<0xE1>")

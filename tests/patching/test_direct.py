@@ -133,8 +133,10 @@ def test_sets_of_answers_count_with_their_mean(hooked2) -> None:
         for right in (10, 20)
     ]
     assert close(sets.values, (pairs[0].values + pairs[1].values) / 2)
-    assert sets.metadata["answers"] == "mean over each set"
-    assert pairs[0].metadata["answers"] == "one token each"
+    assert sets.metadata["metric"] == "difference of mean logits"
+    assert sets.metadata["answers"] == "'w10' (10), 'w20' (20) against 'w30' (30)"
+    assert pairs[0].metadata["answers"] == "'w10' (10) against 'w30' (30)"
+    assert "first prompt 'w10' (10) against 'w30' (30), metric" in repr(pairs[0])
 
 
 @torch.no_grad()

@@ -32,7 +32,8 @@ from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any, Literal, NamedTuple, get_args
 
-from gemmascope_plugin.errors import EmptySelectionError, check_choice
+from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choice
+from gemmascope_plugin.models.check import describe
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.patching.builtin.agreeing import agreement, agreement_es
 from gemmascope_plugin.patching.builtin.drafts import Draft, Half, fit, too_few
@@ -41,6 +42,7 @@ from gemmascope_plugin.patching.builtin.model_tasks import tasks_of
 from gemmascope_plugin.patching.builtin.numbers import greater_than, induction, successors
 from gemmascope_plugin.patching.builtin.people import ioi, pronouns
 from gemmascope_plugin.patching.builtin.template import Template
+from gemmascope_plugin.patching.metric import Metric
 from gemmascope_plugin.patching.metrics import logit_diff, probability
 
 Split = Literal["train", "held_out"]
@@ -103,8 +105,14 @@ def build_from_template(
     tries = 500 + 50 * wanted
     fitting = fit(model, template.drafts(Random(seed), tries), wanted, tries)
     if len(fitting.pairs) < (1 if n is None else n):
-        raise too_few(fitting, wanted, template.clean)
-    return Built(*fitting.columns(ask), fitting.n_dropped)
+        sides = (("answer", template.answer), ("wrong", template.wrong))
+        raise too_few(fitting, wanted, template.clean, sides)
+    clean, corrupt, metric = fitting.columns(ask)
+    if not isinstance(metric, Metric):
+        raise TaskError(
+            f"metric={ask!r} gave {describe(metric)} for answers", fix="metric=logit_diff"
+        )
+    return Built(clean, corrupt, metric, fitting.n_dropped)
 
 
 def build(name: str, model: HookedModel, *, n: int, split: Split, seed: int) -> Built:

@@ -5,15 +5,18 @@
 2. A draft fits if the clean and the corrupted prompt are equally long in tokens and differ, all words are
    known, and every answer is exactly one token **behind its prompt**: the tokens of prompt and answer
    together are those of the prompt and one more. What does not fit is dropped and counted.
-3. Answers are kept as token ids.
+3. Behind a letter an answer has its blank, where it is a token with one.
+4. Answers are kept as token ids.
+5. Lists are finite: drafting ends where draws have long brought nothing new.
 
-Cost: one call of the tokenizer per draft.
+Cost: the tokenizer reads each draft with each of its answers once, many drafts in a call.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -22,6 +25,21 @@ from gemmascope_plugin.models.protocol import HookedModel
 
 T = TypeVar("T")
 Tokens = Literal["one", "first", "all"]
+
+SAME = "clean and corrupted prompts of the same tokens"
+LENGTHS = "clean and corrupted prompts of different lengths in tokens"
+UNKNOWN = "unknown words in prompts"
+RUN_IN = "answers that are read into the last word of their prompt"
+UNKNOWN_ANSWER = "answers that are unknown behind their prompt"
+BARE = "answers without a blank that are words with one"
+SEVERAL = "answers of several tokens"
+EQUAL = "right and wrong answers of the same token"
+
+BATCH, FEWEST = 64, 8
+"""Most and fewest drafts in a call of the tokenizer."""
+PATIENCE = (1000, 20)
+"""Draws in a row that may bring nothing new: so many, and so many for each draft that has come up. Of
+equally likely drafts one is then missing with a probability below exp(-20)."""
 
 
 class Draft(NamedTuple):
@@ -65,6 +83,8 @@ class Fitted:
     pairs: tuple[Pair, ...]
     n_dropped: int
     """Drafts that were tried and did not."""
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Why not, and how many."""
 
     def columns(self, ask: Callable[..., Any]) -> tuple[list[str], list[str], Any]:
         """Clean prompts, corrupted ones and a metric.
@@ -94,55 +114,126 @@ def fit(model: HookedModel, drafts: Iterator[Draft], n: int, tries: int) -> Fitt
         raise ModelError(
             "The model has no tokenizer", fix="Task(clean, corrupt, metric) with token ids"
         )
-    seen: set[tuple[str, str]] = set()
     pairs: list[Pair] = []
-    dropped = 0
-    for draft in islice(drafts, tries):
-        if len(pairs) == n:
+    reasons: Counter[str] = Counter()
+    fresh = _without_repeats(islice(drafts, tries))
+    while len(pairs) < n:
+        batch = list(islice(fresh, min(BATCH, max(FEWEST, n - len(pairs)))))
+        if not batch:
             break
+        for outcome in _judged(model, batch):
+            if isinstance(outcome, str):
+                reasons[outcome] += 1
+            else:
+                pairs.append(outcome)
+            if len(pairs) == n:
+                break
+    return Fitted(tuple(pairs), reasons.total(), reasons)
+
+
+def _without_repeats(drafts: Iterator[Draft]) -> Iterator[Draft]:
+    """Each draft once, until draws have long brought nothing new."""
+    seen: set[tuple[str, str]] = set()
+    repeats = 0
+    for draft in drafts:
         if (draft.clean, draft.corrupt) in seen:
+            repeats += 1
+            if repeats > PATIENCE[0] + PATIENCE[1] * len(seen):
+                return
             continue
+        repeats = 0
         seen.add((draft.clean, draft.corrupt))
-        pair = fitted(model, draft)
-        if pair is None:
-            dropped += 1
-        else:
-            pairs.append(pair)
-    return Fitted(tuple(pairs), dropped)
+        yield draft
 
 
-def too_few(fitting: Fitted, n: int, name: str) -> TaskError:
-    """What to say where fewer than ``n`` drafts fit."""
+def too_few(
+    fitting: Fitted, n: int, name: str, sides: Sequence[tuple[str, str | None]] = ()
+) -> TaskError:
+    """What to say where fewer than ``n`` drafts fit.
+
+    Args:
+        fitting: Those that do.
+        n: How many were wanted.
+        name: Of the task, or its sentence.
+        sides: Names and texts of the answers of a template, whose blanks may be missing.
+    """
+    reasons = ", ".join(f"{count} for {reason}" for reason, count in fitting.reasons.most_common())
+    fix = f"n={len(fitting.pairs)}" if fitting.pairs else "Task.from_template(...), other words"
+    bare = [(side, text) for side, text in sides if text and not text[0].isspace()]
+    if bare and fitting.reasons.keys() & {RUN_IN, UNKNOWN_ANSWER, BARE}:
+        fix = ", ".join(f"{side}={' ' + text!r}" for side, text in bare)
+        fix += ", with the blank that stands before a word; for parts of words Task(...) with ids"
     return TaskError(
         f"Only {len(fitting.pairs)} of {n} prompts of {name!r} fit this tokenizer; "
-        f"{fitting.n_dropped} were dropped: answers of several tokens, unknown words, or clean and "
-        "corrupted prompts of different lengths",
-        fix=f"n={len(fitting.pairs)}" if fitting.pairs else "Task.from_template(...), other words",
+        f"{fitting.n_dropped} were dropped" + (f": {reasons}" if reasons else ""),
+        fix=fix,
     )
 
 
-def fitted(model: HookedModel, draft: Draft) -> Pair | None:
-    """A draft with the ids of its answers; None where it does not fit."""
-    texts = [draft.clean, draft.corrupt]
-    texts += [draft.clean + end for end in (*draft.answer, *draft.wrong)]
-    rows = model.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    clean, corrupt, *longer = (list(row) for row in rows)
+def _judged(model: HookedModel, drafts: Sequence[Draft]) -> Iterator[Pair | str]:
+    """Each draft with the ids of its answers, or why it does not fit."""
+    texts = [
+        [d.clean, d.corrupt, *(d.clean + end for end in (*d.answer, *d.wrong))] for d in drafts
+    ]
+    flat = [text for group in texts for text in group]
+    rows = iter(model.tokenizer(flat, add_special_tokens=False)["input_ids"])
     unknown = model.tokenizer.unk_token_id
-    if clean == corrupt or len(clean) != len(corrupt) or unknown in (*clean, *corrupt):
-        return None
+    for draft, group in zip(drafts, texts, strict=True):
+        outcome = _fitted(draft, [list(row) for row in islice(rows, len(group))], unknown)
+        yield BARE if not isinstance(outcome, str) and _is_bare(model, draft) else outcome
+
+
+def _is_bare(model: HookedModel, draft: Draft) -> bool:
+    """Whether an answer stands right behind a letter and would be a token with a blank between as well.
+
+    ``to`` + ``Mary`` is not what anybody says. Scripts without blanks between words are left alone.
+    """
+    if not _is_letter(draft.clean[-1:]):
+        return False
+    bare = [f" {end}" for end in (*draft.answer, *draft.wrong) if _is_letter(end[:1])]
+    rows = model.tokenizer(bare, add_special_tokens=False)["input_ids"] if bare else []
+    return any(len(row) == 1 and row[0] != model.tokenizer.unk_token_id for row in rows)
+
+
+def _is_letter(sign: str) -> bool:
+    """Of Latin, Greek, Cyrillic or Armenian script."""
+    return sign.isalpha() and sign < "\u0590"
+
+
+def _fitted(draft: Draft, rows: Sequence[list[int]], unknown: int | None) -> Pair | str:
+    """A draft with the ids of its answers, or why it does not fit.
+
+    Args:
+        draft: The draft.
+        rows: Token ids of the clean prompt, the corrupted one, and the clean one with each answer.
+        unknown: The token of unknown words, if there is one.
+    """
+    clean, corrupt, *longer = rows
     n = len(clean)
-    if any(row[:n] != clean or len(row) == n or unknown in row for row in longer):
-        return None  # the prompt's own last tokens change when the answer follows
-    ends = [row[n:] for row in longer]
+    if unknown in (*clean, *corrupt):
+        return UNKNOWN
+    if clean == corrupt:
+        return SAME
+    if n != len(corrupt):
+        return LENGTHS
+    if any(unknown in row for row in longer):
+        return UNKNOWN_ANSWER
+    if any(row[:n] != clean or len(row) == n for row in longer):
+        return RUN_IN
+    return _with_answers(draft, [row[n:] for row in longer])
+
+
+def _with_answers(draft: Draft, ends: Sequence[list[int]]) -> Pair | str:
+    """A draft whose prompts fit, with the ids of what follows, or why these do not fit."""
     if draft.tokens == "all":
         sides = ends if len(ends) == 2 else [ends[0], []]
-        return None if sides[0] == sides[1] else Pair(draft.clean, draft.corrupt, *sides)
+        return EQUAL if sides[0] == sides[1] else Pair(draft.clean, draft.corrupt, *sides)
     if draft.tokens == "one" and any(len(end) > 1 for end in ends):
-        return None
+        return SEVERAL
     firsts = [end[0] for end in ends]
     answer, wrong = set(firsts[: len(draft.answer)]), set(firsts[len(draft.answer) :])
     if draft.tokens == "first":
         answer, wrong = answer - wrong, wrong - answer
     if not answer or (draft.wrong and not wrong) or answer & wrong:
-        return None
+        return EQUAL
     return Pair(draft.clean, draft.corrupt, sorted(answer), sorted(wrong))

@@ -48,8 +48,19 @@ class Template:
         corrupt: str | Mapping[str, str],
         fill: Fill,
         tokens: Tokens,
+        *,
+        compares: bool = True,
     ) -> Template:
         """Checks that slots and lists fit each other.
+
+        Args:
+            clean: The sentence.
+            answer: What follows it.
+            wrong: What to compare with; None for the answer to the corrupted prompt.
+            corrupt: Another template, or slots that change.
+            fill: What may stand in slots.
+            tokens: How many tokens an answer may have.
+            compares: Whether anything is compared with the answer.
 
         Raises:
             UnknownNameError: A slot without a list, a list without a slot, or a change of no slot.
@@ -65,10 +76,19 @@ class Template:
             )
         for slot, source in changes.items():
             _check_slot(slot, slots, "corrupt")
-            if source != OTHER:
-                _check_slot(source, slots, "corrupt")
+            if source != OTHER and source not in slots:
+                raise UnknownNameError(
+                    f"corrupt={{{slot!r}: {source!r}}}: {source!r} is neither a slot nor 'other'",
+                    exists=f"'other' for another entry of its list, slots {shorten(slots)}",
+                    nearest=nearest(source, [OTHER, *slots]),
+                    fix=f"corrupt={{{slot!r}: 'other'}}",
+                )
         broken = corrupt if isinstance(corrupt, str) else clean
-        if wrong is None and set(changes) & set(slots_of(answer)):
+        if wrong is not None and wrong == answer:
+            raise TaskError(
+                f"wrong={wrong!r} is the answer itself", fix="another slot, or leave wrong out"
+            )
+        if compares and wrong is None and set(changes) & set(slots_of(answer)):
             wrong = _renamed(answer, changes)
         texts = {"template": clean, "answer": answer, "wrong": wrong, "corrupt": broken}
         named = set(changes.values())

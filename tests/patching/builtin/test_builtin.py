@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from random import Random
 from typing import Any
 
 import pytest
 
 import gemmascope_plugin as gs
-from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError
+from gemmascope_plugin.errors import EmptySelectionError, InputError, TaskError, UnknownNameError
 from gemmascope_plugin.patching.builtin import SPLITS, TASKS, build
+from gemmascope_plugin.patching.builtin.drafts import PATIENCE, Draft, fit
 from tests.factories import unchecked
 from tests.patching.builtin.words import Words, drafts
 
 WORDS: Any = Words()
+WORD_PAIRS = ["Mary", "John", "Anna", "Tom", "Paul"]
 
 
 def ids(text: str) -> list[int]:
@@ -104,6 +108,58 @@ def test_mistakes_name_what_there_is() -> None:
         gs.Task.builtin("ioi", WORDS, n=0)
     with pytest.raises(TaskError, match=r"Only \d+ of 900 prompts of 'successors' fit"):
         gs.Task.builtin("successors", WORDS, n=900)
+
+
+@pytest.mark.parametrize("n", [2.5, "4", None, True])
+def test_a_number_of_prompts_is_a_whole_number(n: Any) -> None:
+    with pytest.raises(InputError, match=f"n={n!r} is not a whole number. Try: n=64"):
+        gs.Task.builtin("ioi", WORDS, n=n)
+    with pytest.raises(InputError, match="is not a whole number"):
+        gs.tiny().task("ioi", n=n)
+    assert len(gs.Task.builtin("ioi", WORDS, n=4.0)) == 4  # pyright: ignore[reportArgumentType]
+
+
+def test_the_name_of_a_task_comes_first() -> None:
+    message = r"The model stands where the name.*Task.builtin\(name, model\): the name comes first"
+    task: Any = gs.tiny().task
+    builtin: Any = gs.Task.builtin
+    with pytest.raises(InputError, match=message):
+        builtin(WORDS, "ioi")
+    with pytest.raises(InputError, match="^3 is not the name of a task"):
+        builtin(3, WORDS)
+    with pytest.raises(InputError, match="'ioi' is not a model"):
+        builtin("ioi", "ioi")
+    with pytest.raises(InputError, match="^name=A HookedTransformer is not a text"):
+        task(gs.tiny().model)
+    with pytest.raises(UnknownNameError, match=r"^Unknown split \(a HookedTransformer\)"):
+        builtin("ioi", WORDS, split=gs.tiny().model)
+
+
+def test_drafting_ends_where_nothing_new_is_drawn() -> None:
+    """Of few drafts all come up, and the number of draws does not grow with what is asked for."""
+    n_draws = 0
+
+    def draws() -> Iterator[Draft]:
+        nonlocal n_draws
+        rng = Random(0)
+        while True:
+            n_draws += 1
+            one, two = rng.sample(WORD_PAIRS, 2)
+            yield Draft(f"I saw {one} and", f"I saw {two} and", (" John",), (" Mary",))
+
+    fitting = fit(WORDS, draws(), 10**6, 10**9)
+    n = len(WORD_PAIRS) * (len(WORD_PAIRS) - 1)
+    assert len(fitting.pairs) + fitting.n_dropped == n and n_draws < 10 * PATIENCE[0]
+
+
+def test_fitting_in_batches_is_fitting_one_by_one() -> None:
+    for name in TASKS:
+        rows = list({draft[:2]: draft for draft in drafts(name, "train", 150)}.values())
+        several, single = (fit(WORDS, iter(rows), n, 150) for n in (150, 1))
+        assert several.pairs[:1] == single.pairs
+        alone = [fit(WORDS, iter([draft]), 1, 1) for draft in rows]
+        assert several.pairs == tuple(pair for one in alone for pair in one.pairs)
+        assert several.n_dropped == sum(one.n_dropped for one in alone)
 
 
 def test_a_model_without_a_tokenizer_is_an_error() -> None:

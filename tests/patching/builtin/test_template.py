@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import pytest
 
 import gemmascope_plugin as gs
-from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError
+from gemmascope_plugin.errors import EmptySelectionError, InputError, TaskError, UnknownNameError
 from tests.patching.builtin.words import Words
 
 WORDS: Any = Words()
@@ -87,6 +88,23 @@ def test_what_does_not_fit_is_dropped_and_counted() -> None:
     assert {len(ids) for ids in whole.metric.answer} > {1}
 
 
+@pytest.mark.parametrize("metric", [gs.margin, gs.cross_entropy, gs.probability])
+def test_metrics_may_do_without_wrong_answers(metric: Any) -> None:
+    task = made(metric=metric, wrong=None, corrupt={"place": "other"})
+    assert len(task) == 24
+    assert task.asked == metric(task.metric.answer)
+    swapped = made(metric=metric, wrong=None)  # the answer to the corrupted prompt is only compared
+    assert (swapped.metric.wrong is None) == (metric is not gs.probability)
+
+
+def test_a_metric_may_have_its_options() -> None:
+    task = made(metric=partial(gs.logit_diff, before_cap=True))
+    assert task.asked.before_cap and task.metric.wrong == made().metric.wrong
+    long = {**FILL, "A": ["Xylophonia"]}
+    whole = made(metric=partial(gs.sequence_logprob), fill=long, corrupt={"place": "other"})
+    assert all(len(ids) > 1 for ids in whole.metric.answer)
+
+
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no list": (
         {"template": "{A} {B} {plce} {thing}"},
@@ -96,7 +114,52 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no slot": ({"fill": {**FILL, "verb": ["gave"]}}, UnknownNameError, "a list for 'verb'"),
     "answer": ({"answer": " {C}"}, UnknownNameError, "the slot 'C' of answer"),
     "corrupt": ({"corrupt": {"C": "A"}}, UnknownNameError, "the slot 'C' of corrupt"),
-    "source": ({"corrupt": {"A": "others"}}, UnknownNameError, "the slot 'others' of corrupt"),
+    "source": (
+        {"corrupt": {"A": "swap"}},
+        UnknownNameError,
+        "'swap' is neither a slot nor 'other'.*slots A, B, place, thing.*{'A': 'other'}",
+    ),
+    "near source": ({"corrupt": {"A": "othr"}}, UnknownNameError, "Did you mean 'other'"),
+    "fill of numbers": ({"fill": {**FILL, "A": [3]}}, InputError, "fill.'A'. has the entry 3"),
+    "fill of None": ({"fill": {**FILL, "A": None}}, InputError, "fill.'A'. is None, not a list"),
+    "fill list": ({"fill": []}, InputError, "fill=A list of nothing has no slots.*Try: fill={"),
+    "fill None": ({"fill": None}, InputError, "fill=None has no slots"),
+    "slot": ({"fill": {**FILL, 3: ["a"]}}, InputError, "fill has the slot 3"),
+    "row": ({"fill": {**FILL, ("x", "y"): [("a", 3)]}}, InputError, "has the entry 3"),
+    "answer 3": ({"answer": 3}, InputError, 'answer=3 is not a text.*answer=" {A}"'),
+    "wrong 3": ({"wrong": 3}, InputError, "wrong=3 is not a text"),
+    "template 3": ({"template": 3}, InputError, "template=3 is not a text"),
+    "corrupt 3": ({"corrupt": 3}, InputError, "corrupt=3 says no change.*Try: corrupt={"),
+    "corrupt None": ({"corrupt": None}, InputError, "corrupt=None says no change"),
+    "corrupt value": ({"corrupt": {"A": 3}}, InputError, "corrupt has 'A': 3"),
+    "n half": ({"n": 1.5}, InputError, "n=1.5 is not a whole number"),
+    "seed": ({"seed": "a"}, InputError, "seed='a' is not a whole number"),
+    "metric text": ({"metric": "logit_diff"}, TaskError, "is a text.*Try: metric=.*logit_diff"),
+    "metric made": (
+        {"metric": gs.logit_diff(["a"], ["b"])},
+        TaskError,
+        "has its answers already.*without a call",
+    ),
+    "no answers": ({"metric": gs.kl_divergence}, TaskError, "kl_divergence does not ask for ans"),
+    "custom": ({"metric": gs.custom}, TaskError, "custom does not ask for answers"),
+    "of logits": ({"metric": lambda logits: logits[:, 3]}, TaskError, "does not ask for answers"),
+    "no metric": ({"metric": lambda answer, wrong: 3}, TaskError, "gave 3 for answers"),
+    "wrong for none": (
+        {"metric": gs.margin},
+        TaskError,
+        "margin does not compare.*logit_diff, probability, sequence_logprob",
+    ),
+    "blank": (
+        {"answer": "{A}", "wrong": "{B}"},
+        TaskError,
+        "dropped: .* without a blank.*Try: answer=' {A}', wrong=' {B}', with the blank",
+    ),
+    "same": ({"wrong": " {A}"}, TaskError, "wrong=' {A}' is the answer itself"),
+    "same by words": (
+        {"fill": {**FILL, "C": NAMES}, "answer": " Tom", "wrong": " {C}", "n": 999},
+        TaskError,
+        "for right and wrong answers of the same token",
+    ),
     "nothing": ({"corrupt": {}}, TaskError, "corrupt changes nothing"),
     "empty list": ({"fill": {**FILL, "place": []}}, TaskError, r"fill\['place'\] is \[\]"),
     "text": ({"fill": {**FILL, "place": "park"}}, TaskError, "is 'park'"),
