@@ -61,6 +61,9 @@ Hooks = Sequence[tuple[str, Callable[..., Any]]]
 MIN_GAP = 1e-4
 """Smallest difference between the clean and the corrupted metric that can be divided by."""
 
+N_SHOWN = 64
+"""Prompts at most that the model runs when a task is printed."""
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -238,7 +241,11 @@ class Task:
         model = None if self.origin is None else self.origin.model()
         if model is None:
             return None
-        return figures_of(model, self), str(model.cfg.model_name)
+        few = self.first(N_SHOWN)
+        on = str(model.cfg.model_name)
+        if len(few) < len(self):
+            on += f" on its first {len(few)}"
+        return figures_of(model, few), on
 
     def __repr__(self) -> str:
         first = self.clean if isinstance(self.clean, str) else self.clean[0]

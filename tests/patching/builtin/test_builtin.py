@@ -212,6 +212,11 @@ def test_the_repr_says_how_good_the_model_is(suite: Any) -> None:
         f"Task('ioi', 20 held_out prompts, logit difference {figures.mean:+.2f}, "
         f"{figures.accuracy:.2f} right, {figures.top1:.2f} first on "
     )
+    many = gs.Task.builtin("ioi", suite.model, n=70)
+    shown = many.first(64).figures(suite.model)
+    assert f"difference {shown} on {suite.model.cfg.model_name} on its first 64, first" in repr(
+        many
+    )
     half = task.take([0, 1, 2])
     assert "3 held_out prompts" in repr(half)
     years = gs.Task.builtin("greater_than", suite.model, n=20)
