@@ -15,6 +15,7 @@ from gemmascope_plugin.models import gradients
 from gemmascope_plugin.saes import SoftSAE, SoftSAEConfig
 from gemmascope_plugin.splice import Ablate, Add, HookedSAE, Scale, splice, verify
 from tests.splice.kinds import TWO_KINDS
+from tests.support.rounding import TINY
 from tests.tiny_models import FIRST_WORD_ID, random_tokens
 
 TOKENS = random_tokens()
@@ -150,7 +151,7 @@ def test_a_hook_on_pre_activations_lets_others_in_and_keeps_the_budget(hooked2, 
     freed = clean[..., best] > 0
     assert freed.any() and not closed[..., best].any()
     assert torch.equal((closed > 0).sum(-1)[freed], (clean > 0).sum(-1)[freed])
-    assert torch.equal(closed[~freed], clean[~freed])
+    assert torch.allclose(closed[~freed], clean[~freed], atol=TINY * float(clean.max()))
 
 
 @BOTH
