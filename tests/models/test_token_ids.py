@@ -103,6 +103,7 @@ def test_a_byte_is_one_token_by_its_number_only() -> None:
     assert [token_label(real_like(), i) for i in ids] == ["<0xC3>", "<0xBC>"]
 
 
+@pytest.mark.untyped
 def test_the_name_of_a_byte_is_said_to_be_one() -> None:
     """As Gemma's tokenizer has it: the name is in the vocabulary, and its text is several tokens."""
 

@@ -288,6 +288,7 @@ def test_a_function_of_ones_own() -> None:
         (lambda: Custom(features=0, fn=3), "Custom\\(fn=3\\) is not a function"),
     ],
 )
+@pytest.mark.untyped
 def test_what_is_not_an_amount_or_a_function_is_refused_at_once(make, message: str) -> None:
     with pytest.raises(InputError, match=message):
         make()

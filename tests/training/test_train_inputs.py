@@ -95,6 +95,7 @@ def test_arguments_in_another_order_or_of_another_kind(
         train(*arguments(hooked2), progress=False)
 
 
+@pytest.mark.untyped
 def test_several_specs_are_a_list(hooked2: Any) -> None:
     with pytest.raises(InputError, match="The text 'layer' is not a training spec"):
         train_many(hooked2, FIELDS, corpus(), progress=False)  # pyright: ignore[reportArgumentType]

@@ -119,6 +119,7 @@ def test_a_number_of_prompts_is_a_whole_number(n: Any) -> None:
     assert len(gs.Task.builtin("ioi", WORDS, n=4.0)) == 4  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.untyped
 def test_the_name_of_a_task_comes_first() -> None:
     message = r"The model stands where the name.*Task.builtin\(name, model\): the name comes first"
     task: Any = gs.tiny().task
