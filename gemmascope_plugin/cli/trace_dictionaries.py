@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemmascope_plugin.catalog.sites import human_size
@@ -64,7 +63,7 @@ def find_files(specs: Sequence[SaeSpec], local_dir: str | None) -> None:
     Raises:
         MissingFileError: Says how many are missing, how large they are, and how they are fetched.
     """
-    from gemmascope_plugin.loading.sources import locate
+    from gemmascope_plugin.loading.sources import is_here, locate
 
     for spec in specs:
         try:
@@ -77,24 +76,6 @@ def find_files(specs: Sequence[SaeSpec], local_dir: str | None) -> None:
                 + re.split(r"\. (?:There is|Did you mean|Try)", str(fault))[0],
                 fix=_download(absent, local_dir),
             ) from fault
-
-
-def is_here(spec: SaeSpec, local_dir: str | None) -> bool:
-    """Whether the files of a dictionary are on this machine.
-
-    Args:
-        spec: Which.
-        local_dir: Folder that mirrors the repository; looked at instead of the cache.
-    """
-    from gemmascope_plugin.loading.sources import locate
-
-    if local_dir is not None:
-        return all((Path(local_dir).expanduser() / name).is_file() for name in spec.filenames)
-    try:
-        locate(spec, offline=True)
-    except MissingFileError:
-        return False
-    return True
 
 
 def _narrower(specs: Sequence[SaeSpec]) -> str:
@@ -124,7 +105,9 @@ def _options(spec: SaeSpec) -> tuple[str, ...]:
 
 
 def _all_here(specs: Sequence[SaeSpec]) -> bool:
-    return all(is_here(spec, None) for spec in specs)
+    from gemmascope_plugin.loading.sources import is_here
+
+    return all(is_here(spec) for spec in specs)
 
 
 def _size(specs: Sequence[SaeSpec]) -> int:

@@ -29,12 +29,12 @@ from gemmascope_plugin.attribution import attribution_patching
 from gemmascope_plugin.catalog import SaeSpec, SpecList, find
 from gemmascope_plugin.circuits import Scores, discover, evaluate
 from gemmascope_plugin.demo.progress import Steps, versions
-from gemmascope_plugin.errors import MissingFileError, UnknownNameError, check_choice
+from gemmascope_plugin.errors import UnknownNameError, check_choice
 from gemmascope_plugin.features import Features, analyze
 from gemmascope_plugin.features.top_words import top_words
 from gemmascope_plugin.figures.theme import visible
 from gemmascope_plugin.loading import load
-from gemmascope_plugin.loading.sources import locate
+from gemmascope_plugin.loading.sources import is_here
 from gemmascope_plugin.models import load_model
 from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.protocol import HookedModel, device_of
@@ -222,7 +222,7 @@ def splice_local(
     """
     smallest: dict[str, SaeSpec] = {}
     for spec in sorted(specs, key=lambda spec: spec.nbytes):
-        if spec.kind == "sae" and spec.hook_out not in smallest and _is_local(spec, local_dir):
+        if spec.kind == "sae" and spec.hook_out not in smallest and is_here(spec, local_dir):
             smallest[spec.hook_out] = spec
     if not smallest:
         return None
@@ -242,17 +242,6 @@ def _spread(specs: Sequence[SaeSpec]) -> list[SaeSpec]:
     """At most ``N_SAES``, from the first to the last."""
     n = min(N_SAES, len(specs))
     return [specs[round(i * (len(specs) - 1) / max(n - 1, 1))] for i in range(n)]
-
-
-def _is_local(spec: SaeSpec, local_dir: str | Path | None) -> bool:
-    if local_dir is not None:
-        folder = Path(local_dir).expanduser()
-        return all((folder / name).is_file() for name in spec.filenames)
-    try:
-        locate(spec, offline=True)
-    except MissingFileError:
-        return False
-    return True
 
 
 @torch.no_grad()

@@ -82,6 +82,23 @@ def locate(
     return found | _from_hub(spec, wanted, revision, force_download)
 
 
+def is_here(spec: SaeSpec, local_dir: str | Path | None = None) -> bool:
+    """Whether the parameter files of a spec are on this machine; nothing is downloaded.
+
+    Args:
+        spec: Which dictionary.
+        local_dir: Folder that mirrors the repository; looked at instead of the cache.
+    """
+    if local_dir is not None:
+        folder = Path(local_dir).expanduser()
+        return all((folder / name).is_file() for name in spec.filenames)
+    try:
+        locate(spec, offline=True)
+    except MissingFileError:
+        return False
+    return True
+
+
 def _names(spec: SaeSpec) -> tuple[str, ...]:
     """All files that are of use."""
     config = spec.config_filename

@@ -16,6 +16,7 @@ from gemmascope_plugin.catalog import SaeSpec, SpecList
 from gemmascope_plugin.cli.app import app
 from gemmascope_plugin.demo.on_model import ModelReport, run_on_model, splice_local
 from gemmascope_plugin.errors import UnknownNameError
+from gemmascope_plugin.loading.sources import locate
 from gemmascope_plugin.pages import PageError
 
 NAME = "gemma-3-270m"
@@ -128,7 +129,7 @@ def test_a_folder_that_mirrors_the_repository(
     spec = gs.find(model="gemma-2-tiny", site="res", layer=1, l0="canonical").one()
     place = tmp_path / spec.filename
     place.parent.mkdir(parents=True)
-    for path in on_model.locate(spec).values():
+    for path in locate(spec).values():
         (place.parent / path.name).write_bytes(path.read_bytes())
     others = gs.find(model="gemma-2-tiny", site="res")
     spliced = splice_local(model, others, "today the keys", tmp_path)

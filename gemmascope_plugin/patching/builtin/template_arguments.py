@@ -34,22 +34,23 @@ def check_task_name(name: Any, call: str) -> None:
         )
 
 
-def check_text(what: str, example: str) -> Callable[[Any, str], None]:
-    """A check for an argument that is a text; None passes where it may be left out."""
+def check_needed_text(what: str, example: str) -> Callable[[Any, str], None]:
+    """A check for an argument that is a text."""
 
     def check(value: Any, call: str) -> None:
-        if value is not None and not isinstance(value, str):
+        if not isinstance(value, str):
             raise InputError(f"{what}={describe(value)} is not a text", fix=f"{what}={example}")
 
     return check
 
 
-def check_needed_text(what: str, example: str) -> Callable[[Any, str], None]:
-    """The same for one that may not be left out."""
+def check_text(what: str, example: str) -> Callable[[Any, str], None]:
+    """The same for one that may be left out, where it is None."""
+    needed = check_needed_text(what, example)
 
     def check(value: Any, call: str) -> None:
-        if not isinstance(value, str):
-            raise InputError(f"{what}={describe(value)} is not a text", fix=f"{what}={example}")
+        if value is not None:
+            needed(value, call)
 
     return check
 
