@@ -300,10 +300,6 @@ def _selected(
         raise TaskError(f"Both size={size} and tau={tau} say what to keep", fix="one of them")
     if tau is not None:
         return threshold(graph, tau, rank=rank)
-    if size is not None and size < 1:
-        raise EmptySelectionError(
-            f"size={size} keeps nothing", fix="size=20, or None for the usual size"
-        )
     wanted = default if size is None else size
     choose = greedy if select == "greedy" else top_n
     return choose(graph, wanted, rank=rank)

@@ -7,7 +7,7 @@
    share of ``zeroed - clean`` or ``mean_ablated - clean`` compares sites that matter more or less: 0 is
    a perfect dictionary, 1 one that is no better than the ablation.
 
-Cost: four forward passes over the corpus, one with the dictionary.
+Cost: a forward pass over the corpus and three more from the layer of the dictionary on.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from gemmascope_plugin.models import flatten_heads, restore_heads
 from gemmascope_plugin.models.asked import NextTokenLosses
 from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.hooks import hooking
+from gemmascope_plugin.models.points import lowest_layer
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.splice import HookedSAE, splice
 
@@ -72,10 +73,11 @@ def damage(
         ModelError: A loss that is not finite.
     """
     assert hooked.error == "drop", "the reconstruction alone must flow"
+    layer = lowest_layer(hooked.hook_in, hooked.hook_out)
     sums, n = [0.0] * 4, 0
     for tokens in text.batches:
         mask = text.readable(tokens)
-        read = NextTokenLosses(tokens, mask)
+        read = NextTokenLosses(model, tokens, mask, layer)
         each = [read(model)]
         with splice(model, hooked) as run:
             each.append(read(run))

@@ -22,6 +22,7 @@ from gemmascope_plugin.errors import HookNotFiredError, shorten
 from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.readout import OfLogits, OfResiduals, Readout
+from gemmascope_plugin.models.skip import SharedLayers, computed_by
 from gemmascope_plugin.models.unembed import (
     Unembedding,
     all_logits,
@@ -144,13 +145,20 @@ class NextTokenLosses:
     another look at the vocabulary.
 
     Args:
+        model: The bare model; its layers below ``layer`` run in the first pass alone.
         tokens: Token ids.
         mask: Where a loss is read: at ``[row, pos]`` for the token after it.
+        layer: The lowest layer in which the passes differ.
     """
 
     def __init__(
-        self, tokens: Int[torch.Tensor, "batch pos"], mask: Bool[torch.Tensor, "batch next"]
+        self,
+        model: HookedModel,
+        tokens: Int[torch.Tensor, "batch pos"],
+        mask: Bool[torch.Tensor, "batch next"],
+        layer: int = 0,
     ) -> None:
+        self._shared = SharedLayers(model, layer)
         self._tokens = tokens
         self._mask = mask
         self._targets = tokens[:, 1:][mask.to(tokens.device)]
@@ -166,7 +174,7 @@ class NextTokenLosses:
         model = model_of(runner)
         if has_hooks(model.unembed.hook_out):  # pyright: ignore[reportAttributeAccessIssue]
             return self._of_logits(runner(self._tokens))
-        with final_residuals(runner) as ends:
+        with final_residuals(runner) as ends, self._shared.passing():
             runner(self._tokens)
         (normed,) = ends.normed
         rows = normed[:, :-1][self._mask.to(normed.device)]
@@ -248,22 +256,13 @@ def _unembedding_by(runner: Any, unembed: Callable[..., torch.Tensor]) -> Iterat
     """The model's unembedding computed by ``unembed(module, weights, what it is given)``."""
     model = model_of(runner)
     module: Any = model.unembed  # pyright: ignore[reportAttributeAccessIssue]
-    # not by setattr, which the bridge hands on to the module that it wraps
-    names = vars(module)
-    before = names.get("forward")
 
     def forward(x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         # without the soft-cap, which the model applies to what comes out
         return unembed(module, unembedding(model, before_cap=True), module.hook_in(x))
 
-    names["forward"] = forward
-    try:
+    with computed_by(module, forward):
         yield
-    finally:
-        if before is None:
-            del names["forward"]
-        else:
-            names["forward"] = before
 
 
 def _cut(x: torch.Tensor, at: At) -> torch.Tensor:

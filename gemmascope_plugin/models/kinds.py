@@ -24,7 +24,7 @@ from gemmascope_plugin.models.check import describe
 from gemmascope_plugin.sizes import parse_size
 
 LEAST = {
-    **dict.fromkeys(("max_rows", "batch", "steps", "top_k"), 1),
+    **dict.fromkeys(("max_rows", "batch", "steps", "top_k", "size"), 1),
     **dict.fromkeys(("n_random", "min_tokens", "seed"), 0),
 }
 """Counts by the name of their argument, and the smallest that means something."""

@@ -19,10 +19,10 @@ from jaxtyping import Float, Int
 
 from gemmascope_plugin.models.block import Hooks
 from gemmascope_plugin.models.hooks import hooking
-from gemmascope_plugin.models.points import n_layers
+from gemmascope_plugin.models.points import can_restart, n_layers
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.replay import Stage
-from gemmascope_plugin.models.restart import Restart, can_restart
+from gemmascope_plugin.models.restart import Restart
 from gemmascope_plugin.models.threads import threads_for_tokens
 
 

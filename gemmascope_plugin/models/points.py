@@ -94,6 +94,15 @@ def hook_point(model: HookedModel, name: str, points: Mapping[str, Any] | None =
     return points[name]
 
 
+def can_restart(model: HookedModel) -> bool:
+    """Whether nothing but the model itself takes part in its passes.
+
+    Somebody's hooks, those of dictionaries among them, may need layers that would be left out.
+    """
+    points = {id(point): point for point in hook_points(model).values()}.values()
+    return not any(point.fwd_hooks for point in points)
+
+
 def n_layers(model: HookedModel) -> int:
     """Number of transformer blocks."""
     return int(model.cfg.n_layers)
@@ -102,6 +111,12 @@ def n_layers(model: HookedModel) -> int:
 def n_heads(model: HookedModel) -> int:
     """Number of query heads per layer."""
     return int(model.cfg.n_heads)
+
+
+def lowest_layer(*names: str) -> int:
+    """The lowest layer that has one of the hooks; 0 for hooks outside the layers."""
+    parts = [name.split(".") for name in names]
+    return min(int(part[1]) if part[0] == "blocks" else 0 for part in parts)
 
 
 def width_at(model: HookedModel, name: str) -> int | None:

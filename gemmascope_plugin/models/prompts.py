@@ -9,7 +9,8 @@ a tokenizer's output, a mapping      its ``input_ids``, with ``attention_mask`` 
 ==================================== =================================================================
 
 1. Ids outside the vocabulary, empty prompts and prompts longer than the model's context are refused, and
-   so are bytes, which look like ids, and sets, which have no order.
+   so are bytes, which look like ids, sets, which have no order, and words that a tokenizer without bytes
+   (the bundled model's) does not know.
 2. PAD at the ends of ids is padding whether or not a mask says so: attended to, it would change every
    number after it without a word.
 3. ``Prompts.packed`` moves padding behind the end, where a causal model does not look: no attention mask,
@@ -27,7 +28,15 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 
-from gemmascope_plugin.errors import EmptySelectionError, InputError, ModelError, TaskError
+from gemmascope_plugin.errors import (
+    EmptySelectionError,
+    InputError,
+    ModelError,
+    TaskError,
+    UnknownNameError,
+    nearest,
+    shorten,
+)
 from gemmascope_plugin.indices import BYTES, as_indices
 from gemmascope_plugin.models.chat import is_chat, render
 from gemmascope_plugin.models.check import check_model, describe
@@ -92,7 +101,7 @@ def read_prompts(model: HookedModel, prompts: PromptLike, mask: Any = None) -> P
         EmptySelectionError: No prompt, or one without tokens.
         InputError: Something that is not a prompt.
         ModelError: Text and no tokenizer, or a prompt longer than the model's context.
-        UnknownNameError: An id outside the vocabulary.
+        UnknownNameError: An id outside the vocabulary, or a word that the tokenizer does not know.
         TaskError: A mask of another shape, or with a hole.
     """
     check_model(model)
@@ -302,8 +311,30 @@ def text_ids(model: HookedModel, prompt: Any) -> Int[torch.Tensor, " _"]:
     text = prompt if isinstance(prompt, str) else render(tokenizer, prompt)
     # add_special_tokens=False first: TransformerLens may hand over a tokenizer that adds BOS itself
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    _refuse_unknown_words(tokenizer, text, ids)
     bos = tokenizer.bos_token_id
     return torch.tensor(ids if bos is None or ids[:1] == [bos] else [bos, *ids])
+
+
+def _refuse_unknown_words(tokenizer: Any, text: str, ids: list[int]) -> None:
+    """A word that the tokenizer does not know becomes UNK, and every number would be about another text."""
+    unk = getattr(tokenizer, "unk_token_id", None)
+    if unk is None or ids.count(unk) <= text.count(tokenizer.unk_token):
+        return
+    words = [text]
+    if getattr(tokenizer, "is_fast", False):
+        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        words = [
+            text[start:stop]
+            for number, (start, stop) in zip(ids, spans["offset_mapping"], strict=True)
+            if number == unk and text[start:stop] != tokenizer.unk_token
+        ]
+    raise UnknownNameError(
+        f"The tokenizer of this model does not know {shorten(repr(w) for w in dict.fromkeys(words))}",
+        exists=f"{len(tokenizer)} tokens: model.tokenizer.get_vocab()",
+        nearest=nearest(words[0], tokenizer.get_vocab()),
+        fix=f"{tokenizer.unk_token!r} in its place if an unknown word is meant",
+    )
 
 
 def _integers(prompts: Any) -> Int[torch.Tensor, ...]:

@@ -38,8 +38,8 @@ from gemmascope_plugin.models.block import (
     cut_out,
     normed,
 )
+from gemmascope_plugin.models.points import can_restart
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.restart import can_restart
 from gemmascope_plugin.models.threads import threads_for_tokens
 
 Stage = Literal["pre", "mid", "post"]

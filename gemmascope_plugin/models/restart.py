@@ -20,20 +20,11 @@ from jaxtyping import Float, Int
 
 from gemmascope_plugin.models.asked import no_logits
 from gemmascope_plugin.models.hooks import hooking
-from gemmascope_plugin.models.points import hook_points, n_layers
+from gemmascope_plugin.models.points import n_layers
 from gemmascope_plugin.models.protocol import HookedModel
 
 _CACHES = ("past_kv_cache_entry", "past_key_values")
 """Arguments of a block that hold keys and values of earlier tokens: those of the recorded pass."""
-
-
-def can_restart(model: HookedModel) -> bool:
-    """Whether nothing but the model itself takes part in its passes.
-
-    Somebody's hooks, those of dictionaries among them, may need layers that would be left out.
-    """
-    points = {id(point): point for point in hook_points(model).values()}.values()
-    return not any(point.fwd_hooks for point in points)
 
 
 class Restart:

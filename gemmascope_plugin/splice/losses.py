@@ -6,8 +6,8 @@
    reconstruction and error are all computed and listened to, so that its distance from ``clean`` is a
    check of the splice. ``zeroed``: the output site is zero at the same tokens, the yardstick.
 
-Cost: four forward passes over the text, two of them with the dictionary, and the vocabulary three times:
-where the error is kept nothing moves, which is seen before the vocabulary.
+Cost: a forward pass over the text and three from the dictionary's layer on, and the vocabulary three
+times: where the error is kept nothing moves, which is seen before the vocabulary.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from gemmascope_plugin.models.asked import NextTokenLosses
 from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.hooks import hooking
+from gemmascope_plugin.models.points import lowest_layer
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import kept_positions, special_ids
 from gemmascope_plugin.splice.fit import Batches
@@ -92,10 +93,12 @@ def _passes(
     can_splice: bool,
 ) -> Iterator[tuple[str, Float[torch.Tensor, " read"]]]:
     """The losses of a batch, pass by pass."""
-    read = NextTokenLosses(tokens, mask)
+    dropping = HookedSAE(sae, error="drop", exclude=exclude)
+    hooks = (dropping.hook_in, hook_out) if can_splice else (hook_out,)
+    read = NextTokenLosses(model, tokens, mask, lowest_layer(*hooks))
     yield "clean", read(model)
     if can_splice:
-        with splice(model, HookedSAE(sae, error="drop", exclude=exclude)) as run:
+        with splice(model, dropping) as run:
             yield "spliced", read(run)
         # Somebody who listens makes the splice compute everything although nothing is edited.
         with splice(model, HookedSAE(sae, error="keep", exclude=exclude)) as run:

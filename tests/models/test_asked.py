@@ -101,7 +101,7 @@ def test_a_hook_at_the_logits_sees_all_of_them(model, logits) -> None:
         wanted = model(TOKENS)
         with asked_positions(model, AT, words):
             got = model(TOKENS)
-        losses = NextTokenLosses(TOKENS, MASK)(model)
+        losses = NextTokenLosses(model, TOKENS, MASK)(model)
     assert seen[1] == (4, 1, model.cfg.d_vocab)
     assert torch.allclose(
         got[:, 0], wanted[torch.arange(4), AT.repeat(2)].gather(-1, words.repeat(2, 1)), atol=4e-6
@@ -113,7 +113,7 @@ def test_a_hook_at_the_logits_sees_all_of_them(model, logits) -> None:
 def test_losses_and_passes_without_logits(model, logits) -> None:
     slow = -logits[:, :-1].log_softmax(-1).gather(-1, TOKENS[:, 1:, None])[..., 0]
     with torch.no_grad():
-        assert torch.allclose(NextTokenLosses(TOKENS, MASK)(model), slow[MASK], atol=1e-5)
+        assert torch.allclose(NextTokenLosses(model, TOKENS, MASK)(model), slow[MASK], atol=1e-5)
         with no_logits(model):
             assert model(TOKENS).numel() == TOKENS.numel()
         with final_residuals(model) as readout:
@@ -165,7 +165,7 @@ def test_losses_of_a_second_pass_are_its_own_where_it_differs(model) -> None:
         x[1, 4:] = 0
         return x
 
-    read = NextTokenLosses(TOKENS, MASK)
+    read = NextTokenLosses(model, TOKENS, MASK)
     first, again = read(model), read(model)
     with model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", changed)]):
         second, slow = read(model), model(TOKENS).detach()

@@ -28,10 +28,10 @@ from gemmascope_plugin.attribution.sites.slopes import (
 from gemmascope_plugin.attribution.sites.values import Values, kept_tokens, read_sites
 from gemmascope_plugin.attribution.slopes import norms_by_hand
 from gemmascope_plugin.models import flatten_heads
-from gemmascope_plugin.models.points import n_heads, n_layers
+from gemmascope_plugin.models.points import can_restart, n_heads, n_layers
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.restart import Restart, can_restart
+from gemmascope_plugin.models.restart import Restart
 from gemmascope_plugin.patching.memory import (
     HEADS,
     MLP,
