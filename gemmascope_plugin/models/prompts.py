@@ -317,7 +317,7 @@ def text_ids(model: HookedModel, prompt: Any) -> Int[torch.Tensor, " _"]:
 
 
 def _refuse_unknown_words(tokenizer: Any, text: str, ids: list[int]) -> None:
-    """A word that the tokenizer does not know becomes UNK, and every number would be about another text."""
+    """An unknown word becomes UNK, and every number would be about another text."""
     unk = getattr(tokenizer, "unk_token_id", None)
     if unk is None or ids.count(unk) <= text.count(tokenizer.unk_token):
         return
