@@ -12,59 +12,53 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gemmascope_plugin.attribution import (
+    from gemmascope_plugin.catalog import SaeSpec, SpecList, find, refresh
+    from gemmascope_plugin.causes import (
+        EdgeEffects,
+        Effects,
+        LogitLens,
+        Task,
+        accumulated_logit_diff,
+        activation_patching,
         attribution_patching,
+        cross_entropy,
+        custom,
+        direct_logit_attribution,
         edge_attribution,
+        edge_patching,
+        kl_divergence,
+        logit_diff,
+        logit_lens,
+        margin,
         missed_effects,
+        path_patching,
+        probability,
+        sequence_logprob,
         verify_top,
     )
-    from gemmascope_plugin.catalog import SaeSpec, SpecList, find, refresh
     from gemmascope_plugin.circuits import (
-        AblationCheck,
-        AttributionGraph,
-        Circuit,
         FeatureScores,
-        FeatureTarget,
-        Graph,
-        Intervention,
-        Logit,
-        LogitDifference,
         Scores,
-        StreamDirection,
-        Supernodes,
-        check_by_ablation,
-        contrast,
         discover,
         discover_levels,
         evaluate,
         evaluate_features,
         evaluate_ranking,
-        head_loadings,
-        intervene,
-        qk_attribution,
         stability,
-        supernodes,
-        trace,
-        union,
     )
     from gemmascope_plugin.cli.doctor import doctor
     from gemmascope_plugin.demo import tiny
     from gemmascope_plugin.errors import GemmaScopeError
-    from gemmascope_plugin.features import (
-        Adaptivity,
-        Cost,
-        Hierarchy,
-        Measures,
-        adaptivity,
-        analyze,
-        compare,
-        concept_scores,
-        concept_scores_of,
-        cost,
-        hierarchy,
-        measure,
-        plot_comparison,
-        probe_absorption,
+    from gemmascope_plugin.features import analyze
+    from gemmascope_plugin.graphs import (
+        AttributionGraph,
+        Circuit,
+        Graph,
+        Node,
+        Reader,
+        Supernodes,
+        contrast,
+        union,
     )
     from gemmascope_plugin.loading import (
         Footprint,
@@ -74,28 +68,22 @@ if TYPE_CHECKING:
         load_suite,
         register,
     )
-    from gemmascope_plugin.models import load_model
-    from gemmascope_plugin.patching import (
-        EdgeEffects,
-        Effects,
-        LogitLens,
-        Node,
-        Reader,
-        Task,
-        accumulated_logit_diff,
-        activation_patching,
-        cross_entropy,
-        custom,
-        direct_logit_attribution,
-        edge_patching,
-        kl_divergence,
-        logit_diff,
-        logit_lens,
-        margin,
-        path_patching,
-        probability,
-        sequence_logprob,
+    from gemmascope_plugin.measures import (
+        Adaptivity,
+        Cost,
+        Hierarchy,
+        Measures,
+        adaptivity,
+        compare,
+        concept_scores,
+        concept_scores_of,
+        cost,
+        hierarchy,
+        measure,
+        plot_comparison,
+        probe_absorption,
     )
+    from gemmascope_plugin.models import load_model
     from gemmascope_plugin.splice import (
         Ablate,
         Add,
@@ -112,6 +100,20 @@ if TYPE_CHECKING:
         splice,
         steer,
         verify,
+    )
+    from gemmascope_plugin.tracing import (
+        AblationCheck,
+        FeatureTarget,
+        Intervention,
+        Logit,
+        LogitDifference,
+        StreamDirection,
+        check_by_ablation,
+        head_loadings,
+        intervene,
+        qk_attribution,
+        supernodes,
+        trace,
     )
     from gemmascope_plugin.training import TrainSpec, train
 
@@ -215,35 +217,42 @@ __all__ = [
 ]
 
 _HOMES = {
-    "attribution": ("attribution_patching", "edge_attribution", "missed_effects", "verify_top"),
     "catalog": ("SaeSpec", "SpecList", "find", "refresh"),
+    "causes": (
+        *("EdgeEffects", "Effects", "LogitLens", "Task", "accumulated_logit_diff"),
+        *("activation_patching", "attribution_patching", "cross_entropy", "custom"),
+        *("direct_logit_attribution", "edge_attribution", "edge_patching", "kl_divergence"),
+        *("logit_diff", "logit_lens", "margin", "missed_effects", "path_patching"),
+        *("probability", "sequence_logprob", "verify_top"),
+    ),
     "circuits": (
-        *("AblationCheck", "AttributionGraph", "Circuit", "FeatureScores", "FeatureTarget"),
-        *("Graph", "Intervention", "Logit", "LogitDifference", "Scores", "StreamDirection"),
-        *("Supernodes", "check_by_ablation", "contrast", "discover", "discover_levels"),
-        *("evaluate", "evaluate_features", "evaluate_ranking", "head_loadings", "intervene"),
-        *("qk_attribution", "stability", "supernodes", "trace", "union"),
+        *("FeatureScores", "Scores", "discover", "discover_levels", "evaluate"),
+        *("evaluate_features", "evaluate_ranking", "stability"),
     ),
     "cli.doctor": ("doctor",),
     "demo": ("tiny",),
     "errors": ("GemmaScopeError",),
-    "features": (
-        *("Adaptivity", "Cost", "Hierarchy", "Measures", "adaptivity", "analyze", "compare"),
+    "features": ("analyze",),
+    "graphs": (
+        *("AttributionGraph", "Circuit", "Graph", "Node", "Reader", "Supernodes"),
+        *("contrast", "union"),
+    ),
+    "loading": ("Footprint", "SaeSuite", "footprint", "load", "load_suite", "register"),
+    "measures": (
+        *("Adaptivity", "Cost", "Hierarchy", "Measures", "adaptivity", "compare"),
         *("concept_scores", "concept_scores_of", "cost", "hierarchy", "measure"),
         *("plot_comparison", "probe_absorption"),
     ),
-    "loading": ("Footprint", "SaeSuite", "footprint", "load", "load_suite", "register"),
     "models": ("load_model",),
-    "patching": (
-        *("EdgeEffects", "Effects", "LogitLens", "Node", "Reader", "Task"),
-        *("accumulated_logit_diff", "activation_patching", "cross_entropy", "custom"),
-        *("direct_logit_attribution", "edge_patching", "kl_divergence", "logit_diff"),
-        *("logit_lens", "margin", "path_patching", "probability", "sequence_logprob"),
-    ),
     "splice": (
         *("Ablate", "Add", "Clamp", "Custom", "Project", "Replace", "Scale"),
         *("HookedCrossLayer", "HookedSAE", "Report", "Steering", "SteeringSweep"),
         *("splice", "steer", "verify"),
+    ),
+    "tracing": (
+        *("AblationCheck", "FeatureTarget", "Intervention", "Logit", "LogitDifference"),
+        *("StreamDirection", "check_by_ablation", "head_loadings", "intervene"),
+        *("qk_attribution", "supernodes", "trace"),
     ),
     "training": ("TrainSpec", "train"),
 }

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gemmascope_plugin.models.load import bridge_from_hf, hooked_from_hf
+from gemmascope_plugin.models.load_model import bridge_from_hf, hooked_from_hf
 from gemmascope_plugin.models.points import flatten_heads
 from tests import tiny_models
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import gemmascope_plugin as gs
-from gemmascope_plugin.attribution.relp_rules import RelpRules
+from gemmascope_plugin.causes.gradient.relp_rules import RelpRules
 from gemmascope_plugin.errors import GemmaScopeError
-from gemmascope_plugin.patching.node import Node, Reader
+from gemmascope_plugin.graphs.node import Node, Reader
 from tests.factories import unchecked
 from tests.support.calls import Scene, bundled, numbers
 

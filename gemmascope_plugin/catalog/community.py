@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gemmascope_plugin.catalog.sites import raw_nbytes
+from gemmascope_plugin.catalog.site_names import raw_nbytes
 from gemmascope_plugin.catalog.spec import DEFAULTS, SaeSpec, unchecked
 
 MATRYOSHKA_LEVELS = (128, 512, 2048, 8192, 32768)

@@ -14,11 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemmascope_plugin.catalog.sites import (
-    KIND_WORDS,
-    SITE_ALIASES,
-    SITES,
-)
+from gemmascope_plugin.catalog.site_names import KIND_WORDS, SITE_ALIASES, SITES
 from gemmascope_plugin.catalog.spec import SaeSpec
 from gemmascope_plugin.errors import UnknownNameError, nearest, shorten
 from gemmascope_plugin.indices import as_index, as_indices

@@ -21,8 +21,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, SupportsIndex
 
-import gemmascope_plugin.catalog.complaints as complaints
 import gemmascope_plugin.catalog.criteria as criteria
+import gemmascope_plugin.catalog.no_match as complaints
 from gemmascope_plugin.catalog.criteria import Criterion
 from gemmascope_plugin.catalog.model_names import resolve_model
 from gemmascope_plugin.catalog.spec import SaeSpec

@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any, get_args
 
-from gemmascope_plugin.catalog.sites import (
+from gemmascope_plugin.catalog.site_names import (
     GAINED_HOOK,
     HOOKS,
     KINDS,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gemmascope_plugin.catalog.folder import SKIP, safetensors_shapes, said, said_gain
-from gemmascope_plugin.catalog.sites import (
+from gemmascope_plugin.catalog.site_names import (
     GAINED_HOOK,
     Gain,
     hooks,

@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gemmascope_plugin.catalog.sites import (
+from gemmascope_plugin.catalog.site_names import (
     EMBEDDING_PATH,
     STANDARD_PATH,
     WIDTHS,

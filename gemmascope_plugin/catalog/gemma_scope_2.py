@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gemmascope_plugin.catalog.sites import Format
+from gemmascope_plugin.catalog.site_names import Format
 from gemmascope_plugin.types import Kind, Site
 
 PREFIX = "gemma-scope-2-"

@@ -26,7 +26,7 @@ from gemmascope_plugin.catalog.gemma_scope_2 import (
     split_release,
     target_l0,
 )
-from gemmascope_plugin.catalog.sites import (
+from gemmascope_plugin.catalog.site_names import (
     GAINED_HOOK,
     HOOKS,
     WIDTHS,

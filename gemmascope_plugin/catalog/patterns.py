@@ -18,7 +18,7 @@ import gemmascope_plugin.catalog.community as community
 import gemmascope_plugin.catalog.gemma_scope_1 as gemma_scope_1
 import gemmascope_plugin.catalog.gemma_scope_2 as gemma_scope_2
 import gemmascope_plugin.catalog.gemma_scope_2_specs as gemma_scope_2_specs
-from gemmascope_plugin.catalog.sites import WIDTHS, hooks, raw_nbytes
+from gemmascope_plugin.catalog.site_names import WIDTHS, hooks, raw_nbytes
 from gemmascope_plugin.catalog.spec import SaeSpec
 
 _GEMMA_SCOPE_1 = re.compile(r"(?:layer_(\d+)|embedding)/width_(\w+)/average_l0_(\d+)")

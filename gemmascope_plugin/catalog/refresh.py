@@ -23,7 +23,7 @@ from gemmascope_plugin.catalog.cards import table
 from gemmascope_plugin.catalog.hub import is_offline
 from gemmascope_plugin.catalog.manifest import Listing
 from gemmascope_plugin.catalog.patterns import spec_of_folder
-from gemmascope_plugin.catalog.sites import PARAMETER_FILES
+from gemmascope_plugin.catalog.site_names import PARAMETER_FILES
 from gemmascope_plugin.catalog.spec import SaeSpec
 from gemmascope_plugin.errors import (
     BadFileError,

@@ -14,7 +14,7 @@ from typing import Any
 from gemmascope_plugin.catalog.cards import card
 from gemmascope_plugin.catalog.folder import folder_fields
 from gemmascope_plugin.catalog.folder_layers import layers_fields
-from gemmascope_plugin.catalog.sites import (
+from gemmascope_plugin.catalog.site_names import (
     CONFIG_FILES,
     PARAMETER_FILES,
     Format,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, overload
 
 from gemmascope_plugin.catalog.cards import table
-from gemmascope_plugin.catalog.sites import human_size
+from gemmascope_plugin.catalog.site_names import human_size
 from gemmascope_plugin.catalog.spec import SaeSpec
 from gemmascope_plugin.errors import AmbiguousSpecError, shorten
 

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gemmascope_plugin.catalog.sites import at_layer, path_template, raw_nbytes
+from gemmascope_plugin.catalog.site_names import at_layer, path_template, raw_nbytes
 from gemmascope_plugin.catalog.spec import DEFAULTS, SaeSpec
 from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.files.whole import write_text_whole

@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 
+from gemmascope_plugin.causes.memory import Limit
+from gemmascope_plugin.causes.nodes import patchable
+from gemmascope_plugin.causes.task import BoundTask
+from gemmascope_plugin.causes.writer_replacement import WriterReplacement
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
-from gemmascope_plugin.circuits.feature_circuits.ablation import Errors, feature_metric
-from gemmascope_plugin.circuits.feature_circuits.graphs import (
+from gemmascope_plugin.circuits.feature_ablation import Errors, feature_metric
+from gemmascope_plugin.circuits.feature_graphs import (
     check_prompts,
     is_feature_graph,
     layout_of_graph,
 )
-from gemmascope_plugin.circuits.graph import Graph
 from gemmascope_plugin.circuits.node_ablation import node_metric
-from gemmascope_plugin.circuits.places import places_in
 from gemmascope_plugin.errors import UnknownNameError
+from gemmascope_plugin.graphs.edge_positions import places_in
+from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.patching.memory import Limit
-from gemmascope_plugin.patching.nodes import patchable
-from gemmascope_plugin.patching.task import BoundTask
-from gemmascope_plugin.patching.writer_replacement import WriterReplacement
 
 Ablator = Callable[
     [BoundTask, Bool[torch.Tensor, "circuit unit"], Bool[torch.Tensor, " circuit"]],

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
-from gemmascope_plugin.patching.edges import EdgeMap
+from gemmascope_plugin.graphs.edge_map import EdgeMap
 
 
 @dataclass(frozen=True)

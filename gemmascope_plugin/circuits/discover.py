@@ -19,30 +19,29 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
-from gemmascope_plugin.attribution import attribution_patching
-from gemmascope_plugin.attribution.edge_attribution import edge_attribution
-from gemmascope_plugin.attribution.edge_options import EDGE_METHODS
+from gemmascope_plugin.causes import Effects, Task, activation_patching, attribution_patching
+from gemmascope_plugin.causes.check_task import check_task
+from gemmascope_plugin.causes.edge_effects import EdgeEffects
+from gemmascope_plugin.causes.exact.edge_patching import edge_patching
+from gemmascope_plugin.causes.gradient.edge_attribution import edge_attribution
+from gemmascope_plugin.causes.gradient.edge_options import EDGE_METHODS
+from gemmascope_plugin.causes.memory import Limit
+from gemmascope_plugin.causes.metrics import kl_divergence
+from gemmascope_plugin.causes.writer_replacement import WriterReplacement
 from gemmascope_plugin.circuits.acdc import acdc
-from gemmascope_plugin.circuits.circuit import Circuit
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
-from gemmascope_plugin.circuits.feature_circuits.discover import OPTIONS, discover_features
-from gemmascope_plugin.circuits.graph import MAGNITUDES, Graph, Rank
-from gemmascope_plugin.circuits.places import places_in
+from gemmascope_plugin.circuits.feature_discovery import OPTIONS, discover_features
 from gemmascope_plugin.circuits.select import greedy, threshold, top_n
-from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choice
-from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.errors import TaskError, check_choice
+from gemmascope_plugin.graphs.circuit import Circuit
+from gemmascope_plugin.graphs.edge_positions import places_in
+from gemmascope_plugin.graphs.graph import MAGNITUDES, Graph, Rank
+from gemmascope_plugin.graphs.node import Node, check_kinds
+from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.patching import Effects, Task, activation_patching
-from gemmascope_plugin.patching.check import check_task
-from gemmascope_plugin.patching.edge_effects import EdgeEffects
-from gemmascope_plugin.patching.edge_patching import edge_patching
-from gemmascope_plugin.patching.memory import Limit
-from gemmascope_plugin.patching.metrics import kl_divergence
-from gemmascope_plugin.patching.node import Node, check_kinds
-from gemmascope_plugin.patching.writer_replacement import WriterReplacement
-from gemmascope_plugin.splice.check import check_saes
+from gemmascope_plugin.splice.check_saes import check_saes
 
 Units = Literal["nodes", "edges"]
 Selection = Literal["top", "greedy"]

@@ -7,13 +7,13 @@
    ln1_post(a)]``, ``m_hv = 1`` where the edge from head ``h`` is removed.
 
    The norm after attention makes the removed heads of a layer act together, not one by one: by its scale,
-   and nothing else (``written.py``).
+   and nothing else (``writer_changes.py``).
 2. Queries, keys and values get ``(ln1(x_v) - ln1(x)) W`` added per head, keys and values per
    **key-value** head; an MLP its input; the logits the last residual stream.
 3. Many circuits ride one pass on the batch axis. All edges kept is the clean run, none kept is the run of
    the replacements.
 4. A pass starts at the first reader that misses an edge, and at the first position where both runs differ
-   (``patching/replayed.py``): writers below write what they wrote.
+   (``causes/replayed.py``): writers below write what they wrote.
 
 Cost: one row per circuit and prompt of what runs; ``2 * edges * d_model`` operations and
 ``(writers + layers) * d_model`` numbers per token.
@@ -28,18 +28,18 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 
-from gemmascope_plugin.circuits.written import Written
+from gemmascope_plugin.causes.exact.edge_patching import edge_footprint
+from gemmascope_plugin.causes.memory import Limit
+from gemmascope_plugin.causes.replayed import Part, replayed
+from gemmascope_plugin.causes.task import BoundTask
+from gemmascope_plugin.causes.writer_replacement import WriterReplacement, replacements
+from gemmascope_plugin.causes.writes import Writes
+from gemmascope_plugin.circuits.writer_changes import Written
+from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.replay import Stage
-from gemmascope_plugin.patching.edge_patching import edge_footprint
-from gemmascope_plugin.patching.edges import EdgeMap
-from gemmascope_plugin.patching.memory import Limit
-from gemmascope_plugin.patching.replayed import Part, replayed
-from gemmascope_plugin.patching.task import BoundTask
-from gemmascope_plugin.patching.writer_replacement import WriterReplacement, replacements
-from gemmascope_plugin.patching.writes import Writes
 
 MAX_ROWS = 512
 """Prompt copies in one pass by default."""

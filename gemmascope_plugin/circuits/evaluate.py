@@ -21,29 +21,29 @@ from typing import Any, get_args
 import torch
 from jaxtyping import Bool, Float
 
+from gemmascope_plugin.causes import Task
+from gemmascope_plugin.causes.check_task import check_task
+from gemmascope_plugin.causes.exact.activation_patching import MAX_ROWS
+from gemmascope_plugin.causes.memory import Limit
+from gemmascope_plugin.causes.metrics import kl_divergence
+from gemmascope_plugin.causes.task import MIN_GAP, BoundTask
+from gemmascope_plugin.causes.writer_replacement import WRITER_REPLACEMENTS, WriterReplacement
 from gemmascope_plugin.circuits.ablator import Ablator, ablator
-from gemmascope_plugin.circuits.check import check_circuit, check_ranking
-from gemmascope_plugin.circuits.circuit import Circuit
-from gemmascope_plugin.circuits.feature_circuits.ablation import Errors
-from gemmascope_plugin.circuits.feature_circuits.graphs import is_feature_graph
-from gemmascope_plugin.circuits.graph import Graph, Rank
+from gemmascope_plugin.circuits.feature_ablation import Errors
+from gemmascope_plugin.circuits.feature_graphs import is_feature_graph
 from gemmascope_plugin.circuits.mib import Curve, MibScores, sizes_of
-from gemmascope_plugin.circuits.prune import prune
 from gemmascope_plugin.circuits.scores import Scores
 from gemmascope_plugin.circuits.select import top_n
 from gemmascope_plugin.errors import TaskError, check_choice
-from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.graphs.check_graph import check_circuit, check_ranking
+from gemmascope_plugin.graphs.circuit import Circuit
+from gemmascope_plugin.graphs.dead_ends import prune
+from gemmascope_plugin.graphs.graph import Graph, Rank
+from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.patching import Task
-from gemmascope_plugin.patching.check import check_task
-from gemmascope_plugin.patching.exact import MAX_ROWS
-from gemmascope_plugin.patching.memory import Limit
-from gemmascope_plugin.patching.metrics import kl_divergence
-from gemmascope_plugin.patching.task import MIN_GAP, BoundTask
-from gemmascope_plugin.patching.writer_replacement import WRITER_REPLACEMENTS, WriterReplacement
-from gemmascope_plugin.splice.check import check_saes
+from gemmascope_plugin.splice.check_saes import check_saes
 
 _N_SIZES, _FEW = 12, 24
 BOTH: tuple[Rank, ...] = ("positive", "absolute")

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 
-from gemmascope_plugin.patching.components import layer_of
-from gemmascope_plugin.patching.node import Node
-from gemmascope_plugin.patching.replayed import Part, joined, replayed
-from gemmascope_plugin.patching.task import BoundTask
-from gemmascope_plugin.patching.writer_replacement import WriterReplacement
+from gemmascope_plugin.causes.components import layer_of
+from gemmascope_plugin.causes.replayed import Part, joined, replayed
+from gemmascope_plugin.causes.task import BoundTask
+from gemmascope_plugin.causes.writer_replacement import WriterReplacement
+from gemmascope_plugin.graphs.node import Node
 
 
 def node_metric(

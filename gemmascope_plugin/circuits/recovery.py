@@ -17,11 +17,11 @@ from itertools import combinations
 import torch
 from jaxtyping import Bool, Float
 
-from gemmascope_plugin.circuits.graph import Graph
+from gemmascope_plugin.causes.edge_effects import EdgeEffects
 from gemmascope_plugin.circuits.mib import sizes_of, trapezoid
 from gemmascope_plugin.circuits.select import greedy
 from gemmascope_plugin.errors import EmptySelectionError, TaskError
-from gemmascope_plugin.patching.edge_effects import EdgeEffects
+from gemmascope_plugin.graphs.graph import Graph
 
 
 def auroc(scores: Float[torch.Tensor, " unit"], truth: Bool[torch.Tensor, " unit"]) -> float:

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 
 import gemmascope_plugin.figures as figures
-from gemmascope_plugin.circuits.circuit import Circuit
 from gemmascope_plugin.errors import TaskError
+from gemmascope_plugin.graphs.circuit import Circuit
 
 
 @dataclass(frozen=True)

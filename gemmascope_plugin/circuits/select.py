@@ -19,10 +19,10 @@ from itertools import islice
 import torch
 from jaxtyping import Int64
 
-from gemmascope_plugin.circuits.circuit import Circuit
-from gemmascope_plugin.circuits.graph import Graph, Rank
-from gemmascope_plugin.circuits.prune import check_edges, ends
 from gemmascope_plugin.errors import EmptySelectionError
+from gemmascope_plugin.graphs.circuit import Circuit
+from gemmascope_plugin.graphs.dead_ends import check_edges, ends
+from gemmascope_plugin.graphs.graph import Graph, Rank
 
 
 def top_n(graph: Graph, n: int, *, rank: Rank = "absolute") -> Circuit:

@@ -12,15 +12,15 @@ from typer.core import TyperGroup
 
 import gemmascope_plugin
 from gemmascope_plugin.cli.demo import demo_command
-from gemmascope_plugin.cli.discover import discover_command
+from gemmascope_plugin.cli.discover_command import discover_command
 from gemmascope_plugin.cli.doctor import doctor_command
-from gemmascope_plugin.cli.find import find_command
+from gemmascope_plugin.cli.find_command import find_command
 from gemmascope_plugin.cli.info import info_command
 from gemmascope_plugin.cli.patch import patch_command
-from gemmascope_plugin.cli.refresh import refresh_command
+from gemmascope_plugin.cli.refresh_command import refresh_command
 from gemmascope_plugin.cli.steer import steer_command
-from gemmascope_plugin.cli.trace import trace_command
-from gemmascope_plugin.cli.train import train_command
+from gemmascope_plugin.cli.trace_command import trace_command
+from gemmascope_plugin.cli.train_command import train_command
 from gemmascope_plugin.cli.wording import on_the_command_line
 from gemmascope_plugin.errors import GemmaScopeError
 

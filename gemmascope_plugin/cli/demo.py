@@ -42,7 +42,7 @@ def demo_command(
     """
     if model is None or model == BUNDLED:
         _refuse({"--task": task, "--local-dir": local_dir})
-        from gemmascope_plugin.demo.run import run_demo
+        from gemmascope_plugin.demo.bundled_run import run_demo
 
         report = run_demo(out, progress=True)
     else:

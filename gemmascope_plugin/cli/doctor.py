@@ -20,8 +20,8 @@ from typing import Literal
 import typer
 
 from gemmascope_plugin.catalog.hub import asked_to_stay_offline
-from gemmascope_plugin.catalog.sites import human_size
-from gemmascope_plugin.cli.find import table
+from gemmascope_plugin.catalog.site_names import human_size
+from gemmascope_plugin.cli.find_command import table
 
 Status = Literal["ok", "note", "problem"]
 

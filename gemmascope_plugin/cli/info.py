@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemmascope_plugin.cli.find import (
+from gemmascope_plugin.cli.find_command import (
     Affine,
     Kind,
     Layer,

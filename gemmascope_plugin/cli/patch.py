@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from gemmascope_plugin.cli.find import table
+from gemmascope_plugin.cli.find_command import table
 from gemmascope_plugin.cli.task_options import (
     BUNDLED,
     Answer,
@@ -41,7 +41,7 @@ from gemmascope_plugin.errors import EmptySelectionError, check_choice
 from gemmascope_plugin.types import Direction
 
 if TYPE_CHECKING:
-    from gemmascope_plugin.patching import Effects
+    from gemmascope_plugin.causes import Effects
 
 _N_PROMPTS = 64
 
@@ -111,7 +111,7 @@ def patch_command(
 
     effects = _effects(question, chosen, component, method, options)
 
-    from gemmascope_plugin.pages.effects import write_effects
+    from gemmascope_plugin.pages.effects_page import write_effects
 
     if as_json:
         typer.echo(json.dumps(_record(question, effects, top), indent=2))
@@ -125,11 +125,11 @@ def patch_command(
 
 def _check(component: str, method: str, top: int, options: dict[str, Any]) -> None:
     """Refuses, without the model, what would be refused with it."""
-    from gemmascope_plugin.attribution.patching import NAMES
-    from gemmascope_plugin.patching.components import COMPONENTS
-    from gemmascope_plugin.patching.grid import Choice
-    from gemmascope_plugin.patching.nodes import needs_dictionaries
-    from gemmascope_plugin.patching.replacement import check_replacement
+    from gemmascope_plugin.causes.components import COMPONENTS
+    from gemmascope_plugin.causes.gradient.attribution_patching import NAMES
+    from gemmascope_plugin.causes.grid import Choice
+    from gemmascope_plugin.causes.nodes import needs_dictionaries
+    from gemmascope_plugin.causes.replacement import check_replacement
 
     check_choice("component", component, COMPONENTS)
     if needs_dictionaries(component):
@@ -159,8 +159,8 @@ def _effects(
 
 def _report(question: Question, split: str, effects: Effects, top: int) -> list[str]:
     """What was patched, and the largest effects."""
-    from gemmascope_plugin.pages.effects import NUMBERS, meaning, top_frame
-    from gemmascope_plugin.pages.report import even_digits
+    from gemmascope_plugin.pages.effects_page import NUMBERS, meaning, top_frame
+    from gemmascope_plugin.pages.report_page import even_digits
 
     meta, frame = effects.metadata, top_frame(effects, top)
     noun = "prompt" if meta["n_prompts"] == 1 else "prompts"
@@ -193,7 +193,7 @@ def _report(question: Question, split: str, effects: Effects, top: int) -> list[
 
 def _record(question: Question, effects: Effects, top: int) -> dict[str, Any]:
     """The same as plain values."""
-    from gemmascope_plugin.pages.effects import top_frame
+    from gemmascope_plugin.pages.effects_page import top_frame
 
     known = ("task", "component", "method", "mode", "replacement", "metric", "logits", "sign")
     numbers = ("n_prompts", "metric_clean", "metric_corrupt")

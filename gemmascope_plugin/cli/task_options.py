@@ -1,6 +1,6 @@
 """What ``gemmascope patch`` and ``gemmascope discover`` ask: options that name a task and a model.
 
-1. ``--task`` is a built-in task, which makes prompts for any model (``patching/builtin``); or
+1. ``--task`` is a built-in task, which makes prompts for any model (``causes/builtin``); or
    ``--clean``, ``--corrupt``, ``--answer`` and ``--wrong`` give prompts, each option once per prompt.
 2. ``--metric`` is what is asked of the logits; a built-in task brings its own.
 3. All that can be checked without the model is checked before it is loaded.
@@ -26,9 +26,9 @@ from gemmascope_plugin.errors import (
 from gemmascope_plugin.types import Backend
 
 if TYPE_CHECKING:
+    from gemmascope_plugin.causes import Task
+    from gemmascope_plugin.causes.builtin import Split
     from gemmascope_plugin.models.protocol import HookedModel
-    from gemmascope_plugin.patching import Task
-    from gemmascope_plugin.patching.builtin import Split
 
 BUNDLED = "gemma-2-tiny"
 _READS = {
@@ -187,7 +187,7 @@ class Question:
             split: Which prompts of a built-in task; own prompts are all that there are.
             default: Prompts of a built-in task, where ``--n`` does not say.
         """
-        from gemmascope_plugin.patching import Task
+        from gemmascope_plugin.causes import Task
 
         if self.task is None:
             metric = self._metric(self.metric or "logit_diff", self.answer, self.wrong)
@@ -208,8 +208,8 @@ class Question:
 
 def task_names(model: str) -> tuple[str, ...]:
     """The built-in tasks that a model has, by its name."""
+    from gemmascope_plugin.causes.builtin import TASKS
     from gemmascope_plugin.demo.tasks import NAMES, TASK_NAMES
-    from gemmascope_plugin.patching.builtin import TASKS
 
     return tuple(dict.fromkeys((*TASK_NAMES, *NAMES))) if model == BUNDLED else TASKS
 
@@ -224,9 +224,9 @@ def builtin_task(name: str, model: HookedModel, n: int, split: Any, seed: int) -
         split: ``train`` or ``held_out``.
         seed: Of the draw.
     """
+    from gemmascope_plugin.causes import Task
+    from gemmascope_plugin.causes.builtin import TASKS
     from gemmascope_plugin.demo.tasks import make_task
-    from gemmascope_plugin.patching import Task
-    from gemmascope_plugin.patching.builtin import TASKS
 
     if name not in TASKS:
         return make_task(name, n=n, split=split, seed=seed)
@@ -240,7 +240,7 @@ def split_of(text: str | None, builtin: bool) -> Any:
         TaskError: A split of prompts that are no built-in task.
         UnknownNameError: No such split.
     """
-    from gemmascope_plugin.patching.builtin import SPLITS
+    from gemmascope_plugin.causes.builtin import SPLITS
 
     if text is not None and not builtin:
         raise TaskError("--split is for built-in tasks", fix="leave --split out")

@@ -25,8 +25,9 @@ import torch
 from markupsafe import Markup
 
 import gemmascope_plugin.figures as figures
-from gemmascope_plugin.attribution import attribution_patching
 from gemmascope_plugin.catalog import SaeSpec, SpecList, find
+from gemmascope_plugin.causes import Effects, Task, activation_patching, attribution_patching
+from gemmascope_plugin.causes.builtin import TASKS
 from gemmascope_plugin.circuits import Scores, discover, evaluate
 from gemmascope_plugin.demo.progress import Steps, versions
 from gemmascope_plugin.errors import UnknownNameError, check_choice
@@ -39,7 +40,7 @@ from gemmascope_plugin.models import load_model
 from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.protocol import HookedModel, device_of
 from gemmascope_plugin.pages import prepare
-from gemmascope_plugin.pages.report import Section, write_page
+from gemmascope_plugin.pages.report_page import Section, write_page
 from gemmascope_plugin.pages.sections import (
     Comparison,
     agreement,
@@ -48,8 +49,6 @@ from gemmascope_plugin.pages.sections import (
     positions_section,
     site_name,
 )
-from gemmascope_plugin.patching import Effects, Task, activation_patching
-from gemmascope_plugin.patching.builtin import TASKS
 from gemmascope_plugin.splice import splice
 
 N_STEPS = 8

@@ -13,12 +13,18 @@ import torch
 from jaxtyping import Float, Int
 
 import gemmascope_plugin.demo.lexicon as lex
-from gemmascope_plugin.attribution import attribution_patching
 from gemmascope_plugin.catalog import SaeSpec
+from gemmascope_plugin.causes import (
+    FeatureId,
+    Task,
+    activation_patching,
+    attribution_patching,
+    probability,
+)
 from gemmascope_plugin.circuits import Scores, discover, evaluate
-from gemmascope_plugin.demo.labels import Label
-from gemmascope_plugin.demo.suite import TinySuite
+from gemmascope_plugin.demo.build.concept_labels import Label
 from gemmascope_plugin.demo.tasks import make_task
+from gemmascope_plugin.demo.tiny_suite import TinySuite
 from gemmascope_plugin.features import Features
 from gemmascope_plugin.loading import load
 from gemmascope_plugin.models import to_tokens, token_strings
@@ -26,7 +32,6 @@ from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import token_id
 from gemmascope_plugin.pages.sections import Comparison
 from gemmascope_plugin.pages.walkthrough import Ablation
-from gemmascope_plugin.patching import FeatureId, Task, activation_patching, probability
 from gemmascope_plugin.splice import Ablate, Add, Steering, splice, steer
 from gemmascope_plugin.splice.edit import Edit
 

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 import gemmascope_plugin.demo.grammar as grammar
 import gemmascope_plugin.demo.lexicon as lex
+from gemmascope_plugin.causes import Task, logit_diff, probability
+from gemmascope_plugin.causes.builtin import SPLITS, ModelTasks, Split, register_tasks
 from gemmascope_plugin.errors import check_choice
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.patching import Task, logit_diff, probability
-from gemmascope_plugin.patching.builtin import SPLITS, ModelTasks, Split, register_tasks
 
 LIST_LENGTH, REPEATED = 7, 4
 """Words of a nonsense list in the induction task, and how many are said again in the prompt."""

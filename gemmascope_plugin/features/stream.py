@@ -24,7 +24,7 @@ from gemmascope_plugin.models.asked import record
 from gemmascope_plugin.models.compiled import refuse_compiled
 from gemmascope_plugin.models.prompts import documents
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.sites import reading
+from gemmascope_plugin.models.site_hooks import reading
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.saes import SparseActs
 from gemmascope_plugin.splice import HookedSAE

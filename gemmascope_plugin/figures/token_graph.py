@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, Int
 
-from gemmascope_plugin.figures.graph import add_edges, add_nodes
+from gemmascope_plugin.figures.layered_graph import add_edges, add_nodes
 from gemmascope_plugin.figures.theme import axis_labels, check_length, styled
 
 if TYPE_CHECKING:

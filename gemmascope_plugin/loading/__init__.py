@@ -3,7 +3,7 @@
 from gemmascope_plugin.loading.footprint import Footprint, footprint
 from gemmascope_plugin.loading.load import load, spec_of
 from gemmascope_plugin.loading.register import register
-from gemmascope_plugin.loading.suite import SaeSuite, load_suite
+from gemmascope_plugin.loading.sae_suite import SaeSuite, load_suite
 
 __all__ = [
     "Footprint",

@@ -30,7 +30,7 @@ from jaxtyping import Float
 
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.catalog import SaeSpec
-from gemmascope_plugin.catalog.sites import Format, Gain, path_template, width_label
+from gemmascope_plugin.catalog.site_names import Format, Gain, path_template, width_label
 from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.files.whole import whole_folder, write_text_whole, write_whole
 from gemmascope_plugin.loading.config_json import hf_hooks

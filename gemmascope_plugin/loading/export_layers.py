@@ -19,7 +19,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gemmascope_plugin.catalog.sites import Gain, width_label
+from gemmascope_plugin.catalog.site_names import Gain, width_label
 from gemmascope_plugin.files.whole import whole_folder, write_text_whole
 from gemmascope_plugin.loading.config_json import MODULES
 from gemmascope_plugin.loading.export import write_params

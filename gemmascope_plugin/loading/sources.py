@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.catalog.hub import is_offline
-from gemmascope_plugin.catalog.sites import human_size
+from gemmascope_plugin.catalog.site_names import human_size
 from gemmascope_plugin.catalog.spec import BUNDLED_PREFIX
 from gemmascope_plugin.errors import BadFileError, InputError, MissingFileError, nearest, shorten
 
@@ -179,7 +179,7 @@ def _in_folder(spec: SaeSpec, folder: Path, what: str) -> dict[str, Path]:
     there = sorted(p.parent.relative_to(folder).as_posix() for p in folder.glob(f"**/{name}"))
     fix = f"put the file of {spec.release} {spec.sae_id} at {str(path)!r}"
     if folder.is_relative_to(ASSETS):
-        fix = "python -m gemmascope_plugin.demo.train makes the bundled files again"
+        fix = "python -m gemmascope_plugin.demo.build.__main__ makes the bundled files again"
     raise MissingFileError(
         f"no file {str(path)!r} in {what}",
         exists=shorten(there, 4) if there else f"no {name} in this folder",

@@ -1,7 +1,7 @@
 """One vocabulary over ``HookedTransformer`` and ``TransformerBridge``."""
 
 from gemmascope_plugin.models.gradients import gradients
-from gemmascope_plugin.models.load import load_model
+from gemmascope_plugin.models.load_model import load_model
 from gemmascope_plugin.models.parity import Parity, parity
 from gemmascope_plugin.models.points import (
     flatten_heads,

@@ -20,7 +20,7 @@ import torch
 
 from gemmascope_plugin.errors import InputError
 from gemmascope_plugin.indices import BYTES, as_index, as_indices
-from gemmascope_plugin.models.check import describe
+from gemmascope_plugin.models.check_model import describe
 from gemmascope_plugin.sizes import parse_size
 
 LEAST = {

@@ -39,7 +39,7 @@ from gemmascope_plugin.errors import (
 )
 from gemmascope_plugin.indices import BYTES, as_indices
 from gemmascope_plugin.models.chat import is_chat, render
-from gemmascope_plugin.models.check import check_model, describe
+from gemmascope_plugin.models.check_model import check_model, describe
 from gemmascope_plugin.models.protocol import HookedModel, device_of
 from gemmascope_plugin.models.tokens import check_ids
 

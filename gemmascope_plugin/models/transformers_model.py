@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from gemmascope_plugin.errors import GemmaScopeError, MissingFileError, ModelError
-from gemmascope_plugin.models.convert import text_tower
-from gemmascope_plugin.models.weights import PACKAGE_MODEL, Weights
+from gemmascope_plugin.models.hooked_config import text_tower
+from gemmascope_plugin.models.weight_layout import PACKAGE_MODEL, Weights
 
 SUPPORTED = ("gemma2", "gemma3_text", "gemma3")
 CLASSES = ("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")

@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 
 from gemmascope_plugin.models.norm import Norm
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.sites import gain_of
+from gemmascope_plugin.models.site_hooks import gain_of
 
 TILE = 1 << 20
 """Logits that are held at a time."""

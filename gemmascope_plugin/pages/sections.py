@@ -13,11 +13,11 @@ from typing import Any
 from markupsafe import Markup
 
 import gemmascope_plugin.figures as figures
+from gemmascope_plugin.causes import Effects, FeatureId
 from gemmascope_plugin.circuits import Scores
 from gemmascope_plugin.features import Features
-from gemmascope_plugin.pages.circuit import spread
-from gemmascope_plugin.pages.report import Columns, Section
-from gemmascope_plugin.patching import Effects, FeatureId
+from gemmascope_plugin.pages.circuit_page import spread
+from gemmascope_plugin.pages.report_page import Columns, Section
 from gemmascope_plugin.splice import Steering
 
 _SITES = {

@@ -12,9 +12,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from gemmascope_plugin.causes import FeatureId
 from gemmascope_plugin.circuits import Scores
 from gemmascope_plugin.features import Features
-from gemmascope_plugin.pages.report import Section, write_page
+from gemmascope_plugin.pages.report_page import Section, write_page
 from gemmascope_plugin.pages.sections import (
     Comparison,
     agreement,
@@ -26,7 +27,6 @@ from gemmascope_plugin.pages.sections import (
     positions_section,
     steering_html,
 )
-from gemmascope_plugin.patching import FeatureId
 from gemmascope_plugin.splice import Steering
 
 

@@ -20,10 +20,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gemmascope_plugin.catalog.sites import L0Kind
+from gemmascope_plugin.catalog.site_names import L0Kind
 from gemmascope_plugin.models.points import n_layers, width_at
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.sites import (
+from gemmascope_plugin.models.site_hooks import (
     Reading,
     before_gain,
     gained_layer,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.sites import gained_layer
+from gemmascope_plugin.models.site_hooks import gained_layer
 from gemmascope_plugin.splice.diagnose import Declared
 from gemmascope_plugin.splice.fit import Fit
 from gemmascope_plugin.splice.losses import Losses

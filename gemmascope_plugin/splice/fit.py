@@ -26,7 +26,7 @@ from gemmascope_plugin.errors import WidthMismatchError
 from gemmascope_plugin.models import flatten_heads
 from gemmascope_plugin.models.asked import record
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.sites import Reading
+from gemmascope_plugin.models.site_hooks import Reading
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.saes import Coder
 

@@ -37,7 +37,7 @@ from gemmascope_plugin.models.finite import check_finite, is_finite
 from gemmascope_plugin.saes import Coder, TwoStage
 from gemmascope_plugin.splice.edit import Edit
 from gemmascope_plugin.splice.pass_features import PassFeatures
-from gemmascope_plugin.splice.straight import leaf
+from gemmascope_plugin.splice.straight_through import leaf
 from gemmascope_plugin.splice.window import Positions, Window
 from gemmascope_plugin.types import ErrorMode
 

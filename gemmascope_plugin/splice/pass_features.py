@@ -27,7 +27,7 @@ import gemmascope_plugin.saes as saes
 from gemmascope_plugin.saes import Coder, SparseActs
 from gemmascope_plugin.splice.edit import Edit, apply_edits, touched_features
 from gemmascope_plugin.splice.edits import Project
-from gemmascope_plugin.splice.straight import leaf, straight, without_value
+from gemmascope_plugin.splice.straight_through import leaf, straight, without_value
 from gemmascope_plugin.splice.window import Window
 
 

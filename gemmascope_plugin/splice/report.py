@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gemmascope_plugin.catalog.cards import card
-from gemmascope_plugin.catalog.sites import L0Kind
+from gemmascope_plugin.catalog.site_names import L0Kind
 from gemmascope_plugin.splice.fit import Fit
 from gemmascope_plugin.splice.losses import Losses
 

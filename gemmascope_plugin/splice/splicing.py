@@ -2,9 +2,9 @@
 
 1. Everything is checked before anything is touched: hooks, widths, edits.
 2. Each site gets one forward hook at its output point and, if its input is another tensor, one at its
-   input point (``attach.py``); where the model class has no hook with that tensor, at the one before the
-   norm's gain, which is then applied (``models/sites.py``). Several dictionaries at one point run in the
-   given order, nested blocks from the outer to the inner one.
+   input point (``dictionary_hooks.py``); where the model class has no hook with that tensor,
+   at the one before the norm's gain, which is then applied (``models/site_hooks.py``). Several
+   dictionaries at one point run in the given order, nested blocks from the outer to the inner one.
 3. At exit every hook is removed, exceptions included. A site whose hook never fired although the model
    ran is an error.
 
@@ -25,18 +25,18 @@ from gemmascope_plugin.errors import (
     shorten,
 )
 from gemmascope_plugin.models import hook_point, special_ids
-from gemmascope_plugin.models.check import check_model, describe
+from gemmascope_plugin.models.check_model import check_model, describe
 from gemmascope_plugin.models.compiled import refuse_compiled, refuse_unseen
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.hooks import claim
 from gemmascope_plugin.models.passes import PassWatch
 from gemmascope_plugin.models.points import hook_points, width_at
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.sites import reading
+from gemmascope_plugin.models.site_hooks import reading
 from gemmascope_plugin.saes.cross_layer import cross_layer_of
 from gemmascope_plugin.splice.assign import assign
-from gemmascope_plugin.splice.attach import Course
-from gemmascope_plugin.splice.check import Saes, as_list, check_sae, check_saes
+from gemmascope_plugin.splice.check_saes import Saes, as_list, check_sae, check_saes
+from gemmascope_plugin.splice.dictionary_hooks import Course
 from gemmascope_plugin.splice.edit import Edit
 from gemmascope_plugin.splice.hooked_cross_layer import HookedCrossLayer
 from gemmascope_plugin.splice.hooked_sae import HookedSAE

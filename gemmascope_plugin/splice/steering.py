@@ -24,12 +24,12 @@ from typing import Any, SupportsFloat, SupportsIndex, overload
 import torch
 
 from gemmascope_plugin.errors import EmptySelectionError, check_choice
-from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.prompts import PromptLike, check_room, read_prompts
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.stops import stop_ids
-from gemmascope_plugin.splice.check import as_list, check_saes
+from gemmascope_plugin.splice.check_saes import as_list, check_saes
 from gemmascope_plugin.splice.hooked_sae import HookedSAE
 from gemmascope_plugin.splice.sampling import Sampling, SteeringError
 from gemmascope_plugin.splice.splicing import splice

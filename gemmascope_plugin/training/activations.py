@@ -1,6 +1,6 @@
 """Collects activations at hook points over many documents, special tokens left out.
 
-1. ``models/sites.py`` says what the tensor called by a name is in this model; heads are flattened.
+1. ``models/site_hooks.py`` says what the tensor called by a name is in this model; heads are flattened.
 2. The pass ends after the last layer that is read.
 
 Cost: one partial forward pass per document batch; memory is ``tokens * width * 4`` bytes per hook.
@@ -15,10 +15,10 @@ from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.models import flatten_heads, special_ids, to_tokens
 from gemmascope_plugin.models.asked import record
-from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.sites import Reading, reading
+from gemmascope_plugin.models.site_hooks import Reading, reading
 from gemmascope_plugin.models.tokens import kept_positions
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import gemmascope_plugin.training.builders as builders
 from gemmascope_plugin.errors import GemmaScopeError, check_choice
-from gemmascope_plugin.training.spec import Scale, TrainSpec
+from gemmascope_plugin.training.train_spec import Scale, TrainSpec
 from gemmascope_plugin.types import Kind
 
 if TYPE_CHECKING:

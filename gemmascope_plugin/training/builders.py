@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError, nearest
-from gemmascope_plugin.training.spec import TrainSpec
+from gemmascope_plugin.training.train_spec import TrainSpec
 
 if TYPE_CHECKING:
     from sae_lens import TrainingSAE

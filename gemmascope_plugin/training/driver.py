@@ -23,13 +23,11 @@ import torch
 
 from gemmascope_plugin.dtypes import as_device
 from gemmascope_plugin.errors import GemmaScopeError, InputError, ModelError
-from gemmascope_plugin.models.check import check_model, describe
+from gemmascope_plugin.models.check_model import check_model, describe
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, device_of
 from gemmascope_plugin.training.architectures import architecture
-from gemmascope_plugin.training.corpus import TokenStream
 from gemmascope_plugin.training.forward_reader import ForwardReader
-from gemmascope_plugin.training.metrics import Journal
 from gemmascope_plugin.training.presets import preset_spec
 from gemmascope_plugin.training.run import Run
 from gemmascope_plugin.training.run_folder import (
@@ -38,9 +36,11 @@ from gemmascope_plugin.training.run_folder import (
     run_lock,
     unique_names,
 )
+from gemmascope_plugin.training.run_metrics import Journal
 from gemmascope_plugin.training.shuffle import Reader, ShuffledActivations
-from gemmascope_plugin.training.spec import TrainSpec
 from gemmascope_plugin.training.store import ActivationStore, StoreReader
+from gemmascope_plugin.training.text_batches import TokenStream
+from gemmascope_plugin.training.train_spec import TrainSpec
 
 SHARED = ("model", "context", "rows", "bucket", "exclude", "steps", "batch", "seed")
 """Fields that dictionaries trained together must agree on."""

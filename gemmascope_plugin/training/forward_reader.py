@@ -1,7 +1,7 @@
 """Activations on the fly: buckets of them, collected at several hooks by one forward pass.
 
 1. Rows of text go through the model up to the last layer that is read; the tensors at all hooks are kept
-   at the tokens that are neither excluded nor filled up (``models/sites.py`` says what each tensor is).
+   at the tokens that are neither excluded nor filled up (``models/site_hooks.py`` says what).
 2. Passes are strung together until a bucket is full, or the corpus ends.
 3. A corpus that fits into one bucket goes through the model once only.
 4. The place of a bucket is that of its first row in the corpus.
@@ -19,11 +19,11 @@ import torch
 from gemmascope_plugin.errors import BadFileError, EmptySelectionError
 from gemmascope_plugin.models import special_ids
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.sites import reading
+from gemmascope_plugin.models.site_hooks import reading
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.training.activations import read_activations
-from gemmascope_plugin.training.corpus import Rows, TokenStream
 from gemmascope_plugin.training.shuffle import Bucket
+from gemmascope_plugin.training.text_batches import Rows, TokenStream
 
 
 class ForwardReader:

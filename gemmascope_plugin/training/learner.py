@@ -28,7 +28,7 @@ from gemmascope_plugin.errors import BadFileError
 from gemmascope_plugin.training.architectures import architecture, build
 from gemmascope_plugin.training.objective import Objective
 from gemmascope_plugin.training.shuffle import Bucket
-from gemmascope_plugin.training.spec import TrainSpec
+from gemmascope_plugin.training.train_spec import TrainSpec
 
 _COUNTS = ("act_freq_scores", "n_forward_passes_since_fired")
 _NUMBERS = (

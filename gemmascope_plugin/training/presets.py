@@ -22,7 +22,7 @@ from typing import Any
 
 from gemmascope_plugin.errors import check_choice
 from gemmascope_plugin.training.architectures import ARCHITECTURES, SELECTIVE
-from gemmascope_plugin.training.spec import TrainSpec, check_keys
+from gemmascope_plugin.training.train_spec import TrainSpec, check_keys
 
 
 def preset_spec(name: str, values: Mapping[str, Any]) -> TrainSpec:

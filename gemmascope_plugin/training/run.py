@@ -27,11 +27,11 @@ from gemmascope_plugin.training.architectures import architecture
 from gemmascope_plugin.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gemmascope_plugin.training.finish import finished, measured
 from gemmascope_plugin.training.learner import Learner
-from gemmascope_plugin.training.metrics import Journal, row
 from gemmascope_plugin.training.run_folder import RunFolder
+from gemmascope_plugin.training.run_metrics import Journal, row
 from gemmascope_plugin.training.shuffle import ShuffledActivations
-from gemmascope_plugin.training.spec import Layout, TrainSpec
-from gemmascope_plugin.training.stops import explained
+from gemmascope_plugin.training.stop_reasons import explained
+from gemmascope_plugin.training.train_spec import Layout, TrainSpec
 
 
 class Run:

@@ -28,7 +28,7 @@ from gemmascope_plugin.files.json_file import read_json
 from gemmascope_plugin.files.lock import LOCK, folder_lock
 from gemmascope_plugin.files.whole import write_text_whole
 from gemmascope_plugin.training.checkpoint import checkpoints
-from gemmascope_plugin.training.spec import TrainSpec
+from gemmascope_plugin.training.train_spec import TrainSpec
 
 CONFIG = "config.json"
 FORMAT = 1

@@ -35,13 +35,13 @@ from transformer_lens.patching import get_act_patch_attn_head_out_by_pos
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import gemmascope_plugin as gs
-from gemmascope_plugin.attribution.edge_attribution import edge_attribution
+from gemmascope_plugin.causes import Task, activation_patching, logit_diff
+from gemmascope_plugin.causes.edge_effects import EdgeEffects
+from gemmascope_plugin.causes.exact.edge_patching import edge_patching
+from gemmascope_plugin.causes.gradient.edge_attribution import edge_attribution
+from gemmascope_plugin.causes.writes import DeltaForm
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
-from gemmascope_plugin.models.load import bridge_from_hf, hooked_from_hf
-from gemmascope_plugin.patching import Task, activation_patching, logit_diff
-from gemmascope_plugin.patching.edge_effects import EdgeEffects
-from gemmascope_plugin.patching.edge_patching import edge_patching
-from gemmascope_plugin.patching.writes import DeltaForm
+from gemmascope_plugin.models.load_model import bridge_from_hf, hooked_from_hf
 from tests import tiny_models
 from tests.benchmarks.causes_ig import equal_steps, left_ends, midpoints, split_input_scores
 from tests.benchmarks.causes_tasks import table

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from gemmascope_plugin.causes import Task
+from gemmascope_plugin.causes.task import BoundTask
+from gemmascope_plugin.causes.writes import Writes, write_deltas
+from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.gradients import gradients_of
-from gemmascope_plugin.patching import Task
-from gemmascope_plugin.patching.edges import EdgeMap
-from gemmascope_plugin.patching.task import BoundTask
-from gemmascope_plugin.patching.writes import Writes, write_deltas
 
 MOST_LEFT_ENDS = 2000
 PORTS = ("hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in")

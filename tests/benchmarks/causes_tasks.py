@@ -19,15 +19,15 @@ from __future__ import annotations
 from typing import Any
 
 import gemmascope_plugin as gs
-from gemmascope_plugin.attribution.edge_attribution import edge_attribution
+from gemmascope_plugin.causes import Task
+from gemmascope_plugin.causes.edge_effects import EdgeEffects
+from gemmascope_plugin.causes.exact.edge_patching import edge_patching
+from gemmascope_plugin.causes.gradient.edge_attribution import edge_attribution
 from gemmascope_plugin.circuits import evaluate
 from gemmascope_plugin.circuits.discover import graph_of
 from gemmascope_plugin.circuits.evaluate import evaluate_ranking
 from gemmascope_plugin.circuits.recovery import auroc, bootstrap_stability
 from gemmascope_plugin.circuits.select import top_n
-from gemmascope_plugin.patching import Task
-from gemmascope_plugin.patching.edge_effects import EdgeEffects
-from gemmascope_plugin.patching.edge_patching import edge_patching
 
 METHODS: dict[str, dict[str, Any]] = {
     "eap": {"method": "eap"},

@@ -21,16 +21,16 @@ import pandas as pd
 import torch
 
 import gemmascope_plugin as gs
-from gemmascope_plugin.attribution.sites import sites_of
-from gemmascope_plugin.attribution.sites.runs import run_sites
-from gemmascope_plugin.attribution.sites.slopes import Ending, frozen_model, mean_slopes
-from gemmascope_plugin.attribution.sites.values import read_sites
+from gemmascope_plugin.causes import Task, logit_diff
+from gemmascope_plugin.causes.gradient.site_runs import run_sites
+from gemmascope_plugin.causes.gradient.site_slopes import Ending, frozen_model, mean_slopes
+from gemmascope_plugin.causes.gradient.site_values import read_sites
+from gemmascope_plugin.causes.gradient.task_site import sites_of
+from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.circuits import discover, evaluate
 from gemmascope_plugin.models.gradients import gradients_of
-from gemmascope_plugin.models.load import hooked_from_hf
+from gemmascope_plugin.models.load_model import hooked_from_hf
 from gemmascope_plugin.models.restart import Restart
-from gemmascope_plugin.patching import Task, logit_diff
-from gemmascope_plugin.patching.memory import Limit
 from gemmascope_plugin.splice import splice
 from tests import factories, tiny_models
 

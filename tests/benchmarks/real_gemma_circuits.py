@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 import gemmascope_plugin as gs
-from gemmascope_plugin.circuits.circuit import Circuit
 from gemmascope_plugin.circuits.discover import graph_of
-from gemmascope_plugin.circuits.graph import Graph
 from gemmascope_plugin.circuits.select import top_n
+from gemmascope_plugin.graphs.circuit import Circuit
+from gemmascope_plugin.graphs.graph import Graph
 from tests.benchmarks.real_gemma_intervals import Measured, over_prompts, spearman
 
 TASKS = ("ioi", "agreement", "greater_than", "successors", "capitals", "induction")
@@ -57,7 +57,7 @@ def figures(model: Any, task: Any, held_out: Any) -> Iterator[tuple[str, str]]:
 
 def node_effects(model: Any, task: Any, method: Any, replacement: str) -> list[tuple[Any, Any]]:
     """Node and its effects by prompt, noising, all positions at once."""
-    from gemmascope_plugin.patching import Node
+    from gemmascope_plugin.graphs import Node
 
     effects = []
     for component, kind, axes in (("z", "head", ("layer", "head")), ("mlp_out", "mlp", ("layer",))):

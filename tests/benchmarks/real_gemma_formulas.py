@@ -26,11 +26,11 @@ import torch
 from jaxtyping import Bool, Float
 
 import gemmascope_plugin as gs
-from gemmascope_plugin.attribution import edge_attribution
+from gemmascope_plugin.causes import edge_attribution
+from gemmascope_plugin.causes.edge_effects import EdgeEffects
+from gemmascope_plugin.causes.exact.edge_patching import edge_patching
 from gemmascope_plugin.circuits.discover import graph_of
 from gemmascope_plugin.circuits.select import top_n
-from gemmascope_plugin.patching.edge_effects import EdgeEffects
-from gemmascope_plugin.patching.edge_patching import edge_patching
 from tests.benchmarks.real_gemma_intervals import over_prompts, pearson, spearman
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -36,15 +36,15 @@ from unittest.mock import patch
 import torch
 
 import gemmascope_plugin as gs
+from gemmascope_plugin.causes.exact.edge_patching import edge_patching
+from gemmascope_plugin.causes.replayed import replayed
+from gemmascope_plugin.causes.task import BoundTask
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
+from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.block import gelu_times
 from gemmascope_plugin.models.protocol import dtype_of
 from gemmascope_plugin.models.threads import SHARE
-from gemmascope_plugin.patching.edge_patching import edge_patching
-from gemmascope_plugin.patching.edges import EdgeMap
-from gemmascope_plugin.patching.replayed import replayed
-from gemmascope_plugin.patching.task import BoundTask
 
 AT_ONCE = 1024
 """Positions whose steps between products are timed together."""

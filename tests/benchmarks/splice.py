@@ -26,7 +26,7 @@ from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import gemmascope_plugin.saes as saes
-from gemmascope_plugin.models.load import hooked_from_hf
+from gemmascope_plugin.models.load_model import hooked_from_hf
 from gemmascope_plugin.splice import Ablate, HookedSAE, splice
 
 THREADS = 2

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from gemmascope_plugin.catalog import find, get, releases, sites, tables
+from gemmascope_plugin.catalog import find, get, releases, tables
+from gemmascope_plugin.catalog import site_names as sites
 from gemmascope_plugin.catalog.spec import SaeSpec
 from gemmascope_plugin.catalog.table_files import parse_release
 from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError

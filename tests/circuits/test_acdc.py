@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gemmascope_plugin.causes import Task, kl_divergence
 from gemmascope_plugin.circuits import discover
 from gemmascope_plugin.circuits.acdc import acdc
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
-from gemmascope_plugin.patching import Task, kl_divergence
 from tests.ground_truth.cases import CASES
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemmascope_plugin.attribution import edge_attribution
-from gemmascope_plugin.circuits import Graph, Scores, discover, top_n
+from gemmascope_plugin.causes import FeatureId, edge_attribution
+from gemmascope_plugin.circuits import Scores, discover, top_n
 from gemmascope_plugin.circuits.discover import graph_of
 from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError
-from gemmascope_plugin.patching import FeatureId
-from gemmascope_plugin.patching.node import Node
+from gemmascope_plugin.graphs import Graph
+from gemmascope_plugin.graphs.node import Node
 from tests import factories
+from tests.causes.tasks import CLEAN, CORRUPT, TASK, metric_under, values_at
 from tests.factories import unchecked
-from tests.patching.tasks import CLEAN, CORRUPT, TASK, metric_under, values_at
 
 NODES = (Node.head(1, 3), Node.mlp(2), Node.of_feature(FeatureId("blocks.0.hook_resid_post", 7)))
 CIRCUIT = top_n(

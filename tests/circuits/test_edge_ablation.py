@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gemmascope_plugin.causes.exact.edge_patching import edge_patching
+from gemmascope_plugin.causes.memory import Limit
+from gemmascope_plugin.causes.writes import Writes
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
 from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.patching.edge_patching import edge_patching
-from gemmascope_plugin.patching.memory import Limit
-from gemmascope_plugin.patching.writes import Writes
+from tests.causes.tasks import CLEAN, CORRUPT, TASK, score
 from tests.factories import n_hooks
 from tests.ground_truth.cases import CASES
-from tests.patching.tasks import CLEAN, CORRUPT, TASK, score
 from tests.support.rounding import TINY
 
 

@@ -7,24 +7,17 @@ from random import Random
 import pytest
 import torch
 
-from gemmascope_plugin.circuits import Circuit, Graph, discover, evaluate, top_n
+from gemmascope_plugin.causes import FeatureId, Task, logit_diff
+from gemmascope_plugin.causes.nodes import patchable
+from gemmascope_plugin.circuits import discover, evaluate, top_n
 from gemmascope_plugin.circuits.node_ablation import node_metric
 from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError
+from gemmascope_plugin.graphs import Circuit, Graph
+from gemmascope_plugin.graphs.node import Node
 from gemmascope_plugin.models import flatten_heads
-from gemmascope_plugin.patching import FeatureId, Task, logit_diff
-from gemmascope_plugin.patching.node import Node
-from gemmascope_plugin.patching.nodes import patchable
 from tests import factories
+from tests.causes.tasks import CLEAN, CORRUPT, TASK, metric_under, score, values_at, with_features
 from tests.factories import n_hooks
-from tests.patching.tasks import (
-    CLEAN,
-    CORRUPT,
-    TASK,
-    metric_under,
-    score,
-    values_at,
-    with_features,
-)
 from tests.splice.reference import features
 
 SITE = "blocks.0.hook_resid_post"

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemmascope_plugin.circuits import Graph, greedy, threshold, top_n
+from gemmascope_plugin.circuits import greedy, threshold, top_n
 from gemmascope_plugin.errors import EmptySelectionError, GemmaScopeError
-from gemmascope_plugin.patching.node import Node
-from tests.circuits.graphs import ANY, EDGE_MAP, EDGES, Recipe, edge_graph, node_graph
+from gemmascope_plugin.graphs import Graph
+from gemmascope_plugin.graphs.node import Node
+from tests.graphs.graphs import ANY, EDGE_MAP, EDGES, Recipe, edge_graph, node_graph
 
 
 def readers_of(graph: Graph, place: int) -> set[int]:

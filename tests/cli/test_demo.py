@@ -18,7 +18,7 @@ from gemmascope_plugin.errors import BadFileError
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Pages that would have been opened; the demo itself is a stand-in."""
     pages: list[str] = []
-    stand_in = ModuleType("gemmascope_plugin.demo.run")
+    stand_in = ModuleType("gemmascope_plugin.demo.bundled_run")
 
     def run_demo(out: Path, progress: bool) -> SimpleNamespace:
         if out.name == "bad.html":
@@ -27,7 +27,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return SimpleNamespace(path=out, summary=lambda: "faithfulness 0.9")
 
     vars(stand_in)["run_demo"] = run_demo
-    monkeypatch.setitem(sys.modules, "gemmascope_plugin.demo.run", stand_in)
+    monkeypatch.setitem(sys.modules, "gemmascope_plugin.demo.bundled_run", stand_in)
     monkeypatch.setattr(typer, "launch", pages.append)
     return pages
 

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 import gemmascope_plugin as gs
 from gemmascope_plugin.cli.app import app
-from gemmascope_plugin.cli.trace import _Drawn, _from_task, parse_targets
+from gemmascope_plugin.cli.trace_command import _Drawn, _from_task, parse_targets
 from gemmascope_plugin.cli.trace_dictionaries import dictionaries
 from gemmascope_plugin.errors import AmbiguousSpecError
-from tests.circuits.graph_rules import check_rules
+from tests.graphs.graph_rules import check_rules
 
 PROMPT = "the capital of the state containing dallas is"
 

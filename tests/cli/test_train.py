@@ -19,7 +19,7 @@ SMALL = ("--d-sae", "64", "--steps", "30", "--set", "batch=256", "--no-progress"
 
 @pytest.fixture(autouse=True)
 def short_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gemmascope_plugin.cli.train._DOCUMENTS", 40)
+    monkeypatch.setattr("gemmascope_plugin.cli.train_command._DOCUMENTS", 40)
 
 
 def run(*arguments: str) -> str:

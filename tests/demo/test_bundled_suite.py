@@ -6,12 +6,12 @@ import pytest
 
 from gemmascope_plugin.demo import TASK_NAMES, tiny
 from gemmascope_plugin.demo.assets import ASSETS
-from gemmascope_plugin.demo.corpus import make_corpus
-from gemmascope_plugin.demo.measure import dictionary_scores, task_scores
-from gemmascope_plugin.demo.train_dictionaries import HELD_OUT_SEED, label_corpus
+from gemmascope_plugin.demo.build.corpus import make_corpus
+from gemmascope_plugin.demo.build.measure_suite import dictionary_scores, task_scores
+from gemmascope_plugin.demo.build.train_saes import HELD_OUT_SEED, label_corpus
 from gemmascope_plugin.errors import InputError, UnknownNameError
-from gemmascope_plugin.features import measure
 from gemmascope_plugin.loading import load
+from gemmascope_plugin.measures import measure
 from gemmascope_plugin.saes import MatryoshkaSAE
 from gemmascope_plugin.splice import HookedSAE
 
@@ -116,7 +116,7 @@ def test_labels_hold_on_held_out_text(spec, suite, documents):
 def test_the_json_says_how_to_rebuild_the_suite(suite):
     for part in ("model", "dictionaries", "further"):
         record = suite.metrics[part]
-        assert record["command"].startswith("python -m gemmascope_plugin.demo.train")
+        assert record["command"].startswith("python -m gemmascope_plugin.demo.build.__main__")
         assert "seed" in str(record["recipe"])
     assert suite.metrics["model"]["minutes"] <= 60
 

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 import gemmascope_plugin.demo.steps as steps
 from gemmascope_plugin.cli.app import app
+from gemmascope_plugin.demo.bundled_run import DemoReport, run_demo
 from gemmascope_plugin.demo.lexicon import NAMES
-from gemmascope_plugin.demo.run import DemoReport, run_demo
 from gemmascope_plugin.pages import PageError
 
 
@@ -26,7 +26,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, list[Demo
         return reports[-1]
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("gemmascope_plugin.demo.run.run_demo", run_and_keep)
+        monkeypatch.setattr("gemmascope_plugin.demo.bundled_run.run_demo", run_and_keep)
         result = CliRunner().invoke(app, ["demo", "--out", str(page), "--no-open"])
     return result, reports
 
@@ -109,6 +109,8 @@ def test_command(command: tuple[Result, list[DemoReport]], report: DemoReport) -
 def test_bad_path_is_found_out_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gemmascope_plugin.demo.run.tiny", lambda: pytest.fail("work was begun"))
+    monkeypatch.setattr(
+        "gemmascope_plugin.demo.bundled_run.tiny", lambda: pytest.fail("work was begun")
+    )
     with pytest.raises(PageError, match="is a folder"):
         run_demo(tmp_path, progress=False)

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import gemmascope_plugin as gs
+from gemmascope_plugin.causes.nodes import acts_hook
 from gemmascope_plugin.circuits import Scores
 from gemmascope_plugin.demo import TinySuite
 from gemmascope_plugin.models import to_tokens
 from gemmascope_plugin.models.gradients import gradients
-from gemmascope_plugin.patching.nodes import acts_hook
 
 N_PROMPTS = 16
 

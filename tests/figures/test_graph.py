@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gemmascope_plugin.figures import FigureInputError
-from gemmascope_plugin.figures.graph import MAX_EDGES, MAX_LABELS, WIDTHS, layered_graph
+from gemmascope_plugin.figures.layered_graph import MAX_EDGES, MAX_LABELS, WIDTHS, layered_graph
 from gemmascope_plugin.figures.theme import NEGATIVE, POSITIVE
 
 LABELS = ["embed", "L0KV0", "L0H0", "MLP0", "MLP1", "logits"]

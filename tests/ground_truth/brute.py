@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from gemmascope_plugin.causes import Task
+from gemmascope_plugin.graphs.edge_map import EdgeMap
+from gemmascope_plugin.graphs.node import Node, Reader
 from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.patching import Task
-from gemmascope_plugin.patching.edges import EdgeMap
-from gemmascope_plugin.patching.node import Node, Reader
 from tests.ground_truth.build import Edge
 
 Hook = tuple[str, Callable[..., torch.Tensor]]

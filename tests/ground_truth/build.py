@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from gemmascope_plugin.models.load import bridge_from_hf, hooked_from_hf
-from gemmascope_plugin.patching.node import Node, Reader
+from gemmascope_plugin.graphs.node import Node, Reader
+from gemmascope_plugin.models.load_model import bridge_from_hf, hooked_from_hf
 
 N_HEADS, N_KV, D_HEAD, D_MLP = 4, 2, 32, 16
 GROUP = N_HEADS // N_KV

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from gemmascope_plugin.patching import Task
-from gemmascope_plugin.patching.node import Node
+from gemmascope_plugin.causes import Task
+from gemmascope_plugin.graphs.node import Node
 from tests.ground_truth import copying, gate, induction, suppression
 from tests.ground_truth.build import Edge
 

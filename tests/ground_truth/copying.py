@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from gemmascope_plugin.patching import Task, logit_diff
-from gemmascope_plugin.patching.node import Node, Reader
+from gemmascope_plugin.causes import Task, logit_diff
+from gemmascope_plugin.graphs.node import Node, Reader
 from tests.ground_truth.build import Builder, Edge, answers, tokens
 
 POSITIONS, MARKED = 6, 2

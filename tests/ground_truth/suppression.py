@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from gemmascope_plugin.patching.node import Node, Reader
+from gemmascope_plugin.graphs.node import Node, Reader
 from tests.ground_truth.build import LOGIT, Builder, Edge
 from tests.ground_truth.copying import MARKED, POSITIONS
 from tests.ground_truth.copying import TASK as COPYING

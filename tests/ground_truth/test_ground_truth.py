@@ -7,7 +7,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from gemmascope_plugin.patching.node import Node
+from gemmascope_plugin.graphs.node import Node
 from tests.ground_truth import suppression
 from tests.ground_truth.brute import Brute
 from tests.ground_truth.build import ATTENTION_CAP, HARD, LOGIT_CAP

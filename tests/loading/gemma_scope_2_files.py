@@ -9,7 +9,7 @@ from npz_files import D_IN, D_SAE, arrays, spec
 from safetensors.numpy import save_file
 
 from gemmascope_plugin.catalog import SaeSpec
-from gemmascope_plugin.catalog.sites import GAINED_HOOK
+from gemmascope_plugin.catalog.site_names import GAINED_HOOK
 
 REPO = "google/gemma-scope-2-test-pt"
 

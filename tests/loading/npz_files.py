@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gemmascope_plugin.catalog import SaeSpec, sites
+from gemmascope_plugin.catalog import SaeSpec
+from gemmascope_plugin.catalog import site_names as sites
 
 D_IN, D_SAE = 8, 24
 

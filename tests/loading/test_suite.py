@@ -12,7 +12,7 @@ from gemmascope_plugin.errors import (
     UnknownNameError,
 )
 from gemmascope_plugin.loading import footprint, load_suite
-from gemmascope_plugin.loading import suite as suite_module
+from gemmascope_plugin.loading import sae_suite as suite_module
 
 SIZE = spec().nbytes
 

@@ -20,7 +20,8 @@ from gemmascope_plugin.errors import (
     ModelError,
 )
 from gemmascope_plugin.models import load_model
-from gemmascope_plugin.models.gguf import converted, folder
+from gemmascope_plugin.models.gguf import converted
+from gemmascope_plugin.models.gguf import hf_folder as folder
 from gemmascope_plugin.models.gguf.config import hf_config
 from gemmascope_plugin.models.gguf.reader import GgufFile, GgufTensor
 from gemmascope_plugin.models.gguf.tokenizer import merges
@@ -312,7 +313,7 @@ def package(file, monkeypatch):
     monkeypatch.setattr(folder, "PACKAGE_SHA256", hashlib.sha256(content).hexdigest())
     monkeypatch.setattr(folder, "_PARTS", 2)
     monkeypatch.setattr(folder, "_part", lambda number: parts[number - 1])
-    for module in (folder, sys.modules["gemmascope_plugin.models.weights"]):
+    for module in (folder, sys.modules["gemmascope_plugin.models.weight_layout"]):
         monkeypatch.setattr(module, "package_version", lambda: "1.0.0")
     return parts
 

@@ -10,7 +10,7 @@ import torch
 
 from gemmascope_plugin.errors import MissingFileError, ModelError, UnknownNameError
 from gemmascope_plugin.models import load_model
-from gemmascope_plugin.models.weights import find_weights, hub_name
+from gemmascope_plugin.models.weight_layout import find_weights, hub_name
 from tests.factories import tiny_hf, tiny_tokenizer, unchecked
 from tests.tiny_models import gemma3, random_tokens
 

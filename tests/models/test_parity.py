@@ -9,7 +9,7 @@ import torch
 
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.models import Parity, load_model, parity
-from gemmascope_plugin.models.load import hooked_from_hf
+from gemmascope_plugin.models.load_model import hooked_from_hf
 from gemmascope_plugin.models.parity import BEYOND, KEPT, fixed_tokens, last_logits
 from tests.factories import tiny_hf, tiny_tokenizer
 from tests.tiny_models import BOS_ID, random_tokens
@@ -72,7 +72,7 @@ def test_wrong_settings_are_seen(fault: str, dtype) -> None:
 
 
 def test_load_model_raises_when_the_comparison_fails(tmp_path, monkeypatch) -> None:
-    from gemmascope_plugin.models import load
+    from gemmascope_plugin.models import load_model as load
 
     tiny_hf("gemma2").save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)

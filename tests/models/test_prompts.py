@@ -18,7 +18,7 @@ from gemmascope_plugin.errors import (
     TaskError,
     UnknownNameError,
 )
-from gemmascope_plugin.models.check import check_model
+from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.prompts import one_prompt, read_prompts, to_tokens
 from tests import factories
 from tests.support.real_like import BOS, END, OTHER, PROMPT, SHORT, real_like, tokenizer

@@ -9,12 +9,13 @@ import pytest
 import torch
 from plotly.offline import get_plotlyjs
 
-from gemmascope_plugin.circuits import Circuit, Graph, Scores, top_n
+from gemmascope_plugin.circuits import Scores, top_n
+from gemmascope_plugin.graphs import Circuit, Graph
+from gemmascope_plugin.graphs.edge_map import EdgeMap
+from gemmascope_plugin.graphs.node import Node
 from gemmascope_plugin.pages import PageError
-from gemmascope_plugin.pages.circuit import MAX_ROWS, circuit_html, write_circuit
-from gemmascope_plugin.patching.edges import EdgeMap
-from gemmascope_plugin.patching.node import Node
-from tests.circuits.graphs import edge_graph
+from gemmascope_plugin.pages.circuit_page import MAX_ROWS, circuit_html, write_circuit
+from tests.graphs.graphs import edge_graph
 
 BAD = "<script>alert(1)</script>"
 

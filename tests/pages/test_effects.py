@@ -9,9 +9,9 @@ import pytest
 import torch
 from plotly.offline import get_plotlyjs
 
+from gemmascope_plugin.causes import Effects
 from gemmascope_plugin.pages import PageError, effects_html, write_effects
-from gemmascope_plugin.pages.effects import MAX_BARS, how_to_read, meaning, top_frame
-from gemmascope_plugin.patching import Effects
+from gemmascope_plugin.pages.effects_page import MAX_BARS, how_to_read, meaning, top_frame
 from tests.pages.test_circuit import BAD, Loads
 
 META = {

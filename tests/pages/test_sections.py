@@ -8,10 +8,13 @@ import pytest
 import torch
 
 import gemmascope_plugin.figures as figures
-from gemmascope_plugin.circuits import Graph, Scores, top_n
-from gemmascope_plugin.demo.labels import Label
+from gemmascope_plugin.causes import Effects, FeatureId
+from gemmascope_plugin.circuits import Scores, top_n
+from gemmascope_plugin.demo.build.concept_labels import Label
 from gemmascope_plugin.features import Features
 from gemmascope_plugin.features.analyze import SiteFit
+from gemmascope_plugin.graphs import Graph
+from gemmascope_plugin.graphs.node import Node
 from gemmascope_plugin.pages import (
     circuit_section,
     feature_frame,
@@ -22,8 +25,6 @@ from gemmascope_plugin.pages import (
     steering_html,
     write_page,
 )
-from gemmascope_plugin.patching import Effects, FeatureId
-from gemmascope_plugin.patching.node import Node
 from gemmascope_plugin.splice import Steering
 from gemmascope_plugin.splice.next_tokens import NextTokens
 from gemmascope_plugin.splice.sampling import Sampling

@@ -14,13 +14,13 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from gemmascope_plugin.attribution.adjoint.adjacency import Adjacency
-from gemmascope_plugin.circuits import AttributionGraph
 from gemmascope_plugin.errors import UnknownNameError
+from gemmascope_plugin.graphs import AttributionGraph
+from gemmascope_plugin.graphs.adjacency import Adjacency
 from gemmascope_plugin.pages import PageError, trace_html, write_trace
-from gemmascope_plugin.pages.trace import MAX_EDGES
-from tests.circuits.traces import traced
+from gemmascope_plugin.pages.trace_page import MAX_EDGES
 from tests.pages.browser import attribute, opened
+from tests.tracing.traces import traced
 
 BAD = "</script><script>alert(1)</script><!-- \u2028 &amp; \"'"
 _ROW = {"kind": "feature", "activation": 1.0, "weight": 0.0}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gemmascope_plugin.errors import GemmaScopeError
-from gemmascope_plugin.models.load import bridge_from_hf, hooked_from_hf
+from gemmascope_plugin.models.load_model import bridge_from_hf, hooked_from_hf
 from gemmascope_plugin.splice import Add, splice
 from tests.factories import residual, tiny_tokenizer
 from tests.tiny_models import gemma2, random_tokens

@@ -18,7 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from gemmascope_plugin.errors import ModelError
-from gemmascope_plugin.models.load import bridge_from_hf, hooked_from_hf
+from gemmascope_plugin.models.load_model import bridge_from_hf, hooked_from_hf
 from gemmascope_plugin.splice import Add, Clamp, HookedSAE, Project, Scale, splice
 from gemmascope_plugin.splice.window import Window
 from tests import factories

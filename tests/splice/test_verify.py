@@ -12,9 +12,9 @@ import torch
 
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.demo import tiny
-from gemmascope_plugin.demo.corpus import make_corpus
-from gemmascope_plugin.demo.measure import dictionary_scores
-from gemmascope_plugin.demo.train_dictionaries import HELD_OUT_SEED
+from gemmascope_plugin.demo.build.corpus import make_corpus
+from gemmascope_plugin.demo.build.measure_suite import dictionary_scores
+from gemmascope_plugin.demo.build.train_saes import HELD_OUT_SEED
 from gemmascope_plugin.errors import (
     EmptySelectionError,
     MissingHookError,
@@ -22,8 +22,8 @@ from gemmascope_plugin.errors import (
     WidthMismatchError,
 )
 from gemmascope_plugin.loading import load
-from gemmascope_plugin.models.load import hooked_from_hf
-from gemmascope_plugin.models.sites import norm_gain
+from gemmascope_plugin.models.load_model import hooked_from_hf
+from gemmascope_plugin.models.site_hooks import norm_gain
 from gemmascope_plugin.splice import HookedSAE, Report, verify
 from tests import tiny_models
 from tests.factories import activations, n_hooks, random_sae, tiny_tokenizer
@@ -50,7 +50,7 @@ def steep(backend: str = "hooked") -> Any:
     from transformers import AutoModelForCausalLM
 
     from gemmascope_plugin.demo.assets import ASSETS, MODEL_FOLDER
-    from gemmascope_plugin.models.load import bridge_from_hf
+    from gemmascope_plugin.models.load_model import bridge_from_hf
 
     hf = AutoModelForCausalLM.from_pretrained(ASSETS / MODEL_FOLDER, attn_implementation="eager")
     generator = torch.Generator().manual_seed(0)

@@ -17,8 +17,8 @@ import torch
 
 import gemmascope_plugin as gs
 from gemmascope_plugin.demo.assets import ASSETS, MODEL_FOLDER
-from gemmascope_plugin.demo.corpus import make_corpus
-from gemmascope_plugin.patching.effects import FeatureId
+from gemmascope_plugin.demo.build.corpus import make_corpus
+from gemmascope_plugin.graphs.node import FeatureId
 
 Numbers = dict[str, torch.Tensor]
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from gemmascope_plugin.models.load import bridge_from_hf, hooked_from_hf
+from gemmascope_plugin.models.load_model import bridge_from_hf, hooked_from_hf
 
 PAD, EOS, BOS, UNK, START, END = range(6)
 BIG = (11, 5)

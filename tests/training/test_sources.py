@@ -17,12 +17,12 @@ from gemmascope_plugin.errors import (
     MissingHookError,
     ModelError,
 )
-from gemmascope_plugin.models.sites import reading
+from gemmascope_plugin.models.site_hooks import reading
 from gemmascope_plugin.training import ActivationStore, collect_activations, store_activations
-from gemmascope_plugin.training.corpus import TokenStream
 from gemmascope_plugin.training.forward_reader import ForwardReader
 from gemmascope_plugin.training.shuffle import ShuffledActivations
 from gemmascope_plugin.training.store import StoreReader
+from gemmascope_plugin.training.text_batches import TokenStream
 from tests.tiny_models import BOS_ID, EOS_ID, PAD_ID
 from tests.training.cases import corpus, run, same, spec
 

@@ -12,7 +12,7 @@ from gemmascope_plugin.training import ARCHITECTURES, PRESETS, TrainSpec, preset
 from gemmascope_plugin.training.architectures import SELECTIVE, architecture
 from gemmascope_plugin.training.driver import whole_spec
 from gemmascope_plugin.training.learner import lr_share
-from gemmascope_plugin.training.values import read_text
+from gemmascope_plugin.training.typed_values import read_text
 from tests.training.cases import spec
 
 

@@ -11,7 +11,7 @@ import torch
 
 from gemmascope_plugin.errors import GemmaScopeError, InputError, ModelError, UnknownNameError
 from gemmascope_plugin.training import collect_activations, train, train_many
-from gemmascope_plugin.training.corpus import TokenStream
+from gemmascope_plugin.training.text_batches import TokenStream
 from tests.tiny_models import BOS_ID, PAD_ID
 from tests.training.cases import corpus, run, same, spec
 

@@ -1,1 +1,0 @@
-"""The adjoint sweep: rows of a transcoder attribution graph, without an autograd graph."""

@@ -1,0 +1,147 @@
+"""Causal questions for any tokenizer, by name.
+
+=============== ==================================================== ===============================
+name            clean prompt ... answer                              corruption
+=============== ==================================================== ===============================
+``ioi``         When Mary and John went to the park, John gave a     Mary gives
+                book to ... Mary
+``greater_than``  The war lasted from the year 1732 to the year      the span starts in 1701
+                17 ... 40 (or 4)
+``agreement``   The keys near the cabinet ... are                    the key
+``agreement_es``  Las llaves cerca de la mesa ... están              La llave
+``capitals``    (two examples) The capital of France is ... Paris    another country
+``city_state``  (two examples) Chicago is a city in the state of     another city
+                ... Illinois
+``successors``  Monday, Tuesday, Wednesday, ... Thursday             another three
+``induction``   river chair ... river ... chair                      another word before
+``antonyms``    (two examples) The opposite of hot is ... cold       another word
+``pronouns``    Mary went home early because ... she                 John
+``two_hop``     (two examples) The Alhambra is in a country whose    another landmark
+                capital is ... Madrid, not Granada
+=============== ==================================================== ===============================
+
+Splits share no words and no templates (``drafts.py``). A model may bring its own prompts for these names:
+the bundled suite does, whose grammar is not English (``model_tasks.py``).
+
+Cost: the tokenizer, and, once somebody looks, one pass over the clean prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any, Literal, NamedTuple, get_args
+
+from gemmascope_plugin.causes.builtin.agreeing import agreement, agreement_es
+from gemmascope_plugin.causes.builtin.drafts import Draft, Half, fit, too_few
+from gemmascope_plugin.causes.builtin.facts import antonyms, capitals, city_state, two_hop
+from gemmascope_plugin.causes.builtin.model_tasks import tasks_of
+from gemmascope_plugin.causes.builtin.numbers import greater_than, induction, successors
+from gemmascope_plugin.causes.builtin.people import ioi, pronouns
+from gemmascope_plugin.causes.builtin.template import Template
+from gemmascope_plugin.causes.metric import Metric
+from gemmascope_plugin.causes.metrics import logit_diff, probability
+from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choice
+from gemmascope_plugin.models.check_model import describe
+from gemmascope_plugin.models.protocol import HookedModel
+
+Split = Literal["train", "held_out"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+_MOST = 64
+
+
+class _Recipe(NamedTuple):
+    draw: Callable[[Random, Half], Iterator[Draft]]
+    ask: Callable[..., Any] = logit_diff
+
+
+RECIPES = {
+    "ioi": _Recipe(ioi),
+    # later years are a matter of probability mass, not of one token
+    "greater_than": _Recipe(greater_than, probability),
+    "agreement": _Recipe(agreement),
+    "agreement_es": _Recipe(agreement_es),
+    "capitals": _Recipe(capitals),
+    "city_state": _Recipe(city_state),
+    "successors": _Recipe(successors),
+    "induction": _Recipe(induction),
+    "antonyms": _Recipe(antonyms),
+    "pronouns": _Recipe(pronouns),
+    "two_hop": _Recipe(two_hop),
+}
+TASKS = tuple(RECIPES)
+"""Names of the built-in tasks."""
+
+
+class Built(NamedTuple):
+    """What a task is made of."""
+
+    clean: list[str]
+    corrupt: list[str]
+    metric: Any
+    n_dropped: int
+
+
+def build_from_template(
+    template: Template, model: HookedModel, ask: Callable[..., Any], n: int | None, seed: int
+) -> Built:
+    """Prompts and a metric from a sentence and lists.
+
+    Args:
+        template: The sentence.
+        model: The model that will be asked.
+        ask: Answers, and wrong ones, to a metric.
+        n: Prompts; None for as many as there are, up to 64.
+        seed: Of the draw.
+
+    Raises:
+        TaskError: Fewer prompts than that, or none, fit the tokenizer.
+        EmptySelectionError: No prompts are asked for.
+        ModelError: The model has no tokenizer.
+    """
+    if n is not None and n < 1:
+        raise EmptySelectionError(f"n={n} leaves no prompt", fix="n=64")
+    wanted = _MOST if n is None else n
+    tries = 500 + 50 * wanted
+    fitting = fit(model, template.drafts(Random(seed), tries), wanted, tries)
+    if len(fitting.pairs) < (1 if n is None else n):
+        sides = (("answer", template.answer), ("wrong", template.wrong))
+        raise too_few(fitting, wanted, template.clean, sides)
+    clean, corrupt, metric = fitting.columns(ask)
+    if not isinstance(metric, Metric):
+        raise TaskError(
+            f"metric={ask!r} gave {describe(metric)} for answers", fix="metric=logit_diff"
+        )
+    return Built(clean, corrupt, metric, fitting.n_dropped)
+
+
+def build(name: str, model: HookedModel, *, n: int, split: Split, seed: int) -> Built:
+    """Prompts and a metric of a built-in task.
+
+    Args:
+        name: One of ``TASKS``.
+        model: The model that will be asked.
+        n: Prompts.
+        split: ``train`` or ``held_out``.
+        seed: Of the draw.
+
+    Raises:
+        UnknownNameError: An unknown task or split, or one that the model has no prompts of.
+        EmptySelectionError: No prompts are asked for.
+        TaskError: Fewer prompts than that fit the tokenizer.
+        ModelError: The model has no tokenizer.
+    """
+    check_choice("task", name, TASKS)
+    check_choice("split", split, SPLITS)
+    if n < 1:
+        raise EmptySelectionError(f"n={n} leaves no prompt", fix="n=64")
+    if (entry := tasks_of(model)) is not None:
+        check_choice(f"task of {entry.model}", name, entry.names)
+        clean, corrupt, metric = entry.make(name, n, split, seed)
+        return Built(clean, corrupt, metric, 0)
+    recipe = RECIPES[name]
+    drafts = recipe.draw(Random(f"{name} {split} {seed}"), Half(SPLITS.index(split)))
+    fitting = fit(model, drafts, n, tries=500 + 50 * n)
+    if len(fitting.pairs) < n:
+        raise too_few(fitting, n, name)
+    return Built(*fitting.columns(recipe.ask), fitting.n_dropped)

@@ -1,0 +1,53 @@
+"""The gate for tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gemmascope_plugin.causes.effects import Effects
+from gemmascope_plugin.causes.task import Task
+from gemmascope_plugin.errors import InputError
+from gemmascope_plugin.models.check_model import describe
+
+
+def check_task(task: Any, call: str = "") -> None:
+    """Refuses what is not a task.
+
+    Args:
+        task: What was given.
+        call: How the function is called, for the error.
+
+    Raises:
+        InputError: Something else, with what to type.
+    """
+    if isinstance(task, Task):
+        return
+    if isinstance(task, str):
+        fix = f"task = gemmascope_plugin.Task.builtin({task!r}, model)"
+    else:
+        fix = "gemmascope_plugin.Task(clean, corrupt, logit_diff(answer, wrong))"
+    where = f"; {call}" if call else ""
+    raise InputError(f"{describe(task)} is not a task", fix=fix + where)
+
+
+def check_effects(effects: Any, call: str = "") -> None:
+    """Refuses what is not the result of patching nodes, exactly or by attribution.
+
+    Args:
+        effects: What was given.
+        call: How the function is called, for the error.
+
+    Raises:
+        InputError: Something else, with what to type.
+    """
+    if isinstance(effects, Effects) and {"component", "mode"} <= effects.metadata.keys():
+        return
+    given = repr(effects) if isinstance(effects, Effects) else describe(effects)
+    fix = "effects = gemmascope_plugin.attribution_patching(model, task, component)"
+    raise InputError(f"{given} is not the effects of nodes", fix=f"{call}; {fix}" if call else fix)
+
+
+def check_tasks(tasks: Any, call: str = "") -> None:
+    """The same for one task or a sequence of them, of which there may be none."""
+    for task in tasks if isinstance(tasks, (list, tuple)) else [tasks]:
+        check_task(task, call)

@@ -1,0 +1,1 @@
+"""Effects by running the model with something replaced."""

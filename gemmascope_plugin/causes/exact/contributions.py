@@ -1,0 +1,250 @@
+"""What each component adds to a logit difference at the answer position, with every norm frozen.
+
+With ``u = W_U[:, right] - W_U[:, wrong]``, ``x`` the end of the residual stream and ``s`` its scale, the
+logit difference before the final soft-cap is ``<x, n>`` with the *readout* ``n = gain_final * u / s``.
+
+1. ``x`` is a sum: the embedding, what attention writes, what MLPs write. Each adds ``<write, n>``.
+2. Attention writes ``gain * a / s_a`` with ``a = sum_h z_h W_O[h] + b_O`` where a norm follows it. Its
+   scale ``s_a`` is that of the run, so head ``h`` adds ``<z_h, W_O[h] (gain * n / s_a)>``: the readout is
+   pulled back through norm and ``W_O`` once, instead of pushing every head forward.
+3. Sets of answers: ``u`` is the difference of the mean unembeddings, the question that is linear.
+
+Cost: one forward pass; of each activation only the answer position is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+
+from gemmascope_plugin.causes.answer_tokens import TokenSets
+from gemmascope_plugin.causes.metrics import LogitDiff
+from gemmascope_plugin.causes.task import BoundTask, Prompts, Task
+from gemmascope_plugin.errors import TaskError
+from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.finite import check_all
+from gemmascope_plugin.models.padding import padded
+from gemmascope_plugin.models.precision import wide
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.readout import Readout
+
+PerPrompt = Float[torch.Tensor, " prompt"]
+
+
+class Contribution(NamedTuple):
+    """What one part of the stream adds to the logit difference."""
+
+    label: str
+    hook: str
+    """Where it is written."""
+    written: int
+    """When, in half layers: -1 for the embedding, ``2 L`` for attention, ``2 L + 1`` for the MLP."""
+    value: PerPrompt
+    of_dictionary: bool = False
+
+
+def asked(model: HookedModel, prompts: Task | Prompts, metric: LogitDiff | None) -> BoundTask:
+    """Prompts and a logit difference before the soft-cap, in the ids of the model.
+
+    Raises:
+        TaskError: No metric, or one that is no logit difference.
+    """
+    if isinstance(prompts, Task):
+        task = prompts if metric is None else replace(prompts, metric=metric)
+        _check(task.metric)
+        bound = task.bind(model)
+    else:
+        _check(metric)
+        assert metric is not None
+        tokens, lengths = padded(model, prompts)
+        at = metric.positions(lengths)
+        before = [row[: int(end) + 1] for row, end in zip(tokens, at, strict=True)]
+        bound = replace(metric.bind(model, len(tokens), before), at=at)
+        bound = BoundTask(tokens, tokens, lengths, bound, "prompts")
+    linear = replace(bound.metric.metric, before_cap=True)
+    return replace(bound, metric=replace(bound.metric, metric=linear))
+
+
+def _check(metric: Any) -> None:
+    if isinstance(metric, LogitDiff):
+        return
+    given = "No metric was given" if metric is None else f"The metric is {metric!r}"
+    raise TaskError(
+        f"{given}, and only a difference of logits is a sum over components",
+        fix="metric=logit_diff(answer, wrong)",
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerRun:
+    """One run of the model, at the answer position of each prompt."""
+
+    anatomy: Anatomy
+    bound: BoundTask
+    at: dict[str, torch.Tensor]
+    """Activations ``[prompt, ...]`` by hook name."""
+    said: Readout
+    """Before the final soft-cap."""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: HookedModel, bound: BoundTask, hooks: Sequence[str]) -> AnswerRun:
+        """Runs the clean prompts and keeps what is at ``hooks`` and at the end of the stream."""
+        at: dict[str, torch.Tensor] = {}
+        positions = bound.metric.at
+        assert positions is not None
+
+        def keep(name: str) -> Any:
+            def hook_fn(x: torch.Tensor, hook: Any) -> None:
+                rows = torch.arange(len(x), device=x.device)
+                at[name] = wide(x[rows, positions.to(x.device)])
+
+            return hook_fn
+
+        anatomy = Anatomy(model)
+        names = dict.fromkeys([*hooks, _last(anatomy)])
+        keepers = [(name, keep(name)) for name in names]
+        said = bound.said(model, bound.clean, fwd_hooks=keepers)
+        check_all(at, "the run of the prompts, at their answers", model)
+        return cls(anatomy, bound, at, said)
+
+    @property
+    def end(self) -> Float[torch.Tensor, "prompt d_model"]:
+        """The end of the residual stream."""
+        return self.at[_last(self.anatomy)]
+
+    @cached_property
+    def question(self) -> Float[torch.Tensor, "prompt d_model"]:
+        """``u``."""
+        right, wrong = self._sets
+        rows = self.anatomy.W_U.T
+        return _mean(wide(rows[right.ids]), right) - _mean(wide(rows[wrong.ids]), wrong)
+
+    @cached_property
+    def readout(self) -> Float[torch.Tensor, "prompt d_model"]:
+        """``n``."""
+        return self.anatomy.ln_final.frozen(self.end, self.question)
+
+    def readout_before_post_norm(self, layer: int) -> Float[torch.Tensor, "prompt d_model"]:
+        """The readout of ``a``, the sum over the heads of a layer."""
+        post = self.anatomy.norm(layer, "ln1_post")
+        if post is None:
+            return self.readout
+        return post.frozen(self.head_sum(layer, self.at[z_hook(layer)]), self.readout)
+
+    def head_sum(
+        self, layer: int, z: Float[torch.Tensor, "prompt head d_head"]
+    ) -> Float[torch.Tensor, "prompt d_model"]:
+        """``a``."""
+        return self.anatomy.head_sum(layer, z)
+
+    def readout_of_z(self, layer: int) -> Float[torch.Tensor, "prompt head d_head"]:
+        """The readout of ``z``."""
+        W_O = self.anatomy.W_O(layer)
+        return torch.einsum("hdm,pm->phd", W_O, self.readout_before_post_norm(layer))
+
+    @cached_property
+    def difference(self) -> PerPrompt:
+        """Mean over right answers minus mean over wrong ones, before the final soft-cap."""
+        return self._difference(self.said.pick)
+
+    def _difference(self, logits: Callable[[torch.Tensor], torch.Tensor]) -> PerPrompt:
+        """Of the logits of the answers' ids."""
+        right, wrong = (
+            _mean(sets.filled(logits(sets.ids), 0.0)[..., None], sets)[..., 0]
+            for sets in self._sets
+        )
+        return right - wrong
+
+    @cached_property
+    def bias(self) -> PerPrompt:
+        """What the bias of the unembedding adds."""
+        b_U = getattr(self.anatomy.model, "b_U", None)
+        if b_U is None:
+            return torch.zeros_like(self.end[:, 0])
+        return self._difference(lambda ids: wide(b_U.detach()[ids]))
+
+    @property
+    def capped(self) -> PerPrompt:
+        """The difference after the final soft-cap."""
+        cap = self.anatomy.soft_cap
+        if cap is None:
+            return self.difference
+        return self._difference(lambda ids: cap * (self.said.pick(ids) / cap).tanh())
+
+    @property
+    def _sets(self) -> tuple[TokenSets, TokenSets]:
+        right, wrong = self.bound.metric.right, self.bound.metric.wrong
+        assert right is not None and wrong is not None
+        return right, wrong
+
+
+def component_hooks(n_layers: int) -> list[str]:
+    """What :func:`components` and :func:`heads` read."""
+    names = [
+        (z_hook(layer), f"blocks.{layer}.hook_attn_out", f"blocks.{layer}.hook_mlp_out")
+        for layer in range(n_layers)
+    ]
+    return ["hook_embed", *(name for layer in names for name in layer)]
+
+
+def components(run: AnswerRun) -> list[Contribution]:
+    """Embedding, attention layers, MLPs, and the bias of the unembedding where it adds anything."""
+    return _parts(run, _attention)
+
+
+def heads(run: AnswerRun) -> list[Contribution]:
+    """The same with every head by itself."""
+    return _parts(run, _heads)
+
+
+def _parts(run: AnswerRun, attention: Any) -> list[Contribution]:
+    def written(label: str, hook: str, when: int) -> Contribution:
+        return Contribution(label, hook, when, (run.at[hook] * run.readout).sum(-1))
+
+    parts = [written("embed", "hook_embed", -1)]
+    for layer in range(run.anatomy.n_layers):
+        parts += attention(run, layer)
+        parts.append(written(f"MLP{layer}", f"blocks.{layer}.hook_mlp_out", 2 * layer + 1))
+    if bool(run.bias.any()):
+        parts.append(Contribution("b_U", "unembed.hook_out", 2 * run.anatomy.n_layers, run.bias))
+    return parts
+
+
+def _attention(run: AnswerRun, layer: int) -> list[Contribution]:
+    hook = f"blocks.{layer}.hook_attn_out"
+    value = (run.at[hook] * run.readout).sum(-1)
+    return [Contribution(f"ATTN{layer}", hook, 2 * layer, value)]
+
+
+def _heads(run: AnswerRun, layer: int) -> list[Contribution]:
+    hook = z_hook(layer)
+    values = (run.at[hook] * run.readout_of_z(layer)).sum(-1).unbind(-1)
+    parts = [Contribution(f"L{layer}H{h}", hook, 2 * layer, v) for h, v in enumerate(values)]
+    bias = run.head_sum(layer, torch.zeros_like(run.at[hook]))
+    if bool(bias.any()):
+        value = (bias * run.readout_before_post_norm(layer)).sum(-1)
+        parts.append(Contribution(f"b_O{layer}", f"blocks.{layer}.attn.b_O", 2 * layer, value))
+    return parts
+
+
+def z_hook(layer: int) -> str:
+    """The hook of what heads write, before ``W_O``."""
+    return f"blocks.{layer}.attn.hook_z"
+
+
+def _last(anatomy: Anatomy) -> str:
+    return f"blocks.{anatomy.n_layers - 1}.hook_resid_post"
+
+
+def _mean(
+    x: Float[torch.Tensor, "prompt choice d"], sets: TokenSets
+) -> Float[torch.Tensor, "prompt d"]:
+    """Mean over each prompt's own set."""
+    mask = sets.mask[..., None].to(x.device)
+    return (x * mask).sum(1) / mask.sum(1)

@@ -1,0 +1,378 @@
+"""What exact and first-order patching share: both runs, the grid of nodes, and the form of the result.
+
+1. Clean and corrupted prompts are run once; the activations at the nodes' hooks are kept.
+2. The base run is the corrupted one (denoising: clean values are inserted) or the clean one (noising).
+3. What is inserted is the other run's activation, or what ``replacement`` makes of it.
+4. With dictionaries, they are spliced in with their error kept for as long as the experiment lasts.
+5. Where passes can be run again from any layer and position (``replayed.py``), both runs come from there.
+
+Cost: a forward pass over the prompts of the base run and one over the ends of the others, or two each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+
+from gemmascope_plugin.causes.components import COMPONENTS, layer_of, sizes_of
+from gemmascope_plugin.causes.effects import Effects
+from gemmascope_plugin.causes.grid import (
+    Choice,
+    component_grid,
+    coordinates,
+    error_grid,
+    feature_grid,
+)
+from gemmascope_plugin.causes.memory import Limit, footprint
+from gemmascope_plugin.causes.nodes import Grid, Patch, acts_hook, needs_dictionaries, patchable
+from gemmascope_plugin.causes.replacement import Replacement, check_replacement, replaced
+from gemmascope_plugin.causes.replayed import Part, joined, replayed
+from gemmascope_plugin.causes.task import BoundTask, Task
+from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choice
+from gemmascope_plugin.graphs.node import FeatureId
+from gemmascope_plugin.models import token_strings
+from gemmascope_plugin.models.finite import check_finite
+from gemmascope_plugin.models.origin import weights_of
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.splice.hooked_site import HookedSite
+from gemmascope_plugin.types import Direction
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A task on a model, ready to be patched."""
+
+    model: HookedModel
+    runner: Any
+    """The model, or the model with dictionaries spliced in."""
+    bound: BoundTask
+    grid: Grid
+    base: Int[torch.Tensor, "prompt pos"]
+    """Tokens of the run that is patched."""
+    here: dict[str, torch.Tensor]
+    """Activations of that run, by hook name."""
+    other: dict[str, torch.Tensor]
+    """What is inserted there: the other run's activations, unless ``replacement`` says otherwise."""
+    metadata: dict[str, Any]
+    """What the result will say of itself, the metric at both ends among it."""
+    base_by_prompt: Float[torch.Tensor, " prompt"]
+    """The metric of the run that is patched, on the CPU."""
+    rows: int
+    """Prompts in one forward pass."""
+    parts: tuple[Part, ...] = ()
+    """Its prompts, ready to be run again."""
+
+    @property
+    def base_metric(self) -> float:
+        """Mean metric of the run that is patched."""
+        denoising = self.metadata["mode"] == "denoising"
+        return self.metadata["metric_corrupt" if denoising else "metric_clean"]
+
+    def changes(self, patch: Patch) -> bool:
+        """Whether the patch inserts anything that is not there already."""
+        return any(
+            not torch.equal(patch.entries(self.here[hook]), patch.entries(self.other[hook]))
+            for hook in patch.hooks
+        )
+
+    def effects(
+        self,
+        values: Float[torch.Tensor, " patch"],
+        method: str,
+        *,
+        by_prompt: Float[torch.Tensor, "patch prompt"] | None = None,
+    ) -> Effects:
+        """Changes of the metric per patch, in the shape of the grid."""
+        check_finite(values, f"The effect by {method}", self.model)
+        shape, metadata = self.grid.shape, {**self.metadata, "method": method}
+        each = None if by_prompt is None else self.bound.fold(by_prompt).reshape(*shape, -1)
+        return Effects(values.reshape(shape), self.grid.axes, self.grid.labels, metadata, each)
+
+
+def _order(replacement: str, seed: int | None) -> int:
+    """The seed of the order in which prompts are resampled.
+
+    Raises:
+        TaskError: Nothing is drawn.
+    """
+    if seed is not None and replacement != "resample":
+        raise TaskError(
+            f"seed plays no part in replacement={replacement!r}, which draws nothing",
+            fix='replacement="resample", or without seed=',
+        )
+    return 0 if seed is None else seed
+
+
+@contextmanager
+def experiment(
+    model: HookedModel,
+    task: Task,
+    component: str,
+    *,
+    mode: Direction,
+    saes: Any = None,
+    features: Sequence[FeatureId] | None = None,
+    per_position: bool = True,
+    axes: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    neurons: Sequence[int] | None = None,
+    replacement: Replacement = "other",
+    seed: int | None = None,
+    limit: Limit | None = None,
+) -> Iterator[Experiment]:
+    """Checks everything, runs both prompts, and splices for the length of the block.
+
+    Args:
+        model: ``HookedTransformer`` or ``TransformerBridge``.
+        task: Clean and corrupted prompts and a metric.
+        component: A name in ``components.py``.
+        mode: ``denoising`` or ``noising``.
+        saes: Dictionaries, for ``feature`` and ``error``.
+        features: Which features; None for all that the replacement changes.
+        per_position: See :func:`gemmascope_plugin.activation_patching`, as all that follow.
+        axes: One patch per coordinate along these.
+        layers: Only these.
+        heads: Only these.
+        positions: Only these.
+        neurons: Only these.
+        replacement: What is inserted.
+        seed: Of ``resample`` alone; None for 0.
+        limit: How large a forward pass may be; None for all prompts at once.
+
+    Raises:
+        TaskError: Prompts that cannot be compared, a metric that does not tell them apart, or a
+            replacement that the component or the prompts do not allow.
+        GemmaScopeError: A memory budget that is too small.
+        UnknownNameError: An unknown component, mode, replacement, axis or coordinate, or features
+            without dictionaries.
+    """
+    check_choice("component", component, COMPONENTS)
+    check_choice("mode", mode, get_args(Direction))
+    check_replacement(replacement, component)
+    order = _order(replacement, seed)
+    choice = Choice(
+        axes=axes,
+        per_position=per_position,
+        layers=layers,
+        heads=heads,
+        positions=positions,
+        neurons=neurons,
+        features=features,
+    )
+    choice.check(component)
+    bound = task.bind(model)
+    denoising = mode == "denoising"
+    base, away = (bound.corrupt, bound.clean) if denoising else (bound.clean, bound.corrupt)
+    with patchable(model, component, saes) as runner:
+        sizes = sizes_of(model, component, base.shape[1])
+        sites = _sites(runner, component, layers, sizes["layer"])
+        grid = _grid(component, sites, choice, sizes)
+        hooks = [acts_hook(site) for site in sites] if grid is None else grid.hooks
+        need = footprint(model, component, bound, hooks, sites)
+        rows = len(base) if limit is None else limit.rows(need)
+
+        def insert(x: torch.Tensor) -> torch.Tensor:
+            return replaced(
+                x, component, bound.mask, replacement, order, bound.metric.rows_per_prompt
+            )
+
+        parts = _parts(runner, bound, component, hooks, (base, away), rows)
+        metrics = [_joined_metric(parts, is_other=(clean == denoising)) for clean in (True, False)]
+        ends = bound.metric_values(*(float(metric.mean()) for metric in metrics), runner=model)
+        here, other = _Reads.of(component, hooks, (base, away), parts).inserted(insert)
+        if grid is None:
+            chosen = _differing(sites, here, other, bound.mask)
+            grid = feature_grid(sites, replace(choice, features=chosen), base.shape[1])
+        metadata = {
+            **_describe(model, runner, bound, component),
+            **{"mode": mode, "replacement": replacement},
+            **({"seed": order} if replacement == "resample" else {}),
+            **ends,
+        }
+        by_prompt = metrics[int(denoising)]
+        yield Experiment(
+            model, runner, bound, grid, base, here, other, metadata, by_prompt, rows, parts
+        )
+
+
+def _sites(
+    runner: Any, component: str, layers: Sequence[int] | None, n_layers: int
+) -> dict[str, HookedSite]:
+    """Dictionary sites of the chosen layers; none for components of the model itself."""
+    if not needs_dictionaries(component):
+        return {}
+    if layers is None:
+        return dict(runner.sites)
+    wanted = coordinates("layer", layers, n_layers)
+    sites = {name: site for name, site in runner.sites.items() if layer_of(name) in wanted}
+    if not sites:
+        raise EmptySelectionError(
+            f"No dictionary lies in layers {list(wanted)}", exists=", ".join(runner.sites)
+        )
+    return sites
+
+
+def _grid(
+    component: str,
+    sites: Mapping[str, HookedSite],
+    choice: Choice,
+    sizes: Mapping[str, int],
+) -> Grid | None:
+    """The patches; None while it is not known which features differ."""
+    choice.axes_of(component)
+    if component == "feature":
+        return None if choice.features is None else feature_grid(sites, choice, sizes["pos"])
+    if component == "error":
+        return error_grid(sites, choice, sizes["pos"])
+    return component_grid(component, choice, sizes)
+
+
+def _places(component: str, hooks: Sequence[str]) -> dict[str, str]:
+    """Where what is written at each hook is read."""
+    elsewhere = COMPONENTS[component].reads
+    return {h: h if elsewhere is None else elsewhere.format(layer=layer_of(h)) for h in hooks}
+
+
+def _parts(
+    runner: Any,
+    bound: BoundTask,
+    component: str,
+    hooks: Sequence[str],
+    tokens: tuple[torch.Tensor, torch.Tensor],
+    rows: int,
+) -> tuple[Part, ...]:
+    """The task, ready to be run again."""
+    there = list(dict.fromkeys(_places(component, hooks).values()))
+    here = list(dict.fromkeys([*hooks, *there]))
+    return tuple(replayed(runner, bound, *tokens, rows=rows, here=here, there=there))
+
+
+def _joined_metric(parts: Sequence[Part], is_other: bool) -> Float[torch.Tensor, " prompt"]:
+    """The metric of each prompt of one of the runs."""
+    values = torch.cat([part.other if is_other else part.base for part in parts])
+    index = torch.cat([part.index for part in parts]).cpu()
+    return torch.empty_like(values).index_copy(0, index, values)
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """Activations of both runs."""
+
+    at: Mapping[str, str]
+    """Hook that is written to, to where it is read."""
+    here: Mapping[str, torch.Tensor]
+    """Those of the base run, at both."""
+    there: Mapping[str, torch.Tensor]
+    """Those of the other run, where they are read."""
+
+    @classmethod
+    def of(
+        cls,
+        component: str,
+        hooks: Sequence[str],
+        tokens: tuple[torch.Tensor, torch.Tensor],
+        parts: Sequence[Part],
+    ) -> _Reads:
+        """What parts have recorded, of the prompts of both runs."""
+        at = _places(component, hooks)
+        n, n_pos = tokens[0].shape
+        names = list(dict.fromkeys(at.values()))
+        here = joined(parts, list(dict.fromkeys([*hooks, *names])), n, n_pos, False)
+        there = joined(parts, names, n, n_pos, True)
+        for part in parts:  # one copy is enough
+            part.here, part.there = {}, {}
+        axis = COMPONENTS[component].dims.index("pos")
+        for name in names:
+            _agree(there[name], here[name], _n_shared(*tokens), axis)
+        return cls(at, here, there)
+
+    def inserted(
+        self, insert: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """What is at the hooks in the base run, and what is inserted there."""
+        written = {hook: self.here[hook] for hook in self.at}
+        other = {hook: insert(self.there[name]) for hook, name in self.at.items()}
+        for hook, name in self.at.items():
+            if name != hook:
+                # what to write so that the stream is the wanted one, beside what the base run has there
+                other[hook] = written[hook] + (other[hook] - self.here[name])
+        return written, other
+
+
+def _n_shared(
+    one: Int[torch.Tensor, "prompt pos"], other: Int[torch.Tensor, "prompt pos"]
+) -> list[int]:
+    """Tokens of each prompt before the first that differs."""
+    return (one == other).int().cumprod(1).sum(1).tolist()
+
+
+def _agree(
+    x: Float[torch.Tensor, "prompt ..."],
+    here: Float[torch.Tensor, "prompt ..."],
+    n_shared: Sequence[int],
+    axis: int,
+) -> None:
+    """Makes two runs equal to the last bit where they must be: before their prompts differ.
+
+    Rounding depends on the machine and on what else is in a batch; whether a node changes must not.
+
+    Args:
+        x: Activations of one run, changed in place.
+        here: Those of the other.
+        n_shared: Tokens that both have, by prompt.
+        axis: Of positions, in one prompt's.
+    """
+    for row, shared in enumerate(n_shared):
+        x[row].narrow(axis, 0, shared).copy_(here[row].narrow(axis, 0, shared))
+
+
+def _differing(
+    sites: Mapping[str, HookedSite],
+    here: Mapping[str, torch.Tensor],
+    other: Mapping[str, torch.Tensor],
+    mask: Bool[torch.Tensor, "prompt pos"],
+) -> list[FeatureId]:
+    """Features that the replacement changes at any token; all others have no effect.
+
+    Raises:
+        EmptySelectionError: No feature differs.
+    """
+    found = []
+    for name in sites:
+        hook = acts_hook(name)
+        changed = (here[hook] != other[hook]) & mask.to(here[hook].device)[..., None]
+        found += [
+            FeatureId(name, i) for i in changed.flatten(0, 1).any(0).nonzero().flatten().tolist()
+        ]
+    if not found:
+        raise EmptySelectionError("No feature differs between clean and corrupted prompts")
+    return found
+
+
+def _describe(model: HookedModel, runner: Any, bound: BoundTask, component: str) -> dict[str, Any]:
+    spliced = needs_dictionaries(component)
+    return {
+        "component": component,
+        "task": bound.name,
+        "metric": bound.metric.metric.name,
+        "logits": f"{'before' if bound.metric.metric.before_cap else 'after'} the final soft-cap",
+        "sign": "positive = patching raises the metric",
+        "answers": bound.answers(model),
+        "n_prompts": bound.n_prompts,
+        "weights": weights_of(model),
+        "tokens": token_strings(model, bound.clean[0]),
+        "exclude": _excluded(runner.sites.values()) if spliced else (),
+        "error": "keep" if spliced else None,
+    }
+
+
+def _excluded(sites: Iterable[HookedSite]) -> tuple[str | int, ...]:
+    """The tokens that any of the dictionaries leaves alone."""
+    return tuple(dict.fromkeys(token for site in sites for token in site.exclude))

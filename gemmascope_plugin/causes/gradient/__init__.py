@@ -1,0 +1,1 @@
+"""First-order estimates of effects, from gradients."""

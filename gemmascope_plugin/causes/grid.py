@@ -1,0 +1,228 @@
+"""All patches of one sweep: which entries of which activations, in the order of the axes.
+
+1. An axis that is named has one patch per coordinate. Along one that is not, a patch covers every
+   coordinate at once, several layers included.
+2. ``layers``, ``heads``, ``positions``, ``neurons`` restrict both: fewer coordinates along a named axis,
+   fewer entries in each patch otherwise.
+
+Cost: one small object per patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from gemmascope_plugin.causes.components import COMPONENTS
+from gemmascope_plugin.causes.nodes import At, Grid, Patch
+from gemmascope_plugin.errors import (
+    EmptySelectionError,
+    InputError,
+    UnknownNameError,
+    check_choice,
+    check_feature,
+)
+from gemmascope_plugin.graphs.node import FeatureId
+from gemmascope_plugin.indices import as_indices
+
+_WORDS = {"pos": "position"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What of a component is patched, and what separately."""
+
+    axes: Sequence[str] | None = None
+    per_position: bool = True
+    """Whether components without heads have the axis ``pos``, where ``axes`` does not say."""
+    layers: Sequence[int] | None = None
+    heads: Sequence[int] | None = None
+    positions: Sequence[int] | None = None
+    neurons: Sequence[int] | None = None
+    features: Sequence[FeatureId] | None = None
+
+    def of(self, dim: str) -> Sequence[int] | None:
+        """The coordinates that are wanted along a dimension; None for all."""
+        names = {"layer": "layers", "head": "heads", "pos": "positions", "neuron": "neurons"}
+        return getattr(self, names[dim])
+
+    def axes_of(self, component: str) -> tuple[str, ...]:
+        """The named axes, checked.
+
+        Raises:
+            UnknownNameError: An axis that the component does not have, or one named twice.
+            EmptySelectionError: No axis.
+        """
+        known = COMPONENTS[component]
+        if self.axes is None:
+            axes = tuple(a for a in known.axes if a != "pos" or self.per_position)
+        else:
+            axes = (self.axes,) if isinstance(self.axes, str) else tuple(self.axes)
+        for axis in axes:
+            check_choice(f"axis of {component}", axis, known.all_axes)
+        if not axes:
+            raise EmptySelectionError(
+                f"The effects of {component} have no axis", exists=", ".join(known.all_axes)
+            )
+        if len(set(axes)) < len(axes):
+            raise UnknownNameError(f"An axis is named twice in {axes}")
+        if (
+            known.reads is not None
+            and "layer" not in axes
+            and len(as_indices(self.layers) or ()) != 1
+        ):
+            raise UnknownNameError(
+                f"{component} is written through another hook, one layer at a time",
+                fix='axes=("layer", "pos")',
+            )
+        if known.place == "feature" and "feature" not in axes:
+            raise UnknownNameError(
+                f"The axes {axes} do not tell features apart", fix='axes=("feature", "pos")'
+            )
+        return axes
+
+    def check(self, component: str) -> None:
+        """Refuses choices that the component has no use for.
+
+        Raises:
+            UnknownNameError: Heads, neurons, features or layers of a component that has none.
+        """
+        known = COMPONENTS[component]
+        has_layers = known.place is not None
+        offered = {
+            "layers": has_layers,
+            "heads": "head" in known.dims,
+            "neurons": "neuron" in known.dims,
+            "features": "feature" in known.dims,
+        }
+        for name, has in offered.items():
+            if getattr(self, name) is not None and not has:
+                raise UnknownNameError(
+                    f"{component} has no {name} to choose from",
+                    exists=", ".join(n for n, there in offered.items() if there) or "positions",
+                )
+
+
+def component_grid(component: str, choice: Choice, sizes: Mapping[str, int]) -> Grid:
+    """The patches of a component of the model itself.
+
+    Args:
+        component: Its name.
+        choice: What is patched separately, and what at all.
+        sizes: Number of layers, heads, positions and neurons.
+
+    Raises:
+        UnknownNameError: An axis, layer, head, position or neuron that does not exist.
+        EmptySelectionError: An empty list of them.
+    """
+    known = COMPONENTS[component]
+    dims = (*([known.place] if known.place else []), *known.dims)
+    labels = {dim: coordinates(_WORDS.get(dim, dim), choice.of(dim), sizes[dim]) for dim in dims}
+
+    def hooks(at: Mapping[str, Any]) -> tuple[str, ...]:
+        if known.place is None:
+            return (known.hook,)
+        chosen = [at["layer"]] if "layer" in at else labels["layer"]
+        return tuple(known.hook.format(layer=layer) for layer in chosen)
+
+    return _grid(component, choice, labels, hooks)
+
+
+def feature_grid(sites: Mapping[str, Any], choice: Choice, n_pos: int) -> Grid:
+    """The patches of features, each at all positions unless ``pos`` is an axis.
+
+    Args:
+        sites: Name to site, of the spliced dictionaries.
+        choice: Features, axes and positions.
+        n_pos: Length of the prompts.
+
+    Raises:
+        EmptySelectionError: No feature is named.
+        UnknownNameError: A site without a spliced dictionary, or a position that does not exist.
+        FeatureIndexError: An index outside its dictionary.
+    """
+    features = choice.features
+    if features is None or not len(features):
+        raise EmptySelectionError("No feature is named", fix="features=None for all that differ")
+    for site, index in features:
+        check_choice("dictionary site", site, sites)
+        check_feature(index, sites[site].d_sae, site)
+    hook = COMPONENTS["feature"].hook
+    labels = {"feature": tuple(features), "pos": coordinates("position", choice.positions, n_pos)}
+    return _grid("feature", choice, labels, lambda at: (hook.format(site=at["feature"].site),))
+
+
+def error_grid(sites: Mapping[str, Any], choice: Choice, n_pos: int) -> Grid:
+    """The patches of whole reconstruction errors, one per dictionary site.
+
+    Raises:
+        UnknownNameError: An axis or a position that does not exist.
+    """
+    hook = COMPONENTS["error"].hook
+
+    def hooks(at: Mapping[str, Any]) -> tuple[str, ...]:
+        chosen = [at["site"]] if "site" in at else list(sites)
+        return tuple(hook.format(site=site) for site in chosen)
+
+    labels = {"site": tuple(sites), "pos": coordinates("position", choice.positions, n_pos)}
+    return _grid("error", choice, labels, hooks)
+
+
+def _grid(
+    component: str,
+    choice: Choice,
+    along: Mapping[str, tuple[Any, ...]],
+    hooks: Callable[[Mapping[str, Any]], tuple[str, ...]],
+) -> Grid:
+    axes = choice.axes_of(component)
+    labels = {axis: along[axis] for axis in axes}
+    dims = COMPONENTS[component].dims
+    covered: dict[str, At] = {
+        dim: along[dim] if dim != "feature" and choice.of(dim) is not None else slice(None)
+        for dim in dims
+    }
+
+    def patch(at: Mapping[str, Any]) -> Patch:
+        index = tuple(_entry(at.get(dim, covered[dim])) for dim in dims)
+        return Patch(hooks(at), index)
+
+    cells = product(*labels.values())
+    patches = tuple(patch(dict(zip(axes, cell, strict=True))) for cell in cells)
+    return Grid(component, axes, labels, patches)
+
+
+def _entry(at: At | FeatureId) -> At:
+    return at.feature if isinstance(at, FeatureId) else at
+
+
+def coordinates(what: str, wanted: Sequence[int] | None, size: int) -> tuple[int, ...]:
+    """Coordinates in the given order; all of them when none are named.
+
+    Args:
+        what: What they count, e.g. ``"layer"``.
+        wanted: Which.
+        size: How many there are.
+
+    Raises:
+        EmptySelectionError: An empty list.
+        UnknownNameError: One outside the range, or one named twice.
+    """
+    if wanted is None:
+        return tuple(range(size))
+    numbers = as_indices(wanted)
+    if numbers is None:
+        raise InputError(
+            f"{what}s={wanted!r} are not numbers", fix=f"{what}s=[0, 1], a range, or {what}s=None"
+        )
+    if not numbers:
+        raise EmptySelectionError(f"No {what} is named", fix=f"{what}s=None for all")
+    for index in numbers:
+        if not 0 <= index < size:
+            raise UnknownNameError(
+                f"{what.capitalize()} {index} does not exist", exists=f"{what}s 0 to {size - 1}"
+            )
+    if len(set(numbers)) < len(numbers):
+        raise UnknownNameError(f"A {what} is named twice in {numbers}")
+    return tuple(numbers)

@@ -1,0 +1,224 @@
+"""The usual metrics. All are signed so that higher is better.
+
+==================== =============================================================================
+``logit_diff``       ``logit(answer) - logit(wrong)``; a set counts with its log-sum-exp
+``probability``      probability of the answer or set, minus that of ``wrong`` if given
+``margin``           ``logit(answer) - max logit of all other tokens``
+``cross_entropy``    *minus* the cross-entropy: ``log p(answer)``, in nats
+``kl_divergence``    *minus* ``sum_v p(v) log(p(v) / q(v))``, ``p`` of the clean run, ``q`` of the
+                     run asked about: 0 on the clean run. Its gradient there is zero, so first-order
+                     methods on the clean run say nothing about it.
+``custom``           any function of the logits
+``sequence_logprob`` ``log p(answer)`` of answers of several tokens, minus that of ``wrong`` if given
+                     (``sequence.py``)
+==================== =============================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+
+from gemmascope_plugin.causes.answer_tokens import Answers, answer_list
+from gemmascope_plugin.causes.metric import AnswerMetric, BoundMetric, Metric
+from gemmascope_plugin.errors import TaskError
+from gemmascope_plugin.models.check_model import describe
+from gemmascope_plugin.models.gate import gate
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.readout import Readout
+
+
+class LogitDiff(AnswerMetric):
+    """``logit(answer) - logit(wrong)``."""
+
+    name = "logit difference"
+
+    def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+        """Difference in logits, in nats of odds."""
+        assert bound.right is not None and bound.wrong is not None
+        right, wrong = (
+            tokens.filled(said.pick(tokens.ids), -torch.inf).logsumexp(-1)
+            for tokens in (bound.right, bound.wrong)
+        )
+        return right - wrong
+
+
+class Probability(AnswerMetric):
+    """Probability of the answer, or of the whole set, minus that of ``wrong`` if given."""
+
+    name = "probability"
+
+    def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+        """Probability mass, 0 to 1, or a difference of two."""
+        assert bound.right is not None
+        whole = said.log_normaliser()[:, None]
+        right, wrong = (
+            None if sets is None else sets.filled((said.pick(sets.ids) - whole).exp(), 0.0).sum(-1)
+            for sets in (bound.right, bound.wrong)
+        )
+        assert right is not None
+        return right if wrong is None else right - wrong
+
+
+class Margin(AnswerMetric):
+    """``logit(answer) - max`` over all tokens that are no answer."""
+
+    name = "margin"
+
+    def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+        """Difference in logits; positive where the answer is the prediction."""
+        assert bound.right is not None
+        sets = bound.right
+        right = sets.filled(said.pick(sets.ids), -torch.inf).amax(-1)
+        # one more than there are answers: the best of the others is among them
+        best, ids, _ = said.top(sets.ids.shape[1] + 1)
+        inside = ((ids[:, :, None] == sets.ids[:, None]) & sets.mask[:, None]).any(-1)
+        other = ids.gather(1, best.masked_fill(inside, -torch.inf).argmax(1, keepdim=True))
+        return right - said.pick(other)[:, 0]
+
+
+class CrossEntropy(AnswerMetric):
+    """``log p(answer)``: minus the cross-entropy, so that higher is better."""
+
+    name = "minus cross-entropy"
+
+    def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+        """In nats, at most 0."""
+        assert bound.right is not None
+        return bound.right.filled(said.log_probs(bound.right.ids), -torch.inf).logsumexp(-1)
+
+
+class KLDivergence(Metric):
+    """Minus the Kullback-Leibler divergence from the clean run, summed over the vocabulary."""
+
+    name = "minus KL divergence"
+
+    def bind(
+        self, model: HookedModel, n_prompts: int, prompts: Sequence[Any] | None = None
+    ) -> BoundMetric:
+        """Knows the clean run only once the task has run it."""
+        return BoundMetric(self, n_prompts)
+
+    def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+        """In nats, at most 0."""
+        assert bound.reference is not None, "the task gives what the clean run says"
+        return -said.divergence_from(bound.reference)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Custom(Metric):
+    """Any function of the logits."""
+
+    reads_all_logits = True
+    fn: Callable[..., Any]
+    """Logits ``[prompt, d_vocab]`` and the numbers ``[prompt]`` of these prompts to ``[prompt]``."""
+    name: str = "custom metric"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def bind(
+        self, model: HookedModel, n_prompts: int, prompts: Sequence[Any] | None = None
+    ) -> BoundMetric:
+        """Nothing to look up."""
+        return BoundMetric(self, n_prompts)
+
+    def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+        """What the function says.
+
+        Raises:
+            TaskError: It does not give one number per prompt.
+        """
+        logits = said.all().float()
+        value = self.fn(logits, bound.prompts)
+        if not isinstance(value, torch.Tensor) or value.shape != logits.shape[:1]:
+            shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise TaskError(
+                f"The metric {self.name!r} gave {shape} for logits {tuple(logits.shape)}",
+                fix=f"a tensor of shape {tuple(logits.shape[:1])}, one number per prompt",
+            )
+        return value.float()
+
+
+Position = int | Sequence[int]
+
+
+@gate()
+def logit_diff(
+    answer: Answers,
+    wrong: Answers,
+    *,
+    position: Position = -1,
+    before_cap: bool = False,
+) -> LogitDiff:
+    """``logit(answer) - logit(wrong)`` at ``position``, one entry per prompt."""
+    return LogitDiff(
+        answer=answer_list("answer", answer),
+        wrong=answer_list("wrong", wrong),
+        position=position,
+        before_cap=before_cap,
+    )
+
+
+@gate()
+def probability(
+    answer: Answers,
+    wrong: Answers | None = None,
+    *,
+    position: Position = -1,
+    before_cap: bool = False,
+) -> Probability:
+    """Probability of ``answer`` (minus that of ``wrong``) at ``position``."""
+    return Probability(
+        answer=answer_list("answer", answer),
+        wrong=None if wrong is None else answer_list("wrong", wrong),
+        position=position,
+        before_cap=before_cap,
+    )
+
+
+@gate()
+def margin(answer: Answers, *, position: Position = -1, before_cap: bool = False) -> Margin:
+    """``logit(answer)`` minus the largest logit of all other tokens."""
+    right = answer_list("answer", answer)
+    return Margin(answer=right, position=position, before_cap=before_cap)
+
+
+@gate()
+def cross_entropy(
+    answer: Answers, *, position: Position = -1, before_cap: bool = False
+) -> CrossEntropy:
+    """``log p(answer)``: minus the cross-entropy, higher is better."""
+    right = answer_list("answer", answer)
+    return CrossEntropy(answer=right, position=position, before_cap=before_cap)
+
+
+@gate()
+def kl_divergence(*, position: Position = -1, before_cap: bool = False) -> KLDivergence:
+    """Minus the divergence of the run's next-token distribution from the clean run's."""
+    return KLDivergence(position=position, before_cap=before_cap)
+
+
+def _check_function(fn: Any, call: str = "") -> None:
+    """Refuses what cannot be called.
+
+    Raises:
+        TaskError: See above.
+    """
+    if not callable(fn):
+        raise TaskError(
+            f"{describe(fn)} is not a function", fix=f"{call}, of logits [prompt, d_vocab]"
+        )
+
+
+@gate(fn=_check_function)
+def custom(
+    fn: Callable[..., Any],
+    *,
+    name: str = "custom metric",
+    position: Position = -1,
+    before_cap: bool = False,
+) -> Custom:
+    """Any function of logits ``[prompt, d_vocab]`` and prompt numbers ``[prompt]``; higher is better."""
+    return Custom(fn=fn, name=name, position=position, before_cap=before_cap)

@@ -1,0 +1,247 @@
+"""A task's base run in parts that are run again late: from the first layer and position that differ.
+
+1. Prompts whose first difference and whose length are the same (or nearly) make a part, so that hardly a
+   position is run for nothing. Each part is recorded once (``models/replay.py``).
+2. The other run is computed from the first difference on; before it, it *is* the base run.
+3. A model that is not known as functions of its weights, or has dictionaries spliced in, runs by its own
+   modules (``models/module_replay.py``), every position of it.
+4. A metric is read from the end of the stream, some rows at a time: from the logits of the tokens that it
+   names alone, where no others count.
+
+Cost: one pass over the base prompts and one over the ends of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+
+from gemmascope_plugin.causes.task import BoundTask
+from gemmascope_plugin.errors import HookNotFiredError
+from gemmascope_plugin.models.block import Hooks
+from gemmascope_plugin.models.module_replay import ModuleReplay, model_of
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.readout import OfResiduals
+from gemmascope_plugin.models.replay import Arithmetic, Replay, Stage, keeping, replayable
+from gemmascope_plugin.models.unembed import unembedding
+
+_ROWS = 128
+"""Rows whose logits are all formed at once."""
+_A_PART = 24
+"""What a part costs beside its positions (weights are read once more), in positions."""
+
+
+@dataclass(eq=False)
+class Part:
+    """Some prompts of a task."""
+
+    index: Int[torch.Tensor, " part"]
+    """Which."""
+    start: int
+    """The first position at which any of them differs between both runs."""
+    bound: BoundTask
+    """The task on them, cut to their length."""
+    replay: Replay | ModuleReplay
+    base: Float[torch.Tensor, " part"]
+    """The metric of the base run, from the same arithmetic, on the CPU."""
+    other: Float[torch.Tensor, " part"]
+    """That of the other run."""
+    here: Mapping[str, torch.Tensor]
+    """Activations of the base run ``[part, pos, ...]``."""
+    there: Mapping[str, torch.Tensor]
+    """Those of the other run."""
+
+    def metric(
+        self,
+        layer: int,
+        window: slice,
+        *,
+        stage: Stage = "pre",
+        copies: int = 1,
+        hooks: Hooks = (),
+        known: Mapping[str, torch.Tensor] | None = None,
+        stream: torch.Tensor | None = None,
+    ) -> Float[torch.Tensor, "copy part"]:
+        """The metric of copies of the prompts that are run again; arguments as for ``Replay.run``."""
+        final = self.replay.run(
+            layer,
+            window,
+            stage=stage,
+            copies=copies,
+            hooks=hooks,
+            known=known,
+            stream=stream,
+        )
+        return self.metric_of(final)
+
+    def before_asked(self) -> Bool[torch.Tensor, "part pos"]:
+        """True up to the last position that each prompt is asked about; what is behind has no effect."""
+        row, at = self.bound.metric.places(len(self.bound))
+        last = torch.zeros_like(self.bound.lengths).scatter_reduce(0, row, at, "amax")
+        positions = torch.arange(self.bound.clean.shape[1], device=last.device)
+        return positions <= last[:, None]
+
+    def metric_of(self, final: Float[torch.Tensor, "ask d_model"]) -> torch.Tensor:
+        """The metric of copies of the prompts, ``[copy, part]``, from what the unembedding reads."""
+        return metric_of(self.bound, self.replay.model, final).unflatten(0, (-1, len(self.bound)))
+
+
+def replayed(
+    runner: Any,
+    bound: BoundTask,
+    base: Int[torch.Tensor, "prompt pos"],
+    other: Int[torch.Tensor, "prompt pos"],
+    *,
+    rows: int,
+    here: Sequence[str] = (),
+    there: Sequence[str] = (),
+    whole: bool = False,
+) -> Iterator[Part]:
+    """The parts of a task, made one after the other.
+
+    Args:
+        runner: The model, or the model with dictionaries spliced in.
+        bound: The task.
+        base: Tokens of the run that will be run again.
+        other: Those of the other run.
+        rows: Prompts of a part at most.
+        here: Points whose activations in the base run are kept.
+        there: Points whose activations in the other run are kept, some of ``here``.
+        whole: Whether something else than the other tokens may differ before the first of them.
+
+    Raises:
+        HookNotFiredError: A point that no pass reaches.
+    """
+    model = model_of(runner)
+    plain = runner is model and replayable([*here, *there])
+    arithmetic = Arithmetic.of(model, base) if plain else None
+    if arithmetic is None:
+        groups = [index.tolist() for index in torch.arange(len(base)).split(rows)]
+        starts = [0] * len(base)
+    else:
+        starts = first_differences(base, other, bound)
+        groups = together(starts, bound.lengths.tolist(), rows)
+    for group in groups:
+        index = torch.tensor(group, device=base.device)
+        width = base.shape[1] if arithmetic is None else int(bound.lengths[index].max())
+        some = bound.part(index).cut(width)
+        row, at = some.metric.places(len(some))
+        tokens = base[index, :width]
+        if arithmetic is None:
+            replay = ModuleReplay(runner, tokens, at, row)
+        else:
+            replay = Replay(arithmetic, tokens, at, None if len(at) == len(some) else row)
+        start = min(starts[i] for i in group)
+        yield _part(index, start, some, replay, other[index, :width], (here, there), whole)
+
+
+def _part(
+    index: torch.Tensor,
+    start: int,
+    bound: BoundTask,
+    replay: Replay | ModuleReplay,
+    other: torch.Tensor,
+    names: tuple[Sequence[str], Sequence[str]],
+    whole: bool,
+) -> Part:
+    here, there = names
+    kept: dict[str, torch.Tensor] = {}
+    changed: dict[str, torch.Tensor] = {}
+    end = replay.record(keeping(kept, dict.fromkeys([*here, *there])))
+    away = replay.variant(other, start, keeping(changed, there))
+    missing = [name for name in [*here, *there] if name not in kept]
+    if missing:
+        raise HookNotFiredError(f"The hooks {', '.join(missing)} never fired")
+    for name, x in changed.items():
+        axis = position_axis(name)
+        changed[name] = torch.cat([kept[name].narrow(axis, 0, start), x], axis)
+    before, after = (metric_of(bound, replay.model, final).cpu() for final in (end, away))
+    return Part(index, 0 if whole else start, bound, replay, before, after, kept, changed)
+
+
+def position_axis(name: str) -> int:
+    """Which axis of a point's tensor has the positions that a pass runs: queries, of a pattern."""
+    return 2 if name.endswith("hook_pattern") else 1
+
+
+def inside(x: torch.Tensor, name: str, window: slice) -> torch.Tensor:
+    """The positions of a window of a point's tensor; of a pattern, the keys that there are as well."""
+    x = x.narrow(position_axis(name), window.start, window.stop - window.start)
+    return x[..., : window.stop] if name.endswith("hook_pattern") else x
+
+
+@torch.no_grad()
+def first_differences(
+    base: Int[torch.Tensor, "prompt pos"], other: Int[torch.Tensor, "prompt pos"], bound: BoundTask
+) -> list[int]:
+    """The first position of each prompt at which both runs differ, or the asked one before it."""
+    rows, places = bound.metric.places(len(bound))
+    at = torch.full_like(bound.lengths, base.shape[1]).scatter_reduce(0, rows, places, "amin")
+    differs = (base != other) & bound.mask
+    first = torch.where(differs.any(1), differs.int().argmax(1), at)
+    return torch.minimum(first, at).tolist()
+
+
+def together(starts: Sequence[int], lengths: Sequence[int], rows: int) -> list[list[int]]:
+    """Prompts that are run together.
+
+    Args:
+        starts: The first position of each that is run.
+        lengths: Where each ends.
+        rows: Prompts together at most.
+    """
+    groups: list[list[int]] = []
+    for i in sorted(range(len(starts)), key=lambda i: (starts[i], lengths[i], i)):
+        if groups and len(groups[-1]) < rows:
+            apart = _positions(groups[-1], starts, lengths) + lengths[i] - starts[i] + _A_PART
+            if _positions([*groups[-1], i], starts, lengths) <= apart:
+                groups[-1].append(i)
+                continue
+        groups.append([i])
+    return [sorted(group) for group in groups]
+
+
+def _positions(group: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> int:
+    """How many are run for a group, those for nothing counted."""
+    width = max(lengths[i] for i in group) - min(starts[i] for i in group)
+    return len(group) * width
+
+
+def metric_of(
+    bound: BoundTask, model: HookedModel, final: Float[torch.Tensor, "ask d_model"]
+) -> Float[torch.Tensor, " row"]:
+    """The metric of rows, copies of the prompts, from what the unembedding reads.
+
+    Args:
+        bound: The task on these prompts.
+        model: The model.
+        final: Output of the final norm at the asked positions, copy after copy.
+    """
+    metric = bound.metric
+    out = unembedding(model, before_cap=metric.metric.before_cap)
+    each = len(metric.places(len(bound))[0])
+    parts = final.split(max(1, _ROWS // each) * each)
+    return torch.cat([metric.of_rows(OfResiduals(out, out.read(x, normed=True))) for x in parts])
+
+
+def joined(
+    parts: Sequence[Part], names: Sequence[str], n_prompts: int, n_pos: int, other: bool
+) -> dict[str, torch.Tensor]:
+    """Activations of all prompts of a task, 0 behind the end of shorter ones."""
+    out: dict[str, torch.Tensor] = {}
+    for name in names:
+        for part in parts:
+            x = (part.there if other else part.here)[name]
+            is_pattern = name.endswith("hook_pattern")
+            shape = (x.shape[1], n_pos, n_pos) if is_pattern else (n_pos, *x.shape[2:])
+            whole = out.setdefault(name, x.new_zeros(n_prompts, *shape))
+            width = x.shape[position_axis(name)]
+            if is_pattern:
+                whole[part.index, :, :width, :width] = x
+            else:
+                whole[part.index, :width] = x
+    return out

@@ -1,0 +1,485 @@
+"""A causal question: clean prompts, corrupted prompts of the same length, and a metric.
+
+1. Prompts may differ in length from each other, though not from their corrupted partner: activations are
+   exchanged position by position. Shorter ones are padded **behind their end**, where a causal model does
+   not look, so every number is that of the prompt alone and no attention mask is needed.
+2. Token ids that are padded in front come with ``mask=`` and are moved.
+3. ``BoundTask.measure`` runs the model and keeps the end of the residual stream at the positions that are
+   asked about; the metric makes the logits that it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+
+from gemmascope_plugin.causes.builtin import Fill, Split, Template, build, build_from_template
+from gemmascope_plugin.causes.builtin.template_arguments import (
+    check_ask,
+    check_corrupt,
+    check_fill,
+    check_needed_text,
+    check_task_name,
+    check_text,
+    check_wrong,
+    needs_wrong,
+    plain,
+    takes_wrong,
+)
+from gemmascope_plugin.causes.metric import BoundMetric, Metric
+from gemmascope_plugin.causes.metrics import Custom, KLDivergence, logit_diff
+from gemmascope_plugin.causes.sequence import BoundSequences, SequenceLogprob, sequence_logprob
+from gemmascope_plugin.causes.task_figures import TaskFigures, figures_of, right_prompts
+from gemmascope_plugin.errors import InputError, TaskError
+from gemmascope_plugin.indices import as_index
+from gemmascope_plugin.models.asked import read_out
+from gemmascope_plugin.models.chat import is_chat
+from gemmascope_plugin.models.check_model import check_model, describe
+from gemmascope_plugin.models.finite import check_finite
+from gemmascope_plugin.models.gate import gate
+from gemmascope_plugin.models.hooks import hooking
+from gemmascope_plugin.models.padding import padded, right_padded
+from gemmascope_plugin.models.prompts import refuse_bytes_and_sets
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.readout import Readout
+
+Prompts = str | Sequence[str] | torch.Tensor
+Hooks = Sequence[tuple[str, Callable[..., Any]]]
+
+MIN_GAP = 1e-4
+"""Smallest difference between the clean and the corrupted metric that can be divided by."""
+
+N_SHOWN = 64
+"""Prompts at most that the model runs when a task is printed."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a task was made for a model."""
+
+    model: ReferenceType[Any]
+    """The model, as long as somebody else holds it."""
+    split: str | None
+    n_dropped: int
+    """Prompts that were tried and do not fit its tokenizer."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Clean prompts, corrupted prompts, and what to ask of the logits.
+
+    Example:
+        >>> import gemmascope_plugin as gs
+        >>> model = gs.tiny().model
+        >>> gs.Task.builtin("ioi", model, n=8).name
+        'ioi'
+    """
+
+    clean: Prompts
+    """Texts, token ids ``[prompt, pos]``, or what else is a prompt (``models/prompts.py``)."""
+    corrupt: Prompts
+    """As many prompts, each as long in tokens as its clean partner."""
+    metric: Any
+    """A metric, higher is better; a function of the logits stands for ``custom(function)``."""
+    name: str = "task"
+    mask: Bool[torch.Tensor, "prompt pos"] | None = None
+    """False where token ids are padding, for both kinds of prompts."""
+    origin: Origin | None = field(default=None, compare=False)
+    """How it was made for a model; None for prompts of somebody's own."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.metric, Metric):
+            if not callable(self.metric):
+                raise TaskError(
+                    f"The metric of task {self.name!r} is {self.metric!r}",
+                    fix="logit_diff(answer, wrong), or a function of logits [prompt, d_vocab]",
+                )
+            object.__setattr__(self, "metric", Custom(fn=self.metric))
+        for name in ("clean", "corrupt"):
+            if not isinstance(getattr(self, name), Iterable):
+                raise InputError(
+                    f"{name}={describe(getattr(self, name))} is not prompts",
+                    fix="Task(clean, corrupt, logit_diff(answer, wrong)) of texts or token ids",
+                )
+            object.__setattr__(self, name, _one_by_one(getattr(self, name)))
+
+    @property
+    def asked(self) -> Metric:
+        """The metric as an object."""
+        assert isinstance(self.metric, Metric)
+        return self.metric
+
+    @classmethod
+    @gate(name=check_task_name, model=check_model)
+    def builtin(
+        cls, name: str, model: HookedModel, *, n: int = 64, split: Split = "train", seed: int = 0
+    ) -> Task:
+        """A task by name, in prompts that fit the model's tokenizer; see ``causes/builtin/build.py``.
+
+        Args:
+            name: ``ioi``, ``greater_than``, ``agreement``, ``agreement_es``, ``capitals``,
+                ``city_state``, ``successors``, ``induction``, ``antonyms``, ``pronouns``, ``two_hop``.
+            model: The model that will be asked. On the bundled suite the names that it knows give its
+                own tasks.
+            n: Prompts.
+            split: ``train`` and ``held_out`` share no words and no templates.
+            seed: The same arguments give the same prompts.
+
+        Raises:
+            InputError: An argument of another kind.
+            UnknownNameError: An unknown task or split, or one that the model has no prompts of.
+            TaskError: Fewer prompts than that fit the tokenizer.
+            EmptySelectionError: ``n`` below 1.
+            ModelError: The model has no tokenizer.
+        """
+        built = build(name, model, n=n, split=split, seed=seed)
+        origin = Origin(ref(model), split, built.n_dropped)
+        return cls(built.clean, built.corrupt, built.metric, name, origin=origin)
+
+    @classmethod
+    @gate(
+        model=check_model,
+        template=check_needed_text("template", '"When {A} and {B} left, {B} gave a ring to"'),
+        answer=check_needed_text("answer", '" {A}"'),
+        wrong=check_text("wrong", '" {B}"'),
+        corrupt=check_corrupt,
+        fill=check_fill,
+        metric=check_ask,
+    )
+    def from_template(
+        cls,
+        model: HookedModel,
+        template: str,
+        *,
+        answer: str,
+        wrong: str | None = None,
+        corrupt: str | Mapping[str, str],
+        fill: Fill,
+        metric: Callable[..., Any] = logit_diff,
+        n: int | None = None,
+        seed: int = 0,
+        name: str = "template",
+    ) -> Task:
+        """A task from a sentence with slots and lists of what may stand in them.
+
+        Args:
+            model: The model that will be asked; what does not fit its tokenizer is dropped and counted.
+            template: ``{name}`` is a slot.
+            answer: What follows, with its blank: ``" {A}"``.
+            wrong: What to compare with; by default the answer to the corrupted prompt. ``{other A}`` is
+                what stands for ``A`` there.
+            corrupt: Slot to another slot, whose text it gets, or to ``"other"``, another entry of its
+                list; or a template of the corrupted prompt.
+            fill: Slot to texts; several slots to rows of texts that belong together.
+            metric: ``logit_diff``, ``probability``, ``margin`` or ``cross_entropy``, of which the last
+                two take no ``wrong``; answers of several tokens need ``sequence_logprob``. Or a function
+                of ``answer`` and ``wrong``: ``partial(logit_diff, before_cap=True)``.
+            n: Prompts; None for as many as there are, up to 64.
+            seed: Of the draw.
+            name: Of the task.
+
+        Raises:
+            InputError: An argument of another kind.
+            UnknownNameError: A slot without a list, or a list without a slot.
+            TaskError: Nothing to compare with, a metric that is not one of answers, or too few prompts
+                that fit the tokenizer.
+
+        Example:
+            >>> import gemmascope_plugin as gs
+            >>> model = gs.tiny().model
+            >>> names = ["anna", "george", "mary", "john"]
+            >>> task = gs.Task.from_template(
+            ...     model,
+            ...     "when {A} and {B} went to the {place} , {B} gave a drink to",
+            ...     answer=" {A}",
+            ...     wrong=" {B}",
+            ...     corrupt="when {A} and {B} went to the {place} , {A} gave a drink to",
+            ...     fill={"A": names, "B": names, "place": ["store", "park"]},
+            ... )
+            >>> len(task)
+            24
+        """
+        check_wrong(metric, wrong)
+        tokens = "all" if plain(metric) is sequence_logprob else "one"
+        compares = takes_wrong(metric)
+        checked = Template.of(template, answer, wrong, corrupt, fill, tokens, compares=compares)
+        if needs_wrong(metric) and checked.wrong is None:
+            raise TaskError(
+                f"There is nothing to compare {answer!r} with",
+                fix="wrong=..., or metric=probability",
+            )
+        built = build_from_template(checked, model, metric, n, seed)
+        origin = Origin(ref(model), None, built.n_dropped)
+        return cls(built.clean, built.corrupt, built.metric, name, origin=origin)
+
+    def filtered(self, model: HookedModel) -> Task:
+        """The same task on the prompts that a model gets right (``task_figures.py``).
+
+        Raises:
+            TaskError: It gets none right, or the metric knows no right and wrong.
+        """
+        return self.take(right_prompts(model, self))
+
+    def figures(self, model: HookedModel) -> TaskFigures:
+        """Mean metric and accuracy of a model on the clean prompts."""
+        return figures_of(model, self)
+
+    @cached_property
+    def _figures(self) -> tuple[TaskFigures, str] | None:
+        model = None if self.origin is None else self.origin.model()
+        if model is None:
+            return None
+        few = self.first(N_SHOWN)
+        on = str(model.cfg.model_name)
+        if len(few) < len(self):
+            on += f" on its first {len(few)}"
+        return figures_of(model, few), on
+
+    def __repr__(self) -> str:
+        first = self.clean if isinstance(self.clean, str) else self.clean[0]
+        words = [repr(self.name), f"{len(self)} prompts"]
+        if self.origin is not None and self.origin.split is not None:
+            words[-1] = f"{len(self)} {self.origin.split} prompts"
+        words.append(self.asked.name)
+        if self._figures is not None:
+            words[-1] += " {} on {}".format(*self._figures)
+        if self.origin is not None and self.origin.n_dropped:
+            words.append(f"{self.origin.n_dropped} dropped")
+        return f"Task({', '.join([*words, f'first {first!r}'])})"
+
+    def __len__(self) -> int:
+        return 1 if isinstance(self.clean, str) else len(self.clean)
+
+    def first(self, n: int) -> Task:
+        """The same task on its first ``n`` prompts."""
+        return self.take(range(min(n, len(self))))
+
+    def take(self, index: Sequence[int]) -> Task:
+        """The same task on some of its prompts, in this order."""
+        chosen = list(index)
+        clean, corrupt = (_taken(prompts, chosen) for prompts in (self.clean, self.corrupt))
+        mask = None if self.mask is None else self.mask[chosen]
+        metric = self.asked.take(chosen)
+        return replace(self, clean=clean, corrupt=corrupt, metric=metric, mask=mask)
+
+    def bind(self, model: HookedModel) -> BoundTask:
+        """Token ids and a metric for this model, checked.
+
+        Raises:
+            TaskError: Prompts that differ in number or length, or that do not differ at all.
+            EmptySelectionError: An empty prompt.
+        """
+        clean, lengths = self._tokens(model, self.clean)
+        corrupt, others = self._tokens(model, self.corrupt)
+        if len(clean) != len(corrupt):
+            raise TaskError(
+                f"There are {len(clean)} clean and {len(corrupt)} corrupted prompts",
+                fix="one corrupted prompt for each clean one",
+            )
+        if not torch.equal(lengths, others):
+            row = int((lengths != others).nonzero()[0])
+            raise TaskError(
+                f"Prompt {row} has {int(lengths[row])} tokens clean and {int(others[row])} corrupted",
+                fix="corrupted prompts of the same length in tokens as their clean partner",
+            )
+        if torch.equal(clean, corrupt):
+            raise TaskError("Clean and corrupted prompts are the same tokens")
+        if isinstance(self.asked, SequenceLogprob):
+            rows = self.asked.rows(model, (clean, corrupt), lengths)
+            return BoundTask(rows.clean, rows.corrupt, rows.lengths, rows.metric, self.name)
+        at = self.asked.positions(lengths)
+        before = [row[: int(end) + 1] for row, end in zip(clean, at, strict=True)]
+        bound = replace(self.asked.bind(model, len(clean), before), at=at)
+        task = BoundTask(clean, corrupt, lengths, bound, self.name)
+        return task.with_reference(model) if isinstance(self.asked, KLDivergence) else task
+
+    def _tokens(self, model: HookedModel, prompts: Prompts) -> Any:
+        if self.mask is None:
+            return padded(model, prompts)
+        if not isinstance(prompts, torch.Tensor) or prompts.shape != self.mask.shape:
+            given = tuple(prompts.shape) if isinstance(prompts, torch.Tensor) else "texts"
+            raise TaskError(
+                f"mask has shape {tuple(self.mask.shape)}, the prompts are {given}",
+                fix="token ids [prompt, pos] and a mask of the same shape",
+            )
+        return right_padded(model, prompts, self.mask)
+
+
+def _one_by_one(prompts: Any) -> Any:
+    """Prompts in a form that has one entry for each: a tokenizer's output and single ones have not."""
+    refuse_bytes_and_sets(prompts)
+    if isinstance(prompts, Mapping) and "input_ids" in prompts:
+        ids, mask = prompts["input_ids"], prompts.get("attention_mask")
+        if as_index(ids[0]) is not None:
+            ids, mask = [ids], None if mask is None else [mask]
+        if mask is None:
+            return [_plain(row) for row in ids]
+        pairs = zip(ids, mask, strict=True)
+        return [[i for i, m in zip(_plain(r), _plain(k), strict=True) if m] for r, k in pairs]
+    if isinstance(prompts, str) or getattr(prompts, "ndim", 1) != 1:
+        return prompts
+    is_single = is_chat(prompts) or (len(prompts) > 0 and as_index(prompts[0]) is not None)
+    return [prompts] if is_single else prompts
+
+
+def _plain(row: Any) -> list[int]:
+    return [int(number) for number in row]
+
+
+def _taken(prompts: Prompts, index: list[int]) -> Prompts:
+    if isinstance(prompts, str):
+        return prompts if index == [0] else [prompts for _ in index]
+    return prompts[index] if isinstance(prompts, torch.Tensor) else [prompts[i] for i in index]
+
+
+@dataclass(frozen=True)
+class BoundTask:
+    """A task in the ids of one model.
+
+    Rows are prompts; of answers of several tokens a prompt has one row or two (``sequence.py``).
+    """
+
+    clean: Int[torch.Tensor, "prompt pos"]
+    corrupt: Int[torch.Tensor, "prompt pos"]
+    lengths: Int[torch.Tensor, " prompt"]
+    """Tokens of each prompt; what follows is padding."""
+    metric: BoundMetric
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    @property
+    def n_prompts(self) -> int:
+        """Prompts of the task, whatever number of rows each has become."""
+        return len(self) // self.metric.rows_per_prompt
+
+    @property
+    def prompt_lengths(self) -> Int[torch.Tensor, " prompt"]:
+        """Tokens of each row without an answer that stands behind it."""
+        metric = self.metric
+        return metric.prompt_lengths if isinstance(metric, BoundSequences) else self.lengths
+
+    def fold(self, values: Shaped[torch.Tensor, "*any row"]) -> Shaped[torch.Tensor, "*any prompt"]:
+        """Values of rows, along the last dimension, as values of prompts."""
+        size = self.metric.rows_per_prompt
+        return values if size == 1 else values.unflatten(-1, (-1, size)).mean(-1)
+
+    @property
+    def logits(self) -> str:
+        """Which logits the metric reads, for metadata."""
+        return f"{'before' if self.metric.metric.before_cap else 'after'} the final soft-cap"
+
+    def answers(self, model: HookedModel) -> str | None:
+        """The right and wrong tokens of the first prompt, for metadata; None where there are none."""
+        sides = [side for side in (self.metric.right, self.metric.wrong) if side is not None]
+        return " against ".join(side.label(model) for side in sides) or None
+
+    @property
+    def mask(self) -> Bool[torch.Tensor, "prompt pos"]:
+        """True at the prompts' own tokens."""
+        at = torch.arange(self.clean.shape[1], device=self.clean.device)
+        return at < self.lengths[:, None]
+
+    def measure(self, runner: Any, tokens: Any, **kwargs: Any) -> Float[torch.Tensor, " row"]:
+        """The metric of each row of a run; arguments as for :meth:`said`."""
+        return self.metric.of_rows(self.said(runner, tokens, **kwargs))
+
+    def answer_logits(
+        self, runner: Any, tokens: Any, **kwargs: Any
+    ) -> Float[torch.Tensor, "ask d_vocab"]:
+        """All logits at what is asked of each row; arguments as for :meth:`said`."""
+        return self.said(runner, tokens, **kwargs).all()
+
+    def said(
+        self,
+        runner: Any,
+        tokens: Any,
+        *,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        **kwargs: Any,
+    ) -> Readout:
+        """What a run with hooks says at the position, or positions, that each row is asked about.
+
+        Args:
+            runner: A model, or one with dictionaries spliced in.
+            tokens: Copies of the prompts, copy after copy, ``[row, pos]``; or what else the runner
+                starts from.
+            fwd_hooks: Functions by hook name.
+            bwd_hooks: The same, on the backward pass.
+            **kwargs: For the forward pass.
+        """
+        before_cap = self.metric.metric.before_cap
+        with (
+            hooking(runner, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks)),
+            read_out(runner, self.metric.places, before_cap=before_cap) as readouts,
+        ):
+            runner(tokens, **kwargs)
+        (readout,) = readouts
+        return readout
+
+    def parts(self, size: int) -> Iterator[BoundTask]:
+        """The task in parts of at most ``size`` prompts."""
+        for index in torch.arange(len(self), device=self.clean.device).split(size):
+            yield self.part(index)
+
+    def part(self, index: Int[torch.Tensor, " row"]) -> BoundTask:
+        """Some of its prompts."""
+        return BoundTask(
+            self.clean[index],
+            self.corrupt[index],
+            self.lengths[index],
+            self.metric.part(index),
+            self.name,
+        )
+
+    def cut(self, width: int) -> BoundTask:
+        """The same with prompts cut to a width that none of them exceeds."""
+        return replace(self, clean=self.clean[:, :width], corrupt=self.corrupt[:, :width])
+
+    @torch.no_grad()
+    def with_reference(self, model: HookedModel) -> BoundTask:
+        """The same with what the clean run says."""
+        reference = self.said(model, self.clean)
+        return replace(self, metric=replace(self.metric, reference=reference))
+
+    def ends(self, runner: Any) -> dict[str, float]:
+        """Mean metric of both runs, checked to lie apart.
+
+        Raises:
+            TaskError: The metric hardly differs between clean and corrupted prompts.
+        """
+        with torch.no_grad():
+            clean, corrupt = (
+                float(self.measure(runner, tokens).mean()) for tokens in (self.clean, self.corrupt)
+            )
+        return self.metric_values(clean, corrupt, runner)
+
+    def metric_values(self, clean: float, corrupt: float, runner: Any = None) -> dict[str, float]:
+        """Both ends of the scale, checked to be finite and to lie apart.
+
+        Args:
+            clean: Of the clean prompts.
+            corrupt: Of the others.
+            runner: What ran them, to be asked for the cause of a NaN.
+
+        Raises:
+            ModelError: An end is not finite.
+            TaskError: The metric hardly differs between clean and corrupted prompts.
+        """
+        check_finite(clean, "The metric of the clean prompts", runner)
+        check_finite(corrupt, "The metric of the corrupted prompts", runner)
+        if abs(clean - corrupt) < MIN_GAP:
+            raise TaskError(
+                f"The metric is {clean:.6f} on clean and {corrupt:.6f} on corrupted prompts; effects "
+                "cannot be put on a scale between them",
+                fix="a corruption that changes the answer, or another metric",
+            )
+        return {"metric_clean": clean, "metric_corrupt": corrupt}

@@ -1,0 +1,159 @@
+"""What takes the place of what a circuit of features does not keep.
+
+================ ====================================================================================
+``other``        the corrupted run of the same prompt, at every token
+``zero``         nothing; where a dictionary is, what it writes without features: its bias
+``mean``         the corrupted run's mean over prompts, position by position
+``overall_mean`` its mean over prompts and positions
+================ ====================================================================================
+
+Except with ``other``, tokens that a dictionary leaves alone (BOS) stay as they are and enter no mean.
+Features and tensor are averaged alike, so that features and error still sum to the tensor.
+
+Cost: one forward pass over the corrupted prompts and one encode per dictionary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+
+from gemmascope_plugin.causes.gradient.feature_entries import Tally, keys_of
+from gemmascope_plugin.causes.gradient.site_values import Values, kept_tokens, read_sites
+from gemmascope_plugin.causes.gradient.task_site import Site
+from gemmascope_plugin.causes.task import BoundTask
+from gemmascope_plugin.causes.writer_replacement import WriterReplacement
+from gemmascope_plugin.models import flatten_heads, restore_heads
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.saes import SparseActs
+from gemmascope_plugin.saes.sparse import offsets_of
+
+
+@dataclass(frozen=True, eq=False)
+class StandIn:
+    """What stands in at one site, for some prompts."""
+
+    y: Float[torch.Tensor, "prompt pos ..."]
+    """The tensor with nothing kept."""
+    acts: SparseActs | None
+    """The features in it."""
+    leaves: Bool[torch.Tensor, "prompt pos"] | None
+    """True at tokens that stay as they are, whatever is kept; None for no token."""
+
+
+def stand_ins(
+    model: HookedModel,
+    parts: Sequence[BoundTask],
+    sites: Sequence[Site],
+    replacement: WriterReplacement,
+) -> list[dict[str, StandIn]]:
+    """Of every part of a task, by hook.
+
+    Args:
+        model: The bare model.
+        parts: The task in parts.
+        sites: Its sites.
+        replacement: What stands in.
+    """
+    runs = [read_sites(model, sites, part.corrupt, part.mask) for part in parts]
+    if replacement == "other":
+        return [
+            {hook: StandIn(values.y, values.acts, None) for hook, values in run.items()}
+            for run in runs
+        ]
+    found: list[dict[str, StandIn]] = [{} for _ in parts]
+    for site in sites:
+        keeps = [kept_tokens(site, part.corrupt, part.mask) for part in parts]
+        own = [run[site.hook] for run in runs]
+        made = (
+            [_nothing(site, values) for values in own]
+            if replacement == "zero"
+            else _means(site, own, keeps, over_positions=replacement == "overall_mean")
+        )
+        for i, (part, (y, acts)) in enumerate(zip(parts, made, strict=True)):
+            alone = ~kept_tokens(site, part.clean, part.mask) if site.kind == "feature" else None
+            found[i][site.hook] = StandIn(y, acts, alone)
+    return found
+
+
+def repeated(acts: SparseActs, times: int) -> SparseActs:
+    """Copies of the prompts, copy after copy, of activations ``[prompt, pos, d_sae]``."""
+    n, pos, d_sae = acts.shape
+    counts = acts.offsets.diff().repeat(times)
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    shape = (times * n, pos, d_sae)
+    return SparseActs(offsets, acts.indices.repeat(times), acts.values.repeat(times), shape)
+
+
+def only(acts: SparseActs, chosen: Bool[torch.Tensor, " active"]) -> SparseActs:
+    """Some of the active entries."""
+    rows = acts.rows[chosen]
+    offsets = offsets_of(rows, acts.n_tokens)
+    return SparseActs(offsets, acts.indices[chosen], acts.values[chosen], acts.shape)
+
+
+def _nothing(site: Site, values: Values) -> tuple[torch.Tensor, SparseActs | None]:
+    if values.acts is None or values.x is None:
+        return torch.zeros_like(values.y), None
+    x = values.x.to(site.coder.W_enc.device)
+    bias = site.coder.bias(x).to(values.y.device, values.y.dtype)
+    y = restore_heads(bias.expand(flatten_heads(values.y).shape).contiguous(), values.y)
+    empty = torch.zeros(values.acts.n_tokens + 1, dtype=torch.int64, device=x.device)
+    none = values.acts.indices[:0], values.acts.values[:0]
+    return y, SparseActs(empty, *none, values.acts.shape)
+
+
+def _means(
+    site: Site,
+    runs: Sequence[Values],
+    keeps: Sequence[Bool[torch.Tensor, "prompt pos"]],
+    *,
+    over_positions: bool,
+) -> list[tuple[torch.Tensor, SparseActs | None]]:
+    """Mean tensor and mean features of each part's prompts; all prompts have the same."""
+    axes = (0, 1) if over_positions else (0,)
+    weights = [
+        keep.to(runs[0].y).reshape(*keep.shape, *[1] * (runs[0].y.ndim - 2)) for keep in keeps
+    ]
+    total = sum((run.y * w).sum(axes, True) for run, w in zip(runs, weights, strict=True))
+    count = sum(w.sum(axes, True) for w in weights)
+    assert isinstance(total, torch.Tensor) and isinstance(count, torch.Tensor)
+    mean = (total / count.clamp(min=1)).expand(1, *runs[0].y.shape[1:])
+    acts = _mean_acts(site, runs, count.flatten(), over_positions)
+    found = []
+    for run in runs:
+        n = len(run.y)
+        found.append((mean.expand(n, *mean.shape[1:]), None if acts is None else repeated(acts, n)))
+    return found
+
+
+def _mean_acts(
+    site: Site,
+    runs: Sequence[Values],
+    count: Float[torch.Tensor, " pos"],
+    over_positions: bool,
+) -> SparseActs | None:
+    """Mean features of one prompt ``[1, pos, d_sae]``; None without a dictionary."""
+    if runs[0].acts is None:
+        return None
+    tally = Tally()
+    for run in runs:
+        assert run.acts is not None
+        tally.add(keys_of(run.acts, not over_positions), run.acts.values)
+    _, n_pos, d_sae = runs[0].acts.shape
+    keys, sums = tally.keys, tally.sums
+    if over_positions:
+        keys = (torch.arange(n_pos)[:, None] * d_sae + keys).flatten()
+        sums, count = sums.repeat(n_pos), count.expand(n_pos)
+    rows = keys // d_sae
+    values = sums / count.double().cpu()[rows].clamp(min=1)
+    to = runs[0].acts.values
+    return SparseActs(
+        offsets_of(rows, n_pos).to(to.device),
+        (keys % d_sae).to(to.device),
+        values.to(to),
+        (1, n_pos, d_sae),
+    )

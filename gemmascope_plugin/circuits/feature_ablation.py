@@ -1,0 +1,237 @@
+"""Runs the model with only some of its features, errors, heads and MLPs; the others get stand-ins.
+
+1. The clean prompts run. At each site, in the order of the pass, with ``y`` the tensor **in this run**,
+   ``a`` its features, and ``y0, a0`` what stands in (``ablation_values.py``):
+
+       ``y - sum_{f out} (a_f - a0_f) W_f``   where the error is kept,
+       ``y0 + sum_{f in} (a_f - a0_f) W_f``   where it is not.
+
+   Both are exact: with everything kept ``y`` itself is left, with nothing kept ``y0`` to the last bit.
+   Kept features are recomputed in this context, and so is a kept error.
+2. A feature that is not in the graph, as it was never active where the circuit was found, is outside.
+   In the complement of a circuit it is inside: it belongs to the rest of the model.
+3. ``errors``: ``as-circuit``, errors are kept where their nodes are; ``kept``, all of them; ``ablated``,
+   none.  The circuit that keeps everything is the model, errors included, in any case.
+4. Nodes at positions replace at their position. Many circuits ride one pass on the batch axis.
+
+Cost: one row per circuit and prompt: a forward pass, an encode and two sparse decodes per dictionary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+
+from gemmascope_plugin.causes.gradient.feature_entries import keys_of
+from gemmascope_plugin.causes.gradient.site_values import encoded, kept_tokens, written_by
+from gemmascope_plugin.causes.gradient.task_site import Site
+from gemmascope_plugin.causes.memory import (
+    CODES,
+    HEADS,
+    MLP,
+    SCORES,
+    STREAM,
+    Footprint,
+    Limit,
+    logits_held,
+)
+from gemmascope_plugin.causes.task import BoundTask
+from gemmascope_plugin.causes.writer_replacement import WriterReplacement
+from gemmascope_plugin.circuits.ablation_values import StandIn, only, repeated, stand_ins
+from gemmascope_plugin.circuits.feature_layout import SiteNodes
+from gemmascope_plugin.models import flatten_heads, restore_heads
+from gemmascope_plugin.models.points import n_heads, n_layers
+from gemmascope_plugin.models.precision import wide
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.saes import SparseActs
+
+Errors = Literal["as-circuit", "kept", "ablated"]
+
+
+@torch.no_grad()
+def feature_metric(
+    model: HookedModel,
+    bound: BoundTask,
+    layout: Sequence[SiteNodes],
+    kept: Bool[torch.Tensor, "circuit node"],
+    rest: Bool[torch.Tensor, " circuit"],
+    *,
+    errors: Errors = "as-circuit",
+    replacement: WriterReplacement = "other",
+    limit: Limit,
+    progress: bool = False,
+) -> Float[torch.Tensor, "circuit prompt"]:
+    """The metric of every prompt under every circuit.
+
+    Args:
+        model: The bare model.
+        bound: The task.
+        layout: The nodes of the graph by site.
+        kept: True where a circuit keeps a node.
+        rest: Whether a circuit keeps what is not in the graph.
+        errors: Which errors are kept.
+        replacement: What stands in for what is not kept.
+        limit: How large a pass may be.
+        progress: Show a progress bar.
+
+    Raises:
+        GemmaScopeError: The memory is too small for one prompt.
+    """
+    from tqdm.auto import tqdm
+
+    sites = [nodes.site for nodes in layout]
+    rows = limit.rows(ablation_footprint(model, bound, sites))
+    parts = list(bound.parts(min(rows, len(bound))))
+    given = stand_ins(model, parts, sites, replacement)
+    found = []
+    with tqdm(total=len(kept) * len(parts), desc="circuits", disable=not progress) as bar:
+        for part, other in zip(parts, given, strict=True):
+            copies, values = max(1, rows // len(part)), []
+            for some, others in zip(kept.split(copies), rest.split(copies), strict=True):
+                run = _Run(part, layout, some, others, errors, other)
+                tokens = part.clean.repeat(len(some), 1)
+                measured = part.measure(model, tokens, fwd_hooks=run.hooks())
+                values.append(measured.reshape(len(some), -1).cpu())
+                bar.update(len(some))
+            found.append(torch.cat(values))
+    return torch.cat(found, 1)
+
+
+class _Run:
+    """One pass under some circuits.
+
+    Args:
+        bound: Some prompts.
+        layout: The nodes.
+        kept: Which of them each circuit keeps.
+        rest: Whether it keeps what is not in the graph.
+        errors: Which errors are kept.
+        other: What stands in, by hook.
+    """
+
+    def __init__(
+        self,
+        bound: BoundTask,
+        layout: Sequence[SiteNodes],
+        kept: Bool[torch.Tensor, "circuit node"],
+        rest: Bool[torch.Tensor, " circuit"],
+        errors: Errors,
+        other: dict[str, StandIn],
+    ) -> None:
+        self.bound, self.layout, self.errors, self.other = bound, layout, errors, other
+        self.kept, self.rest = kept, rest
+        self.whole = kept.all(1) & rest
+        """Circuits that keep everything."""
+        self.n = len(kept)
+        self._inputs: dict[str, torch.Tensor] = {}
+
+    def hooks(self) -> list[tuple[str, Callable[..., Any]]]:
+        """Functions by hook name: those that look at what a dictionary reads, and those that replace."""
+        found = []
+        for nodes in self.layout:
+            site = nodes.site
+            if site.reads is not None and site.reads.hook != site.hook:
+                found.append((site.reads.hook, self._look(site)))
+            found.append((site.hook, self._replace(nodes)))
+        return found
+
+    def _look(self, site: Site) -> Callable[..., None]:
+        def hook_fn(x: torch.Tensor, hook: Any) -> None:
+            assert site.reads is not None
+            self._inputs[site.hook] = site.reads(x)
+
+        return hook_fn
+
+    def _replace(self, nodes: SiteNodes) -> Callable[..., torch.Tensor]:
+        make = self._features if nodes.site.kind == "feature" else self._raw
+
+        def hook_fn(y: torch.Tensor, hook: Any) -> torch.Tensor:
+            return make(nodes, y)
+
+        return hook_fn
+
+    def _raw(self, nodes: SiteNodes, y: torch.Tensor) -> torch.Tensor:
+        """Heads, or the MLP."""
+        copies = y.unflatten(0, (self.n, -1))
+        keep = self.kept[:, nodes.features].unflatten(1, (-1, nodes.n)).to(y.device)
+        if nodes.site.kind == "mlp":
+            keep = keep[..., 0]
+        keep = keep[:, None].reshape(
+            self.n, 1, *keep.shape[1:], *[1] * (copies.ndim - keep.ndim - 1)
+        )
+        return torch.where(keep, copies, self.other[nodes.site.hook].y.to(y)).flatten(0, 1)
+
+    def _features(self, nodes: SiteNodes, y: torch.Tensor) -> torch.Tensor:
+        site, given = nodes.site, self.other[nodes.site.hook]
+        keep = kept_tokens(site, self.bound.clean, self.bound.mask).repeat(self.n, 1)
+        x = self._inputs.pop(site.hook, y)
+        live = encoded(site, x, keep)
+        assert given.acts is not None
+        other = repeated(given.acts, self.n)
+        flat = wide(flatten_heads(y))
+        errors = self._errors(nodes).to(y.device)
+        out = flat
+        if bool(errors.any()):
+            out = out - self._written(nodes, live, other, inside=False).to(y.device)
+        if not bool(errors.all()):
+            base = wide(flatten_heads(given.y)).repeat(self.n, 1, 1)
+            without = base + self._written(nodes, live, other, inside=True).to(y.device)
+            by_row = errors.repeat_interleave(len(self.bound), 0)[..., None]
+            out = torch.where(by_row, out, without)
+        if given.leaves is not None:
+            out = torch.where(given.leaves.repeat(self.n, 1)[..., None], flat, out)
+        return restore_heads(out.to(y.dtype), y)
+
+    def _errors(self, nodes: SiteNodes) -> Bool[torch.Tensor, "circuit pos"]:
+        """Where each circuit keeps the site's error; one position stands for all."""
+        if self.errors == "kept":
+            return torch.ones(self.n, 1, dtype=torch.bool)
+        kept = self.whole[:, None]
+        if self.errors == "ablated":
+            return kept
+        if not len(nodes.errors):
+            return kept | self.rest[:, None]
+        return kept | self.kept[:, nodes.error_places]
+
+    def _written(
+        self, nodes: SiteNodes, live: SparseActs, other: SparseActs, *, inside: bool
+    ) -> Float[torch.Tensor, "row pos width"]:
+        """``sum (a - a0) W`` over the features inside, or outside, each row's circuit."""
+        terms = [
+            written_by(nodes.site, only(acts, self._inside(nodes, acts) == inside))
+            for acts in (live, other)
+        ]
+        return terms[0] - terms[1]
+
+    def _inside(self, nodes: SiteNodes, acts: SparseActs) -> Bool[torch.Tensor, " active"]:
+        """Whether the circuit of an entry's row keeps its feature."""
+        circuit = acts.rows // (len(self.bound) * acts.shape[1])
+        device = circuit.device
+        rest, known = self.rest.to(device)[circuit], nodes.keys.to(device)
+        if not len(known):
+            return rest
+        keys = keys_of(acts, nodes.per_position)
+        place = torch.searchsorted(known, keys).clamp(max=len(known) - 1)
+        kept = self.kept[:, nodes.features].to(device)[circuit, place]
+        return torch.where(known[place] == keys, kept, rest)
+
+
+def ablation_footprint(model: HookedModel, bound: BoundTask, sites: Sequence[Site]) -> Footprint:
+    """Bytes of what stands in, and per row of a pass without gradients.
+
+    Args:
+        model: The model.
+        bound: The task.
+        sites: The sites.
+    """
+    cfg, heads, (n_prompts, n_pos) = model.cfg, n_heads(model), bound.clean.shape
+    d, d_mlp = int(cfg.d_model), int(getattr(cfg, "d_mlp", None) or 4 * int(cfg.d_model))
+    attention = HEADS * n_pos * heads * int(cfg.d_head) + SCORES * n_pos * n_pos * (heads + 1)
+    codes = CODES * n_pos * max(site.d_sae for site in sites)
+    row = STREAM * n_pos * d + max(attention, MLP * n_pos * d_mlp, codes)
+    row += logits_held(model, bound)
+    held = n_pos * sum(site.width for site in sites) + (n_layers(model) + 1) * n_pos * d
+    return Footprint(4 * n_prompts * held, 4 * row)

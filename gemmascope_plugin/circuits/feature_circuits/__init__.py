@@ -1,1 +1,0 @@
-"""Circuits of features of dictionaries, their errors, heads and MLPs: found, joined, evaluated."""

@@ -1,0 +1,141 @@
+"""The same task in several sets of dictionaries: other widths, other sparsities, other seeds.
+
+1. For each set a circuit is found on the same prompts, and its prefixes are evaluated on the same
+   held-out prompts: the size that it takes for a faithfulness, and the faithfulness at a size.
+2. Two circuits **share** a feature if the other one has one at the same site whose decoder row points the
+   same way: cosine at least ``cosine``. The overlap of one with another is the share of its best ``n``
+   features that have such a partner among the other's best ``n``.
+
+What holds in one dictionary only is a finding about that dictionary (circuits are far from unique).
+
+Cost: one circuit and one evaluation per set; products of decoder rows of the best ``n`` features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+
+from gemmascope_plugin.causes import Task
+from gemmascope_plugin.causes.check_task import check_task
+from gemmascope_plugin.causes.gradient.task_site import Site, sites_of
+from gemmascope_plugin.circuits.evaluate import evaluate
+from gemmascope_plugin.circuits.feature_ablation import Errors
+from gemmascope_plugin.circuits.feature_discovery import discover_features
+from gemmascope_plugin.errors import EmptySelectionError, InputError
+from gemmascope_plugin.graphs.circuit import Circuit
+from gemmascope_plugin.models.check_model import check_model, describe
+from gemmascope_plugin.models.gate import gate
+from gemmascope_plugin.models.precision import wide
+from gemmascope_plugin.models.protocol import HookedModel
+
+Directions = dict[str, Float[torch.Tensor, "feature width"]]
+"""Unit decoder rows by site."""
+
+
+@gate(model=check_model, task=check_task, held_out=check_task)
+def stability(
+    model: HookedModel,
+    task: Task,
+    held_out: Task,
+    *,
+    sets: Mapping[str, Sequence[Any]],
+    n: int = 30,
+    at_least: float = 0.8,
+    cosine: float = 0.7,
+    errors: Errors = "kept",
+    sizes: Sequence[int] = (5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 300, 400),
+    **options: Any,
+) -> Any:
+    """A DataFrame, one row per set of dictionaries.
+
+    Columns: ``dictionaries``, ``features`` (of all of them), ``nodes`` (active ones), ``size`` (the
+    smallest measured one from which on faithfulness stays at ``at_least``; NA if none does),
+    ``faithfulness`` of the best ``n``, and ``overlap NAME`` with the best ``n`` of every other set.
+
+    Args:
+        model: The model.
+        task: Prompts that circuits are found on.
+        held_out: Prompts that they are evaluated on.
+        sets: Name to dictionaries.
+        n: Size at which they are compared.
+        at_least: Faithfulness that is asked for.
+        cosine: Of decoder rows that count as the same feature.
+        errors: Treatment of reconstruction errors.
+        sizes: Sizes that are measured; those above the number of nodes are left out.
+        **options: As :func:`discover_features` has them; errors are no nodes here.
+
+    Raises:
+        EmptySelectionError: Fewer than two sets, or one with fewer than ``n`` nodes.
+        UnknownNameError: A set has two dictionaries at one place.
+    """
+    import pandas as pd
+
+    if not isinstance(sets, Mapping):
+        raise InputError(
+            f"{describe(sets)} does not name sets of dictionaries", fix="sets={name: [...], ...}"
+        )
+    if len(sets) < 2:
+        raise EmptySelectionError(
+            f"There are {len(sets)} sets of dictionaries to compare", fix="sets={name: [...], ...}"
+        )
+    rows, best = {}, {}
+    for name, saes in sets.items():
+        circuit = discover_features(
+            model, task, saes=saes, size=n, errors=False, edges=False, **options
+        )
+        measured = [size for size in sizes if size <= circuit.n_units]
+        scores = evaluate(
+            circuit, model, held_out, saes=saes, sizes=measured, n_random=0, errors=errors
+        )
+        sites = sites_of(model, saes, level=options.get("level"))
+        best[name] = _directions(circuit, sites)
+        rows[name] = {
+            "dictionaries": len(sites),
+            "features": sum(site.d_sae for site in sites),
+            "nodes": circuit.n_units,
+            "size": scores.smallest(at_least),
+            "faithfulness": scores.faithfulness,
+        }
+    for name, own in best.items():
+        for other, theirs in best.items():
+            if other != name:
+                rows[name][f"overlap {other}"] = overlap(own, theirs, cosine)
+    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("set")
+    frame["size"] = frame["size"].astype("Int64")
+    return frame
+
+
+def overlap(own: Directions, other: Directions, cosine: float) -> float:
+    """Share of features that have a partner; NaN without features.
+
+    Args:
+        own: Unit decoder rows by site.
+        other: Those among which partners are sought.
+        cosine: From which on a row is a partner.
+    """
+    n = sum(len(rows) for rows in own.values())
+    found = sum(
+        int(((rows @ other[site].T) >= cosine).any(1).sum())
+        for site, rows in own.items()
+        if site in other and len(other[site])
+    )
+    return found / n if n else float("nan")
+
+
+def _directions(circuit: Circuit, sites: Sequence[Site]) -> Directions:
+    """Unit decoder rows of the kept features, each once."""
+    by_site: Directions = {}
+    for site in sites:
+        kept = {
+            node.index
+            for node in circuit.nodes
+            if node.kind == "feature" and node.site == site.hook
+        }
+        W_dec = site.coder.W_dec
+        rows = wide(W_dec[torch.tensor(sorted(kept), dtype=torch.long, device=W_dec.device)])
+        by_site[site.hook] = torch.nn.functional.normalize(rows, dim=1).cpu()
+    return by_site

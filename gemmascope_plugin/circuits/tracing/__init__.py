@@ -1,1 +1,0 @@
-"""Attribution graphs of single prompts: trace, prune, compare, check, keep."""

@@ -1,0 +1,1 @@
+"""Trains the bundled suite: ``python -m gemmascope_plugin.demo.build``."""

@@ -1,0 +1,199 @@
+"""One node for each group of nodes of an attribution graph, with the influence that its members have.
+
+With ``I`` the influence of nodes, ``w`` their weights, ``T = I + w`` and ``Abar`` the absolute matrix,
+each row divided by its sum (``influence.py``), for groups ``G`` and ``S`` of which single nodes are some:
+
+1. ``influence``: ``F_GS = sum_{i in G} T_i sum_{s in S} Abar_is`` is the influence that flows from ``G``
+   to ``S``; divided by ``T_G = sum_i T_i`` it is the mean of the members' normalised rows, weighted by
+   their influence. An edge has the sign of that sum over signed effects, and a row is scaled by the
+   absolute sum of its members' rows: edges between single nodes stay what they are.
+2. ``effects``: signed direct effects are summed over members on both sides; a row sums to the sum of its
+   members' pre-activations, if the graph is whole and no member reaches another.
+3. Edges within a group are left out.
+
+By 1. ``sum_G T_G F_GS / T_G = sum_{s in S} I_s``: a group's influence is the sum of its members', less
+what flows between them; all others keep theirs. Groups that lead into each other both ways are no
+exception (``cyclic.py``). By 2. influence is another: effects that cancel count less.
+
+Cost: one pass over the entries and a sort of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from gemmascope_plugin.errors import GemmaScopeError, check_choice
+from gemmascope_plugin.graphs.adjacency import MIN_SUM, Adjacency, rows_of
+from gemmascope_plugin.graphs.attribution_graph import AttributionGraph
+from gemmascope_plugin.graphs.cyclic import in_any_order
+from gemmascope_plugin.graphs.matching import activations_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Edges = Literal["influence", "effects"]
+"""What an edge between groups is."""
+GROUPABLE = ("feature", "error")
+"""Kinds of nodes that can be in a group, unless they are targets."""
+
+
+def collapse(
+    graph: AttributionGraph, groups: Mapping[str, Sequence[str]], edges: Edges = "influence"
+) -> AttributionGraph:
+    """The graph with one node per group.
+
+    Args:
+        graph: The graph, pruned or whole.
+        groups: Name to ids of nodes.
+        edges: ``influence`` for edges by which groups have their members' influence, ``effects`` for
+            sums of signed direct effects.
+
+    Returns:
+        A graph in which a group stands where its most influential member does, with that one's ``site``,
+        ``layer``, ``pos`` and ``index``, the group's name as label and ``group:`` and the name as id;
+        activations are summed, and ``members`` says how many there are.
+
+    Raises:
+        UnknownNameError: A node that the graph has not, or an unknown sort of edges.
+        GemmaScopeError: A token, bias or target in a group; features and errors, or explained and
+            unexplained nodes, in one group; a graph that was collapsed before.
+    """
+    check_choice("sort of edges", edges, ("influence", "effects"))
+    if "supernodes" in graph.metadata:
+        raise GemmaScopeError(
+            "The graph has grouped nodes already", fix="the graph before collapse"
+        )
+    members = {name: np.array([graph.find(i) for i in ids]) for name, ids in groups.items()}
+    for name, places in members.items():
+        check_members(graph, name, places)
+    importance = graph.influence + graph.weights
+    stands = np.arange(len(graph.nodes))
+    for places in members.values():
+        stands[places] = places[importance[places].argmax()]
+    kept = stands == np.arange(len(stands))
+    at = (np.cumsum(kept) - 1)[stands]
+    matrix = _matrix(graph, at, importance, edges)
+    nodes = _table(graph, members, stands)[kept].reset_index(drop=True)
+    named = {name: tuple(ids) for name, ids in groups.items()}
+    details = {**graph.metadata, "supernodes": named, "group_edges": edges}
+    return replace(graph, nodes=nodes, edges=matrix, metadata=details)
+
+
+def check_members(graph: AttributionGraph, name: str, places: np.ndarray) -> None:
+    """Refuses nodes that make no group.
+
+    Args:
+        graph: The graph.
+        name: Of the group.
+        places: Of its members.
+
+    Raises:
+        GemmaScopeError: Tokens, biases, targets; or nodes of different sorts.
+    """
+    own, kinds = graph.nodes.iloc[places], set(graph.nodes["kind"].iloc[places])
+    for node, kind, weight in zip(own["id"], own["kind"], own["weight"], strict=True):
+        if kind not in GROUPABLE or weight:
+            sort = "target" if weight else kind
+            raise GemmaScopeError(
+                f"The group {name!r} has the {sort} {node!r}",
+                exists="groups of features, or of errors, that are no targets",
+            )
+    if len(kinds) > 1:
+        raise GemmaScopeError(f"The group {name!r} has features and errors", fix="a group of each")
+    known = graph.edges.row_of[places] >= 0
+    if known.any() and not known.all():
+        raise GemmaScopeError(
+            f"The group {name!r} has {int(known.sum())} nodes that the graph explains and "
+            f"{int((~known).sum())} that it does not, such as {own['id'].iloc[int(known.argmin())]!r}",
+            fix="a group of each, or trace(..., max_feature_nodes=None)",
+        )
+
+
+def _matrix(
+    graph: AttributionGraph, at: np.ndarray, importance: np.ndarray, edges: Edges
+) -> Adjacency:
+    """Edges between groups.
+
+    Args:
+        graph: The graph.
+        at: The group of each node, ``[node]``.
+        importance: ``T`` of each node.
+        edges: What an edge is.
+    """
+    matrix, explained = graph.edges.matrix, graph.edges.nodes
+    n, counts = int(at.max()) + 1, np.diff(matrix.indptr)
+    effects = matrix.data.astype(np.float64)
+    row, column = np.repeat(at[explained], counts), at[matrix.indices]
+    cells, place = np.unique(row * n + column, return_inverse=True)
+    if edges == "effects":
+        values = np.bincount(place, effects, len(cells))
+    else:
+        values = _flows(graph, at, importance, effects, place, len(cells), cells // n)
+    row, column = cells // n, cells % n
+    there = (row != column) & (values != 0)
+    row, column, values = row[there], column[there], values[there]
+    rows = np.unique(at[explained])
+    ends = np.searchsorted(row, np.append(rows, n))
+    data = values.astype(matrix.dtype)
+    return in_any_order(rows_of(data, column, ends, (len(rows), n)), rows)
+
+
+def _flows(
+    graph: AttributionGraph,
+    at: np.ndarray,
+    importance: np.ndarray,
+    effects: np.ndarray,
+    place: np.ndarray,
+    n_cells: int,
+    row: np.ndarray,
+) -> np.ndarray:
+    """Signed mean normalised effects, in units of effects, one per pair of groups.
+
+    Args:
+        graph: The graph.
+        at: The group of each node.
+        importance: ``T`` of each node.
+        effects: Every entry of the matrix.
+        place: The pair that each entry belongs to.
+        n_cells: How many pairs there are.
+        row: The group that each pair leads to.
+    """
+    matrix, nodes = graph.edges.matrix, graph.edges.nodes
+    counts = np.diff(matrix.indptr)
+    counted = ~graph.where("bias")[matrix.indices]
+    entry_row = np.repeat(np.arange(len(nodes)), counts)
+    sizes = np.bincount(entry_row, np.abs(effects) * counted, len(nodes))
+    sizes = np.maximum(sizes, MIN_SUM)
+    weight = importance[nodes]
+    # members of a group without influence count alike
+    idle = np.bincount(at[nodes], weight)[at[nodes]] == 0
+    weight = np.where(idle, 1.0, weight)
+    scale = np.bincount(at[nodes], sizes) / np.maximum(np.bincount(at[nodes], weight), 1e-300)
+    shares = np.repeat(weight / sizes, counts) * effects
+    signed = np.bincount(place, shares, n_cells)
+    flow = np.bincount(place, np.abs(shares) * counted, n_cells)
+    # biases have no influence, so no flow either
+    of_bias = np.bincount(place, ~counted, n_cells) > 0
+    return scale[row] * np.where(of_bias, signed, np.copysign(flow, signed))
+
+
+def _table(
+    graph: AttributionGraph, members: Mapping[str, np.ndarray], stands: np.ndarray
+) -> pd.DataFrame:
+    """The table, in which the node that a group stands for describes it."""
+    nodes = graph.nodes.assign(members=1)
+    for name, places in members.items():
+        first = nodes.index[stands[places[0]]]
+        own = graph.nodes.iloc[places]
+        new = {"id": f"group:{name}", "label": name, "members": len(places)}
+        new |= {column: own[column].sum(skipna=False) for column in activations_of(graph)}
+        if "influence" in own:
+            # it is small for what is important
+            new["influence"] = own["influence"].min()
+        for column, value in new.items():
+            nodes.at[first, column] = value
+    return nodes

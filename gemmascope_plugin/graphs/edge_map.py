@@ -1,0 +1,141 @@
+"""The edges of a model: who writes to the residual stream, who reads from it, who can reach whom.
+
+1. Writers in the order of the forward pass: the embedding, then per layer its heads and its MLP.
+2. Readers in that order: per layer the queries of every head, keys and values of every *key-value* head
+   (``n_kv``, shared by a group of query heads), the MLP; then the logits.
+3. A writer reaches the readers after it; an MLP also reads the heads of its own layer.
+
+With ``H`` heads, ``K`` key-value heads and ``L`` layers there are ``1 + L (H + 1)`` writers and
+``L (H + 2 K + 1) + 1`` readers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Int
+
+from gemmascope_plugin.graphs.node import Node, Reader
+from gemmascope_plugin.models.anatomy import Anatomy
+
+
+@dataclass(frozen=True)
+class EdgeMap:
+    """Writers, readers and the edges between them.
+
+    Args:
+        n_layers: Blocks.
+        n_heads: Query heads of each.
+        n_kv: Key-value heads of each.
+    """
+
+    n_layers: int
+    n_heads: int
+    n_kv: int
+
+    @classmethod
+    def of(cls, anatomy: Anatomy) -> EdgeMap:
+        """That of a model."""
+        return cls(anatomy.n_layers, anatomy.n_heads, anatomy.n_kv)
+
+    @cached_property
+    def writers(self) -> tuple[Node, ...]:
+        """All nodes that write, in the order of the forward pass."""
+        layers = [
+            (*(Node.head(layer, head) for head in range(self.n_heads)), Node.mlp(layer))
+            for layer in range(self.n_layers)
+        ]
+        return (Node.embed(), *(node for layer in layers for node in layer))
+
+    @cached_property
+    def readers(self) -> tuple[Reader, ...]:
+        """All inputs, in the order of the forward pass."""
+        layers = [
+            (
+                *(Reader(Node.head(layer, head), "q") for head in range(self.n_heads)),
+                *(Reader(Node.kv(layer, head), "k") for head in range(self.n_kv)),
+                *(Reader(Node.kv(layer, head), "v") for head in range(self.n_kv)),
+                Reader(Node.mlp(layer)),
+            )
+            for layer in range(self.n_layers)
+        ]
+        return (*(reader for layer in layers for reader in layer), Reader(Node.logits()))
+
+    @cached_property
+    def mask(self) -> Bool[torch.Tensor, "writer reader"]:
+        """True where an edge exists."""
+        written = torch.tensor([_written(node) for node in self.writers])
+        read = torch.tensor([self._read(reader) for reader in self.readers])
+        return written[:, None] < read
+
+    @property
+    def n_edges(self) -> int:
+        """Number of edges."""
+        return int(self.mask.sum())
+
+    def writer(self, node: Node) -> int:
+        """Its row."""
+        return self._rows[node]
+
+    def reader(self, reader: Reader) -> int:
+        """Its column."""
+        return self._columns[reader]
+
+    def heads(self, layer: int) -> slice:
+        """Rows of the heads of a layer."""
+        start = 1 + layer * (self.n_heads + 1)
+        return slice(start, start + self.n_heads)
+
+    def mlp(self, layer: int) -> int:
+        """Row of an MLP."""
+        return (layer + 1) * (self.n_heads + 1)
+
+    def inputs(self, layer: int, port: str) -> slice:
+        """Columns of a layer's ``q``, ``k``, ``v`` or ``mlp``; ``logits`` whatever the layer."""
+        if port == "logits":
+            return slice(len(self.readers) - 1, len(self.readers))
+        start = layer * (self.n_heads + 2 * self.n_kv + 1)
+        offset, n = {
+            "q": (0, self.n_heads),
+            "k": (self.n_heads, self.n_kv),
+            "v": (self.n_heads + self.n_kv, self.n_kv),
+            "mlp": (self.n_heads + 2 * self.n_kv, 1),
+        }[port]
+        return slice(start + offset, start + offset + n)
+
+    @cached_property
+    def feeds(self) -> Int[torch.Tensor, "reader two"]:
+        """First and one past the last writer that a reader feeds; empty for the logits."""
+        spans = []
+        for node, port in self.readers:
+            if node.kind == "logits":
+                spans.append((0, 0))
+            elif node.kind == "mlp":
+                row = self.mlp(node.layer)
+                spans.append((row, row + 1))
+            else:
+                group = 1 if port == "q" else self.n_heads // self.n_kv
+                row = self.heads(node.layer).start + node.index * group
+                spans.append((row, row + group))
+        return torch.tensor(spans)
+
+    @cached_property
+    def _rows(self) -> dict[Node, int]:
+        return {node: row for row, node in enumerate(self.writers)}
+
+    @cached_property
+    def _columns(self) -> dict[Reader, int]:
+        return {reader: column for column, reader in enumerate(self.readers)}
+
+    def _read(self, reader: Reader) -> int:
+        """When a reader reads, in half layers."""
+        if reader.node.kind == "logits":
+            return 2 * self.n_layers
+        return 2 * reader.node.layer + (reader.node.kind == "mlp")
+
+
+def _written(node: Node) -> int:
+    """When a node has written, in half layers."""
+    return -1 if node.kind == "embed" else 2 * node.layer + (node.kind == "mlp")

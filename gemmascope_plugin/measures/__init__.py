@@ -1,0 +1,44 @@
+"""How good dictionaries are: fit, loss, concepts, hierarchies, costs."""
+
+from gemmascope_plugin.measures.absorption import probe_absorption
+from gemmascope_plugin.measures.adaptivity import Adaptivity, adaptivity
+from gemmascope_plugin.measures.compare import compare, plot_comparison
+from gemmascope_plugin.measures.concepts import concept_scores, concept_scores_of
+from gemmascope_plugin.measures.cost import Cost, cost
+from gemmascope_plugin.measures.edge_table import edge_frame
+from gemmascope_plugin.measures.forest import sibling_overlap
+from gemmascope_plugin.measures.hierarchy import hierarchy
+from gemmascope_plugin.measures.hierarchy_scores import Hierarchy
+from gemmascope_plugin.measures.masked_cosine import mcs_parents
+from gemmascope_plugin.measures.measure import Measures, measure
+from gemmascope_plugin.measures.probe import probe_edges
+from gemmascope_plugin.measures.tree_recovery import (
+    Recovery,
+    chance_recovery,
+    concept_order,
+    tree_recovery,
+)
+
+__all__ = [
+    "Adaptivity",
+    "Cost",
+    "Hierarchy",
+    "Measures",
+    "Recovery",
+    "adaptivity",
+    "chance_recovery",
+    "compare",
+    "concept_order",
+    "concept_scores",
+    "concept_scores_of",
+    "cost",
+    "edge_frame",
+    "hierarchy",
+    "mcs_parents",
+    "measure",
+    "plot_comparison",
+    "probe_absorption",
+    "probe_edges",
+    "sibling_overlap",
+    "tree_recovery",
+]

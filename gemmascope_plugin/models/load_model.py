@@ -1,0 +1,204 @@
+"""Loads a Gemma 2 or Gemma 3 text model so that Gemma Scope dictionaries fit it.
+
+1. ``weight_layout.py`` finds the files that a name, a folder or a GGUF file means.
+2. ``transformers_model.py`` reads them, or takes a model that is in memory already; of a multimodal
+   checkpoint the text tower is kept.
+3. The weights go into a ``HookedTransformer`` (``backend="hooked"``) or are wrapped in a
+   ``TransformerBridge`` (``backend="bridge"``). Nothing is folded or centred: the activations are
+   those that Gemma Scope was trained on.
+4. The parameters are frozen and the model is in eval mode.
+5. On request, logits are compared with those of transformers (``parity.py``).
+
+Cost: what transformers' own loading costs; ``"hooked"`` holds the embedding twice, since TransformerLens
+scales one copy. All other weights, the unembedding too, are the tensors that transformers read, seen in
+TransformerLens' shapes, so that its passes need not copy them into transformers' layout and back.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from gemmascope_plugin.dtypes import as_device, as_dtype
+from gemmascope_plugin.errors import ModelError, check_choice
+from gemmascope_plugin.models.gate import gate
+from gemmascope_plugin.models.hooked_config import hooked_config
+from gemmascope_plugin.models.parity import compare, fixed_tokens, last_logits
+from gemmascope_plugin.models.protocol import HookedModel, device_of
+from gemmascope_plugin.models.transformers_model import (
+    TransformersModel,
+    read_model,
+    take_model,
+)
+from gemmascope_plugin.models.weight_layout import Source, find_weights
+from gemmascope_plugin.types import Backend
+
+_TABLES = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
+"""What a ``HookedTransformer`` computes for itself."""
+
+
+@gate()
+def load_model(
+    name_or_path: str | Path | torch.nn.Module,
+    *,
+    backend: Backend = "hooked",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "float32",
+    source: Source = "auto",
+    tokenizer: Any = "auto",
+    check_parity: bool = False,
+) -> HookedModel:
+    """A TransformerLens model with raw activations, ready for Gemma Scope.
+
+    Args:
+        name_or_path: Name on the hub (``google/gemma-2-2b``, ``gemma-2-2b``, ``2b``), a local Hugging
+            Face folder of any Gemma 2 or 3 config, multimodal ones included, a GGUF file, or a
+            transformers model in memory. Of such a model ``"hooked"`` copies the weights and leaves it
+            as it is; ``"bridge"`` takes it over: it is frozen, moved, and not to be used any more.
+        backend: ``"hooked"`` for ``HookedTransformer``, ``"bridge"`` for ``TransformerBridge``.
+        device: Where the weights go; ``"auto"`` for a GPU if there is one.
+        dtype: Type of the weights, or its name.
+        source: Which copy of a named model: ``"cache"``, the files of the hub that are here;
+            ``"package"``, Gemma 3 270M from the extra ``[gemma]``, dequantised from 4 bits; ``"hub"``;
+            ``"auto"``, the first of these that there is.
+        tokenizer: A tokenizer; ``"auto"`` for the one beside the weights, None for prompts of ids only.
+        check_parity: Compare logits with transformers on a fixed sequence longer than the sliding
+            window.
+
+    Returns:
+        The model, frozen, in eval mode. Its attribute ``gemmascope_source`` says where the weights
+        come from, ``gemmascope_eos_ids`` at which ids a text ends; with ``check_parity`` the
+        comparison, a ``Parity``, is ``gemmascope_parity``.
+
+    Raises:
+        MissingFileError: The files are neither local nor cached and cannot be downloaded, or there is
+            no tokenizer.
+        MissingExtraError: The package was asked for, or a GGUF file, and the extra is not installed.
+        ModelError: Another architecture, quantised weights, an adapter that is not merged, Gemma 3 in
+            float16, or the comparison fails.
+        UnknownNameError: An unknown backend, device, type or model, or a name that two models share.
+        BadFileError: A GGUF file is damaged.
+    """
+    check_choice("backend", backend, get_args(Backend))
+    target, weight_type = as_device(device), as_dtype(dtype)
+    is_in_memory = isinstance(name_or_path, torch.nn.Module)
+    if is_in_memory:
+        model = take_model(name_or_path, weight_type, tokenizer)
+    else:
+        model = read_model(find_weights(_path(name_or_path), source), weight_type, tokenizer)
+    return _built(model, backend, target, weight_type, is_in_memory, check_parity)
+
+
+def hooked_from_hf(hf: Any, tokenizer: Any, name: str, *, dtype: torch.dtype | None = None) -> Any:
+    """A ``HookedTransformer`` of a transformers Gemma model, unfolded.
+
+    Args:
+        hf: The model. Its weights are not copied where type and layout allow, and never changed.
+        tokenizer: Its tokenizer, or None.
+        name: Name to record.
+        dtype: Type of the weights; the model's own by default.
+    """
+    from transformer_lens import HookedTransformer
+    from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
+
+    config = hooked_config(hf.config, name)
+    config.dtype = dtype or hf.dtype
+    config.init_weights = False
+    with warnings.catch_warnings(), _as_it_is(tokenizer):
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        model = HookedTransformer(config, tokenizer=tokenizer, move_to_device=False)
+    with torch.no_grad():
+        state = convert_gemma_weights(hf, config)
+    state = {name: tensor.detach().to(config.dtype) for name, tensor in state.items()}
+    report = model.load_state_dict(state, assign=True, strict=False)
+    absent = [key for key in report.missing_keys if key.rpartition(".")[2] not in _TABLES]
+    assert not absent and not report.unexpected_keys, (absent, report.unexpected_keys)
+    # which tokens end a text
+    model.generation_config = getattr(hf, "generation_config", None)  # pyright: ignore[reportArgumentType]
+    return model.eval().requires_grad_(False)
+
+
+def bridge_from_hf(hf: Any, tokenizer: Any, name: str) -> Any:
+    """Wraps a transformers Gemma model, which is taken over, in a ``TransformerBridge``."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    with _as_it_is(tokenizer):
+        bridge = build_bridge_from_module(
+            hf, type(hf).__name__, hf_config=hf.config, tokenizer=tokenizer, model_name=name
+        )
+    # Freeze afterwards: TransformerLens 3.9 adds a trainable zero bias to the unembedding.
+    return bridge.eval().requires_grad_(False)
+
+
+def _path(name_or_path: object) -> str | Path:
+    if isinstance(name_or_path, (str, Path)) and str(name_or_path).strip():
+        return name_or_path
+    raise ModelError(
+        f"load_model() got {type(name_or_path).__name__} {name_or_path!r:.60}",
+        exists="names, folders, GGUF files, and transformers models in memory",
+        fix='load_model("2b")',
+    )
+
+
+def _built(
+    source: TransformersModel,
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    is_in_memory: bool,
+    check_parity: bool,
+) -> HookedModel:
+    hf = source.hf
+    tokens = fixed_tokens(hf.config) if check_parity else None
+    # Before the bridge takes the model over and changes it.
+    reference = last_logits(hf, tokens) if tokens is not None else None
+    if backend == "hooked":
+        model = hooked_from_hf(hf, source.tokenizer, source.name, dtype=dtype)
+        if is_in_memory:
+            _detach_from(model, hf)
+    else:
+        if is_in_memory:
+            hf = hf.to(dtype)
+            hf.set_attn_implementation("eager")
+        model = bridge_from_hf(hf, source.tokenizer, source.name)
+    if device_of(model) != device:  # thousands of modules are walked through
+        model = model.to(device, print_details=False)
+    model.gemmascope_source = source.origin
+    model.gemmascope_eos_ids = source.end_ids
+    if tokens is not None and reference is not None:
+        model.gemmascope_parity = compare(model, reference, tokens).check()
+    return model
+
+
+def _detach_from(model: Any, hf: Any) -> None:
+    """Gives a model its own copy of what it shares with another one, in the same layout."""
+    shared = {parameter.untyped_storage().data_ptr() for parameter in hf.parameters()}
+    for parameter in model.parameters():
+        if parameter.untyped_storage().data_ptr() in shared:
+            parameter.data = parameter.data.clone()
+
+
+@contextmanager
+def _as_it_is(tokenizer: Any) -> Iterator[None]:
+    """While a model is built: a tokenizer that puts BOS first is said to do so, and little else.
+
+    TransformerLens would read its files again to make sure of BOS, and copies its arguments, among them
+    an object for each of Gemma's 6,414 special tokens.
+    """
+    if tokenizer is None or tokenizer.encode("") != [tokenizer.bos_token_id]:
+        yield
+        return
+    arguments = {**tokenizer.init_kwargs, "add_bos_token": True}
+    tokenizer.init_kwargs = {
+        "name_or_path": arguments.get("name_or_path", ""),
+        "add_bos_token": True,
+    }
+    try:
+        yield
+    finally:
+        tokenizer.init_kwargs = arguments

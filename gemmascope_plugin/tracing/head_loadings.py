@@ -1,0 +1,261 @@
+"""Which attention heads carry the edges of an attribution graph.
+
+An edge sums over all direct paths from source to target. At every layer between them each path either
+passes by or goes through one head, so ``edge = bypass + sum over heads``, exactly, with what is frozen in
+the graph; the method is in ``tracing/linear/head_shares.py``. A layer's loads are no shares of
+another layer's: the same path may go through heads of several layers.
+
+Cost: one forward pass and encoding, then a sweep for each target and a push upwards for each source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+import gemmascope_plugin.figures as figures
+from gemmascope_plugin.errors import EmptySelectionError, ModelError, TaskError
+from gemmascope_plugin.graphs.attribution_graph import SHOWN, AttributionGraph
+from gemmascope_plugin.models.check_model import check_model
+from gemmascope_plugin.models.gate import gate
+from gemmascope_plugin.models.protocol import HookedModel, dtype_of
+from gemmascope_plugin.models.tokens import token_strings
+from gemmascope_plugin.splice.check_saes import check_saes
+from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
+from gemmascope_plugin.tracing.linear.head_shares import loadings
+from gemmascope_plugin.tracing.linear.targets import Target
+from gemmascope_plugin.tracing.retrace import Prompt, Retrace, seeds_of, tracer_of
+from gemmascope_plugin.tracing.row_tolerance import allowed_gap
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadLoadings:
+    """Loads of heads on edges, in the units of the edges."""
+
+    edges: tuple[tuple[str, str], ...]
+    """Ids of source and target."""
+    weights: Float[np.ndarray, " edge"]
+    """The edges themselves."""
+    by_key: Float[np.ndarray, "edge layer head key"]
+    """Loads by the token that the head read."""
+    bypass: Float[np.ndarray, "edge layer"]
+    """What passed a layer's attention by."""
+    between: Bool[np.ndarray, "edge layer"]
+    """Whether a layer's attention lies between source and target; elsewhere no head carries anything."""
+    tokens: tuple[str, ...]
+    """The prompt."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """``residual``: the largest gap between an edge and its parts at a layer, as a share of the largest
+    edge."""
+
+    @property
+    def values(self) -> Float[np.ndarray, "edge layer head"]:
+        """Loads."""
+        return self.by_key.sum(-1)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per edge, layer between its ends and head, heads that carry most first: ``source,
+        target, edge, layer, head, load, share, key, token``.
+
+        ``edge`` is the edge's weight and ``share`` the load as a share of it; ``key`` is the token that
+        was read for most of the load.
+        """
+        import pandas as pd
+
+        values = self.values
+        place, layer, head = np.nonzero(np.repeat(self.between[..., None], values.shape[2], 2))
+        load = values[place, layer, head]
+        key = np.abs(self.by_key[place, layer, head]).argmax(-1)
+        columns = {
+            "source": [self.edges[i][0] for i in place],
+            "target": [self.edges[i][1] for i in place],
+            "edge": self.weights[place],
+            "layer": layer,
+            "head": head,
+            "load": load,
+            "share": _shares(load, self.weights[place]),
+            "key": key,
+            "token": [self.tokens[i] for i in key],
+        }
+        order = np.lexsort((-np.abs(load), place))
+        return pd.DataFrame(columns).iloc[order].reset_index(drop=True)
+
+    def plot(self, edge: int | tuple[str, str] = 0) -> Any:
+        """A plotly figure of one edge: layers by heads, and what passes each layer by.
+
+        Args:
+            edge: Its number, or ids of source and target.
+
+        Raises:
+            TaskError: No such edge, or no attention between its ends.
+        """
+        place = self._place(edge)
+        layers = np.flatnonzero(self.between[place])
+        source, target = self.edges[place]
+        if not len(layers):
+            raise TaskError(f"No attention lies between {source!r} and {target!r}")
+        values = np.hstack([self.values[place, layers], self.bypass[place, layers, None]])
+        return figures.heatmap(
+            values,
+            x=[*(f"head {i}" for i in range(self.by_key.shape[2])), "past all"],
+            y=[f"layer {i}" for i in layers],
+            title=f"{source} to {target}: {self.weights[place]:.4g}",
+            color_title="load",
+        )
+
+    def _place(self, edge: int | tuple[str, str]) -> int:
+        if isinstance(edge, tuple) and edge in self.edges:
+            return self.edges.index(edge)
+        if not isinstance(edge, int) or not 0 <= edge < len(self.edges):
+            raise TaskError(
+                f"{edge!r} is none of these edges", exists=f"edges 0 to {len(self.edges) - 1}"
+            )
+        return edge
+
+    def __len__(self) -> int:
+        return len(self.edges)
+
+    def __repr__(self) -> str:
+        _, layers, heads, _ = self.by_key.shape
+        noun = "edge" if len(self) == 1 else "edges"
+        return (
+            f"HeadLoadings({len(self)} {noun}, {layers} layers of {heads} heads, "
+            f"residual {self.metadata.get('residual', float('nan')):.1e})"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>{figures.frame_html(self.to_frame(), SHOWN)}"
+
+
+@gate(model=check_model, transcoders=check_saes)
+def head_loadings(
+    model: HookedModel,
+    graph: AttributionGraph | Prompt,
+    transcoders: Any,
+    edges: Sequence[tuple[str, str]] | pd.DataFrame | tuple[str, str],
+    *,
+    targets: Sequence[Target] | Target | None = None,
+    exclude: str | int | Sequence[str | int] | None = None,
+    memory_budget: int | str = "4 GB",
+) -> HeadLoadings:
+    """How much of chosen edges each attention head carried.
+
+    Args:
+        model: The model that was traced.
+        graph: The graph of a prompt, or the prompt itself.
+        transcoders: The dictionaries of the trace.
+        edges: Ids of source and target, one pair or several, or rows of ``graph.edge_frame()``: from
+            features, errors, tokens and biases to features, logits, differences and directions.
+        targets: As in ``trace``, where edges end at directions, which a graph does not hold, or, for a
+            prompt, at other than the likeliest next tokens.
+        exclude: Special tokens that dictionaries leave alone; None for those of the graph, or bos, eos
+            and pad.
+        memory_budget: Bytes, or ``"4 GB"``.
+
+    Returns:
+        Loads by edge, layer and head.
+
+    Raises:
+        UnknownNameError: A node that is not in the graph.
+        TaskError: A source that comes after its target, or an end that nothing explains.
+        EmptySelectionError: No edge.
+        ModelError: Dictionaries that cannot be traced.
+        GemmaScopeError: The memory budget is too small.
+    """
+    pairs = _pairs(edges)
+    if isinstance(graph, AttributionGraph):
+        for pair in pairs:
+            for node in pair:
+                graph.find(node)
+    tracer = tracer_of(model, graph, transcoders, exclude, memory_budget)
+    again = Retrace(tracer, seeds_of(tracer, graph, targets))
+    places = [again.edge(*pair) for pair in pairs]
+    return _carried(again, pairs, places)
+
+
+def _carried(
+    again: Retrace, pairs: Sequence[tuple[str, str]], places: Sequence[tuple[int, int]]
+) -> HeadLoadings:
+    """Loads of all edges, target by target."""
+    record = again.tracer.record
+    sizes = (len(pairs), record.n_layers, record.anatomy.n_heads, record.n_pos)
+    weights, gaps = np.zeros(sizes[:1]), np.zeros(sizes[:1])
+    by_key, bypass = np.zeros(sizes), np.zeros(sizes[:2])
+    between = np.zeros(sizes[:2], dtype=bool)
+    for target in dict.fromkeys(last for _, last in places):
+        own = [i for i, (_, last) in enumerate(places) if last == target]
+        found = loadings(again.tracer, again.entry(target), [places[i][0] for i in own])
+        by_key[own, ..., : found.loads.shape[-1]] = found.loads.double().cpu().numpy()
+        bypass[own] = found.bypass.double().cpu().numpy()
+        between[own] = found.between.cpu().numpy()
+        weights[own] = found.effects.double().cpu().numpy()
+        gaps[own] = found.gaps.double().cpu().numpy()
+    _judge(record, pairs, gaps, np.maximum(np.abs(by_key).sum((1, 2, 3)), np.abs(weights)))
+    details = {"residual": float(gaps.max() / max(np.abs(weights).max(), 1e-30))}
+    words = tuple(token_strings(record.model, record.tokens))
+    return HeadLoadings(tuple(pairs), weights, by_key, bypass, between, words, details)
+
+
+def _judge(
+    record: FrozenPass,
+    pairs: Sequence[tuple[str, str]],
+    gaps: Float[np.ndarray, " edge"],
+    sizes: Float[np.ndarray, " edge"],
+) -> None:
+    """Refuses edges that are not the sum of their parts.
+
+    Raises:
+        ModelError: With the worst of them.
+    """
+    model = record.model
+    allowed = allowed_gap([dtype_of(model)], record.n_layers, int(model.cfg.d_model)) * sizes
+    worst = int(np.argmax(gaps - allowed))
+    if not gaps[worst] <= allowed[worst]:
+        source, target = pairs[worst]
+        raise ModelError(
+            f"What heads carry of the edge from {source} to {target} is off by {gaps[worst]:.3g}, "
+            f"allowed is {allowed[worst]:.1g}",
+            fix="load_model(name), which folds nothing, or dtype='float32'",
+        )
+
+
+def _pairs(edges: Any) -> list[tuple[str, str]]:
+    """Edges in whatever form they came.
+
+    Raises:
+        EmptySelectionError: None.
+        TaskError: Something that is no pair of ids.
+    """
+    if hasattr(edges, "columns"):
+        edges = list(zip(edges["source"], edges["target"], strict=True))
+    elif isinstance(edges, tuple) and all(isinstance(one, str) for one in edges):
+        edges = [edges]
+    if isinstance(edges, (str, Mapping)) or not isinstance(edges, Iterable):
+        raise _no_edge(edges)
+    found: list[Any] = [
+        tuple(edge) if isinstance(edge, (tuple, list)) else (edge,) for edge in edges
+    ]
+    if not found:
+        raise EmptySelectionError("No edge was given", fix="graph.edge_frame(10)")
+    for edge in found:
+        if len(edge) != 2 or not all(isinstance(one, str) for one in edge):
+            raise _no_edge(edge)
+    return found
+
+
+def _no_edge(given: Any) -> TaskError:
+    return TaskError(f"{given!r} is not an edge", fix="(source, target), ids of graph.nodes.id")
+
+
+def _shares(loads: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Loads by the edges that they are part of; NaN for an edge of zero."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(weights == 0, np.nan, loads / weights)

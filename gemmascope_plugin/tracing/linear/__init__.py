@@ -1,0 +1,1 @@
+"""The model of one prompt made linear, and the sweep over it."""

@@ -1,0 +1,181 @@
+"""How much of a source's effect on a target each attention head carried, layer by layer.
+
+With ``F`` what the source has become before layer ``l`` and ``G`` the target's gradient behind its
+attention, both with everything frozen, the effect is
+
+    A = <F, G> + sum_h <OV_h F, G>
+
+at every layer between them: what passes the layer by, and what each of its heads carries, its loading
+(Kamath et al., "Tracing Attention Computation Through Feature Interactions", 2025).
+
+1. A sweep from the target keeps its gradient at ``z`` and behind the attention of every layer.
+2. The source's writes go up, see ``tangent.py``. At each layer their values meet the gradient that the
+   frozen pattern takes to the tokens that are read; the sum is over these tokens, so it is known which
+   token a head read.
+3. Writes of a cross-layer dictionary that enter above a layer pass it by.
+
+Cost: a sweep of one target, with ``layer * pos * (d_model + head * d_head)`` numbers kept; then
+``pos^2 * head * d_head`` multiplications a write and layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float
+
+from gemmascope_plugin.tracing.linear.cotangent import Cotangent
+from gemmascope_plugin.tracing.linear.frozen_pass import FrozenAttention, FrozenPass
+from gemmascope_plugin.tracing.linear.node_order import Layout
+from gemmascope_plugin.tracing.linear.sweep import Entry, Sweep
+from gemmascope_plugin.tracing.linear.tangent import Tangent, Write, writes_of
+from gemmascope_plugin.tracing.linear.trace_site import PER_LAYER
+from gemmascope_plugin.tracing.linear.tracer import Tracer
+
+
+@dataclass(frozen=True, eq=False)
+class Loadings:
+    """What the heads carried from some sources to one target."""
+
+    loads: Float[torch.Tensor, "source layer head pos"]
+    """By the token that the head read."""
+    bypass: Float[torch.Tensor, "source layer"]
+    """What passed the layer by."""
+    effects: Float[torch.Tensor, " source"]
+    """The edges, as the sweep finds them."""
+    between: Bool[torch.Tensor, "source layer"]
+    """Whether a layer's attention lies above the source's first write and below the target."""
+
+    @property
+    def gaps(self) -> Float[torch.Tensor, " source"]:
+        """Largest difference between an edge and its parts at a layer."""
+        sums = self.bypass + self.loads.sum((2, 3))
+        gaps = (sums - self.effects[:, None]).abs().masked_fill(~self.between, 0)
+        return gaps.amax(1)
+
+
+class _Trail(Sweep):
+    """A sweep of one target that keeps what it meets at attention."""
+
+    def __init__(self, record: FrozenPass, layout: Layout, budget: int) -> None:
+        super().__init__(record, layout, budget)
+        self.heads: dict[int, torch.Tensor] = {}
+        """``[pos, head * d_head]``, without the scale of the post-norm."""
+        self.streams: dict[int, torch.Tensor] = {}
+        """``[pos, d_model]``; none for a target that reads ``z``."""
+
+    def _through(
+        self,
+        layer: int,
+        heads: Float[torch.Tensor, "head *pos target d_head"],
+        state: Cotangent,
+        stream: Cotangent | None,
+    ) -> Cotangent:
+        self.heads[layer] = _spread(state.with_values(heads.movedim(0, -2).flatten(-2)))
+        if stream is not None:
+            self.streams[layer] = _spread(stream)
+        return super()._through(layer, heads, state, stream)
+
+    @cached_property
+    def _tokens(self) -> Float[torch.Tensor, "query key d_model"] | None:
+        """None: the first attention is met like every other."""
+        return None
+
+
+def _spread(one: Cotangent) -> Float[torch.Tensor, "pos width"]:
+    """The gradient of the only target at all tokens, as a copy: dense ones are written into."""
+    if one.dense:
+        return one.values[:, 0].clone()
+    found = one.values.new_zeros(one.n_pos, one.values.shape[1])
+    found[one.positions] = one.values
+    return found
+
+
+@torch.no_grad()
+def loadings(tracer: Tracer, entry: Entry, sources: Sequence[int]) -> Loadings:
+    """Loads of all heads on the edges into one target.
+
+    Args:
+        tracer: The prompt's.
+        entry: The target.
+        sources: Nodes below it.
+    """
+    assert len(entry.positions) == 1, "targets are taken one by one"
+    record, layout = tracer.record, tracer.layout
+    trail = _Trail(record, layout, tracer.budget)
+    effects = trail(entry)[0, torch.tensor(sources)]
+    shape = (len(sources), record.n_layers)
+    n_pos = int(entry.positions[0]) + 1
+    loads = effects.new_zeros(*shape, record.anatomy.n_heads, n_pos)
+    bypass = effects.new_zeros(shape)
+    between = torch.zeros(shape, dtype=torch.bool)
+    layers = torch.arange(record.n_layers) * PER_LAYER
+    for owners, writes in _chunks(tracer, sources, entry):
+        carried, passed = _carried(tracer, trail, entry, writes)
+        loads.index_add_(0, owners, carried)
+        bypass.index_add_(0, owners, passed)
+        times = torch.tensor([write.time for write in writes])
+        reached = (times[:, None] < layers) & (layers <= entry.after)
+        for owner, row in zip(owners.tolist(), reached, strict=True):
+            between[owner] |= row
+    return Loadings(loads, bypass, effects, between)
+
+
+def _chunks(
+    tracer: Tracer, sources: Sequence[int], entry: Entry
+) -> Iterator[tuple[torch.Tensor, list[Write]]]:
+    """Writes below the target of all sources, and the place of their source, as many as fit."""
+    record, layout = tracer.record, tracer.layout
+    writes = [(i, w) for i, node in enumerate(sources) for w in writes_of(record, layout, node)]
+    found = [(i, write) for i, write in writes if write.time < entry.after]
+    n_pos = int(entry.positions[0]) + 1
+    size = tracer.sweep.fitting(n_pos, entry.n_below, tracer.budget)
+    for start in range(0, len(found), size):
+        part = found[start : start + size]
+        yield torch.tensor([owner for owner, _ in part]), [write for _, write in part]
+
+
+def _carried(
+    tracer: Tracer, trail: _Trail, entry: Entry, writes: Sequence[Write]
+) -> tuple[Float[torch.Tensor, "write layer head pos"], Float[torch.Tensor, "write layer"]]:
+    """Loads of heads, and what passes by, of each write."""
+    record = tracer.record
+    n_pos = int(entry.positions[0]) + 1
+    tangent = Tangent(record, tracer.layout, writes, n_pos)
+    shape = (len(writes), record.n_layers)
+    loads = entry.vectors.new_zeros(*shape, record.anatomy.n_heads, n_pos)
+    bypass = entry.vectors.new_zeros(shape)
+    last = entry.after // PER_LAYER
+    while True:
+        layer = tangent.layer
+        if layer in trail.heads:
+            heads = trail.heads[layer]
+            known = tangent.stream[:, : len(heads)]
+            loads[:, layer, :, : len(heads)] = _loads(record.attention(layer), known, heads)
+        if layer in trail.streams:
+            passing = trail.streams[layer]
+            known = tangent.stream[:, : len(passing)]
+            bypass[:, layer] = torch.einsum("wpm,pm->w", known, passing)
+        if layer >= last:
+            break
+        tangent.up()
+    whole = tangent.read(entry)
+    times = torch.tensor([write.time for write in writes])
+    later = times[:, None] >= PER_LAYER * torch.arange(record.n_layers)
+    return loads, torch.where(later, whole, bypass)
+
+
+def _loads(
+    attention: FrozenAttention,
+    stream: Float[torch.Tensor, "write pos d_model"],
+    heads: Float[torch.Tensor, "pos heads"],
+) -> Float[torch.Tensor, "write head pos"]:
+    """``<OV_h F, G>`` by the token that is read."""
+    group, kv, n_pos = attention.group, len(attention.W_V), len(heads)
+    mix = attention.mix.unflatten(-1, (group, -1))[:, :n_pos, :, :n_pos]
+    pulled = torch.einsum("gkhq,qghd->gkhd", mix, heads.unflatten(-1, (kv, group, -1)))
+    values = torch.einsum("wkm,gdm->wgkd", stream, attention.W_V)
+    return torch.einsum("gkhd,wgkd->wghk", pulled, values).flatten(1, 2)

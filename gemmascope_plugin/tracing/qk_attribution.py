@@ -1,0 +1,283 @@
+"""Why a head attended from one token to another: which pairs of nodes made the score.
+
+The score before its soft-cap is a sum over pairs of a node in the query and a node in the key, exactly,
+with norm scales and all below the layer frozen; the method is in ``tracing/linear/head_queries.py``. A
+score alone says little, since the softmax sees differences only: ``contrast=True`` explains the score
+less the mean over all keys that the query sees.
+
+Cost: one forward pass and encoding, then a sweep of ``2 d_head`` targets, of 2 without pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+import gemmascope_plugin.figures as figures
+from gemmascope_plugin.causes.nodes import read
+from gemmascope_plugin.errors import EmptySelectionError, TaskError
+from gemmascope_plugin.graphs.attribution_graph import SHOWN, AttributionGraph
+from gemmascope_plugin.models.check_model import check_model
+from gemmascope_plugin.models.gate import gate
+from gemmascope_plugin.models.head_scores import HeadScores
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.tokens import token_strings
+from gemmascope_plugin.splice.check_saes import check_saes
+from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
+from gemmascope_plugin.tracing.linear.head_queries import Score, Side
+from gemmascope_plugin.tracing.linear.tracer import Tracer
+from gemmascope_plugin.tracing.node_table import node_table
+from gemmascope_plugin.tracing.ranked_pairs import ranked_pairs
+from gemmascope_plugin.tracing.retrace import Prompt, tracer_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_SHOWN_COLUMNS = ["id", "label", "kind", "layer", "pos"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class QkAttribution:
+    """One score of one head as a sum over nodes and over pairs of nodes."""
+
+    nodes: pd.DataFrame
+    """All nodes below the layer, as in a graph; ``bias:b_Q_and_b_K`` are the head's own."""
+    query_weights: Float[np.ndarray, " node"]
+    """What each node in the query brings, over all nodes in the key."""
+    key_weights: Float[np.ndarray, " node"]
+    """What each node in the key brings, over all nodes in the query."""
+    parts: tuple[Float[torch.Tensor, "node d_head"], Float[torch.Tensor, "node d_head"]] | None
+    """Of nodes in the query and in the key; a pair is the product of two. None without pairs."""
+    score: float
+    """Sum over all pairs: the score before its soft-cap, less the mean over keys for a contrast."""
+    capped: float
+    """The score itself after the soft-cap, as the softmax sees it."""
+    residual: float
+    """Largest gap between what the nodes sum to, the score found here and the model's own, as a share of
+    the query's largest score."""
+    tokens: tuple[str, ...]
+    """The prompt."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """``layer, head, query, key, contrast``."""
+
+    @property
+    def by_query(self) -> pd.DataFrame:
+        """Nodes in the query by size: ``id, label, kind, layer, pos, weight``; they sum to the score."""
+        return self._ranked(self.query_weights)
+
+    @property
+    def by_key(self) -> pd.DataFrame:
+        """Nodes in the key by size, likewise."""
+        return self._ranked(self.key_weights)
+
+    def pairs(self, top: int = 20) -> pd.DataFrame:
+        """The pairs that brought most, of either sign: ``query, query_label, key, key_label, weight``.
+
+        Args:
+            top: How many.
+
+        Raises:
+            EmptySelectionError: They were not asked for, or none is to be shown.
+        """
+        import pandas as pd
+
+        if top < 1:
+            raise EmptySelectionError(f"top={top} leaves no pair", fix="top=20")
+        rows, columns, weights = ranked_pairs(*self._known(), top)
+        found: dict[str, Any] = {}
+        for name, places in (("query", rows), ("key", columns)):
+            own = self.nodes.iloc[places]
+            found |= {name: own["id"].to_numpy(), f"{name}_label": own["label"].to_numpy()}
+        return pd.DataFrame({**found, "weight": weights})
+
+    def plot(self, top: int = SHOWN) -> Any:
+        """A plotly figure: the nodes that brought most, query by key; the key's alone without pairs.
+
+        Args:
+            top: Nodes of each side.
+        """
+        keys = self.by_key.head(top)
+        if self.parts is None:
+            names = keys["id"].tolist()
+            return figures.bars(names, keys["weight"].tolist(), title=repr(self), x_title="score")
+        places = [np.argsort(-np.abs(w), kind="stable")[:top] for w in self._weights]
+        first, second = (part[at] for part, at in zip(self.parts, places, strict=True))
+        labels = [self.nodes["id"].iloc[at].tolist() for at in places]
+        return figures.heatmap(
+            (first @ second.T).double().cpu().numpy(),
+            x=labels[1],
+            y=labels[0],
+            x_title="key",
+            y_title="query",
+            title=repr(self),
+            color_title="score",
+        )
+
+    @property
+    def _weights(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.query_weights, self.key_weights
+
+    def _known(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.parts is None:
+            raise EmptySelectionError(
+                "Pairs were not asked for, only what each node brings", fix="pairs=True"
+            )
+        return self.parts
+
+    def _ranked(self, weights: np.ndarray) -> pd.DataFrame:
+        order = np.argsort(-np.abs(weights), kind="stable")
+        order = order[weights[order] != 0]
+        found = self.nodes.iloc[order][_SHOWN_COLUMNS]
+        return found.assign(weight=weights[order]).reset_index(drop=True)
+
+    def __repr__(self) -> str:
+        about = self.metadata
+        query, key = (f"{self.tokens[about[n]]!r} at {about[n]}" for n in ("query", "key"))
+        mean = ", less the mean of its keys" if about["contrast"] else ""
+        return (
+            f"QkAttribution(layer {about['layer']} head {about['head']}, {query} to {key}: "
+            f"score {self.score:.3f}{mean}, residual {self.residual:.1e})"
+        )
+
+    def _repr_html_(self) -> str:
+        frame = self.by_key.head(SHOWN) if self.parts is None else self.pairs(SHOWN)
+        return f"<p>{escape(repr(self))}</p>{figures.frame_html(frame, SHOWN)}"
+
+
+@gate(model=check_model, transcoders=check_saes)
+def qk_attribution(
+    model: HookedModel,
+    prompt: AttributionGraph | Prompt,
+    transcoders: Any,
+    layer: int,
+    head: int,
+    query: int,
+    key: int,
+    *,
+    contrast: bool = False,
+    pairs: bool = True,
+    exclude: str | int | Sequence[str | int] | None = None,
+    memory_budget: int | str = "4 GB",
+) -> QkAttribution:
+    """Which pairs of nodes made a head attend from one token to another.
+
+    Args:
+        model: ``HookedTransformer`` or ``TransformerBridge`` of a Gemma.
+        prompt: One text, token ids ``[pos]`` or ``[1, pos]``, or the graph of a prompt.
+        transcoders: As in ``trace``.
+        layer: Of the head.
+        head: Its number among the layer's query heads.
+        query: Position of the token that attends; negative ones count from the end.
+        key: Position of the token that is attended to.
+        contrast: Explain the score less the mean over all keys that the query sees.
+        pairs: Pairs of nodes; else only what each node brings in the query and in the key.
+        exclude: Special tokens that dictionaries leave alone; None for those of the graph, or bos, eos
+            and pad.
+        memory_budget: Bytes, or ``"4 GB"``.
+
+    Returns:
+        What each node and each pair brings.
+
+    Raises:
+        TaskError: No such layer, head or position, or a key that the query does not see.
+        ModelError: Dictionaries that cannot be traced.
+        GemmaScopeError: The memory budget is too small.
+    """
+    tracer = tracer_of(model, prompt, transcoders, exclude, memory_budget)
+    record = tracer.record
+    at = (_number("layer", layer, record.n_layers), _number("head", head, record.anatomy.n_heads))
+    query, key = (_position(n, p, record.n_pos) for n, p in (("Query", query), ("Key", key)))
+    score = _score(tracer, *at, query, key, contrast)
+    if pairs:
+        unit = torch.eye(record.anatomy.d_head, dtype=record.dtype, device=record.embed.device)
+        parts = score.by_query(unit), score.by_key(unit)
+        marginals = parts[0] @ score.seen[0], parts[1] @ score.asked[0]
+    else:
+        parts = None
+        marginals = score.by_query(score.seen)[:, 0], score.by_key(score.asked)[:, 0]
+    by_query, by_key = (one.double().cpu().numpy() for one in marginals)
+    details = {"layer": layer, "head": head, "query": query, "key": key, "contrast": contrast}
+    return QkAttribution(
+        _nodes(tracer, score.n_below),
+        by_query,
+        by_key,
+        parts,
+        float(by_key.sum()),
+        score.capped,
+        score.residual(float(by_query.sum()), float(by_key.sum())),
+        tuple(token_strings(model, record.tokens)),
+        details,
+    )
+
+
+def _score(tracer: Tracer, layer: int, head: int, query: int, key: int, contrast: bool) -> Score:
+    """The score that is asked for.
+
+    Raises:
+        TaskError: The query does not see the key.
+    """
+    record = tracer.record
+    scores = HeadScores(record.anatomy, layer, head)
+    held = read(record.model, record.tokens[None], [scores.scores_hook, *scores.rotary_hooks])
+    observed = held[scores.scores_hook][0, head, query].to(record.dtype)
+    # an infinity on one model class, the least finite number on the other
+    seen = (observed > torch.finfo(observed.dtype).min / 2).nonzero()[:, 0].tolist()
+    _check_seen(record, layer, query, key, seen)
+    keys = seen if contrast else [key]
+    asking, asked = (
+        Side.of(record, layer, given, at, scores.rotation(at, held))
+        for given, at in ((scores.query, [query]), (scores.key, keys))
+    )
+    place = keys.index(key)
+    shares = observed.new_zeros(len(keys))
+    shares[place] = 1.0
+    shares = shares - 1 / len(keys) if contrast else shares
+    largest = float(observed[seen].abs().max())
+    return Score(tracer, scores, asking, asked, shares, place, observed[keys], largest)
+
+
+def _nodes(tracer: Tracer, n_below: int) -> pd.DataFrame:
+    """Nodes below the layer; a head's own biases take the place of those of targets."""
+    nodes = node_table(tracer, (), np.zeros(tracer.layout.n_nodes)).head(n_below).copy()
+    nodes.loc[tracer.layout.own, ["id", "label"]] = ["bias:b_Q_and_b_K", "b_Q and b_K"]
+    return nodes.drop(columns="weight")
+
+
+def _number(what: str, given: int, count: int) -> int:
+    if not 0 <= given < count:
+        close = 0 if given < 0 else count - 1
+        raise TaskError(
+            f"There is no {what} {given}", exists=f"{what}s 0 to {count - 1}", nearest=str(close)
+        )
+    return given
+
+
+def _position(what: str, given: int, n_pos: int) -> int:
+    if not -n_pos <= given < n_pos:
+        raise TaskError(
+            f"{what} {given} lies outside the prompt of {n_pos} tokens",
+            exists=f"positions 0 to {n_pos - 1}, or {-n_pos} to -1 from the end",
+            nearest=str(n_pos - 1 if given > 0 else -n_pos),
+        )
+    return given % n_pos
+
+
+def _check_seen(record: FrozenPass, layer: int, query: int, key: int, seen: Sequence[int]) -> None:
+    if key > query:
+        raise TaskError(
+            f"Key {key} comes after query {query}, and a head sees no later tokens",
+            exists=f"keys {seen[0]} to {seen[-1]}",
+            fix=f"query={key}, key={query}",
+        )
+    if key not in seen:
+        raise TaskError(
+            f"Key {key} lies outside the sliding window of layer {layer} at query {query}",
+            exists=f"keys {seen[0]} to {seen[-1]}",
+            nearest=str(seen[0]),
+        )

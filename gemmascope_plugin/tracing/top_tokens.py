@@ -1,0 +1,85 @@
+"""Words that the features of an attribution graph write towards, and away from, by their decoders.
+
+1. A feature's direction is the sum of its decoder rows over all layers that it writes to; rows of
+   attention dictionaries go through ``W_O`` and the gain of the norm behind it.
+2. The direction is read by the unembedding, see ``features/top_words.py``. It says what a feature does to
+   logits directly, not through later layers: of early features it says little.
+
+Cost: one multiplication with the unembedding for all features of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from gemmascope_plugin.errors import UnknownNameError
+from gemmascope_plugin.features.top_words import TopWords, top_words
+from gemmascope_plugin.graphs.attribution_graph import AttributionGraph
+from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.tracing.linear.trace_site import Site
+from gemmascope_plugin.tracing.linear.tracer import sites_of
+
+
+def top_tokens(
+    graph: AttributionGraph, model: HookedModel, dictionaries: Any, k: int = 5
+) -> dict[str, TopWords]:
+    """Words of every feature node.
+
+    Args:
+        graph: The graph.
+        model: The model that it was traced in.
+        dictionaries: Those that it was traced with.
+        k: How many words of each.
+
+    Returns:
+        From the id of a node to its words.
+
+    Raises:
+        UnknownNameError: The graph has features of a dictionary that was not given.
+        EmptySelectionError: ``k`` is no number of words.
+    """
+    sites = sites_of(model, dictionaries, ())
+    by_label = {site.label: site for site in sites}
+    rows = graph.nodes[graph.where("feature")]
+    found: dict[str, TopWords] = {}
+    for label, own in rows.groupby("site"):
+        label = str(label)
+        if label not in by_label:
+            raise UnknownNameError(
+                f"The graph has features of {label}, and no dictionary for it was given",
+                exists=", ".join(by_label),
+            )
+        features = torch.from_numpy(np.unique(np.asarray(own["index"])))
+        directions = written(Anatomy(model), by_label[label], sites, features)
+        words = dict(zip(features.tolist(), top_words(model, directions, k), strict=True))
+        found |= {name: words[i] for name, i in zip(own["id"], own["index"], strict=True)}
+    return found
+
+
+def written(
+    anatomy: Anatomy, site: Site, sites: Sequence[Site], features: torch.Tensor
+) -> Float[torch.Tensor, "some d_model"]:
+    """What features write to the stream, all layers together, up to the scale of attention's norm.
+
+    Args:
+        anatomy: The model's.
+        site: Where the features are read.
+        sites: All sites of the trace.
+        features: Which of them.
+    """
+    parts = []
+    for other in (one for one in sites if one.hears(site)):
+        W_dec = other.hooked.decoder_from(site.place).detach()
+        rows = W_dec.index_select(0, features.to(W_dec.device)).float()
+        if other.kind == "attention":
+            rows = rows @ anatomy.W_O(other.layer).flatten(0, 1).to(rows)
+            norm = anatomy.norm(other.layer, "ln1_post")
+            rows = rows if norm is None or norm.gain is None else rows * norm.gain.to(rows)
+        parts.append(rows)
+    return torch.stack(parts).sum(0)

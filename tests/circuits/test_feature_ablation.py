@@ -1,0 +1,191 @@
+"""Circuits of features under ablation: equal to the definition, exact at both ends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gemmascope_plugin.causes import Task, logit_diff
+from gemmascope_plugin.causes.gradient.task_site import sites_of
+from gemmascope_plugin.causes.memory import Limit
+from gemmascope_plugin.circuits import discover, evaluate, evaluate_features
+from gemmascope_plugin.circuits.ablation_values import stand_ins
+from gemmascope_plugin.circuits.ablator import ablator
+from gemmascope_plugin.circuits.feature_graphs import layout_of_graph
+from gemmascope_plugin.graphs import Circuit
+from tests.causes.tasks import CLEAN, CORRUPT, RIGHT, TASK, WRONG
+from tests.circuits.feature_slow import ablated_metric, caches, dictionaries, metric
+from tests.support.rounding import TINY
+from tests.tiny_models import FIRST_WORD_ID
+
+ALL = ("features", "head", "mlp")
+
+
+def found(model, **options) -> Circuit:
+    """A circuit with every node that there is."""
+    given = {
+        "nodes": "features",
+        "saes": dictionaries(model),
+        "steps": 2,
+        "edges": False,
+        **options,
+    }
+    return discover(model, TASK, **given)
+
+
+def run(circuit: Circuit, model, kept, rest=None, *, max_rows: int = 64, **options) -> torch.Tensor:
+    rest = torch.zeros(len(kept), dtype=torch.bool) if rest is None else rest
+    limit = Limit(max_rows, "2 GB")
+    with ablator(circuit.graph, model, dictionaries(model), limit=limit, **options) as ablate:
+        return ablate(TASK.bind(model), kept, rest)
+
+
+def masks(circuit: Circuit, n: int) -> torch.Tensor:
+    """Everything, nothing, and random circuits."""
+    generator = torch.Generator().manual_seed(0)
+    random = torch.rand(n, circuit.n_units, generator=generator) < 0.5
+    everything = torch.ones(1, circuit.n_units, dtype=torch.bool)
+    return torch.cat([everything, ~everything, random])
+
+
+def test_everything_is_the_clean_run_and_nothing_the_corrupted_one(model) -> None:
+    circuit = found(model, nodes=ALL, per_position=True)
+    values = run(circuit, model, masks(circuit, 0))
+    with torch.no_grad():
+        clean, corrupt = metric(model(CLEAN)), metric(model(CORRUPT))
+    assert torch.allclose(values[0], clean, atol=1e-5)
+    assert torch.allclose(values[1], corrupt, atol=1e-5)
+    assert float((clean - corrupt).abs().min()) > 0.01
+
+
+@pytest.mark.parametrize("per_position", [False, True])
+def test_any_circuit_is_what_the_definition_says(hooked2, per_position: bool) -> None:
+    circuit = found(hooked2, per_position=per_position)
+    kept = masks(circuit, 3)
+    sites = sites_of(hooked2, dictionaries(hooked2))
+    values = run(circuit, hooked2, kept)
+    for mask, value in zip(kept, values, strict=True):
+        features, errors = {}, {}
+        for site in sites:
+            features[site.hook] = torch.zeros(CLEAN.shape[1], site.d_sae, dtype=torch.bool)
+            errors[site.hook] = torch.zeros(CLEAN.shape[1], dtype=torch.bool)
+        for node, keep in zip(circuit.graph.nodes, mask.tolist(), strict=True):
+            at = slice(None) if node.pos is None else node.pos
+            if node.kind == "error":
+                errors[node.site][at] = keep
+            else:
+                features[node.site][at, node.index] = keep
+        expected = ablated_metric(hooked2, sites, CLEAN, CORRUPT, features, errors)
+        assert torch.allclose(value, expected, atol=1e-5)
+    assert len(values.mean(1).unique()) == len(kept)
+
+
+def test_errors_kept_and_ablated(hooked2) -> None:
+    circuit = found(hooked2, nodes=ALL)
+    errors = torch.tensor([node.kind == "error" for node in circuit.graph.nodes])
+    kept = masks(circuit, 2)[2:]
+    assert torch.allclose(
+        run(circuit, hooked2, kept, errors="kept"), run(circuit, hooked2, kept | errors)
+    )
+    assert torch.allclose(
+        run(circuit, hooked2, kept, errors="ablated"), run(circuit, hooked2, kept & ~errors)
+    )
+    without = found(hooked2, nodes=ALL, errors=False)
+    assert without.n_units == circuit.n_units - int(errors.sum())
+    for treatment in ("as-circuit", "ablated"):
+        values = run(without, hooked2, kept[:, ~errors], errors=treatment)
+        assert torch.allclose(values, run(circuit, hooked2, kept & ~errors))
+
+
+def test_features_that_are_in_no_graph_are_outside_and_in_the_complement_inside(hooked2) -> None:
+    """A graph that lost half of its features is the whole one with these never kept, or always."""
+    circuit = found(hooked2)
+    there = torch.tensor(
+        [node.kind == "error" or node.index % 2 == 0 for node in circuit.graph.nodes]
+    )
+    graph = circuit.graph
+    nodes = tuple(node for node, stays in zip(graph.nodes, there.tolist(), strict=True) if stays)
+    assert graph.node_scores is not None
+    half = replace(graph, nodes=nodes, node_scores=graph.node_scores[there])
+    part = Circuit(half, torch.ones(len(nodes), dtype=torch.bool))
+    kept = masks(circuit, 2)[2:]
+    for rest in (False, True):
+        others = torch.full((2,), rest)
+        values = run(part, hooked2, kept[:, there], others)
+        whole = (kept & there) | (~there if rest else torch.zeros_like(there))
+        assert torch.allclose(values, run(circuit, hooked2, whole, others), atol=TINY)
+
+
+def test_rows_and_parts_do_not_matter(hooked2) -> None:
+    circuit = found(hooked2, nodes=ALL)
+    kept = masks(circuit, 1)
+    for replacement in ("other", "mean"):
+        at_once = run(circuit, hooked2, kept, replacement=replacement)
+        one = run(circuit, hooked2, kept, replacement=replacement, max_rows=1)
+        assert torch.allclose(one, at_once, atol=1e-5)
+
+
+@pytest.mark.parametrize("replacement", ["zero", "mean", "overall_mean"])
+def test_what_stands_in(hooked2, replacement) -> None:
+    """Features and errors sum to the tensor, and special tokens are left alone."""
+    sites = sites_of(hooked2, dictionaries(hooked2), ("head", "mlp"))
+    (given,) = stand_ins(hooked2, [TASK.bind(hooked2)], sites, replacement)
+    keep = CORRUPT >= FIRST_WORD_ID
+    real = caches(hooked2, [site for site in sites if site.kind == "feature"], CORRUPT)
+    for site in sites:
+        other = given[site.hook]
+        if site.kind != "feature":
+            continue
+        y, acts, _ = real[site.hook]
+        assert other.acts is not None and other.leaves is not None
+        assert torch.equal(other.leaves, CLEAN < FIRST_WORD_ID)
+        if replacement == "zero":
+            assert not other.acts.to_dense().any()
+            bias = site.coder.bias(acts).expand(y.flatten(2).shape)
+            assert torch.allclose(other.y.flatten(2), bias)
+            continue
+        axes = (0,) if replacement == "mean" else (0, 1)
+        weight = keep[..., None].float()
+        count = weight.sum(axes, True).clamp(min=1)
+        for own, expected in ((other.y.flatten(2), y.flatten(2)), (other.acts.to_dense(), acts)):
+            mean = ((expected * weight).sum(axes, True) / count).expand_as(own)
+            chosen = keep if replacement == "mean" else torch.ones_like(keep)
+            assert torch.allclose(own[chosen], mean[chosen], atol=1e-5)
+
+
+def test_evaluation(hooked2) -> None:
+    circuit = found(hooked2, size=8)
+    options = {"saes": dictionaries(hooked2), "n_random": 1, "sizes": [circuit.n_units]}
+    scores = evaluate_features(circuit, hooked2, TASK, minimality=True, **options)
+    with torch.no_grad():
+        clean, corrupt = (
+            float(metric(hooked2(CLEAN)).mean()),
+            float(metric(hooked2(CORRUPT)).mean()),
+        )
+    assert scores.as_circuit.metric_full == pytest.approx(clean, abs=1e-5)
+    assert scores.as_circuit.metric_empty == pytest.approx(corrupt, abs=1e-5)
+    assert scores.as_circuit.faithfulness_by_size[-1] == pytest.approx(1, abs=1e-4)
+    assert scores.kept.metric_full == pytest.approx(clean, abs=1e-5)
+    assert scores.ablated.metric_full == pytest.approx(clean, abs=1e-5)
+    assert scores.kept.metadata["errors"] == "kept"
+    frame = scores.to_frame()
+    assert list(frame.index) == ["kept", "as the circuit has them", "ablated"]
+    assert frame.loc["kept", "faithfulness"] == scores.kept.faithfulness
+    assert frame["minimal"].between(0, 1).all()
+    assert repr(scores).startswith("FeatureScores(8 nodes, faithfulness with errors kept ")
+    assert "</table>" in scores._repr_html_()
+    # the complement of everything is nothing
+    whole = evaluate(circuit.top(circuit.n_units), hooked2, TASK, **options)
+    assert whole.completeness == pytest.approx(0, abs=1e-4)
+
+
+def test_positions_of_a_template_hold_on_other_prompts(hooked2) -> None:
+    circuit = found(hooked2, per_position=True, size=20)
+    other = Task(CLEAN.flip(0), CORRUPT.flip(0), logit_diff(RIGHT[::-1], WRONG[::-1]))
+    options = {"saes": dictionaries(hooked2), "n_random": 0, "sizes": []}
+    here, there = (evaluate(circuit, hooked2, task, **options) for task in (TASK, other))
+    assert here.faithfulness == pytest.approx(there.faithfulness, abs=1e-4)
+    layout = layout_of_graph(circuit.graph, hooked2, dictionaries(hooked2))
+    assert [node for site in layout for node in site.nodes()] == list(circuit.graph.nodes)

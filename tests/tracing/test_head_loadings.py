@@ -1,0 +1,286 @@
+"""Head loadings against a frozen model in which paths through heads are cut one by one."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gemmascope_plugin import head_loadings
+from gemmascope_plugin.errors import EmptySelectionError, ModelError, TaskError, UnknownNameError
+from gemmascope_plugin.graphs import AttributionGraph
+from gemmascope_plugin.tracing import FeatureTarget, trace
+from gemmascope_plugin.tracing.linear.head_shares import loadings
+from gemmascope_plugin.tracing.linear.targets import (
+    Logit,
+    LogitDifference,
+    Readout,
+    StreamDirection,
+)
+from gemmascope_plugin.tracing.linear.tracer import Tracer
+from tests import factories
+from tests.support.rounding import TINY
+from tests.tracing.frozen_reference import FrozenModel, with_attention_biases
+from tests.tracing.test_adjoint import LAYERS, SETS, TOKENS, dictionaries, tracer_of
+
+module: Any = importlib.import_module("gemmascope_plugin.tracing.head_loadings")
+Cut = list[tuple[str, Callable[..., Any]]]
+
+
+def end_entry(tracer: Tracer) -> Any:
+    """A logit at the end of the prompt as a target."""
+    seed = Readout(tracer.record).logit(Logit(10))
+    return tracer.seed_entry(seed.after, [seed])
+
+
+def entries(tracer: Tracer) -> dict[str, Any]:
+    """A logit, and the last feature of each kind of site that has targets."""
+    found = {"logit": end_entry(tracer)}
+    for site, own in enumerate(tracer.layout.activities):
+        if own.site.is_target and own.n_features:
+            last = tracer.layout.features(site).stop - 1
+            found[own.site.kind] = tracer.entry(site, np.array([last]))
+    return found
+
+
+def some_of_each(tracer: Tracer, entry: Any) -> list[int]:
+    """Tokens and biases, and of features and errors a few of each site."""
+    layout = tracer.layout
+    found = [*range(layout.own), *range(layout.own + 1, layout.n_fixed)]
+    for site in range(len(layout.activities)):
+        own, rest = layout.features(site), layout.errors(site)
+        found += [*range(own.start, own.stop, 7), *range(rest.start, rest.stop, 7)]
+    return [node for node in found if node < entry.n_below]
+
+
+def without(layer: int, heads: list[int]) -> Cut:
+    """No gradient goes through some heads of a layer."""
+
+    def hook_fn(z: torch.Tensor, hook: Any) -> torch.Tensor:
+        cut = torch.zeros(z.shape[2], 1, dtype=torch.bool)
+        cut[heads] = True
+        return torch.where(cut, z.detach(), z)
+
+    return [(f"blocks.{layer}.attn.hook_z", hook_fn)]
+
+
+def effects(model: Any, tracer: Tracer, name: str, entry: Any, cut: Cut) -> np.ndarray:
+    """Of every node on a target, by autograd."""
+    frozen = FrozenModel(model, tracer, cut)
+    if name == "logit":
+        W_U = tracer.record.anatomy.W_U
+        column = W_U[:, 10] - W_U.mean(1)
+        return frozen.effects(frozen.seen["end"][0, -1] @ column)
+    site = next(i for i, a in enumerate(tracer.layout.activities) if a.site.time == entry.after)
+    own = tracer.layout.activities[site]
+    return frozen.effects(frozen.pre_activation(site, own.n_features - 1))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_heads_carry_what_is_lost_without_them(name: str, model: Any, hf: Any) -> None:
+    tracer = tracer_of(model, dictionaries(name, model, hf))
+    n_heads = tracer.record.anatomy.n_heads
+    for kind, entry in entries(tracer).items():
+        below = some_of_each(tracer, entry)
+        found = loadings(tracer, entry, below)
+        whole = effects(model, tracer, kind, entry, [])[below]
+        scale = np.abs(whole).max()
+        np.testing.assert_allclose(found.effects / scale, whole / scale, atol=TINY)
+        loads = found.loads.sum(-1)
+        for layer, heads in ((0, [3]), (1, [*range(n_heads)]), (2, [1])):
+            if 4 * layer > entry.after:
+                assert not loads[:, layer].any()
+                continue
+            rest = effects(model, tracer, kind, entry, without(layer, heads))[below]
+            carried = loads[:, layer, heads].sum(1)
+            np.testing.assert_allclose(carried / scale, (whole - rest) / scale, atol=TINY)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_layer_sums_to_the_edge(name: str, model: Any, hf: Any) -> None:
+    tracer = tracer_of(model, dictionaries(name, model, hf))
+    for entry in entries(tracer).values():
+        found = loadings(tracer, entry, some_of_each(tracer, entry))
+        assert float(found.gaps.max()) <= 1e-6 * float(found.effects.abs().max())
+        assert found.between.any(1)[: tracer.layout.n_pos].all()
+
+
+def test_attention_biases_are_carried_too() -> None:
+    plain = factories.tiny_model("gemma2", "hooked")
+    model = with_attention_biases(copy.deepcopy(plain))
+    saes = [factories.transcoder(plain, layer) for layer in LAYERS]
+    tracer = tracer_of(model, [*saes, factories.attention(plain, 1)])
+    entry = end_entry(tracer)
+    sources = [tracer.layout.attention_bias(layer) for layer in LAYERS]
+    found = loadings(tracer, entry, sources)
+    assert float(found.gaps.max()) <= 1e-6 * float(found.effects.abs().max())
+    assert found.loads[0, 1:].abs().max() > 1e-3 and not found.loads[2].any()
+
+
+def test_the_token_that_was_read(hooked2: Any) -> None:
+    tracer = tracer_of(hooked2, [factories.transcoder(hooked2, layer) for layer in LAYERS])
+    found = loadings(tracer, end_entry(tracer), [4])
+    # the source is the token at 4 alone: below the first layer nothing has left it
+    assert found.loads[0, 0, :, 4].abs().min() > 0
+    assert not found.loads[0, 0, :, [i for i in range(20) if i != 4]].any()
+    assert not found.loads[0, 2, :, :4].any()
+
+
+def test_few_writes_at_a_time_are_the_same(
+    hooked2: Any, monkeypatch: pytest.MonkeyPatch, hf: Any
+) -> None:
+    tracer = tracer_of(hooked2, [factories.transcoder(hooked2, layer) for layer in LAYERS])
+    entry = end_entry(tracer)
+    sources = [3, 9, tracer.layout.b_dec(0), tracer.layout.starts[1], tracer.layout.starts[2]]
+    whole = loadings(tracer, entry, sources)
+    monkeypatch.setattr(type(tracer.sweep), "fitting", lambda *args: 2)
+    few = loadings(tracer, entry, sources)
+    torch.testing.assert_close(few.loads, whole.loads, atol=TINY, rtol=0)
+    torch.testing.assert_close(few.bypass, whole.bypass, atol=TINY, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def saes() -> list[Any]:
+    model = factories.tiny_model("gemma2", "hooked")
+    plain = [factories.transcoder(model, layer, seed=layer) for layer in LAYERS]
+    return [*plain, factories.residual(model, 0, seed=3)]
+
+
+@pytest.fixture(scope="module")
+def graph(saes: list[Any]) -> AttributionGraph:
+    return trace(factories.tiny_model("gemma2", "hooked"), TOKENS, saes)
+
+
+def test_edges_of_a_graph(graph: AttributionGraph, saes: list[Any], hooked2: Any) -> None:
+    frame = graph.edge_frame()
+    crossing = frame[~frame["source"].str.startswith("bias:b_enc")].head(12)
+    found = head_loadings(hooked2, graph, saes, crossing)
+    np.testing.assert_allclose(found.weights, crossing["weight"], rtol=1e-4)
+    assert found.metadata["residual"] < 1e-6
+    rows = found.to_frame()
+    assert set(rows) >= {"source", "target", "layer", "head", "load", "share", "key", "token"}
+    assert len(rows) == found.between.sum() * found.values.shape[2]
+    for i, (source, target) in enumerate(found.edges):
+        own = rows[(rows["source"] == source) & (rows["target"] == target)]
+        sums = own.groupby("layer")["load"].sum()
+        for layer in np.flatnonzero(found.between[i]):
+            parts = sums[layer] + found.bypass[i, layer]
+            assert parts == pytest.approx(found.weights[i], abs=1e-5)
+    assert found.plot(0).data and repr(found).startswith("HeadLoadings(12 edges, 3 layers of 4")
+    assert "<table" in found._repr_html_()
+
+
+def test_targets_that_are_asked_for(saes: list[Any], hooked2: Any) -> None:
+    vector = torch.linspace(-1, 1, hooked2.cfg.d_model)
+    features = trace(hooked2, TOKENS, saes).nodes.query("kind == 'feature' and layer == 1")
+    feature = features.iloc[-1]
+    targets = [
+        LogitDifference(10, 11, 7),
+        StreamDirection(vector, 1, 12),
+        FeatureTarget(feature["site"], int(feature["index"]), int(feature["pos"])),
+    ]
+    graph = trace(hooked2, TOKENS, saes, targets=targets)
+    ends = graph.nodes["id"].iloc[graph.targets]
+    edges = [("token@1", end) for end in ends]
+    found = head_loadings(hooked2, graph, saes, edges, targets=targets)
+    dense = graph.adjacency.toarray()
+    expected = [dense[graph.find(end), graph.find("token@1")] for end in ends]
+    np.testing.assert_allclose(found.weights, expected, atol=1e-5)
+    named = head_loadings(hooked2, graph, saes, edges[:2])  # the feature and the difference
+    np.testing.assert_allclose(named.values, found.values[:2], atol=TINY)
+    with pytest.raises(UnknownNameError, match="targets=\\[StreamDirection"):
+        head_loadings(hooked2, graph, saes, edges[2])
+    same = head_loadings(hooked2, TOKENS, saes, edges[0], targets=targets)
+    np.testing.assert_allclose(same.values[0], found.values[0], atol=TINY)
+
+
+def test_a_prompt_has_its_likeliest_tokens(
+    graph: AttributionGraph, saes: list[Any], hooked2: Any
+) -> None:
+    end = graph.nodes["id"].iloc[-1]
+    one = head_loadings(hooked2, TOKENS, saes, [("token@2", end)])
+    other = head_loadings(hooked2, graph, saes, [("token@2", end)])
+    np.testing.assert_allclose(one.by_key, other.by_key, atol=TINY)
+
+
+@pytest.mark.parametrize(
+    ("edge", "error", "words"),
+    [
+        (("token@99", "end"), UnknownNameError, "no node 'token@99'.*Did you mean"),
+        (("end", "token@3"), TaskError, "'token@3' is a source only.*Try: \\('token@3', 'target:"),
+        (("bias:b_enc_and_b_U", "end"), TaskError, "its own: no head carries it"),
+        (("late", "early"), TaskError, "comes after .* cannot reach it. Try: \\('blocks.0"),
+        (("token@12", "early"), TaskError, "'token@12' comes after .* Try: graph.sources_of"),
+        (("late", "late"), TaskError, "comes after"),
+    ],
+)
+def test_edges_that_are_none(
+    edge: tuple[str, str],
+    error: type[Exception],
+    words: str,
+    graph: AttributionGraph,
+    saes: list[Any],
+    hooked2: Any,
+) -> None:
+    nodes = graph.nodes
+    transcoded = nodes[(nodes["kind"] == "feature") & nodes["site"].str.endswith("mlp_out")]
+    names = {
+        "end": nodes["id"].iloc[-1],
+        "early": transcoded[(transcoded["layer"] == 0) & (transcoded["pos"] < 12)]["id"].iloc[-1],
+        "late": transcoded[transcoded["layer"] == 2]["id"].iloc[-1],
+    }
+    given = tuple(names.get(node, node) for node in edge)
+    with pytest.raises(error, match=words):
+        head_loadings(hooked2, graph, saes, [given])
+
+
+def test_parts_that_do_not_sum_to_their_edge_are_refused(
+    graph: AttributionGraph, saes: list[Any], hooked2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame = graph.edge_frame()
+    nodes = graph.nodes
+    early = set(nodes["id"][graph.where("feature") & (nodes["layer"] == 0).to_numpy()])
+    ends = set(nodes["id"][graph.where("target")])
+    pairs = zip(frame["source"], frame["target"], strict=True)
+    edge = next((s, t) for s, t in pairs if s in early and t in ends)
+    whole = module.loadings
+
+    def wrong(*args: Any) -> Any:
+        found = whole(*args)
+        return dataclasses.replace(found, effects=found.effects * 1.01)
+
+    head_loadings(hooked2, graph, saes, [edge])
+    monkeypatch.setattr(module, "loadings", wrong)
+    with pytest.raises(ModelError, match="What heads carry of the edge .* is off by"):
+        head_loadings(hooked2, graph, saes, [edge])
+
+
+def test_no_edges(graph: AttributionGraph, saes: list[Any], hooked2: Any) -> None:
+    with pytest.raises(EmptySelectionError, match="No edge was given. Try: graph.edge_frame"):
+        head_loadings(hooked2, graph, saes, [])
+    with pytest.raises(TaskError, match=r"\('a',\) is not an edge"):
+        factories.unchecked(head_loadings)(hooked2, graph, saes, [("a",)])
+
+
+def test_plots_of_what_there_is(graph: AttributionGraph, saes: list[Any], hooked2: Any) -> None:
+    end = graph.nodes["id"].iloc[-1]
+    last = graph.nodes.query("kind == 'feature' and layer == 2 and pos == 19")["id"].iloc[0]
+    found = head_loadings(hooked2, graph, saes, [("token@2", end), (last, end)])
+    assert found.plot(("token@2", end)).data
+    with pytest.raises(TaskError, match="No attention lies between"):
+        found.plot(1)
+    with pytest.raises(TaskError, match="2 is none of these edges. There is: edges 0 to 1"):
+        found.plot(2)
+
+
+def test_graphs_of_several_prompts(graph: AttributionGraph, saes: list[Any], hooked2: Any) -> None:
+    several = AttributionGraph(graph.nodes, graph.edges, graph.tokens, {})
+    edge = ("token@1", graph.nodes["id"].iloc[-1])
+    with pytest.raises(TaskError, match="is not the trace of one prompt"):
+        head_loadings(hooked2, several, saes, edge)
