@@ -30,7 +30,7 @@ from gemmascope_plugin.causes.grid import (
 )
 from gemmascope_plugin.causes.memory import Limit, footprint
 from gemmascope_plugin.causes.nodes import Grid, Patch, acts_hook, needs_dictionaries, patchable
-from gemmascope_plugin.causes.replacement import Replacement, check_replacement, replaced
+from gemmascope_plugin.causes.replace import PatchReplacement, check_replacement, replaced
 from gemmascope_plugin.causes.replayed import Part, joined, replayed
 from gemmascope_plugin.causes.task import BoundTask, Task
 from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choice
@@ -123,7 +123,7 @@ def experiment(
     heads: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
     neurons: Sequence[int] | None = None,
-    replacement: Replacement = "other",
+    replacement: PatchReplacement = "other",
     seed: int | None = None,
     limit: Limit | None = None,
 ) -> Iterator[Experiment]:
@@ -180,7 +180,12 @@ def experiment(
 
         def insert(x: torch.Tensor) -> torch.Tensor:
             return replaced(
-                x, component, bound.mask, replacement, order, bound.metric.rows_per_prompt
+                x,
+                bound.mask,
+                replacement,
+                pos_axis=1 + COMPONENTS[component].dims.index("pos"),
+                seed=order,
+                rows_per_prompt=bound.metric.rows_per_prompt,
             )
 
         parts = _parts(runner, bound, component, hooks, (base, away), rows)

@@ -1,4 +1,4 @@
-"""What every writer of a run adds to the residual stream, and how that differs from another run.
+"""What every writer of a run adds to the residual stream, what replaces it, and how they differ.
 
 1. Heads are kept as ``z`` (``d_head`` numbers instead of ``d_model``); their results ``r_h = z_h W_O[h]``
    are formed for the tokens that are asked for.
@@ -12,25 +12,33 @@
 
    They are the same in a model without a norm after attention.
 3. ``mlp_out`` and the embedding are what is added: their difference needs no correction.
+4. A writer is replaced by its value in the other run, by nothing or by a mean (``replace.py``); means are
+   those of the whole task, also when it is worked off in parts.
 
 ``a`` and ``s`` are those of the base run, the run that is patched.
 
-Cost: two forward passes; ``tokens * writers * d_model`` numbers for the tokens that are asked for.
+Cost: two forward passes, one more over the task for means; ``tokens * writers * d_model`` numbers for
+the tokens that are asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.causes.nodes import read
+from gemmascope_plugin.causes.replace import REPLACEMENTS, MaskedMean, Replacement
+from gemmascope_plugin.causes.replayed import Part, replayed
+from gemmascope_plugin.causes.task import BoundTask
+from gemmascope_plugin.errors import check_choice
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.precision import wide
+from gemmascope_plugin.models.protocol import HookedModel
 
 DeltaForm = Literal["exact", "jacobian", "frozen", "naive"]
 
@@ -60,7 +68,9 @@ class Writes:
         return cls(wide(cache[names[0]]), z, mlp)
 
     @classmethod
-    def read(cls, runner: Any, tokens: Int[torch.Tensor, "row pos"], n_layers: int) -> Writes:
+    def read(
+        cls, runner: HookedModel, tokens: Int[torch.Tensor, "row pos"], n_layers: int
+    ) -> Writes:
         """From one forward pass."""
         return cls.of(read(runner, tokens, cls.hooks(n_layers)), n_layers)
 
@@ -71,6 +81,14 @@ class Writes:
     def window(self, positions: slice) -> Writes:
         """Some positions."""
         return Writes(self.embed[:, positions], self.z[:, :, positions], self.mlp[:, :, positions])
+
+    def repeated(self, rows: int, width: int) -> Writes:
+        """One row as many, of the first positions."""
+        return Writes(
+            self.embed[:, :width].expand(rows, -1, -1),
+            self.z[:, :, :width].expand(-1, rows, -1, -1, -1),
+            self.mlp[:, :, :width].expand(-1, rows, -1, -1),
+        )
 
     def tokens(self, index: slice) -> Writes:
         """Some tokens, rows and positions flattened, with one row."""
@@ -115,3 +133,65 @@ def head_deltas(
     if form == "exact":
         return post(a + dr) - post(a)
     return post.jvp(a, dr) if form == "jacobian" else post.frozen(a, dr)
+
+
+def replayed_writers(
+    runner: HookedModel,
+    bound: BoundTask,
+    tokens: Callable[[BoundTask], tuple[torch.Tensor, torch.Tensor]],
+    n_layers: int,
+    replacement: Replacement,
+    *,
+    rows: int,
+    size: int,
+) -> Iterator[tuple[Part, Writes]]:
+    """The parts of a task, with what replaces the writers of each.
+
+    Args:
+        runner: The model.
+        bound: The task.
+        tokens: Those of the base run and of the other, of a part of the task.
+        n_layers: The model's layers.
+        replacement: What takes a writer's place.
+        rows: Prompts in one pass for means.
+        size: Prompts of a part at most.
+    """
+    check_choice("replacement", replacement, REPLACEMENTS)
+    names, is_other = Writes.hooks(n_layers), replacement == "other"
+    means = None
+    if replacement in ("mean", "overall_mean"):
+        others = ((tokens(part)[1], part.mask) for part in bound.parts(rows))
+        means = _means(runner, others, n_layers, replacement == "overall_mean")
+    parts = replayed(
+        runner,
+        bound,
+        *tokens(bound),
+        rows=size,
+        here=names,
+        there=names if is_other else (),
+        whole=not is_other,
+    )
+    for part in parts:
+        if is_other:
+            yield part, Writes.of(part.there, n_layers)
+        elif means is None:
+            yield part, Writes.of(part.here, n_layers).map(torch.zeros_like)
+        else:
+            yield part, means.repeated(*part.bound.clean.shape)
+
+
+def _means(
+    runner: HookedModel,
+    runs: Iterable[tuple[Int[torch.Tensor, "row pos"], Bool[torch.Tensor, "row pos"]]],
+    n_layers: int,
+    over_positions: bool,
+) -> Writes:
+    """Means of the writers over runs, with one row; the embedding has no layer axis in front."""
+    embed, z, mlp = (MaskedMean(over_positions, axes) for axes in ((0, 1), (1, 2), (1, 2)))
+    dtype = torch.float32
+    for tokens, mask in runs:
+        writes = Writes.read(runner, tokens, n_layers)
+        dtype = writes.embed.dtype
+        for mean, x in ((embed, writes.embed), (z, writes.z), (mlp, writes.mlp)):
+            mean.add(x, mask)
+    return Writes(embed.value(dtype), z.value(dtype), mlp.value(dtype))

@@ -24,8 +24,8 @@ from jaxtyping import Bool, Float
 from gemmascope_plugin.causes.gradient.feature_entries import Tally, keys_of
 from gemmascope_plugin.causes.gradient.site_values import Values, kept_tokens, read_sites
 from gemmascope_plugin.causes.gradient.task_site import Site
+from gemmascope_plugin.causes.replace import MaskedMean, Replacement
 from gemmascope_plugin.causes.task import BoundTask
-from gemmascope_plugin.causes.writer_replacement import WriterReplacement
 from gemmascope_plugin.models import flatten_heads, restore_heads
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.saes import SparseActs
@@ -33,8 +33,8 @@ from gemmascope_plugin.saes.sparse import offsets_of
 
 
 @dataclass(frozen=True, eq=False)
-class StandIn:
-    """What stands in at one site, for some prompts."""
+class AblationValue:
+    """What takes the place of one site, for some prompts."""
 
     y: Float[torch.Tensor, "prompt pos ..."]
     """The tensor with nothing kept."""
@@ -44,27 +44,27 @@ class StandIn:
     """True at tokens that stay as they are, whatever is kept; None for no token."""
 
 
-def stand_ins(
+def ablation_values(
     model: HookedModel,
     parts: Sequence[BoundTask],
     sites: Sequence[Site],
-    replacement: WriterReplacement,
-) -> list[dict[str, StandIn]]:
+    replacement: Replacement,
+) -> list[dict[str, AblationValue]]:
     """Of every part of a task, by hook.
 
     Args:
         model: The bare model.
         parts: The task in parts.
         sites: Its sites.
-        replacement: What stands in.
+        replacement: What takes their place.
     """
     runs = [read_sites(model, sites, part.corrupt, part.mask) for part in parts]
     if replacement == "other":
         return [
-            {hook: StandIn(values.y, values.acts, None) for hook, values in run.items()}
+            {hook: AblationValue(values.y, values.acts, None) for hook, values in run.items()}
             for run in runs
         ]
-    found: list[dict[str, StandIn]] = [{} for _ in parts]
+    found: list[dict[str, AblationValue]] = [{} for _ in parts]
     for site in sites:
         keeps = [kept_tokens(site, part.corrupt, part.mask) for part in parts]
         own = [run[site.hook] for run in runs]
@@ -75,7 +75,7 @@ def stand_ins(
         )
         for i, (part, (y, acts)) in enumerate(zip(parts, made, strict=True)):
             alone = ~kept_tokens(site, part.clean, part.mask) if site.kind == "feature" else None
-            found[i][site.hook] = StandIn(y, acts, alone)
+            found[i][site.hook] = AblationValue(y, acts, alone)
     return found
 
 
@@ -114,20 +114,14 @@ def _means(
     over_positions: bool,
 ) -> list[tuple[torch.Tensor, SparseActs | None]]:
     """Mean tensor and mean features of each part's prompts; all prompts have the same."""
-    axes = (0, 1) if over_positions else (0,)
-    weights = [
-        keep.to(runs[0].y).reshape(*keep.shape, *[1] * (runs[0].y.ndim - 2)) for keep in keeps
-    ]
-    total = sum((run.y * w).sum(axes, True) for run, w in zip(runs, weights, strict=True))
-    count = sum(w.sum(axes, True) for w in weights)
-    assert isinstance(total, torch.Tensor) and isinstance(count, torch.Tensor)
-    mean = (total / count.clamp(min=1)).expand(1, *runs[0].y.shape[1:])
-    acts = _mean_acts(site, runs, count.flatten(), over_positions)
-    found = []
-    for run in runs:
-        n = len(run.y)
-        found.append((mean.expand(n, *mean.shape[1:]), None if acts is None else repeated(acts, n)))
-    return found
+    mean = MaskedMean(over_positions)
+    for run, keep in zip(runs, keeps, strict=True):
+        mean.add(run.y, keep)
+    y = mean.value(runs[0].y.dtype)
+    count = mean.count.sum()[None] if over_positions else mean.count
+    acts = _mean_acts(site, runs, count, over_positions)
+    rows = [len(run.y) for run in runs]
+    return [(y.expand(n, *y.shape[1:]), None if acts is None else repeated(acts, n)) for n in rows]
 
 
 def _mean_acts(

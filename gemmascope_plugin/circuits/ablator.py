@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float
 
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.nodes import patchable
+from gemmascope_plugin.causes.replace import Replacement
 from gemmascope_plugin.causes.task import BoundTask
-from gemmascope_plugin.causes.writer_replacement import WriterReplacement
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
 from gemmascope_plugin.circuits.feature_ablation import Errors, feature_metric
 from gemmascope_plugin.circuits.feature_graphs import (
@@ -44,7 +44,7 @@ def ablator(
     model: HookedModel,
     saes: Any = None,
     *,
-    replacement: WriterReplacement = "other",
+    replacement: Replacement = "other",
     errors: Errors = "as-circuit",
     limit: Limit,
     progress: bool = False,
@@ -96,7 +96,7 @@ def ablator(
 def _of_edges(
     graph: Graph,
     model: HookedModel,
-    replacement: WriterReplacement,
+    replacement: Replacement,
     limit: Limit,
     progress: bool,
 ) -> Ablator:
@@ -114,7 +114,7 @@ def _of_features(
     graph: Graph,
     model: HookedModel,
     saes: Any,
-    replacement: WriterReplacement,
+    replacement: Replacement,
     errors: Errors,
     limit: Limit,
     progress: bool,

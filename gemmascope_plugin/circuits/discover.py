@@ -27,7 +27,7 @@ from gemmascope_plugin.causes.gradient.edge_attribution import edge_attribution
 from gemmascope_plugin.causes.gradient.edge_options import EDGE_METHODS
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.metrics import kl_divergence
-from gemmascope_plugin.causes.writer_replacement import WriterReplacement
+from gemmascope_plugin.causes.replace import Replacement
 from gemmascope_plugin.circuits.acdc import acdc
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
 from gemmascope_plugin.circuits.feature_discovery import OPTIONS, discover_features
@@ -70,7 +70,7 @@ def discover(
     select: Selection = "top",
     rank: Rank = "absolute",
     steps: int | None = None,
-    replacement: WriterReplacement = "other",
+    replacement: Replacement = "other",
     memory_budget: int | str | None = None,
     progress: bool = False,
     **features: Any,

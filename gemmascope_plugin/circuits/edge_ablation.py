@@ -30,10 +30,10 @@ from jaxtyping import Bool, Float
 
 from gemmascope_plugin.causes.exact.edge_patching import edge_footprint
 from gemmascope_plugin.causes.memory import Limit
-from gemmascope_plugin.causes.replayed import Part, replayed
+from gemmascope_plugin.causes.replace import Replacement
+from gemmascope_plugin.causes.replayed import Part
 from gemmascope_plugin.causes.task import BoundTask
-from gemmascope_plugin.causes.writer_replacement import WriterReplacement, replacements
-from gemmascope_plugin.causes.writes import Writes
+from gemmascope_plugin.causes.writes import Writes, replayed_writers
 from gemmascope_plugin.circuits.writer_changes import Written
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy
@@ -59,7 +59,7 @@ class EdgeAblation:
 
     model: HookedModel
     bound: BoundTask
-    replacement: WriterReplacement = "other"
+    replacement: Replacement = "other"
     limit: Limit = field(default_factory=lambda: Limit(MAX_ROWS, "2 GB"))
     anatomy: Anatomy = field(init=False)
     edges: EdgeMap = field(init=False)
@@ -70,26 +70,16 @@ class EdgeAblation:
         object.__setattr__(self, "anatomy", anatomy)
         object.__setattr__(self, "edges", EdgeMap.of(anatomy))
         size = min(len(self.bound), self._rows)
-        other = replacements(
+        parts = replayed_writers(
             self.model,
             self.bound,
+            lambda part: (part.clean, part.corrupt),
             anatomy.n_layers,
             self.replacement,
             rows=size,
-            tokens=lambda part: part.corrupt,
+            size=size,
         )
-        names = Writes.hooks(anatomy.n_layers)
-        parts = replayed(
-            self.model,
-            self.bound,
-            self.bound.clean,
-            self.bound.corrupt,
-            rows=size,
-            here=names,
-            there=names if self.replacement == "other" else (),
-            whole=self.replacement != "other",
-        )
-        object.__setattr__(self, "_parts", [(part, other.of_part(part)) for part in parts])
+        object.__setattr__(self, "_parts", list(parts))
 
     @property
     def _rows(self) -> int:

@@ -26,8 +26,8 @@ from gemmascope_plugin.causes.check_task import check_task
 from gemmascope_plugin.causes.exact.activation_patching import MAX_ROWS
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.metrics import kl_divergence
+from gemmascope_plugin.causes.replace import REPLACEMENTS, Replacement
 from gemmascope_plugin.causes.task import MIN_GAP, BoundTask
-from gemmascope_plugin.causes.writer_replacement import WRITER_REPLACEMENTS, WriterReplacement
 from gemmascope_plugin.circuits.ablator import Ablator, ablator
 from gemmascope_plugin.circuits.feature_ablation import Errors
 from gemmascope_plugin.circuits.feature_graphs import is_feature_graph
@@ -60,7 +60,7 @@ def evaluate(
     sizes: Sequence[int] | None = None,
     n_random: int = 20,
     seed: int = 0,
-    replacement: WriterReplacement = "other",
+    replacement: Replacement = "other",
     errors: Errors | None = None,
     minimality: bool = False,
     max_rows: int = MAX_ROWS,
@@ -94,7 +94,7 @@ def evaluate(
         UnknownNameError: The circuit has features and no dictionaries were given, edges that the model
             does not have, or an unknown replacement or treatment of errors.
     """
-    check_choice("replacement", replacement, WRITER_REPLACEMENTS)
+    check_choice("replacement", replacement, REPLACEMENTS)
     treated = _errors(circuit, errors)
     bound = task.bind(model)
     chosen = sorted({circuit.size, *(_sizes(circuit.n_units) if sizes is None else sizes)})
@@ -193,7 +193,7 @@ def evaluate_ranking(
     task: Task,
     *,
     saes: Any = None,
-    replacement: WriterReplacement = "other",
+    replacement: Replacement = "other",
     max_rows: int = MAX_ROWS,
     memory_budget: int | str = "2 GB",
     progress: bool = False,

@@ -1,7 +1,7 @@
-"""Runs the model with only some of its features, errors, heads and MLPs; the others get stand-ins.
+"""Runs the model with only some of its features, errors, heads and MLPs; the others are replaced.
 
 1. The clean prompts run. At each site, in the order of the pass, with ``y`` the tensor **in this run**,
-   ``a`` its features, and ``y0, a0`` what stands in (``ablation_values.py``):
+   ``a`` its features, and ``y0, a0`` what replaces them (``ablation_values.py``):
 
        ``y - sum_{f out} (a_f - a0_f) W_f``   where the error is kept,
        ``y0 + sum_{f in} (a_f - a0_f) W_f``   where it is not.
@@ -38,9 +38,14 @@ from gemmascope_plugin.causes.memory import (
     Limit,
     logits_held,
 )
+from gemmascope_plugin.causes.replace import Replacement
 from gemmascope_plugin.causes.task import BoundTask
-from gemmascope_plugin.causes.writer_replacement import WriterReplacement
-from gemmascope_plugin.circuits.ablation_values import StandIn, only, repeated, stand_ins
+from gemmascope_plugin.circuits.ablation_values import (
+    AblationValue,
+    ablation_values,
+    only,
+    repeated,
+)
 from gemmascope_plugin.circuits.feature_layout import SiteNodes
 from gemmascope_plugin.models import flatten_heads, restore_heads
 from gemmascope_plugin.models.points import n_heads, n_layers
@@ -60,7 +65,7 @@ def feature_metric(
     rest: Bool[torch.Tensor, " circuit"],
     *,
     errors: Errors = "as-circuit",
-    replacement: WriterReplacement = "other",
+    replacement: Replacement = "other",
     limit: Limit,
     progress: bool = False,
 ) -> Float[torch.Tensor, "circuit prompt"]:
@@ -73,7 +78,7 @@ def feature_metric(
         kept: True where a circuit keeps a node.
         rest: Whether a circuit keeps what is not in the graph.
         errors: Which errors are kept.
-        replacement: What stands in for what is not kept.
+        replacement: What takes the place of what is not kept.
         limit: How large a pass may be.
         progress: Show a progress bar.
 
@@ -85,7 +90,7 @@ def feature_metric(
     sites = [nodes.site for nodes in layout]
     rows = limit.rows(ablation_footprint(model, bound, sites))
     parts = list(bound.parts(min(rows, len(bound))))
-    given = stand_ins(model, parts, sites, replacement)
+    given = ablation_values(model, parts, sites, replacement)
     found = []
     with tqdm(total=len(kept) * len(parts), desc="circuits", disable=not progress) as bar:
         for part, other in zip(parts, given, strict=True):
@@ -109,7 +114,7 @@ class _Run:
         kept: Which of them each circuit keeps.
         rest: Whether it keeps what is not in the graph.
         errors: Which errors are kept.
-        other: What stands in, by hook.
+        other: What replaces them, by hook.
     """
 
     def __init__(
@@ -119,7 +124,7 @@ class _Run:
         kept: Bool[torch.Tensor, "circuit node"],
         rest: Bool[torch.Tensor, " circuit"],
         errors: Errors,
-        other: dict[str, StandIn],
+        other: dict[str, AblationValue],
     ) -> None:
         self.bound, self.layout, self.errors, self.other = bound, layout, errors, other
         self.kept, self.rest = kept, rest
@@ -220,7 +225,7 @@ class _Run:
 
 
 def ablation_footprint(model: HookedModel, bound: BoundTask, sites: Sequence[Site]) -> Footprint:
-    """Bytes of what stands in, and per row of a pass without gradients.
+    """Bytes of the replacement values, and per row of a pass without gradients.
 
     Args:
         model: The model.

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Bool, Float
 
 from gemmascope_plugin.causes.components import layer_of
+from gemmascope_plugin.causes.replace import Replacement, replaced
 from gemmascope_plugin.causes.replayed import Part, joined, replayed
 from gemmascope_plugin.causes.task import BoundTask
-from gemmascope_plugin.causes.writer_replacement import WriterReplacement
 from gemmascope_plugin.graphs.node import Node
 
 
@@ -29,7 +29,7 @@ def node_metric(
     nodes: Sequence[Node],
     kept: Bool[torch.Tensor, "circuit node"],
     *,
-    replacement: WriterReplacement = "other",
+    replacement: Replacement = "other",
     max_rows: int,
 ) -> Float[torch.Tensor, "circuit prompt"]:
     """The metric of every prompt with the nodes outside each circuit replaced.
@@ -48,7 +48,7 @@ def node_metric(
     options: dict[str, Any] = {"rows": rows, "here": hooks, "there": hooks, "whole": whole}
     parts = tuple(replayed(runner, bound, bound.clean, bound.corrupt, **options))
     corrupt = joined(parts, hooks, *bound.clean.shape, other=True)
-    given = {name: _replaced(x, bound.mask, replacement) for name, x in corrupt.items()}
+    given = {name: replaced(x, bound.mask, replacement) for name, x in corrupt.items()}
     values = torch.zeros(len(kept), len(bound))
     for part in parts:
         size, window = max(1, max_rows // len(part.index)), part.replay.window(part.start)
@@ -75,21 +75,6 @@ def _measured(
     hooks = [(name, _ablate(name, nodes, kept, x)) for name, x in given.items()]
     layer = 0 if part.replay.runs_whole else max(0, min(layer_of(n.hook) for n in removed))
     return part.metric(layer, window, copies=len(kept), hooks=hooks)
-
-
-def _replaced(
-    x: Float[torch.Tensor, "prompt pos ..."],
-    mask: Bool[torch.Tensor, "prompt pos"],
-    replacement: WriterReplacement,
-) -> Float[torch.Tensor, "prompt pos ..."]:
-    if replacement == "other":
-        return x
-    if replacement == "zero":
-        return torch.zeros_like(x)
-    weight = mask.reshape(*mask.shape, *[1] * (x.ndim - 2)).to(x.dtype)
-    axes = (0,) if replacement == "mean" else (0, 1)
-    mean = (x * weight).sum(axes, keepdim=True) / weight.sum(axes, keepdim=True).clamp(min=1)
-    return mean.expand_as(x)
 
 
 def _ablate(

@@ -129,7 +129,7 @@ def _check(component: str, method: str, top: int, options: dict[str, Any]) -> No
     from gemmascope_plugin.causes.gradient.attribution_patching import NAMES
     from gemmascope_plugin.causes.grid import Choice
     from gemmascope_plugin.causes.nodes import needs_dictionaries
-    from gemmascope_plugin.causes.replacement import check_replacement
+    from gemmascope_plugin.causes.replace import check_replacement
 
     check_choice("component", component, COMPONENTS)
     if needs_dictionaries(component):

@@ -11,7 +11,7 @@ from gemmascope_plugin.causes import Task, logit_diff
 from gemmascope_plugin.causes.gradient.task_site import sites_of
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.circuits import discover, evaluate, evaluate_features
-from gemmascope_plugin.circuits.ablation_values import stand_ins
+from gemmascope_plugin.circuits.ablation_values import ablation_values
 from gemmascope_plugin.circuits.ablator import ablator
 from gemmascope_plugin.circuits.feature_graphs import layout_of_graph
 from gemmascope_plugin.graphs import Circuit
@@ -131,7 +131,7 @@ def test_rows_and_parts_do_not_matter(hooked2) -> None:
 def test_what_stands_in(hooked2, replacement) -> None:
     """Features and errors sum to the tensor, and special tokens are left alone."""
     sites = sites_of(hooked2, dictionaries(hooked2), ("head", "mlp"))
-    (given,) = stand_ins(hooked2, [TASK.bind(hooked2)], sites, replacement)
+    (given,) = ablation_values(hooked2, [TASK.bind(hooked2)], sites, replacement)
     keep = CORRUPT >= FIRST_WORD_ID
     real = caches(hooked2, [site for site in sites if site.kind == "feature"], CORRUPT)
     for site in sites:

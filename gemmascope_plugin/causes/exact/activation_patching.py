@@ -19,7 +19,7 @@ from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.exact.patch_sweep import sweep
 from gemmascope_plugin.causes.experiment import experiment
 from gemmascope_plugin.causes.memory import Limit
-from gemmascope_plugin.causes.replacement import Replacement
+from gemmascope_plugin.causes.replace import PatchReplacement
 from gemmascope_plugin.causes.task import Task
 from gemmascope_plugin.graphs.node import FeatureId
 from gemmascope_plugin.models.check_model import check_model
@@ -47,7 +47,7 @@ def activation_patching(
     per_position: bool = True,
     saes: Any = None,
     features: Sequence[FeatureId] | None = None,
-    replacement: Replacement = "other",
+    replacement: PatchReplacement = "other",
     seed: int | None = None,
     max_rows: int = MAX_ROWS,
     memory_budget: int | str | None = None,

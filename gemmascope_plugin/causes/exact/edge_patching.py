@@ -27,14 +27,10 @@ from gemmascope_plugin.causes.check_task import check_task
 from gemmascope_plugin.causes.edge_effects import EdgeEffects
 from gemmascope_plugin.causes.memory import Footprint, Limit, logits_held
 from gemmascope_plugin.causes.names import Named, edges_of
-from gemmascope_plugin.causes.replayed import Part, replayed
+from gemmascope_plugin.causes.replace import REPLACEMENTS, Replacement
+from gemmascope_plugin.causes.replayed import Part
 from gemmascope_plugin.causes.task import BoundTask, Task
-from gemmascope_plugin.causes.writer_replacement import (
-    WRITER_REPLACEMENTS,
-    WriterReplacement,
-    replacements,
-)
-from gemmascope_plugin.causes.writes import Writes, write_deltas
+from gemmascope_plugin.causes.writes import Writes, replayed_writers, write_deltas
 from gemmascope_plugin.errors import EmptySelectionError, check_choice
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy
@@ -57,7 +53,7 @@ def edge_patching(
     *,
     edges: Edges | None = None,
     mode: Direction = "noising",
-    replacement: WriterReplacement = "other",
+    replacement: Replacement = "other",
     memory_budget: int | str = "2 GB",
     max_rows: int = MAX_ROWS,
     progress: bool = False,
@@ -88,7 +84,7 @@ def edge_patching(
         GemmaScopeError: The memory budget is too small for one prompt.
     """
     check_choice("mode", mode, get_args(Direction))
-    check_choice("replacement", replacement, WRITER_REPLACEMENTS)
+    check_choice("replacement", replacement, REPLACEMENTS)
     anatomy, bound = Anatomy(model), task.bind(model)
     wanted = _places(EdgeMap.of(anatomy), edges)
     ends = bound.ends(model)
@@ -126,7 +122,7 @@ class _Run:
 
     anatomy: Anatomy
     wanted: Int[torch.Tensor, "edge two"]
-    replacement: WriterReplacement
+    replacement: Replacement
     limit: Limit
     mode: Direction
     progress: bool
@@ -140,30 +136,16 @@ class _Run:
         rows = self.limit.rows(need)
         # half of the rows' memory for what lies beside a pass: the writers' differences
         size = max(1, min(len(bound), rows))
-        other = replacements(
-            self.anatomy.model,
-            bound,
-            self.anatomy.n_layers,
-            self.replacement,
-            rows=size,
-            tokens=lambda part: self._tokens(part)[1],
-        )
-        names = Writes.hooks(self.anatomy.n_layers)
-        parts = replayed(
-            self.anatomy.model,
-            bound,
-            *self._tokens(bound),
-            rows=size,
-            here=names,
-            there=names if self.replacement == "other" else (),
-            whole=self.replacement != "other",
+        anatomy, replacement = self.anatomy, self.replacement
+        parts = replayed_writers(
+            anatomy.model, bound, self._tokens, anatomy.n_layers, replacement, rows=size, size=size
         )
         out = torch.zeros(len(bound), *EdgeMap.of(self.anatomy).mask.shape)
         out = out.to(torch.float64 if dtype_of(self.anatomy.model) == torch.float64 else out.dtype)
         total = len(self.wanted) * len(bound)
         with tqdm(total=total, desc="patching edges", disable=not self.progress) as bar:
-            for part in parts:
-                patches, index = _Patches(self.anatomy, part, other.of_part(part)), part.index.cpu()
+            for part, other in parts:
+                patches, index = _Patches(self.anatomy, part, other), part.index.cpu()
                 for chunk in self._chunks(max(1, rows // len(index))):
                     effects = patches.effects(chunk).to(out)
                     out[index[:, None], chunk[:, 0], chunk[:, 1]] = effects.T

@@ -29,7 +29,7 @@ from gemmascope_plugin.causes.gradient.relp_rules import RelpRules
 from gemmascope_plugin.causes.gradient.slopes import Estimate, at_base, norms_by_hand, parts_of
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.metrics import KLDivergence
-from gemmascope_plugin.causes.replacement import Replacement
+from gemmascope_plugin.causes.replace import PatchReplacement
 from gemmascope_plugin.causes.task import Task
 from gemmascope_plugin.errors import TaskError, check_choice
 from gemmascope_plugin.graphs.conservation import checked_share
@@ -74,7 +74,7 @@ def attribution_patching(
     heads: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
     neurons: Sequence[int] | None = None,
-    replacement: Replacement = "other",
+    replacement: PatchReplacement = "other",
     seed: int | None = None,
     max_rows: int = MAX_ROWS,
 ) -> Effects:

@@ -51,10 +51,10 @@ from gemmascope_plugin.causes.gradient.reader_gradients import (
 from gemmascope_plugin.causes.memory import logits_held
 from gemmascope_plugin.causes.metrics import KLDivergence
 from gemmascope_plugin.causes.nodes import read
-from gemmascope_plugin.causes.replayed import Part, replayed
+from gemmascope_plugin.causes.replace import Replacement
+from gemmascope_plugin.causes.replayed import Part
 from gemmascope_plugin.causes.task import BoundTask, Task
-from gemmascope_plugin.causes.writer_replacement import WriterReplacement, replacements
-from gemmascope_plugin.causes.writes import DeltaForm, Writes
+from gemmascope_plugin.causes.writes import DeltaForm, Writes, replayed_writers
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.graphs.conservation import checked_share
 from gemmascope_plugin.graphs.edge_map import EdgeMap
@@ -79,7 +79,7 @@ def edge_attribution(
     steps: int | None = None,
     mode: Direction = "noising",
     writer_delta: DeltaForm = "exact",
-    replacement: WriterReplacement = "other",
+    replacement: Replacement = "other",
     per_position: bool = False,
     by_prompt: bool = False,
     memory_budget: int | str = "2 GB",
@@ -198,30 +198,16 @@ class _Scorer:
         rows, block = self._sizes(task)
         at_once = max(1, rows // self.options.n_steps)
         size, n_layers = task.metric.rows_per_prompt, self.anatomy.n_layers
-        other = replacements(
-            self.model,
-            task,
-            n_layers,
-            self.options.replacement,
-            rows=rows,
-            tokens=lambda part: self._runs(part)[1],
-        )
-        names, is_other = Writes.hooks(n_layers), self.options.replacement == "other"
-        parts = replayed(
-            self.model,
-            task,
-            *self._runs(task),
-            rows=at_once,
-            here=names,
-            there=names if is_other else (),
-            whole=not is_other,
+        replacement = self.options.replacement
+        parts = replayed_writers(
+            self.model, task, self._runs, n_layers, replacement, rows=rows, size=at_once
         )
         by_row: torch.Tensor | None = None
         title = f"edges by {self.options.method}"
         with tqdm(total=len(task), desc=title, disable=not self.progress) as bar:
-            for part in parts:
+            for part, other in parts:
                 copies = max(1, rows // len(part.index))
-                scores = self._part_scores(part, other.of_part(part), copies, block)
+                scores = self._part_scores(part, other, copies, block)
                 if self.options.by_prompt:
                     if by_row is None:
                         by_row = scores.new_zeros(len(task), *scores.shape[1:])

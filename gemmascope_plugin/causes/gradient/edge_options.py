@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from gemmascope_plugin.causes.writer_replacement import WriterReplacement
+from gemmascope_plugin.causes.replace import Replacement
 from gemmascope_plugin.causes.writes import DeltaForm
 from gemmascope_plugin.errors import TaskError, check_choice
 from gemmascope_plugin.types import Direction
@@ -31,7 +31,7 @@ class EdgeOptions:
     steps: int | None = None
     mode: Any = "noising"
     writer_delta: Any = "exact"
-    replacement: WriterReplacement = "other"
+    replacement: Replacement = "other"
     per_position: bool = False
     by_prompt: bool = False
     memory_budget: int | str = "2 GB"

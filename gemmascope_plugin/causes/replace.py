@@ -9,12 +9,14 @@
 ================ ====================================================================================
 
 The other run is the clean one when denoising, the corrupted one when noising. Padding enters no mean.
+The first four serve patches, edges and circuits alike; prompts are drawn for patches alone.
 
 Cost: one pass over the activations.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -23,18 +25,14 @@ from jaxtyping import Bool, Float, Int
 from gemmascope_plugin.causes.components import COMPONENTS
 from gemmascope_plugin.errors import TaskError, check_choice
 
-Replacement = Literal["other", "zero", "mean", "overall_mean", "resample"]
+Replacement = Literal["other", "zero", "overall_mean", "mean"]
+REPLACEMENTS = get_args(Replacement)
+PatchReplacement = Literal["other", "zero", "mean", "overall_mean", "resample"]
 
 
 def check_replacement(replacement: str, component: str) -> None:
-    """Refuses what does not exist or has no meaning for a component.
-
-    Raises:
-        UnknownNameError: An unknown replacement.
-        TaskError: A norm divided by zero, a stream that rounding keeps from zero, or rows of attention
-            of different lengths averaged.
-    """
-    check_choice("replacement", replacement, get_args(Replacement))
+    """Refuses what does not exist or has no meaning for a component."""
+    check_choice("replacement", replacement, get_args(PatchReplacement))
     if replacement == "zero" and component.endswith("_scale"):
         raise TaskError("A norm cannot divide by zero", fix='replacement="mean"')
     if replacement == "zero" and COMPONENTS[component].reads is not None:
@@ -46,31 +44,61 @@ def check_replacement(replacement: str, component: str) -> None:
     if replacement == "overall_mean" and component == "pattern":
         raise TaskError(
             "The rows of an attention pattern have different lengths, their mean over positions is "
-            "no pattern",
+            "not a pattern",
             fix='replacement="mean", which is per position',
         )
 
 
+@dataclass(eq=False)
+class MaskedMean:
+    """Mean of an activation over prompts, padding left out, from as many parts of them as come.
+
+    Sums are float64: a mean over many tokens keeps the digits of its type.
+    """
+
+    over_positions: bool
+    """Whether all positions get the mean over positions as well."""
+    axes: tuple[int, int] = (0, 1)
+    """Those of prompts and of positions."""
+    total: Float[torch.Tensor, ...] | None = None
+    count: Float[torch.Tensor, " pos"] = field(default_factory=lambda: torch.zeros(()))
+    """Tokens in it, by position."""
+
+    def add(self, x: Float[torch.Tensor, ...], mask: Bool[torch.Tensor, "prompt pos"]) -> None:
+        """Adds prompts to the sum; ``mask`` is False at tokens that do not count."""
+        weight = mask.to(x.device)
+        shape = [1] * x.ndim
+        shape[self.axes[0]], shape[self.axes[1]] = mask.shape
+        counted = x * weight.reshape(shape).to(x.dtype)
+        total = counted.sum(self.axes[0], keepdim=True, dtype=torch.float64)
+        self.total = total if self.total is None else self.total + total
+        self.count = self.count.to(total) + weight.sum(0)
+
+    def value(self, dtype: torch.dtype) -> Float[torch.Tensor, ...]:
+        """The mean, with one prompt and all positions; 0 where nothing was counted."""
+        assert self.total is not None, "no prompts were added"
+        total, count = self.total, self.count
+        if self.over_positions:
+            total = total.sum(self.axes[1], keepdim=True).expand_as(total)
+            count = count.sum().expand_as(count)
+        shape = [1] * total.ndim
+        shape[self.axes[1]] = len(count)
+        return (total / count.clamp(min=1).reshape(shape)).to(dtype)
+
+
 def replaced(
     x: Float[torch.Tensor, "prompt ..."],
-    component: str,
     mask: Bool[torch.Tensor, "prompt pos"],
-    replacement: Replacement,
-    seed: int,
+    replacement: PatchReplacement,
+    *,
+    pos_axis: int = 1,
+    seed: int = 0,
     rows_per_prompt: int = 1,
 ) -> Float[torch.Tensor, "prompt ..."]:
-    """What is inserted at a hook, in the shape of the activation there.
+    """What is inserted at a hook, in the shape of the other run's activation ``x`` there.
 
-    Args:
-        x: That of the other run.
-        component: What it is.
-        mask: False at padding.
-        replacement: What takes its place.
-        seed: For ``resample``; the same for all hooks, so that they take from the same prompt.
-        rows_per_prompt: Rows next to each other that belong to one prompt.
-
-    Raises:
-        TaskError: A prompt has no other of its length to take activations from.
+    ``mask`` is False at padding. ``seed`` is that of ``resample``, the same for all hooks, so that they
+    take from the same prompt. Rows next to each other may belong to one prompt.
     """
     if replacement == "other":
         return x
@@ -78,12 +106,9 @@ def replaced(
         return torch.zeros_like(x)
     if replacement == "resample":
         return x[partners(mask.sum(1), seed, rows_per_prompt).to(x.device)]
-    # dimensions of prompts and of positions
-    axes = (0, 1 + COMPONENTS[component].dims.index("pos"))
-    weight = mask.to(x.device, torch.float64)[(...,) + (None,) * (x.ndim - 2)].movedim(1, axes[1])
-    over = axes if replacement == "overall_mean" else axes[:1]
-    mean = (x * weight).sum(over, keepdim=True) / weight.sum(over, keepdim=True)
-    return mean.to(x.dtype).expand_as(x)
+    mean = MaskedMean(replacement == "overall_mean", (0, pos_axis))
+    mean.add(x, mask)
+    return mean.value(x.dtype).expand_as(x)
 
 
 def partners(
@@ -91,15 +116,8 @@ def partners(
 ) -> Int[torch.Tensor, " row"]:
     """Another prompt of the same length for each prompt: a seeded permutation without fixed points.
 
-    Prompts of one length are put on a circle in random order, and each gets its neighbour.
-
-    Args:
-        lengths: Tokens of each row.
-        seed: Of the order.
-        rows_per_prompt: Rows next to each other that belong to one prompt; they go to those of another.
-
-    Raises:
-        TaskError: A prompt is the only one of its length.
+    Prompts of one length are put on a circle in random order, and each gets its neighbour. Rows next to
+    each other that belong to one prompt go to those of another.
     """
     generator = torch.Generator().manual_seed(seed)
     kinds, kind = (

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gemmascope_plugin.causes import Task, activation_patching, logit_diff
-from gemmascope_plugin.causes.replacement import partners, replaced
+from gemmascope_plugin.causes.replace import partners, replaced
 from gemmascope_plugin.errors import TaskError
 from tests import factories
 from tests.causes.tasks import CLEAN, CORRUPT, TASK, metric_under, values_at
@@ -16,17 +16,17 @@ MASK = torch.tensor([[True, True, True], [True, True, False]])
 
 
 def test_means_leave_padding_out() -> None:
-    by_position = replaced(X, "resid_pre", MASK, "mean", 0)
+    by_position = replaced(X, MASK, "mean")
     assert torch.equal(by_position[0], by_position[1])
     assert torch.equal(by_position[0, 1], (X[0, 1] + X[1, 1]) / 2)
     assert torch.equal(by_position[0, 2], X[0, 2])
-    whole = replaced(X, "resid_pre", MASK, "overall_mean", 0)
+    whole = replaced(X, MASK, "overall_mean")
     assert torch.allclose(whole, X[MASK].mean(0).expand_as(X))
 
 
 def test_positions_of_a_pattern_are_queries() -> None:
     pattern = torch.rand(2, 4, 3, 3)
-    mean = replaced(pattern, "pattern", MASK, "mean", 0)
+    mean = replaced(pattern, MASK, "mean", pos_axis=2)
     assert torch.allclose(mean[0, :, 1], pattern[:, :, 1].mean(0))
     assert torch.allclose(mean[1, :, 2], pattern[0, :, 2])
 
