@@ -1,27 +1,40 @@
-"""One array inside a file: where its bytes are, and how to see them as a tensor without reading them.
+"""Arrays inside a file: where their bytes are, and how to see them as tensors without reading them.
 
 Mapping is copy on write: a tensor costs no memory until used, the pages are the operating system's
 file cache, and writing to the tensor never reaches the file.  Files are replaced by renaming, which
 leaves mappings of the old one whole; a program that cuts a file short in place while it is mapped
 would end this process, as with any memory-mapped file.
 
-Costs tens of microseconds per file.
+What a ``.safetensors`` file says it holds is read from its header only, trusting nothing.  Layout: 8
+bytes with the length of the header, the header as JSON, the values without gaps.
+
+1. The length must fit into the file, so that nothing is allocated beyond the file's own size.
+2. Each entry has a known type, a plain shape, and offsets that match both; the entries, ordered by
+   offset, cover the rest of the file exactly: no gap, no overlap, no tail.
+3. Names appear once and hold no path.
+
+The format has no checksums; ``integrity.py`` checks values.  Costs a few kB of reading, and tens of
+microseconds per file for mapping it.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
+import os
+import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from jaxtyping import Shaped
 
-from gemmascope_plugin.errors import BadFileError
+from gemmascope_plugin.errors import BadFileError, MissingFileError, shorten
 
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0
 _FLAGS = getattr(mmap, "MAP_PRIVATE", 0) | _NORESERVE
@@ -49,6 +62,13 @@ class StoredArray:
     def nbytes(self) -> int:
         """Size of the values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def identity(path: Path) -> list[int | str]:
+    """What tells a file from every other and from itself after a change."""
+    real = os.path.realpath(path)
+    stat = os.stat(real)
+    return [real, stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
 def map_file(path: Path) -> mmap.mmap:
@@ -111,8 +131,147 @@ class ArrayFile:
         """One array, memory-mapped, under the name that this package gives it."""
         return map_array(self._mapping, self.arrays[name])
 
-    def tensors(
-        self, wanted: Callable[[str], bool] = lambda _: True
-    ) -> dict[str, Shaped[torch.Tensor, "*_"]]:
-        """All arrays whose names are wanted."""
-        return {name: self.tensor(name) for name in self.arrays if wanted(name)}
+    def tensors(self) -> dict[str, Shaped[torch.Tensor, "*_"]]:
+        """All arrays, memory-mapped."""
+        return {name: self.tensor(name) for name in self.arrays}
+
+
+MAX_HEADER = 1 << 24
+MAX_RANK = 8
+MAX_SIZE = 1 << 48
+DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+"""Types that are read; Gemma Scope itself is all ``F32``."""
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def safetensors_arrays(path: Path) -> dict[str, StoredArray]:
+    """Headers of all arrays in a ``.safetensors`` file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Array name to header, in the order of the file.
+
+    Raises:
+        MissingFileError: There is no such file.
+        BadFileError: The file is not a whole archive of plain arrays.
+    """
+    if not path.is_file():
+        raise MissingFileError(f"no file {str(path)!r}", fix="check the folder")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER):
+                raise _bad(path, f"its header claims {length} bytes in a file of {size}")
+            entries = json.loads(file.read(length), object_pairs_hook=_unique)
+    except (OSError, ValueError, RecursionError) as fault:
+        raise _bad(path, f"it is truncated or not a safetensors file ({fault})") from fault
+    if not isinstance(entries, dict):
+        raise _bad(path, "its header is no table of arrays")
+    entries.pop("__metadata__", None)
+    arrays = {name: _entry(path, name, entry, 8 + length) for name, entry in entries.items()}
+    _check_cover(path, sorted(arrays.values(), key=_start), 8 + length, size)
+    return arrays
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name appears twice")
+    return table
+
+
+def _entry(path: Path, name: str, entry: object, start: int) -> StoredArray:
+    if not name or any(c in name for c in "/\\\0") or name.startswith("."):
+        raise _bad(path, f"{shorten([repr(name[:60])])} is not an array name")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _bad(path, f"array {name!r} has an unknown header")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in DTYPES:
+        raise _bad(path, f"array {name!r} has type {code!r}; only {shorten(DTYPES)} are read")
+    if not _plain(shape, MAX_RANK) or not _plain(offsets, 2) or len(offsets) != 2:
+        raise _bad(path, f"array {name!r} has shape {shape!r} at {offsets!r}")
+    array = StoredArray(
+        name=name, dtype=DTYPES[code], shape=tuple(shape), offset=start + offsets[0]
+    )
+    if offsets[1] - offsets[0] != array.nbytes:
+        raise _bad(
+            path,
+            f"array {name!r} declares shape {array.shape}, {array.nbytes} bytes, and has "
+            f"{offsets[1] - offsets[0]}",
+        )
+    return array
+
+
+def _plain(numbers: object, most: int) -> bool:
+    """Whether this is a list of at most ``most`` sizes."""
+    return (
+        isinstance(numbers, list)
+        and len(numbers) <= most
+        and all(type(n) is int and 0 <= n <= MAX_SIZE for n in numbers)
+    )
+
+
+def _start(array: StoredArray) -> tuple[int, int]:
+    return array.offset or 0, array.nbytes
+
+
+def _check_cover(path: Path, arrays: Sequence[StoredArray], start: int, size: int) -> None:
+    if not arrays:
+        raise _bad(path, "it holds no arrays")
+    for array in arrays:
+        if array.offset != start:
+            raise _bad(path, f"array {array.name!r} begins at {array.offset}, not at {start}")
+        start += array.nbytes
+    if start != size:
+        raise _bad(path, f"its arrays end at byte {start}, the file at {size}")
+
+
+def _bad(path: Path, why: str) -> BadFileError:
+    return BadFileError(f"cannot read {str(path)!r}: {why}", fix="fetch or write the file again")
+
+
+def header_bytes(arrays: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+    """The beginning of a file that holds these arrays in this order.
+
+    Args:
+        arrays: Name to type and shape.
+
+    Returns:
+        Length and header, padded so that the values begin at a multiple of 64 bytes.
+    """
+    table: dict[str, Any] = {}
+    position = 0
+    for name, (dtype, shape) in arrays.items():
+        end = position + math.prod(shape) * dtype.itemsize
+        table[name] = {
+            "dtype": _CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(table).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_safetensors(file: BinaryIO, tensors: Mapping[str, Shaped[torch.Tensor, "*_"]]) -> None:
+    """Write tensors in their own types.
+
+    Args:
+        file: Open for writing.
+        tensors: Name to tensor.
+    """
+    file.write(header_bytes({n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}))
+    for tensor in tensors.values():
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+        file.write(flat.view(torch.uint8).numpy().data)

@@ -4,15 +4,20 @@
    threshold`` in float32.
 2. Gemma Scope 2: ``SITE/layer_L_width_W_l0_N[_affine]/`` with ``params.safetensors`` (``w_enc, w_dec,
    b_enc, b_dec, threshold``, ``affine_skip_connection [d_in, d_out]``, the transpose of SAELens'
-   ``W_skip``) and ``config.json``, which has one key more than the published ones, ``gain``, since Gemma
-   Scope 2 has no name for a norm's output without its gain.
+   ``W_skip``) and ``config.json``.
+3. Crosscoders and CLTs: ``crosscoder/layer_A_B.._width_W_l0_N/`` or ``clt/width_W_l0_N[_affine]/``.
+   ``params_layer_I.safetensors`` holds ``w_enc, b_enc, threshold`` and ``w_dec [features, layer, d_out]``
+   of the features that read the ``I``-th layer, ``b_dec`` of what is written there, and the
+   ``affine_skip_connection [d_in, d_out]`` of that layer.
+4. ``config.json`` has keys that the published ones lack: ``gain``, since Gemma Scope 2 has no name for a
+   norm's output without its gain, and ``layers``, since the name of a CLT's folder does not say them.
 
 The folder of a dictionary appears whole or not at all: parameters without their ``config.json`` would be
 read by another form of the norm.
 
-What is read back with ``load(SaeSpec.from_folder(folder, ...))`` has the same tensors, bit by bit (for
-embeddings up to rounding: their files leave the factor sqrt(d_model) out). Prefix sizes of Matryoshka
-dictionaries have no place in either layout.
+What is read back with ``load(SaeSpec.from_folder(folder, ...))`` or ``from_layers_folder`` has the same
+tensors, bit by bit, at the same hooks (for embeddings up to rounding: their files leave the factor
+sqrt(d_model) out). Prefix sizes of Matryoshka dictionaries have no place in either layout.
 
 Cost: one copy of the weights on disk.
 """
@@ -33,9 +38,9 @@ from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.catalog.site_names import Format, Gain, path_template, width_label
 from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.files.whole import whole_folder, write_text_whole, write_whole
-from gemmascope_plugin.loading.config_json import hf_hooks
+from gemmascope_plugin.loading.arrays import write_safetensors
 from gemmascope_plugin.loading.npz import write_npz
-from gemmascope_plugin.loading.safetensors import write_safetensors
+from gemmascope_plugin.loading.validate import MODULES, hf_hooks
 from gemmascope_plugin.saes.jumprelu import ARCHITECTURES
 from gemmascope_plugin.types import Kind, Site
 
@@ -153,3 +158,62 @@ def _config(spec: SaeSpec, l0: float) -> dict[str, Any]:
         "type": spec.kind,
         "gain": spec.gain,
     }
+
+
+def export_layers(sae: Any, folder: str | Path, *, l0: float, gain: Gain = "with") -> Path:
+    """Writes a dictionary over several layers in Gemma Scope 2's layout.
+
+    Args:
+        sae: ``CrossCoderSAE`` or ``CLTSAE``.
+        folder: Where the layout begins.
+        l0: Its L0; the name of the folder and ``config.json`` say it.
+        gain: Whether a CLT reads the norm's output with its gain, as Gemma Scope 2's do; where it does
+            not, ``config.json`` names no tensors of the Hugging Face model.
+
+    Returns:
+        The folder with the parameters.
+
+    Raises:
+        GemmaScopeError: The disk is full or the folder may not be written.
+    """
+    cfg = sae.cfg
+    layers = "_".join(map(str, cfg.layers))
+    head = f"layer_{layers}_" if cfg.kind == "crosscoder" else ""
+    ending = "_affine" if cfg.affine else ""
+    name = f"{head}width_{width_label(cfg.d_sae)}_l0_{l0:.0f}{ending}"
+    target = Path(folder).expanduser() / cfg.kind / name
+    text = json.dumps(_layers_config(cfg, l0, gain), indent=1) + "\n"
+    with whole_folder(target, "an export") as part:
+        for i in range(cfg.n_layers):
+            weights = sae.layer(i)
+            tensors = {
+                "W_enc": weights.W_enc,
+                "b_enc": weights.b_enc,
+                "threshold": weights.threshold,
+                "W_dec": weights.W_dec,
+                "b_dec": weights.b_dec,
+            }
+            if weights.A is not None:
+                tensors["affine_skip_connection"] = weights.A
+            write_params(part / f"params_layer_{i}.safetensors", tensors)
+        write_text_whole(part / "config.json", text)
+    return target
+
+
+def _layers_config(cfg: Any, l0: float, gain: Gain) -> dict[str, Any]:
+    content = {
+        "width": cfg.d_sae,
+        "model_name": str(cfg.metadata.model_name),
+        "architecture": "jump_relu",
+        "l0": l0,
+        "affine_connection": cfg.affine,
+        "type": cfg.kind,
+        "layers": list(cfg.layers),
+        "gain": gain if cfg.kind == "clt" else "without",
+    }
+    if cfg.kind == "crosscoder" or gain == "with":
+        listed = "{" + ",".join(map(str, cfg.layers)) + "}"
+        read, written = MODULES[cfg.kind, "res" if cfg.kind == "crosscoder" else "mlp"]
+        content["hf_hook_point_in"] = f"model.layers.{listed}.{read}"
+        content["hf_hook_point_out"] = f"model.layers.{listed}.{written}"
+    return content

@@ -1,18 +1,39 @@
-"""Is every value of a file sound?  One streaming pass.
+"""A parameter file, opened, compared with its spec, and read through once in its life.
+
+``open_checked``: the headers are read, by the ending of the name (``npz.py``, ``arrays.py``); names and
+shapes are compared with the spec (``validate.py``) before anything is converted or read; a compressed
+archive is converted into the cache folder, everything else is used as it lies.
+
+``check_file``, one streaming pass over the values:
 
 1. Checksums, where the format has them.
 2. Floats are finite.
 3. Matrices are not all zero.
-4. In files of crosscoders and CLTs no feature writes to a layer before its own.
+4. ``check_causal``: in files of crosscoders and CLTs no feature writes to a layer before its own.
 
 The file is read through one buffer of 8 MB and not mapped, so that checking a file of many gigabytes
-leaves no trace in this process' memory.  ``stamps.py`` sees to it that each file is read once.
+leaves no trace in this process' memory.
+
+A stamp remembers that a check has passed:
+
+1. It names the file's real path, size, time of change (ns) and inode.  One stamp per file and check
+   lies in ``home()/verified``.
+2. When any of these differ, the check runs again.  ``force`` runs it in any case.
+3. Only success is remembered, and only if the file did not change meanwhile and is older than two
+   seconds: within the resolution of file times a younger one could still be rewritten unseen.
+4. A stamp that cannot be written costs the next process a second check, and nothing else.
+
+Costs one ``stat`` and one small read when the stamp is good.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from io import BufferedReader
 from pathlib import Path
 
@@ -20,9 +41,20 @@ import numpy as np
 import torch
 from jaxtyping import Shaped
 
-from gemmascope_plugin.errors import BadFileError
-from gemmascope_plugin.loading.arrays import FLOATS, ArrayFile, StoredArray
-from gemmascope_plugin.loading.stamps import once
+from gemmascope_plugin.catalog import SaeSpec
+from gemmascope_plugin.catalog.headers import read_headers
+from gemmascope_plugin.catalog.home import home
+from gemmascope_plugin.errors import BadFileError, GemmaScopeError
+from gemmascope_plugin.files.whole import write_whole
+from gemmascope_plugin.loading.arrays import (
+    FLOATS,
+    ArrayFile,
+    StoredArray,
+    identity,
+    safetensors_arrays,
+)
+from gemmascope_plugin.loading.npz import npz_arrays, open_npz
+from gemmascope_plugin.loading.validate import Shape, check_arrays, renamed
 
 CHUNK = 1 << 23
 _AGAIN = "fetch or write the file again"
@@ -128,3 +160,82 @@ def _check_causal(file: ArrayFile, position: int) -> None:
                 exists="zeros in w_dec[:, :position], as Gemma Scope has them",
                 fix=_AGAIN,
             )
+
+
+VERSION = 1
+"""Raise it when the checks become stricter: older stamps then count for nothing."""
+RACY_NS = 2_000_000_000
+
+
+def once(path: Path, check: str, run: Callable[[], None], *, force: bool = False) -> None:
+    """Run a check of a file unless it has passed before.
+
+    Args:
+        path: The file.
+        check: Name of the check, with its parameters.
+        run: Raises when the file is bad.
+        force: Run it although it has passed before.
+
+    Raises:
+        BadFileError: Whatever ``run`` raises.
+    """
+    before = identity(path)
+    stamp = _stamp_file(before, check)
+    if not force and _read(stamp) == _content(before):
+        return
+    run()
+    settled = time.time_ns() - int(before[2]) > RACY_NS
+    if settled and identity(path) == before:
+        _write(stamp, before)
+
+
+def _stamp_file(file: list[int | str], check: str) -> Path:
+    name = hashlib.sha256(f"{file[0]}\0{check}".encode(errors="surrogateescape")).hexdigest()
+    return home() / "verified" / name[:32]
+
+
+def _content(file: list[int | str]) -> str:
+    return json.dumps([VERSION, *file])
+
+
+def _read(stamp: Path) -> str | None:
+    try:
+        return stamp.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _write(stamp: Path, file: list[int | str]) -> None:
+    try:
+        write_whole(stamp, lambda handle: handle.write(_content(file).encode()))
+    except GemmaScopeError:
+        # Home folders that may not be written are common; see point 4 above.
+        return
+
+
+def open_checked(
+    path: Path, spec: SaeSpec, expected: Mapping[str, Shape] | None = None
+) -> ArrayFile:
+    """A file whose names and shapes are those of a spec; its values are not checked yet.
+
+    Args:
+        path: The ``.npz`` or ``.safetensors`` file.
+        spec: What it should be.
+        expected: Array name to shape; those of the spec when None.
+
+    Returns:
+        The file, its arrays under the names of this package.
+
+    Raises:
+        MissingFileError: There is no such file.
+        BadFileError: The file is damaged, or is not this dictionary.
+        WidthMismatchError: The file reads or writes tensors of another width.
+    """
+    if path.suffix == ".npz":
+        members = read_headers(path)
+        check_arrays(path, spec, renamed(npz_arrays(members)), expected)
+        file = open_npz(path, members)
+        return replace(file, arrays=renamed(file.arrays))
+    arrays = renamed(safetensors_arrays(path))
+    check_arrays(path, spec, arrays, expected)
+    return ArrayFile(path=path, source=path, arrays=arrays)

@@ -1,10 +1,12 @@
 """``load()``: a spec becomes an object that encodes and decodes.
 
-1. Find the files (``sources.py``) and compare their headers with the spec (``readers.py``).
-2. The first time in a file's life, read it through once: checksums, finite values (``integrity.py``).
-3. Map it.  Dictionaries of one layer become SAELens' own classes (``convert.py``, ``assemble.py``);
-   crosscoders, CLTs and trees become those of ``saes``.  float32 on the CPU stays memory-mapped;
-   other types and devices are converted tensor by tensor.
+1. Find the files (``sources.py``) and compare their headers with the spec (``integrity.py``).
+2. The first time in a file's life, read it through once: checksums, finite values.
+3. Map it.  Dictionaries of one layer become SAELens' own classes (``convert.py``); crosscoders, CLTs
+   and trees become those of ``saes``.  float32 on the CPU stays memory-mapped; other types and devices
+   are converted tensor by tensor.
+4. Of crosscoders and CLTs, one file per layer, no value is read at first.  The first use of a layer
+   checks its file; encoder, biases and skip are then moved, the decoder stays mapped and gives slices.
 
 Opening a file that has been verified before costs a few milliseconds and no memory, whatever its
 size.  SAELens' import on the first call of a process costs several seconds.
@@ -12,7 +14,7 @@ size.  SAELens' import on the first call of a process costs several seconds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,99 @@ import torch
 from gemmascope_plugin.catalog import SaeSpec, get
 from gemmascope_plugin.dtypes import as_device, as_dtype, dtype_name
 from gemmascope_plugin.errors import GemmaScopeError
-from gemmascope_plugin.loading.assemble import fill, skeleton
-from gemmascope_plugin.loading.convert import config, spec_from_metadata, state
-from gemmascope_plugin.loading.multi_layer import open_multi_layer
+from gemmascope_plugin.loading.arrays import ArrayFile
+from gemmascope_plugin.loading.convert import (
+    config,
+    fill,
+    metadata,
+    skeleton,
+    spec_from_metadata,
+    state,
+)
+from gemmascope_plugin.loading.integrity import check_causal, check_file, open_checked
 from gemmascope_plugin.loading.register import renew
 from gemmascope_plugin.loading.saelens_format import open_saelens
 from gemmascope_plugin.loading.sources import locate
 from gemmascope_plugin.loading.tree_file import open_tree
+from gemmascope_plugin.loading.validate import check_config
+from gemmascope_plugin.saes.cross_layer import (
+    CrossCoder,
+    CrossLayerConfig,
+    CrossLayerDictionary,
+    CrossLayerTranscoder,
+    LayerWeights,
+)
+
+_CROSS_LAYER_CLASSES = {cls.kind: cls for cls in (CrossCoder, CrossLayerTranscoder)}
+
+
+def open_multi_layer(
+    spec: SaeSpec,
+    files: Mapping[str, Path],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    check: bool = False,
+) -> CrossLayerDictionary:
+    """A crosscoder or CLT whose weights are read when used.
+
+    Args:
+        spec: What the files should be.
+        files: Path in the repository to path on this machine.
+        device: Where encoders go; decoders stay on disk.
+        dtype: Type of the computation.
+        check: Check all values now, although they have passed before.
+
+    Returns:
+        A ``CrossCoder`` or a ``CrossLayerTranscoder``.
+
+    Raises:
+        BadFileError: A file is damaged or is not this dictionary.
+        WidthMismatchError: A file reads or writes tensors of another width.
+    """
+    config_file = spec.config_filename
+    if config_file is not None and config_file in files:
+        check_config(files[config_file], spec)
+    opened = [open_checked(files[name], spec) for name in spec.filenames]
+    if check:
+        for position, file in enumerate(opened):
+            _check(file, position, force=True)
+    n = len(opened)
+    cfg = CrossLayerConfig(
+        kind=spec.kind,
+        layers=spec.layers,
+        hooks_in=spec.hooks_in,
+        hooks_out=spec.hooks_out,
+        d_in=spec.d_in,
+        d_out=spec.d_out,
+        d_sae=(spec.d_sae // n,) * n,
+        affine=spec.affine,
+        dtype=dtype,
+        device=str(device),
+        metadata=metadata(spec),
+    )
+    return _CROSS_LAYER_CLASSES[spec.kind](
+        cfg, lambda position: _weights(opened[position], position)
+    ).eval()
+
+
+def _check(file: ArrayFile, position: int, *, force: bool = False) -> None:
+    check_file(file, force=force)
+    check_causal(file, position, force=force)
+
+
+def _weights(file: ArrayFile, position: int) -> LayerWeights:
+    _check(file, position)
+    tensors = file.tensors()
+    return LayerWeights(
+        W_enc=tensors["W_enc"],
+        b_enc=tensors["b_enc"],
+        threshold=tensors["threshold"],
+        W_dec=tensors["W_dec"],
+        b_dec=tensors["b_dec"],
+        A=tensors.get("A"),
+    )
+
 
 _OPENERS = {
     "crosscoder": open_multi_layer,

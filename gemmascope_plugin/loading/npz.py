@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,14 +28,17 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from gemmascope_plugin.catalog.headers import FORMAT_FAULTS, Member, read_headers
+from gemmascope_plugin.catalog.headers import FORMAT_FAULTS, Member
 from gemmascope_plugin.catalog.home import HOME_FIX, home
 from gemmascope_plugin.errors import BadFileError, shorten
 from gemmascope_plugin.files.whole import write_whole
-from gemmascope_plugin.loading.arrays import ArrayFile, StoredArray
-from gemmascope_plugin.loading.integrity import check_file
-from gemmascope_plugin.loading.safetensors import header_bytes, safetensors_arrays
-from gemmascope_plugin.loading.stamps import identity
+from gemmascope_plugin.loading.arrays import (
+    ArrayFile,
+    StoredArray,
+    header_bytes,
+    identity,
+    safetensors_arrays,
+)
 
 CHUNK = 1 << 22
 DTYPES = {"<f2": torch.float16, "<f4": torch.float32, "<f8": torch.float64}
@@ -150,29 +153,6 @@ def _rows(archive: zipfile.ZipFile, member: Member) -> bytes:
         if len(flat) * flat.itemsize != member.nbytes or stream.read(1):
             raise zipfile.BadZipFile("not as long as declared")
     return np.ascontiguousarray(flat.reshape(member.shape[::-1]).T).tobytes()
-
-
-def read_npz(
-    path: str | Path, keys: Collection[str] | None = None, *, check: bool = False
-) -> dict[str, Float[torch.Tensor, "*_"]]:
-    """All arrays of an archive as tensors.
-
-    Args:
-        path: The file.
-        keys: Names to read; all when None.
-        check: Check the values although they have passed before.
-
-    Returns:
-        Name to tensor in the file's own type, memory-mapped.
-
-    Raises:
-        MissingFileError: There is no such file.
-        BadFileError: The file is damaged, or is not an archive of plain float arrays.
-    """
-    path = Path(path)
-    file = open_npz(path, read_headers(path))
-    check_file(file, force=check)
-    return file.tensors(lambda name: keys is None or name in keys)
 
 
 def write_npz(

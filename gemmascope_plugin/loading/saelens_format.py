@@ -21,10 +21,8 @@ import torch
 from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.errors import BadFileError, ModelError
 from gemmascope_plugin.files.json_file import read_json
-from gemmascope_plugin.loading.assemble import fill, skeleton
-from gemmascope_plugin.loading.convert import metadata
-from gemmascope_plugin.loading.integrity import check_file
-from gemmascope_plugin.loading.readers import open_checked
+from gemmascope_plugin.loading.convert import fill, metadata, skeleton
+from gemmascope_plugin.loading.integrity import check_file, open_checked
 from gemmascope_plugin.saes.levels import check_levels
 
 if TYPE_CHECKING:

@@ -23,11 +23,9 @@ from jaxtyping import Int, Shaped
 from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, WidthMismatchError
 from gemmascope_plugin.files.json_file import read_json
-from gemmascope_plugin.loading.arrays import ArrayFile
-from gemmascope_plugin.loading.assemble import fill, skeleton
-from gemmascope_plugin.loading.convert import metadata
+from gemmascope_plugin.loading.arrays import ArrayFile, safetensors_arrays
+from gemmascope_plugin.loading.convert import fill, metadata, skeleton
 from gemmascope_plugin.loading.integrity import check_file
-from gemmascope_plugin.loading.safetensors import safetensors_arrays
 
 if TYPE_CHECKING:
     from gemmascope_plugin.saes.tree import TreeSAE

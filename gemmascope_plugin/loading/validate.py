@@ -1,14 +1,27 @@
 """Is what a file declares the dictionary that the spec describes?
 
+The parameter file, from its headers, before any value is read:
+
 1. Names: those of the format; a ``scaling_factor`` of ones may be there too.  Gemma Scope 2 writes
    ``w_enc`` and ``affine_skip_connection``; here they are ``W_enc`` and ``A``.
-2. Shapes against the spec, from the headers, before any value is read.
+2. Shapes against the spec.
+
+The ``config.json`` of a Gemma Scope 2 folder.  Fields that are there are compared, fields that are not
+are not missed: some folders were published without the file.
+
+1. ``type``, ``architecture``, ``width`` (of all layers together), ``affine_connection``: equal.
+2. ``model_name``: equal once ``google/``, a ``v`` before the number, ``-pt`` are left away; the
+   published files spell it ``gemma-v3-...``.
+3. ``hf_hook_point_in`` and ``..._out``: the same layers, written out or as ``{5,9,12,15}`` or
+   ``{all}``, and the same module below the layer.
+4. ``layers`` and ``gain``, which our exports write and the published files do not have: equal.
 
 Costs nothing beyond the headers; values are checked in ``integrity.py``.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +31,7 @@ from jaxtyping import Float
 
 from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.errors import BadFileError, WidthMismatchError, shorten
+from gemmascope_plugin.files.json_file import read_json
 from gemmascope_plugin.loading.arrays import FLOATS, StoredArray
 
 OPTIONAL = ("scaling_factor",)
@@ -128,3 +142,91 @@ def drop_scaling_factor(path: Path, tensors: dict[str, Float[torch.Tensor, "*_"]
             f"scaling_factor of {str(path)!r} is not one everywhere",
             fix="multiply the rows of W_dec by it and leave it out of the file",
         )
+
+
+_NORM_IN, _NORM_OUT = "pre_feedforward_layernorm.output", "post_feedforward_layernorm.output"
+MODULES = {
+    ("sae", "res"): ("output", "output"),
+    ("sae", "att"): ("self_attn.o_proj.input", "self_attn.o_proj.input"),
+    ("sae", "mlp"): (_NORM_OUT, _NORM_OUT),
+    ("transcoder", "mlp"): (_NORM_IN, _NORM_OUT),
+    ("clt", "mlp"): (_NORM_IN, _NORM_OUT),
+    ("crosscoder", "res"): ("output", "output"),
+}
+"""Kind and site to what is read and written, below ``model.layers.L`` of the Hugging Face model."""
+_NESTED = re.compile(r"gemma-3-(4|12|27)b")
+"""Models whose text part lies in ``language_model``."""
+
+
+def hf_hooks(spec: SaeSpec) -> tuple[str, str] | None:
+    """Paths of the tensors read and written in the Hugging Face model; None where there are none."""
+    modules = MODULES.get((spec.kind, spec.site))
+    if modules is None or spec.format != "gemma-scope-2":
+        return None
+    stem = "model.language_model" if _NESTED.match(spec.model) else "model"
+    read, written = (f"{stem}.layers.{spec.layer}.{module}" for module in modules)
+    return read, written
+
+
+def check_config(path: Path, spec: SaeSpec) -> None:
+    """Compare a Gemma Scope 2 ``config.json`` with a spec.
+
+    Args:
+        path: The file.
+        spec: What it should describe.
+
+    Raises:
+        BadFileError: The file is damaged, or a field says something else than the spec.
+    """
+    content = read_json(path)
+    for name, given, wanted in (
+        ("type", content.get("type"), spec.kind),
+        ("architecture", _letters(content.get("architecture")), "jumprelu"),
+        ("width", content.get("width"), spec.d_sae),
+        ("affine_connection", content.get("affine_connection"), spec.affine),
+        ("model_name", _model(content.get("model_name")), _model(spec.model)),
+        ("layers", content.get("layers"), list(spec.layers)),
+        ("gain", content.get("gain"), spec.gain),
+    ):
+        if given is not None and given != wanted:
+            raise _contradiction(path, spec, name, content.get(name), wanted)
+    modules = MODULES.get((spec.kind, spec.site))
+    for name, module in zip(("hf_hook_point_in", "hf_hook_point_out"), modules or (), strict=False):
+        given = content.get(name)
+        if given is None:
+            continue
+        if not _names(given, spec.all_layers, module):
+            layers = ",".join(map(str, spec.all_layers))
+            raise _contradiction(path, spec, name, given, f"model.layers.{layers}.{module}")
+
+
+def _contradiction(
+    path: Path, spec: SaeSpec, name: str, given: object, wanted: object
+) -> BadFileError:
+    return BadFileError(
+        f"{str(path)!r} says {name} {given!r}, but {spec.release} {spec.sae_id} has {wanted!r}",
+        fix="the folder of another dictionary lies here; check the folder and the spec",
+    )
+
+
+def _letters(text: object) -> object:
+    return re.sub("[^a-z]", "", text.lower()) if isinstance(text, str) else text
+
+
+def _model(name: object) -> object:
+    if not isinstance(name, str):
+        return name
+    return name.lower().rpartition("/")[2].replace("-v3", "-3").removesuffix("-pt")
+
+
+def _names(given: object, layers: tuple[int, ...], module: str) -> bool:
+    """Whether a hook string, or a list of one per layer, means this module at these layers."""
+    if isinstance(given, list):
+        return len(given) == len(layers) and all(
+            _names(one, (layer,), module) for one, layer in zip(given, layers, strict=True)
+        )
+    match = re.fullmatch(r".*?layers\.(\d+|\{[\d, ]+\}|\{all\})\.(.+)", str(given)[:500])
+    if match is None or match[2] != module:
+        return False
+    named = match[1].strip("{}")
+    return named == "all" or tuple(int(n) for n in named.split(",") if n.strip()) == layers

@@ -21,8 +21,7 @@ from safetensors import SafetensorError
 
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError
 from gemmascope_plugin.files.whole import discard, whole_folder
-from gemmascope_plugin.loading.export import export, why_not_exported
-from gemmascope_plugin.loading.export_layers import export_layers
+from gemmascope_plugin.loading.export import export, export_layers, why_not_exported
 from gemmascope_plugin.training.architectures import architecture
 from gemmascope_plugin.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gemmascope_plugin.training.finish import finished, measured

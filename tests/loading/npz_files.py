@@ -3,9 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.catalog import site_names as sites
+from gemmascope_plugin.catalog.headers import read_headers
+from gemmascope_plugin.loading.integrity import check_file
+from gemmascope_plugin.loading.npz import open_npz
 
 D_IN, D_SAE = 8, 24
 
@@ -50,3 +54,10 @@ def save(path: Path, compress: bool = False, **values: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     (np.savez_compressed if compress else np.savez)(path, **values)
     return path
+
+
+def read_npz(path: Path, *, check: bool = False) -> dict[str, torch.Tensor]:
+    """All arrays of an archive, checked; without a spec to compare them with."""
+    file = open_npz(path, read_headers(path))
+    check_file(file, force=check)
+    return file.tensors()

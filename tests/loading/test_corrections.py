@@ -15,7 +15,7 @@ from npz_files import arrays
 from gemmascope_plugin.catalog import find
 from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.loading import load, register, spec_of
-from gemmascope_plugin.loading.safetensors import safetensors_arrays
+from gemmascope_plugin.loading.arrays import safetensors_arrays
 
 AFFINE = ("gemma-scope-2-270m-it-transcoders-all", "layer_3_width_16k_l0_small_affine")
 ATTENTION = ("gemma-scope-2-270m-it-att-all", "layer_3_width_16k_l0_small")

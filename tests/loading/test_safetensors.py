@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from npz_files import arrays
 
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, MissingFileError
-from gemmascope_plugin.loading.arrays import ArrayFile
-from gemmascope_plugin.loading.safetensors import safetensors_arrays, write_safetensors
+from gemmascope_plugin.loading.arrays import ArrayFile, safetensors_arrays, write_safetensors
 
 FAST = settings(
     max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -5,12 +5,12 @@ import time
 
 import numpy as np
 import pytest
-from npz_files import arrays, save
+from npz_files import arrays, read_npz, save
 
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError
 from gemmascope_plugin.files import whole
-from gemmascope_plugin.loading import integrity, stamps
-from gemmascope_plugin.loading.npz import read_npz, write_npz
+from gemmascope_plugin.loading import integrity
+from gemmascope_plugin.loading.npz import write_npz
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_the_second_opening_reads_nothing_and_check_forces(tmp_path, checked, co
     path = save(tmp_path / "params.npz", compress=compress, **arrays())
     age(path)
     read_npz(path)
-    for copy in (stamps.home() / "converted").glob("*"):
+    for copy in (integrity.home() / "converted").glob("*"):
         age(copy)
         read_npz(path)
     done = len(checked)
