@@ -160,7 +160,7 @@ def _all(result: Any) -> dict[str, torch.Tensor]:
     """All numbers of a result, and what a circuit keeps in which order."""
     found = numbers(result)
     if isinstance(result, gs.Circuit):
-        found |= {"kept": result.kept.double(), "order": result.order.double()}
+        found |= {"kept": result.is_kept.double(), "order": result.order.double()}
     return found
 
 

@@ -112,7 +112,7 @@ def evaluate(
         progress=progress,
     ) as run:
         values = _each_once(run, bound, masks, rest)
-        far = _divergence(run, model, task, circuit.kept)
+        far = _divergence(run, model, task, circuit.is_kept)
     scale = _scale(values, model)
     shares = ((values.mean(1) - scale[1]) / (scale[0] - scale[1])).tolist()
     n = len(chosen)
@@ -149,11 +149,11 @@ def _masks(
     """What to keep: the ranking's first units and random ones of each size, the circuit without each of
     its units, everything but it, it, everything, nothing.
     """
-    rng, everything = Random(seed), torch.ones_like(circuit.kept)
-    found = [circuit.top(n).kept for n in sizes]
+    rng, everything = Random(seed), torch.ones_like(circuit.is_kept)
+    found = [circuit.top(n).is_kept for n in sizes]
     found += [_random(rng, circuit.n_units, n) for n in sizes for _ in range(n_random)]
-    found += _without_one(circuit.kept) if minimality else []
-    return torch.stack([*found, ~circuit.kept, circuit.kept, everything, ~everything])
+    found += _without_one(circuit.is_kept) if minimality else []
+    return torch.stack([*found, ~circuit.is_kept, circuit.is_kept, everything, ~everything])
 
 
 def _each_once(
@@ -214,7 +214,7 @@ def evaluate_ranking(
         TaskError: The metric with everything replaced hardly differs from the full model's.
     """
     bound, n = task.bind(model), len(graph.unit_scores)
-    kept = [top_n(graph, size, rank=rank).kept for rank in BOTH for size in sizes_of(n)]
+    kept = [top_n(graph, size, rank=rank).is_kept for rank in BOTH for size in sizes_of(n)]
     everything = torch.ones_like(kept[0])
     limit = Limit(max_rows, memory_budget)
     with ablator(

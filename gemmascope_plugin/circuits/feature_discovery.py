@@ -238,7 +238,7 @@ def _joined(
     rows: int,
 ) -> Circuit:
     """The circuit with edges between its nodes."""
-    found = find_edges(model, parts, scored.layout, circuit.kept, secant=secant, rows=rows)
+    found = find_edges(model, parts, scored.layout, circuit.is_kept, secant=secant, rows=rows)
     graph = circuit.graph
     joined = replace(
         graph,

@@ -75,7 +75,7 @@ def greedy(graph: Graph, n: int, *, rank: Rank = "absolute") -> Circuit:
             the logits can be reached; or there are no logits.
     """
     check_edges(graph, "Greedy circuits")
-    kept = torch.zeros_like(top_n(graph, n).kept)  # refuses numbers out of range
+    kept = torch.zeros_like(top_n(graph, n).is_kept)  # refuses numbers out of range
     grown = list(islice(_growth(graph, graph.order(rank)), n))
     if len(grown) < n:
         raise EmptySelectionError(

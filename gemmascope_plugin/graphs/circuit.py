@@ -43,13 +43,13 @@ class Circuit:
     """The kept units of a graph; immutable."""
 
     graph: Graph
-    kept: Bool[torch.Tensor, " unit"]
+    is_kept: Bool[torch.Tensor, " unit"]
     """True where an edge (or node, where nodes are ranked) is kept."""
     rank: Rank = "absolute"
     """Which units come first: the largest, or, by sign, those for or those against the metric."""
 
     def __post_init__(self) -> None:
-        assert len(self.kept) == len(self.graph.unit_scores), "not of this graph"
+        assert len(self.is_kept) == len(self.graph.unit_scores), "not of this graph"
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -59,12 +59,12 @@ class Circuit:
     @property
     def n_units(self) -> int:
         """How many edges (or nodes) there are to choose from."""
-        return len(self.kept)
+        return len(self.is_kept)
 
     @cached_property
     def size(self) -> int:
         """How many of them are kept."""
-        return int(self.kept.sum())
+        return int(self.is_kept.sum())
 
     @property
     def share(self) -> float:
@@ -79,7 +79,7 @@ class Circuit:
     @property
     def kept_order(self) -> Int64[torch.Tensor, " kept"]:
         """The kept units, most important first, as places in the graph."""
-        return self.order[self.kept[self.order]]
+        return self.order[self.is_kept[self.order]]
 
     @property
     def scores(self) -> tuple[float, ...]:
@@ -120,7 +120,7 @@ class Circuit:
     @property
     def kept_edges(self) -> Int64[torch.Tensor, " edge"]:
         """The same, as places in the graph."""
-        return self.kept_order if self.graph.ranks_edges else self.graph.joins(self.kept)
+        return self.kept_order if self.graph.ranks_edges else self.graph.joins(self.is_kept)
 
     def mask(self, edge_map: EdgeMap) -> Bool[torch.Tensor, "writer reader"]:
         """True where an edge of a model is kept.
@@ -134,7 +134,7 @@ class Circuit:
         """
         rows, columns = places_in(self.graph, edge_map)
         mask = torch.zeros(edge_map.mask.shape, dtype=torch.bool)
-        mask[rows[self.kept], columns[self.kept]] = True
+        mask[rows[self.is_kept], columns[self.is_kept]] = True
         return mask
 
     def top(self, n: int) -> Circuit:
@@ -150,7 +150,7 @@ class Circuit:
             )
         kept = torch.zeros(self.n_units, dtype=torch.bool)
         kept[self.order[:n]] = True
-        return replace(self, kept=kept)
+        return replace(self, is_kept=kept)
 
     def pruned(self) -> Circuit:
         """Without dead ends; see :func:`~gemmascope_plugin.graphs.dead_ends.prune`.
@@ -158,7 +158,7 @@ class Circuit:
         Raises:
             GemmaScopeError: The circuit is one of nodes, or the graph has no embedding or no logits.
         """
-        return replace(self, kept=prune(self.graph, self.kept))
+        return replace(self, is_kept=prune(self.graph, self.is_kept))
 
     @gate()
     def save(self, path: str | Path) -> Path:
@@ -170,7 +170,7 @@ class Circuit:
         Raises:
             GemmaScopeError: The file cannot be written, or the metadata do not fit into JSON.
         """
-        return save_circuit(path, self.graph, self.kept, rank=self.rank)
+        return save_circuit(path, self.graph, self.is_kept, rank=self.rank)
 
     @classmethod
     @gate()
@@ -189,7 +189,7 @@ class Circuit:
         Raises:
             MissingExtraError: networkx is not installed.
         """
-        return to_networkx(self.graph, self.kept)
+        return to_networkx(self.graph, self.is_kept)
 
     def to_frame(self, n: int | None = None) -> Any:
         """A DataFrame, one row per unit, most important first.
@@ -202,7 +202,7 @@ class Circuit:
         order = self.order[:n]
         frame = self._frame(order)
         frame.insert(0, "rank", range(1, len(order) + 1))
-        frame["kept"] = self.kept[order].numpy()
+        frame["kept"] = self.is_kept[order].numpy()
         return frame
 
     def edges_to_frame(self, n: int | None = None) -> Any:
@@ -234,7 +234,7 @@ class Circuit:
     @cached_property
     def n_against(self) -> int:
         """How many of the kept units work against the metric; 0 where scores are sizes."""
-        against = self.graph.unit_scores[self.kept] < 0
+        against = self.graph.unit_scores[self.is_kept] < 0
         return int(against.sum()) if self.graph.has_signs else 0
 
     def _frame(self, units: Int64[torch.Tensor, " some"]) -> Any:

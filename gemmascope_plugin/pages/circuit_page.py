@@ -66,7 +66,7 @@ def circuit_html(
     Raises:
         PageError: The scores are of another circuit.
     """
-    if scores is not None and not torch.equal(scores.circuit.kept, circuit.kept):
+    if scores is not None and not torch.equal(scores.circuit.is_kept, circuit.is_kept):
         raise PageError(
             f"The scores are of another circuit: {scores.circuit!r}", fix="scores.circuit"
         )

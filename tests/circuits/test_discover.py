@@ -139,10 +139,10 @@ def test_methods_of_edges(hooked2, method: str) -> None:
 def test_sizes_bars_and_growth(hooked2) -> None:
     best = discover(hooked2, TASK, method="eap", size=12)
     bar = sorted(map(abs, best.scores), reverse=True)[11]
-    assert torch.equal(discover(hooked2, TASK, method="eap", tau=bar).kept, best.kept)
+    assert torch.equal(discover(hooked2, TASK, method="eap", tau=bar).is_kept, best.is_kept)
     grown = discover(hooked2, TASK, method="eap", size=12, select="greedy")
     assert grown.size == 12
-    assert torch.equal(grown.pruned().kept | grown.kept, grown.kept)
+    assert torch.equal(grown.pruned().is_kept | grown.is_kept, grown.is_kept)
 
 
 def test_scores_of_edges_say_how_far_the_metric_falls(hooked2) -> None:

@@ -42,7 +42,7 @@ def slow_greedy(graph: Graph, n: int) -> set[int]:
 def test_greedy_circuits_equal_the_slow_rule(recipe: Recipe) -> None:
     graph = recipe.graph()
     n = int(recipe.density * min(graph.n_edges, 25))
-    got = set(greedy(graph, n).kept.nonzero().flatten().tolist())
+    got = set(greedy(graph, n).is_kept.nonzero().flatten().tolist())
     assert got == slow_greedy(graph, n)
 
 
@@ -53,7 +53,7 @@ def test_greedy_circuits_lead_to_the_logits(recipe: Recipe) -> None:
     n = int(recipe.density * graph.n_edges)
     circuit = greedy(graph, n)
     assert circuit.size == n
-    left = circuit.kept.nonzero().flatten().tolist()
+    left = circuit.is_kept.nonzero().flatten().tolist()
     ends, n_left = {graph.nodes.index(Node.logits())}, -1
     while n_left != len(left):
         n_left = len(left)
@@ -72,11 +72,11 @@ def test_the_best_are_as_many_as_asked_for_and_no_other_is_better(recipe: Recipe
         circuit = top_n(graph, n, rank=rank)
         scores = _by(rank, graph.unit_scores)
         assert circuit.size == n
-        kept, out = scores[circuit.kept].tolist(), scores[~circuit.kept].tolist()
+        kept, out = scores[circuit.is_kept].tolist(), scores[~circuit.is_kept].tolist()
         assert min(kept, default=9.0) >= max(out, default=-9.0)
         bigger = top_n(graph, min(n + 1, circuit.n_units), rank=rank)
-        assert bool((circuit.kept <= bigger.kept).all())
-        assert circuit.top(n).kept.equal(circuit.kept)
+        assert bool((circuit.is_kept <= bigger.is_kept).all())
+        assert circuit.top(n).is_kept.equal(circuit.is_kept)
 
 
 def _by(rank: str, scores: torch.Tensor) -> torch.Tensor:
@@ -89,18 +89,18 @@ def test_a_signed_ranking_stays_signed() -> None:
     graph = edge_graph()
     circuit = top_n(graph, 3, rank="positive")
     assert all(score > 0 for score in circuit.scores[:10])
-    assert circuit.top(10).kept.equal(top_n(graph, 10, rank="positive").kept)
-    assert not circuit.top(10).kept.equal(top_n(graph, 10).kept)
+    assert circuit.top(10).is_kept.equal(top_n(graph, 10, rank="positive").is_kept)
+    assert not circuit.top(10).is_kept.equal(top_n(graph, 10).is_kept)
 
 
 @settings(deadline=None, max_examples=25)
 @given(tau=st.floats(0, 4))
 def test_all_above_a_bar_are_kept(tau: float) -> None:
     for graph in (edge_graph(), node_graph()):
-        assert threshold(graph, tau).kept.equal(graph.unit_scores.abs() >= tau)
+        assert threshold(graph, tau).is_kept.equal(graph.unit_scores.abs() >= tau)
     graph = edge_graph()
     for sign, rank in ((1, "positive"), (-1, "negative")):
-        assert threshold(graph, 1.0, rank=rank).kept.equal(sign * graph.unit_scores >= 1.0)
+        assert threshold(graph, 1.0, rank=rank).is_kept.equal(sign * graph.unit_scores >= 1.0)
     assert threshold(edge_graph(), 2.0).size > threshold(edge_graph(), 3.0).size > 0
 
 
@@ -128,6 +128,6 @@ def test_edges_that_do_not_lead_to_the_logits_cannot_grow() -> None:
         port=torch.zeros(3, dtype=torch.uint8),
         edge_scores=torch.tensor([3.0, 2.0, 1.0]),
     )
-    assert greedy(graph, 1).kept.tolist() == [False, False, True]
+    assert greedy(graph, 1).is_kept.tolist() == [False, False, True]
     with pytest.raises(EmptySelectionError, match="2 edges.*There is: 1 that lead to the logits"):
         greedy(graph, 2)

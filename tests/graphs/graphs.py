@@ -82,7 +82,7 @@ def equal(one: Circuit, other: Circuit) -> bool:
     pairs = [(getattr(one.graph, name), getattr(other.graph, name)) for name in names]
     return (
         one.graph.nodes == other.graph.nodes
-        and all(same_array(*pair) for pair in [*pairs, (one.kept, other.kept)])
+        and all(same_array(*pair) for pair in [*pairs, (one.is_kept, other.is_kept)])
         and one.rank == other.rank
         and one.metadata == other.metadata
     )
