@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 Kind = Literal["sae", "transcoder", "crosscoder", "clt"]
 """What a dictionary maps: a tensor to itself, MLP input to MLP output, several layers at once."""
@@ -21,3 +22,20 @@ Backend = Literal["hooked", "bridge"]
 
 Direction = Literal["denoising", "noising"]
 """Clean values into the corrupted run, or corrupted values into the clean run."""
+
+HookFn = Callable[..., Any]
+"""A function at a hook point: called with the tensor and ``hook=`` the point; None leaves the tensor."""
+
+Hooks = Sequence[tuple[str, HookFn]]
+"""Names of hook points and functions, in the order in which they run."""
+
+
+@runtime_checkable
+class SAE(Protocol):
+    """A dictionary of any architecture, as ``load`` returns it; which weights it has its class says."""
+
+    cfg: Any
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...

@@ -7,7 +7,7 @@ from typing import Any
 from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.task import Task
 from gemmascope_plugin.errors import InputError
-from gemmascope_plugin.models.check_model import describe
+from gemmascope_plugin.models.check_model import describe, with_call
 
 
 def check_task(task: Any, call: str = "") -> None:
@@ -26,8 +26,7 @@ def check_task(task: Any, call: str = "") -> None:
         fix = f"task = gemmascope_plugin.Task.builtin({task!r}, model)"
     else:
         fix = "gemmascope_plugin.Task(clean, corrupt, logit_diff(answer, wrong))"
-    where = f"; {call}" if call else ""
-    raise InputError(f"{describe(task)} is not a task", fix=fix + where)
+    raise InputError(f"{describe(task)} is not a task", fix=with_call(fix, call))
 
 
 def check_effects(effects: Any, call: str = "") -> None:
@@ -44,7 +43,7 @@ def check_effects(effects: Any, call: str = "") -> None:
         return
     given = repr(effects) if isinstance(effects, Effects) else describe(effects)
     fix = "effects = gemmascope_plugin.attribution_patching(model, task, component)"
-    raise InputError(f"{given} is not the effects of nodes", fix=f"{call}; {fix}" if call else fix)
+    raise InputError(f"{given} is not the effects of nodes", fix=with_call(fix, call))
 
 
 def check_tasks(tasks: Any, call: str = "") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gemmascope_plugin.errors import InputError
-from gemmascope_plugin.models.check_model import describe, is_model
+from gemmascope_plugin.models.check_model import describe, is_model, with_call
 
 
 def check_circuit(circuit: Any, call: str = "") -> None:
@@ -44,4 +44,4 @@ def check_graph(graph: Any, call: str = "") -> None:
 def _wrong(given: Any, call: str, noun: str, fix: str) -> InputError:
     article = "an" if noun[0] in "aeiou" else "a"
     problem = "The model" if is_model(given) else describe(given)
-    return InputError(f"{problem} is not {article} {noun}", fix=f"{call}; {fix}" if call else fix)
+    return InputError(f"{problem} is not {article} {noun}", fix=with_call(fix, call))

@@ -13,15 +13,7 @@ _PARTS = ("cfg", "blocks", "embed", "hook_dict", "run_with_cache")
 
 
 def check_model(model: Any, call: str = "") -> HookedModel:
-    """The model, if it is one.
-
-    Args:
-        model: What was given as the model.
-        call: How the function is called, for the error: ``"splice(model, saes)"``.
-
-    Raises:
-        InputError: It is something else, with what to type.
-    """
+    """The model, if it is one; ``call`` is how the function is called: ``"splice(model, saes)"``."""
     if is_model(model) or hasattr(model, "_orig_mod"):  # compiled ones are refused where it matters
         return model
     raise InputError(
@@ -31,20 +23,25 @@ def check_model(model: Any, call: str = "") -> HookedModel:
     )
 
 
-def is_model(value: Any) -> bool:
+def is_model(value: object) -> bool:
     """Whether something is a model of TransformerLens."""
     if isinstance(value, type) or value is None:
         return False
     # hook_dict of TransformerBridge is made anew whenever it is asked for: the class is asked instead
     if isinstance(value, torch.nn.Module):
-        own = vars(value) | value._modules
-        if all(part in own or hasattr(type(value), part) for part in _PARTS):
+        attributes = vars(value) | value._modules
+        if all(part in attributes or hasattr(type(value), part) for part in _PARTS):
             return True
     return all(hasattr(value, part) for part in _PARTS)
 
 
-def describe(value: Any) -> str:
-    """What was given, in words short enough for an error."""
+def with_call(fix: str, call: str) -> str:
+    """What to type, behind how the function is called where that is known."""
+    return f"{call}; {fix}" if call else fix
+
+
+def describe(value: object) -> str:
+    """A value in words short enough for an error."""
     if isinstance(value, str):
         return f"The text {_short(repr(value))}"
     if isinstance(value, (list, tuple)):
@@ -65,7 +62,7 @@ def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:56]}...'"
 
 
-def _fix(model: Any, call: str) -> str:
+def _fix(model: object, call: str) -> str:
     first = f"{call}: the model comes first" if call else "the model comes first"
     if isinstance(model, str):
         return f"model = gemmascope_plugin.load_model({_short(repr(model))}), or {first}"

@@ -9,41 +9,26 @@ import torch
 
 from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.errors import InputError, UnknownNameError
-from gemmascope_plugin.models.check_model import describe, is_model
+from gemmascope_plugin.models.check_model import describe, is_model, with_call
 from gemmascope_plugin.saes.cross_layer import cross_layer_of
+from gemmascope_plugin.splice.hooked_sae import HookedCrossLayer, HookedSAE
 from gemmascope_plugin.splice.hooked_site import HookedSite
+from gemmascope_plugin.types import SAE
 
-Saes = Any
-"""One dictionary or :class:`HookedSAE`, a sequence of them, or a mapping whose values they are."""
+Saes = SAE | HookedSAE | HookedCrossLayer | Iterable[Any] | Mapping[Any, Any] | None
+"""One dictionary, hooked or not, a sequence of them, or a mapping whose values they are."""
 
 
 def check_saes(saes: Saes, call: str = "") -> None:
-    """Refuses what is not one dictionary or several; None passes, where they may be left out.
-
-    Args:
-        saes: What was given.
-        call: How the function is called, for the error.
-
-    Raises:
-        InputError: Something else, with what to type.
-        UnknownNameError: Nothing.
-    """
+    """Refuses what is not one dictionary or several; None passes, where they may be left out."""
     if saes is None or hasattr(saes, "specs") and isinstance(saes, Mapping):
         return  # a suite opens its dictionaries when they are asked for
     for sae in as_list(saes, call):
         check_sae(sae, call)
 
 
-def check_sae(sae: Any, call: str = "") -> None:
-    """Refuses what is not one dictionary.
-
-    Args:
-        sae: What was given.
-        call: How the function is called.
-
-    Raises:
-        InputError: Something else, with what to type.
-    """
+def check_sae(sae: object, call: str = "") -> None:
+    """Refuses what is not one dictionary, with what to type."""
     if isinstance(sae, HookedSite) or _is_dictionary(sae):
         return
     if isinstance(sae, (list, tuple)) and len(sae) and all(map(_is_dictionary, sae)):
@@ -55,28 +40,19 @@ def check_sae(sae: Any, call: str = "") -> None:
 
 
 def as_list(saes: Saes, call: str = "") -> list[Any]:
-    """One dictionary, a sequence or a mapping as a list.
-
-    Args:
-        saes: What was given.
-        call: How the function is called, for the error.
-
-    Raises:
-        UnknownNameError: Nothing was given.
-        InputError: Something that holds no dictionaries.
-    """
+    """One dictionary, a sequence or a mapping as a list, which is not empty."""
     if isinstance(saes, torch.nn.Module):
         return [saes]
     if isinstance(saes, (str, bytes)) or not isinstance(saes, Iterable):
         raise _no_dictionary(saes, call)
     listed = list(saes.values()) if isinstance(saes, Mapping) else list(saes)
     if not listed:
-        fix = "gemmascope_plugin.load(spec) for one"
-        raise UnknownNameError("No dictionary was given", fix=f"{call}; {fix}" if call else fix)
+        fix = with_call("gemmascope_plugin.load(spec) for one", call)
+        raise UnknownNameError("No dictionary was given", fix=fix)
     return listed
 
 
-def _is_dictionary(sae: Any) -> bool:
+def _is_dictionary(sae: object) -> bool:
     if not isinstance(sae, torch.nn.Module) or is_model(sae):
         return False
     if isinstance(sae, HookedSite) or cross_layer_of(sae) is not None or hasattr(sae, "sites"):
@@ -85,19 +61,19 @@ def _is_dictionary(sae: Any) -> bool:
     return hasattr(sae, "W_dec") or hasattr(getattr(sae, "cfg", None), "architecture")
 
 
-def _no_dictionary(given: Any, call: str) -> InputError:
+def _no_dictionary(value: object, call: str) -> InputError:
     order = f"{call}: the model first, then dictionaries" if call else "a loaded dictionary"
-    if isinstance(given, SaeSpec):
+    if isinstance(value, SaeSpec):
         fix = "gemmascope_plugin.load(spec), or load_suite(specs) for several"
-    elif isinstance(given, (list, tuple)) and given and isinstance(given[0], (SaeSpec, str)):
+    elif isinstance(value, (list, tuple)) and value and isinstance(value[0], (SaeSpec, str)):
         fix = "[gemmascope_plugin.load(spec) for spec in specs], or load_suite(specs)"
-    elif isinstance(given, str):
+    elif isinstance(value, str):
         fix = f"gemmascope_plugin.load((release, sae_id)) for a dictionary; {order}"
-    elif is_model(given):
+    elif is_model(value):
         return InputError(
             "The model stands where a dictionary belongs",
             fix=order if call else "the model first, then dictionaries",
         )
     else:
         fix = f"gemmascope_plugin.load(spec); {order}"
-    return InputError(f"{describe(given)} is not a loaded dictionary", fix=fix)
+    return InputError(f"{describe(value)} is not a loaded dictionary", fix=fix)

@@ -1,31 +1,106 @@
-"""The kinds of feature edits: frozen values, each with its exact definition.
+"""Feature edits: frozen values, each with its exact definition, and how several are applied.
 
-``a`` are the activations of the edit's features at the tokens that it selects, ``a'`` what becomes of
-them; what that makes of the model's tensor is in ``edit.py``. Amounts are numbers, one number per
-feature, or tensors that broadcast against ``[batch, pos, k]``.
+Every edit maps the activations ``a`` of its features to ``a'`` at the tokens that it selects; elsewhere,
+and at excluded tokens, ``a' = a``. With the error kept, the tensor at the site becomes
+``x + sum_i (a'_i - a_i) W_dec[i]`` and nothing else changes; with the error dropped it is the
+reconstruction of ``a'``. Several edits apply in the given order, each to the result of the one before.
+Amounts are numbers, one number per feature, or tensors that broadcast against ``[batch, pos, k]``.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from gemmascope_plugin.errors import EmptySelectionError, InputError, ModelError, check_choice
+from gemmascope_plugin.errors import (
+    EmptySelectionError,
+    InputError,
+    ModelError,
+    check_choice,
+    check_feature,
+)
+from gemmascope_plugin.indices import feature_ids
 from gemmascope_plugin.models.finite import is_finite
 from gemmascope_plugin.saes import SparseActs
-from gemmascope_plugin.splice.edit import Edit, edited_tokens
-from gemmascope_plugin.splice.window import Window
+from gemmascope_plugin.splice.window import Positions, Rows, Window
 
 Amount = int | float | Sequence[float] | Float[torch.Tensor, "..."]
+Acts = Float[torch.Tensor, "batch pos k"]
+"""Activations of the features of an edit."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Edit(ABC):
+    """What becomes of some features. Subclasses say it in ``apply``."""
+
+    features: Any
+    """Feature indices, one or several, of any library's integers; None for every feature, which
+    needs the whole encode."""
+    positions: Positions = None
+    """Token positions, absolute, negative ones from the end of the prompt; a slice; a boolean mask
+    ``[pos]`` or ``[batch, pos]``; None for all."""
+    rows: Rows = None
+    """Rows of the batch; None for all."""
+    layer: int | None = None
+    """Layer whose features are meant, for crosscoders and cross-layer transcoders; elsewhere it may
+    tell dictionaries apart."""
+    sae: Any = None
+    """Which dictionary is meant when several are spliced: the object, its name or its output hook."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "features", feature_ids(self.features))
+        for field in fields(self):
+            if str(field.type).endswith("Amount"):
+                self._check_amount(field.name, getattr(self, field.name))
+
+    def _check_amount(self, name: str, value: object) -> None:
+        """Refuses what is not finite numbers; the word of ``Ablate(to=...)`` is judged by ``bind``."""
+        shown = f"{type(self).__name__}({name}={value!r:.60})"
+        try:
+            numbers = None if isinstance(value, bool) else torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            numbers = None
+        if numbers is None:
+            if not (isinstance(value, str) and name == "to"):
+                raise InputError(
+                    f"{shown} is not a number",
+                    exists="a number, one for each feature, or a tensor",
+                )
+        elif not is_finite(numbers):
+            raise InputError(f"{shown} is not finite")
+
+    @abstractmethod
+    def apply(self, acts: Acts, window: Window) -> Acts:
+        """The new activations of this edit's features, at every token."""
+
+    @property
+    def indices(self) -> tuple[int, ...] | None:
+        """The features as a tuple; None for all."""
+        ids = feature_ids(self.features)
+        return (ids,) if isinstance(ids, int) else ids
+
+    def bind(self, acts_hook: str, d_sae: int) -> Edit:
+        """This edit, checked, for the dictionary whose features are at ``acts_hook``.
+
+        Raises:
+            FeatureIndexError: An index is negative or too large.
+            EmptySelectionError: No feature is named.
+        """
+        if self.indices == ():
+            raise EmptySelectionError(f"{type(self).__name__} names no feature")
+        for index in self.indices or ():
+            check_feature(index, d_sae, acts_hook.rsplit(".", 1)[0])
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Ablate(Edit):
-    """``a' = 0``, or the mean: ``a'_i = mean of a_i`` over kept tokens, or means that are given."""
+    """``a' = 0``, or the mean: ``a'_i = mean of a_i`` over kept tokens, or given means."""
 
     to: Literal["zero", "mean"] | Amount = "zero"
     """``"zero"``, ``"mean"`` or the reference means themselves, one per feature."""
@@ -36,9 +111,7 @@ class Ablate(Edit):
             check_choice("ablation", self.to, ("zero", "mean"))
         return super().bind(acts_hook, d_sae)
 
-    def apply(
-        self, acts: Float[torch.Tensor, "batch pos k"], window: Window
-    ) -> Float[torch.Tensor, "batch pos k"]:
+    def apply(self, acts: Acts, window: Window) -> Acts:
         """Zeros or means."""
         if not isinstance(self.to, str):
             return _amount(self.to, acts, self).expand_as(acts)
@@ -49,8 +122,8 @@ class Ablate(Edit):
                 "Ablate(to='mean') has no tokens to average during generation with a key-value cache",
                 fix="Ablate(to=<means>) with numbers, one per feature",
             )
-        kept = window.keep[..., None]
-        return ((acts * kept).sum((0, 1)) / kept.sum().clamp(min=1)).expand_as(acts)
+        keep = window.keep[..., None]
+        return ((acts * keep).sum((0, 1)) / keep.sum().clamp(min=1)).expand_as(acts)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,9 +132,7 @@ class Clamp(Edit):
 
     value: Amount
 
-    def apply(
-        self, acts: Float[torch.Tensor, "batch pos k"], window: Window
-    ) -> Float[torch.Tensor, "batch pos k"]:
+    def apply(self, acts: Acts, window: Window) -> Acts:
         """The same value everywhere."""
         return _amount(self.value, acts, self).expand_as(acts)
 
@@ -72,9 +143,7 @@ class Scale(Edit):
 
     factor: Amount
 
-    def apply(
-        self, acts: Float[torch.Tensor, "batch pos k"], window: Window
-    ) -> Float[torch.Tensor, "batch pos k"]:
+    def apply(self, acts: Acts, window: Window) -> Acts:
         """The activations times the factor."""
         return acts * _amount(self.factor, acts, self)
 
@@ -85,9 +154,7 @@ class Add(Edit):
 
     amount: Amount
 
-    def apply(
-        self, acts: Float[torch.Tensor, "batch pos k"], window: Window
-    ) -> Float[torch.Tensor, "batch pos k"]:
+    def apply(self, acts: Acts, window: Window) -> Acts:
         """The activations plus the amount."""
         return acts + _amount(self.amount, acts, self)
 
@@ -123,9 +190,7 @@ class Replace(Edit):
             )
         return replace(self, source=source)
 
-    def apply(
-        self, acts: Float[torch.Tensor, "batch pos k"], window: Window
-    ) -> Float[torch.Tensor, "batch pos k"]:
+    def apply(self, acts: Acts, window: Window) -> Acts:
         """The source where it reaches, the activations elsewhere."""
         source: Any = self.source
         n_batch, n_pos = source.shape[:2]
@@ -158,9 +223,7 @@ class Custom(Edit):
                 f"Custom(fn={self.fn!r:.60}) is not a function", fix="fn=lambda acts: acts * 2"
             )
 
-    def apply(
-        self, acts: Float[torch.Tensor, "batch pos k"], window: Window
-    ) -> Float[torch.Tensor, "batch pos k"]:
+    def apply(self, acts: Acts, window: Window) -> Acts:
         """What the function returns.
 
         Raises:
@@ -193,9 +256,7 @@ class Project(Edit):
 
     factor: Amount
 
-    def apply(
-        self, acts: Float[torch.Tensor, "batch pos k"], window: Window
-    ) -> Float[torch.Tensor, "batch pos k"]:
+    def apply(self, acts: Acts, window: Window) -> Acts:
         """The coordinates along the directions times the factor."""
         return acts * _amount(self.factor, acts, self)
 
@@ -214,19 +275,60 @@ class Project(Edit):
         return y
 
 
+def touched_features(edits: Sequence[Edit]) -> list[int] | None:
+    """The features that any of the edits names, each once, sorted; None for all."""
+    named = [edit.indices for edit in edits]
+    if any(indices is None for indices in named):
+        return None
+    return sorted({i for indices in named for i in indices or ()})
+
+
+def apply_edits(edits: Sequence[Edit], acts: Acts, features: Sequence[int], window: Window) -> Acts:
+    """Applies edits in order to the activations of ``features`` (column ``j`` is ``features[j]``)."""
+    column = None if isinstance(features, range) else {f: j for j, f in enumerate(features)}
+    for edit in edits:
+        here = edited_tokens(edit, window)[..., None]
+        if edit.indices is None:
+            acts = torch.where(here, edit.apply(acts, window), acts)
+            continue
+        chosen = [i if column is None else column[i] for i in edit.indices]
+        columns = torch.tensor(chosen, device=acts.device)
+        old = acts[..., columns]
+        new = edit.apply(old, window)
+        acts = acts.index_copy(-1, columns, torch.where(here, new, old))
+    return acts
+
+
+def edited_tokens(edit: Edit, window: Window) -> Bool[torch.Tensor, "batch pos"]:
+    """The kept tokens that an edit touches; none is an error, for it would silently do nothing."""
+    here = window.select(edit.positions, edit.rows) & window.keep
+    # A pass of one token, or of a part of the text, may well have nothing to edit.
+    whole = window.start == 0 and window.stop == max(window.stop, window.horizon or 0)
+    if whole and window.stop > 1 and not here.any():
+        raise EmptySelectionError(
+            f"{type(edit).__name__}(positions={_short(edit.positions)}) touches excluded tokens only",
+            fix="other positions, or exclude=() to reach special tokens",
+        )
+    return here
+
+
+def _short(positions: Positions) -> str:
+    return "<mask>" if isinstance(positions, torch.Tensor) else repr(positions)
+
+
 def _amount(amount: Amount, acts: torch.Tensor, edit: Edit) -> torch.Tensor:
     """A number or numbers as a tensor that broadcasts against the activations."""
-    given = torch.as_tensor(amount, dtype=acts.dtype, device=acts.device)
+    values = torch.as_tensor(amount, dtype=acts.dtype, device=acts.device)
     try:
-        torch.broadcast_shapes(given.shape, acts.shape)
+        torch.broadcast_shapes(values.shape, acts.shape)
     except RuntimeError:
         fits = False
     else:
-        fits = given.ndim <= acts.ndim
+        fits = values.ndim <= acts.ndim
     if not fits:
         raise EmptySelectionError(
-            f"{type(edit).__name__} has amounts of shape {list(given.shape)}",
+            f"{type(edit).__name__} has amounts of shape {list(values.shape)}",
             exists=f"activations of shape {list(acts.shape)}: batch, position, feature",
             fix="one number, one per feature, or a tensor that broadcasts against that shape",
         )
-    return given
+    return values

@@ -29,28 +29,20 @@ from typing import get_args
 
 import torch
 from jaxtyping import Float
-from transformer_lens.hook_points import HookPoint
 
 from gemmascope_plugin.errors import WidthMismatchError, check_choice
 from gemmascope_plugin.models import flatten_heads, restore_heads
 from gemmascope_plugin.models.finite import check_finite, is_finite
 from gemmascope_plugin.saes import Coder, TwoStage
-from gemmascope_plugin.splice.edit import Edit
-from gemmascope_plugin.splice.pass_features import PassFeatures
-from gemmascope_plugin.splice.straight_through import leaf
+from gemmascope_plugin.splice.edits import Edit
+from gemmascope_plugin.splice.pass_features import PassFeatures, SubHooks, leaf
 from gemmascope_plugin.splice.window import Positions, Window
 from gemmascope_plugin.types import ErrorMode
 
-SUB_HOOKS = (
-    "hook_sae_input",
-    "hook_sae_acts_pre",
-    "hook_sae_acts_post",
-    "hook_sae_recons",
-    "hook_sae_error",
-    "hook_sae_output",
-)
 FEATURE_HOOKS = ("hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post")
 """Whoever listens here needs the features."""
+Sources = list[tuple[PassFeatures, torch.Tensor]]
+"""Features that write at a site, each with the decoder that they write through."""
 
 
 class HookedSite(torch.nn.Module, ABC):
@@ -85,8 +77,8 @@ class HookedSite(torch.nn.Module, ABC):
         self.exclude = (exclude,) if isinstance(exclude, (str, int)) else tuple(exclude)
         self.positions = positions
         self.two_stage = two_stage
-        self._points = {name: HookPoint() for name in SUB_HOOKS}
-        for name, point in self._points.items():
+        self.points = SubHooks()
+        for name, point in self.points.items():
             self.add_module(name, point)
         self.name = hook_out
 
@@ -124,31 +116,17 @@ class HookedSite(torch.nn.Module, ABC):
     @name.setter
     def name(self, name: str) -> None:
         self._name = name
-        for part, point in self._points.items():
-            point.name = f"{name}.{part}"
+        self.points.rename(name)
 
     @property
     def is_transcoder(self) -> bool:
         """Whether input and output are different tensors."""
         return self.hook_in != self.hook_out
 
-    def sub_hook(self, name: str) -> HookPoint:
-        """One of the hook points in ``SUB_HOOKS``."""
-        return self._points[name]
-
-    def listened(self, *names: str) -> bool:
-        """Whether any hook is attached to one of these sub-hooks; to any of all without names."""
-        points = (self._points[name] for name in names or SUB_HOOKS)
-        return any(p._forward_hooks or p._backward_hooks for p in points)
-
-    def listens_backward(self, *names: str) -> bool:
-        """Whether a backward hook is attached to one of these sub-hooks."""
-        return any(self._points[name]._backward_hooks for name in names)
-
     def idle(self, edits: Sequence[Edit]) -> bool:
         """Whether the tensor flows on unchanged, so that nothing needs computing."""
         constant = self.error == "keep" or (self.error == "detach" and not torch.is_grad_enabled())
-        return constant and not edits and not self.listened()
+        return constant and not edits and not self.points.listened()
 
     def read(
         self,
@@ -163,19 +141,21 @@ class HookedSite(torch.nn.Module, ABC):
         """
         flat = flatten_heads(x)
         self._check_width(flat, self.hook_in, self.widths[0])
-        return PassFeatures(self, flat, window, edits)
+        return PassFeatures(
+            lambda: self.weights, self.points, flat, window, edits, two_stage=self.two_stage
+        )
 
     def write(
         self,
         y: Float[torch.Tensor, "batch pos ..."],
-        own: PassFeatures,
+        features: PassFeatures,
         earlier: Sequence[PassFeatures] = (),
     ) -> Float[torch.Tensor, "batch pos ..."]:
         """The tensor that takes the place of ``y``.
 
         Args:
             y: Tensor at the output hook.
-            own: Features of this site.
+            features: Features of this site.
             earlier: Features of earlier layers that also write here.
 
         Raises:
@@ -184,72 +164,76 @@ class HookedSite(torch.nn.Module, ABC):
         """
         flat = flatten_heads(y)
         self._check_width(flat, self.hook_out, self.widths[1])
-        if self.listened(*FEATURE_HOOKS):
-            own.materialise(as_leaf=self.error == "keep")
-        whole = self.error != "keep" or self.listened("hook_sae_recons", "hook_sae_error")
+        if self.points.listened(*FEATURE_HOOKS):
+            features.materialise(as_leaf=self.error == "keep")
+        whole = self.error != "keep" or self.points.listened("hook_sae_recons", "hook_sae_error")
         # only what writes here is opened: other layers' decoders stay on disk
         sources = [
-            (features, self.decoder_from(position))
-            for position, features in enumerate((*earlier, own))
-            if whole or features.writes
+            (part, self.decoder_from(position))
+            for position, part in enumerate((*earlier, features))
+            if whole or part.writes
         ]
         # the wider type, so that a narrow dictionary does not round the stream
-        types = [features.weights.W_enc.dtype for features, _ in sources]
+        types = [part.weights.W_enc.dtype for part, _ in sources]
         wide = flat.to(reduce(torch.promote_types, types, flat.dtype))
-        new = self._kept if self.error == "keep" else self._rebuilt
-        out = new(wide, own, sources)
-        window = own.tokens
-        for edit in own.projections:
-            out = edit.project(out, own.weights.W_dec, window)
+        new = self._with_error if self.error == "keep" else self._rebuilt
+        out = new(wide, features, sources)
+        window = features.tokens
+        for edit in features.projections:
+            out = edit.project(out, features.weights.W_dec, window)
         out = out.to(flat.dtype)
         if not torch.compiler.is_compiling() and not is_finite(out):
             chosen = window.keep.to(out.device)[..., None]  # padding may hold anything
             written = torch.where(chosen, out, torch.zeros_like(out))
             check_finite(written, f"What the dictionary at {self.name} writes")
         # edits alone leave excluded tokens as they are, hooks need not
-        if self.error != "keep" or any(features.site.listened() for features in (*earlier, own)):
+        if self.error != "keep" or any(part.points.listened() for part in (*earlier, features)):
             out = torch.where(window.keep.to(out.device)[..., None], out, flat)
-        return restore_heads(self.sub_hook("hook_sae_output")(out), y)
+        return restore_heads(self.points["hook_sae_output"](out), y)
 
-    def _kept(
-        self, y: torch.Tensor, own: PassFeatures, sources: list[tuple[PassFeatures, torch.Tensor]]
+    def _with_error(
+        self,
+        y: torch.Tensor,
+        features: PassFeatures,
+        sources: Sources,
     ) -> torch.Tensor:
         """``y + D(f') - D(f)``, and what hooks make of reconstruction and error."""
-        if not self.listened("hook_sae_recons", "hook_sae_error"):
-            return _carry(y, own, sources)
+        if not self.points.listened("hook_sae_recons", "hook_sae_error"):
+            return _carry(y, features, sources)
         with torch.no_grad():
-            real = self._reconstruction(own.x, y, sources)
+            real = self._reconstruction(features.x, y, sources)
         # a copy: a hook may write into what it is given
-        recons = self.sub_hook("hook_sae_recons")(_carry(real.clone(), own, sources))
+        recons = self.points["hook_sae_recons"](_carry(real.clone(), features, sources))
         # Written as differences, so that what nobody changed adds exactly nothing to the stream.
         return y + (recons - real) + self._error_change(y, real)
 
     def _rebuilt(
-        self, y: torch.Tensor, own: PassFeatures, sources: list[tuple[PassFeatures, torch.Tensor]]
+        self,
+        y: torch.Tensor,
+        features: PassFeatures,
+        sources: Sources,
     ) -> torch.Tensor:
         """``D(f')``, or, with a constant error, ``y + D(f') - D(f)`` with the gradient of ``D(f')``."""
-        written = [features.written(W_dec).to(y.device, y.dtype) for features, W_dec in sources]
-        bias = self.weights.bias(own.read).to(y.device, y.dtype)
-        recons = self.sub_hook("hook_sae_recons")(sum(written[1:], written[0]) + bias)
+        written = [part.written(W_dec).to(y.device, y.dtype) for part, W_dec in sources]
+        bias = self.weights.bias(features.read).to(y.device, y.dtype)
+        recons = self.points["hook_sae_recons"](sum(written[1:], written[0]) + bias)
         if self.error == "drop":
             return recons
         with torch.no_grad():
-            real = self._reconstruction(own.x, y, sources)
+            real = self._reconstruction(features.x, y, sources)
         return y.detach() + (recons - real) + self._error_change(y, real)
 
-    def _reconstruction(
-        self, x: torch.Tensor, y: torch.Tensor, sources: list[tuple[PassFeatures, torch.Tensor]]
-    ) -> torch.Tensor:
+    def _reconstruction(self, x: torch.Tensor, y: torch.Tensor, sources: Sources) -> torch.Tensor:
         """``D(f)`` of the real features."""
         written = [f.really_written(W_dec).to(y.device, y.dtype) for f, W_dec in sources]
         return sum(written[1:], written[0]) + self.weights.bias(x).to(y.device, y.dtype)
 
     def _error_change(self, y: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """What hooks add to the error; it is a leaf that collects gradients."""
-        if not self.listened("hook_sae_error"):
+        if not self.points.listened("hook_sae_error"):
             return torch.zeros_like(real)
         error = y.detach() - real
-        return self.sub_hook("hook_sae_error")(leaf(error.clone())) - error
+        return self.points["hook_sae_error"](leaf(error.clone())) - error
 
     def _check_width(self, x: torch.Tensor, hook: str, width: int) -> None:
         if x.shape[-1] != width:
@@ -260,13 +244,11 @@ class HookedSite(torch.nn.Module, ABC):
             )
 
 
-def _carry(
-    base: torch.Tensor, own: PassFeatures, sources: list[tuple[PassFeatures, torch.Tensor]]
-) -> torch.Tensor:
+def _carry(base: torch.Tensor, features: PassFeatures, sources: Sources) -> torch.Tensor:
     """``base`` plus all that edits and hooks on input and features changed."""
-    shifted = own.bias_change()
+    shifted = features.bias_change()
     if shifted is not None:
         base = base + shifted.to(base.device, base.dtype)
-    for features, W_dec in sources:
-        base = features.carry(base, W_dec)
+    for part, W_dec in sources:
+        base = part.carry(base, W_dec)
     return base

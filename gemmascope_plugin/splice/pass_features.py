@@ -10,46 +10,80 @@ decoder it goes through. Where the dictionary has a scale for each token (``saes
 ``i`` writes ``s * f_i * W_dec[i]``, and ``s * W_dec[i]`` carries its gradient; a hook on
 ``hook_sae_input`` changes ``s`` along with the features.
 
+With the error kept the gradient is straight-through (Marks et al., arXiv 2403.19647): the stream passes
+unchanged, value and gradient, and the features, which are leaves beside it, collect the gradient that
+they would have if the stream were made of them, ``d out / d f_i = W_dec[i]``.
+
 Cost: ``real`` and ``materialise`` one encode; ``amounts`` reads the touched encoder columns, or of a
-tree, whose features decide together, all of them.
+tree, whose features decide together, all of them. Straight-through: forward nothing, or one addition
+where features were changed; backward one product with ``W_dec``, without a buffer of a parameter's size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
+from transformer_lens.hook_points import HookPoint
 
 import gemmascope_plugin.saes as saes
-from gemmascope_plugin.saes import Coder, SparseActs
-from gemmascope_plugin.splice.edit import Edit, apply_edits, touched_features
-from gemmascope_plugin.splice.edits import Project
-from gemmascope_plugin.splice.straight_through import leaf, straight, without_value
+from gemmascope_plugin.saes import Coder, SparseActs, TwoStage
+from gemmascope_plugin.splice.edits import Edit, Project, apply_edits, touched_features
 from gemmascope_plugin.splice.window import Window
+
+SUB_HOOKS = (
+    "hook_sae_input",
+    "hook_sae_acts_pre",
+    "hook_sae_acts_post",
+    "hook_sae_recons",
+    "hook_sae_error",
+    "hook_sae_output",
+)
+
+
+class SubHooks(dict[str, HookPoint]):
+    """The hook points of one site of a dictionary, by the names in ``SUB_HOOKS``."""
+
+    def __init__(self) -> None:
+        super().__init__((name, HookPoint()) for name in SUB_HOOKS)
+
+    def rename(self, site: str) -> None:
+        """Puts the name of the site in front of every point's name."""
+        for name, point in self.items():
+            point.name = f"{site}.{name}"
+
+    def listened(self, *names: str) -> bool:
+        """Whether any hook is attached to one of these points; to any of all without names."""
+        points = (self[name] for name in names or SUB_HOOKS)
+        return any(p._forward_hooks or p._backward_hooks for p in points)
+
+    def listened_backward(self, *names: str) -> bool:
+        """Whether a backward hook is attached to one of these points."""
+        return any(self[name]._backward_hooks for name in names)
 
 
 class PassFeatures:
-    """Features of the tensor ``x`` at ``site``.
+    """Features of the tensor ``x`` (heads flattened) at a site with these hook points.
 
-    Args:
-        site: Whose features, a ``HookedSite``.
-        x: The tensor that is read, heads flattened.
-        window: The tokens of the pass.
-        edits: Edits of these features, bound.
+    The encoder is opened when it is first needed: ``coder`` gives it.
     """
 
     def __init__(
         self,
-        site: Any,
+        coder: Callable[[], Coder],
+        points: SubHooks,
         x: Float[torch.Tensor, "batch pos d_in"],
         window: Window,
         edits: Sequence[Edit],
+        *,
+        two_stage: TwoStage | None = None,
     ) -> None:
-        self.site = site
-        self._given = x
+        self.points = points
+        self._coder, self._two_stage = coder, two_stage
+        self._x = x
         self.tokens = window
         self.edits = [edit for edit in edits if not isinstance(edit, Project)]
         self.projections = [edit for edit in edits if isinstance(edit, Project)]
@@ -62,12 +96,12 @@ class PassFeatures:
     @cached_property
     def weights(self) -> Coder:
         """What encodes; opened when first needed."""
-        return self.site.weights
+        return self._coder()
 
     @cached_property
     def x(self) -> Float[torch.Tensor, "batch pos d_in"]:
         """The tensor that is read, where the encoder is."""
-        return self._given.to(self.weights.W_enc.device)
+        return self._x.to(self.weights.W_enc.device)
 
     @cached_property
     def window(self) -> Window:
@@ -112,12 +146,10 @@ class PassFeatures:
     def materialise(self, *, as_leaf: bool) -> None:
         """Computes the dense activations and shows them to the hooks.
 
-        Args:
-            as_leaf: Cut them off from ``x``, as where the error is kept: the stream carries the whole
-                gradient already.
+        As a leaf they are cut off from ``x``, whose gradient the stream carries where the error is kept.
         """
-        site, recording = self.site, torch.is_grad_enabled()
-        upstream = not as_leaf or site.listens_backward("hook_sae_input", "hook_sae_acts_pre")
+        points, recording = self.points, torch.is_grad_enabled()
+        upstream = not as_leaf or points.listened_backward("hook_sae_input", "hook_sae_acts_pre")
         with torch.set_grad_enabled(recording and upstream):
             acts, rebuilt = self._activate(as_leaf)
         start = acts if acts.requires_grad else leaf(acts)
@@ -125,7 +157,7 @@ class PassFeatures:
         if self.edits:
             edited = apply_edits(self.edits, start, range(acts.shape[-1]), self.window)
         version = _version(edited)
-        self.edited = site.sub_hook("hook_sae_acts_post")(edited)
+        self.edited = points["hook_sae_acts_post"](edited)
         same = self.edited is edited and version is not None and version == _version(edited)
         self._changed = bool(self.edits) or rebuilt or not same
 
@@ -138,11 +170,11 @@ class PassFeatures:
         if self.edited is not None:
             change = self._change(W_dec)
             change = None if change is None else change.to(base.device, base.dtype)
-            base = straight(base, self._scaled_constant(self.edited), change, W_dec)
+            base = straight_through(base, self._scaled_constant(self.edited), change, W_dec)
         if self.edits and (self.edited is None or self.x.requires_grad):
             delta = self._scaled(saes.write_features(W_dec, *self.amounts), self.x)
             delta = delta.to(base.device, base.dtype)
-            base = base + (delta if self.edited is None else without_value(delta))
+            base = base + (delta if self.edited is None else gradient_only(delta))
         return base
 
     def written(
@@ -185,7 +217,7 @@ class PassFeatures:
         return self._encode(self.x) if recording else self.real
 
     def _encode(self, x: torch.Tensor) -> SparseActs:
-        return self.weights.encode_sparse(x, keep=self.keep, two_stage=self.site.two_stage)
+        return self.weights.encode_sparse(x, keep=self.keep, two_stage=self._two_stage)
 
     def _scaled(self, written: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """What features write, or the features, times each token's scale, in the graph of ``x``."""
@@ -198,18 +230,18 @@ class PassFeatures:
 
     def _activate(self, as_leaf: bool) -> tuple[torch.Tensor, bool]:
         """Dense activations, and whether hooks on input or pre-activations changed them."""
-        site = self.site
-        if not site.listened("hook_sae_input", "hook_sae_acts_pre"):
+        points = self.points
+        if not points.listened("hook_sae_input", "hook_sae_acts_pre"):
             recording = torch.is_grad_enabled() and self.x.requires_grad
             return (self._encoded if recording else self.real).to_dense(), False
-        # A copy: a hook may write into what it is given, and the stream is not its own.
-        given = leaf(self.x).clone() if as_leaf else self.x.clone()
-        before = _version(given)
-        read = self._hooked = site.sub_hook("hook_sae_input")(given)
-        same = read is given and before is not None and before == _version(given)
+        # A copy: a hook may write into what it gets, and the stream is not its own.
+        x = leaf(self.x).clone() if as_leaf else self.x.clone()
+        before = _version(x)
+        read = self._hooked = points["hook_sae_input"](x)
+        same = read is x and before is not None and before == _version(x)
         pre = self.weights.pre_activations(read)
         before = _version(pre)
-        hooked = site.sub_hook("hook_sae_acts_pre")(pre)
+        hooked = points["hook_sae_acts_pre"](pre)
         same = same and hooked is pre and before is not None and before == _version(pre)
         if same:  # what is active does not depend on who listens, down to the last bit
             return torch.where(self.real.to_dense() != 0, hooked, 0), False
@@ -232,3 +264,49 @@ class PassFeatures:
 def _version(x: torch.Tensor) -> int | None:
     """Counts changes in place; None where torch does not count them."""
     return None if x.is_inference() else x._version
+
+
+class _StraightThrough(torch.autograd.Function):
+    """``base + change`` that is differentiable in ``base`` and, through ``W_dec``, in ``acts``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base: torch.Tensor,
+        acts: torch.Tensor,
+        change: torch.Tensor | None,
+        W_dec: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(W_dec)
+        ctx.acts = acts.device, acts.dtype
+        return base.view_as(base) if change is None else base + change
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        (W_dec,) = ctx.saved_tensors
+        device, dtype = ctx.acts
+        to_acts = grad.to(W_dec.device, W_dec.dtype) @ W_dec.T if ctx.needs_input_grad[1] else None
+        return grad, None if to_acts is None else to_acts.to(device, dtype), None, None
+
+
+def straight_through(
+    base: Float[torch.Tensor, "batch pos d_out"],
+    acts: Float[torch.Tensor, "batch pos d_sae"],
+    change: Float[torch.Tensor, "batch pos d_out"] | None,
+    W_dec: Float[torch.Tensor, "d_sae d_out"],
+) -> Float[torch.Tensor, "batch pos d_out"]:
+    """``base`` plus the value of ``change``; gradients to ``base`` and, by ``W_dec``, to ``acts``."""
+    out = _StraightThrough.apply(base, acts, change, W_dec)
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def leaf(x: torch.Tensor) -> torch.Tensor:
+    """The same values, cut off, collecting gradients where gradients are recorded."""
+    return x.detach().requires_grad_(True) if torch.is_grad_enabled() else x
+
+
+def gradient_only(x: torch.Tensor) -> torch.Tensor:
+    """Zero that carries the gradient of ``x``."""
+    return x - x.detach()

@@ -30,10 +30,9 @@ from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.site_hooks import Reading, reading
 from gemmascope_plugin.models.stops import stop_ids
 from gemmascope_plugin.models.threads import threads_for_tokens
-from gemmascope_plugin.splice.hooked_cross_layer import HookedCrossLayer
-from gemmascope_plugin.splice.hooked_sae import HookedSAE
-from gemmascope_plugin.splice.hooked_site import SUB_HOOKS, HookedSite
-from gemmascope_plugin.splice.token_mask import refuse_empty
+from gemmascope_plugin.splice.dictionary_hooks import refuse_empty
+from gemmascope_plugin.splice.hooked_sae import HookedCrossLayer, HookedSAE
+from gemmascope_plugin.splice.hooked_site import HookedSite
 
 HookFn = Callable[..., Any]
 _CONTINUES = {"past_kv_cache", "past_key_values", "start_at_layer"}
@@ -91,9 +90,9 @@ class SplicedModel:
     def sub_hooks(self) -> dict[str, Any]:
         """Name to hook point of every dictionary."""
         return {
-            f"{name}.{part}": site.sub_hook(part)
+            f"{name}.{part}": point
             for name, site in self.sites.items()
-            for part in SUB_HOOKS
+            for part, point in site.points.items()
         }
 
     def hook_point(self, name: str) -> Any:

@@ -16,11 +16,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+
+from transformer_lens.hook_points import HookPoint
 
 from gemmascope_plugin.errors import (
     HookNotFiredError,
     InputError,
+    UnknownNameError,
     WidthMismatchError,
     shorten,
 )
@@ -34,17 +36,14 @@ from gemmascope_plugin.models.points import hook_points, width_at
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.site_hooks import reading
 from gemmascope_plugin.saes.cross_layer import cross_layer_of
-from gemmascope_plugin.splice.assign import assign
 from gemmascope_plugin.splice.check_saes import Saes, as_list, check_sae, check_saes
-from gemmascope_plugin.splice.dictionary_hooks import Course
-from gemmascope_plugin.splice.edit import Edit
-from gemmascope_plugin.splice.hooked_cross_layer import HookedCrossLayer
-from gemmascope_plugin.splice.hooked_sae import HookedSAE
+from gemmascope_plugin.splice.dictionary_hooks import DictionaryHooks, TokenMask
+from gemmascope_plugin.splice.edits import Edit
+from gemmascope_plugin.splice.hooked_sae import HookedCrossLayer, HookedSAE
 from gemmascope_plugin.splice.hooked_site import HookedSite
 from gemmascope_plugin.splice.spliced_model import SplicedModel
-from gemmascope_plugin.splice.token_mask import TokenMask
 from gemmascope_plugin.splice.window import Positions
-from gemmascope_plugin.types import ErrorMode
+from gemmascope_plugin.types import SAE, ErrorMode
 
 Hooked = HookedSAE | HookedCrossLayer
 
@@ -87,15 +86,16 @@ def splice(
     refuse_compiled(model)
     hooked: list[Hooked] = []
     for sae in as_list(saes):
-        one = _as_hooked(sae, error, exclude, positions)
+        dictionary = _as_hooked(sae, error, exclude, positions)
         # the same object once more gets hook points of its own
-        hooked.append(one.with_error(one.error) if one in hooked else one)
-    sites = [site for one in hooked for site in one.sites]
+        is_new = dictionary not in hooked
+        hooked.append(dictionary if is_new else dictionary.with_error(dictionary.error))
+    sites = [site for dictionary in hooked for site in dictionary.sites]
     with ExitStack() as stack:
         at = ", ".join(dict.fromkeys(site.hook_out for site in sites))
         stack.enter_context(claim(model, f"a splice of dictionaries at {at}"))
         _name_apart(stack, sites)
-        by_site = assign(hooked, _as_edits(edits))
+        by_site = _assign(hooked, _as_edits(edits))
         points = hook_points(model)
         for site in sites:
             check_site(model, site, points)
@@ -103,22 +103,21 @@ def splice(
         watch.attach()
         stack.callback(watch.detach)
         mask = TokenMask(model, watch)
-        courses = [Course(one.sites, [by_site[s] for s in one.sites], mask) for one in hooked]
-        for course in courses:
-            course.attach(stack, model, points)
+        hooks = [
+            DictionaryHooks(dictionary.sites, [by_site[site] for site in dictionary.sites], mask)
+            for dictionary in hooked
+        ]
+        for of_dictionary in hooks:
+            of_dictionary.attach(stack, model, points)
         yield SplicedModel(model, hooked, watch)
     if watch.ran:
-        _refuse_silent(courses)
+        _refuse_silent(hooks)
     else:
         refuse_unseen()
 
 
-def _as_edits(edits: Any) -> list[Edit]:
-    """One edit or several as a list.
-
-    Raises:
-        InputError: Something else.
-    """
+def _as_edits(edits: Sequence[Edit] | Edit) -> list[Edit]:
+    """One edit or several as a list; anything else is refused."""
     listed = [edits] if isinstance(edits, Edit) or not isinstance(edits, Iterable) else list(edits)
     for edit in listed:
         if not isinstance(edit, Edit):
@@ -131,7 +130,10 @@ def _as_edits(edits: Any) -> list[Edit]:
 
 
 def _as_hooked(
-    sae: Any, error: ErrorMode, exclude: str | int | Sequence[str | int], positions: Positions
+    sae: SAE | Hooked,
+    error: ErrorMode,
+    exclude: str | int | Sequence[str | int],
+    positions: Positions,
 ) -> Hooked:
     if isinstance(sae, Hooked):
         return sae
@@ -152,37 +154,26 @@ def _name_apart(stack: ExitStack, sites: Sequence[HookedSite]) -> None:
         counts[site.hook_out] += 1
 
 
-def check_site(model: HookedModel, site: HookedSite, points: Mapping[str, Any]) -> None:
-    """Refuses a dictionary that does not fit the model.
-
-    Args:
-        model: The model.
-        site: Where the dictionary reads and writes.
-        points: ``model.hook_dict``.
-
-    Raises:
-        MissingHookError: The model lacks a hook, or its norms were folded and the site reads one with its
-            gain.
-        WidthMismatchError: A tensor of another width.
-    """
+def check_site(model: HookedModel, site: HookedSite, points: Mapping[str, HookPoint]) -> None:
+    """Refuses a dictionary that does not fit the model; ``points`` are the model's, by name."""
     special_ids(model, site.exclude)
     hook_point(model, site.hook_out, points)
     reading(model, site.hook_in, points)
     for name, width in zip((site.hook_in, site.hook_out), site.widths, strict=True):
-        there = width_at(model, name)
-        if there is not None and there != width:
+        width_here = width_at(model, name)
+        if width_here is not None and width_here != width:
             raise WidthMismatchError(
                 f"The dictionary for {site.hook_out} has width {width}, the model's {name} has "
-                f"{there}",
+                f"{width_here}",
                 fix=f"a dictionary of this model; this one says {site.model_name}",
             )
 
 
-def _refuse_silent(courses: Sequence[Course]) -> None:
+def _refuse_silent(hooks: Sequence[DictionaryHooks]) -> None:
     silent = [
         site.hook_out
-        for course in courses
-        for site, times in zip(course.sites, course.fired, strict=True)
+        for of_dictionary in hooks
+        for site, times in zip(of_dictionary.sites, of_dictionary.fired, strict=True)
         if not times
     ]
     if silent:
@@ -190,3 +181,52 @@ def _refuse_silent(courses: Sequence[Course]) -> None:
             f"The model ran but never reached {shorten(silent)}",
             fix="run past that layer (stop_at_layer), or splice fewer dictionaries",
         )
+
+
+def _assign(hooked: Sequence[Hooked], edits: Sequence[Edit]) -> dict[HookedSite, list[Edit]]:
+    """The edits of each site, bound to it, in the order in which they apply."""
+    pairs = [(dictionary, site) for dictionary in hooked for site in dictionary.sites]
+    by_site: dict[HookedSite, list[Edit]] = {site: [] for _, site in pairs}
+    for edit in edits:
+        named = [site for dictionary, site in pairs if _is_named(edit, dictionary, site)]
+        fits = [site for site in named if edit.layer in (None, _layer(site))]
+        if len(fits) != 1:
+            raise _unclear(edit, named, len(fits), list(by_site))
+        site = fits[0]
+        by_site[site].append(edit.bind(f"{site.name}.hook_sae_acts_post", site.d_sae))
+    return by_site
+
+
+def _is_named(edit: Edit, dictionary: Hooked, site: HookedSite) -> bool:
+    if isinstance(edit.sae, str):
+        return edit.sae in (site.name, site.hook_out)
+    return edit.sae is None or edit.sae is dictionary or edit.sae is dictionary.sae
+
+
+def _layer(site: HookedSite) -> int | None:
+    """The layer whose tensor the features read; None outside the blocks."""
+    parts = site.hook_in.split(".")
+    return int(parts[1]) if parts[0] == "blocks" else None
+
+
+def _unclear(
+    edit: Edit, named: list[HookedSite], fits: int, sites: list[HookedSite]
+) -> UnknownNameError:
+    kind = type(edit).__name__
+    layers = sorted({str(_layer(site)) for site in named})
+    if edit.sae is not None and named:
+        return UnknownNameError(
+            f"{kind}(layer={edit.layer}) fits {fits} layers of the dictionary",
+            exists=f"layers {', '.join(layers)}",
+            fix=f"{kind}(..., layer={layers[0]})",
+        )
+    layer = "" if edit.layer is None else f", layer={edit.layer}"
+    return UnknownNameError(
+        f"{kind}(sae={_name(edit.sae)}{layer}) fits {fits} of the spliced dictionaries",
+        exists=shorten(repr(site.name) for site in sites),
+        fix="sae=<the object that you spliced>, or the name; layer=<layer> for one of several layers",
+    )
+
+
+def _name(sae: object) -> str:
+    return repr(sae) if sae is None or isinstance(sae, str) else type(sae).__name__

@@ -23,7 +23,7 @@ import torch
 
 from gemmascope_plugin.dtypes import as_device
 from gemmascope_plugin.errors import GemmaScopeError, InputError, ModelError
-from gemmascope_plugin.models.check_model import check_model, describe
+from gemmascope_plugin.models.check_model import check_model, describe, with_call
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, device_of
 from gemmascope_plugin.training.architectures import architecture
@@ -59,11 +59,11 @@ def _check_spec(spec: Any, call: str = "") -> None:
         InputError: Something else, with what to type.
     """
     if not isinstance(spec, TrainSpec | Mapping):
-        where = f"; {call}" if call else ""
+        fix = '{"architecture": "jumprelu", "site": "res", "layer": 9, "d_sae": 4096}'
         raise InputError(
             f"{describe(spec)} is not a training spec",
             exists="TrainSpec, or a dict of some of its fields",
-            fix='{"architecture": "jumprelu", "site": "res", "layer": 9, "d_sae": 4096}' + where,
+            fix=with_call(fix, call),
         )
 
 

@@ -110,7 +110,7 @@ def one_site(sizes: Sizes, two_stage: bool) -> None:
     dropping = {name: HookedSAE(sae, error="drop", two_stage=on) for name, on in variants.items()}
     keeping = {name: HookedSAE(sae, two_stage=on) for name, on in variants.items()}
     for hooked in keeping.values():
-        hooked.sub_hook("hook_sae_acts_post").add_hook(lambda acts, hook: None)
+        hooked.points["hook_sae_acts_post"].add_hook(lambda acts, hook: None)
     product, encode, *times = medians(
         lambda: x[0] @ sae.W_enc,
         lambda: sae.encode(x),
@@ -141,7 +141,7 @@ def one_site(sizes: Sizes, two_stage: bool) -> None:
 def backward(sae: Any, x: torch.Tensor, keep: torch.Tensor) -> None:
     """Time and memory of features' gradients; SAELens' dictionary as loaded collects its own too."""
     hooked = HookedSAE(sae)
-    hooked.sub_hook("hook_sae_acts_post").add_hook(lambda acts, hook: None)
+    hooked.points["hook_sae_acts_post"].add_hook(lambda acts, hook: None)
 
     def ours() -> None:
         stream = x.clone().requires_grad_(True)

@@ -21,7 +21,7 @@ from gemmascope_plugin.errors import (
 )
 from gemmascope_plugin.models import gradients
 from gemmascope_plugin.splice import Add, Custom, HookedSAE, splice
-from gemmascope_plugin.splice.hooked_site import SUB_HOOKS
+from gemmascope_plugin.splice.pass_features import SUB_HOOKS
 from tests import factories
 from tests.factories import n_hooks, random_sae, tiny_hf
 from tests.splice.cross_layer_reference import clt
@@ -62,7 +62,7 @@ def state(model: Any, saes: list[Any]) -> dict[str, Any]:
         "attributes": sorted(set(vars(model)) - OWN_NOTES),
         "recording": torch.is_grad_enabled(),
         "names": [site.name for sae in saes for site in sae.sites],
-        "listened": [site.listened() for sae in saes for site in sae.sites],
+        "listened": [site.points.listened() for sae in saes for site in sae.sites],
         "forwards": [sorted(k for k in vars(m) if k == "forward") for m in model.modules()],
     }
 

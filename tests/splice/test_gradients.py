@@ -15,7 +15,7 @@ import torch
 from gemmascope_plugin.errors import HookNotFiredError
 from gemmascope_plugin.models import flatten_heads, gradients, restore_heads
 from gemmascope_plugin.splice import Ablate, Scale, splice
-from gemmascope_plugin.splice.hooked_site import SUB_HOOKS
+from gemmascope_plugin.splice.pass_features import SUB_HOOKS
 from tests import factories
 from tests.support.rounding import TINY
 from tests.tiny_models import random_tokens

@@ -95,7 +95,7 @@ def test_many_splices_in_a_row_leave_nothing(hooked2) -> None:
 def test_hooks_of_a_spliced_model_go_with_their_block(model) -> None:
     with splice(model, factories.residual(model, 1)) as spliced:
         before = n_hooks(model)
-        point = spliced.saes[0].sub_hook("hook_sae_acts_post")
+        point = spliced.saes[0].points["hook_sae_acts_post"]
         with spliced.hooks([(SITE, passing), (f"{SITE}.hook_sae_acts_post", passing)]):
             assert n_hooks(model) > before
             assert len(point._forward_hooks) == 1

@@ -11,7 +11,7 @@ import torch
 
 from gemmascope_plugin.models import gradients
 from gemmascope_plugin.splice import Ablate, Add, Clamp, Scale, splice
-from gemmascope_plugin.splice.hooked_site import SUB_HOOKS
+from gemmascope_plugin.splice.pass_features import SUB_HOOKS
 from tests import factories
 from tests.splice.kinds import TWO_KINDS
 from tests.splice.reference import features

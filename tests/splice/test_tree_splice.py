@@ -15,7 +15,7 @@ from gemmascope_plugin.errors import FeatureIndexError, ModelError, UnknownNameE
 from gemmascope_plugin.models import gradients
 from gemmascope_plugin.saes import TreeSAE, TreeSAEConfig
 from gemmascope_plugin.splice import Ablate, Add, Clamp, HookedSAE, Project, Scale, splice, verify
-from gemmascope_plugin.splice.hooked_site import SUB_HOOKS
+from gemmascope_plugin.splice.pass_features import SUB_HOOKS
 from tests import factories
 from tests.splice.kinds import TWO_KINDS
 from tests.support.rounding import TINY

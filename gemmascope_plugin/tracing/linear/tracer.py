@@ -39,8 +39,7 @@ from gemmascope_plugin.models.site_hooks import reading
 from gemmascope_plugin.models.tokens import special_ids
 from gemmascope_plugin.saes.cross_layer import CrossLayerDictionary, cross_layer_of
 from gemmascope_plugin.splice.check_saes import as_list
-from gemmascope_plugin.splice.hooked_cross_layer import HookedCrossLayer
-from gemmascope_plugin.splice.hooked_sae import HookedSAE
+from gemmascope_plugin.splice.hooked_sae import HookedCrossLayer, HookedSAE
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
 from gemmascope_plugin.tracing.linear.node_order import Layout
 from gemmascope_plugin.tracing.linear.reach import Reach
