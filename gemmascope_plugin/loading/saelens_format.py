@@ -23,7 +23,6 @@ from gemmascope_plugin.errors import BadFileError, ModelError
 from gemmascope_plugin.files.json_file import read_json
 from gemmascope_plugin.loading.convert import fill, metadata, skeleton
 from gemmascope_plugin.loading.integrity import check_file, open_checked
-from gemmascope_plugin.saes.levels import check_levels
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -130,6 +129,8 @@ def _make_matryoshka(cfg: dict[str, Any], levels: list[int]) -> None:
 
 def _levels(path: Path, spec: SaeSpec, cfg: Mapping[str, Any]) -> list[int]:
     """Matryoshka prefix sizes: the file's, which the spec's must equal if both are known."""
+    from gemmascope_plugin.saes.matryoshka import check_levels
+
     theirs = cfg.get("metadata") or {}
     details = theirs.get("training_architecture_details")
     details = details if isinstance(details, dict) else {}

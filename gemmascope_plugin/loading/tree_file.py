@@ -206,7 +206,7 @@ def _check_arrays(file: ArrayFile, spec: SaeSpec, sizes: Sequence[int]) -> None:
 
 
 def _parents(file: ArrayFile, spec: SaeSpec, sizes: Sequence[int]) -> Int[torch.Tensor, " d_sae"]:
-    from gemmascope_plugin.saes.tree_links import ROOT
+    from gemmascope_plugin.saes.tree_config import ROOT
 
     parent = torch.full((spec.d_sae,), ROOT, dtype=torch.int64)
     starts = list(accumulate(sizes))

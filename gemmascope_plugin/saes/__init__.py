@@ -9,7 +9,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gemmascope_plugin.saes.coder import Coder, coder_of, reconstruct
+from gemmascope_plugin.saes.coder import (
+    Coder,
+    Weights,
+    coder_of,
+    layer_weights,
+    level_width,
+    reconstruct,
+    weights_of,
+)
 from gemmascope_plugin.saes.cross_layer import (
     CrossCoder,
     CrossLayerConfig,
@@ -30,40 +38,43 @@ from gemmascope_plugin.saes.jumprelu import (
 )
 from gemmascope_plugin.saes.lapsum import keep_top, soft_topk
 from gemmascope_plugin.saes.sparse import SparseActs, write
-from gemmascope_plugin.saes.two_stage import TwoStage, has_bf16_instructions
-from gemmascope_plugin.saes.weights import Weights, layer_weights, level_width, weights_of
+from gemmascope_plugin.saes.two_stage import Bf16Prefilter, has_bf16_instructions
 
 if TYPE_CHECKING:
     from gemmascope_plugin.saes.cross_layer_sae import CLTSAE, CrossCoderSAE
     from gemmascope_plugin.saes.cross_layer_sae_config import CLTSAEConfig, CrossCoderSAEConfig
-    from gemmascope_plugin.saes.cross_layer_training import (
+    from gemmascope_plugin.saes.matryoshka import MatryoshkaSAE, MatryoshkaSAEConfig
+    from gemmascope_plugin.saes.matryoshka_sources import from_dictionary_learning, with_levels
+    from gemmascope_plugin.saes.soft import SoftSAE, SoftSAEConfig
+    from gemmascope_plugin.saes.training.cross_layer_training import (
         CLTTrainingConfig,
         CLTTrainingSAE,
         CrossCoderTrainingConfig,
         CrossCoderTrainingSAE,
     )
-    from gemmascope_plugin.saes.jumprelu_training import GemmaScopeConfig, GemmaScopeTrainingSAE
-    from gemmascope_plugin.saes.matryoshka import MatryoshkaSAE, MatryoshkaSAEConfig
-    from gemmascope_plugin.saes.matryoshka_sources import from_dictionary_learning, with_levels
-    from gemmascope_plugin.saes.matryoshka_training import (
+    from gemmascope_plugin.saes.training.jumprelu_training import (
+        GemmaScopeConfig,
+        GemmaScopeTrainingSAE,
+    )
+    from gemmascope_plugin.saes.training.matryoshka_training import (
         MatryoshkaBatchTopK,
         MatryoshkaBatchTopKConfig,
         MatryoshkaJumpReLU,
         MatryoshkaJumpReLUConfig,
     )
-    from gemmascope_plugin.saes.soft import SoftSAE
-    from gemmascope_plugin.saes.soft_config import (
-        SoftSAEConfig,
+    from gemmascope_plugin.saes.training.soft_training import (
+        SoftTopKTrainingSAE,
         SoftTopKTrainingSAEConfig,
+        SoftTrainingSAE,
         SoftTrainingSAEConfig,
     )
-    from gemmascope_plugin.saes.soft_training import SoftTopKTrainingSAE, SoftTrainingSAE
-    from gemmascope_plugin.saes.tree import TreeSAE, TreeSAEConfig
-    from gemmascope_plugin.saes.tree_training import TreeTrainingSAE
-    from gemmascope_plugin.saes.tree_training_config import TreeTrainingSAEConfig
+    from gemmascope_plugin.saes.training.tree_training import TreeTrainingSAE, TreeTrainingSAEConfig
+    from gemmascope_plugin.saes.tree import TreeSAE
+    from gemmascope_plugin.saes.tree_config import TreeSAEConfig
 
 __all__ = [
     "CLTSAE",
+    "Bf16Prefilter",
     "CLTSAEConfig",
     "CLTTrainingConfig",
     "CLTTrainingSAE",
@@ -95,7 +106,6 @@ __all__ = [
     "TreeSAEConfig",
     "TreeTrainingSAE",
     "TreeTrainingSAEConfig",
-    "TwoStage",
     "Weights",
     "bias",
     "check_architecture",
@@ -123,23 +133,25 @@ __all__ = [
 _LAZY = {
     "cross_layer_sae": ("CLTSAE", "CrossCoderSAE"),
     "cross_layer_sae_config": ("CLTSAEConfig", "CrossCoderSAEConfig"),
-    "cross_layer_training": (
+    "matryoshka": ("MatryoshkaSAE", "MatryoshkaSAEConfig"),
+    "matryoshka_sources": ("from_dictionary_learning", "with_levels"),
+    "soft": ("SoftSAE", "SoftSAEConfig"),
+    "tree": ("TreeSAE",),
+    "tree_config": ("TreeSAEConfig",),
+    "training.cross_layer_training": (
         *("CLTTrainingConfig", "CLTTrainingSAE"),
         *("CrossCoderTrainingConfig", "CrossCoderTrainingSAE"),
     ),
-    "jumprelu_training": ("GemmaScopeConfig", "GemmaScopeTrainingSAE"),
-    "matryoshka": ("MatryoshkaSAE", "MatryoshkaSAEConfig"),
-    "matryoshka_sources": ("from_dictionary_learning", "with_levels"),
-    "matryoshka_training": (
+    "training.jumprelu_training": ("GemmaScopeConfig", "GemmaScopeTrainingSAE"),
+    "training.matryoshka_training": (
         *("MatryoshkaBatchTopK", "MatryoshkaBatchTopKConfig"),
         *("MatryoshkaJumpReLU", "MatryoshkaJumpReLUConfig"),
     ),
-    "soft": ("SoftSAE",),
-    "soft_config": ("SoftSAEConfig", "SoftTopKTrainingSAEConfig", "SoftTrainingSAEConfig"),
-    "soft_training": ("SoftTopKTrainingSAE", "SoftTrainingSAE"),
-    "tree": ("TreeSAE", "TreeSAEConfig"),
-    "tree_training": ("TreeTrainingSAE",),
-    "tree_training_config": ("TreeTrainingSAEConfig",),
+    "training.soft_training": (
+        *("SoftTopKTrainingSAE", "SoftTopKTrainingSAEConfig"),
+        *("SoftTrainingSAE", "SoftTrainingSAEConfig"),
+    ),
+    "training.tree_training": ("TreeTrainingSAE", "TreeTrainingSAEConfig"),
 }
 _HOME_OF = {name: f"{__name__}.{home}" for home, names in _LAZY.items() for name in names}
 

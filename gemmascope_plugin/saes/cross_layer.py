@@ -164,8 +164,8 @@ class CrossLayerDictionary(torch.nn.Module):
                 f"the tensor has {x.shape[-1]}",
                 fix="the tensor of the hook in cfg.hooks_in, heads flattened",
             )
-        own = self.weights(position)
-        return jump(x.to(own.W_enc.dtype) @ own.W_enc + own.b_enc, own.threshold)
+        layer = self.weights(position)
+        return jump(x.to(layer.W_enc.dtype) @ layer.W_enc + layer.b_enc, layer.threshold)
 
     def encode(self, x: Layers) -> tuple[Float[torch.Tensor, "*tokens _"], ...]:
         """Features of every layer.
@@ -180,7 +180,7 @@ class CrossLayerDictionary(torch.nn.Module):
             WidthMismatchError: Wrong number of layers, or a tensor of another width.
         """
         self._check_count(x, "tensors")
-        return tuple(self.encode_layer(i, one) for i, one in enumerate(x))
+        return tuple(self.encode_layer(i, x_i) for i, x_i in enumerate(x))
 
     def decode_layer(
         self,
@@ -205,19 +205,19 @@ class CrossLayerDictionary(torch.nn.Module):
             raise ModelError(
                 f"layer {position} needs the features of layers 0 to {position}, got {len(acts)}"
             )
-        own = self.weights(position)
-        out = own.b_dec.expand(*acts[position].shape[:-1], self.cfg.d_out)
+        layer = self.weights(position)
+        out = layer.b_dec.expand(*acts[position].shape[:-1], self.cfg.d_out)
         for i, layer_acts in enumerate(acts[: position + 1]):
             active = SparseActs.from_dense(layer_acts)
             out = out + write(active, self.weights(i).W_dec[:, position])
-        if own.A is None:
+        if layer.A is None:
             return out
         if x is None:
             raise ModelError(
                 f"this {self.kind} has an affine skip, so decoding layer {position} needs its input",
                 fix="decode(acts, x) with the tensors that were encoded",
             )
-        return out + x.to(own.A.dtype) @ own.A
+        return out + x.to(layer.A.dtype) @ layer.A
 
     def decode(
         self, acts: Layers, x: Layers | None = None
@@ -243,10 +243,10 @@ class CrossLayerDictionary(torch.nn.Module):
         """``decode(encode(x), x)``."""
         return self.decode(self.encode(x), x)
 
-    def _check_count(self, given: Layers, what: str) -> None:
-        if len(given) != self.cfg.n_layers:
+    def _check_count(self, tensors: Layers, noun: str) -> None:
+        if len(tensors) != self.cfg.n_layers:
             raise WidthMismatchError(
-                f"the {self.kind} has {self.cfg.n_layers} layers, got {len(given)} {what}",
+                f"the {self.kind} has {self.cfg.n_layers} layers, got {len(tensors)} {noun}",
                 exists=f"layers {list(self.cfg.layers)}",
             )
 
@@ -263,8 +263,8 @@ def cross_layer_of(sae: Any) -> CrossLayerDictionary | None:
     """The dictionary over several layers that this is, or that SAELens' class of it gives; else None."""
     if isinstance(sae, CrossLayerDictionary):
         return sae
-    own = getattr(sae, "dictionary", None)
-    return None if own is None else own()
+    make_dictionary = getattr(sae, "dictionary", None)
+    return None if make_dictionary is None else make_dictionary()
 
 
 class CrossCoder(CrossLayerDictionary):

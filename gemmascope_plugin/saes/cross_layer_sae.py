@@ -1,7 +1,9 @@
 """Crosscoders and cross-layer transcoders as SAELens classes: side by side, saved, loaded, spliced.
 
 SAELens knows one tensor in and one out.  Here those of ``n`` layers stand side by side on the last axis,
-in the order of ``layers``; features that read layer ``i`` are the ``i``-th of ``n`` equal blocks:
+in the order of ``layers``, which increase; each layer has one hook that is read and one that is written.
+``d_in``, ``d_out`` and ``d_sae`` are those of all layers together, in equal parts; features that read
+layer ``i`` are the ``i``-th of ``n`` equal blocks:
 
 1. ``W_enc [d, d_sae]``: the columns of block ``i`` are multiplied with the ``i``-th tensor.
 2. ``W_dec [d_sae, n * d_out]``: tensor ``j`` is written by the blocks ``i <= j`` alone.  What lies below
@@ -68,13 +70,13 @@ class CrossLayerWeights(SAE[Config]):
         self.threshold = torch.nn.Parameter(torch.zeros(cfg.d_sae, **place))
         self.b_dec = torch.nn.Parameter(torch.zeros(cfg.d_out, **place))
         rows = torch.zeros(cfg.d_sae, cfg.d_out, **place)
-        own = torch.nn.functional.normalize(torch.randn(cfg.d_sae, d_out, **place), dim=-1)
+        directions = torch.nn.functional.normalize(torch.randn(cfg.d_sae, d_out, **place), dim=-1)
         for i in range(cfg.n_layers):  # features begin with the output of their own layer
-            here = slice(i * cfg.block, (i + 1) * cfg.block)
-            rows[here, i * d_out : (i + 1) * d_out] = own[here]
+            block = slice(i * cfg.block, (i + 1) * cfg.block)
+            rows[block, i * d_out : (i + 1) * d_out] = directions[block]
         self.W_dec = torch.nn.Parameter(rows)
         tied = cfg.kind == "crosscoder"
-        encoder = own if tied else torch.randn(cfg.d_sae, d_in, **place)
+        encoder = directions if tied else torch.randn(cfg.d_sae, d_in, **place)
         encoder = torch.nn.functional.normalize(encoder, dim=-1)
         self.W_enc = torch.nn.Parameter(encoder.T.clone().contiguous())
         skip = torch.zeros(cfg.n_layers, d_out, d_in, **place)
@@ -178,12 +180,12 @@ class CrossLayerWeights(SAE[Config]):
     def layer(self, i: int) -> LayerWeights:
         """The weights of the ``i``-th layer, as splicing and Gemma Scope's files have them."""
         cfg, (_, d_out) = self.cfg, self.cfg.widths
-        own = slice(i * cfg.block, (i + 1) * cfg.block)
+        block = slice(i * cfg.block, (i + 1) * cfg.block)
         return LayerWeights(
-            W_enc=self.W_enc.detach()[:, own],
-            b_enc=self.b_enc.detach()[own],
-            threshold=self.threshold.detach()[own],
-            W_dec=self.W_dec.detach()[own].unflatten(1, (cfg.n_layers, d_out)),
+            W_enc=self.W_enc.detach()[:, block],
+            b_enc=self.b_enc.detach()[block],
+            threshold=self.threshold.detach()[block],
+            W_dec=self.W_dec.detach()[block].unflatten(1, (cfg.n_layers, d_out)),
             b_dec=self.b_dec.detach()[i * d_out : (i + 1) * d_out],
             A=None if self.W_skip is None else self.W_skip.detach()[i].T,
         )
@@ -208,7 +210,7 @@ class CrossLayerSAE(CrossLayerWeights[Config]):
     def dictionary(self) -> CrossLayerDictionary:
         """What splicing runs; its tensors are views of this object's."""
         cfg = self.cfg
-        known = CrossLayerConfig(
+        layers_cfg = CrossLayerConfig(
             kind=cfg.kind,
             layers=tuple(cfg.layers),
             hooks_in=tuple(cfg.hooks_in),
@@ -221,8 +223,11 @@ class CrossLayerSAE(CrossLayerWeights[Config]):
             device=str(self.device),
             metadata=cfg.metadata.to_dict(),
         )
-        kinds = {one.kind: one for one in (CrossCoder, CrossLayerTranscoder)}
-        return kinds[cfg.kind](known, self.layer).eval()
+        kinds = {
+            dictionary_class.kind: dictionary_class
+            for dictionary_class in (CrossCoder, CrossLayerTranscoder)
+        }
+        return kinds[cfg.kind](layers_cfg, self.layer).eval()
 
     @classmethod
     @override
@@ -246,8 +251,8 @@ def _check_causal(
     cfg, name = module.cfg, f"{prefix}W_dec"
     if name not in state_dict or state_dict[name].shape != (cfg.d_sae, cfg.d_out):
         return  # PyTorch says what is missing, or has another shape
-    for i, own in enumerate(state_dict[name].split(cfg.block)):
-        if own[:, : i * cfg.widths[1]].any():
+    for i, rows in enumerate(state_dict[name].split(cfg.block)):
+        if rows[:, : i * cfg.widths[1]].any():
             raise ModelError(
                 f"The features of layer {cfg.layers[i]} write to a layer before it",
                 exists=f"a {cfg.kind}, whose features write to their own layer and later ones",

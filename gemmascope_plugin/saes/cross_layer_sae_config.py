@@ -122,11 +122,7 @@ class CLTSAEConfig(CrossLayerSAEConfig):
 
 
 def check_layers(layers: Sequence[int]) -> None:
-    """Refuses anything but increasing layers from 0.
-
-    Raises:
-        ModelError: None, negative ones, repeated ones or in another order, or no whole numbers.
-    """
+    """Refuses anything but increasing layers from 0."""
     if not all(type(layer) is int for layer in layers):
         raise ModelError(
             f"The layers {list(layers)} are not all whole numbers", fix="layers=[0, 1]"

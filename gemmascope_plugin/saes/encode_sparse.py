@@ -4,7 +4,7 @@ How a matrix product rounds depends on the number of tokens, the threads and the
 features near their threshold are active would too. Here the active set of a **float32** dictionary is
 that of exact arithmetic on its parameters and on the inputs as float32 numbers. For a block of tokens:
 
-1. One product, in float32; or, with a ``TwoStage``, a rough one and then only its candidates' in
+1. One product, in float32; or, with a ``Bf16Prefilter``, a rough one and then only its candidates' in
    float32 (``two_stage.py``).
 2. Each entry has a bound of its error (``rounding.py``). ``pre > max(threshold, 0) + bound`` is
    active, ``pre < max(threshold, 0) - bound`` is not.
@@ -45,7 +45,7 @@ from gemmascope_plugin.saes.rounding import (
     row_norms,
 )
 from gemmascope_plugin.saes.sparse import BLOCK_BYTES, SparseActs, offsets_of, write
-from gemmascope_plugin.saes.two_stage import TwoStage
+from gemmascope_plugin.saes.two_stage import Bf16Prefilter
 
 GATHERED = 2048
 """Encoder columns that are gathered at a time; sorted, so that memory is read in order."""
@@ -58,7 +58,7 @@ def encode_sparse(
     x: Float[torch.Tensor, "*tokens d_in"],
     *,
     keep: Bool[torch.Tensor, "*tokens"] | None = None,
-    two_stage: TwoStage | None = None,
+    two_stage: Bf16Prefilter | None = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> SparseActs:
     """The active features of ``x``.
@@ -82,20 +82,20 @@ def encode_sparse(
     if two_stage is not None:
         two_stage.check(sae)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(sae.W_enc.dtype)
-    kept = None if keep is None else keep.reshape(-1).nonzero()[:, 0].to(x.device)
-    if kept is not None and len(kept) == len(flat):
-        kept = None  # spares a copy of the input
-    chosen = flat if kept is None else flat[kept]
-    _check_finite(chosen)
+    positions = None if keep is None else keep.reshape(-1).nonzero()[:, 0].to(x.device)
+    if positions is not None and len(positions) == len(flat):
+        positions = None  # spares a copy of the input
+    inputs = flat if positions is None else flat[positions]
+    _check_finite(inputs)
     with torch.no_grad():
-        acts = _encode_blocks(sae, chosen.detach(), two_stage, block_bytes)
-    if torch.is_grad_enabled() and chosen.requires_grad:
+        acts = _encode_blocks(sae, inputs.detach(), two_stage, block_bytes)
+    if torch.is_grad_enabled() and inputs.requires_grad:
         transposed = sae.W_enc.detach().t() if two_stage is None else two_stage.transposed
-        values = _Linear.apply(chosen, transposed, acts.offsets, acts.indices, acts.values)
+        values = _Linear.apply(inputs, transposed, acts.offsets, acts.indices, acts.values)
         acts = acts.with_values(values)
     counts = acts.offsets.diff()
-    if kept is not None:
-        counts = counts.new_zeros(len(flat)).index_put((kept,), counts)
+    if positions is not None:
+        counts = counts.new_zeros(len(flat)).index_put((positions,), counts)
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     return SparseActs(offsets, acts.indices, acts.values, (*x.shape[:-1], sae.W_enc.shape[1]))
 
@@ -126,7 +126,7 @@ def _check_finite(x: Float[torch.Tensor, "n d_in"]) -> None:
 
 
 def _encode_blocks(
-    sae: Any, x: Float[torch.Tensor, "n d_in"], two_stage: TwoStage | None, block_bytes: int
+    sae: Any, x: Float[torch.Tensor, "n d_in"], two_stage: Bf16Prefilter | None, block_bytes: int
 ) -> SparseActs:
     d_sae = sae.W_enc.shape[1]
     if not len(x):
@@ -149,7 +149,7 @@ def _encode_blocks(
 
 
 def _encode_exactly(
-    sae: Any, x: Float[torch.Tensor, "n d_in"], two_stage: TwoStage | None
+    sae: Any, x: Float[torch.Tensor, "n d_in"], two_stage: Bf16Prefilter | None
 ) -> SparseActs:
     """The exact active set of a block; see the module for the steps."""
     bias, floor = sae.b_enc.float(), sae.threshold.float().clamp(min=0)
@@ -181,7 +181,7 @@ def _encode_exactly(
 def _settle(
     sae: Any,
     x: Float[torch.Tensor, "n d_in"],
-    two_stage: TwoStage | None,
+    two_stage: Bf16Prefilter | None,
     rows: Int64[torch.Tensor, " undecided"],
     features: Int64[torch.Tensor, " undecided"],
     bound: Float64[torch.Tensor, " undecided"],
@@ -190,12 +190,12 @@ def _settle(
     bias = sae.b_enc.float().double()[features]
     floor = sae.threshold.float().clamp(min=0).double()[features]
     values, active = torch.zeros_like(bound), torch.zeros_like(bound, dtype=torch.bool)
-    for some in features.argsort().split(GATHERED):
+    for group in features.argsort().split(GATHERED):
         if two_stage is None:
-            columns = sae.W_enc.index_select(1, features[some])
+            columns = sae.W_enc.index_select(1, features[group])
         else:
-            columns = two_stage.transposed.index_select(0, features[some]).t()
-        for piece, weights in zip(some.split(PIECE), columns.split(PIECE, dim=1), strict=True):
+            columns = two_stage.transposed.index_select(0, features[group]).t()
+        for piece, weights in zip(group.split(PIECE), columns.split(PIECE, dim=1), strict=True):
             terms = weights.double() * x[rows[piece]].t().double()  # exact: 24 + 24 bits of 53
             values[piece] = _add_in_order(terms) + bias[piece]
             margin = values[piece] - floor[piece]

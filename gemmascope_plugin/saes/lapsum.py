@@ -204,13 +204,9 @@ def _solve(
 ) -> tuple[Float[torch.Tensor, "rows 1"], Float[torch.Tensor, "rows 1"]]:
     """The ``b`` with ``sum_i F(x_i - b) + tail * e^-b / 2 = k``, exact up to rounding.
 
-    It comes in two parts, a score and how far ``b`` is from it, since their sum would lose the second
-    where scores are 1e15 times larger than ``alpha``.
-
-    Args:
-        x: Scores of the slice in units of ``alpha``, descending to 0.
-        tail: Sum of ``e^x`` over all scores below the slice.
-        k: The budget.
+    ``x`` are scores in units of ``alpha``, descending to 0. ``b`` comes in two parts, a score and how far
+    ``b`` is from it, since their sum would lose the second where scores are 1e15 times larger than
+    ``alpha``.
     """
     above = _ranks_above(x, tail, k)
     m = x.shape[1]

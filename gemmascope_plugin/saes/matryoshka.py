@@ -1,11 +1,12 @@
 """A Matryoshka dictionary for inference: JumpReLU with levels (arXiv 2503.17547).
 
-1. Encode: ``z = x @ W_enc + b_enc``, ``f = z`` where ``z > threshold`` and ``z > 0`` (arXiv
+1. Levels ``m_1 < ... < m_K = d_sae`` are prefixes of the features (section 3).
+2. Encode: ``z = x @ W_enc + b_enc``, ``f = z`` where ``z > threshold`` and ``z > 0`` (arXiv
    2407.14435, equation 1). Features do not compete at inference, so a level's activations are the
    first ``m`` of the whole's, and only ``m`` columns of the encoder are read.
-2. Decode: ``x_hat_m = f[:m] @ W_dec[:m] + b_dec``. ``x_hat_m2 - x_hat_m1`` is written by the features
+3. Decode: ``x_hat_m = f[:m] @ W_dec[:m] + b_dec``. ``x_hat_m2 - x_hat_m1`` is written by the features
    ``m1..m2`` alone (prefix additivity), and the last level is the whole dictionary.
-3. ``truncate`` gives a level as a plain SAELens ``JumpReLUSAE``.
+4. ``truncate`` gives a level as a plain SAELens ``JumpReLUSAE``.
 
 Levels are counted from 0, the coarsest, to -1, the whole. They are saved in the config as ``levels``
 and repeated in ``metadata.levels``, where splicing reads them.
@@ -18,9 +19,11 @@ Cost: ``2 * tokens * d_in * m`` operations each way; ``truncate`` copies ``m / d
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from itertools import pairwise
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -29,10 +32,41 @@ from sae_lens.saes.sae import SAEConfig, SAEMetadata
 from typing_extensions import override
 
 from gemmascope_plugin.errors import ModelError, WidthMismatchError
+from gemmascope_plugin.saes.coder import level_width
 from gemmascope_plugin.saes.jumprelu import jump
-from gemmascope_plugin.saes.levels import check_levels
 from gemmascope_plugin.saes.registration import StrictConfig, register_class
-from gemmascope_plugin.saes.weights import level_width
+
+
+def check_levels(levels: object, d_sae: int) -> tuple[int, ...]:
+    """Refuses anything but increasing prefix sizes that end with the whole dictionary."""
+    if not isinstance(levels, Sequence) or isinstance(levels, str) or not levels:
+        raise ModelError(
+            f"A Matryoshka dictionary needs levels, and got {levels!r}",
+            fix=f"levels=({max(1, d_sae // 8)}, {d_sae}): the sizes of its prefixes, d_sae last",
+        )
+    widths: list[int] = []
+    for level in levels:
+        if not isinstance(level, SupportsIndex) or isinstance(level, bool) or level.__index__() < 1:
+            raise ModelError(f"Level {level!r} of {list(levels)} is not a positive integer")
+        widths.append(operator.index(level))
+    for before, after in pairwise(widths):
+        if after <= before:
+            raise ModelError(
+                f"The levels {widths} do not increase: {after} follows {before}",
+                fix=f"levels={tuple(sorted(set(widths)))}",
+            )
+    if widths[-1] > d_sae:
+        raise ModelError(
+            f"Level {widths[-1]} exceeds the {d_sae} features of the dictionary",
+            fix=f"levels={(*(w for w in widths if w < d_sae), d_sae)}",
+        )
+    if widths[-1] < d_sae:
+        raise ModelError(
+            f"The last level is {widths[-1]}, and the dictionary has {d_sae} features",
+            fix=f"levels={(*widths, d_sae)}",
+        )
+    return tuple(widths)
+
 
 _OF_THE_WHOLE = ("l0", "gemmascope_spec")
 """Metadata that are not true of a prefix."""
@@ -75,10 +109,10 @@ class MatryoshkaSAE(JumpReLUSAE):
     cfg: MatryoshkaSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, cfg: MatryoshkaSAEConfig, use_error_term: bool = False) -> None:
-        noted = cfg.metadata.get("levels")
-        if noted is not None and tuple(noted) != tuple(cfg.levels):
+        levels = cfg.metadata.get("levels")
+        if levels is not None and tuple(levels) != tuple(cfg.levels):
             raise ModelError(
-                f"The config has levels {list(cfg.levels)}, its metadata say {list(noted)}",
+                f"The config has levels {list(cfg.levels)}, its metadata say {list(levels)}",
                 fix="leave them out of the metadata",
             )
         cfg.metadata["levels"] = list(cfg.levels)
@@ -116,10 +150,10 @@ class MatryoshkaSAE(JumpReLUSAE):
             UnknownNameError: There is no such level.
             WidthMismatchError: The activations are neither the whole's nor the level's.
         """
-        width, given = self.width(level), feature_acts.shape[-1]
-        if given not in (width, self.cfg.d_sae):
+        width, n_acts = self.width(level), feature_acts.shape[-1]
+        if n_acts not in (width, self.cfg.d_sae):
             raise WidthMismatchError(
-                f"The activations have {given} features, level {level} has {width} of "
+                f"The activations have {n_acts} features, level {level} has {width} of "
                 f"{self.cfg.d_sae}",
                 fix="decode(acts, level=) with the level of encode(x, level=)",
             )
@@ -148,10 +182,10 @@ class MatryoshkaSAE(JumpReLUSAE):
             UnknownNameError: There is no such level.
         """
         width = self.width(level)
-        noted = {k: v for k, v in self.cfg.metadata.items() if k not in _OF_THE_WHOLE}
-        noted["levels"] = [m for m in self.cfg.levels if m <= width]
+        metadata = {k: v for k, v in self.cfg.metadata.items() if k not in _OF_THE_WHOLE}
+        metadata["levels"] = [m for m in self.cfg.levels if m <= width]
         cfg = JumpReLUSAEConfig(
-            **{**config_values(self.cfg), "d_sae": width, "metadata": SAEMetadata(**noted)}
+            **{**config_values(self.cfg), "d_sae": width, "metadata": SAEMetadata(**metadata)}
         )
         cuts = {
             "W_enc": self.W_enc[:, :width],
@@ -160,11 +194,11 @@ class MatryoshkaSAE(JumpReLUSAE):
             "W_dec": self.W_dec[:width],
             "b_dec": self.b_dec,
         }
-        small = on_meta(JumpReLUSAE, cfg)
+        prefix = on_meta(JumpReLUSAE, cfg)
         for name, cut in cuts.items():
-            own = cut.detach().clone(memory_format=torch.contiguous_format)
-            setattr(small, name, torch.nn.Parameter(own, requires_grad=cut.requires_grad))
-        return small.train(self.training)
+            values = cut.detach().clone(memory_format=torch.contiguous_format)
+            setattr(prefix, name, torch.nn.Parameter(values, requires_grad=cut.requires_grad))
+        return prefix.train(self.training)
 
     @override
     @classmethod
@@ -175,7 +209,7 @@ class MatryoshkaSAE(JumpReLUSAE):
 
 def config_values(cfg: JumpReLUSAEConfig) -> dict[str, Any]:
     """The fields that a plain JumpReLU config has."""
-    return {own.name: getattr(cfg, own.name) for own in fields(JumpReLUSAEConfig)}
+    return {field.name: getattr(cfg, field.name) for field in fields(JumpReLUSAEConfig)}
 
 
 def on_meta(sae_class: type[Any], cfg: SAEConfig) -> Any:

@@ -27,10 +27,10 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.util import dtype_to_str
 
 from gemmascope_plugin.errors import BadFileError, ModelError
-from gemmascope_plugin.saes.levels import check_levels
 from gemmascope_plugin.saes.matryoshka import (
     MatryoshkaSAE,
     MatryoshkaSAEConfig,
+    check_levels,
     config_values,
     on_meta,
 )
@@ -52,23 +52,23 @@ def with_levels(sae: JumpReLUSAE, levels: Sequence[int] | None = None) -> Matryo
     """
     metadata = copy.deepcopy(sae.cfg.metadata)
     details = metadata.get("training_architecture_details") or {}
-    noted = metadata.get("levels") or details.get("matryoshka_widths")
-    if levels is None and not noted:
+    recorded = metadata.get("levels") or details.get("matryoshka_widths")
+    if levels is None and not recorded:
         raise ModelError(
             f"The dictionary of {sae.cfg.d_sae} features does not say which levels it was trained "
             "with; SAELens before 6.54 did not save them",
             fix="with_levels(sae, levels=...), from the model card or find(variant='matryoshka')",
         )
-    if levels is not None and noted and tuple(levels) != tuple(noted):
+    if levels is not None and recorded and tuple(levels) != tuple(recorded):
         raise ModelError(
-            f"The levels given are {list(levels)}, the dictionary was trained with {list(noted)}",
+            f"The levels given are {list(levels)}, the dictionary was trained with {list(recorded)}",
             fix="with_levels(sae)",
         )
-    values = {**config_values(sae.cfg), "metadata": metadata, "levels": levels or noted}
-    found = on_meta(MatryoshkaSAE, MatryoshkaSAEConfig(**values))
+    values = {**config_values(sae.cfg), "metadata": metadata, "levels": levels or recorded}
+    matryoshka = on_meta(MatryoshkaSAE, MatryoshkaSAEConfig(**values))
     for name, parameter in sae.named_parameters():
-        setattr(found, name, parameter)
-    return found.train(sae.training)
+        setattr(matryoshka, name, parameter)
+    return matryoshka.train(sae.training)
 
 
 def from_dictionary_learning(

@@ -28,39 +28,28 @@ else:
     _Config = object
 
 _MODULES = (
-    *("jumprelu_training", "matryoshka_training", "soft_training", "tree_training"),
-    *("matryoshka", "soft", "tree", "cross_layer_sae", "cross_layer_training"),
+    *("matryoshka", "soft", "tree", "cross_layer_sae", "training.cross_layer_training"),
+    *("training.jumprelu_training", "training.matryoshka_training"),
+    *("training.soft_training", "training.tree_training"),
 )
 """Each registers its classes when it is imported."""
 
 
 def register_all() -> None:
-    """Makes every class of this package known to SAELens; calling it again changes nothing.
-
-    Raises:
-        ModelError: SAELens has another class under one of the names.
-    """
+    """Makes every class of this package known to SAELens; calling it again changes nothing."""
     for module in _MODULES:
         import_module(f"gemmascope_plugin.saes.{module}")
 
 
-def check_keys(what: type[Any], given: Iterable[str]) -> None:
-    """Refuses settings that a dataclass does not have.
-
-    Args:
-        what: The dataclass.
-        given: Names of settings.
-
-    Raises:
-        UnknownNameError: With the nearest field.
-    """
-    known = [field.name for field in fields(what)]
-    for key in given:
-        if key not in known:
+def check_keys(config_class: type[Any], keys: Iterable[str]) -> None:
+    """Refuses settings that a dataclass does not have."""
+    names = [field.name for field in fields(config_class)]
+    for key in keys:
+        if key not in names:
             raise UnknownNameError(
-                f"{what.__name__} has no setting {key!r}",
-                exists=", ".join(known),
-                nearest=nearest(key, known),
+                f"{config_class.__name__} has no setting {key!r}",
+                exists=", ".join(names),
+                nearest=nearest(key, names),
             )
 
 
@@ -73,37 +62,22 @@ class StrictConfig(_Config):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> Any:
-        """SAELens' ``from_dict``.
-
-        Args:
-            config_dict: Fields of the config, and what SAELens' reader adds.
-
-        Raises:
-            UnknownNameError: Another key.
-        """
+        """SAELens' ``from_dict``."""
         check_keys(cls, (key for key in config_dict if key not in _READERS))
         return super().from_dict(config_dict)
 
 
 def register_class(sae_class: type[SAE[Any]], config_class: type[SAEConfig]) -> None:
-    """Teaches SAELens a class, for inference or for training, if it does not know it yet.
-
-    Args:
-        sae_class: The class.
-        config_class: Its config, which names the architecture.
-
-    Raises:
-        ModelError: SAELens has another class of that name.
-    """
+    """Teaches SAELens a class, for inference or for training, if it does not know it yet."""
     registry: Any = (
         SAE_TRAINING_CLASS_REGISTRY if issubclass(sae_class, TrainingSAE) else SAE_CLASS_REGISTRY
     )
     name = config_class.architecture()
-    known: Mapping[str, tuple[type[Any], type[Any]]] = registry
-    if name in known and _path(known[name][0]) != _path(sae_class):
+    classes: Mapping[str, tuple[type[Any], type[Any]]] = registry
+    if name in classes and _path(classes[name][0]) != _path(sae_class):
         raise ModelError(
             f"SAELens already has a class for the architecture {name!r}",
-            exists=_path(known[name][0]),
+            exists=_path(classes[name][0]),
             fix="a version of gemmascope_plugin made for this version of SAELens",
         )
     registry[name] = (sae_class, config_class)

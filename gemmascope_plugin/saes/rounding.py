@@ -144,9 +144,9 @@ def column_norms(W_enc: Float[torch.Tensor, "d_in d_sae"]) -> Float64[torch.Tens
 
     Tensors made in inference mode do not count their changes, so nothing is remembered for them.
     """
-    known = _NORMS.get(W_enc)
-    if known is not None and known[0].fits(W_enc):
-        return known[1]
+    cached = _NORMS.get(W_enc)
+    if cached is not None and cached[0].fits(W_enc):
+        return cached[1]
     # Tensors made in inference mode could not be used outside it.
     with torch.inference_mode(False), torch.no_grad():
         norms = measure_columns(W_enc)
@@ -158,17 +158,13 @@ def column_norms(W_enc: Float[torch.Tensor, "d_in d_sae"]) -> Float64[torch.Tens
 def check_range(
     tokens: Float64[torch.Tensor, " n"], columns: Float64[torch.Tensor, " d_sae"]
 ) -> None:
-    """Refuses norms so large that a product could overflow and hide an active feature.
-
-    Raises:
-        ModelError: An input or a column of the encoder is not finite, or too large.
-    """
-    for what, norms in (("the input", tokens), ("the encoder", columns)):
+    """Refuses norms so large that a product could overflow and hide an active feature."""
+    for noun, norms in (("the input", tokens), ("the encoder", columns)):
         wrong = ~(norms < LARGEST)
         if bool(wrong.any()):
             at = int(wrong.nonzero()[0, 0])
             raise ModelError(
-                f"{what} has a vector of norm {float(norms[at]):.3g}, at position {at}",
+                f"{noun} has a vector of norm {float(norms[at]):.3g}, at position {at}",
                 exists=f"exact decisions for finite norms below {LARGEST:.3g}",
                 fix="weights and activations that do not overflow",
             )
@@ -187,17 +183,10 @@ def may_exceed(
     columns: Float64[torch.Tensor, " d_sae"],
     relative: float = 0.0,
 ) -> tuple[Int64[torch.Tensor, " entries"], Int64[torch.Tensor, " entries"]]:
-    """Where the exact product may be above its feature's limit; never misses one that is.
+    """Token and feature, sorted, where the exact product may be above its feature's limit; misses none.
 
-    Args:
-        product: Computed, finite.
-        limit: What the exact product is compared with.
-        tokens: With ``columns``, the bound ``tokens[t] * columns[i]`` of the error before
-        columns: the product was rounded to its own type.
-        relative: Relative error of that last rounding.
-
-    Returns:
-        Token and feature of every candidate, sorted.
+    ``tokens[t] * columns[i]`` bounds the error before the product was rounded to its own type, and
+    ``relative`` is the relative error of that last rounding.
     """
     # 2^-20 covers that all this is rounded to float32 itself.
     base = (limit * (1 - (relative + 2.0**-20) * limit.sign())).float()

@@ -9,7 +9,7 @@ Method (arXiv 2605.06610):
 3. ``f`` keeps the ``floor(k_hat)`` largest ``z`` of each row; ``x_hat = f @ W_dec + b_dec``. The soft
    weights of ``soft_topk`` belong to training alone.
 
-Tokens may be standardised first (``normalize_activations="layer_norm"``, ``token_units.py``), which the
+Tokens may be standardised first (``normalize_activations="layer_norm"``, ``dense_encoder.py``), which the
 paper does not do. Squared errors then weigh all tokens alike, and the budget follows what is in a token
 and not how long it is: on the bundled model its rank correlation with the number of known concepts is
 0.7 with it and 0.1 without (``tests/benchmarks/architectures.py``).
@@ -17,25 +17,87 @@ and not how long it is: on the bundled model its rank correlation with the numbe
 A fixed budget needs no class of its own here: trained softly it selects hard like SAELens' ``TopKSAE``,
 and is saved as one.
 
+What SAELens accepts or drops silently the config refuses: keys that it does not have, and budgets that no
+dictionary of that width can serve.
+
 Cost: that of a top-k SAE plus the budget network, which doubles the encoder.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
-from sae_lens.saes.sae import SAEConfig
+from sae_lens.saes.sae import SAEConfig, SAEMetadata
 from typing_extensions import override
 
 from gemmascope_plugin.errors import ModelError
+from gemmascope_plugin.saes.dense_encoder import (
+    RankCoder,
+    Units,
+    in_model_units,
+    rank_coder,
+    standardise,
+    with_units,
+)
 from gemmascope_plugin.saes.lapsum import keep_top
-from gemmascope_plugin.saes.rank_coder import RankCoder, rank_coder
-from gemmascope_plugin.saes.registration import register_class
-from gemmascope_plugin.saes.soft_config import SoftSAEConfig
-from gemmascope_plugin.saes.token_units import Units, restored, standardise, with_units
+from gemmascope_plugin.saes.registration import StrictConfig, register_class
+
+FOLDABLE = ("none", "expected_average_only_in")
+"""Normalisations that become part of the weights."""
+BUDGETED = (*FOLDABLE, "layer_norm")
+"""SoftSAE's class standardises tokens by itself; SAELens' top-k, as which a fixed budget is saved, keeps
+another token's deviation."""
+
+ARCHITECTURE = "softsae"
+"""The name under which SAELens knows both the inference and the training class."""
+
+
+@dataclass(kw_only=True)
+class SoftSAEConfig(StrictConfig, SAEConfig):
+    """SAELens' config with the mean budget.
+
+    Raises:
+        ModelError: ``k`` is below 1 or not below half of ``d_sae``, or the input normalisation is one
+            that the budget network cannot follow.
+    """
+
+    k: float | int
+    """Mean number of active features that training aimed at; the budget lies between 1 and ``2 k``."""
+    # SAELens passes a plain dict here when it reads a config, and replaces it by its own class after.
+    metadata: Any = field(default_factory=SAEMetadata)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_mean_budget(self.k, self.d_sae)
+        check_normalisation(self.normalize_activations, BUDGETED)
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return ARCHITECTURE
+
+
+def check_mean_budget(k: float | int, d_sae: int) -> None:
+    """Refuses mean budgets of which some input could be allotted more features than there are."""
+    if not 1 <= k < d_sae / 2:
+        raise ModelError(
+            f"k is {k}, for {d_sae} features",
+            exists=f"mean budgets from 1 to below {d_sae / 2:g}, since single inputs may take 2 k",
+        )
+
+
+def check_normalisation(name: str, options: Sequence[str]) -> None:
+    """Refuses input normalisations that a dictionary cannot follow, or that splicing could not."""
+    if name not in options:
+        raise ModelError(
+            f"A soft top-k dictionary cannot normalise its input by {name!r}",
+            exists=", ".join(options),
+        )
 
 
 class SoftSAE(SAE[SoftSAEConfig]):
@@ -80,7 +142,7 @@ class SoftSAE(SAE[SoftSAEConfig]):
         """
         out = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
         if self.standardizes:
-            out = restored(out, feature_acts, None if like is None else self._units(like))
+            out = in_model_units(out, feature_acts, None if like is None else self._units(like))
         return self.reshape_fn_out(out, self.d_head)
 
     @property
@@ -154,11 +216,7 @@ def scale_budget_input(network: torch.nn.Sequential, factor: float) -> None:
 
 
 def refuse_to_fold() -> None:
-    """Folding the decoder's norms into the encoder would rescale the scores one by one.
-
-    Raises:
-        ModelError: Always.
-    """
+    """Folding the decoder's norms into the encoder would rescale the scores one by one."""
     raise ModelError(
         "Folding the decoder's norms changes which features a soft top-k dictionary selects",
         fix="leave fold_W_dec_norm False; its decoder rows have unit norm from training",

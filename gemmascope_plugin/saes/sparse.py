@@ -107,10 +107,10 @@ class SparseActs:
         chosen, place = features.to(self.indices.device).unique(return_inverse=True)
         column = torch.full((self.d_sae,), -1, device=self.indices.device)
         column[chosen.long()] = torch.arange(len(chosen), device=self.indices.device)
-        found = column[self.indices]
-        hit = found >= 0
+        places = column[self.indices]
+        is_chosen = places >= 0
         flat = self.values.new_zeros(self.n_tokens, len(chosen))
-        flat = flat.index_put((self.rows[hit], found[hit]), self.values[hit])
+        flat = flat.index_put((self.rows[is_chosen], places[is_chosen]), self.values[is_chosen])
         return flat[:, place].reshape(*self.shape[:-1], len(features))
 
     def with_values(self, values: Float[torch.Tensor, " active"]) -> SparseActs:
@@ -168,8 +168,8 @@ def _write_gathered(
     W_dec: Float[torch.Tensor, "d_sae d_out"],
 ) -> Float[torch.Tensor, "n_tokens d_out"]:
     indices = acts.indices
-    here = W_dec.device == values.device and W_dec.dtype == values.dtype
-    if not (here and W_dec.is_contiguous()):  # embedding_bag would copy all of it
+    is_ready = W_dec.device == values.device and W_dec.dtype == values.dtype
+    if not (is_ready and W_dec.is_contiguous()):  # embedding_bag would copy all of it
         used, indices = indices.unique(return_inverse=True)
         W_dec = W_dec.index_select(0, used.to(W_dec.device)).to(values)
     return torch.nn.functional.embedding_bag(
@@ -188,11 +188,11 @@ def _write_dense(
     W_dec: Float[torch.Tensor, "d_sae d_out"],
 ) -> Float[torch.Tensor, "n_tokens d_out"]:
     block = max(1, BLOCK_BYTES // max(1, acts.d_sae * values.element_size()))
-    written = [values.new_zeros(0, W_dec.shape[1])]
+    parts = [values.new_zeros(0, W_dec.shape[1])]
     for start in range(0, acts.n_tokens, block):
         stop = min(start + block, acts.n_tokens)
-        own = slice(int(acts.offsets[start]), int(acts.offsets[stop]))
+        entries = slice(int(acts.offsets[start]), int(acts.offsets[stop]))
         dense = values.new_zeros(stop - start, acts.d_sae)
-        at = (acts.rows[own] - start, acts.indices[own])
-        written.append(dense.index_put(at, values[own]) @ W_dec.to(values))
-    return torch.cat(written)
+        at = (acts.rows[entries] - start, acts.indices[entries])
+        parts.append(dense.index_put(at, values[entries]) @ W_dec.to(values))
+    return torch.cat(parts)

@@ -1,10 +1,19 @@
 """Tree SAE (arXiv 2605.07922) as a SAELens dictionary: a feature may fire only where its parent fires.
 
-1. Encode: standardise each token, ``z = (x' - b_dec) @ W_enc``, then gates and sparsity layer by layer
-   (``tree_coder.py``).
-2. Decode: ``(f @ W_dec + b_dec) * std + mean``; the first layers alone are a dictionary of their own.
-3. Mean and deviation are the token's and travel with the activations (``token_units.py``):
+1. Standardise each token: ``x' = (x - mean) / (std + 1e-5)``, ``std`` unbiased, over ``d_in``.
+2. ``z = (x' - b_dec) @ W_enc``; there is no encoder bias.
+3. Layer by layer: keep ``z`` where the parent's activation exceeds 1e-3 (always below the root), of
+   these the ``k_l`` largest, and of these the positive ones; in a layer with thresholds those above
+   them.  A parent's activation is already gated, so every active feature has active ancestors up to
+   the root ("activation coverage", equation 6).
+4. ``x_hat = (f @ W_dec + b_dec) * std + mean``; the first layers alone are a dictionary of their own.
+5. Mean and deviation are the token's and travel with the activations (``dense_encoder.py``):
    ``decode(encode(x))`` works as in SAELens, and any other tensor needs ``decode(acts, like=x)``.
+
+An edit of one feature needs the whole encode: what a feature is depends on its ancestors and, under
+TopK, on all features of its layer.  Edits change the features that they name and no others: children
+are gated by the parent that was encoded, not by the edited one.  Who wants the gates to follow changes
+``hook_sae_acts_pre``, from which gates and top-k are computed.
 
 Importing this module registers the architecture ``"tree"`` with SAELens: ``SAE.load_from_disk`` reads
 what ``save_model`` or ``save_inference_model`` wrote, the parents among it.
@@ -14,28 +23,103 @@ Cost: that of a dense SAE; the gates add one gather a layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
 from sae_lens.registry import get_sae_class
 from sae_lens.saes.sae import SAEConfig
 from typing_extensions import override
 
 from gemmascope_plugin.errors import ModelError, UnknownNameError
+from gemmascope_plugin.saes.dense_encoder import DenseEncoder, in_model_units, with_units
 from gemmascope_plugin.saes.jumprelu import jump
 from gemmascope_plugin.saes.registration import register_class
-from gemmascope_plugin.saes.token_units import restored, with_units
-from gemmascope_plugin.saes.tree_coder import TreeCoder, activate
-from gemmascope_plugin.saes.tree_config import Config, TreeSAEConfig
-from gemmascope_plugin.saes.tree_links import (
+from gemmascope_plugin.saes.tree_config import (
     ROOT,
+    Config,
+    Layer,
     TreeLinks,
+    TreeSAEConfig,
     check_parents,
     from_digits,
     to_digits,
 )
+
+GATE = 1e-3
+"""A gate is open where the parent's activation exceeds this."""
+
+Jump = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Pre-activations and thresholds of a layer to its activations."""
+
+
+def open_gates(
+    earlier: Float[torch.Tensor, "*tokens n_earlier"], parent: Int[torch.Tensor, " n_layer"]
+) -> Bool[torch.Tensor, "*tokens n_layer"]:
+    """Where the features of a layer may fire, from the final activations of all earlier layers."""
+    return (parent == ROOT) | (earlier[..., parent.clamp(min=0)] > GATE)
+
+
+def activate(
+    pre: Float[torch.Tensor, "*tokens d_sae"],
+    parent: Int[torch.Tensor, " d_sae"],
+    layers: Sequence[Layer],
+    *,
+    threshold: Float[torch.Tensor, " d_sae"] | None,
+    coverage: bool = True,
+    jump: Jump = jump,
+) -> Float[torch.Tensor, "*tokens d_sae"]:
+    """Activations, gated from the root down; gradient 1 where active."""
+    acts: list[torch.Tensor] = []
+    for start, stop, k in layers:
+        gated = pre[..., start:stop]
+        if coverage and start:
+            gated = gated * open_gates(torch.cat(acts, dim=-1), parent[start:stop])
+        if k is None:
+            assert threshold is not None, "a layer without k has thresholds"
+            acts.append(jump(gated, threshold[start:stop]))
+        else:
+            best = gated.topk(k, dim=-1)
+            acts.append(torch.zeros_like(gated).scatter(-1, best.indices, best.values.relu()))
+    return torch.cat(acts, dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class TreeCoder(DenseEncoder):
+    """The tensors of a Tree SAE, whole or cut to its first layers; views of the dictionary."""
+
+    description = "tree"
+
+    W_enc: Float[torch.Tensor, "d_in d_sae"]
+    W_dec: Float[torch.Tensor, "d_sae d_in"]
+    b_dec: Float[torch.Tensor, " d_in"]
+    parent: Int[torch.Tensor, " d_sae"]
+    threshold: Float[torch.Tensor, " d_sae"] | None
+    layers: tuple[Layer, ...]
+    coverage: bool
+    standardize: bool
+    subtract_b_dec: bool
+
+    @override
+    def pre_activations(
+        self, x: Float[torch.Tensor, "*tokens d_in"]
+    ) -> Float[torch.Tensor, "*tokens d_sae"]:
+        """``(x' - b_dec) @ W_enc``, before gates and sparsity."""
+        return self.encoder_input(x) @ self.W_enc
+
+    @override
+    def activate(
+        self,
+        pre: Float[torch.Tensor, "*tokens d_sae"],
+        x: Float[torch.Tensor, "*tokens d_in"],
+    ) -> Float[torch.Tensor, "*tokens d_sae"]:
+        """Gates and sparsity of all layers."""
+        return activate(
+            pre, self.parent, self.layers, threshold=self.threshold, coverage=self.coverage
+        )
 
 
 class TreeDictionary(TreeLinks[Config], SAE[Config]):
@@ -43,7 +127,7 @@ class TreeDictionary(TreeLinks[Config], SAE[Config]):
 
     ``state_dict`` has ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_in]``, ``b_dec [d_in]``, the buffer
     ``parent [d_sae]`` and, if a layer fires by thresholds, ``threshold [d_sae]``.  Files have
-    ``parent_digits [d_sae, 4]`` instead (``tree_links.py``).  Before anything is loaded every feature
+    ``parent_digits [d_sae, 4]`` instead (``tree_config.py``).  Before anything is loaded every feature
     hangs on the root.
 
     Args:
@@ -174,7 +258,7 @@ class TreeDictionary(TreeLinks[Config], SAE[Config]):
         out = self.hook_sae_recons(feature_acts[..., :stop] @ self.W_dec[:stop] + self.b_dec)
         if self.cfg.standardize:
             units = None if like is None else self.coder().units(self.reshape_fn_in(like))
-            out = restored(out, feature_acts, units)
+            out = in_model_units(out, feature_acts, units)
         return self.reshape_fn_out(out, self.d_head)
 
     @override

@@ -47,7 +47,7 @@ def has_bf16_instructions() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-class TwoStage:
+class Bf16Prefilter:
     """What ``encode_sparse(..., two_stage=)`` needs of one float32 dictionary, prepared once.
 
     The dictionary must not change afterwards; if it does, the next encode refuses this object.
@@ -69,21 +69,21 @@ class TwoStage:
         # Tensors made in inference mode could not be used outside it.
         with torch.inference_mode(False), torch.no_grad():
             self._stamp = Stamp(W_enc)
-            self.rough: Float[torch.Tensor, "d_in d_sae"] = W_enc.bfloat16()
+            self.W_enc_bf16: Float[torch.Tensor, "d_in d_sae"] = W_enc.bfloat16()
             self.transposed: Float[torch.Tensor, "d_sae d_in"] = W_enc.t().contiguous()
             self.norms: Float64[torch.Tensor, " d_sae"] = measure_columns(W_enc)
-            self._changes: Float64[torch.Tensor, " d_sae"] = measure_columns(W_enc, self.rough)
+            self._changes: Float64[torch.Tensor, " d_sae"] = measure_columns(W_enc, self.W_enc_bf16)
         check_range(self.norms[:0], self.norms)
 
     @property
     def nbytes(self) -> int:
         """Memory beside the dictionary."""
-        own = (self.rough, self.transposed, self.norms, self._changes)
-        return sum(t.numel() * t.element_size() for t in own)
+        tensors = (self.W_enc_bf16, self.transposed, self.norms, self._changes)
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def __repr__(self) -> str:
         d_sae, d_in = self.transposed.shape
-        return f"TwoStage(d_in={d_in}, d_sae={d_sae}, {self.nbytes / 1e6:.3g} MB)"
+        return f"Bf16Prefilter(d_in={d_in}, d_sae={d_sae}, {self.nbytes / 1e6:.3g} MB)"
 
     def check(self, sae: Any) -> None:
         """Refuses a dictionary that this was not made from.
@@ -95,7 +95,7 @@ class TwoStage:
             raise ModelError(
                 f"{self!r} was made from another encoder of shape {list(sae.W_enc.shape)}, "
                 "or that encoder has changed since",
-                fix="two_stage=TwoStage(sae), once for each dictionary",
+                fix="two_stage=Bf16Prefilter(sae), once for each dictionary",
             )
 
     def candidates(
@@ -114,13 +114,13 @@ class TwoStage:
         Returns:
             Token and feature of every candidate, sorted.
         """
-        rough = x.bfloat16()
-        change = row_norms(rough.double() - x)
+        x_bf16 = x.bfloat16()
+        change = row_norms(x_bf16.double() - x)
         sums = gamma(x.shape[1], accumulation_unit(x.device)) * (tokens + change)
         # What is lost per unit of |x|, the same for all tokens but for chance.
         loss = torch.where(tokens > 0, (change + sums) / tokens, 0.0).amax()
         with plain_products(x.device):
-            product = rough @ self.rough
+            product = x_bf16 @ self.W_enc_bf16
         columns = loss * (self.norms + self._changes) + self._changes
         return may_exceed(product, limit, tokens, columns, relative=OUTPUT)
 
@@ -133,11 +133,11 @@ class TwoStage:
         """``x[row] @ W_enc[:, feature]`` in float32 for each pair, sorted by row."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
-            wanted = torch.sparse_csr_tensor(
+            pairs = torch.sparse_csr_tensor(
                 offsets_of(rows, len(x)),
                 features,
                 x.new_zeros(len(rows)),
                 size=(len(x), len(self.transposed)),
                 check_invariants=False,
             )
-            return torch.sparse.sampled_addmm(wanted, x, self.transposed.t(), beta=0.0).values()
+            return torch.sparse.sampled_addmm(pairs, x, self.transposed.t(), beta=0.0).values()

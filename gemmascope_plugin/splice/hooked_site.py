@@ -33,7 +33,7 @@ from jaxtyping import Float
 from gemmascope_plugin.errors import WidthMismatchError, check_choice
 from gemmascope_plugin.models import flatten_heads, restore_heads
 from gemmascope_plugin.models.finite import check_finite, is_finite
-from gemmascope_plugin.saes import Coder, TwoStage
+from gemmascope_plugin.saes import Bf16Prefilter, Coder
 from gemmascope_plugin.splice.edits import Edit
 from gemmascope_plugin.splice.pass_features import PassFeatures, SubHooks, leaf
 from gemmascope_plugin.splice.window import Positions, Window
@@ -68,7 +68,7 @@ class HookedSite(torch.nn.Module, ABC):
         error: ErrorMode,
         exclude: str | int | Sequence[str | int],
         positions: Positions,
-        two_stage: TwoStage | None = None,
+        two_stage: Bf16Prefilter | None = None,
     ) -> None:
         super().__init__()
         check_choice("error mode", error, get_args(ErrorMode))

@@ -20,7 +20,7 @@ import torch
 
 import gemmascope_plugin.saes.jumprelu as jumprelu
 from gemmascope_plugin.loading.convert import fill, skeleton
-from gemmascope_plugin.saes.folding import fold_decoder
+from gemmascope_plugin.saes.training.step_parts import fold_decoder
 from gemmascope_plugin.training.learner import Learner
 from gemmascope_plugin.training.shuffle import Bucket
 

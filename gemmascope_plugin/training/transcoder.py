@@ -26,7 +26,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import nn
 from typing_extensions import override
 
-from gemmascope_plugin.saes.paired_step import paired_step
+from gemmascope_plugin.saes.training.step_parts import paired_step
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemmascope_plugin.errors import WidthMismatchError
-from gemmascope_plugin.saes import SparseActs, TwoStage, encode, encode_sparse, write
+from gemmascope_plugin.saes import Bf16Prefilter, SparseActs, encode, encode_sparse, write
 from gemmascope_plugin.saes.encode_sparse import _check_shapes
 from tests.factories import random_sae
 
@@ -50,7 +50,7 @@ def active(acts: SparseActs) -> torch.Tensor:
 
 
 def every_way(sae: Any, x: torch.Tensor) -> list[SparseActs]:
-    two = TwoStage(sae)
+    two = Bf16Prefilter(sae)
     return [
         encode_sparse(sae, x, two_stage=stage, block_bytes=size)
         for stage in (None, two)
@@ -180,7 +180,7 @@ def test_neither_batch_nor_threads_nor_precision_change_the_set() -> None:
     sae, x = dictionary(300, 500), inputs(40, 300)
     sae.threshold = (x @ sae.W_enc + sae.b_enc)[7]
     wanted = active(encode_sparse(sae, x))
-    two, threads = TwoStage(sae), torch.get_num_threads()
+    two, threads = Bf16Prefilter(sae), torch.get_num_threads()
     try:
         for stage in (None, two):
             torch.set_num_threads(2)
@@ -213,7 +213,7 @@ def test_views_give_the_same() -> None:
 @pytest.mark.parametrize("two", [False, True])
 def test_tokens_that_are_not_kept(two: bool) -> None:
     sae, x = dictionary(), inputs(2, 5, 24)
-    stage = TwoStage(sae) if two else None
+    stage = Bf16Prefilter(sae) if two else None
     keep = torch.tensor([[0, 1, 1, 0, 0], [1, 0, 0, 1, 0]]).bool()
     x[0, 0] = math.nan  # never looked at
     x.requires_grad_()
@@ -249,7 +249,7 @@ def test_inputs_are_cast_to_the_dictionary() -> None:
 def test_gradients_equal_those_of_the_dense_encode(two: bool) -> None:
     sae = dictionary()
     sae.W_enc = torch.nn.Parameter(sae.W_enc)
-    stage = TwoStage(sae) if two else None
+    stage = Bf16Prefilter(sae) if two else None
     x, weight = inputs(2, 5, 24).requires_grad_(), inputs(2, 5, 60, seed=3)
     (wanted,) = torch.autograd.grad((encode(sae, x) * weight).sum(), x)
     dense = encode_sparse(sae, x, two_stage=stage).to_dense()
@@ -273,7 +273,7 @@ def test_without_gradients() -> None:
     sae, x = dictionary(), inputs(4, 24).requires_grad_()
     wanted = encode(sae, x).detach()
     with torch.inference_mode():
-        inside = TwoStage(sae)
+        inside = Bf16Prefilter(sae)
     for mode in (torch.no_grad, torch.inference_mode):
         for stage in (None, inside):
             with mode():

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemmascope_plugin.saes.folding import fold_decoder, fold_scale, tangent, unit_rows
+from gemmascope_plugin.saes.training.step_parts import fold_decoder, fold_scale, tangent, unit_rows
 
 
 def params(seed: int = 0, d_in: int = 5, d_sae: int = 9) -> dict[str, torch.Tensor]:

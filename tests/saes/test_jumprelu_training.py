@@ -13,8 +13,8 @@ from sae_lens import SAE, JumpReLUSAE, JumpReLUTrainingSAE, JumpReLUTrainingSAEC
 from gemmascope_plugin import saes
 from gemmascope_plugin.errors import ModelError, UnknownNameError
 from gemmascope_plugin.saes import GemmaScopeConfig, GemmaScopeTrainingSAE
-from gemmascope_plugin.saes.folding import unit_rows
-from gemmascope_plugin.saes.jumprelu_training import excess_frequency
+from gemmascope_plugin.saes.training.jumprelu_training import excess_frequency
+from gemmascope_plugin.saes.training.step_parts import unit_rows
 
 BANDWIDTH = 0.2
 

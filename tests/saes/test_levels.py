@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemmascope_plugin.errors import ModelError
-from gemmascope_plugin.saes.levels import (
+from gemmascope_plugin.saes.matryoshka import check_levels
+from gemmascope_plugin.saes.training.matryoshka_training import (
     check_level_weights,
-    check_levels,
     prefix_reconstructions,
 )
 

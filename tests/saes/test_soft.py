@@ -24,10 +24,9 @@ from gemmascope_plugin.saes import (
     SoftTrainingSAEConfig,
     soft_topk,
 )
-from gemmascope_plugin.saes.geometric_median import geometric_median
 from gemmascope_plugin.saes.registration import register_class
-from gemmascope_plugin.saes.soft_schedule import alpha_at, is_hard_at, target_at
-from gemmascope_plugin.saes.soft_training import auxk_loss
+from gemmascope_plugin.saes.training.soft_training import alpha_at, auxk_loss, is_hard_at, target_at
+from gemmascope_plugin.saes.training.step_parts import geometric_median
 
 D_IN, D_SAE, K = 32, 48, 4
 STEPS = 600

@@ -18,7 +18,7 @@ from gemmascope_plugin.errors import (
     WidthMismatchError,
 )
 from gemmascope_plugin.saes import TreeSAE, TreeSAEConfig
-from gemmascope_plugin.saes.tree_links import from_digits, to_digits
+from gemmascope_plugin.saes.tree_config import from_digits, to_digits
 
 D, SIZES, K = 6, (4, 6, 8), (2, 3, 2)
 N = sum(SIZES)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemmascope_plugin.errors import ModelError
-from gemmascope_plugin.saes import TwoStage, encode_sparse, has_bf16_instructions, rounding
+from gemmascope_plugin.saes import Bf16Prefilter, encode_sparse, has_bf16_instructions, rounding
 from tests.saes.test_encode_sparse import active, dictionary, exact_set, inputs
 
 
@@ -50,7 +50,7 @@ def test_the_float32_bound_holds(n: int, seed: int) -> None:
 def test_the_first_stage_keeps_all_that_exceed_their_limit(n: int, seed: int) -> None:
     x, W = cancelling(n, seed)
     exact = fsum_product(x, W)
-    two = TwoStage(SimpleNamespace(W_enc=W))
+    two = Bf16Prefilter(SimpleNamespace(W_enc=W))
     for token in range(len(x)):  # limits a hair below what one token has
         limit = exact[token] - 1e-12 * exact[token].abs()
         rows, features = two.candidates(x, limit, rounding.row_norms(x))
@@ -66,7 +66,7 @@ def test_the_first_stage_when_all_roundings_point_the_same_way(inexact: str) -> 
     signs = torch.tensor([1.0, -1.0]).repeat(32)
     nearly = 1.5 + 0.9 * 2.0**-8 * signs  # bfloat16 makes it 1.5
     x, w = (nearly, signs) if inexact == "x" else (signs, nearly)
-    two = TwoStage(SimpleNamespace(W_enc=w[:, None]))
+    two = Bf16Prefilter(SimpleNamespace(W_enc=w[:, None]))
     exact = fsum_product(x[None], w[:, None])
     assert exact > 0.2 and (x.bfloat16() @ w.bfloat16()) == 0
     rows, _ = two.candidates(x[None], exact[0] - 1e-9, rounding.row_norms(x[None]))
@@ -76,7 +76,7 @@ def test_the_first_stage_when_all_roundings_point_the_same_way(inexact: str) -> 
 def test_the_first_stage_drops_most_of_the_rest() -> None:
     sae, x = dictionary(512, 2000), inputs(30, 512)
     sae.threshold[:] = 2.3
-    two = TwoStage(sae)
+    two = Bf16Prefilter(sae)
     limit = sae.threshold.double() - sae.b_enc.double()
     rows, _ = two.candidates(x, limit, rounding.row_norms(x))
     assert len(rows) < 3 * len(encode_sparse(sae, x).indices)
@@ -136,7 +136,7 @@ def test_reduced_reductions_are_off_during_a_product_on_cuda() -> None:
 @pytest.mark.parametrize("two", [False, True])
 def test_nothing_vanishes_in_an_overflow(two: bool) -> None:
     sae, x = dictionary(), inputs(4, 24)
-    stage = TwoStage(sae) if two else None
+    stage = Bf16Prefilter(sae) if two else None
     for wrong in (math.nan, math.inf, -math.inf):
         bad = x.clone()
         bad[2, 3] = wrong
@@ -148,10 +148,10 @@ def test_nothing_vanishes_in_an_overflow(two: bool) -> None:
     assert torch.equal(active(far), exact_set(sae, x * 1e29))
     sae.W_enc[0, 7] = math.nan
     with pytest.raises(ModelError, match="the encoder has a vector of norm nan, at position 7"):
-        encode_sparse(sae, x, two_stage=TwoStage(sae) if two else None)
+        encode_sparse(sae, x, two_stage=Bf16Prefilter(sae) if two else None)
     sae.W_enc[0, 7] = 1e28
     with pytest.raises(ModelError, match="whose product may overflow"):
-        encode_sparse(sae, x * 1e28, two_stage=TwoStage(sae) if two else None)
+        encode_sparse(sae, x * 1e28, two_stage=Bf16Prefilter(sae) if two else None)
 
 
 def test_norms_are_remembered_until_the_tensor_changes() -> None:
@@ -188,9 +188,9 @@ def test_a_changed_encoder_is_encoded_as_it_is_now() -> None:
 
 def test_another_dictionary_is_refused() -> None:
     sae, x = dictionary(), inputs(5, 24)
-    two = TwoStage(sae)
+    two = Bf16Prefilter(sae)
     for other in (dictionary(seed=1), dictionary(d_sae=59)):
-        with pytest.raises(ModelError, match=r"another encoder.*TwoStage\(sae\)"):
+        with pytest.raises(ModelError, match=r"another encoder.*Bf16Prefilter\(sae\)"):
             encode_sparse(other, x, two_stage=two)
     sae.b_enc = sae.b_enc + 1  # biases and thresholds are read anew
     assert torch.equal(encode_sparse(sae, x, two_stage=two).indices, encode_sparse(sae, x).indices)
@@ -202,13 +202,13 @@ def test_another_dictionary_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_only_float32_has_two_stages(dtype: torch.dtype) -> None:
     with pytest.raises(ModelError, match="need a float32 dictionary"):
-        TwoStage(dictionary(dtype=dtype))
+        Bf16Prefilter(dictionary(dtype=dtype))
 
 
 def test_what_it_costs() -> None:
-    two = TwoStage(dictionary(24, 60))
+    two = Bf16Prefilter(dictionary(24, 60))
     assert two.nbytes == 24 * 60 * (2 + 4) + 60 * 2 * 8
-    assert repr(two) == "TwoStage(d_in=24, d_sae=60, 0.0096 MB)"
+    assert repr(two) == "Bf16Prefilter(d_in=24, d_sae=60, 0.0096 MB)"
 
 
 def test_whether_the_processor_has_bf16() -> None:

@@ -9,8 +9,10 @@ Method (arXiv 2605.06610), per step:
 3. ``|x - x_hat|^2 + softplus_5(mean k_hat - target) + AuxK / 32``. The second term, absent where the
    budget is fixed, bounds the mean budget from above alone. AuxK is the squared error, over the
    variance of the residual, of predicting the residual from the ``d_in / 2`` strongest dead features.
-4. ``alpha`` and ``target`` follow ``soft_schedule``. The last steps select ``floor(k_hat)`` features
-   hard and have no budget loss; so does everything in evaluation mode.
+4. ``alpha`` falls linearly from 1 to its final value over the first ``alpha_steps``; the target of the
+   mean budget falls linearly from ``d_in`` to ``k`` over the first per cent of all steps.
+5. The last ``hard_steps`` select ``floor(k_hat)`` features hard, as inference does, and have no budget
+   loss, so that the budget network stands still; so does everything in evaluation mode.
 
 ``alpha`` and the losses are in units of the input: the paper's has unit mean squared norm. A feature
 counts as firing while its weight has not underflowed, so that none dies before ``alpha`` is small.
@@ -21,27 +23,141 @@ than with a hard top-k.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
-from sae_lens import TrainingSAE
-from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
+from sae_lens import TopKSAEConfig, TrainingSAE, TrainingSAEConfig
+from sae_lens.saes.sae import SAEConfig, TrainCoefficientConfig, TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
-from gemmascope_plugin.saes.geometric_median import geometric_median
+from gemmascope_plugin.errors import ModelError
+from gemmascope_plugin.saes.dense_encoder import standardise
 from gemmascope_plugin.saes.lapsum import keep_top, soft_topk
-from gemmascope_plugin.saes.registration import register_class
+from gemmascope_plugin.saes.registration import StrictConfig, register_class
 from gemmascope_plugin.saes.soft import (
+    ARCHITECTURE,
+    BUDGETED,
+    FOLDABLE,
+    SoftSAEConfig,
     add_soft_weights,
+    check_mean_budget,
+    check_normalisation,
     predict_budget,
     refuse_to_fold,
     scale_budget_input,
 )
-from gemmascope_plugin.saes.soft_config import SoftTopKTrainingSAEConfig, SoftTrainingSAEConfig
-from gemmascope_plugin.saes.soft_schedule import alpha_at, is_hard_at, target_at
-from gemmascope_plugin.saes.token_units import standardise
+from gemmascope_plugin.saes.training.step_parts import geometric_median
+
+
+def alpha_at(step: int, *, alpha_steps: int, final_alpha: float) -> float:
+    """Width of the transition at a step, counted from 0."""
+    return _line(step, alpha_steps, 1.0, final_alpha)
+
+
+def target_at(step: int, *, target_steps: int, d_in: int, k: float | int) -> float:
+    """What the mean budget of a batch should not exceed at a step."""
+    return _line(step, target_steps, float(d_in), float(k))
+
+
+def is_hard_at(step: int, *, total_steps: int, hard_steps: int) -> bool:
+    """Whether a step selects hard."""
+    return step >= total_steps - hard_steps
+
+
+def check_schedule(
+    *, total_steps: int, alpha_steps: int, hard_steps: int, final_alpha: float
+) -> None:
+    """Refuses phases that are negative or do not fit, and a ``final_alpha`` not between 0 and 1."""
+    if min(alpha_steps, hard_steps) < 0 or alpha_steps + hard_steps > total_steps:
+        raise ModelError(
+            f"{alpha_steps} alpha_steps and {hard_steps} hard_steps do not fit into "
+            f"{total_steps} total_steps",
+            fix="more total_steps, or shorter phases; the paper has 2500 and 10000",
+        )
+    if not 0 < final_alpha < 1:
+        raise ModelError(
+            f"final_alpha is {final_alpha}", exists="values between 0 and 1", fix="final_alpha=1e-4"
+        )
+
+
+def _line(step: int, steps: int, start: float, end: float) -> float:
+    """From ``start`` at step 0 to ``end`` at ``steps``, and there from then on."""
+    return end if step >= steps else start + (end - start) * step / steps
+
+
+@dataclass(kw_only=True)
+class SoftTopKTrainingSAEConfig(StrictConfig, TrainingSAEConfig):
+    """A fixed budget of ``k`` features, softly selected; saved for inference as SAELens' top-k SAE.
+
+    Raises:
+        ModelError: ``k`` is no number of features, or the phases do not fit into ``total_steps``.
+    """
+
+    k: int | float
+    total_steps: int
+    """How many steps the training has."""
+    alpha_steps: int = 2500
+    hard_steps: int = 10_000
+    final_alpha: float = 1e-4
+    aux_loss_coefficient: float = 1 / 32
+    decoder_init_norm: float | None = 1.0
+
+    normalisations: ClassVar[tuple[str, ...]] = FOLDABLE
+    rescale_acts_by_decoder_norm: ClassVar[bool] = False
+    """A field of SAELens' top-k config."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_k()
+        check_normalisation(self.normalize_activations, self.normalisations)
+        check_schedule(
+            total_steps=self.total_steps,
+            alpha_steps=self.alpha_steps,
+            hard_steps=self.hard_steps,
+            final_alpha=self.final_alpha,
+        )
+
+    def check_k(self) -> None:
+        """Refuses budgets that are no number of features."""
+        if not isinstance(self.k, int) or not 1 <= self.k < self.d_sae:
+            raise ModelError(
+                f"k is {self.k}, for {self.d_sae} features",
+                exists=f"whole numbers from 1 to {self.d_sae - 1}",
+            )
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "soft_topk"
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return TopKSAEConfig
+
+
+@dataclass(kw_only=True)
+class SoftTrainingSAEConfig(SoftTopKTrainingSAEConfig):
+    """SoftSAE: ``k`` is the mean budget, and may be any real number from 1 to below ``d_sae / 2``."""
+
+    budget_loss_coefficient: float = 1.0
+
+    normalisations: ClassVar[tuple[str, ...]] = BUDGETED
+
+    @override
+    def check_k(self) -> None:
+        check_mean_budget(self.k, self.d_sae)
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return ARCHITECTURE
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return SoftSAEConfig
+
 
 Config = TypeVar("Config", bound=SoftTopKTrainingSAEConfig)
 
@@ -205,14 +321,7 @@ def auxk_loss(
     dead: Bool[torch.Tensor, " d_sae"],
     W_dec: Float[torch.Tensor, "d_sae d_in"],
 ) -> Float[torch.Tensor, ""]:
-    """What the ``d_in / 2`` strongest dead features leave of the residual, over its variance.
-
-    Args:
-        residual: ``x - x_hat``, detached.
-        scores: Non-negative scores.
-        dead: Which features have not fired for long; at least one.
-        W_dec: The decoder; its bias takes no part.
-    """
+    """What the ``d_in / 2`` strongest dead features leave of the residual, over its variance."""
     k = min(residual.shape[-1] // 2, int(dead.sum()))
     guess = keep_top(torch.where(dead, scores, 0), k) @ W_dec
     error = (residual - guess).pow(2).sum(-1).mean()

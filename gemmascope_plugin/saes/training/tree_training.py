@@ -13,12 +13,20 @@ Who is dead is counted here, in tokens, and kept in checkpoints; SAELens' own ma
 not used.  The official code brings rows to unit norm between backward pass and optimiser step; here that
 is before the forward pass, so that every loss is one of unit rows.
 
+The defaults of the hyperparameters are those of the published runs: AuxK with 256 features and weight
+1/32 on the first layer, features dead after 10 million tokens, parents eligible if they fired in the last
+50,000, children moved after 3,000 steps and then at intervals that double up to 10,000, the tree frozen
+at step 50,000, decoder rows of unit norm.  They are meant for 5,120 tokens a step and 100,000 steps;
+shorter runs need smaller ones.
+
 Cost: one encode, one decode for all prefixes, and AuxK; a re-allocation some 20 ms a layer.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -33,20 +41,73 @@ from sae_lens.saes.sae import (
 )
 from typing_extensions import override
 
-from gemmascope_plugin.saes.geometric_median import geometric_median
+from gemmascope_plugin.errors import ModelError, check_choice
+from gemmascope_plugin.saes.dense_encoder import EPS
 from gemmascope_plugin.saes.registration import register_class
-from gemmascope_plugin.saes.token_units import EPS
-from gemmascope_plugin.saes.tree import TreeDictionary
-from gemmascope_plugin.saes.tree_allocation import move_dead_children, reallocation_steps, shares
-from gemmascope_plugin.saes.tree_coder import open_gates
-from gemmascope_plugin.saes.tree_links import ROOT
-from gemmascope_plugin.saes.tree_losses import (
+from gemmascope_plugin.saes.training.step_parts import geometric_median
+from gemmascope_plugin.saes.training.tree_allocation import (
+    move_dead_children,
+    reallocation_steps,
+    shares,
+)
+from gemmascope_plugin.saes.training.tree_losses import (
     aux_loss,
     prefix_losses,
     scalar_sum_loss,
     vector_sum_loss,
 )
-from gemmascope_plugin.saes.tree_training_config import TreeTrainingSAEConfig
+from gemmascope_plugin.saes.tree import TreeDictionary, open_gates
+from gemmascope_plugin.saes.tree_config import ROOT, TreeSAEConfig
+
+
+@dataclass(kw_only=True)
+class TreeTrainingSAEConfig(TreeSAEConfig, TrainingSAEConfig):
+    """Shapes and hyperparameters.
+
+    Raises:
+        ModelError: Impossible layers, intervals or combinations.
+        UnknownNameError: There is no such gate or sum consistency.
+    """
+
+    decoder_init_norm: float | None = 1.0
+    aux_coefficient: float = 1 / 32
+    k_aux: int = 256
+    aux_layers: Sequence[int] = (0,)
+    """Layers whose dead features explain the residual."""
+    dead_after_tokens: int = 10_000_000
+    """Tokens without firing after which a feature is dead."""
+    parent_within_tokens: int = 50_000
+    """A parent may gain children if it fired within so many tokens."""
+    first_reallocation: int = 3000
+    """Steps until dead children move for the first time; each interval is twice the last."""
+    longest_interval: int = 10_000
+    freeze_step: int = 50_000
+    """At this step dead children go to the root, for good."""
+    sum_consistency: Literal["none", "scalar", "vector"] = "none"
+    sum_consistency_coefficient: float = 0.01
+    threshold_init: float = 0.01
+    bandwidth: float = 0.05
+    """Of the straight-through estimator of thresholds."""
+    l0_coefficient: float = 1e-3
+    """On the number of active features of layers with thresholds."""
+    l0_warm_up_steps: int = 0
+
+    @override
+    def __post_init__(self) -> None:
+        self.aux_layers = tuple(self.aux_layers)
+        super().__post_init__()
+        check_choice("sum consistency", self.sum_consistency, ("none", "scalar", "vector"))
+        if self.sum_consistency == "vector" and self.gate == "none":
+            raise ModelError(
+                "sum_consistency='vector' sums over families of active parents, but gate='none' lets "
+                "children fire without them",
+                fix="sum_consistency='scalar', or gate='coverage'",
+            )
+        n_layers = len(self.features_per_layer)
+        if any(not 0 <= layer < n_layers for layer in self.aux_layers):
+            raise ModelError(f"aux_layers={self.aux_layers}", exists=f"layers 0 to {n_layers - 1}")
+        reallocation_steps(self.first_reallocation, self.longest_interval, self.freeze_step)
+
 
 _STATE = ("tokens_since_fired", "capacity")
 """Buffers of training alone."""
@@ -113,8 +174,8 @@ class TreeTrainingSAE(TreeDictionary[TreeTrainingSAEConfig], TrainingSAE[TreeTra
         self.prepare_step(step_input.n_training_steps, x)
         acts, pre = self.encode_with_hidden_pre(x)
         prefixes = self.decode_prefixes(acts, x)
-        *inner, whole = prefix_losses(x, prefixes)
-        losses = {"mse_loss": whole}
+        *inner, last = prefix_losses(x, prefixes)
+        losses = {"mse_loss": last}
         losses |= {f"prefix_loss_{layer}": loss for layer, loss in enumerate(inner)}
         losses |= self.calculate_aux_loss(step_input, acts, pre, prefixes[-1])
         loss = torch.stack(list(losses.values())).sum()
@@ -177,10 +238,10 @@ class TreeTrainingSAE(TreeDictionary[TreeTrainingSAEConfig], TrainingSAE[TreeTra
         residual = (x - out).detach() / (1 if std is None else std + EPS)
         dead, total = self.dead, pre.new_zeros(())
         for layer in self.cfg.aux_layers:
-            own = slice(*self.cfg.layers[layer][:2])
-            may_fire = dead[own] & self._gates(layer, acts)
+            features = slice(*self.cfg.layers[layer][:2])
+            may_fire = dead[features] & self._gates(layer, acts)
             total = total + aux_loss(
-                residual, pre[:, own], may_fire, self.W_dec[own], self.cfg.k_aux
+                residual, pre[:, features], may_fire, self.W_dec[features], self.cfg.k_aux
             )
         return total
 
@@ -235,8 +296,8 @@ class TreeTrainingSAE(TreeDictionary[TreeTrainingSAEConfig], TrainingSAE[TreeTra
             capacity = self.capacity[layer, : start + 1].clone()
             capacity[:start] *= recent[:start]
             if start and bool(capacity.any()):
-                own = self.parent[start:stop]
-                place = torch.where(own == ROOT, start, own)
+                parents = self.parent[start:stop]
+                place = torch.where(parents == ROOT, start, parents)
                 place = move_dead_children(place, self.dead[start:stop], capacity)
                 self.parent[start:stop] = torch.where(place == start, ROOT, place)
         self.capacity.zero_()

@@ -1,7 +1,8 @@
 """Training of Matryoshka dictionaries (arXiv 2503.17547), on SAELens' training classes.
 
 1. ``L = sum_m w_m ||x - (f[:m] @ W_dec[:m] + b_dec)||^2 + L_aux`` over the levels ``m`` (equation 3): one
-   decoder, activations computed once over the whole dictionary, weights 1 unless given.
+   decoder, activations computed once over the whole dictionary, weights 1 unless given. The features
+   between two levels are decoded once and added to the level before.
 2. ``MatryoshkaBatchTopK``: the ``k * batch`` largest activations of the batch; ``L_aux`` is SAELens'
    AuxK of the whole reconstruction, with the paper's coefficient 1/32. With equal weights the loss is
    that of SAELens' ``matryoshka_batchtopk``, and so is the rest: SAELens' classes do it.
@@ -13,14 +14,18 @@
 Not here: the authors' code adds the loss of ``b_dec`` alone and takes the mean over levels; random
 prefixes, which the paper found slightly worse.
 
-Cost: one decode a step whatever the number of levels (``levels.py``); SAELens decodes the whole and all
-inner levels again.
+Cost: one decode a step whatever the number ``K`` of levels, ``2 * tokens * d_sae * d_out`` operations,
+and ``K - 1`` sums of ``tokens * d_out``; SAELens decodes the whole and all inner levels again. The pieces
+are made by ``split``, whose gradient is one concatenation; slices would each allocate a gradient as large
+as the whole.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,19 +34,51 @@ from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import SAEConfig, TrainingSAE, TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
-from gemmascope_plugin.saes.folding import fold_decoder
-from gemmascope_plugin.saes.jumprelu_training import (
+from gemmascope_plugin.errors import ModelError
+from gemmascope_plugin.saes.matryoshka import MatryoshkaSAEConfig, check_levels
+from gemmascope_plugin.saes.registration import StrictConfig, register_class
+from gemmascope_plugin.saes.training.jumprelu_training import (
     GemmaScopeConfig,
     GemmaScopeTrainingSAE,
     check_foldable,
 )
-from gemmascope_plugin.saes.levels import (
-    check_level_weights,
-    check_levels,
-    prefix_reconstructions,
-)
-from gemmascope_plugin.saes.matryoshka import MatryoshkaSAEConfig
-from gemmascope_plugin.saes.registration import StrictConfig, register_class
+from gemmascope_plugin.saes.training.step_parts import fold_decoder
+
+
+def check_level_weights(
+    weights: Sequence[float | int] | None, levels: Sequence[int]
+) -> tuple[float, ...]:
+    """One weight for each level's loss; None for the paper's, all 1. The last level must have a loss."""
+    if weights is None:
+        return (1.0,) * len(levels)
+    if len(weights) != len(levels):
+        raise ModelError(
+            f"{len(weights)} level weights for {len(levels)} levels {list(levels)}",
+            fix=f"level_weights={(1.0,) * len(levels)}",
+        )
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+        raise ModelError(f"The level weights {list(weights)} are not all finite and positive or 0")
+    if weights[-1] == 0:
+        raise ModelError(
+            f"The level weights {list(weights)} leave the last features without a loss",
+            fix="a positive weight for the last level, which is the whole dictionary",
+        )
+    return tuple(float(weight) for weight in weights)
+
+
+def prefix_reconstructions(
+    acts: Float[torch.Tensor, "*tokens d_sae"],
+    W_dec: Float[torch.Tensor, "d_sae d_out"],
+    b_dec: Float[torch.Tensor, " d_out"],
+    levels: Sequence[int],
+) -> list[Float[torch.Tensor, "*tokens d_out"]]:
+    """What each level reconstructs; the last is the whole dictionary's reconstruction."""
+    sizes = [after - before for before, after in pairwise((0, *levels))]
+    total, reconstructions = b_dec, []
+    for part, rows in zip(acts.split(sizes, dim=-1), W_dec.split(sizes), strict=True):
+        total = part @ rows + total
+        reconstructions.append(total)
+    return reconstructions
 
 
 @dataclass(kw_only=True)
@@ -73,15 +110,7 @@ class PrefixLosses(TrainingSAE[Any]):
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """One step.
-
-        Args:
-            step_input: A batch ``[batch, d_in]`` and coefficients.
-
-        Returns:
-            The whole dictionary's activations and reconstruction; ``losses`` has ``mse_loss`` (the
-            whole), ``inner_mse_loss_<m>`` (other levels), each with its weight, and the class' own.
-        """
+        """One step; losses: ``mse_loss``, ``inner_mse_loss_<m>`` of other levels, and the class' own."""
         x = step_input.sae_in
         acts, pre = self.encode_with_hidden_pre(x)
         levels = prefix_reconstructions(
@@ -89,10 +118,10 @@ class PrefixLosses(TrainingSAE[Any]):
         )
         levels[-1] = self.hook_sae_recons(levels[-1])
         losses = self._level_losses(levels, x)
-        own: Any = self.calculate_aux_loss(
+        class_losses: Any = self.calculate_aux_loss(
             step_input=step_input, feature_acts=acts, hidden_pre=pre, sae_out=levels[-1]
         )
-        losses |= own
+        losses |= class_losses
         return TrainStepOutput(
             sae_in=x,
             sae_out=levels[-1],

@@ -38,19 +38,15 @@ from sae_lens.saes.sae import SAEConfig, TrainCoefficientConfig, TrainStepInput,
 from typing_extensions import override
 
 from gemmascope_plugin.errors import ModelError
-from gemmascope_plugin.saes.folding import fold_decoder, fold_scale, tangent, unit_rows
 from gemmascope_plugin.saes.registration import StrictConfig, register_class
+from gemmascope_plugin.saes.training.step_parts import fold_decoder, fold_scale, tangent, unit_rows
 
 FOLDABLE = ("none", "expected_average_only_in", "covariance_whitening")
 """Normalisations of SAELens that become part of the weights after training."""
 
 
 def check_foldable(normalize_activations: str) -> None:
-    """Refuses normalisations by each token's own length.
-
-    Raises:
-        ModelError: They cannot become part of a JumpReLU dictionary.
-    """
+    """Refuses normalisations by each token's own length."""
     if normalize_activations not in FOLDABLE:
         raise ModelError(
             f"normalize_activations={normalize_activations!r} depends on the token and cannot be "
@@ -165,9 +161,9 @@ class GemmaScopeTrainingSAE(JumpReLUTrainingSAE):
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         """Makes it a dictionary of ``x`` from one of ``scaling_factor * x``, rows of unit norm."""
         self.fold_W_dec_norm()
-        own = dict(self.named_parameters())
-        for name, value in fold_scale(own, 1 / scaling_factor).items():
-            own[name].data = value.data
+        parameters = dict(self.named_parameters())
+        for name, value in fold_scale(parameters, 1 / scaling_factor).items():
+            parameters[name].data = value.data
         self.cfg.normalize_activations = "none"
 
     @override
@@ -187,12 +183,7 @@ def excess_frequency(
 ) -> Float[torch.Tensor, ""]:
     """``sum_i max(0, p_i - p_max)`` with the straight-through gradient of ``p_i``.
 
-    Args:
-        pre: Pre-activations.
-        threshold: Thresholds.
-        max_frequency: ``p_max``.
-        bandwidth: Of the kernel.
-        to_input: Whether the estimator passes a gradient to ``pre`` as well (Anthropic's variant).
+    ``to_input``: the estimator passes a gradient to ``pre`` as well (Anthropic's variant).
     """
     with torch.no_grad():
         often = ((pre > threshold).to(pre.dtype).mean(0) > max_frequency).nonzero().squeeze(-1)

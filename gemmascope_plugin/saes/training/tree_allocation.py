@@ -25,16 +25,7 @@ from gemmascope_plugin.errors import ModelError
 
 
 def reallocation_steps(first: int, longest: int, freeze: int) -> tuple[int, ...]:
-    """The training steps before which children are moved, all before ``freeze``.
-
-    Args:
-        first: The first interval; each is twice the one before.
-        longest: No interval is longer.
-        freeze: The step at which the tree is frozen.
-
-    Raises:
-        ModelError: An interval that is not positive, or longer than the longest.
-    """
+    """The steps before which children move, all before ``freeze``: intervals double up to ``longest``."""
     if not 0 < first <= longest:
         raise ModelError(
             f"the first interval between re-allocations is {first} steps, the longest {longest}",
@@ -63,31 +54,25 @@ def grant(
     counts: Sequence[int] | None = None,
     limits: Sequence[int] | None = None,
 ) -> list[int]:
-    """Gives children one by one to the candidate with the largest ``C_p / (k_p + 1)``.
+    """Gives ``n`` children one by one to the candidate with the largest ``C_p / (k_p + 1)``.
 
-    Args:
-        capacity: Of each candidate; equal ratios go to the first of them.
-        n: Number of children.
-        counts: Children that each has already; none when None.
-        limits: Most children of each; no limit when None.
-
-    Returns:
-        The candidates in the order in which they receive; fewer than ``n`` if all are at their limit.
+    Equal ratios go to the first. ``counts`` are the children that each has already, ``limits`` the most
+    of each; where all are at their limit, fewer than ``n`` candidates are returned.
     """
     has = [0] * len(capacity) if counts is None else list(counts)
     most = [n] * len(capacity) if limits is None else limits
     heap = [(-c / (has[p] + 1), p) for p, c in enumerate(capacity) if has[p] < most[p]]
     heapq.heapify(heap)
-    given: list[int] = []
-    while heap and len(given) < n:
+    receivers: list[int] = []
+    while heap and len(receivers) < n:
         _, p = heap[0]
-        given.append(p)
+        receivers.append(p)
         has[p] += 1
         if has[p] < most[p]:
             heapq.heapreplace(heap, (-capacity[p] / (has[p] + 1), p))
         else:
             heapq.heappop(heap)
-    return given
+    return receivers
 
 
 def move_dead_children(
@@ -95,15 +80,9 @@ def move_dead_children(
     dead: Bool[torch.Tensor, " n_children"],
     capacity: Float[torch.Tensor, " n_candidates"],
 ) -> Int[torch.Tensor, " n_children"]:
-    """The children's new parents.
+    """Each child's parent, as an index into ``capacity``, after dead ones have left parents above quota.
 
-    Args:
-        place: Each child's parent, an index into ``capacity``.
-        dead: Which children may move.
-        capacity: Of each candidate, 0 for those that must not gain.
-
-    Returns:
-        The same but for dead children of parents above their quota.
+    A capacity of 0 is that of a candidate that must not gain.
     """
     n, amounts = len(place), capacity.double().tolist()
     quota = [0] * len(amounts)

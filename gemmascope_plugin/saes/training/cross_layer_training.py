@@ -35,8 +35,8 @@ from gemmascope_plugin.saes.cross_layer_sae_config import (
     CrossCoderSAEConfig,
     CrossLayerSAEConfig,
 )
-from gemmascope_plugin.saes.paired_step import paired_step
 from gemmascope_plugin.saes.registration import register_class
+from gemmascope_plugin.saes.training.step_parts import paired_step
 
 
 @dataclass(kw_only=True)

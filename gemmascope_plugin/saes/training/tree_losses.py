@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Bool, Float, Int
 
-from gemmascope_plugin.saes.tree_links import ROOT
+from gemmascope_plugin.saes.tree_config import ROOT
 
 _TINY = 1e-8
 """Added to variances: a batch or residual that does not vary."""
@@ -42,15 +42,7 @@ def aux_loss(
     W_dec: Float[torch.Tensor, "n d_in"],
     k_aux: int,
 ) -> Float[torch.Tensor, ""]:
-    """How badly dead features explain the residual; 0 where there are none.
-
-    Args:
-        residual: ``x - x_hat`` in standardised units, a constant.
-        pre: Pre-activations of the layer.
-        may_fire: Dead features whose gate is open.
-        W_dec: The layer's decoder.
-        k_aux: Most dead features a token.
-    """
+    """How badly dead features whose gate is open explain a constant residual; 0 where there are none."""
     if not bool(may_fire.any()):
         return pre.new_zeros(())
     best = pre.masked_fill(~may_fire, 0).topk(min(k_aux, pre.shape[-1]), dim=-1)
@@ -88,7 +80,7 @@ def vector_sum_loss(
     a, index = acts.topk(n_active, dim=-1)
     above = parent[index]
     # entry [t, p, j]: +1 for the parent itself, -1 for its children, among the token's active features
-    own = torch.diag_embed(has_children[index].to(a.dtype))
-    sign = own - (above[:, None, :] == index[:, :, None]).to(a.dtype)
+    is_parent = torch.diag_embed(has_children[index].to(a.dtype))
+    sign = is_parent - (above[:, None, :] == index[:, :, None]).to(a.dtype)
     families = torch.einsum("tpj,tj,tjd->tpd", sign, a, W_dec[index])
     return families.pow(2).sum((-1, -2)).mean() / has_children.sum()

@@ -1,0 +1,1 @@
+"""Classes for SAELens to train, one file each, and what their steps share."""
