@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float
 from transformer_lens.hook_points import HookPoint
 
 import gemmascope_plugin.saes as saes
-from gemmascope_plugin.saes import Coder, SparseActs, TwoStage
+from gemmascope_plugin.saes import Bf16Prefilter, Coder, SparseActs
 from gemmascope_plugin.splice.edits import Edit, Project, apply_edits, touched_features
 from gemmascope_plugin.splice.window import Window
 
@@ -79,7 +79,7 @@ class PassFeatures:
         window: Window,
         edits: Sequence[Edit],
         *,
-        two_stage: TwoStage | None = None,
+        two_stage: Bf16Prefilter | None = None,
     ) -> None:
         self.points = points
         self._coder, self._two_stage = coder, two_stage
