@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gemmascope_plugin as gs
-from gemmascope_plugin.causes.gradient.relp_rules import RelpRules
+from gemmascope_plugin.causes.gradient.relp import RelpRules
 from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.graphs.node import Node, Reader
 from tests.factories import unchecked

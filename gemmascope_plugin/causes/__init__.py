@@ -13,7 +13,7 @@ from gemmascope_plugin.causes.exact.path_patching import path_patching
 from gemmascope_plugin.causes.gradient.attribution_patching import attribution_patching
 from gemmascope_plugin.causes.gradient.edge_attribution import edge_attribution
 from gemmascope_plugin.causes.gradient.false_negatives import MissedEffects, missed_effects
-from gemmascope_plugin.causes.gradient.relp_rules import RelpRules
+from gemmascope_plugin.causes.gradient.relp import RelpRules
 from gemmascope_plugin.causes.gradient.verify_top import verify_top
 from gemmascope_plugin.causes.metrics import (
     cross_entropy,

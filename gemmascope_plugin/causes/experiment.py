@@ -113,38 +113,18 @@ def experiment(
     model: HookedModel,
     task: Task,
     component: str,
+    choice: Choice | None = None,
     *,
     mode: Direction,
     saes: Any = None,
-    features: Sequence[FeatureId] | None = None,
-    per_position: bool = True,
-    axes: Sequence[str] | None = None,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
-    positions: Sequence[int] | None = None,
-    neurons: Sequence[int] | None = None,
     replacement: PatchReplacement = "other",
     seed: int | None = None,
     limit: Limit | None = None,
 ) -> Iterator[Experiment]:
     """Checks everything, runs both prompts, and splices for the length of the block.
 
-    Args:
-        model: ``HookedTransformer`` or ``TransformerBridge``.
-        task: Clean and corrupted prompts and a metric.
-        component: A name in ``components.py``.
-        mode: ``denoising`` or ``noising``.
-        saes: Dictionaries, for ``feature`` and ``error``.
-        features: Which features; None for all that the replacement changes.
-        per_position: See :func:`gemmascope_plugin.activation_patching`, as all that follow.
-        axes: One patch per coordinate along these.
-        layers: Only these.
-        heads: Only these.
-        positions: Only these.
-        neurons: Only these.
-        replacement: What is inserted.
-        seed: Of ``resample`` alone; None for 0.
-        limit: How large a forward pass may be; None for all prompts at once.
+    ``choice`` says what is patched, and what separately; where no features are chosen, they are all that
+    the replacement changes. Without a limit all prompts go in one pass.
 
     Raises:
         TaskError: Prompts that cannot be compared, a metric that does not tell them apart, or a
@@ -157,22 +137,14 @@ def experiment(
     check_choice("mode", mode, get_args(Direction))
     check_replacement(replacement, component)
     order = _order(replacement, seed)
-    choice = Choice(
-        axes=axes,
-        per_position=per_position,
-        layers=layers,
-        heads=heads,
-        positions=positions,
-        neurons=neurons,
-        features=features,
-    )
+    choice = Choice() if choice is None else choice
     choice.check(component)
     bound = task.bind(model)
     denoising = mode == "denoising"
     base, away = (bound.corrupt, bound.clean) if denoising else (bound.clean, bound.corrupt)
     with patchable(model, component, saes) as runner:
         sizes = sizes_of(model, component, base.shape[1])
-        sites = _sites(runner, component, layers, sizes["layer"])
+        sites = _sites(runner, component, choice.layers, sizes["layer"])
         grid = _grid(component, sites, choice, sizes)
         hooks = [acts_hook(site) for site in sites] if grid is None else grid.hooks
         need = footprint(model, component, bound, hooks, sites)

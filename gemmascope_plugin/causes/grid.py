@@ -48,6 +48,12 @@ class Choice:
         names = {"layer": "layers", "head": "heads", "pos": "positions", "neuron": "neurons"}
         return getattr(self, names[dim])
 
+    def coordinates(self) -> dict[str, tuple[int, ...] | None]:
+        """What is chosen along the dimensions of the model, as plain numbers."""
+        names = ("layers", "heads", "positions", "neurons")
+        numbers = {name: as_indices(getattr(self, name)) for name in names}
+        return {name: None if chosen is None else tuple(chosen) for name, chosen in numbers.items()}
+
     def axes_of(self, component: str) -> tuple[str, ...]:
         """The named axes, checked.
 

@@ -23,8 +23,8 @@ from gemmascope_plugin.causes import Effects, Task, activation_patching, attribu
 from gemmascope_plugin.causes.check_task import check_task
 from gemmascope_plugin.causes.edge_effects import EdgeEffects
 from gemmascope_plugin.causes.exact.edge_patching import edge_patching
+from gemmascope_plugin.causes.gradient.edge_attribution import METHODS as EDGE_METHODS
 from gemmascope_plugin.causes.gradient.edge_attribution import edge_attribution
-from gemmascope_plugin.causes.gradient.edge_options import EDGE_METHODS
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.metrics import kl_divergence
 from gemmascope_plugin.causes.replace import Replacement

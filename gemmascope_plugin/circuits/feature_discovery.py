@@ -16,7 +16,7 @@ Cost: see ``site_runs.py`` for nodes and ``feature_edges.py`` for edges.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, get_args
 
 import torch
@@ -25,12 +25,13 @@ from gemmascope_plugin.causes import Task
 from gemmascope_plugin.causes.check_task import check_task
 from gemmascope_plugin.causes.gradient.site_runs import (
     PartRun,
-    SlopeMethod,
     run_sites,
     site_footprint,
 )
+from gemmascope_plugin.causes.gradient.site_slopes import METHODS, SiteMethod
 from gemmascope_plugin.causes.gradient.task_site import Site, sites_of
 from gemmascope_plugin.causes.memory import Limit
+from gemmascope_plugin.causes.method import pick
 from gemmascope_plugin.causes.metrics import KLDivergence
 from gemmascope_plugin.causes.task import BoundTask
 from gemmascope_plugin.circuits.feature_edges import find_edges
@@ -54,8 +55,6 @@ from gemmascope_plugin.splice.check_saes import check_saes
 
 SIZE = 60
 """Nodes kept by default, at most."""
-STEPS = 10
-"""Midpoints by default."""
 MAX_ROWS = 256
 """Rows of a pass by default."""
 OPTIONS = ("per_position", "errors", "edges", "level", "labels", "max_rows")
@@ -116,25 +115,16 @@ def discover_features(
         ModelError: A dictionary over several layers, or of a tensor that is not added to the stream.
         GemmaScopeError: A model with hooks of its own, or a memory budget too small for one prompt.
     """
-    check_choice("method", method, get_args(SlopeMethod))
+    chosen = pick(METHODS, method, steps=steps)
     check_choice("rank", rank, get_args(Rank))
-    n_steps = STEPS if steps is None else steps
     _refuse(task, method, size, tau)
-    if steps is not None and method != "ig":
-        raise TaskError(
-            f"steps plays no part in method={method!r}, which follows no line",
-            fix='method="ig", or without steps=',
-        )
     sites = sites_of(model, saes, raw, level=level)
     bound = task.bind(model)
     if per_position:
         refuse_lengths(bound)
     limit = Limit(max_rows, memory_budget)
-    chosen: SlopeMethod = "ig" if method == "ig" else "atp"
-    parts = run_sites(
-        model, bound, sites, method=chosen, steps=n_steps, limit=limit, progress=progress
-    )
-    details = _details(bound, parts, sites, method, n_steps, per_position, level)
+    parts = run_sites(model, bound, sites, method=chosen, limit=limit, progress=progress)
+    details = _details(bound, parts, sites, chosen, per_position, level)
     details |= {"rank": rank, "weights": weights_of(model)}
     scored = score_nodes(parts, n_heads=n_heads(model), per_position=per_position, errors=errors)
     circuit = _selected(scored, details, size, tau, rank)
@@ -178,8 +168,7 @@ def _details(
     bound: BoundTask,
     parts: Sequence[PartRun],
     sites: Sequence[Site],
-    method: str,
-    steps: int,
+    method: SiteMethod,
     per_position: bool,
     level: int | None,
 ) -> dict[str, Any]:
@@ -196,7 +185,7 @@ def _details(
         "task": bound.name,
         "metric": bound.metric.metric.name,
         "logits": bound.logits,
-        "method": method,
+        "method": method.name,
         "sites": site_summary(sites),
         "per_position": per_position,
         "n_pos": int(bound.prompt_lengths[0]) if per_position else None,
@@ -207,7 +196,7 @@ def _details(
     }
     if residual:
         details |= {
-            "steps": steps,
+            **asdict(method),
             "residual": residual,
             "residual_max": checked_share(max(map(abs, residual.values()))),
         }

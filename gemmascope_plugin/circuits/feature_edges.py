@@ -36,7 +36,7 @@ from gemmascope_plugin.causes.gradient.site_paths import direct_slopes
 from gemmascope_plugin.causes.gradient.site_runs import PartRun, SiteRun
 from gemmascope_plugin.causes.gradient.site_slopes import frozen_model
 from gemmascope_plugin.causes.gradient.site_values import Values
-from gemmascope_plugin.causes.gradient.slopes import norms_by_hand
+from gemmascope_plugin.causes.gradient.slopes import ignore_bridge_norm_warning
 from gemmascope_plugin.circuits.feature_layout import SiteNodes
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
@@ -82,7 +82,7 @@ def find_edges(
     weights = torch.zeros(len(places), len(places), dtype=torch.float64)
     blind = torch.ones(len(kept), dtype=torch.bool)
     n_prompts = sum(len(part.bound) for part in parts)
-    with norms_by_hand(), frozen_model(model):
+    with ignore_bridge_norm_warning(), frozen_model(model):
         for part in parts:
             for i, nodes in enumerate(layout):
                 copies = max(1, rows // len(part.bound))

@@ -126,7 +126,7 @@ def patch_command(
 def _check(component: str, method: str, top: int, options: dict[str, Any]) -> None:
     """Refuses, without the model, what would be refused with it."""
     from gemmascope_plugin.causes.components import COMPONENTS
-    from gemmascope_plugin.causes.gradient.attribution_patching import NAMES
+    from gemmascope_plugin.causes.gradient.attribution_patching import METHODS
     from gemmascope_plugin.causes.grid import Choice
     from gemmascope_plugin.causes.nodes import needs_dictionaries
     from gemmascope_plugin.causes.replace import check_replacement
@@ -137,7 +137,7 @@ def _check(component: str, method: str, top: int, options: dict[str, Any]) -> No
             f"--component {component}", f"activation_patching(model, task, {component!r}, saes=...)"
         )
     check_choice("mode", options["mode"], get_args(Direction))
-    check_choice("method", method, ("exact", *NAMES))
+    check_choice("method", method, ("exact", *METHODS))
     check_replacement(options["replacement"], component)
     Choice(axes=options["axes"]).axes_of(component)
     if top < 1:

@@ -16,7 +16,7 @@ from typing import Any
 
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.causes import Effects
-from gemmascope_plugin.causes.gradient.attribution_patching import NAMES
+from gemmascope_plugin.causes.gradient.attribution_patching import METHODS
 from gemmascope_plugin.pages.report_page import (
     MAX_TABLE_ROWS,
     Section,
@@ -105,7 +105,7 @@ def top_frame(effects: Effects, n: int) -> Any:
 
 def is_estimate(effects: Effects) -> bool:
     """Whether the numbers come from gradients."""
-    return effects.metadata.get("method") in NAMES.values()
+    return effects.metadata.get("method") in {method.title for method in METHODS.values()}
 
 
 def has_errors(effects: Effects) -> bool:

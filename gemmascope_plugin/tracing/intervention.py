@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import gemmascope_plugin.figures as figures
-from gemmascope_plugin.causes.gradient.slopes import norms_by_hand
+from gemmascope_plugin.causes.gradient.slopes import ignore_bridge_norm_warning
 from gemmascope_plugin.errors import EmptySelectionError
 from gemmascope_plugin.graphs.attribution_graph import SHOWN, AttributionGraph
 from gemmascope_plugin.graphs.check_graph import check_graph
@@ -133,7 +133,7 @@ def intervene(
         raise EmptySelectionError("No change is given", fix="{graph.nodes.id[i]: 0.0}")
     replay = Replay.of(model, graph, dictionaries, memory_budget)
     before = observe(replay, [], frozen=constrained)
-    with norms_by_hand():
+    with ignore_bridge_norm_warning():
         hooks = held_hooks(replay) if constrained else []
     hooks += change_hooks(replay, replay.sources(changes), recorded=constrained)
     after = observe(replay, hooks, frozen=constrained)

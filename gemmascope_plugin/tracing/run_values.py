@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 
-from gemmascope_plugin.causes.gradient.slopes import norms_by_hand
+from gemmascope_plugin.causes.gradient.slopes import ignore_bridge_norm_warning
 from gemmascope_plugin.models.asked import asked_positions
 from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.site_hooks import reading
@@ -44,7 +44,7 @@ def observe(replay: Replay, hooks: Hooks, *, frozen: bool) -> Seen:
     reads = [(name, _keep(held, name)) for name in dict.fromkeys(asked)]
     last = (end, _keep(held, "end"))
     with (
-        norms_by_hand(),
+        ignore_bridge_norm_warning(),
         hooking(record.model, fwd_hooks=[*reads, *hooks, last]),
         asked_positions(record.model, [-1]),
     ):

@@ -23,7 +23,12 @@ import torch
 import gemmascope_plugin as gs
 from gemmascope_plugin.causes import Task, logit_diff
 from gemmascope_plugin.causes.gradient.site_runs import run_sites
-from gemmascope_plugin.causes.gradient.site_slopes import Ending, frozen_model, mean_slopes
+from gemmascope_plugin.causes.gradient.site_slopes import (
+    Ending,
+    MeanSlopes,
+    frozen_model,
+    mean_slopes,
+)
 from gemmascope_plugin.causes.gradient.site_values import read_sites
 from gemmascope_plugin.causes.gradient.task_site import sites_of
 from gemmascope_plugin.causes.memory import Limit
@@ -102,7 +107,9 @@ def cost(n_prompts: int, length: int, *, smoke: bool) -> pd.Series:
         with frozen_model(model):
             for site in sites:
                 ending = Ending(bound, end, site)
-                mean_slopes(ending, clean[site.hook], corrupt[site.hook], steps, steps * n_prompts)
+                mean_slopes(
+                    ending, clean[site.hook].y, corrupt[site.hook].y, steps, steps * n_prompts
+                )
 
     def spliced() -> None:
         hooks = [
@@ -115,7 +122,7 @@ def cost(n_prompts: int, length: int, *, smoke: bool) -> pd.Series:
 
     def all_of_it() -> None:
         run_sites(
-            model, bound, sites, method="ig", steps=steps, limit=Limit(steps * n_prompts, None)
+            model, bound, sites, method=MeanSlopes(steps), limit=Limit(steps * n_prompts, None)
         )
 
     unit = timed(bare, repeats)

@@ -8,6 +8,7 @@ import torch
 from gemmascope_plugin.causes import FeatureId, activation_patching
 from gemmascope_plugin.causes.exact.patch_sweep import sweep
 from gemmascope_plugin.causes.experiment import experiment
+from gemmascope_plugin.causes.grid import Choice
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.errors import EmptySelectionError, FeatureIndexError, UnknownNameError
 from gemmascope_plugin.models import flatten_heads, module_replay
@@ -159,9 +160,8 @@ def test_layers_that_are_no_axis_are_patched_together(model) -> None:
 def test_a_late_start_changes_no_number(model, component: str, monkeypatch) -> None:
     def swept() -> torch.Tensor:
         limit, positions = Limit(6), [3, 7]
-        with experiment(
-            model, TASK, component, mode="denoising", positions=positions, limit=limit
-        ) as run:
+        choice = Choice(positions=positions)
+        with experiment(model, TASK, component, choice, mode="denoising", limit=limit) as run:
             return sweep(run)
 
     late = swept()
@@ -180,7 +180,7 @@ def test_a_late_start_leaves_earlier_blocks_out(model, monkeypatch) -> None:
         b.register_forward_hook(lambda *_, i=i: seen.append(i)) for i, b in enumerate(model.blocks)
     ]
     try:
-        with experiment(model, TASK, "mlp_out", mode="denoising", layers=[2]) as run:
+        with experiment(model, TASK, "mlp_out", Choice(layers=[2]), mode="denoising") as run:
             seen.clear()
             sweep(run)
     finally:

@@ -10,6 +10,7 @@ import torch
 from gemmascope_plugin.causes import Task, logit_diff
 from gemmascope_plugin.causes.gradient.site_paths import sources_of
 from gemmascope_plugin.causes.gradient.site_runs import run_sites
+from gemmascope_plugin.causes.gradient.site_slopes import METHODS
 from gemmascope_plugin.causes.gradient.task_site import sites_of
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.circuits import discover
@@ -50,9 +51,8 @@ class Slow:
             caches(model, self.sites, tokens) for tokens in (CLEAN, CORRUPT)
         )
         limit = Limit(64, None)
-        (part,) = run_sites(
-            model, TASK.bind(model), self.sites, method=method, steps=2, limit=limit
-        )
+        chosen = METHODS[method](**({"steps": 2} if method == "ig" else {}))
+        (part,) = run_sites(model, TASK.bind(model), self.sites, method=chosen, limit=limit)
         self.slopes = {run.site.hook: run.slope for run in part.sites}
 
     def read(self, node: Node, values: dict[str, Any]) -> torch.Tensor:

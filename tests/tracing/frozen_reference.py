@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gemmascope_plugin.causes.gradient.slopes import norms_by_hand
+from gemmascope_plugin.causes.gradient.slopes import ignore_bridge_norm_warning
 from gemmascope_plugin.models.site_hooks import reading
 from gemmascope_plugin.tracing.linear.tracer import Tracer
 
@@ -47,7 +47,7 @@ class FrozenModel:
                 hooks.append((read.hook, self._look(site, read)))
             hooks.append((reading(model, site.hooked.hook_out).hook, self._source(own)))
         hooks.append(("unembed.hook_in", lambda x, hook: self.seen.setdefault("end", x)))
-        with norms_by_hand(), torch.enable_grad(), model.hooks(fwd_hooks=hooks):
+        with ignore_bridge_norm_warning(), torch.enable_grad(), model.hooks(fwd_hooks=hooks):
             self.logits = model(tracer.record.tokens[None], return_type="logits")[0]
 
     def _leaf(self, name: str) -> Callable[..., torch.Tensor]:

@@ -18,6 +18,7 @@ from gemmascope_plugin.causes.check_task import check_task
 from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.exact.patch_sweep import sweep
 from gemmascope_plugin.causes.experiment import experiment
+from gemmascope_plugin.causes.grid import Choice
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.replace import PatchReplacement
 from gemmascope_plugin.causes.task import Task
@@ -96,19 +97,22 @@ def activation_patching(
         EmptySelectionError: An empty list of axes or coordinates.
         GemmaScopeError: A memory budget too small for one prompt.
     """
-    with experiment(
-        model,
-        task,
-        component,
-        mode=mode,
-        saes=saes,
-        features=features,
-        per_position=per_position,
+    choice = Choice(
         axes=axes,
+        per_position=per_position,
         layers=layers,
         heads=heads,
         positions=positions,
         neurons=neurons,
+        features=features,
+    )
+    with experiment(
+        model,
+        task,
+        component,
+        choice,
+        mode=mode,
+        saes=saes,
         replacement=replacement,
         seed=seed,
         limit=Limit(max_rows, memory_budget),

@@ -5,34 +5,39 @@
 3. Effect of node ``n``: ``sum (z_other - z_base) * dm/dz`` over its entries (Nanda 2023; Syed et al.,
    arXiv 2310.10348).
 
-Other methods differ in the slope: integrated gradients average it along the way (``integrated.py``), AtP*
-looks through saturated attention and cancellation (``atp_star.py``), RelP propagates relevance
-(``relp.py``).  With dictionaries spliced in, slopes at the features are those of the real model, however
-many there are (see :class:`gemmascope_plugin.HookedSAE`).
+Other methods differ in the slope, each in a file of its own: integrated gradients average it along the
+way (``integrated.py``), AtP* looks through saturated attention and cancellation (``atp_star.py``), RelP
+propagates relevance (``relp.py``).  ``METHODS`` has them by name, with the options that each takes.
+
+With dictionaries spliced in, slopes at the features are those of the real model, however many there are
+(see :class:`gemmascope_plugin.HookedSAE`).
 
 Cost: a few forward passes and one backward pass, whatever the number of nodes; more for other methods.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from gemmascope_plugin.causes.check_task import check_task
 from gemmascope_plugin.causes.effects import Effects
-from gemmascope_plugin.causes.experiment import Experiment, experiment
-from gemmascope_plugin.causes.gradient.atp_star import atp_star
-from gemmascope_plugin.causes.gradient.integrated import integrated_activations, integrated_inputs
-from gemmascope_plugin.causes.gradient.relp import relp
-from gemmascope_plugin.causes.gradient.relp_rules import RelpRules
-from gemmascope_plugin.causes.gradient.slopes import Estimate, at_base, norms_by_hand, parts_of
+from gemmascope_plugin.causes.experiment import experiment
+from gemmascope_plugin.causes.gradient.atp_star import AtPStar
+from gemmascope_plugin.causes.gradient.integrated import IntegratedGradients, IntegratedInputs
+from gemmascope_plugin.causes.gradient.relp import RelP, RelpRules
+from gemmascope_plugin.causes.gradient.slopes import (
+    AtP,
+    Estimate,
+    ignore_bridge_norm_warning,
+    parts_of,
+)
+from gemmascope_plugin.causes.grid import Choice
 from gemmascope_plugin.causes.memory import Limit
-from gemmascope_plugin.causes.metrics import KLDivergence
+from gemmascope_plugin.causes.method import pick, table_of
 from gemmascope_plugin.causes.replace import PatchReplacement
 from gemmascope_plugin.causes.task import Task
-from gemmascope_plugin.errors import TaskError, check_choice
-from gemmascope_plugin.graphs.conservation import checked_share
 from gemmascope_plugin.graphs.node import FeatureId
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
@@ -40,18 +45,9 @@ from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.splice.check_saes import check_saes
 from gemmascope_plugin.types import Direction
 
-Method = Literal["atp", "ig", "ig-inputs", "atp*", "relp"]
-"""Attribution patching; integrated gradients at the nodes or at the embedding; AtP*; RelP."""
-NAMES = {
-    "atp": "attribution",
-    "ig": "integrated gradients",
-    "ig-inputs": "integrated gradients of inputs",
-    "atp*": "AtP*",
-    "relp": "RelP",
-}
-"""Methods in words, for titles."""
-STEPS = 10
-"""Midpoints by default."""
+NodeMethodName = Literal["atp", "ig", "ig-inputs", "atp*", "relp"]
+METHODS = table_of(AtP, IntegratedGradients, IntegratedInputs, AtPStar, RelP)
+"""All methods by name."""
 MAX_ROWS = 64
 """Prompt copies in one forward and backward pass by default."""
 
@@ -62,7 +58,7 @@ def attribution_patching(
     task: Task,
     component: str,
     *,
-    method: Method = "atp",
+    method: NodeMethodName = "atp",
     steps: int | None = None,
     rules: RelpRules | None = None,
     mode: Direction = "denoising",
@@ -112,115 +108,35 @@ def attribution_patching(
         UnknownNameError: An unknown component or method, or features without dictionaries.
         ModelError: ``relp`` without gated MLPs, ``atp*`` on one layer.
     """
-    check_choice("method", method, NAMES)
-    _refuse_unused(method, steps, rules)
-    n_steps = STEPS if steps is None else steps
-    _refuse(task, method, mode, replacement)
-    options = {
-        "layers": layers,
-        "heads": heads,
-        "positions": positions,
-        "neurons": neurons,
-        "replacement": replacement,
-        "seed": seed,
-    }
+    chosen = pick(METHODS, method, steps=steps, rules=rules)
+    chosen.check(task, mode, replacement)
+    choice = Choice(
+        axes=axes,
+        per_position=per_position,
+        layers=layers,
+        heads=heads,
+        positions=positions,
+        neurons=neurons,
+        features=features,
+    )
     with (
-        norms_by_hand(),
+        ignore_bridge_norm_warning(),
         experiment(
             model,
             task,
             component,
+            choice,
             mode=mode,
             saes=saes,
-            features=features,
-            per_position=per_position,
-            axes=axes,
+            replacement=replacement,
+            seed=seed,
             limit=Limit(max_rows),
-            **options,
         ) as run,
     ):
-        chosen = rules or RelpRules()
-        # integrated gradients go by the parts that the experiment has recorded
-        some = [run] if method in ("ig", "ig-inputs") else parts_of(run, run.rows)
-        parts = [_estimate(part, model, method, n_steps, chosen, run.rows) for part in some]
-        estimate = Estimate.joined(parts)
+        runs = [run] if chosen.by_recorded_parts else parts_of(run, run.rows)
+        estimate = Estimate.joined([chosen.estimate(part, run.rows) for part in runs])
         each = estimate.by_prompt
-        effects = run.effects(each.mean(1), NAMES[method], by_prompt=each)
-    more = _metadata(effects, estimate, method, n_steps, chosen)
-    return replace(effects, metadata={**effects.metadata, **more, "options": options})
-
-
-def _estimate(
-    run: Experiment,
-    model: HookedModel,
-    method: Method,
-    steps: int,
-    rules: RelpRules,
-    max_rows: int,
-) -> Estimate:
-    if method == "ig":
-        return integrated_activations(run, steps, max_rows)
-    if method == "ig-inputs":
-        return integrated_inputs(run, steps, max_rows)
-    if method == "atp*":
-        return atp_star(run, model, max_rows)
-    if method == "relp":
-        return relp(run, model, rules)
-    return at_base(run)
-
-
-def _metadata(
-    effects: Effects, estimate: Estimate, method: Method, steps: int, rules: RelpRules
-) -> Mapping[str, Any]:
-    """What the methods say of themselves."""
-    if method == "atp*":
-        return {"sign": "magnitude: no direction", "magnitudes": True}
-    if method == "relp":
-        return {"pattern_rule": rules.pattern, "cap_rule": rules.caps}
-    if method == "atp":
-        return {}
-    residual = {name: float(x.mean()) / effects.gap for name, x in estimate.drift.items()}
-    return {
-        "steps": steps,
-        "residual": residual,
-        "residual_max": checked_share(max(abs(share) for share in residual.values())),
-    }
-
-
-def _refuse_unused(method: Method, steps: int | None, rules: RelpRules | None) -> None:
-    """Options that would change nothing are mistakes.
-
-    Raises:
-        TaskError: With the option.
-    """
-    if steps is not None and not method.startswith("ig"):
-        raise TaskError(
-            f"steps plays no part in method={method!r}, which follows no line",
-            fix='method="ig", or without steps=',
-        )
-    if rules is not None and method != "relp":
-        raise TaskError(
-            f"rules plays no part in method={method!r}", fix='method="relp", or without rules='
-        )
-
-
-def _refuse(task: Task, method: Method, mode: str, replacement: str) -> None:
-    """Refuses what would give zeros or nonsense.
-
-    Raises:
-        TaskError: With what to do instead.
-    """
-    if method == "ig-inputs" and replacement != "other":
-        raise TaskError(
-            f"ig-inputs moves the embedding towards the other prompt, and replacement={replacement!r} "
-            "is something else",
-            fix='method="ig", or replacement="other"',
-        )
-    # A divergence from the clean run is smallest there: its gradient is zero.
-    at_minimum = mode == "noising" and isinstance(task.asked, KLDivergence)
-    if at_minimum and not method.startswith("ig"):
-        raise TaskError(
-            f"The gradient of {task.asked.name} is zero on the clean run, where noising takes it: "
-            f"method={method!r} would give 0 to every node",
-            fix='method="ig", mode="denoising", or metric=logit_diff(answer, wrong)',
-        )
+        effects = run.effects(each.mean(1), chosen.title, by_prompt=each)
+    details = chosen.details(estimate, effects.gap)
+    options = {**choice.coordinates(), "replacement": replacement, "seed": seed}
+    return replace(effects, metadata={**effects.metadata, **details, "options": options})

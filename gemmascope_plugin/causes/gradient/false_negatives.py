@@ -26,7 +26,7 @@ from gemmascope_plugin.causes.check_task import check_effects, check_task
 from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.exact.activation_patching import MAX_ROWS
 from gemmascope_plugin.causes.experiment import Experiment
-from gemmascope_plugin.causes.gradient.slopes import norms_by_hand, parts_of
+from gemmascope_plugin.causes.gradient.slopes import ignore_bridge_norm_warning, parts_of
 from gemmascope_plugin.causes.gradient.verify_top import ranking, reopened
 from gemmascope_plugin.causes.nodes import At
 from gemmascope_plugin.causes.task import Task
@@ -100,7 +100,7 @@ def missed_effects(
             fix="n_subsets=200, confidence=0.95",
         )
     others = ranking(effects, k)[k:]
-    with norms_by_hand(), reopened(model, task, effects, saes, max_rows) as run:
+    with ignore_bridge_norm_warning(), reopened(model, task, effects, saes, max_rows) as run:
         live = [i for i in others.tolist() if run.changes(run.grid.patches[i])]
         if not live:
             raise EmptySelectionError(f"No node outside the top {k} changes when it is patched")

@@ -25,8 +25,9 @@ axis.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -34,37 +35,88 @@ from jaxtyping import Float, Int
 from gemmascope_plugin.causes.components import layer_of
 from gemmascope_plugin.causes.exact.patch_sweep import starting_at
 from gemmascope_plugin.causes.experiment import Experiment
-from gemmascope_plugin.causes.gradient.late_slopes import late_slopes
 from gemmascope_plugin.causes.gradient.slopes import (
+    EMBED,
     Estimate,
+    NodeMethod,
     by_patch,
     differences,
     differentiable,
+    late_slopes,
     put,
 )
 from gemmascope_plugin.causes.nodes import read
 from gemmascope_plugin.causes.replayed import Part, inside, position_axis
+from gemmascope_plugin.causes.task import Task
+from gemmascope_plugin.errors import TaskError
+from gemmascope_plugin.graphs.conservation import checked_share
 from gemmascope_plugin.models.gradients import frozen, gradients_of
 from gemmascope_plugin.models.module_replay import model_of
 from gemmascope_plugin.models.points import n_layers
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.replay import Replay
 from gemmascope_plugin.models.threads import threads_for_tokens
+from gemmascope_plugin.types import Direction
 
-_EMBED = "hook_embed"
+STEPS = 10
+"""Midpoints by default."""
+
+
+@dataclass(frozen=True)
+class IntegratedGradients(NodeMethod):
+    """``ig``: each hook's activation is moved, one hook at a time."""
+
+    name = "ig"
+    title = "integrated gradients"
+    paper = "Marks et al., arXiv 2403.19647"
+    cost = "per hook, `steps` forward and backward passes from it on, and a forward pass"
+    follows_line = True
+    by_recorded_parts = True
+
+    steps: int = STEPS
+
+    def estimate(self, run: Experiment, max_rows: int) -> Estimate:
+        """The slope averaged along the way of each hook."""
+        return integrated_activations(run, self.steps, max_rows)
+
+    def details(self, estimate: Estimate, gap: float) -> Mapping[str, Any]:
+        """Steps, and how far the effects of each hook are from their sum."""
+        residual = {name: float(x.mean()) / gap for name, x in estimate.ig_residual.items()}
+        return {
+            "steps": self.steps,
+            "residual": residual,
+            "residual_max": checked_share(max(abs(share) for share in residual.values())),
+        }
+
+
+@dataclass(frozen=True)
+class IntegratedInputs(IntegratedGradients):
+    """``ig-inputs``: the embedding is moved, and nothing else is held."""
+
+    name = "ig-inputs"
+    title = "integrated gradients of inputs"
+    paper = "Hanna et al., arXiv 2403.17806"
+    cost = "`steps` forward and backward passes"
+
+    def check(self, task: Task, mode: Direction, replacement: str) -> None:
+        """Refuses another end of the way than the other prompt."""
+        if replacement != "other":
+            raise TaskError(
+                f"ig-inputs moves the embedding towards the other prompt, and "
+                f"replacement={replacement!r} is something else",
+                fix='method="ig", or replacement="other"',
+            )
+
+    def estimate(self, run: Experiment, max_rows: int) -> Estimate:
+        """The slope averaged along the way of the embedding."""
+        return integrated_inputs(run, self.steps, max_rows)
 
 
 def integrated_activations(run: Experiment, steps: int, max_rows: int) -> Estimate:
-    """``ig``: each hook's activation is moved, one hook at a time.
-
-    Args:
-        run: The experiment.
-        steps: Midpoints.
-        max_rows: Rows in one forward pass.
-    """
+    """Effects by integrated gradients of activations."""
     moved = differences(run)
     products = {name: torch.zeros_like(delta) for name, delta in moved.items()}
-    drift = {name: torch.zeros(len(delta)) for name, delta in moved.items()}
+    residual = {name: torch.zeros(len(delta)) for name, delta in moved.items()}
     for part in run.parts:
         for name, delta in moved.items():
             line = _Line.of(run, part, name, delta)
@@ -73,9 +125,9 @@ def integrated_activations(run: Experiment, steps: int, max_rows: int) -> Estima
             product = line.slope(steps, max_rows) / steps * line.delta
             whole = products[name][part.index]
             products[name][part.index] = _placed(whole, name, line.window, product)
-            drift[name][part.index.cpu()] = (_sums(product) - line.change()).to(drift[name])
+            residual[name][part.index.cpu()] = (_sums(product) - line.change()).to(residual[name])
     by_hook = {name: product[None] for name, product in products.items()}
-    return Estimate(by_patch(run.grid, by_hook)[0], drift)
+    return Estimate(by_patch(run.grid, by_hook)[0], residual)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,32 +197,26 @@ class _Line:
 
 
 def integrated_inputs(run: Experiment, steps: int, max_rows: int) -> Estimate:
-    """``ig-inputs``: the embedding is moved, and nothing else is held.
-
-    Args:
-        run: The experiment.
-        steps: Midpoints.
-        max_rows: Rows in one forward pass.
-    """
+    """Effects by integrated gradients of the embedding."""
     parts = [_part_inputs(run, part, steps, max_rows) for part in run.parts]
     moved = differences(run)
     products = {name: torch.zeros_like(delta) for name, delta in moved.items()}
-    drift = torch.zeros(len(run.base))
+    residual = torch.zeros(len(run.base))
     for part, (window, mean, change) in zip(run.parts, parts, strict=True):
         index = part.index
         for name, delta in moved.items():
             some = inside(delta[index], name, window) * mean[name]
             products[name][index] = _placed(products[name][index], name, window, some)
-        drift[index.cpu()] = (change - (part.other - part.base)).to(drift)
+        residual[index.cpu()] = (change - (part.other - part.base)).to(residual)
     by_hook = {name: product[None] for name, product in products.items()}
-    return Estimate(by_patch(run.grid, by_hook)[0], {_EMBED: drift})
+    return Estimate(by_patch(run.grid, by_hook)[0], {EMBED: residual})
 
 
 def _part_inputs(
     run: Experiment, part: Part, steps: int, max_rows: int
 ) -> tuple[slice, dict[str, torch.Tensor], Float[torch.Tensor, " part"]]:
     """Mean slopes at the nodes of some prompts, in a window, and what they say of the embedding."""
-    window, names = part.replay.window(part.start), list(dict.fromkeys([*run.grid.hooks, _EMBED]))
+    window, names = part.replay.window(part.start), list(dict.fromkeys([*run.grid.hooks, EMBED]))
     denoising = run.metadata["mode"] == "denoising"
     away = part.bound.clean if denoising else part.bound.corrupt
     here, there = _embeddings(run, part, away, window)
@@ -180,7 +226,7 @@ def _part_inputs(
         for name, slope in _slopes(run, part, window, points, names).items():
             by_step = slope.unflatten(0, (len(alphas), -1))
             mean[name] = mean.get(name, 0) + wide(by_step).sum(0) / steps
-    return window, mean, _sums(mean[_EMBED] * (wide(there) - wide(here)))
+    return window, mean, _sums(mean[EMBED] * (wide(there) - wide(here)))
 
 
 def _embeddings(
@@ -190,7 +236,7 @@ def _embeddings(
     replay = part.replay
     if isinstance(replay, Replay):
         return replay.pre[0][:, window], replay.arithmetic.embedded(away[:, window])
-    here, there = (read(run.runner, tokens, [_EMBED])[_EMBED] for tokens in (replay.tokens, away))
+    here, there = (read(run.runner, tokens, [EMBED])[EMBED] for tokens in (replay.tokens, away))
     return here, there
 
 
@@ -199,13 +245,13 @@ def _slopes(
 ) -> dict[str, torch.Tensor]:
     """Slopes at hooks, with these embeddings of copies of the prompts."""
     if isinstance(part.replay, Replay):
-        return late_slopes(part, window, _EMBED, points, names)[1]
+        return late_slopes(part, window, EMBED, points, names)[1]
     tokens = part.replay.tokens.repeat(len(points) // len(part.index), 1)
 
     def total() -> torch.Tensor:
         return differentiable(part.bound.measure(run.runner, tokens), run).sum()
 
-    return gradients_of(run.runner, total, names, fwd_hooks=[(_EMBED, put(points))])
+    return gradients_of(run.runner, total, names, fwd_hooks=[(EMBED, put(points))])
 
 
 def _placed(

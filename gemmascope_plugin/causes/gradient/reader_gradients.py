@@ -26,14 +26,14 @@ import torch
 from jaxtyping import Float
 
 from gemmascope_plugin.causes.components import layer_of
-from gemmascope_plugin.causes.gradient.late_slopes import late_slopes
+from gemmascope_plugin.causes.gradient.slopes import EMBED, late_slopes
 from gemmascope_plugin.causes.replayed import Part
 from gemmascope_plugin.causes.writes import Writes
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.gradients import gradients_of
 from gemmascope_plugin.models.precision import wide
 
-_PORTS, _EMBED = ("q", "k", "v"), "hook_embed"
+_PORTS = ("q", "k", "v")
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,7 @@ class ReaderGradients:
         return [ReaderGradients(self.anatomy, cache, slopes) for cache, slopes in pairs]
 
     def of_heads(self, layer: int, tokens: slice) -> Float[torch.Tensor, "token reader d_model"]:
-        """Gradients at the queries, keys and values of a layer, in the order of ``EdgeMap``.
-
-        Args:
-            layer: The layer.
-            tokens: Which tokens, rows and positions flattened.
-        """
+        """Gradients at the queries, keys and values of a layer, in the order of ``EdgeMap``."""
         name = f"blocks.{layer}."
         pre = self._at(self.cache, f"{name}hook_resid_pre", tokens)
         ln1 = self.anatomy.norm(layer, "ln1")
@@ -108,18 +103,8 @@ def read_gradients(
     run: Callable[[], Float[torch.Tensor, " row"]],
     fwd_hooks: Sequence[tuple[str, Callable[..., Any]]] = (),
 ) -> ReaderGradients:
-    """One forward and one backward pass.
-
-    Args:
-        anatomy: The model's.
-        runner: What ``run`` runs.
-        run: Runs it once and gives the metric of each row.
-        fwd_hooks: Attached for the run, before anything is read.
-
-    Raises:
-        HookNotFiredError: The metric does not depend on the model.
-    """
-    wanted, streams = _behind(anatomy, _EMBED)
+    """One forward and one backward pass; ``run`` gives the metric of each row."""
+    hooks, streams = _behind(anatomy, EMBED)
     cache: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> tuple[str, Callable[..., None]]:
@@ -130,7 +115,7 @@ def read_gradients(
 
     names = dict.fromkeys([*streams, *Writes.hooks(anatomy.n_layers)])
     keepers = [keep(name) for name in names]
-    slopes = gradients_of(runner, lambda: run().sum(), wanted, fwd_hooks=[*fwd_hooks, *keepers])
+    slopes = gradients_of(runner, lambda: run().sum(), hooks, fwd_hooks=[*fwd_hooks, *keepers])
     return ReaderGradients(anatomy, cache, slopes)
 
 
@@ -143,29 +128,21 @@ def late_gradients(
 ) -> ReaderGradients:
     """The same of readers behind a hook, from a value there on; of positions that are run again.
 
-    Args:
-        anatomy: The model's.
-        part: Prompts whose replay knows the model as functions of its weights.
-        window: The positions.
-        hook: ``hook_embed``, or where a writer's activation is.
-        start: What is there, of copies of the prompts at these positions.
-
-    Raises:
-        HookNotFiredError: The metric does not depend on the model.
+    ``hook`` is that of the embedding, or where a writer's activation is.
     """
-    wanted, streams = _behind(anatomy, hook)
-    writes = Writes.hooks(anatomy.n_layers) if hook == _EMBED else []
-    acts, slopes = late_slopes(part, window, hook, start, wanted, [*streams, *writes])
+    hooks, streams = _behind(anatomy, hook)
+    writes = Writes.hooks(anatomy.n_layers) if hook == EMBED else []
+    acts, slopes = late_slopes(part, window, hook, start, hooks, [*streams, *writes])
     return ReaderGradients(anatomy, acts, slopes)
 
 
 def _behind(anatomy: Anatomy, hook: str) -> tuple[list[str], list[str]]:
     """Where readers behind a hook have their gradients, and the streams that they read."""
-    n, first = anatomy.n_layers, 0 if hook == _EMBED else layer_of(hook) + 1
+    n, first = anatomy.n_layers, 0 if hook == EMBED else layer_of(hook) + 1
     layers = range(first, n)
     mlps = range(first - hook.endswith("hook_z"), n)  # that of the same layer reads heads
-    wanted = [f"blocks.{layer}.attn.hook_{port}" for layer in layers for port in _PORTS]
-    wanted += [anatomy.mlp_input(layer).hook for layer in mlps]
+    inputs = [f"blocks.{layer}.attn.hook_{port}" for layer in layers for port in _PORTS]
+    inputs += [anatomy.mlp_input(layer).hook for layer in mlps]
     streams = [f"blocks.{layer}.hook_resid_pre" for layer in layers]
     streams += [f"blocks.{layer}.hook_resid_mid" for layer in mlps]
-    return [*wanted, f"blocks.{n - 1}.hook_resid_post"], streams
+    return [*inputs, f"blocks.{n - 1}.hook_resid_post"], streams

@@ -12,21 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
 
-from gemmascope_plugin.causes.gradient.site_slopes import (
-    Ending,
-    frozen_model,
-    local_slopes,
-    mean_slopes,
-    start_of,
-    whole_effect,
-)
+from gemmascope_plugin.causes.gradient.site_slopes import Ending, SiteMethod, frozen_model, start_of
 from gemmascope_plugin.causes.gradient.site_values import Values, kept_tokens, read_sites
-from gemmascope_plugin.causes.gradient.slopes import norms_by_hand
+from gemmascope_plugin.causes.gradient.slopes import ignore_bridge_norm_warning
 from gemmascope_plugin.causes.gradient.task_site import Site, check_restartable
 from gemmascope_plugin.causes.memory import (
     HEADS,
@@ -44,7 +37,8 @@ from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.restart import Restart
 
-SlopeMethod = Literal["ig", "atp"]
+if TYPE_CHECKING:
+    from tqdm.auto import tqdm
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,21 +83,11 @@ def run_sites(
     bound: BoundTask,
     sites: Sequence[Site],
     *,
-    method: SlopeMethod,
-    steps: int,
+    method: SiteMethod,
     limit: Limit,
     progress: bool = False,
 ) -> list[PartRun]:
     """Runs a task and takes slopes at all sites.
-
-    Args:
-        model: The bare model.
-        bound: The task.
-        sites: From :func:`sites_of`.
-        method: ``ig`` or ``atp``.
-        steps: Midpoints, for ``ig``.
-        limit: How large a pass may be.
-        progress: Show a progress bar.
 
     Raises:
         TaskError: The metric has no gradient.
@@ -115,21 +99,20 @@ def run_sites(
     rows = limit.rows(site_footprint(model, bound, sites))
     parts = list(bound.parts(min(rows, len(bound))))
     with (
-        norms_by_hand(),
+        ignore_bridge_norm_warning(),
         frozen_model(model),
         tqdm(total=len(parts) * len(sites), desc="sites", disable=not progress) as bar,
     ):
-        return [_run_part(model, part, sites, method, steps, rows, bar) for part in parts]
+        return [_run_part(model, part, sites, method, rows, bar) for part in parts]
 
 
 def _run_part(
     model: HookedModel,
     bound: BoundTask,
     sites: Sequence[Site],
-    method: SlopeMethod,
-    steps: int,
+    method: SiteMethod,
     rows: int,
-    bar: Any,
+    bar: tqdm,
 ) -> PartRun:
     clean, corrupt = (
         read_sites(model, sites, tokens, bound.mask) for tokens in (bound.clean, bound.corrupt)
@@ -138,22 +121,16 @@ def _run_part(
     end = Restart(model, bound.clean, range(n_layers(model) + 1))
     with torch.no_grad():
         ends = [bound.measure(model, tokens) for tokens in (bound.clean, bound.corrupt)]
-    local = local_slopes(model, bound, sites) if method == "atp" else {}
-    found = []
-    for site in sites:
-        here, there = clean[site.hook], corrupt[site.hook]
-        whole = None
-        if method == "atp":
-            slope = local[site.hook]
-        else:
-            ending = Ending(bound, end, site)
-            slope = mean_slopes(ending, here, there, steps, rows)
-            whole = whole_effect(ending, here, there, ends[0])
-        slope = wide(flatten_heads(slope)) * bound.mask[..., None]
+    endings = [Ending(bound, end, site) for site in sites]
+    slopes = method.slopes(model, endings, (clean, corrupt), rows)
+    runs = []
+    for site, (slope, replaced) in zip(sites, slopes, strict=True):
+        flat = wide(flatten_heads(slope)) * bound.mask[..., None]
         keep = kept_tokens(site, bound.clean, bound.mask)
-        found.append(SiteRun(site, here, there, slope, keep, whole))
+        whole = None if replaced is None else ends[0] - replaced
+        runs.append(SiteRun(site, clean[site.hook], corrupt[site.hook], flat, keep, whole))
         bar.update()
-    return PartRun(bound, end, tuple(found), *ends)
+    return PartRun(bound, end, tuple(runs), *ends)
 
 
 def site_footprint(model: HookedModel, bound: BoundTask, sites: Sequence[Site]) -> Footprint:

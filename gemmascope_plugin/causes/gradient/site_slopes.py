@@ -23,7 +23,7 @@ and one forward pass per site for the residual.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from jaxtyping import Float
 from gemmascope_plugin.causes.gradient.site_values import Values
 from gemmascope_plugin.causes.gradient.slopes import put
 from gemmascope_plugin.causes.gradient.task_site import Site
+from gemmascope_plugin.causes.method import Method, table_of
 from gemmascope_plugin.causes.task import BoundTask
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.gradients import frozen, gradients_of
@@ -40,6 +41,9 @@ from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.restart import Restart
 
 Hooks = list[tuple[str, Callable[..., Any]]]
+Runs = tuple[Mapping[str, Values], Mapping[str, Values]]
+"""Values of the clean and of the corrupted run, by hook."""
+Slopes = Iterator[tuple[torch.Tensor, torch.Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -77,66 +81,82 @@ def start_of(site: Site) -> int:
     return site.layer + 1 if after else site.layer
 
 
-def local_slopes(
-    model: HookedModel, bound: BoundTask, sites: Sequence[Site]
-) -> dict[str, Float[torch.Tensor, "prompt pos ..."]]:
-    """``atp``: ``dm/dy`` of every prompt on the clean run, by hook.
+@dataclass(frozen=True)
+class SiteMethod(Method):
+    """How slopes at sites are taken."""
 
-    Raises:
-        TaskError: The metric has no gradient.
-    """
+    def slopes(self, model: HookedModel, ends: Sequence[Ending], runs: Runs, rows: int) -> Slopes:
+        """``dm/dy`` of every prompt, and the metric with ``y'`` there if it is measured, site by site.
 
-    def run() -> Float[torch.Tensor, ""]:
-        return _total(bound, bound.measure(model, bound.clean))
+        ``runs`` are the values of the clean and of the corrupted run by hook.
+        """
+        raise NotImplementedError
 
-    return gradients_of(model, run, [site.hook for site in sites])
+
+@dataclass(frozen=True)
+class LocalSlopes(SiteMethod):
+    """Those of the clean run, of all sites in one backward pass."""
+
+    name = "atp"
+    title = "attribution"
+    paper = "Nanda 2023; Syed et al., arXiv 2310.10348"
+    cost = "one forward and one backward pass"
+
+    def slopes(self, model: HookedModel, ends: Sequence[Ending], runs: Runs, rows: int) -> Slopes:
+        """One backward pass."""
+        bound = ends[0].bound
+
+        def run() -> Float[torch.Tensor, ""]:
+            return _total(bound, bound.measure(model, bound.clean))
+
+        gradients = gradients_of(model, run, [ending.site.hook for ending in ends])
+        yield from ((gradients[ending.site.hook], None) for ending in ends)
+
+
+@dataclass(frozen=True)
+class MeanSlopes(SiteMethod):
+    """Averaged over midpoints of the way from the clean to the corrupted tensor, one site at a time."""
+
+    name = "ig"
+    title = "integrated gradients"
+    paper = "Marks et al., arXiv 2403.19647"
+    cost = "`steps` forward and backward passes per site, of the layers behind it"
+
+    steps: int = 10
+
+    def slopes(self, model: HookedModel, ends: Sequence[Ending], runs: Runs, rows: int) -> Slopes:
+        """Site by site."""
+        for ending in ends:
+            clean, corrupt = (run[ending.site.hook].y for run in runs)
+            slope = mean_slopes(ending, clean, corrupt, self.steps, rows)
+            with torch.no_grad():
+                yield slope, ending.measure(corrupt, clean)
+
+
+METHODS = table_of(MeanSlopes, LocalSlopes)
+"""All methods by name."""
 
 
 def mean_slopes(
-    ending: Ending, clean: Values, corrupt: Values, steps: int, rows: int
+    ending: Ending,
+    clean: Float[torch.Tensor, "prompt pos ..."],
+    corrupt: Float[torch.Tensor, "prompt pos ..."],
+    steps: int,
+    rows: int,
 ) -> Float[torch.Tensor, "prompt pos ..."]:
-    """``ig``: ``dm/dy`` of every prompt, averaged over midpoints of the way at one site.
-
-    Args:
-        ending: Runs the end of a pass.
-        clean: The clean run at the site.
-        corrupt: The corrupted run there.
-        steps: Midpoints.
-        rows: Rows in one pass.
-
-    Raises:
-        TaskError: The metric has no gradient.
-    """
-    delta = corrupt.y - clean.y
+    """The mean of ``dm/dy`` at midpoints of the way from one tensor at a site to the other."""
+    delta = corrupt - clean
     total = torch.zeros_like(delta)
     alphas = torch.arange(steps, dtype=torch.float64).add(0.5).div(steps).tolist()
-    size = max(1, rows // len(clean.y))
+    size = max(1, rows // len(clean))
     for first in range(0, steps, size):
         chunk = alphas[first : first + size]
-        points = torch.cat([clean.y + alpha * delta for alpha in chunk]).requires_grad_(True)
+        points = torch.cat([clean + alpha * delta for alpha in chunk]).requires_grad_(True)
         with torch.enable_grad():
-            value = _total(ending.bound, ending.measure(points, clean.y))
+            value = _total(ending.bound, ending.measure(points, clean))
             (grad,) = torch.autograd.grad(value, points)
         total += grad.unflatten(0, (len(chunk), -1)).sum(0)
     return total / steps
-
-
-@torch.no_grad()
-def whole_effect(
-    ending: Ending,
-    clean: Values,
-    corrupt: Values,
-    metric_clean: Float[torch.Tensor, " prompt"],
-) -> Float[torch.Tensor, " prompt"]:
-    """``m(clean) - m(y')``: what replacing the whole tensor of a site costs.
-
-    Args:
-        ending: Runs the end of a pass.
-        clean: The clean run at the site.
-        corrupt: The corrupted run there.
-        metric_clean: The metric of the clean run.
-    """
-    return metric_clean - ending.measure(corrupt.y, clean.y)
 
 
 def frozen_model(model: HookedModel) -> Any:

@@ -25,6 +25,7 @@ from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.exact.activation_patching import MAX_ROWS
 from gemmascope_plugin.causes.exact.patch_sweep import sweep
 from gemmascope_plugin.causes.experiment import Experiment, experiment
+from gemmascope_plugin.causes.grid import Choice
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.nodes import Grid
 from gemmascope_plugin.causes.task import Task
@@ -133,16 +134,17 @@ def reopened(
             f"{effects!r} is a part of a result, its nodes are not known", fix="the whole result"
         )
     options = dict(metadata.get("options", {}))
+    patched = {name: options.pop(name) for name in ("replacement", "seed") if name in options}
     options |= {_CHOICES[axis]: effects.labels[axis] for axis in effects.axes if axis in _CHOICES}
     with experiment(
         model,
         task,
         metadata["component"],
+        Choice(axes=effects.axes, **options),
         mode=metadata["mode"],
         saes=saes,
-        axes=effects.axes,
         limit=Limit(max_rows),
-        **options,
+        **patched,
     ) as run:
         same = _agree(run.metadata, metadata, dtype_of(model))
         if not same or run.grid.labels != effects.labels:

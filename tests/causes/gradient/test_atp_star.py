@@ -7,13 +7,14 @@ import torch
 
 from gemmascope_plugin.causes import Task, attribution_patching, logit_diff
 from gemmascope_plugin.causes.experiment import experiment
-from gemmascope_plugin.causes.gradient.attention_fix import (
+from gemmascope_plugin.causes.gradient.atp_star import (
     MAX_CHANGE,
     attention_fixes,
     key_fix,
     pattern_hook,
 )
 from gemmascope_plugin.causes.gradient.slopes import by_patch, differences, slopes
+from gemmascope_plugin.causes.grid import Choice
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.models import gradients
 from gemmascope_plugin.models.anatomy import Anatomy
@@ -69,7 +70,7 @@ def by_hand(model, task: Task, port: str, places) -> torch.Tensor:
 
 def fixed(model, port: str, axes: tuple[str, ...]) -> torch.Tensor:
     """What the fixes say of one layer, without GradDrop."""
-    with experiment(model, LONG, port, mode="denoising", axes=axes) as run:
+    with experiment(model, LONG, port, Choice(axes=axes), mode="denoising") as run:
         fixes = attention_fixes(run, Anatomy(model))
         found = slopes(run, [pattern_hook(name) for name in fixes])
         products = {name: fix.effects(found[pattern_hook(name)]) for name, fix in fixes.items()}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gemmascope_plugin.causes import Task, attribution_patching, logit_diff
-from gemmascope_plugin.causes.gradient.relp_rules import RelpRules
+from gemmascope_plugin.causes.gradient.relp import RelpRules
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models import gradients
 from gemmascope_plugin.models.gradients import gradients_of

@@ -1,0 +1,206 @@
+"""Some prompts whose edges are scored: differences of their writers, times gradients at their readers.
+
+``<D_u, g_v>`` of every edge: what a writer would add, times what a reader would make of it.
+
+1. ``EdgeRuns`` has the writers of the base run and of the other, and takes gradients of runs between.
+   A method says which (``eap.py``, ``eap_ig.py``): it gives *paths*, differences and the runs whose
+   gradients they are multiplied with.
+2. Tokens are taken in blocks whose ``tokens * writers * d_model`` numbers fit the budget.
+3. Per block the writers' differences are formed once and multiplied with the gradients of one layer's
+   readers at a time, averaged over the runs that go with them; only writers before the readers take part.
+
+Cost: ``2 * tokens * edges * d_model`` operations, and forming the differences.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+
+from gemmascope_plugin.causes.gradient.reader_gradients import (
+    ReaderGradients,
+    late_gradients,
+    read_gradients,
+)
+from gemmascope_plugin.causes.gradient.slopes import EMBED
+from gemmascope_plugin.causes.method import Method
+from gemmascope_plugin.causes.metric import Metric
+from gemmascope_plugin.causes.nodes import read
+from gemmascope_plugin.causes.replace import Replacement
+from gemmascope_plugin.causes.replayed import Part
+from gemmascope_plugin.causes.writes import DeltaForm, Writes, write_deltas
+from gemmascope_plugin.errors import TaskError
+from gemmascope_plugin.graphs.edge_map import EdgeMap
+from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.protocol import dtype_of
+from gemmascope_plugin.models.replay import Replay
+from gemmascope_plugin.types import Direction
+
+Deltas = Callable[[slice], Float[torch.Tensor, "token writer d_model"]]
+"""Tokens, rows and positions flattened, to what each writer would add there."""
+
+
+@dataclass(frozen=True)
+class Path:
+    """Differences of the writers, and the runs whose gradients they are multiplied with."""
+
+    deltas: Deltas
+    runs: Sequence[ReaderGradients]
+    """Their mean is taken."""
+    weight: float = 1.0
+    writers: slice | None = None
+    """Rows of the writers that count; None for all."""
+
+
+@dataclass(frozen=True)
+class EdgeMethod(Method):
+    """Which gradients the differences of the writers are multiplied with."""
+
+    between_prompts: ClassVar[bool] = False
+    """Whether its runs go from one prompt to the other, which zeros and means do not."""
+    conserves: ClassVar[bool] = False
+    """Whether the scores out of the embedding sum to the whole difference of the metric."""
+
+    @property
+    def n_steps(self) -> int:
+        """Points at which gradients are taken along a line; 1 where there is no line."""
+        return 1
+
+    def check(self, metrics: Sequence[Metric], mode: Direction, replacement: Replacement) -> None:
+        """Refuses what would give zeros or nonsense."""
+        if replacement != "other" and self.between_prompts:
+            raise TaskError(
+                f"{self.name!r} goes from one prompt's run to another's, and replacement="
+                f"{replacement!r} is not the run of a prompt",
+                fix="method='eap-ig-activations' or 'eap'",
+            )
+
+    def paths(self, runs: EdgeRuns) -> Iterator[Path]:
+        """What is multiplied with what."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeRuns:
+    """Some prompts: what their writers write in both runs, and gradients at readers in between."""
+
+    anatomy: Anatomy
+    part: Part
+    window: slice
+    """The positions that are run."""
+    base: Writes
+    """In the window, as the other run."""
+    other: Writes
+    other_tokens: Int[torch.Tensor, "part pos"]
+    form: DeltaForm
+    copies: int
+    """Copies of the prompts in one pass."""
+
+    @property
+    def deltas(self) -> Deltas:
+        """The writers' differences between the two runs."""
+        return deltas_between(self.anatomy, self.base, self.other, self.form)
+
+    def at(self, hook: str, points: Float[torch.Tensor, "row pos ..."]) -> ReaderGradients:
+        """Gradients with these values at a hook, of copies of the prompts."""
+        model = self.anatomy.model
+        points = points.to(dtype_of(model))
+        if isinstance(self.part.replay, Replay):
+            return late_gradients(self.anatomy, self.part, self.window, hook, points)
+
+        def put(x: torch.Tensor, hook: Any) -> torch.Tensor:
+            # the values, with the graph of what was there
+            return points.reshape(x.shape).to(x) + (x - x.detach())
+
+        tokens = self.part.replay.tokens.repeat(len(points) // len(self.part.index), 1)
+        measure = functools.partial(self.part.bound.measure, model, tokens)
+        return read_gradients(self.anatomy, model, measure, [(hook, put)])
+
+    def along(
+        self, hook: str, start: torch.Tensor, end: torch.Tensor, n: int
+    ) -> Iterator[ReaderGradients]:
+        """Runs at the midpoints of a line; several points ride on the batch axis."""
+        middles = (torch.arange(n, device=start.device) + 0.5) / n
+        for alphas in middles.to(start.dtype).split(self.copies):
+            shape = (-1, *[1] * start.ndim)
+            points = (start + alphas.reshape(shape) * (end - start)).flatten(0, 1)
+            yield from self.at(hook, points).split(len(self.part.index))
+
+    def other_embedding(self) -> Float[torch.Tensor, "part pos d_model"]:
+        """The embedding of the other run's tokens in the window."""
+        if isinstance(self.part.replay, Replay):
+            return self.part.replay.arithmetic.embedded(self.other_tokens[:, self.window])
+        return read(self.anatomy.model, self.other_tokens, [EMBED])[EMBED][:, self.window]
+
+
+def deltas_between(anatomy: Anatomy, base: Writes, other: Writes, form: DeltaForm) -> Deltas:
+    """The writers' differences between two runs, for the tokens that are asked for."""
+
+    def some(tokens: slice) -> Float[torch.Tensor, "token writer d_model"]:
+        return write_deltas(anatomy, base.tokens(tokens), other.tokens(tokens), form)[0]
+
+    return some
+
+
+def edge_products(
+    edges: EdgeMap, path: Path, n_tokens: int, block: int
+) -> Iterator[tuple[tuple[slice, slice, slice], torch.Tensor, torch.Tensor]]:
+    """Blocks of tokens, writers and readers, and both factors of their products."""
+    for start in range(0, n_tokens, block):
+        tokens = slice(start, min(start + block, n_tokens))
+        written = path.deltas(tokens)
+        for layer in range(edges.n_layers):
+            first, mlp = edges.inputs(layer, "q").start, edges.inputs(layer, "mlp").start
+            heads = edges.heads(layer)
+            for readers, upto, of in (
+                (slice(first, mlp), heads.start, ReaderGradients.of_heads),
+                (slice(mlp, mlp + 1), heads.stop, ReaderGradients.of_mlp),
+            ):
+                writers = _cut(path.writers, upto)
+                if writers.start < writers.stop:
+                    g = _mean([of(run, layer, tokens) for run in path.runs])
+                    yield (tokens, writers, readers), written[:, writers], g
+        writers = _cut(path.writers, len(edges.writers))
+        last = _mean([run.of_logits(tokens) for run in path.runs])
+        yield (tokens, writers, edges.inputs(0, "logits")), written[:, writers], last
+
+
+def add_sums(
+    out: Float[torch.Tensor, "writer reader"],
+    edges: EdgeMap,
+    path: Path,
+    n_tokens: int,
+    block: int,
+) -> None:
+    """Adds the products, summed over tokens, to ``out``."""
+    for (_, writers, readers), d, g in edge_products(edges, path, n_tokens, block):
+        out[writers, readers] += path.weight * torch.einsum("twm,trm->wr", d, g)
+
+
+def add_by_token(
+    out: Float[torch.Tensor, "token writer reader"],
+    edges: EdgeMap,
+    path: Path,
+    n_tokens: int,
+    block: int,
+) -> None:
+    """Adds the products of every token to ``out``."""
+    for (tokens, writers, readers), d, g in edge_products(edges, path, n_tokens, block):
+        out[tokens, writers, readers] += path.weight * (d @ g.transpose(1, 2))
+
+
+def _mean(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total / len(tensors)
+
+
+def _cut(rows: slice | None, stop: int) -> slice:
+    """The rows below ``stop``."""
+    return slice(0, stop) if rows is None else slice(rows.start, min(rows.stop, stop))
