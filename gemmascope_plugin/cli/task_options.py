@@ -199,11 +199,11 @@ class Question:
         return replace(task, metric=self._metric(self.metric, asked.answer, asked.wrong))
 
     def _metric(self, name: str, answer: Any, wrong: Any) -> Any:
-        import gemmascope_plugin.patching as patching
+        import gemmascope_plugin.causes as causes
 
         given = {"answer": answer, "wrong": wrong or None}
         reads = {each: given[each] for each in _READS[name]}
-        return getattr(patching, name)(**reads, before_cap=self.before_cap)
+        return getattr(causes, name)(**reads, before_cap=self.before_cap)
 
 
 def task_names(model: str) -> tuple[str, ...]:

@@ -131,14 +131,14 @@ def test_options_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_own_prompts_with_every_metric(
     suite: Any, metric: str | None, given: tuple[str, ...], name: str
 ) -> None:
-    import gemmascope_plugin.patching as patching
+    import gemmascope_plugin.causes as causes
 
     asked = () if metric is None else ("--metric", metric)
     printed = json.loads(run(*given, *given, *asked, "--component", "mlp_out", "--json"))
     assert printed["metric"] == name and printed["n_prompts"] == 2
     words = {"answer": ["anna"], "wrong": ["george"]}
     reads = {key: words[key] for key in words if f"--{key}" in given}
-    task = gs.Task(given[1], given[3], getattr(patching, metric or "logit_diff")(**reads))
+    task = gs.Task(given[1], given[3], getattr(causes, metric or "logit_diff")(**reads))
     effects = gs.activation_patching(suite.model, task, "mlp_out")
     for row in printed["effects"]:
         expected = float(effects.values[row["layer"], row["pos"]])
