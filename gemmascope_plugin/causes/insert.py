@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from gemmascope_plugin.causes.nodes import At, Patch
+from gemmascope_plugin.models.record import write
 
 NamedHooks = list[tuple[str, Callable[..., Any]]]
 
@@ -83,7 +84,4 @@ def _inside(index: tuple[At, ...], x: torch.Tensor) -> Bool[torch.Tensor, "*dims
 def _replace(
     copies: Sequence[int], indices: Sequence[tuple[At, ...]], other: torch.Tensor
 ) -> Callable[..., torch.Tensor]:
-    def hook_fn(x: torch.Tensor, hook: Any) -> torch.Tensor:
-        return inserted(x, copies, indices, other)
-
-    return hook_fn
+    return write(lambda x: inserted(x, copies, indices, other))

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 
 from gemmascope_plugin.causes.components import COMPONENTS
-from gemmascope_plugin.errors import HookNotFiredError, UnknownNameError
-from gemmascope_plugin.models.asked import no_logits
-from gemmascope_plugin.models.hooks import hooking
+from gemmascope_plugin.errors import UnknownNameError
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.splice import HookedCrossLayer, HookedSAE, splice
 from gemmascope_plugin.splice.check_saes import as_list
@@ -116,39 +114,3 @@ def patchable(model: HookedModel, component: str, saes: Any) -> Iterator[Any]:
     ]
     with splice(model, kept) as spliced:
         yield spliced
-
-
-def read(
-    runner: Any,
-    tokens: Int[torch.Tensor, "prompt pos"],
-    hooks: Sequence[str],
-    *,
-    rows: int | None = None,
-) -> dict[str, torch.Tensor]:
-    """The activations at ``hooks``, in passes of at most ``rows`` prompts.
-
-    Raises:
-        HookNotFiredError: A hook that the pass never reached.
-    """
-    parts = [_read(runner, part, hooks) for part in tokens.split(rows or len(tokens))]
-    if len(parts) == 1:
-        return parts[0]
-    return {name: torch.cat([part[name] for part in parts]) for name in hooks}
-
-
-def _read(runner: Any, tokens: torch.Tensor, hooks: Sequence[str]) -> dict[str, torch.Tensor]:
-    held: dict[str, torch.Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook_fn(x: torch.Tensor, hook: Any) -> None:
-            held[name] = x.detach()
-
-        return hook_fn
-
-    keepers = [(name, keep(name)) for name in hooks]
-    with torch.no_grad(), hooking(runner, fwd_hooks=keepers), no_logits(runner):
-        runner(tokens)
-    missing = [name for name in hooks if name not in held]
-    if missing:
-        raise HookNotFiredError(f"The hooks {', '.join(missing)} never fired")
-    return held

@@ -21,12 +21,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.causes.task import BoundTask
-from gemmascope_plugin.errors import HookNotFiredError
 from gemmascope_plugin.models.block import Hooks
 from gemmascope_plugin.models.module_replay import ModuleReplay, model_of
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.readout import OfResiduals
-from gemmascope_plugin.models.replay import Arithmetic, Replay, Stage, keeping, replayable
+from gemmascope_plugin.models.record import check_reached, keeping
+from gemmascope_plugin.models.replay import Arithmetic, Replay, Stage, replayable
 from gemmascope_plugin.models.unembed import unembedding
 
 _ROWS = 128
@@ -151,11 +151,9 @@ def _part(
     here, there = names
     kept: dict[str, torch.Tensor] = {}
     changed: dict[str, torch.Tensor] = {}
-    end = replay.record(keeping(kept, dict.fromkeys([*here, *there])))
+    end = replay.record(keeping(kept, [*here, *there]))
     away = replay.variant(other, start, keeping(changed, there))
-    missing = [name for name in [*here, *there] if name not in kept]
-    if missing:
-        raise HookNotFiredError(f"The hooks {', '.join(missing)} never fired")
+    check_reached(kept, [*here, *there])
     for name, x in changed.items():
         axis = position_axis(name)
         changed[name] = torch.cat([kept[name].narrow(axis, 0, start), x], axis)

@@ -30,7 +30,6 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int
 
-from gemmascope_plugin.causes.nodes import read
 from gemmascope_plugin.causes.replace import REPLACEMENTS, MaskedMean, Replacement
 from gemmascope_plugin.causes.replayed import Part, replayed
 from gemmascope_plugin.causes.task import BoundTask
@@ -39,6 +38,7 @@ from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.record import record
 
 DeltaForm = Literal["exact", "jacobian", "frozen", "naive"]
 
@@ -72,7 +72,7 @@ class Writes:
         cls, runner: HookedModel, tokens: Int[torch.Tensor, "row pos"], n_layers: int
     ) -> Writes:
         """From one forward pass."""
-        return cls.of(read(runner, tokens, cls.hooks(n_layers)), n_layers)
+        return cls.of(record(runner, tokens, cls.hooks(n_layers)), n_layers)
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Writes:
         """Another run, made from this one."""

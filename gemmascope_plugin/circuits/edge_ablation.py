@@ -39,6 +39,7 @@ from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.record import keep, write
 from gemmascope_plugin.models.replay import Stage
 
 MAX_ROWS = 512
@@ -161,14 +162,14 @@ class _Run:
             name = f"blocks.{layer}."
             row = self.edges.mlp(layer)
             found += [
-                (f"{name}hook_resid_pre", self._saw("pre")),
+                (f"{name}hook_resid_pre", keep(self.stream, "pre", self._by_circuit)),
                 *((f"{name}attn.hook_{port}", self._read_heads(layer, port)) for port in _PORTS),
                 (f"{name}attn.hook_z", self._attended(layer)),
-                (f"{name}hook_resid_mid", self._saw("mid")),
+                (f"{name}hook_resid_mid", keep(self.stream, "mid", self._by_circuit)),
                 (self.anatomy.mlp_input(layer).hook, self._read_mlp(layer)),
                 (f"{name}hook_mlp_out", self._wrote(row, self.other.mlp[layer])),
             ]
-        return [*found, (f"blocks.{n - 1}.hook_resid_post", self._read_logits)]
+        return [*found, (f"blocks.{n - 1}.hook_resid_post", write(self._read_logits))]
 
     def _write(
         self,
@@ -198,25 +199,19 @@ class _Run:
 
         return hook_fn
 
-    def _saw(self, name: str) -> Callable[..., None]:
-        def hook_fn(x: torch.Tensor, hook: Any) -> None:
-            self.stream[name] = self._by_circuit(x)
-
-        return hook_fn
-
     def _read_heads(self, layer: int, port: str) -> Callable[..., Any]:
         weight = {"q": self.anatomy.W_Q, "k": self.anatomy.W_K, "v": self.anatomy.W_V}[port]
         readers = self.edges.inputs(layer, port)
         first = self.edges.inputs(layer, "q").start
 
-        def hook_fn(values: torch.Tensor, hook: Any) -> torch.Tensor:
+        def read(values: torch.Tensor) -> torch.Tensor:
             if not bool(self.any_removed[:, readers].any()):
                 return values
             change = self._normed(layer)[..., readers.start - first : readers.stop - first, :]
             add = torch.einsum("cbshm,hmd->cbshd", change, weight(layer))
             return (values + add.flatten(0, 1)).to(values.dtype)
 
-        return hook_fn
+        return write(read)
 
     def _normed(self, layer: int) -> Float[torch.Tensor, "circuit prompt pos reader d_model"]:
         """What queries, keys and values of a layer see in its norm beyond the live stream."""
@@ -232,16 +227,16 @@ class _Run:
     def _read_mlp(self, layer: int) -> Callable[..., Any]:
         mlp_input, readers = self.anatomy.mlp_input(layer), self.edges.inputs(layer, "mlp")
 
-        def hook_fn(values: torch.Tensor, hook: Any) -> torch.Tensor:
+        def read(values: torch.Tensor) -> torch.Tensor:
             if not bool(self.any_removed[:, readers].any()):
                 return values
             change = self.written.change(readers)[..., 0, :]
             seen = mlp_input.value(self.stream["mid"] + change)
             return seen.flatten(0, 1).to(values.dtype)
 
-        return hook_fn
+        return write(read)
 
-    def _read_logits(self, x: torch.Tensor, hook: Any) -> torch.Tensor:
+    def _read_logits(self, x: torch.Tensor) -> torch.Tensor:
         readers = self.edges.inputs(0, "logits")
         if not bool(self.any_removed[:, readers].any()):
             return x

@@ -20,6 +20,7 @@ Cost: one row per circuit and prompt: a forward pass, an encode and two sparse d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -51,6 +52,7 @@ from gemmascope_plugin.models import flatten_heads, restore_heads
 from gemmascope_plugin.models.points import n_heads, n_layers
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.record import keep, write
 from gemmascope_plugin.saes import SparseActs
 
 Errors = Literal["as-circuit", "kept", "ablated"]
@@ -139,24 +141,13 @@ class _Run:
         for nodes in self.layout:
             site = nodes.site
             if site.reads is not None and site.reads.hook != site.hook:
-                found.append((site.reads.hook, self._look(site)))
+                found.append((site.reads.hook, keep(self._inputs, site.hook, site.reads)))
             found.append((site.hook, self._replace(nodes)))
         return found
 
-    def _look(self, site: Site) -> Callable[..., None]:
-        def hook_fn(x: torch.Tensor, hook: Any) -> None:
-            assert site.reads is not None
-            self._inputs[site.hook] = site.reads(x)
-
-        return hook_fn
-
     def _replace(self, nodes: SiteNodes) -> Callable[..., torch.Tensor]:
         make = self._features if nodes.site.kind == "feature" else self._raw
-
-        def hook_fn(y: torch.Tensor, hook: Any) -> torch.Tensor:
-            return make(nodes, y)
-
-        return hook_fn
+        return write(partial(make, nodes))
 
     def _raw(self, nodes: SiteNodes, y: torch.Tensor) -> torch.Tensor:
         """Heads, or the MLP."""

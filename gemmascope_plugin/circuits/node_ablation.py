@@ -21,6 +21,7 @@ from gemmascope_plugin.causes.replace import Replacement, replaced
 from gemmascope_plugin.causes.replayed import Part, joined, replayed
 from gemmascope_plugin.causes.task import BoundTask
 from gemmascope_plugin.graphs.node import Node
+from gemmascope_plugin.models.record import write
 
 
 def node_metric(
@@ -89,7 +90,7 @@ def _ablate(
     index = torch.tensor([node.index for _, node in here], device=given.device)
     whole = here[0][1].kind not in ("head", "feature")
 
-    def hook_fn(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+    def replace(activation: torch.Tensor) -> torch.Tensor:
         copies = activation.unflatten(0, (len(kept), -1))
         keep = kept[:, columns].to(activation.device)
         if whole:
@@ -99,4 +100,4 @@ def _ablate(
         keep = keep.reshape(len(kept), 1, 1, -1, *([1] * (old.ndim - 4)))
         return copies.index_copy(3, index, torch.where(keep, old, new)).flatten(0, 1)
 
-    return hook_fn
+    return write(replace)

@@ -31,6 +31,7 @@ from gemmascope_plugin.models.asked import final_residuals
 from gemmascope_plugin.models.gradients import frozen
 from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.record import keep
 from gemmascope_plugin.models.site_hooks import reading
 from gemmascope_plugin.models.unembed import mean_logit, unembedding
 from gemmascope_plugin.saes import Coder
@@ -69,14 +70,11 @@ def _batch(
 ) -> list[torch.Tensor]:
     read, seen = reading(model, hooked.hook_in), {}
 
-    def look(x: torch.Tensor, hook: Any) -> None:
-        seen["x"] = x.detach()
-
     def start(y: torch.Tensor, hook: Any) -> torch.Tensor:
         seen["y"] = y.detach().requires_grad_(True)
         return seen["y"]
 
-    hooks = [(read.hook, look), (hooked.hook_out, start)]
+    hooks = [(read.hook, keep(seen, "x")), (hooked.hook_out, start)]
     with (
         torch.enable_grad(),
         frozen(model.parameters()),

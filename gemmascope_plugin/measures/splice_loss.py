@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,6 +26,7 @@ from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.points import lowest_layer
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.record import write
 from gemmascope_plugin.splice import HookedSAE, splice
 
 
@@ -98,11 +98,7 @@ def _replace(
     keep: Bool[torch.Tensor, "batch pos"], value: Float[torch.Tensor, " d_out"]
 ) -> Callable[..., torch.Tensor]:
     """Puts ``value`` at the site wherever a token counts."""
-
-    def hook_fn(x: torch.Tensor, hook: Any) -> torch.Tensor:
-        return _put(x, keep.to(x.device), value)
-
-    return hook_fn
+    return write(lambda x: _put(x, keep.to(x.device), value))
 
 
 def _put(

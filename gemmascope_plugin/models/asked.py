@@ -1,8 +1,8 @@
-"""Forward passes that make no more than is asked: logits at some positions, or none, or a few layers.
+"""Forward passes that make no more than is asked: logits at some positions, or none.
 
 While a block of :func:`asked_positions`, :func:`final_residuals` or :func:`no_logits` lasts, the model's
 unembedding does less and nothing else changes: every layer runs, hooks fire, the model applies its own
-soft-cap. :func:`record` reads activations and stops the pass after the last of them.
+soft-cap.
 
 Somebody else's hook at ``unembed.hook_out`` may do anything with the logits, so where there is one it
 sees all of them, at the asked positions.
@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 
-from gemmascope_plugin.errors import HookNotFiredError, shorten
-from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.readout import OfLogits, OfResiduals, Readout
 from gemmascope_plugin.models.skip import SharedLayers, computed_by
@@ -30,7 +28,6 @@ from gemmascope_plugin.models.unembed import (
     unembedding,
 )
 
-Hooks = Sequence[tuple[str, Callable[..., Any]]]
 Places = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 """From the number of rows of a pass to the rows and positions that are read."""
 At = Int[torch.Tensor, " prompt"] | Sequence[int] | slice | Places
@@ -193,52 +190,6 @@ class NextTokenLosses:
         rows = logits[:, :-1][self._mask.to(logits.device)].float()
         targets = self._targets.to(rows.device)
         return torch.nn.functional.cross_entropy(rows, targets, reduction="none")
-
-
-def record(
-    model: HookedModel,
-    tokens: Int[torch.Tensor, "batch pos"],
-    names: Sequence[str],
-    *,
-    fwd_hooks: Hooks = (),
-) -> dict[str, torch.Tensor]:
-    """Activations by hook name; the pass ends where the last of them has been read.
-
-    Args:
-        model: ``HookedTransformer`` or ``TransformerBridge``.
-        tokens: Token ids.
-        names: Hooks to read.
-        fwd_hooks: Attached before, so that what is read is what they leave.
-
-    Raises:
-        HookNotFiredError: A hook that the pass never reached.
-    """
-    held: dict[str, torch.Tensor] = {}
-    wanted = list(dict.fromkeys(names))
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook_fn(x: torch.Tensor, hook: Any) -> None:
-            held[name] = x.detach()
-            if len(held) == len(wanted):
-                raise _Enough
-
-        return hook_fn
-
-    with hooking(model, fwd_hooks=[*fwd_hooks, *((name, keep(name)) for name in wanted)]):
-        try:
-            if wanted:
-                with torch.no_grad(), no_logits(model):
-                    model(tokens)
-        except _Enough:
-            pass
-    silent = [name for name in wanted if name not in held]
-    if silent:
-        raise HookNotFiredError(f"The model ran but never reached {shorten(silent)}")
-    return held
-
-
-class _Enough(Exception):  # noqa: N818
-    """Ends a forward pass; never leaves this file."""
 
 
 def has_hooks(point: Any) -> bool:

@@ -21,6 +21,7 @@ from gemmascope_plugin.models.block import Hooks
 from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.points import can_restart, n_layers
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.record import keeping, put
 from gemmascope_plugin.models.replay import Stage
 from gemmascope_plugin.models.restart import Restart
 from gemmascope_plugin.models.threads import threads_for_tokens
@@ -68,20 +69,14 @@ class ModuleReplay:
         if self.runner is not self.model:
             return self._pass(self.tokens, hooks, {})
         restarts = can_restart(self.model)
-        n, held = n_layers(self.model), {}
-
-        def keep(name: str) -> tuple[str, Any]:
-            def hook_fn(x: torch.Tensor, hook: Any) -> None:
-                held[name] = x.detach()
-
-            return name, hook_fn
-
+        n = n_layers(self.model)
+        streams: dict[str, torch.Tensor] = {}
         pre = [f"blocks.{layer}.hook_resid_pre" for layer in range(n)]
         mid = [f"blocks.{layer}.hook_resid_mid" for layer in range(n)]
-        streams = [keep(name) for name in (*pre, *mid, f"blocks.{n - 1}.hook_resid_post")]
-        final = self._pass(self.tokens, [*hooks, *streams], {})
-        self.pre = [held[name] for name in (*pre, f"blocks.{n - 1}.hook_resid_post")]
-        self.mid = [held[name] for name in mid]
+        pre.append(f"blocks.{n - 1}.hook_resid_post")
+        final = self._pass(self.tokens, [*hooks, *keeping(streams, [*pre, *mid])], {})
+        self.pre = [streams[name] for name in pre]
+        self.mid = [streams[name] for name in mid]
         self._end = Restart(self.model, self.tokens, range(n + 1)) if restarts else None
         return final
 
@@ -105,14 +100,10 @@ class ModuleReplay:
         rows = self.tokens.repeat(copies, 1)
         if stream is None:
             return self._pass(rows, hooks, {})
-        n, new = n_layers(self.model), stream
-
-        def put(x: torch.Tensor, hook: Any) -> torch.Tensor:
-            return new
-
+        n = n_layers(self.model)
         last = f"blocks.{n - 1}.hook_resid_post"
         where = last if layer == n else f"blocks.{layer}.hook_resid_pre"
-        return self._pass(rows, [(where, put), *hooks], {})
+        return self._pass(rows, [(where, put(stream)), *hooks], {})
 
     def window(self, start: int) -> slice:
         """All positions."""

@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.models.protocol import HookedModel, device_of, dtype_of
+from gemmascope_plugin.models.record import write
 
 BEYOND = 64
 KEPT = 32
@@ -125,9 +126,7 @@ def compare(
     # the model's own arithmetic is asked about, so its unembedding runs
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
 
-    def cut(stream: torch.Tensor, hook: Any) -> torch.Tensor:
-        return stream[:, -kept:]
-
+    cut = write(lambda stream: stream[:, -kept:])
     logits = model.run_with_hooks(tokens.to(device_of(model)), fwd_hooks=[(last, cut)])
     difference = (logits.float().cpu() - reference).abs().max()
     return Parity(

@@ -17,7 +17,7 @@ Cost: the matrix products of the rows' positions in the layers that run; memory 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -354,25 +354,6 @@ def _at_end(points: Points) -> bool:
 def replayable(names: Iterable[str]) -> bool:
     """Whether all of these hooks are points of a replay."""
     return all(name in _OUTSIDE or _is_point(name) for name in names)
-
-
-def keeping(
-    held: dict[str, torch.Tensor], names: Iterable[str]
-) -> list[tuple[str, Callable[..., None]]]:
-    """Hooks that keep what is at some points.
-
-    Args:
-        held: Takes it, by name.
-        names: The points.
-    """
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook_fn(x: torch.Tensor, hook: Any) -> None:
-            held[name] = x.detach()
-
-        return hook_fn
-
-    return [(name, keep(name)) for name in names]
 
 
 def _is_point(name: str) -> bool:

@@ -44,6 +44,10 @@ class Reading:
         """The tensor of the site, from the one at ``hook``."""
         return x if self.gain is None else x * self.gain.to(x.device, x.dtype)
 
+    def detached(self, x: Shaped[torch.Tensor, "*axes"]) -> Shaped[torch.Tensor, "*axes"]:
+        """The same without a gradient."""
+        return self(x.detach())
+
 
 def reading(model: HookedModel, name: str, points: Mapping[str, Any] | None = None) -> Reading:
     """How to read the tensor called ``name`` in this model.

@@ -25,6 +25,7 @@ from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.points import lowest_layer
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.record import write
 from gemmascope_plugin.models.tokens import kept_positions, special_ids
 from gemmascope_plugin.splice.fit import Batches
 from gemmascope_plugin.splice.hooked_sae import HookedSAE
@@ -106,9 +107,9 @@ def _passes(
             with run.hooks(fwd_hooks=listeners):
                 yield "kept", read(run)
 
-    def zero(x: torch.Tensor, hook: Any) -> torch.Tensor:
+    def zero(x: torch.Tensor) -> torch.Tensor:
         here = keep[(..., *[None] * (x.ndim - 2))]
         return torch.where(here.to(x.device), torch.zeros_like(x), x)
 
-    with hooking(model, fwd_hooks=[(hook_out, zero)]):
+    with hooking(model, fwd_hooks=[(hook_out, write(zero))]):
         yield "zeroed", read(model)

@@ -27,6 +27,7 @@ from gemmascope_plugin.models.hooks import attached, claim
 from gemmascope_plugin.models.passes import PassWatch
 from gemmascope_plugin.models.prompts import check_room, read_prompts
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.record import keep
 from gemmascope_plugin.models.site_hooks import Reading, reading
 from gemmascope_plugin.models.stops import stop_ids
 from gemmascope_plugin.models.threads import threads_for_tokens
@@ -157,15 +158,9 @@ class SplicedModel:
         """
         cache: dict[str, torch.Tensor] = {}
 
-        def store(read: Reading) -> HookFn:
-            def hook_fn(activation: torch.Tensor, hook: Any) -> None:
-                cache[read.name] = read(activation.detach())
-
-            return hook_fn
-
         names = self._select(names_filter)
         readings = [self._reading(name) for name in names]
-        with self.hooks([(read.hook, store(read)) for read in readings]):
+        with self.hooks([(r.hook, keep(cache, r.name, r.detached)) for r in readings]):
             logits = self(text, **kwargs)
         silent = [name for name in names if name not in cache]
         if silent and names_filter is not None and not callable(names_filter):

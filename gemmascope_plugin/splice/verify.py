@@ -28,11 +28,11 @@ import gemmascope_plugin.saes as saes
 from gemmascope_plugin.errors import EmptySelectionError
 from gemmascope_plugin.loading import spec_of
 from gemmascope_plugin.models import special_ids
-from gemmascope_plugin.models.asked import record
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.prompts import PromptLike, documents
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.record import record
 from gemmascope_plugin.models.site_hooks import reading
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.splice.check_saes import check_sae

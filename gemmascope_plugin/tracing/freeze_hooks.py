@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from gemmascope_plugin.causes.gradient.slopes import put
-from gemmascope_plugin.causes.nodes import read
 from gemmascope_plugin.models.points import hook_points
 from gemmascope_plugin.models.precision import wide
+from gemmascope_plugin.models.record import put, record
 from gemmascope_plugin.models.site_hooks import reading
 from gemmascope_plugin.tracing.traced_prompt import Hooks, Replay
 
@@ -27,14 +26,14 @@ _LAST = "ln_final.hook_scale"
 
 def held_hooks(replay: Replay) -> Hooks:
     """Hooks that hold a run to its record."""
-    record, model = replay.record, replay.record.model
+    frozen, model = replay.record, replay.record.model
     points = hook_points(model)
     names = []
-    for layer in range(record.n_layers):
+    for layer in range(frozen.n_layers):
         scales = [f"blocks.{layer}.{norm}.hook_scale" for norm in _NORMS]
         names += [f"blocks.{layer}.attn.hook_pattern", *(name for name in scales if name in points)]
     names.append(_LAST)
-    held = read(model, record.tokens[None], names)
+    held = record(model, frozen.tokens[None], names)
     hooks: Hooks = [(name, put(value)) for name, value in held.items()]
     for index in range(len(replay.layout.activities)):
         hooks += _site_hooks(replay, index)

@@ -20,13 +20,13 @@ import torch
 from jaxtyping import Float
 
 import gemmascope_plugin.figures as figures
-from gemmascope_plugin.causes.nodes import read
 from gemmascope_plugin.errors import EmptySelectionError, TaskError
 from gemmascope_plugin.graphs.attribution_graph import SHOWN, AttributionGraph
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.head_scores import HeadScores
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.record import record
 from gemmascope_plugin.models.tokens import token_strings
 from gemmascope_plugin.splice.check_saes import check_saes
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
@@ -222,16 +222,16 @@ def _score(tracer: Tracer, layer: int, head: int, query: int, key: int, contrast
     Raises:
         TaskError: The query does not see the key.
     """
-    record = tracer.record
-    scores = HeadScores(record.anatomy, layer, head)
-    held = read(record.model, record.tokens[None], [scores.scores_hook, *scores.rotary_hooks])
-    observed = held[scores.scores_hook][0, head, query].to(record.dtype)
+    frozen = tracer.record
+    scores = HeadScores(frozen.anatomy, layer, head)
+    held = record(frozen.model, frozen.tokens[None], [scores.scores_hook, *scores.rotary_hooks])
+    observed = held[scores.scores_hook][0, head, query].to(frozen.dtype)
     # an infinity on one model class, the least finite number on the other
     seen = (observed > torch.finfo(observed.dtype).min / 2).nonzero()[:, 0].tolist()
-    _check_seen(record, layer, query, key, seen)
+    _check_seen(frozen, layer, query, key, seen)
     keys = seen if contrast else [key]
     asking, asked = (
-        Side.of(record, layer, given, at, scores.rotation(at, held))
+        Side.of(frozen, layer, given, at, scores.rotation(at, held))
         for given, at in ((scores.query, [query]), (scores.key, keys))
     )
     place = keys.index(key)

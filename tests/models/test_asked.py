@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from gemmascope_plugin.errors import MissingHookError
 from gemmascope_plugin.models.asked import (
     NextTokenLosses,
     asked_positions,
     final_residuals,
     no_logits,
-    record,
 )
 from tests.support.rounding import TINY
 from tests.tiny_models import random_tokens
@@ -129,34 +127,6 @@ def test_blocks_within_blocks_and_errors_leave_the_model_as_it_was(model, logits
             assert model(TOKENS).shape == (4, 1, model.cfg.d_vocab)
         assert "forward" not in vars(model.unembed)
         assert torch.equal(model(TOKENS), logits)
-
-
-def test_recorded_activations_are_those_of_the_whole_pass(model) -> None:
-    names = ["blocks.1.attn.hook_z", "hook_embed", "blocks.1.hook_mlp_out", "hook_embed"]
-    reached = []
-    later = [("blocks.2.hook_resid_pre", lambda x, hook: reached.append(1))]
-    got = record(model, TOKENS, names, fwd_hooks=later)
-    with torch.no_grad():
-        _, cache = model.run_with_cache(TOKENS, names_filter=names)
-    assert set(got) == set(names) and not reached
-    assert all(torch.equal(got[name], cache[name]) for name in set(names))
-    point = model.hook_dict["blocks.1.hook_mlp_out"]
-    assert not point.fwd_hooks
-    assert record(model, TOKENS, []) == {}
-
-
-def test_what_is_recorded_comes_after_hooks_that_change_it(model) -> None:
-    zero = [("blocks.0.hook_resid_post", lambda x, hook: x * 0)]
-    got = record(
-        model, TOKENS, ["blocks.0.hook_resid_post", "ln_final.hook_normalized"], fwd_hooks=zero
-    )
-    assert float(got["blocks.0.hook_resid_post"].abs().max()) == 0
-    assert len(got) == 2
-
-
-def test_a_hook_that_never_fires(hooked2) -> None:
-    with pytest.raises(MissingHookError, match="hook_mlp_in.*never fires"):
-        record(hooked2, TOKENS, ["blocks.0.hook_mlp_in"])
 
 
 def test_losses_of_a_second_pass_are_its_own_where_it_differs(model) -> None:

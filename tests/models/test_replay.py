@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from gemmascope_plugin.models.block import POINTS, gelu_times
-from gemmascope_plugin.models.replay import Arithmetic, Replay, keeping, replayable
+from gemmascope_plugin.models.record import keeping
+from gemmascope_plugin.models.replay import Arithmetic, Replay, replayable
 from tests.factories import tiny_model
 from tests.support.rounding import TINY
 from tests.tiny_models import random_tokens

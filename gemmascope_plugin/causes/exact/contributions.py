@@ -32,6 +32,7 @@ from gemmascope_plugin.models.padding import padded
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.readout import Readout
+from gemmascope_plugin.models.record import keep
 
 PerPrompt = Float[torch.Tensor, " prompt"]
 
@@ -99,17 +100,13 @@ class AnswerRun:
         positions = bound.metric.at
         assert positions is not None
 
-        def keep(name: str) -> Any:
-            def hook_fn(x: torch.Tensor, hook: Any) -> None:
-                rows = torch.arange(len(x), device=x.device)
-                at[name] = wide(x[rows, positions.to(x.device)])
-
-            return hook_fn
+        def answer(x: torch.Tensor) -> torch.Tensor:
+            return wide(x[torch.arange(len(x), device=x.device), positions.to(x.device)])
 
         anatomy = Anatomy(model)
         names = dict.fromkeys([*hooks, _last(anatomy)])
-        keepers = [(name, keep(name)) for name in names]
-        said = bound.said(model, bound.clean, fwd_hooks=keepers)
+        reads = [(name, keep(at, name, answer)) for name in names]
+        said = bound.said(model, bound.clean, fwd_hooks=reads)
         check_all(at, "the run of the prompts, at their answers", model)
         return cls(anatomy, bound, at, said)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -39,6 +39,7 @@ from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel, dtype_of
+from gemmascope_plugin.models.record import write
 from gemmascope_plugin.types import Direction
 
 MAX_ROWS = 512
@@ -225,12 +226,12 @@ def _add_to_heads(
 ) -> Callable[..., torch.Tensor]:
     """Hook that adds to one head of each of some copies of the prompts."""
 
-    def hook_fn(x: torch.Tensor, hook: Any) -> torch.Tensor:
+    def changed(x: torch.Tensor) -> torch.Tensor:
         copies = x.clone().unflatten(0, (-1, add.shape[1]))
         copies[rows, :, :, heads] = (copies[rows, :, :, heads] + add).to(x.dtype)
         return copies.flatten(0, 1)
 
-    return hook_fn
+    return write(changed)
 
 
 def _replace_rows(
@@ -238,12 +239,12 @@ def _replace_rows(
 ) -> Callable[..., torch.Tensor]:
     """Hook that gives some copies of the prompts another value."""
 
-    def hook_fn(x: torch.Tensor, hook: Any) -> torch.Tensor:
+    def changed(x: torch.Tensor) -> torch.Tensor:
         copies = x.clone().unflatten(0, (-1, new.shape[1]))
         copies[rows] = new.to(x.dtype)
         return copies.flatten(0, 1)
 
-    return hook_fn
+    return write(changed)
 
 
 def _start_layers(edges: EdgeMap) -> Int[torch.Tensor, " reader"]:

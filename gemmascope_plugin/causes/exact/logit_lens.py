@@ -24,12 +24,12 @@ from gemmascope_plugin.errors import EmptySelectionError, UnknownNameError, shor
 from gemmascope_plugin.figures.theme import plain, short_label
 from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.models.asked import record
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.prompts import PromptLike, one_prompt
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.record import record
 from gemmascope_plugin.models.unembed import Unembedding, top_logits
 
 

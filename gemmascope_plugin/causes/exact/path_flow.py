@@ -18,7 +18,7 @@ lowest layer of the senders and the first position that differs on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -30,7 +30,7 @@ from gemmascope_plugin.causes.stream_time import is_stream, is_z, written
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import dtype_of
-from gemmascope_plugin.models.replay import keeping
+from gemmascope_plugin.models.record import keeping, write
 
 Paths = Literal["direct", "mlps", "total"]
 Difference = Float[torch.Tensor, "prompt pos d_model"]
@@ -196,10 +196,10 @@ def _add(value: torch.Tensor, rows: slice) -> Callable[[torch.Tensor], None]:
 def _clone_and(edits: list[Callable[[torch.Tensor], None]]) -> Callable[..., torch.Tensor]:
     """A hook function that edits a copy."""
 
-    def hook_fn(x: torch.Tensor, hook: Any) -> torch.Tensor:
+    def edited(x: torch.Tensor) -> torch.Tensor:
         copy = x.clone()
         for edit in edits:
             edit(copy)
         return copy
 
-    return hook_fn
+    return write(edited)

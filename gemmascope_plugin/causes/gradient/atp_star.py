@@ -51,15 +51,15 @@ from gemmascope_plugin.causes.gradient.slopes import (
     Products,
     by_patch,
     differences,
-    put,
     slopes,
 )
-from gemmascope_plugin.causes.nodes import At, read
+from gemmascope_plugin.causes.nodes import At
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.points import n_layers
 from gemmascope_plugin.models.precision import wide
+from gemmascope_plugin.models.record import put, record, write
 
 Scores = Float[torch.Tensor, "prompt head query key"]
 Slopes = Float[torch.Tensor, "copy prompt head query key"]
@@ -142,12 +142,12 @@ def drop_hooks(layers: Sequence[int], n_prompts: int) -> FwdHooks:
     """Hooks that stop, in copy ``i`` of the prompts, the gradient into what layer ``layers[i]`` adds."""
 
     def stop(copy: int) -> Callable[..., torch.Tensor]:
-        def hook_fn(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        def stopped(x: torch.Tensor) -> torch.Tensor:
             passes = torch.ones(len(x), *[1] * (x.ndim - 1), dtype=torch.bool, device=x.device)
             passes[copy * n_prompts : (copy + 1) * n_prompts] = False
             return torch.where(passes, x, x.detach())
 
-        return hook_fn
+        return write(stopped)
 
     return [
         (f"blocks.{layer}.{name}", stop(copy))
@@ -240,12 +240,12 @@ def attention_fixes(run: Experiment, anatomy: Anatomy) -> dict[str, AttentionFix
     partner = "k" if port == "q" else "q"
     partners = {name: _sibling(name, f"hook_{partner}") for name in run.grid.hooks}
     scores = {name: _sibling(name, "hook_attn_scores") for name in run.grid.hooks}
-    base = read(run.runner, run.base, [*partners.values(), *scores.values()])
+    base = record(run.runner, run.base, [*partners.values(), *scores.values()])
     # The partners are put in place too: they would change with the queries or keys of lower layers.
     placed = [(name, put(run.other[name])) for name in run.grid.hooks]
     placed += [(name, put(base[name])) for name in partners.values()]
     with hooking(run.runner, fwd_hooks=placed):
-        moved = read(run.runner, run.base, list(scores.values()))
+        moved = record(run.runner, run.base, list(scores.values()))
     keys = run.grid.patches[0].index[0]
     return {
         name: AttentionFix(base[at], moved[at], port, anatomy.group, keys)

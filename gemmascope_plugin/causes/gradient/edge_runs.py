@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -30,7 +30,6 @@ from gemmascope_plugin.causes.gradient.reader_gradients import (
 from gemmascope_plugin.causes.gradient.slopes import EMBED
 from gemmascope_plugin.causes.method import Method
 from gemmascope_plugin.causes.metric import Metric
-from gemmascope_plugin.causes.nodes import read
 from gemmascope_plugin.causes.replace import Replacement
 from gemmascope_plugin.causes.replayed import Part
 from gemmascope_plugin.causes.writes import DeltaForm, Writes, write_deltas
@@ -38,6 +37,7 @@ from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.protocol import dtype_of
+from gemmascope_plugin.models.record import record, write
 from gemmascope_plugin.models.replay import Replay
 from gemmascope_plugin.types import Direction
 
@@ -113,13 +113,13 @@ class EdgeRuns:
         if isinstance(self.part.replay, Replay):
             return late_gradients(self.anatomy, self.part, self.window, hook, points)
 
-        def put(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        def put(x: torch.Tensor) -> torch.Tensor:
             # the values, with the graph of what was there
             return points.reshape(x.shape).to(x) + (x - x.detach())
 
         tokens = self.part.replay.tokens.repeat(len(points) // len(self.part.index), 1)
         measure = functools.partial(self.part.bound.measure, model, tokens)
-        return read_gradients(self.anatomy, model, measure, [(hook, put)])
+        return read_gradients(self.anatomy, model, measure, [(hook, write(put))])
 
     def along(
         self, hook: str, start: torch.Tensor, end: torch.Tensor, n: int
@@ -135,7 +135,7 @@ class EdgeRuns:
         """The embedding of the other run's tokens in the window."""
         if isinstance(self.part.replay, Replay):
             return self.part.replay.arithmetic.embedded(self.other_tokens[:, self.window])
-        return read(self.anatomy.model, self.other_tokens, [EMBED])[EMBED][:, self.window]
+        return record(self.anatomy.model, self.other_tokens, [EMBED])[EMBED][:, self.window]
 
 
 def deltas_between(anatomy: Anatomy, base: Writes, other: Writes, form: DeltaForm) -> Deltas:

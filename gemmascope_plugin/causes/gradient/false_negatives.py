@@ -34,6 +34,7 @@ from gemmascope_plugin.errors import EmptySelectionError, TaskError
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.record import write
 from gemmascope_plugin.splice.check_saes import check_saes
 
 
@@ -203,9 +204,9 @@ def _open_mesh(index: tuple[At, ...], shape: torch.Size) -> tuple[torch.Tensor, 
 def _insert(chosen: Bool[torch.Tensor, "subset ..."], other: torch.Tensor) -> Callable[..., Any]:
     """Hook that gives copy ``j`` of the prompts the entries that are chosen in it."""
 
-    def hook_fn(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+    def replace(activation: torch.Tensor) -> torch.Tensor:
         mask = chosen.to(activation.device).repeat_interleave(len(other), 0)
         mask = mask.reshape(*mask.shape, *[1] * (activation.ndim - mask.ndim))
         return torch.where(mask, other.repeat(len(chosen), *[1] * (other.ndim - 1)), activation)
 
-    return hook_fn
+    return write(replace)

@@ -43,9 +43,7 @@ from gemmascope_plugin.causes.gradient.slopes import (
     differences,
     differentiable,
     late_slopes,
-    put,
 )
-from gemmascope_plugin.causes.nodes import read
 from gemmascope_plugin.causes.replayed import Part, inside, position_axis
 from gemmascope_plugin.causes.task import Task
 from gemmascope_plugin.errors import TaskError
@@ -54,6 +52,7 @@ from gemmascope_plugin.models.gradients import frozen, gradients_of
 from gemmascope_plugin.models.module_replay import model_of
 from gemmascope_plugin.models.points import n_layers
 from gemmascope_plugin.models.precision import wide
+from gemmascope_plugin.models.record import put, record
 from gemmascope_plugin.models.replay import Replay
 from gemmascope_plugin.models.threads import threads_for_tokens
 from gemmascope_plugin.types import Direction
@@ -236,7 +235,7 @@ def _embeddings(
     replay = part.replay
     if isinstance(replay, Replay):
         return replay.pre[0][:, window], replay.arithmetic.embedded(away[:, window])
-    here, there = (read(run.runner, tokens, [EMBED])[EMBED] for tokens in (replay.tokens, away))
+    here, there = (record(run.runner, tokens, [EMBED])[EMBED] for tokens in (replay.tokens, away))
     return here, there
 
 

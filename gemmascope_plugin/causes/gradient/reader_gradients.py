@@ -32,6 +32,7 @@ from gemmascope_plugin.causes.writes import Writes
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.gradients import gradients_of
 from gemmascope_plugin.models.precision import wide
+from gemmascope_plugin.models.record import keeping
 
 _PORTS = ("q", "k", "v")
 
@@ -107,15 +108,8 @@ def read_gradients(
     hooks, streams = _behind(anatomy, EMBED)
     cache: dict[str, torch.Tensor] = {}
 
-    def keep(name: str) -> tuple[str, Callable[..., None]]:
-        def hook_fn(x: torch.Tensor, hook: Any) -> None:
-            cache[name] = x.detach()
-
-        return name, hook_fn
-
-    names = dict.fromkeys([*streams, *Writes.hooks(anatomy.n_layers)])
-    keepers = [keep(name) for name in names]
-    slopes = gradients_of(runner, lambda: run().sum(), hooks, fwd_hooks=[*fwd_hooks, *keepers])
+    reads = keeping(cache, [*streams, *Writes.hooks(anatomy.n_layers)])
+    slopes = gradients_of(runner, lambda: run().sum(), hooks, fwd_hooks=[*fwd_hooks, *reads])
     return ReaderGradients(anatomy, cache, slopes)
 
 

@@ -38,6 +38,7 @@ from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.norm import Norm
 from gemmascope_plugin.models.points import hook_points, n_layers
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.record import keep, write
 from gemmascope_plugin.models.site_hooks import gain_of
 
 HookFn = Callable[..., Any]
@@ -79,7 +80,7 @@ class RelpRules:
             hooks += _gated(f"blocks.{layer}.mlp.")
             scores, pattern = (f"blocks.{layer}.attn.hook_{n}" for n in ("attn_scores", "pattern"))
             if self.pattern:
-                hooks.append((pattern, _constant))
+                hooks.append((pattern, write(torch.Tensor.detach)))
             elif self.caps and (cap := _cap(model, "attn_scores_soft_cap")):
                 hooks.append((scores, _whole_cap(cap, after=True)))
         if self.caps and not before_cap and (cap := _cap(model, "output_logits_soft_cap")):
@@ -123,50 +124,39 @@ class RelP(NodeMethod):
         return {"pattern_rule": self.rules.pattern, "cap_rule": self.rules.caps}
 
 
-def _constant(x: torch.Tensor, hook: Any) -> torch.Tensor:
-    return x.detach()
-
-
 def _norm(model: HookedModel, scale: str) -> FwdHooks:
     """The norm rule for the norm that has this hook."""
     prefix = scale.removesuffix(_SCALE)
     if f"{prefix}.hook_out" not in hook_points(model):
-        return [(scale, _constant)]
+        return [(scale, write(torch.Tensor.detach))]
     # The bridge rounds differently where a hook changes a scale, so its norms are left to run as they
     # are, and their output gets the other gradient.
     module = model.get_submodule(prefix)  # pyright: ignore[reportAttributeAccessIssue]
     eps = getattr(module, "eps", None)
     norm = Norm(gain_of(model, module), float(model.cfg.eps if eps is None else eps))
-    values: list[torch.Tensor] = []
+    inputs: dict[str, torch.Tensor] = {}
 
-    def keep(x: torch.Tensor, hook: Any) -> None:
-        values[:] = [x]
-
-    def replace(y: torch.Tensor, hook: Any) -> torch.Tensor:
-        (x,) = values
+    def replace(y: torch.Tensor) -> torch.Tensor:
+        x = inputs["x"]
         return _instead(y, norm.frozen(x.detach(), x - x.detach()).to(y.dtype))
 
-    return [(f"{prefix}.hook_in", keep), (f"{prefix}.hook_out", replace)]
+    read = keep(inputs, "x", None)
+    return [(f"{prefix}.hook_in", read), (f"{prefix}.hook_out", write(replace))]
 
 
 def _gated(mlp: str) -> FwdHooks:
     """Activation and half rule: half of the product for the gate, half for what it multiplies."""
     values: dict[str, torch.Tensor] = {}
 
-    def keep(name: str) -> HookFn:
-        def hook_fn(x: torch.Tensor, hook: Any) -> None:
-            values[name] = x
-
-        return hook_fn
-
-    def replace(product: torch.Tensor, hook: Any) -> torch.Tensor:
+    def replace(product: torch.Tensor) -> torch.Tensor:
         value = product.detach()
         gate, linear = (_ratio(value, x.detach()) * (x - x.detach()) for x in values.values())
         values.clear()
         return _instead(product, (gate + linear) / 2)
 
-    inputs = [(f"{mlp}{name}", keep(name)) for name in ("hook_pre", "hook_pre_linear")]
-    return [*inputs, (f"{mlp}hook_post", replace)]
+    names = ("hook_pre", "hook_pre_linear")
+    reads = [(f"{mlp}{name}", keep(values, name, None)) for name in names]
+    return [*reads, (f"{mlp}hook_post", write(replace))]
 
 
 def _instead(y: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
@@ -185,7 +175,7 @@ def _ratio(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def _whole_cap(cap: float, *, after: bool) -> HookFn:
     """Corrects the gradient of ``c tanh(x / c)`` to ``y / x``, before or after the cap."""
 
-    def hook_fn(x: torch.Tensor, hook: Any) -> torch.Tensor:
+    def corrected(x: torch.Tensor) -> torch.Tensor:
         if not x.requires_grad:
             return x
         capped = x.detach() / cap if after else (x.detach() / cap).tanh()
@@ -196,7 +186,7 @@ def _whole_cap(cap: float, *, after: bool) -> HookFn:
         same.register_hook(lambda grad: grad * factor)
         return same
 
-    return hook_fn
+    return write(corrected)
 
 
 def _cap(model: HookedModel, name: str) -> float | None:

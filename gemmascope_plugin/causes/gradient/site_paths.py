@@ -24,18 +24,17 @@ Cost: per copy the layers between, forward and backward; one or two where every 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 
 from gemmascope_plugin.causes.gradient.site_runs import PartRun, SiteRun
 from gemmascope_plugin.causes.gradient.site_slopes import Hooks, start_of
-from gemmascope_plugin.causes.gradient.slopes import put
 from gemmascope_plugin.causes.gradient.task_site import Site
 from gemmascope_plugin.models import flatten_heads
 from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.precision import wide
+from gemmascope_plugin.models.record import keep, put
 
 Probe = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]
 """What is asked at a target: one number per row, from what its dictionary encodes and its tensor, both
@@ -98,9 +97,9 @@ def _passed(
     """What the target's dictionary encodes, and its tensor, in a pass over the layers between."""
     held: dict[str, torch.Tensor] = {}
     hooks: Hooks = [(site.hook, put(leaves[site.hook])) for site in sources if not site.is_stream]
-    hooks.append((target.hook, _hold(held, target.hook)))
+    hooks.append((target.hook, keep(held, target.hook, None)))
     if target.reads is not None and target.reads.hook != target.hook:
-        hooks.append((target.reads.hook, _hold(held, target.reads.hook)))
+        hooks.append((target.reads.hook, keep(held, target.reads.hook, None)))
     first = sources[0]
     if first.is_stream:
         start, stream = start_of(first), leaves[first.hook]
@@ -112,10 +111,3 @@ def _passed(
     if target.reads is None:
         return None, y
     return flatten_heads(target.reads(held[target.reads.hook])), y
-
-
-def _hold(held: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
-    def hook_fn(x: torch.Tensor, hook: Any) -> None:
-        held[name] = x
-
-    return hook_fn

@@ -31,13 +31,13 @@ import torch
 from jaxtyping import Float
 
 from gemmascope_plugin.causes.gradient.site_values import Values
-from gemmascope_plugin.causes.gradient.slopes import put
 from gemmascope_plugin.causes.gradient.task_site import Site
 from gemmascope_plugin.causes.method import Method, table_of
 from gemmascope_plugin.causes.task import BoundTask
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.gradients import frozen, gradients_of
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.record import put
 from gemmascope_plugin.models.restart import Restart
 
 Hooks = list[tuple[str, Callable[..., Any]]]

@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.causes.gradient.task_site import Site
-from gemmascope_plugin.causes.nodes import read
 from gemmascope_plugin.models import flatten_heads
 from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.record import record
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.saes import SparseActs, write
 
@@ -99,7 +99,7 @@ def read_sites(
     """
     hooks = [site.hook for site in sites]
     hooks += [site.reads.hook for site in sites if site.reads is not None]
-    found: Mapping[str, torch.Tensor] = read(model, tokens, list(dict.fromkeys(hooks)))
+    found: Mapping[str, torch.Tensor] = record(model, tokens, list(dict.fromkeys(hooks)))
     values = {}
     for site in sites:
         if site.reads is None:

@@ -36,6 +36,7 @@ from gemmascope_plugin.causes.task import Task
 from gemmascope_plugin.errors import HookNotFiredError, TaskError
 from gemmascope_plugin.models.gradients import frozen, gradients_of
 from gemmascope_plugin.models.precision import wide
+from gemmascope_plugin.models.record import put
 from gemmascope_plugin.models.threads import threads_for_tokens
 from gemmascope_plugin.types import Direction
 
@@ -178,15 +179,6 @@ def by_patch(grid: Grid, products: Products) -> Float[torch.Tensor, "copy patch 
     # one more dimension: an entry that a patch picks alone is a number, and sums want a dimension
     rows = {name: product.flatten(0, 1)[..., None] for name, product in products.items()}
     return grid.sums(rows).unflatten(1, (copies, -1)).transpose(0, 1).cpu()
-
-
-def put(value: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """Hook that gives an activation this value, whatever it is."""
-
-    def hook_fn(activation: torch.Tensor, hook: Any) -> torch.Tensor:
-        return value
-
-    return hook_fn
 
 
 def late_slopes(

@@ -28,7 +28,6 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.catalog.site_names import human_size
-from gemmascope_plugin.causes.nodes import read
 from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.finite import check_all
@@ -36,6 +35,7 @@ from gemmascope_plugin.models.norm import Norm
 from gemmascope_plugin.models.points import flatten_heads
 from gemmascope_plugin.models.prompts import PromptLike, one_prompt
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.record import record
 from gemmascope_plugin.models.site_hooks import reading
 
 QUERIES = 64
@@ -108,7 +108,7 @@ class FrozenPass:
         anatomy = Anatomy(model)
         _check_patterns(anatomy, tokens.shape[1], budget)
         names = [*_needed(anatomy.n_layers), *hooks]
-        held = read(model, tokens, list(dict.fromkeys(names)))
+        held = record(model, tokens, list(dict.fromkeys(names)))
         check_all(held, "the prompt's pass", model)
         flat = {name: x if "pattern" in name else flatten_heads(x) for name, x in held.items()}
         return cls(model, anatomy, tokens[0], {name: x[0] for name, x in flat.items()})
