@@ -5,8 +5,7 @@ Conmy et al., arXiv 2304.14997, algorithm 1:
 1. Readers from the logits backwards; of each reader, its edges from the latest writer to the earliest.
 2. An edge is removed if that raises the divergence ``D`` by less than ``tau``; else it stays.
 3. ``D`` is the divergence of the next-token distribution from the clean run's, summed over the
-vocabulary,
-   or, with ``measure="metric"``, how far the metric falls.
+   vocabulary. :func:`acdc` takes any metric, whose fall counts.
 
 Most edges go, so the next edges are tried as if all before them had gone: a chain of circuits on the
 batch axis of one pass. What is found before the first edge that stays is what trying one by one finds,
@@ -25,15 +24,56 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 
+from gemmascope_plugin.causes import Task
+from gemmascope_plugin.causes.memory import Limit
+from gemmascope_plugin.causes.metrics import kl_divergence
+from gemmascope_plugin.circuits.circuit_methods import MEMORY, CircuitMethod, Options
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
+from gemmascope_plugin.graphs.circuit import Circuit
 from gemmascope_plugin.graphs.edge_map import EdgeMap
+from gemmascope_plugin.graphs.edge_positions import places_in
+from gemmascope_plugin.graphs.graph import Graph
+from gemmascope_plugin.models.origin import weights_of
+from gemmascope_plugin.models.protocol import HookedModel
+
+TAU = 0.01
+"""Rise of the divergence, in nats, that an edge must make to stay."""
+_MAX_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Acdc(CircuitMethod):
+    """Keeps what ACDC leaves; the score of an edge is the rise of the divergence when it was tried."""
+
+    def find(self, model: HookedModel, task: Task, options: Options) -> Circuit:
+        """The edges that stay."""
+        tau = TAU if options.tau is None else options.tau
+        memory = MEMORY if options.memory_budget is None else options.memory_budget
+        asked = task.asked
+        metric = kl_divergence(position=asked.position, before_cap=asked.before_cap)
+        bound = Task(task.clean, task.corrupt, metric, task.name, task.mask).bind(model)
+        ablation = EdgeAblation(model, bound, options.replacement, Limit(_MAX_ROWS, memory))
+        pruned = acdc(ablation, tau, progress=options.progress)
+        details = {
+            "task": task.name,
+            "metric": metric.name,
+            "method": self.name,
+            "tau": tau,
+            "replacement": options.replacement,
+            "n_prompts": bound.n_prompts,
+            "weights": weights_of(model),
+            "circuits_run": pruned.n_rows,
+        }
+        graph = Graph.of_edges(ablation.edges, pruned.rise, details)
+        rows, columns = places_in(graph, ablation.edges)
+        return Circuit(graph, pruned.is_kept[rows, columns])
 
 
 @dataclass(frozen=True)
 class Pruned:
     """What ACDC leaves."""
 
-    kept: Bool[torch.Tensor, "writer reader"]
+    is_kept: Bool[torch.Tensor, "writer reader"]
     rise: Float[torch.Tensor, "writer reader"]
     """How much removing the edge raised the divergence when it was tried."""
     n_rows: int
@@ -41,25 +81,17 @@ class Pruned:
 
 
 def acdc(ablation: EdgeAblation, tau: float, *, chain: int = 16, progress: bool = False) -> Pruned:
-    """Removes every edge whose removal raises the divergence by less than ``tau``.
-
-    Args:
-        ablation: The task; its metric is what is watched: ``kl_divergence`` (minus the
-            divergence), or any other, whose fall counts.
-        tau: The bar, in units of the metric.
-        chain: Edges tried in one pass.
-        progress: Show a progress bar.
-    """
+    """Removes every edge whose removal lowers the metric by less than ``tau``, ``chain`` in a pass."""
     from tqdm.auto import tqdm
 
     edges = ablation.edges
-    kept, rise, n_rows = edges.mask.clone(), torch.zeros(edges.mask.shape), 1
-    now = float(ablation.metric(kept[None]).mean())
+    is_kept, rise, n_rows = edges.mask.clone(), torch.zeros(edges.mask.shape), 1
+    now = float(ablation.metric(is_kept[None]).mean())
     waiting = list(_order(edges))
     with tqdm(total=len(waiting), desc="ACDC", disable=not progress) as bar:
         while waiting:
             tried = waiting[:chain]
-            values = ablation.metric(_chain(kept, tried)).mean(1).tolist()
+            values = ablation.metric(_chain(is_kept, tried)).mean(1).tolist()
             n_rows += len(tried)
             done = 0
             for (row, column), value in zip(tried, values, strict=True):
@@ -67,11 +99,11 @@ def acdc(ablation: EdgeAblation, tau: float, *, chain: int = 16, progress: bool 
                 rise[row, column] = now - value
                 if now - value >= tau:
                     break
-                kept[row, column] = False
+                is_kept[row, column] = False
                 now = value
             waiting = waiting[done:]
             bar.update(done)
-    return Pruned(kept, rise, n_rows)
+    return Pruned(is_kept, rise, n_rows)
 
 
 def _order(edges: EdgeMap) -> Iterator[tuple[int, int]]:
@@ -82,10 +114,19 @@ def _order(edges: EdgeMap) -> Iterator[tuple[int, int]]:
 
 
 def _chain(
-    kept: Bool[torch.Tensor, "writer reader"], tried: list[tuple[int, int]]
+    is_kept: Bool[torch.Tensor, "writer reader"], tried: list[tuple[int, int]]
 ) -> Bool[torch.Tensor, "circuit writer reader"]:
     """Circuits without the first, the first two, the first three ... of the edges."""
-    chain = kept.repeat(len(tried), 1, 1)
+    chain = is_kept.repeat(len(tried), 1, 1)
     for i, (row, column) in enumerate(tried):
         chain[i:, row, column] = False
     return chain
+
+
+ACDC = Acdc(
+    "acdc",
+    "edges",
+    frozenset({"units", "tau", "replacement", "memory_budget"}),
+    "Conmy et al., arXiv 2304.14997",
+    "one row of prompts per edge, and more after each edge that stays",
+)

@@ -10,9 +10,9 @@ through another site, nor through an error on the way.  Everything is taken at t
    where the feature is active in the clean run, the derivative of JumpReLU, and 0 where it is not. With
    ``ig`` it is the *finite difference* ``(a' - a) / (pre' - pre)`` where exactly one of the runs has the
    feature active (at most ``MAX_GATE``): features of the corrupted run alone have incoming edges too,
-   and the edges into a feature tend to sum to its score. With ``atp`` those have none; ``blind`` counts
-   them.  Dictionaries that are not plain JumpReLU (trees, SoftSAEs, top-k): the derivative of their own
-   encoder.
+   and the edges into a feature tend to sum to its score. With ``atp`` those have none;
+   ``n_unreachable`` counts them.  Dictionaries that are not plain JumpReLU (trees, SoftSAEs, top-k): the
+   derivative of their own encoder.
 2. An error: ``e`` itself, through tensor and dictionary, in the direction of its slope.  A head or MLP:
    its output in that direction.
 3. One vector-Jacobian product per target, all targets of a site on the batch axis, gives the gradient
@@ -46,13 +46,13 @@ MAX_GATE = 10.0
 
 
 @dataclass(frozen=True, eq=False)
-class FoundEdges:
+class FeatureEdges:
     """Edges among kept nodes, as places in the graph."""
 
     source: Int64[torch.Tensor, " edge"]
     target: Int64[torch.Tensor, " edge"]
     scores: Float[torch.Tensor, " edge"]
-    blind: int
+    n_unreachable: int
     """Kept features that no edge can reach: never active in clean runs, with ``atp``."""
 
 
@@ -63,9 +63,9 @@ def find_edges(
     layout: Sequence[SiteNodes],
     kept: Bool[torch.Tensor, " node"],
     *,
-    secant: bool,
+    finite_differences: bool,
     rows: int,
-) -> FoundEdges:
+) -> FeatureEdges:
     """All edges between kept nodes that are not zero.
 
     Args:
@@ -73,20 +73,22 @@ def find_edges(
         parts: Both runs of all prompts.
         layout: The nodes.
         kept: Which are kept.
-        secant: Whether gates are finite differences where one run alone has the feature active.
+        finite_differences: Whether gates are these where one run alone has the feature active.
         rows: Rows in one pass.
     """
     places = kept.nonzero().flatten()
     column = torch.full((len(kept),), -1)
     column[places] = torch.arange(len(places))
     weights = torch.zeros(len(places), len(places), dtype=torch.float64)
-    blind = torch.ones(len(kept), dtype=torch.bool)
+    is_unreachable = torch.ones(len(kept), dtype=torch.bool)
     n_prompts = sum(len(part.bound) for part in parts)
     with ignore_bridge_norm_warning(), frozen_model(model):
         for part in parts:
             for i, nodes in enumerate(layout):
                 copies = max(1, rows // len(part.bound))
-                for targets in _targets(part.sites[i], nodes, kept, secant, copies, blind):
+                for targets in _targets(
+                    part.sites[i], nodes, kept, finite_differences, copies, is_unreachable
+                ):
                     slopes = direct_slopes(part, nodes.site, targets.probe, len(targets.places))
                     for j, sources in enumerate(layout):
                         if sources.site.hook in slopes:
@@ -96,11 +98,11 @@ def find_edges(
     features = torch.zeros(len(kept), dtype=torch.bool)
     for nodes in layout:
         features[nodes.features] = nodes.site.kind == "feature"
-    return FoundEdges(
+    return FeatureEdges(
         places[source],
         places[target],
         (weights[source, target] / n_prompts).float(),
-        int((blind & kept & features).sum()),
+        int((is_unreachable & kept & features).sum()),
     )
 
 
@@ -141,9 +143,9 @@ def _targets(
     run: SiteRun,
     nodes: SiteNodes,
     kept: Bool[torch.Tensor, " node"],
-    secant: bool,
+    finite_differences: bool,
     copies: int,
-    blind: Bool[torch.Tensor, " node"],
+    is_unreachable: Bool[torch.Tensor, " node"],
 ) -> Iterator[_Targets]:
     """The kept nodes of a site, as many at a time as fit; those that can be reached are marked."""
     own = kept[nodes.features].nonzero().flatten()
@@ -153,8 +155,8 @@ def _targets(
         if run.site.kind != "feature":
             yield _Targets(run, places, _of_heads(run, nodes.n, index) * at[..., None])
             continue
-        factor = _slopes(run, index) * _gates(run, index, secant) * at
-        blind[places] &= ~factor.flatten(1).any(1).cpu()
+        factor = _slopes(run, index) * _gates(run, index, finite_differences) * at
+        is_unreachable[places] &= ~factor.flatten(1).any(1).cpu()
         yield _Targets(run, places, None, factor, index)
     errors = kept[nodes.error_places].nonzero().flatten()
     for some in errors.split(copies) if len(errors) else ():
@@ -192,7 +194,7 @@ def _slopes(
 
 
 def _gates(
-    run: SiteRun, index: Int64[torch.Tensor, " copy"], secant: bool
+    run: SiteRun, index: Int64[torch.Tensor, " copy"], finite_differences: bool
 ) -> Float[torch.Tensor, "copy prompt pos"]:
     """What a unit of pre-activation does to some features."""
     ends = []
@@ -204,7 +206,7 @@ def _gates(
         return run.keep.to(clean).expand_as(clean)  # the encoder itself is differentiated
     gates = (clean > 0).to(clean)
     one_sided = (clean > 0) != (corrupt > 0)
-    if not secant or not bool(one_sided.any()):
+    if not finite_differences or not bool(one_sided.any()):
         return gates
     before, after = (_pre(run, values, index) for values in (run.clean, run.corrupt))
     ratio = (corrupt - clean) / torch.where(one_sided, after - before, 1.0)

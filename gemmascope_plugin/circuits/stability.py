@@ -22,9 +22,10 @@ from jaxtyping import Float
 from gemmascope_plugin.causes import Task
 from gemmascope_plugin.causes.check_task import check_task
 from gemmascope_plugin.causes.gradient.task_site import Site, sites_of
+from gemmascope_plugin.circuits.discover import discover
 from gemmascope_plugin.circuits.evaluate import evaluate
 from gemmascope_plugin.circuits.feature_ablation import Errors
-from gemmascope_plugin.circuits.feature_discovery import discover_features
+from gemmascope_plugin.circuits.feature_method import FEATURES
 from gemmascope_plugin.errors import EmptySelectionError, InputError
 from gemmascope_plugin.graphs.circuit import Circuit
 from gemmascope_plugin.models.check_model import check_model, describe
@@ -66,7 +67,7 @@ def stability(
         cosine: Of decoder rows that count as the same feature.
         errors: Treatment of reconstruction errors.
         sizes: Sizes that are measured; those above the number of nodes are left out.
-        **options: As :func:`discover_features` has them; errors are no nodes here.
+        **options: As :func:`discover` has them for circuits of features; errors are not nodes here.
 
     Raises:
         EmptySelectionError: Fewer than two sets, or one with fewer than ``n`` nodes.
@@ -82,11 +83,10 @@ def stability(
         raise EmptySelectionError(
             f"There are {len(sets)} sets of dictionaries to compare", fix="sets={name: [...], ...}"
         )
+    options = {"nodes": FEATURES, **options}
     rows, best = {}, {}
     for name, saes in sets.items():
-        circuit = discover_features(
-            model, task, saes=saes, size=n, errors=False, edges=False, **options
-        )
+        circuit = discover(model, task, saes=saes, size=n, errors=False, edges=False, **options)
         measured = [size for size in sizes if size <= circuit.n_units]
         scores = evaluate(
             circuit, model, held_out, saes=saes, sizes=measured, n_random=0, errors=errors

@@ -164,14 +164,12 @@ def _check(options: dict[str, Any], nodes: str | None) -> tuple[str, ...]:
         UnknownNameError: An unknown method, unit, selection, rank or kind of node.
         TaskError: Options that do not go together.
     """
-    from gemmascope_plugin.circuits.discover import METHODS, NODE_METHODS, Selection, Units
+    from gemmascope_plugin.circuits.circuit_methods import Selection
+    from gemmascope_plugin.circuits.discover import find_method
     from gemmascope_plugin.graphs.graph import Rank
     from gemmascope_plugin.graphs.node import check_kinds
 
-    method, units = options["method"], options["units"]
-    check_choice("method", method, METHODS)
-    if units is not None:
-        check_choice("units", units, get_args(Units))
+    method = find_method(options["method"], options["units"], of_features=False)
     check_choice("selection", options["select"], get_args(Selection))
     check_choice("rank", options["rank"], get_args(Rank))
     if options["size"] is not None and options["tau"] is not None:
@@ -179,17 +177,16 @@ def _check(options: dict[str, Any], nodes: str | None) -> tuple[str, ...]:
             f"Both --size {options['size']} and --tau {options['tau']} say what to keep",
             fix="one of them",
         )
-    of_nodes = method in NODE_METHODS and not (method == "exact" and units == "edges")
     useless = {
-        "--nodes": nodes is not None and not of_nodes,
-        "--select greedy": options["select"] == "greedy" and (of_nodes or method == "acdc"),
-        "--size": options["size"] is not None and method == "acdc",
+        "--nodes": nodes is not None and "nodes" not in method.options,
+        "--select greedy": options["select"] == "greedy" and "select" not in method.options,
+        "--size": options["size"] is not None and "size" not in method.options,
     }
-    for option, given in useless.items():
-        if given:
-            scored = "chooses by itself" if method == "acdc" else "keeps nodes, not edges"
-            reason = "keeps edges, not nodes" if option == "--nodes" else scored
-            raise TaskError(f"{option} says nothing here: --method {method} {reason}")
+    chooses = "keeps nodes, not edges" if method.scores == "nodes" else "chooses by itself"
+    for option, is_useless in useless.items():
+        if is_useless:
+            reason = "keeps edges, not nodes" if option == "--nodes" else chooses
+            raise TaskError(f"{option} says nothing here: --method {method.name} {reason}")
     kinds = check_kinds([kind.strip() for kind in (nodes or "head,mlp").split(",")])
     if "feature" in kinds:
         refuse_dictionaries(

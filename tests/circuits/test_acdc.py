@@ -35,7 +35,7 @@ def test_chains_are_one_by_one() -> None:
     ablation = EdgeAblation(model, task.bind(model))
     expected = one_by_one(ablation, 1e-9)
     got = acdc(ablation, 1e-9, chain=8)
-    assert torch.equal(got.kept & ablation.edges.mask, expected)
+    assert torch.equal(got.is_kept & ablation.edges.mask, expected)
     assert 3 < int(expected.sum()) < 80
     assert bool((got.rise[expected] >= 1e-9).all())
     assert got.n_rows >= ablation.edges.n_edges

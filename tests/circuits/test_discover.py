@@ -7,7 +7,7 @@ import torch
 
 from gemmascope_plugin.causes import FeatureId, edge_attribution
 from gemmascope_plugin.circuits import Scores, discover, top_n
-from gemmascope_plugin.circuits.discover import graph_of
+from gemmascope_plugin.circuits.edge_methods import graph_of
 from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError
 from gemmascope_plugin.graphs import Graph
 from gemmascope_plugin.graphs.node import Node

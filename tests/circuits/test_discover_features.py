@@ -14,7 +14,6 @@ import gemmascope_plugin as gs
 from gemmascope_plugin.causes import Task, kl_divergence, logit_diff
 from gemmascope_plugin.circuits import (
     discover,
-    discover_features,
     discover_levels,
     evaluate,
     greedy,
@@ -196,13 +195,12 @@ def silent(model: Any) -> Any:
         ({"size": 9999}, EmptySelectionError, "A circuit of 9999 nodes.*There is: \\d+ nodes"),
         ({"size": 3, "tau": 0.1}, TaskError, "Both size=3 and tau=0.1"),
         ({"tau": -1.0}, EmptySelectionError, "The threshold is -1"),
-        ({"steps": 0}, InputError, "steps=0 is out of range.*from 1"),
         ({"level": 0}, UnknownNameError, "has no levels, so there is no level 0"),
         ({"nodes": ("features", "kv")}, UnknownNameError, "beside 'features' 'kv'.*head, mlp"),
         ({"units": "edges"}, TaskError, "units plays no part in circuits of features"),
         ({"select": "greedy"}, TaskError, "select plays no part in circuits of features"),
         ({"replacement": "zero"}, TaskError, "replacement plays no part.*features"),
-        ({"per_pos": True}, UnknownNameError, "Unknown option.*'per_pos'.*'per_position'"),
+        ({"per_pos": True}, TypeError, "unexpected keyword argument 'per_pos'"),
         ({"memory_budget": 1000}, GemmaScopeError, "The memory budget of .* is too small"),
     ],
 )
@@ -210,6 +208,13 @@ def test_what_is_refused(hooked2, options: dict, error, text: str) -> None:
     given = {"nodes": "features", "saes": [factories.residual(hooked2, 0)], **options}
     with pytest.raises(error, match=text):
         unchecked(discover)(hooked2, TASK, **given)
+
+
+@pytest.mark.parametrize("option", ["steps", "max_rows", "size"])
+def test_counts_begin_at_one(hooked2, option: str) -> None:
+    saes = [factories.residual(hooked2, 0)]
+    with pytest.raises(InputError, match=f"{option}=0 is out of range.*from 1"):
+        discover(hooked2, TASK, nodes="features", saes=saes, **{option: 0})
 
 
 def test_dictionaries_that_do_not_fit(hooked2) -> None:
@@ -280,16 +285,18 @@ def test_evaluation_with_the_wrong_dictionaries(circuit, hooked2) -> None:
     plain = discover(hooked2, TASK, nodes="mlp", method="atp")
     with pytest.raises(TaskError, match="errors='kept' plays no part"):
         evaluate(plain, hooked2, TASK, errors="kept")
-    with pytest.raises(TaskError, match="per_position plays no part in circuits of 'mlp'"):
+    taken = "per_position in circuits of features by 'ig' or 'atp'.*nodes=\"features\", or without"
+    with pytest.raises(TaskError, match=f"per_position plays no part.*nodes by 'exact'.*{taken}"):
         discover(hooked2, TASK, nodes="mlp", per_position=True)
 
 
 def test_trees_are_dictionaries_too(hooked2) -> None:
     """Features in units of each token, encoders that gate one another: still an exact circuit."""
     sae = tree()
-    found = discover_features(hooked2, TASK, saes=[sae, factories.attention(hooked2, 2)], size=30)
+    saes = [sae, factories.attention(hooked2, 2)]
+    found = discover(hooked2, TASK, nodes="features", saes=saes, size=30)
     assert found.metadata["residual_max"] < 0.05
-    options = {"saes": [sae, factories.attention(hooked2, 2)], "n_random": 0, "sizes": []}
+    options = {"saes": saes, "n_random": 0, "sizes": []}
     whole = evaluate(found.top(found.n_units), hooked2, TASK, **options)
     assert whole.faithfulness == pytest.approx(1, abs=1e-4)
     edges = found.edges_to_frame()

@@ -43,8 +43,8 @@ def weights(circuit: Circuit) -> dict[tuple[Node, Node], float]:
 class Slow:
     """The same from the definition: all sites but one are held in the whole model."""
 
-    def __init__(self, model: Any, secant: bool, method: str) -> None:
-        self.model, self.secant = model, secant
+    def __init__(self, model: Any, finite_differences: bool, method: str) -> None:
+        self.model, self.finite_differences = model, finite_differences
         self.sites = sites_of(model, dictionaries(model), ("head", "mlp"))
         self.place = {site.hook: i for i, site in enumerate(self.sites)}
         self.clean, self.corrupt = (
@@ -79,7 +79,7 @@ class Slow:
     def gate(self, site: Any, node: Node) -> torch.Tensor:
         ends = [cache[node.site][1][..., node.index] for cache in (self.clean, self.corrupt)]
         gate = (ends[0] > 0).to(ends[0])
-        if not self.secant:
+        if not self.finite_differences:
             return gate
         pre = []
         for tokens in (CLEAN, CORRUPT):
@@ -233,5 +233,5 @@ def test_features_that_no_edge_reaches_are_counted(hooked2) -> None:
         for node in circuit.nodes
         if node.kind == "feature" and not slow.clean[node.site][1][..., node.index].any()
     ]
-    assert circuit.metadata["blind"] >= len(dead) > 0
+    assert circuit.metadata["n_unreachable"] >= len(dead) > 0
     assert not {d for _, d in weights(circuit)} & set(dead)

@@ -9,7 +9,7 @@ import torch
 
 from gemmascope_plugin.causes import edge_attribution
 from gemmascope_plugin.circuits import discover, evaluate_ranking
-from gemmascope_plugin.circuits.discover import graph_of
+from gemmascope_plugin.circuits.edge_methods import graph_of
 from gemmascope_plugin.circuits.mib import SHARES, Curve, MibScores, sizes_of, trapezoid
 from gemmascope_plugin.circuits.recovery import auroc, bootstrap_stability, jaccard, mib_auroc
 from gemmascope_plugin.errors import EmptySelectionError, TaskError
