@@ -13,15 +13,7 @@ _CELL = "padding:2px 10px 2px 0;text-align:left;vertical-align:top"
 
 
 def card(title: str, facts: Iterable[tuple[str, object]]) -> str:
-    """A titled list of facts.
-
-    Args:
-        title: Heading.
-        facts: Pairs of name and value.
-
-    Returns:
-        An HTML fragment.
-    """
+    """A titled list of facts."""
     rows = "".join(
         f'<tr><td style="{_CELL};opacity:.65">{escape(name)}</td>'
         f'<td style="{_CELL}">{escape(str(value))}</td></tr>'
@@ -35,16 +27,7 @@ def card(title: str, facts: Iterable[tuple[str, object]]) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], note: str = "") -> str:
-    """A plain table with a note below.
-
-    Args:
-        header: Column names.
-        rows: One sequence of cells per row.
-        note: A line of text below the table.
-
-    Returns:
-        An HTML fragment.
-    """
+    """A plain table with a note below."""
     head = "".join(f'<th style="{_CELL}">{escape(name)}</th>' for name in header)
     body = "".join(
         "<tr>" + "".join(f'<td style="{_CELL}">{escape(str(c))}</td>' for c in row) + "</tr>"

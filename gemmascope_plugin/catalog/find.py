@@ -3,7 +3,7 @@
 1. A model or a release narrows the pool; every other argument becomes a criterion (``criteria``).
 2. A criterion that no spec of the pool meets is a mistake on its own: unknown name, nearest match.
 3. Criteria that each match something but nothing together: for each one, the values that exist
-   when the others hold are listed (``complaints``).
+   when the others hold are listed.
 4. ``l0="nearest:80"`` picks last, one spec per release, site, layer, width and flags; ties go to the
    sparser one.  ``l0="canonical"`` leaves one per site, layer, width and affine flag: where the suite
    of all layers and the suite of the chosen layers both have one, that of the chosen layers.
@@ -14,6 +14,13 @@ Gemma Scope comes before the suites of others, and within a model residual dicti
 MLP, transcoders and those of several layers.  Canonical releases list the same files again and are
 searched only when named.  Listed and derived entries are both found.  The first search builds the
 tables it needs, 2 ms for one model and 35 ms for all; later ones cost below a microsecond per spec.
+
+What people type for a model (``resolve_model``):
+
+1. ``google/gemma-3-4b-it``, ``gemma-3-4b-it`` and ``4b-it`` are one model; case does not matter.
+2. The pretrained models of Gemma 3 end in ``-pt`` (``gemma-3-4b`` is understood), but for the 270M
+   (``gemma-3-270m-pt`` is understood); those of Gemma 2 have no ending (``gemma-2-2b-pt`` is understood).
+3. A short name that two models share, ``27b``, is refused.
 """
 
 from __future__ import annotations
@@ -22,12 +29,44 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, SupportsIndex
 
 import gemmascope_plugin.catalog.criteria as criteria
-import gemmascope_plugin.catalog.no_match as complaints
 from gemmascope_plugin.catalog.criteria import Criterion
-from gemmascope_plugin.catalog.model_names import resolve_model
 from gemmascope_plugin.catalog.spec import SaeSpec
 from gemmascope_plugin.catalog.spec_list import SpecList
 from gemmascope_plugin.catalog.tables import canonical_releases, models, specs_of
+from gemmascope_plugin.errors import UnknownNameError
+
+_OWNERS = ("google/", "openai-community/")
+_FAMILIES = ("gemma-2-", "gemma-3-")
+_OTHER_NAMES = {"gpt2-small": ("gpt2",)}
+
+
+def resolve_model(text: str, names: Iterable[str]) -> str | None:
+    """The one of ``names`` that is meant; None when none is. Refuses what could be several."""
+    word = text.lower().replace("gemma-v3-", "gemma-3-")
+    for owner in _OWNERS:
+        word = word.removeprefix(owner)
+    options = sorted(set(names))
+    if word in options:
+        return word
+    matches = [name for name in options if word in _other_names(name)]
+    if len(matches) > 1:
+        raise UnknownNameError(
+            f"model {text!r} could be several",
+            exists=", ".join(matches),
+            fix=" or ".join(f"model={name!r}" for name in matches),
+        )
+    return matches[0] if matches else None
+
+
+def _other_names(name: str) -> set[str]:
+    full = {name, *_OTHER_NAMES.get(name, ())}
+    if name.startswith("gemma-3-") and name.endswith("-pt"):
+        full.add(name.removesuffix("-pt"))
+    elif name.startswith(_FAMILIES) and not name.endswith("-it"):
+        full.add(f"{name}-pt")
+    short = {each.removeprefix(family) for each in full for family in _FAMILIES}
+    return full | short
+
 
 _Words = str | Sequence[str]
 _Numbers = int | range | Sequence[int]
@@ -121,21 +160,21 @@ def find(
     Raises:
         UnknownNameError: A value does not exist, or the values do not exist together.
     """
-    given = {name: value for name, value in locals().items() if value is not None}
-    pool, where = _pool(given.pop("release", None), given.get("model"))
-    several = release is not None or not _NAMES_SEVERAL.isdisjoint(given)
-    asked = list(_criteria(given, several))
-    for criterion in asked:
+    arguments = {name: value for name, value in locals().items() if value is not None}
+    pool, where = _pool(arguments.pop("release", None), arguments.get("model"))
+    several = release is not None or not _NAMES_SEVERAL.isdisjoint(arguments)
+    criterion_list = list(_criteria(arguments, several))
+    for criterion in criterion_list:
         for value, test in criterion.tests:
             if not any(map(test, pool)):
-                raise complaints.unknown(criterion, value, pool, where)
-    found = [s for s in pool if all(c.matches(s) for c in asked)]
-    if not found:
-        everything = pool if release is not None else _pool(None, None)[0]
-        raise complaints.nothing_together(asked, everything)
-    if l0 == "canonical" and release is None and _NAMES_VARIANT.isdisjoint(given):
-        found = _one_suite(found)
-    return SpecList(_nearest_l0(found, criteria.target(l0)))
+                raise criteria.unknown_value(criterion, value, pool, where)
+    specs = [s for s in pool if all(c.matches(s) for c in criterion_list)]
+    if not specs:
+        whole_catalog = pool if release is not None else _pool(None, None)[0]
+        raise criteria.nothing_together(criterion_list, whole_catalog)
+    if l0 == "canonical" and release is None and _NAMES_VARIANT.isdisjoint(arguments):
+        specs = _one_suite(specs)
+    return SpecList(_nearest_l0(specs, criteria.target(l0)))
 
 
 def _pool(release: _Words | None, model: _Words | None) -> tuple[list[SaeSpec], str]:
@@ -152,20 +191,20 @@ def _pool(release: _Words | None, model: _Words | None) -> tuple[list[SaeSpec], 
     return [s for name, of in plain.items() if of in wanted for s in specs_of(name)], where
 
 
-def _models(given: _Words) -> list[str]:
+def _models(words: _Words) -> list[str]:
     """The models meant by the words."""
-    known = set(models().values())
-    wanted = []
-    for word in criteria.as_words(given):
-        name = resolve_model(word, known)
+    names = set(models().values())
+    meant = []
+    for word in criteria.as_words(words):
+        name = resolve_model(word, names)
         if name is None:
-            raise complaints.unknown_model(word, known)
-        wanted.append(name)
-    return wanted
+            raise criteria.unknown_model(word, names)
+        meant.append(name)
+    return meant
 
 
-def _criteria(given: dict[str, Any], several: bool) -> Iterator[Criterion]:
-    for name, value in given.items():
+def _criteria(arguments: dict[str, Any], several: bool) -> Iterator[Criterion]:
+    for name, value in arguments.items():
         if name == "model":
             wanted = _models(value)
             tests = [(value, lambda s, wanted=wanted: s.model in wanted)]
@@ -182,10 +221,10 @@ def _criteria(given: dict[str, Any], several: bool) -> Iterator[Criterion]:
             yield criteria.equal(name, value)
 
 
-def _one_suite(found: Sequence[SaeSpec]) -> list[SaeSpec]:
+def _one_suite(specs: Sequence[SaeSpec]) -> list[SaeSpec]:
     """The plain dictionary where there is one at this place, else the one of the other suite."""
     best: dict[tuple[object, ...], SaeSpec] = {}
-    for spec in found:
+    for spec in specs:
         place = (spec.model, spec.kind, spec.site, spec.layer, spec.d_sae, spec.affine)
         if place not in best or (best[place].variant and not spec.variant):
             best[place] = spec
@@ -194,17 +233,17 @@ def _one_suite(found: Sequence[SaeSpec]) -> list[SaeSpec]:
     return sorted(best.values(), key=lambda s: (groups.index((s.model, s.kind, s.site)), s.layer))
 
 
-def _nearest_l0(found: Sequence[SaeSpec], target: float | None) -> list[SaeSpec]:
+def _nearest_l0(specs: Sequence[SaeSpec], target: float | None) -> list[SaeSpec]:
     if target is None:
-        return list(found)
+        return list(specs)
     best: dict[tuple[object, ...], SaeSpec] = {}
-    for spec in found:
+    for spec in specs:
         key = (
             *(spec.release, spec.site, spec.kind, spec.layer, spec.d_sae),
             *(spec.affine, spec.variant),
         )
         distance = (abs((spec.l0 or 0.0) - target), spec.l0)
-        kept = best.get(key)
-        if kept is None or distance < (abs((kept.l0 or 0.0) - target), kept.l0):
+        nearest = best.get(key)
+        if nearest is None or distance < (abs((nearest.l0 or 0.0) - target), nearest.l0):
             best[key] = spec
     return list(best.values())

@@ -75,18 +75,7 @@ class Member:
 
 
 def read_headers(path: Path) -> dict[str, Member]:
-    """Headers of all arrays in an ``.npz`` file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Array name to header, in the order of the archive.
-
-    Raises:
-        MissingFileError: There is no such file.
-        BadFileError: The file is not a whole archive of plain float arrays.
-    """
+    """Headers of all arrays in an ``.npz`` file."""
     if not path.is_file():
         raise MissingFileError(f"no file {str(path)!r}", fix="check the folder")
     members: dict[str, Member] = {}

@@ -20,9 +20,8 @@ from typing import Any
 import gemmascope_plugin.catalog.manifest as manifest
 import gemmascope_plugin.catalog.tables as tables
 from gemmascope_plugin.catalog.cards import table
-from gemmascope_plugin.catalog.hub import is_offline
-from gemmascope_plugin.catalog.manifest import Listing
-from gemmascope_plugin.catalog.patterns import spec_of_folder
+from gemmascope_plugin.catalog.environment import is_offline
+from gemmascope_plugin.catalog.manifest import Listing, spec_of_folder
 from gemmascope_plugin.catalog.site_names import PARAMETER_FILES
 from gemmascope_plugin.catalog.spec import SaeSpec
 from gemmascope_plugin.errors import (
@@ -43,7 +42,7 @@ class RepositoryReport:
     """What the listing of one repository showed."""
 
     repo_id: str
-    there: int
+    present: int
     """Dictionaries that exist."""
     confirmed: int
     """Of these, entries that had been derived from the pattern only."""
@@ -67,7 +66,7 @@ class RefreshReport:
         return [
             (
                 r.repo_id,
-                *map(str, (r.there, r.confirmed, len(r.missing), len(r.added), len(r.unknown))),
+                *map(str, (r.present, r.confirmed, len(r.missing), len(r.added), len(r.unknown))),
             )
             for r in self.repositories
         ]
@@ -101,26 +100,26 @@ def refresh(*, repos: Sequence[str] | None = None, progress: bool = True) -> Ref
         MissingFileError: The hub may not or could not be asked.
         BadFileError: A repository holds nothing that was expected, so its layout must have changed.
     """
-    known = tables.repositories()
-    wanted = list(known) if repos is None else list(repos)
-    for repo_id in wanted:
-        if repo_id not in known:
+    repositories = tables.repositories()
+    names = list(repositories) if repos is None else list(repos)
+    for repo_id in names:
+        if repo_id not in repositories:
             raise UnknownNameError(
                 f"no repository {repo_id!r} in the catalog",
-                exists=shorten(known, 12),
-                nearest=nearest(repo_id, known),
+                exists=shorten(repositories, 12),
+                nearest=nearest(repo_id, repositories),
             )
     api = _api()
     manifest.listings()  # a damaged file is said before the network is asked
-    found: dict[str, Listing] = {}
+    differences: dict[str, Listing] = {}
     reports = []
-    for repo_id in _with_progress(wanted, progress):
-        specs = [s for release in known[repo_id] for s in tables.built_in(release)]
+    for repo_id in _with_progress(names, progress):
+        specs = [s for release in repositories[repo_id] for s in tables.built_in(release)]
         report = compare(repo_id, specs, _files_of(api, repo_id))
         reports.append(report)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        found[repo_id] = Listing(listed_at=now, missing=report.missing, added=report.added)
-    path = manifest.update(found)
+        differences[repo_id] = Listing(listed_at=now, missing=report.missing, added=report.added)
+    path = manifest.update(differences)
     tables.clear_caches()
     return RefreshReport(tuple(reports), path)
 
@@ -133,36 +132,27 @@ def forget() -> bool:
 
 
 def compare(repo_id: str, specs: Iterable[SaeSpec], files: Iterable[str]) -> RepositoryReport:
-    """The tables against a list of files.
-
-    Args:
-        repo_id: Repository.
-        specs: All that the tables have of it.
-        files: Paths of all files in it.
-
-    Raises:
-        BadFileError: Not one expected dictionary is there.
-    """
+    """The tables' specs of a repository against the paths of all files in it; one must be there."""
     paths = set(files)
-    here = [spec for spec in specs if paths.issuperset(spec.filenames)]
-    known = {spec.path for spec in specs}
-    there = {spec.path for spec in here}
-    if not here:
+    complete = [spec for spec in specs if paths.issuperset(spec.filenames)]
+    expected = {spec.path for spec in specs}
+    present = {spec.path for spec in complete}
+    if not complete:
         raise BadFileError(
-            f"none of the {len(known)} expected folders is in {repo_id}",
+            f"none of the {len(expected)} expected folders is in {repo_id}",
             exists=shorten(sorted(paths), 4) or "no file",
             fix="nothing was changed; a newer version of this package may know the new layout",
         )
     folders = {
         PurePosixPath(p).parent.as_posix() for p in paths if PurePosixPath(p).name in _PARAMETERS
     }
-    other = sorted(folders - known)
+    other = sorted(folders - expected)
     added = [path for path in other if spec_of_folder(repo_id, path) is not None]
     return RepositoryReport(
         repo_id=repo_id,
-        there=len(there) + len(added),
-        confirmed=sum(spec.provenance == "derived" for spec in here),
-        missing=tuple(sorted(known - there)),
+        present=len(present) + len(added),
+        confirmed=sum(spec.provenance == "derived" for spec in complete),
+        missing=tuple(sorted(expected - present)),
         added=tuple(added),
         unknown=tuple(sorted(set(other) - set(added))),
     )

@@ -102,28 +102,12 @@ GEMMA_SCOPE_2_FOLDERS: dict[tuple[Kind, Site], str] = {
 
 
 def standard_path(layer: int, width: str, l0: int | float) -> str:
-    """Gemma Scope's folder of one dictionary, ``l0`` rounded to an integer.
-
-    Args:
-        layer: Zero-based layer.
-        width: Width label, e.g. ``16k`` or ``512``.
-        l0: Mean number of active features per token.
-
-    Returns:
-        E.g. ``layer_20/width_16k/average_l0_71``.
-    """
+    """Gemma Scope's folder of one dictionary, such as ``layer_20/width_16k/average_l0_71``."""
     return STANDARD_PATH.format(layer=layer, width=width, l0=l0)
 
 
 def path_template(format: Format, kind: Kind, site: Site, *, affine: bool) -> str:
-    """The folder of a dictionary, with places for ``layer``, ``width`` and ``l0``.
-
-    Args:
-        format: ``npz`` or ``gemma-scope-2``.
-        kind: What it maps.
-        site: Where it lives.
-        affine: Whether it has an affine skip.
-    """
+    """The folder of a dictionary, with places for ``layer``, ``width`` and ``l0``."""
     if format == "gemma-scope-2":
         folder = GEMMA_SCOPE_2_FOLDERS.get((kind, site), site)
         return GEMMA_SCOPE_2_PATH.format(folder=folder, ending="_affine" if affine else "")
@@ -136,11 +120,7 @@ def width_label(d_sae: int) -> str:
 
 
 def hooks(kind: Kind, site: Site, layer: int) -> tuple[str, str]:
-    """TransformerLens names of the tensor read and the tensor reconstructed.
-
-    Raises:
-        KeyError: When no single-layer dictionary of this kind lives at the site.
-    """
+    """TransformerLens names of the tensor read and the tensor reconstructed, of single layers."""
     read, written = HOOKS[kind, site]
     return read.format(layer=layer), written.format(layer=layer)
 

@@ -12,8 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gemmascope_plugin.catalog.cards import card
-from gemmascope_plugin.catalog.folder import folder_fields
-from gemmascope_plugin.catalog.folder_layers import layers_fields
+from gemmascope_plugin.catalog.folder import folder_fields, layers_fields
 from gemmascope_plugin.catalog.site_names import (
     CONFIG_FILES,
     PARAMETER_FILES,

@@ -19,7 +19,7 @@ from typing import Literal
 
 import typer
 
-from gemmascope_plugin.catalog.hub import asked_to_stay_offline
+from gemmascope_plugin.catalog.environment import asked_to_stay_offline
 from gemmascope_plugin.catalog.site_names import human_size
 from gemmascope_plugin.cli.find_command import table
 

@@ -38,19 +38,9 @@ Arrays = dict[str, np.ndarray]
 def write_bundle(
     path: str | Path, content: Mapping[str, Any], arrays: Mapping[str, np.ndarray], *, kind: str
 ) -> Path:
-    """Writes a result; an older file is replaced.
+    """Writes a result of a kind; an older file is replaced.
 
-    Args:
-        path: The file; its folder is made if need be.
-        content: What is said about the arrays, ``format`` and ``version`` first; plain values.
-        arrays: The arrays.
-        kind: What the result is, for errors.
-
-    Returns:
-        The path.
-
-    Raises:
-        GemmaScopeError: The file cannot be written, or the content does not fit into JSON.
+    ``content`` is what is said about the arrays, in plain values, ``format`` and ``version`` first.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -72,21 +62,7 @@ def write_bundle(
 
 
 def read_bundle(path: str | Path, *, kind: str, format: str, version: int) -> tuple[Record, Arrays]:
-    """Reads what :func:`write_bundle` has written.
-
-    Args:
-        path: The file.
-        kind: What the result is, for errors.
-        format: What its format has to be.
-        version: Its version.
-
-    Returns:
-        What is said about the arrays, and the arrays.
-
-    Raises:
-        MissingFileError: There is no such file.
-        BadFileError: It is damaged, or of another format or version.
-    """
+    """What is said about the arrays, and the arrays, of a file of this kind, format and version."""
     path, fix = Path(path).expanduser(), f"save the {kind} again"
     if not path.is_file():
         raise MissingFileError(
@@ -117,12 +93,7 @@ def read_bundle(path: str | Path, *, kind: str, format: str, version: int) -> tu
 
 
 def digest(content: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
-    """Checksum of all that a file holds, apart from the checksum itself.
-
-    Args:
-        content: What is said about the arrays.
-        arrays: The arrays.
-    """
+    """Checksum of all that a file holds, apart from the checksum itself."""
     checksum = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for name in sorted(arrays):
         array = arrays[name]
@@ -132,15 +103,7 @@ def digest(content: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def as_json(value: Any, where: str = "metadata") -> Any:
-    """Metadata as what JSON can hold; ``nan`` and infinities as text, which every reader takes.
-
-    Args:
-        value: Text, numbers, truth values, None; tuples, lists and mappings of them.
-        where: What it is called in an error.
-
-    Raises:
-        GemmaScopeError: Something else, or a key that is not text.
-    """
+    """Metadata as what JSON can hold; ``nan`` and infinities as text, which every reader takes."""
     if where.count("[") > MAX_DEPTH:
         raise GemmaScopeError(f"{where[:80]}... is nested more than {MAX_DEPTH} deep")
     if isinstance(value, Mapping):
@@ -162,11 +125,7 @@ def as_json(value: Any, where: str = "metadata") -> Any:
 
 
 def from_json_value(value: Any) -> Any:
-    """The inverse of :func:`as_json`; sequences are tuples.
-
-    Raises:
-        ValueError: A number that is none.
-    """
+    """The inverse of :func:`as_json`; sequences are tuples."""
     if isinstance(value, dict):
         if _FLOAT in value:
             if len(value) > 1 or value[_FLOAT] not in ("nan", "inf", "-inf"):

@@ -32,16 +32,7 @@ T = TypeVar("T")
 
 
 def read_json(path: Path, *, max_size: int = MAX_SIZE, fix: str = FIX) -> dict[str, Any]:
-    """The JSON object in a small file.
-
-    Args:
-        path: The file.
-        max_size: Bytes that it may have.
-        fix: What to do when it is damaged.
-
-    Raises:
-        BadFileError: It is missing, not a plain file, damaged, too large, or not an object.
-    """
+    """The JSON object in a small file."""
     content = parse_json(read_plain(path, max_size=max_size, fix=fix), path, fix=fix)
     if not isinstance(content, dict):
         raise BadFileError(f"{str(path)!r} is not a JSON object", fix=fix)
@@ -49,16 +40,7 @@ def read_json(path: Path, *, max_size: int = MAX_SIZE, fix: str = FIX) -> dict[s
 
 
 def read_plain(path: Path, *, max_size: int = MAX_SIZE, fix: str = FIX) -> bytes:
-    """The bytes of a plain file.
-
-    Args:
-        path: The file.
-        max_size: How many it may have.
-        fix: What to do when it cannot be read.
-
-    Raises:
-        BadFileError: It cannot be read, is not a plain file, or is too large.
-    """
+    """The bytes of a plain file."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         with os.fdopen(os.open(path, flags), "rb") as file:
@@ -73,16 +55,7 @@ def read_plain(path: Path, *, max_size: int = MAX_SIZE, fix: str = FIX) -> bytes
 
 
 def parse_json(text: bytes | str, path: Path | str, *, fix: str = FIX) -> Any:
-    """The value that a JSON text stands for.
-
-    Args:
-        text: The text, or its bytes in UTF-8.
-        path: Where it comes from, for errors.
-        fix: What to do when it is damaged.
-
-    Raises:
-        BadFileError: It is not JSON, or not of the plain kind that this package reads.
-    """
+    """The value that a JSON text, or its bytes in UTF-8, stands for; ``path`` is for errors."""
     try:
         text = text if isinstance(text, str) else text.decode()
         content = json.loads(
@@ -104,13 +77,6 @@ def read_json_lines(path: Path, *, fix: str = FIX) -> Iterator[tuple[str, dict[s
     """The lines of a file with a JSON object on each, with what they hold.
 
     A last line without its end, which a killed writer leaves, is left out.
-
-    Args:
-        path: The file.
-        fix: What to do when it is damaged.
-
-    Raises:
-        BadFileError: It is not a plain file, or a line is damaged; says which.
     """
     if not path.is_file():
         raise bad_file(path, "it is not a plain file", fix)
@@ -141,23 +107,11 @@ class Record:
     """What to do when an entry is wrong."""
 
     def bad(self, why: str) -> NoReturn:
-        """Refuses the file.
-
-        Raises:
-            BadFileError: Always.
-        """
+        """Refuses the file."""
         raise bad_file(self.path, why, self.fix)
 
     def get(self, name: str, of: type[T]) -> T:
-        """An entry.
-
-        Args:
-            name: Its key.
-            of: Its type; a whole number counts as ``float``, a truth value as neither number.
-
-        Raises:
-            BadFileError: It is missing, or of another type.
-        """
+        """An entry; a whole number counts as ``float``, a truth value as neither number."""
         if name not in self.content:
             self.bad(f"{name!r} is missing")
         return self._typed(self.content[name], of, repr(name))
@@ -198,32 +152,18 @@ _KINDS: dict[type, str] = {
 }
 
 
-def check_plain(content: Any, what: str) -> None:
-    """Refuses to write what this module would not read.
-
-    Args:
-        content: Made of plain values.
-        what: What it is called in the error.
-
-    Raises:
-        GemmaScopeError: It is nested too deep, or has text that is not Unicode.
-    """
+def check_plain(content: Any, noun: str) -> None:
+    """Refuses to write what this module would not read; errors call it ``noun``."""
     try:
         _check_depth(content)
         json.dumps(content, ensure_ascii=False).encode()
     except (RecursionError, ValueError) as fault:
         why = str(fault) or f"it is nested more than {MAX_DEPTH} deep"
-        raise GemmaScopeError(f"{what} cannot be saved: {why}") from fault
+        raise GemmaScopeError(f"{noun} cannot be saved: {why}") from fault
 
 
 def bad_file(path: Path | str, why: str, fix: str = FIX) -> BadFileError:
-    """The refusal of a file.
-
-    Args:
-        path: The file, or a place in it.
-        why: What is wrong with it.
-        fix: What to do.
-    """
+    """The refusal of a file."""
     return BadFileError(f"cannot read {str(path)!r}: {why}", fix=fix)
 
 

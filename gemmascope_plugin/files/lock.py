@@ -51,18 +51,10 @@ def folder_lock(
     wait: float = 0.0,
     on_wait: Callable[[str], object] | None = None,
 ) -> Iterator[None]:
-    """Makes this call the only writer of a folder.
+    """Makes this call the only writer of a folder, for ``purpose``, in the words of others' errors.
 
-    Args:
-        folder: The folder; made if need be, and removed again where nothing was written. The lock is
-            its file ``.lock``, which goes with the lock.
-        purpose: What is done, in the words of the error of whoever comes second, e.g. ``a training run``.
-        wait: Seconds to wait for another writer; ``math.inf`` for as long as it takes.
-        on_wait: Told once who is waited for.
-
-    Raises:
-        FolderInUseError: Somebody else writes to the folder; says who.
-        GemmaScopeError: The folder cannot be written to, or its file system has no locks.
+    The folder is made if need be, and removed again where nothing was written. The lock is its file
+    ``.lock``. ``wait`` are seconds to wait for another writer, and ``on_wait`` is told once who that is.
     """
     folder = Path(folder)
     is_new = not folder.exists()
@@ -84,19 +76,7 @@ def file_lock(
     wait: float = 0.0,
     on_wait: Callable[[str], object] | None = None,
 ) -> Iterator[None]:
-    """Makes this call the only holder of a lock file.
-
-    Args:
-        path: The lock file; removed at the end.
-        purpose: What is done.
-        shown: What is locked, for the error; the file itself by default.
-        wait: Seconds to wait for another holder.
-        on_wait: Told once who is waited for.
-
-    Raises:
-        FolderInUseError: Somebody else holds it; says who.
-        GemmaScopeError: The file cannot be made, or its file system has no locks.
-    """
+    """Makes this call the only holder of a lock file, which is removed at the end."""
     target = path if shown is None else shown
     handle = _take(path, target, wait, on_wait)
     try:
@@ -107,11 +87,7 @@ def file_lock(
 
 
 def holder(folder: str | Path) -> str | None:
-    """Who writes to a folder, in words; None when nobody does.
-
-    Args:
-        folder: The folder.
-    """
+    """Who writes to a folder, in words; None when nobody does."""
     path = Path(folder) / LOCK
     if not path.is_file():
         return None

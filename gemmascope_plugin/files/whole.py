@@ -29,19 +29,7 @@ FIX = "free space, mend the permissions, or write elsewhere"
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object], *, fix: str = FIX) -> Path:
-    """Writes a file that appears under its name only when complete.
-
-    Args:
-        path: The file; its folder is made.
-        write: Puts the content into the open temporary file.
-        fix: What to do when the disk is full or the folder may not be written.
-
-    Returns:
-        The path.
-
-    Raises:
-        GemmaScopeError: The disk is full, the folder may not be written, or the like; names the path.
-    """
+    """Writes a file that appears under its name only when complete; its folder is made."""
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,16 +51,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], *, fix: str = F
 
 
 def write_text_whole(path: Path, text: str, *, fix: str = FIX) -> Path:
-    """Writes a text, in UTF-8, that appears only when complete.
-
-    Args:
-        path: The file; its folder is made.
-        text: Its content.
-        fix: What to do when it cannot be written.
-
-    Raises:
-        GemmaScopeError: The disk is full, the folder may not be written, or the like; names the path.
-    """
+    """Writes a text, in UTF-8, that appears only when complete."""
     data = text.encode()
     return write_whole(path, lambda file: file.write(data), fix=fix)
 
@@ -81,19 +60,8 @@ def write_text_whole(path: Path, text: str, *, fix: str = FIX) -> Path:
 def whole_folder(path: Path, purpose: str, *, wait: float = 60.0, fix: str = FIX) -> Iterator[Path]:
     """A folder to fill, which appears under its name when the block ends without an error.
 
-    Args:
-        path: The folder; those above it are made. An older one is replaced.
-        purpose: What is done, for a second writer's error.
-        wait: Seconds to wait for another writer of the same folder.
-        fix: What to do when it cannot be written.
-
-    Yields:
-        The empty folder to write into.
-
-    Raises:
-        FolderInUseError: Another process writes this folder.
-        GemmaScopeError: The older one holds other files; the disk is full, or the folder may not be
-            written; names the path.
+    An older one is replaced. ``purpose`` says what is done, for a second writer's error; ``wait`` are
+    seconds to wait for another writer of the same folder.
     """
     part, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
     try:
@@ -180,11 +148,7 @@ def _sync_names(folder: Path) -> None:
 
 
 def _check_same_kind(path: Path, part: Path) -> None:
-    """Refuses to delete what the new folder does not bring.
-
-    Raises:
-        GemmaScopeError: Names the files.
-    """
+    """Refuses to delete what the new folder does not bring."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise GemmaScopeError(f"{str(path)!r} is not a folder", fix="another path, or delete it")
     if not path.is_dir():

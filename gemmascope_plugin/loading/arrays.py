@@ -72,11 +72,7 @@ def identity(path: Path) -> list[int | str]:
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """All bytes of a file, copy on write; closed when the last tensor on them is gone.
-
-    Raises:
-        BadFileError: The file cannot be opened or mapped.
-    """
+    """All bytes of a file, copy on write; closed when the last tensor on them is gone."""
     try:
         with path.open("rb") as file:
             if sys.platform == "win32":
@@ -87,18 +83,7 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def map_array(mapping: mmap.mmap, array: StoredArray) -> Shaped[torch.Tensor, "*_"]:
-    """The values of an array, on the bytes of the file.
-
-    Args:
-        mapping: The file.
-        array: One of its arrays, not compressed, lying within the file.
-
-    Returns:
-        A tensor on the file's bytes; in memory only if it was stored column by column.
-
-    Raises:
-        BadFileError: The file has become shorter since its headers were read.
-    """
+    """An array on the bytes of its file; in memory only if it was stored column by column."""
     assert array.offset is not None, f"{array.name} is compressed"
     if array.offset + array.nbytes > len(mapping):
         raise BadFileError(f"array {array.name!r} runs past the end of its file")
@@ -152,18 +137,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def safetensors_arrays(path: Path) -> dict[str, StoredArray]:
-    """Headers of all arrays in a ``.safetensors`` file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Array name to header, in the order of the file.
-
-    Raises:
-        MissingFileError: There is no such file.
-        BadFileError: The file is not a whole archive of plain arrays.
-    """
+    """Headers of all arrays in a ``.safetensors`` file, in order; refuses one that is not whole."""
     if not path.is_file():
         raise MissingFileError(f"no file {str(path)!r}", fix="check the folder")
     try:
@@ -241,14 +215,7 @@ def _bad(path: Path, why: str) -> BadFileError:
 
 
 def header_bytes(arrays: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
-    """The beginning of a file that holds these arrays in this order.
-
-    Args:
-        arrays: Name to type and shape.
-
-    Returns:
-        Length and header, padded so that the values begin at a multiple of 64 bytes.
-    """
+    """The beginning of a file of these arrays, padded so that values begin at a multiple of 64 bytes."""
     table: dict[str, Any] = {}
     position = 0
     for name, (dtype, shape) in arrays.items():
@@ -265,12 +232,7 @@ def header_bytes(arrays: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> b
 
 
 def write_safetensors(file: BinaryIO, tensors: Mapping[str, Shaped[torch.Tensor, "*_"]]) -> None:
-    """Write tensors in their own types.
-
-    Args:
-        file: Open for writing.
-        tensors: Name to tensor.
-    """
+    """Write tensors in their own types."""
     file.write(header_bytes({n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}))
     for tensor in tensors.values():
         flat = tensor.detach().to("cpu").contiguous().reshape(-1)

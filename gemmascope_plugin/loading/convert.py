@@ -51,19 +51,7 @@ _TRAINING = {"dataset_path": "monology/pile-uncopyrighted", "context_size": 1024
 
 
 def config(spec: SaeSpec, *, device: str = "cpu", dtype: str = "float32") -> dict[str, Any]:
-    """SAELens' config of a dictionary.
-
-    Args:
-        spec: Which dictionary.
-        device: Where its parameters will be.
-        dtype: Their type, SAELens' spelling.
-
-    Returns:
-        A dict for ``SAEConfig.from_dict``.
-
-    Raises:
-        GemmaScopeError: This kind of dictionary has no SAELens class.
-    """
+    """SAELens' config of a dictionary, for ``SAEConfig.from_dict``."""
     import sae_lens
 
     if (spec.kind, spec.affine) not in ARCHITECTURES or spec.format not in SINGLE_LAYER:
@@ -124,20 +112,7 @@ def metadata(spec: SaeSpec) -> dict[str, Any]:
 
 
 def open_single(spec: SaeSpec, files: Mapping[str, Path], *, check: bool = False) -> ArrayFile:
-    """The parameter file of a single-layer dictionary, checked against the spec.
-
-    Args:
-        spec: What the file should be.
-        files: Path in the repository to path on this machine.
-        check: Check the values although they have passed before.
-
-    Returns:
-        The file, ready to be mapped.
-
-    Raises:
-        BadFileError: The file is damaged or is not this dictionary.
-        WidthMismatchError: The file reads or writes tensors of another width.
-    """
+    """The parameter file of a single-layer dictionary, checked against the spec, ready to be mapped."""
     config_file = spec.config_filename
     if config_file is not None and config_file in files:
         check_config(files[config_file], spec)
@@ -154,22 +129,7 @@ def state(
     dtype: torch.dtype,
     check: bool = False,
 ) -> dict[str, Float[torch.Tensor, "*_"]]:
-    """The parameters of a single-layer dictionary, checked.
-
-    Args:
-        spec: What the file should be.
-        files: Path in the repository to path on this machine.
-        device: Where the tensors go.
-        dtype: Their type.
-        check: Check the values although they have passed before.
-
-    Returns:
-        Parameter name to tensor; float32 on the CPU shares the memory map of the file.
-
-    Raises:
-        BadFileError: The file is damaged or is not this dictionary.
-        WidthMismatchError: The file reads or writes tensors of another width.
-    """
+    """The parameters of a single-layer dictionary, checked; float32 on the CPU shares the file's map."""
     file = open_single(spec, files, check=check)
     tensors = file.tensors()
     drop_scaling_factor(file.source, tensors)
@@ -194,22 +154,12 @@ def spec_from_metadata(metadata: Mapping[str, Any]) -> SaeSpec | None:
     if fields is None:
         return None
     tuples = {name: tuple(fields.get(name, ())) for name in ("levels", "layers")}
-    known = {field.name for field in dataclasses.fields(SaeSpec)}
-    return SaeSpec(**{n: v for n, v in {**fields, **tuples}.items() if n in known})
+    names = {field.name for field in dataclasses.fields(SaeSpec)}
+    return SaeSpec(**{n: v for n, v in {**fields, **tuples}.items() if n in names})
 
 
 def skeleton(cfg: Mapping[str, Any]) -> SAE[Any]:
-    """SAELens' object for a config, its parameters on the meta device.
-
-    Args:
-        cfg: SAELens' config with ``architecture``.
-
-    Returns:
-        The object, without values.
-
-    Raises:
-        BadFileError: SAELens has no such architecture, or refuses the config.
-    """
+    """SAELens' object for a config, its parameters on the meta device."""
     from sae_lens import SAE
 
     from gemmascope_plugin.saes.registration import register_all
@@ -238,17 +188,7 @@ def fill(
     device: str | torch.device,
     dtype: torch.dtype,
 ) -> SAE[Any]:
-    """Give a skeleton its parameters and freeze it.
-
-    Args:
-        sae: From ``skeleton``.
-        tensors: Parameter name to tensor.
-        device: Where they are.
-        dtype: Their type.
-
-    Returns:
-        The same object.
-    """
+    """Give a skeleton its parameters and freeze it."""
     from sae_lens.util import dtype_to_str
 
     sae.load_state_dict(dict(tensors), assign=True)

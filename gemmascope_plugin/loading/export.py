@@ -46,13 +46,7 @@ from gemmascope_plugin.types import Kind, Site
 
 
 def why_not_exported(sae: Any, layout: Format, gain: Gain = "without") -> str | None:
-    """Why a dictionary has no form in a layout; None if it has.
-
-    Args:
-        sae: SAELens' object.
-        layout: ``npz`` or ``gemma-scope-2``.
-        gain: Whether it reads a norm's output with its gain.
-    """
+    """Why a dictionary has no form in a layout; None if it has."""
     architecture = sae.cfg.architecture()
     if architecture not in ARCHITECTURES:
         return f"a {architecture!r} is no JumpReLU dictionary"
@@ -75,23 +69,7 @@ def export(
     l0: float,
     gain: Gain = "without",
 ) -> Path:
-    """Writes a JumpReLU dictionary in Gemma Scope's layout.
-
-    Args:
-        sae: SAELens' ``JumpReLUSAE``, ``JumpReLUTranscoder`` or ``JumpReLUSkipTranscoder``.
-        folder: Where the layout begins.
-        layout: ``npz`` for the first suite, ``gemma-scope-2`` for the second.
-        site: Where the dictionary lives.
-        layer: Its layer.
-        l0: Its L0; the name of the folder and ``config.json`` say it.
-        gain: Whether a transcoder reads the norm's output with its gain.
-
-    Returns:
-        The folder with the parameters, for ``SaeSpec.from_folder``.
-
-    Raises:
-        GemmaScopeError: The dictionary has no form in this layout, or the disk is full.
-    """
+    """Writes a JumpReLU dictionary in Gemma Scope's layout; returns its folder."""
     if reason := why_not_exported(sae, layout, gain):
         raise GemmaScopeError(
             f"The dictionary cannot be written in the layout {layout!r}: {reason}",
@@ -131,12 +109,7 @@ def export(
 
 
 def write_params(path: Path, tensors: Mapping[str, Float[torch.Tensor, "*_"]]) -> None:
-    """Writes parameters as one safetensors file under Gemma Scope 2's names, in float32.
-
-    Args:
-        path: The file.
-        tensors: ``W_enc`` and so on; their names are written in lower case.
-    """
+    """Writes ``W_enc`` and so on under Gemma Scope 2's names, in float32."""
     named = {
         name.replace("W_", "w_"): value.to("cpu", torch.float32) for name, value in tensors.items()
     }
@@ -161,20 +134,10 @@ def _config(spec: SaeSpec, l0: float) -> dict[str, Any]:
 
 
 def export_layers(sae: Any, folder: str | Path, *, l0: float, gain: Gain = "with") -> Path:
-    """Writes a dictionary over several layers in Gemma Scope 2's layout.
+    """Writes a ``CrossCoderSAE`` or ``CLTSAE`` in Gemma Scope 2's layout; returns its folder.
 
-    Args:
-        sae: ``CrossCoderSAE`` or ``CLTSAE``.
-        folder: Where the layout begins.
-        l0: Its L0; the name of the folder and ``config.json`` say it.
-        gain: Whether a CLT reads the norm's output with its gain, as Gemma Scope 2's do; where it does
-            not, ``config.json`` names no tensors of the Hugging Face model.
-
-    Returns:
-        The folder with the parameters.
-
-    Raises:
-        GemmaScopeError: The disk is full or the folder may not be written.
+    ``gain`` says whether a CLT reads the norm's output with its gain, as Gemma Scope 2's do; where it
+    does not, ``config.json`` names no tensors of the Hugging Face model.
     """
     cfg = sae.cfg
     layers = "_".join(map(str, cfg.layers))

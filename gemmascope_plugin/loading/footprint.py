@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from gemmascope_plugin.catalog import SaeSpec
-from gemmascope_plugin.catalog.model_names import resolve_model
+from gemmascope_plugin.catalog.find import resolve_model
 from gemmascope_plugin.catalog.site_names import human_size
 from gemmascope_plugin.dtypes import as_dtype
 from gemmascope_plugin.errors import InputError, UnknownNameError, nearest, shorten
@@ -146,8 +146,8 @@ def _model(model: Any, size: int) -> tuple[int, int]:
             raise UnknownNameError(
                 f"no model {model!r}", exists=shorten(MODELS), nearest=nearest(word, MODELS)
             )
-        found = MODELS[name]
-        return (found.n_parameters + found.d_vocab * found.d_model) * size, found.d_vocab
+        sizes = MODELS[name]
+        return (sizes.n_parameters + sizes.d_vocab * sizes.d_model) * size, sizes.d_vocab
     if not isinstance(model, torch.nn.Module):
         raise InputError(
             f"A {type(model).__name__} is not a model",

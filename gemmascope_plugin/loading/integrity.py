@@ -42,8 +42,8 @@ import torch
 from jaxtyping import Shaped
 
 from gemmascope_plugin.catalog import SaeSpec
+from gemmascope_plugin.catalog.environment import home
 from gemmascope_plugin.catalog.headers import read_headers
-from gemmascope_plugin.catalog.home import home
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError
 from gemmascope_plugin.files.whole import write_whole
 from gemmascope_plugin.loading.arrays import (
@@ -61,29 +61,12 @@ _AGAIN = "fetch or write the file again"
 
 
 def check_file(file: ArrayFile, *, force: bool = False) -> None:
-    """Check all arrays of a file, once in its life.
-
-    Args:
-        file: The file.
-        force: Check again although it has passed before.
-
-    Raises:
-        BadFileError: Names the array and what is wrong with it.
-    """
+    """Checks all arrays of a file, once in its life; ``force`` checks again."""
     once(file.path, "values", lambda: _check_values(file), force=force)
 
 
 def check_causal(file: ArrayFile, position: int, *, force: bool = False) -> None:
-    """Check that no feature of a multi-layer file writes before its own layer.
-
-    Args:
-        file: The file of one layer; ``w_dec`` is ``[d_sae, n_out, d_out]``.
-        position: Place of the layer among the output layers.
-        force: Check again although it has passed before.
-
-    Raises:
-        BadFileError: Names the first feature that does.
-    """
+    """Checks that no feature of a layer's file writes to an output before ``position``, its own."""
     once(file.path, f"causal {position}", lambda: _check_causal(file, position), force=force)
 
 
@@ -168,17 +151,7 @@ RACY_NS = 2_000_000_000
 
 
 def once(path: Path, check: str, run: Callable[[], None], *, force: bool = False) -> None:
-    """Run a check of a file unless it has passed before.
-
-    Args:
-        path: The file.
-        check: Name of the check, with its parameters.
-        run: Raises when the file is bad.
-        force: Run it although it has passed before.
-
-    Raises:
-        BadFileError: Whatever ``run`` raises.
-    """
+    """Runs a check of a file, which raises if it is bad, unless it has passed before."""
     before = identity(path)
     stamp = _stamp_file(before, check)
     if not force and _read(stamp) == _content(before):
@@ -216,21 +189,7 @@ def _write(stamp: Path, file: list[int | str]) -> None:
 def open_checked(
     path: Path, spec: SaeSpec, expected: Mapping[str, Shape] | None = None
 ) -> ArrayFile:
-    """A file whose names and shapes are those of a spec; its values are not checked yet.
-
-    Args:
-        path: The ``.npz`` or ``.safetensors`` file.
-        spec: What it should be.
-        expected: Array name to shape; those of the spec when None.
-
-    Returns:
-        The file, its arrays under the names of this package.
-
-    Raises:
-        MissingFileError: There is no such file.
-        BadFileError: The file is damaged, or is not this dictionary.
-        WidthMismatchError: The file reads or writes tensors of another width.
-    """
+    """A file whose names and shapes are those of a spec; its values are not checked yet."""
     if path.suffix == ".npz":
         members = read_headers(path)
         check_arrays(path, spec, renamed(npz_arrays(members)), expected)

@@ -57,22 +57,7 @@ def open_multi_layer(
     dtype: torch.dtype = torch.float32,
     check: bool = False,
 ) -> CrossLayerDictionary:
-    """A crosscoder or CLT whose weights are read when used.
-
-    Args:
-        spec: What the files should be.
-        files: Path in the repository to path on this machine.
-        device: Where encoders go; decoders stay on disk.
-        dtype: Type of the computation.
-        check: Check all values now, although they have passed before.
-
-    Returns:
-        A ``CrossCoder`` or a ``CrossLayerTranscoder``.
-
-    Raises:
-        BadFileError: A file is damaged or is not this dictionary.
-        WidthMismatchError: A file reads or writes tensors of another width.
-    """
+    """A crosscoder or CLT whose weights are read when used."""
     config_file = spec.config_filename
     if config_file is not None and config_file in files:
         check_config(files[config_file], spec)
@@ -173,14 +158,14 @@ def load(
     return fill(sae, tensors, device=device, dtype=dtype)
 
 
-def _pair(given: Any) -> tuple[str, str]:
-    is_pair = isinstance(given, (tuple, list)) and len(given) == 2
-    if is_pair and all(isinstance(name, str) for name in given):
-        return str(given[0]), str(given[1])
-    several = not isinstance(given, str) and isinstance(given, Sequence)
-    shown = f"{len(given)} entries" if several else repr(given)
+def _pair(value: Any) -> tuple[str, str]:
+    is_pair = isinstance(value, (tuple, list)) and len(value) == 2
+    if is_pair and all(isinstance(name, str) for name in value):
+        return str(value[0]), str(value[1])
+    several = not isinstance(value, str) and isinstance(value, Sequence)
+    shown = f"{len(value)} entries" if several else repr(value)
     raise GemmaScopeError(
-        f"load() got {type(given).__name__} with {shown}" if several else f"load() got {shown}",
+        f"load() got {type(value).__name__} with {shown}" if several else f"load() got {shown}",
         exists="a SaeSpec or a pair (release, sae_id)",
         fix="load(find(model='2b', site='res', layer=20, width='16k', l0='canonical').one()), or "
         "load_suite(specs) for several",
@@ -197,5 +182,7 @@ def spec_of(sae: Any) -> SaeSpec | None:
     Returns:
         The spec, equal to the one it was loaded with.
     """
-    known = sae.cfg.metadata
-    return spec_from_metadata(known.to_dict() if hasattr(type(known), "to_dict") else known)
+    metadata = sae.cfg.metadata
+    return spec_from_metadata(
+        metadata.to_dict() if hasattr(type(metadata), "to_dict") else metadata
+    )

@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from gemmascope_plugin.catalog.environment import HOME_FIX, home
 from gemmascope_plugin.catalog.headers import FORMAT_FAULTS, Member
-from gemmascope_plugin.catalog.home import HOME_FIX, home
 from gemmascope_plugin.errors import BadFileError, shorten
 from gemmascope_plugin.files.whole import write_whole
 from gemmascope_plugin.loading.arrays import (
@@ -45,14 +45,7 @@ DTYPES = {"<f2": torch.float16, "<f4": torch.float32, "<f8": torch.float64}
 
 
 def npz_arrays(members: Mapping[str, Member]) -> dict[str, StoredArray]:
-    """The arrays of an ``.npz`` file.
-
-    Args:
-        members: Its headers.
-
-    Returns:
-        Array name to array; ``offset`` is None for compressed members.
-    """
+    """The arrays of an ``.npz`` file; the ``offset`` of compressed ones is None."""
     return {name: _stored(member) for name, member in members.items()}
 
 
@@ -70,19 +63,7 @@ def _stored(member: Member) -> StoredArray:
 
 
 def open_npz(path: Path, members: Mapping[str, Member]) -> ArrayFile:
-    """An archive whose arrays can be mapped: itself, or its conversion if it is compressed.
-
-    Args:
-        path: The file.
-        members: Its headers.
-
-    Returns:
-        The file; its values are not checked yet, apart from the checksums of compressed members.
-
-    Raises:
-        BadFileError: A compressed member is damaged.
-        GemmaScopeError: The conversion cannot be written; names the path.
-    """
+    """An archive whose arrays can be mapped: itself, or its conversion if it is compressed."""
     if all(member.offset is not None for member in members.values()):
         return ArrayFile(path=path, source=path, arrays=npz_arrays(members))
     converted = _conversion(path, members)
@@ -158,22 +139,7 @@ def _rows(archive: zipfile.ZipFile, member: Member) -> bytes:
 def write_npz(
     path: str | Path, tensors: dict[str, Float[torch.Tensor, "*_"]], *, compress: bool = False
 ) -> Path:
-    """Write tensors as an ``.npz`` file whose stored values are aligned to 64 bytes.
-
-    The file appears whole under its name or not at all.
-
-    Args:
-        path: The file; its folder is made.
-        tensors: Name to tensor; written as float32.
-        compress: Deflate the members; such a file is smaller and cannot be memory-mapped.
-
-    Returns:
-        The path.
-
-    Raises:
-        BadFileError: There is nothing to write.
-        GemmaScopeError: The disk is full or the folder may not be written; names the path.
-    """
+    """Writes tensors, as float32, into an ``.npz`` file whose stored values are aligned to 64 bytes."""
     path = Path(path)
     if not tensors:
         raise BadFileError(f"no arrays to write into {str(path)!r}")

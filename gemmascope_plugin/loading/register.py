@@ -36,7 +36,7 @@ import torch
 from jaxtyping import Shaped
 
 from gemmascope_plugin.catalog import SaeSpec, releases
-from gemmascope_plugin.catalog.patterns import spec_of_folder
+from gemmascope_plugin.catalog.manifest import spec_of_folder
 from gemmascope_plugin.catalog.tables import derive, models, specs_of
 from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError
 from gemmascope_plugin.loading.convert import SINGLE_LAYER, config, state
@@ -130,8 +130,8 @@ def _row(lookup_class: type[Any], release: str, specs: tuple[SaeSpec, ...]) -> A
         "config_overrides": None if own_format else {RELEASE_KEY: release},
     }
     # SAELens adds fields to this class now and then.
-    known = {f.name for f in dataclasses.fields(lookup_class)}
-    return lookup_class(**{k: v for k, v in values.items() if k in known})
+    names = {f.name for f in dataclasses.fields(lookup_class)}
+    return lookup_class(**{k: v for k, v in values.items() if k in names})
 
 
 def _correct(row: Any, release: str, specs: tuple[SaeSpec, ...]) -> None:

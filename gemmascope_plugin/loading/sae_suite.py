@@ -105,14 +105,14 @@ class SaeSuite(Mapping[SaeSpec, Any]):
             UnknownNameError: None of the suite.
             AmbiguousSpecError: Several of the suite.
         """
-        found = [spec for spec in self.specs if _means(key, spec)]
-        if len(found) == 1:
-            return found[0]
+        specs = [spec for spec in self.specs if _means(key, spec)]
+        if len(specs) == 1:
+            return specs[0]
         shown = repr(key) if not isinstance(key, SaeSpec) else f"{key.release} {key.sae_id}"
-        if found:
+        if specs:
             raise AmbiguousSpecError(
-                f"{shown} means {len(found)} dictionaries of the suite",
-                exists=shorten((f"({s.release!r}, {s.sae_id!r})" for s in found), 4),
+                f"{shown} means {len(specs)} dictionaries of the suite",
+                exists=shorten((f"({s.release!r}, {s.sae_id!r})" for s in specs), 4),
                 fix="a spec, or a pair (release, sae_id)",
             )
         hooks = sorted({hook for s in self.specs for hook in (*s.hooks_in, *s.hooks_out)})
@@ -163,12 +163,7 @@ def _means(key: object, spec: SaeSpec) -> bool:
 
 
 def as_specs(specs: Any) -> list[SaeSpec]:
-    """One spec or several, given as specs or as pairs of release and id.
-
-    Raises:
-        InputError: Something else.
-        UnknownNameError: A pair that does not exist.
-    """
+    """One spec or several, given as specs or as pairs of release and id."""
     is_several = isinstance(specs, Iterable) and not isinstance(specs, (str, Mapping))
     listed = [] if not is_several else list(specs)
     if isinstance(specs, SaeSpec):

@@ -38,23 +38,7 @@ def open_saelens(
     dtype: torch.dtype = torch.float32,
     check: bool = False,
 ) -> SAE[Any]:
-    """A dictionary that SAELens saved.
-
-    Args:
-        spec: What the files should be.
-        files: Path in the repository to path on this machine.
-        device: Where the parameters go.
-        dtype: Their type.
-        check: Check the values although they have passed before.
-
-    Returns:
-        SAELens' object, frozen; a ``MatryoshkaSAE`` if it is JumpReLU with levels.
-
-    Raises:
-        BadFileError: The files are damaged or contradict each other or the spec.
-        UnknownNameError: The config of a ``MatryoshkaSAE`` has a setting that does not exist.
-        WidthMismatchError: They read or write tensors of another width.
-    """
+    """A dictionary that SAELens saved, frozen; a ``MatryoshkaSAE`` if it is JumpReLU with levels."""
     from sae_lens.util import dtype_to_str
 
     assert spec.config_filename is not None
@@ -84,18 +68,18 @@ def _config(path: Path, spec: SaeSpec) -> dict[str, Any]:
         cfg: dict[str, Any] = handle_config_defaulting(read_json(path))
     except (KeyError, TypeError, ValueError, AttributeError) as fault:
         raise BadFileError(f"{str(path)!r} is not a config of SAELens: {fault!r}") from fault
-    theirs = cfg.get("metadata") or {}
-    if not isinstance(theirs, dict) or "architecture" not in cfg:
+    saved = cfg.get("metadata") or {}
+    if not isinstance(saved, dict) or "architecture" not in cfg:
         raise BadFileError(f"{str(path)!r} is not a config of SAELens")
-    for name, given, wanted in (
+    for name, value, expected in (
         ("d_in", cfg.get("d_in"), spec.d_in),
         ("d_sae", cfg.get("d_sae"), spec.d_sae),
-        ("hook_name", theirs.get("hook_name"), spec.hook_in),
+        ("hook_name", saved.get("hook_name"), spec.hook_in),
     ):
-        if given != wanted:
+        if value != expected:
             raise BadFileError(
-                f"{str(path)!r} says {name} {given!r}, but {spec.release} {spec.sae_id} has "
-                f"{wanted!r}",
+                f"{str(path)!r} says {name} {value!r}, but {spec.release} {spec.sae_id} has "
+                f"{expected!r}",
                 fix="the folder of another dictionary lies here; check the folder and the spec",
             )
     if cfg.get("normalize_activations") == "expected_average_only_in":
@@ -103,7 +87,7 @@ def _config(path: Path, spec: SaeSpec) -> dict[str, Any]:
             f"{str(path)!r} expects activations scaled by a factor that the folder does not hold",
             fix="fold the factor into the weights before saving",
         )
-    known = {name: value for name, value in theirs.items() if value is not None}
+    entries = {name: value for name, value in saved.items() if value is not None}
     levels = _levels(path, spec, cfg)
     if cfg["architecture"] == "matryoshka_jumprelu" or (
         levels and cfg["architecture"] == "jumprelu"
@@ -111,7 +95,7 @@ def _config(path: Path, spec: SaeSpec) -> dict[str, Any]:
         _make_matryoshka(cfg, levels)
     cfg["metadata"] = {
         **{n: v for n, v in metadata(spec).items() if n not in ("dataset_path", "context_size")},
-        **known,
+        **entries,
         **({"levels": levels} if levels else {}),
         "sae_lens_version": __version__,
     }
@@ -131,19 +115,19 @@ def _levels(path: Path, spec: SaeSpec, cfg: Mapping[str, Any]) -> list[int]:
     """Matryoshka prefix sizes: the file's, which the spec's must equal if both are known."""
     from gemmascope_plugin.saes.matryoshka import check_levels
 
-    theirs = cfg.get("metadata") or {}
-    details = theirs.get("training_architecture_details")
+    saved = cfg.get("metadata") or {}
+    details = saved.get("training_architecture_details")
     details = details if isinstance(details, dict) else {}
-    stored = cfg.get("levels") or details.get("matryoshka_widths") or theirs.get("levels")
+    stored = cfg.get("levels") or details.get("matryoshka_widths") or saved.get("levels")
     if not stored:
         return list(spec.levels)
     try:
-        found = check_levels(stored, spec.d_sae)
+        levels = check_levels(stored, spec.d_sae)
     except ModelError as fault:
         raise BadFileError(f"{str(path)!r}: {fault}") from fault
-    if spec.levels and spec.levels != found:
+    if spec.levels and spec.levels != levels:
         raise BadFileError(
-            f"{str(path)!r} says matryoshka_widths {list(found)}, but {spec.release} {spec.sae_id} has "
+            f"{str(path)!r} says matryoshka_widths {list(levels)}, but {spec.release} {spec.sae_id} has "
             f"levels {list(spec.levels)}"
         )
-    return list(found)
+    return list(levels)

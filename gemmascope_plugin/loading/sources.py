@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from gemmascope_plugin.catalog import SaeSpec
-from gemmascope_plugin.catalog.hub import is_offline
+from gemmascope_plugin.catalog.environment import is_offline
 from gemmascope_plugin.catalog.site_names import human_size
 from gemmascope_plugin.catalog.spec import BUNDLED_PREFIX
 from gemmascope_plugin.errors import BadFileError, InputError, MissingFileError, nearest, shorten
@@ -39,23 +39,10 @@ def locate(
     offline: bool | None = None,
     force_download: bool = False,
 ) -> dict[str, Path]:
-    """The files of a spec, downloaded if need be.
+    """Path in the repository to path here, of a spec's parameter files and its config, if there is one.
 
-    Args:
-        spec: Which dictionary.
-        local_dir: Folder that mirrors the repository; looked at instead of cache and hub.
-        revision: Branch, tag or commit of the repository.
-        offline: Never use the network; None follows ``HF_HUB_OFFLINE``.
-        force_download: Fetch again although the files are in the cache.
-
-    Returns:
-        Path in the repository to path on this machine, of every parameter file, and of the config
-        where there is one.
-
-    Raises:
-        MissingFileError: One is nowhere, and may not or could not be downloaded.
-        BadFileError: The path of the spec, or a link, leads out of the folder.
-        InputError: ``local_dir`` is not a path.
+    ``local_dir`` mirrors the repository and is looked at instead of cache and hub. Files that are nowhere
+    are downloaded, unless ``offline``; ``force_download`` fetches again what is in the cache.
     """
     _check_names(spec)
     if local_dir is not None:
@@ -66,29 +53,24 @@ def locate(
         return _in_folder(spec, ASSETS / spec.repo_id.removeprefix(BUNDLED_PREFIX), "the package")
     if spec.local:
         return _in_folder(spec, Path(spec.repo_id), "the folder of the spec")
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     if not force_download:
-        found = {n: path for n in _names(spec) if (path := _in_cache(spec, n, revision))}
-    missing = [name for name in _required(spec) if name not in found]
+        paths = {n: path for n in _names(spec) if (path := _in_cache(spec, n, revision))}
+    missing = [name for name in _required(spec) if name not in paths]
     if not missing:
-        return found
-    wanted = [name for name in _names(spec) if name not in found]
+        return paths
+    names = [name for name in _names(spec) if name not in paths]
     if is_offline(offline):
         raise MissingFileError(
             f"{spec.release} {spec.sae_id} ({human_size(spec.nbytes)}) is not in the cache and "
             "offline mode is on" + _how_many(spec, missing),
             fix=_advice(spec, revision),
         )
-    return found | _from_hub(spec, wanted, revision, force_download)
+    return paths | _from_hub(spec, names, revision, force_download)
 
 
 def is_here(spec: SaeSpec, local_dir: str | Path | None = None) -> bool:
-    """Whether the parameter files of a spec are on this machine; nothing is downloaded.
-
-    Args:
-        spec: Which dictionary.
-        local_dir: Folder that mirrors the repository; looked at instead of the cache.
-    """
+    """Whether the parameter files of a spec are on this machine; nothing is downloaded."""
     if local_dir is not None:
         folder = Path(local_dir).expanduser()
         return all((folder / name).is_file() for name in spec.filenames)
@@ -110,11 +92,7 @@ def _required(spec: SaeSpec) -> tuple[str, ...]:
 
 
 def _check_names(spec: SaeSpec) -> None:
-    """Refuses a spec whose files would lie outside its repository.
-
-    Raises:
-        BadFileError: Absolute, with ``..``, a drive, or what a file name cannot have.
-    """
+    """Refuses a spec whose files would lie outside its repository."""
     bundled = [spec.repo_id.removeprefix(BUNDLED_PREFIX)] if spec.bundled else []
     for name in (*_names(spec), *bundled):
         windows = PureWindowsPath(name)
@@ -128,11 +106,7 @@ def _check_names(spec: SaeSpec) -> None:
 
 
 def _check_links(spec: SaeSpec, folder: Path, paths: Iterable[Path]) -> None:
-    """Refuses links that lead out of a folder, other than into a cache of the hub.
-
-    Raises:
-        BadFileError: Names the link.
-    """
+    """Refuses links that lead out of a folder, other than into a cache of the hub."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     real = folder.resolve()
@@ -168,22 +142,22 @@ def _advice(spec: SaeSpec, revision: str | None) -> str:
     )
 
 
-def _in_folder(spec: SaeSpec, folder: Path, what: str) -> dict[str, Path]:
-    found = {name: folder / name for name in _names(spec) if (folder / name).is_file()}
-    missing = [name for name in _required(spec) if name not in found]
-    if what == "local_dir":
-        _check_links(spec, folder, found.values())
+def _in_folder(spec: SaeSpec, folder: Path, place: str) -> dict[str, Path]:
+    paths = {name: folder / name for name in _names(spec) if (folder / name).is_file()}
+    missing = [name for name in _required(spec) if name not in paths]
+    if place == "local_dir":
+        _check_links(spec, folder, paths.values())
     if not missing:
-        return found
+        return paths
     path, name = folder / missing[0], missing[0].rpartition("/")[2]
-    there = sorted(p.parent.relative_to(folder).as_posix() for p in folder.glob(f"**/{name}"))
+    folders = sorted(p.parent.relative_to(folder).as_posix() for p in folder.glob(f"**/{name}"))
     fix = f"put the file of {spec.release} {spec.sae_id} at {str(path)!r}"
     if folder.is_relative_to(ASSETS):
         fix = "python -m gemmascope_plugin.demo.build.__main__ makes the bundled files again"
     raise MissingFileError(
-        f"no file {str(path)!r} in {what}",
-        exists=shorten(there, 4) if there else f"no {name} in this folder",
-        nearest=nearest(spec.path, there),
+        f"no file {str(path)!r} in {place}",
+        exists=shorten(folders, 4) if folders else f"no {name} in this folder",
+        nearest=nearest(spec.path, folders),
         fix=fix,
     )
 
@@ -191,25 +165,25 @@ def _in_folder(spec: SaeSpec, folder: Path, what: str) -> dict[str, Path]:
 def _in_cache(spec: SaeSpec, name: str, revision: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(spec.repo_id, name, revision=revision)
-    return Path(found) if isinstance(found, str) else None
+    path = try_to_load_from_cache(spec.repo_id, name, revision=revision)
+    return Path(path) if isinstance(path, str) else None
 
 
 def _from_hub(
-    spec: SaeSpec, wanted: list[str], revision: str | None, force_download: bool
+    spec: SaeSpec, names: list[str], revision: str | None, force_download: bool
 ) -> dict[str, Path]:
     """Fetch files one by one, the config first: it is small and may be absent."""
     from tqdm import tqdm
 
-    n_large = sum(name in spec.filenames for name in wanted)
+    n_large = sum(name in spec.filenames for name in names)
     share = spec.nbytes * n_large // len(spec.filenames)
     tqdm.write(f"downloading {spec.release} {spec.sae_id}, {human_size(share)}", file=sys.stderr)
-    found: dict[str, Path] = {}
-    for name in sorted(wanted, key=lambda name: (name in spec.filenames, wanted.index(name))):
+    paths: dict[str, Path] = {}
+    for name in sorted(names, key=lambda name: (name in spec.filenames, names.index(name))):
         optional = name not in _required(spec)
         if path := _fetch(spec, name, revision, force_download, optional):
-            found[name] = path
-    return found
+            paths[name] = path
+    return paths
 
 
 def _fetch(

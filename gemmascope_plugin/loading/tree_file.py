@@ -39,22 +39,7 @@ def open_tree(
     dtype: torch.dtype = torch.float32,
     check: bool = False,
 ) -> TreeSAE:
-    """A Tree SAE, memory-mapped where possible.
-
-    Args:
-        spec: What the files should be.
-        files: Path in the repository to path on this machine.
-        device: Where the parameters go.
-        dtype: Their type.
-        check: Check the values although they have passed before.
-
-    Returns:
-        The dictionary, frozen.
-
-    Raises:
-        BadFileError: The files are damaged or contradict each other or the spec.
-        GemmaScopeError: A matching-pursuit dictionary.
-    """
+    """A Tree SAE, memory-mapped where possible."""
     from sae_lens.util import dtype_to_str
 
     from gemmascope_plugin.saes.tree import TreeSAE
@@ -69,21 +54,7 @@ def open_tree(
 def tree_config(
     spec: SaeSpec, files: Mapping[str, Path], *, device: str = "cpu", dtype: str = "float32"
 ) -> dict[str, Any]:
-    """SAELens' config of a Tree SAE.
-
-    Args:
-        spec: What the files should be.
-        files: Path in the repository to path on this machine.
-        device: Where its parameters will be.
-        dtype: Their type, SAELens' spelling.
-
-    Returns:
-        A dict for ``TreeSAEConfig.from_dict``.
-
-    Raises:
-        BadFileError: The config is damaged or contradicts the spec.
-        GemmaScopeError: A matching-pursuit dictionary.
-    """
+    """A dict for ``TreeSAEConfig.from_dict``, of the ``config.json`` of a Tree SAE."""
     import sae_lens
 
     assert spec.config_filename is not None
@@ -129,23 +100,7 @@ def tree_state(
     dtype: torch.dtype,
     check: bool = False,
 ) -> dict[str, Shaped[torch.Tensor, "*_"]]:
-    """The parameters and parents of a Tree SAE, checked.
-
-    Args:
-        spec: What the files should be.
-        files: Path in the repository to path on this machine.
-        cfg: From ``tree_config``.
-        device: Where the tensors go.
-        dtype: The type of the parameters.
-        check: Check the values although they have passed before.
-
-    Returns:
-        Name to tensor; float32 on the CPU shares the memory map of the file.
-
-    Raises:
-        BadFileError: The file is damaged or contradicts the config.
-        WidthMismatchError: An array has another shape than the config needs.
-    """
+    """Parameters and parents of a Tree SAE, checked; float32 on the CPU shares the file's map."""
     path, sizes = files[spec.filename], cfg["features_per_layer"]
     file = ArrayFile(path=path, source=path, arrays=safetensors_arrays(path))
     _check_arrays(file, spec, sizes)
@@ -194,11 +149,11 @@ def _check_arrays(file: ArrayFile, spec: SaeSpec, sizes: Sequence[int]) -> None:
     for layer, size in enumerate(sizes[1:], start=1):
         expected[f"parent_index_{layer}"] = (size,)
     for name, shape in expected.items():
-        given = file.arrays[name].shape if name in file.arrays else None
-        if given != shape:
-            what = "is missing" if given is None else f"has shape {list(given)}"
+        actual = file.arrays[name].shape if name in file.arrays else None
+        if actual != shape:
+            problem = "is missing" if actual is None else f"has shape {list(actual)}"
             raise WidthMismatchError(
-                f"{name} of {str(file.source)!r} {what}; the config needs {list(shape)}"
+                f"{name} of {str(file.source)!r} {problem}; the config needs {list(shape)}"
             )
         integers = not file.arrays[name].dtype.is_floating_point
         if integers != name.startswith("parent_index"):

@@ -69,32 +69,21 @@ def check_arrays(
     arrays: Mapping[str, StoredArray],
     expected: Mapping[str, Shape] | None = None,
 ) -> None:
-    """Compare the headers of a file with a spec.
-
-    Args:
-        path: The file, for the message.
-        spec: What it should be.
-        arrays: Its headers, under the names of this package.
-        expected: Array name to shape; those of the spec when None.
-
-    Raises:
-        BadFileError: Arrays are missing, unknown, of another rank, length or type.
-        WidthMismatchError: The file reads or writes tensors of another width.
-    """
+    """Compares headers, under this package's names, with ``expected`` or with the spec's shapes."""
     expected = expected_shapes(spec) if expected is None else expected
     shapes = {name: array.shape for name, array in arrays.items()}
     _check_names(path, shapes, expected)
     for name in expected:
         if len(shapes[name]) != len(expected[name]):
             raise _wrong_shape(path, spec, name, shapes[name], expected[name])
-    for label, given, wanted in (
+    for label, actual, needed in (
         ("d_in", shapes["W_enc"][0], spec.d_in),
         ("d_out", shapes["W_dec"][-1], spec.d_out),
     ):
-        if given != wanted:
+        if actual != needed:
             raise WidthMismatchError(
-                f"{str(path)!r} has {label} {given}, but {spec.release} {spec.sae_id} at "
-                f"{spec.hook_in!r} of {spec.model} has {label} {wanted}",
+                f"{str(path)!r} has {label} {actual}, but {spec.release} {spec.sae_id} at "
+                f"{spec.hook_in!r} of {spec.model} has {label} {needed}",
                 fix="the file of another model or site lies here; check the folder and the spec",
             )
     for name, shape in expected.items():
@@ -122,20 +111,18 @@ def _check_names(path: Path, shapes: Mapping[str, Shape], expected: Mapping[str,
         )
 
 
-def _wrong_shape(path: Path, spec: SaeSpec, name: str, given: Shape, wanted: Shape) -> BadFileError:
+def _wrong_shape(
+    path: Path, spec: SaeSpec, name: str, actual: Shape, expected: Shape
+) -> BadFileError:
     return BadFileError(
-        f"{name} of {str(path)!r} has shape {list(given)}, but {spec.release} {spec.sae_id} needs "
-        f"{list(wanted)}",
+        f"{name} of {str(path)!r} has shape {list(actual)}, but {spec.release} {spec.sae_id} needs "
+        f"{list(expected)}",
         fix="the file of another width lies here; check the folder and the spec",
     )
 
 
 def drop_scaling_factor(path: Path, tensors: dict[str, Float[torch.Tensor, "*_"]]) -> None:
-    """Remove a ``scaling_factor`` of ones in place; any other would change every feature.
-
-    Raises:
-        BadFileError: The factor is not one everywhere.
-    """
+    """Remove a ``scaling_factor`` of ones in place; any other would change every feature."""
     factor = tensors.pop("scaling_factor", None)
     if factor is not None and not torch.allclose(factor, torch.ones_like(factor)):
         raise BadFileError(
@@ -169,17 +156,9 @@ def hf_hooks(spec: SaeSpec) -> tuple[str, str] | None:
 
 
 def check_config(path: Path, spec: SaeSpec) -> None:
-    """Compare a Gemma Scope 2 ``config.json`` with a spec.
-
-    Args:
-        path: The file.
-        spec: What it should describe.
-
-    Raises:
-        BadFileError: The file is damaged, or a field says something else than the spec.
-    """
+    """Compares a Gemma Scope 2 ``config.json`` with a spec, field by field."""
     content = read_json(path)
-    for name, given, wanted in (
+    for name, value, expected in (
         ("type", content.get("type"), spec.kind),
         ("architecture", _letters(content.get("architecture")), "jumprelu"),
         ("width", content.get("width"), spec.d_sae),
@@ -188,23 +167,23 @@ def check_config(path: Path, spec: SaeSpec) -> None:
         ("layers", content.get("layers"), list(spec.layers)),
         ("gain", content.get("gain"), spec.gain),
     ):
-        if given is not None and given != wanted:
-            raise _contradiction(path, spec, name, content.get(name), wanted)
+        if value is not None and value != expected:
+            raise _contradiction(path, spec, name, content.get(name), expected)
     modules = MODULES.get((spec.kind, spec.site))
     for name, module in zip(("hf_hook_point_in", "hf_hook_point_out"), modules or (), strict=False):
-        given = content.get(name)
-        if given is None:
+        value = content.get(name)
+        if value is None:
             continue
-        if not _names(given, spec.all_layers, module):
+        if not _names(value, spec.all_layers, module):
             layers = ",".join(map(str, spec.all_layers))
-            raise _contradiction(path, spec, name, given, f"model.layers.{layers}.{module}")
+            raise _contradiction(path, spec, name, value, f"model.layers.{layers}.{module}")
 
 
 def _contradiction(
-    path: Path, spec: SaeSpec, name: str, given: object, wanted: object
+    path: Path, spec: SaeSpec, name: str, value: object, expected: object
 ) -> BadFileError:
     return BadFileError(
-        f"{str(path)!r} says {name} {given!r}, but {spec.release} {spec.sae_id} has {wanted!r}",
+        f"{str(path)!r} says {name} {value!r}, but {spec.release} {spec.sae_id} has {expected!r}",
         fix="the folder of another dictionary lies here; check the folder and the spec",
     )
 
@@ -219,13 +198,13 @@ def _model(name: object) -> object:
     return name.lower().rpartition("/")[2].replace("-v3", "-3").removesuffix("-pt")
 
 
-def _names(given: object, layers: tuple[int, ...], module: str) -> bool:
+def _names(hooks: object, layers: tuple[int, ...], module: str) -> bool:
     """Whether a hook string, or a list of one per layer, means this module at these layers."""
-    if isinstance(given, list):
-        return len(given) == len(layers) and all(
-            _names(one, (layer,), module) for one, layer in zip(given, layers, strict=True)
+    if isinstance(hooks, list):
+        return len(hooks) == len(layers) and all(
+            _names(hook, (layer,), module) for hook, layer in zip(hooks, layers, strict=True)
         )
-    match = re.fullmatch(r".*?layers\.(\d+|\{[\d, ]+\}|\{all\})\.(.+)", str(given)[:500])
+    match = re.fullmatch(r".*?layers\.(\d+|\{[\d, ]+\}|\{all\})\.(.+)", str(hooks)[:500])
     if match is None or match[2] != module:
         return False
     named = match[1].strip("{}")

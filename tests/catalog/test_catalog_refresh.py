@@ -57,7 +57,7 @@ def test_what_is_there_becomes_listed(hub: dict[str, object], home: Path) -> Non
     report = refresh(repos=[PT_27B], progress=False)
     (row,) = report.repositories
     assert (row.confirmed, row.missing, row.added, row.unknown) == (653, (), (), ())
-    assert row.there == 1436 + 8 and report.path == home / "manifest.json"
+    assert row.present == 1436 + 8 and report.path == home / "manifest.json"
     assert all(s.provenance == "listed" for s in find(model="gemma-3-27b-pt"))
     assert len(find(model="gemma-3-27b-pt")) == 1444
     assert "653" in repr(report) and "653" in report._repr_html_()
@@ -224,7 +224,7 @@ def test_a_damaged_manifest_is_an_error_that_says_how_to_mend_it(home: Path, tex
 
 
 def test_home_follows_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gemmascope_plugin.catalog import home as module
+    from gemmascope_plugin.catalog import environment as module
 
     monkeypatch.delenv(module.VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")

@@ -10,7 +10,7 @@ import pytest
 from gemmascope_plugin.catalog import find, get, releases, tables
 from gemmascope_plugin.catalog import site_names as sites
 from gemmascope_plugin.catalog.spec import SaeSpec
-from gemmascope_plugin.catalog.table_files import parse_release
+from gemmascope_plugin.catalog.tables import parse_release
 from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError
 
 

@@ -5,8 +5,7 @@ from collections import Counter
 import pytest
 
 from gemmascope_plugin.catalog import SaeSpec, find, get, releases, tables
-from gemmascope_plugin.catalog.gemma_scope_2 import SIZES, heads, target_l0
-from gemmascope_plugin.catalog.gemma_scope_2_specs import one
+from gemmascope_plugin.catalog.gemma_scope_2 import SIZES, heads, one, target_l0
 
 EXPECTED = {"270m": 556, "1b": 728, "4b": 876, "12b": 1156, "27b": 1436}
 """Single-layer dictionaries per repository."""

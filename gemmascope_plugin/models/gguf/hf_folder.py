@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gemmascope_plugin.catalog.home import home
+from gemmascope_plugin.catalog.environment import home
 from gemmascope_plugin.errors import BadFileError
 from gemmascope_plugin.files.lock import folder_lock
 from gemmascope_plugin.files.whole import whole_folder, write_text_whole
