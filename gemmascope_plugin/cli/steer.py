@@ -40,8 +40,7 @@ from gemmascope_plugin.types import Backend
 if TYPE_CHECKING:
     from gemmascope_plugin.catalog import SaeSpec
     from gemmascope_plugin.splice import Steering, SteeringSweep
-    from gemmascope_plugin.splice.steering_answer import AnswerChange
-    from gemmascope_plugin.splice.steering_report import Method
+    from gemmascope_plugin.splice.steering_report import AnswerChange, Method
 
 _BUNDLED = "gemma-2-tiny"
 _N_POSITIONS = 6

@@ -7,8 +7,7 @@ from gemmascope_plugin.splice.sampling import SteeringError
 from gemmascope_plugin.splice.spliced_model import SplicedModel
 from gemmascope_plugin.splice.splicing import splice
 from gemmascope_plugin.splice.steering import steer
-from gemmascope_plugin.splice.steering_report import Steering
-from gemmascope_plugin.splice.steering_sweep import SteeringSweep
+from gemmascope_plugin.splice.steering_report import Steering, SteeringSweep
 from gemmascope_plugin.splice.verify import verify
 
 __all__ = [

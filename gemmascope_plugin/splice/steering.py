@@ -11,41 +11,55 @@
 "Without the push" is the model with the dictionary spliced in, unedited: with the error kept, as it is
 unless a :class:`HookedSAE` says otherwise, the bare model.
 
-Cost: a generation and a forward pass, plus as many per strength, and what ``next_tokens.py`` says.
+An answer's worth is ``sum_i log p(answer_i | prompt, answer_<i)`` in nats, minus that of ``wrong`` where
+there is one: the prompt is read with the answer behind it, once as it is and once with the push, which
+acts as it does while text is generated, so that answer tokens count as generated ones.
+
+Cost: a generation and a forward pass, plus as many per strength, and four times the vocabulary per
+position, in tiles; for an answer a forward pass each, with logits at its tokens only.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import Any, SupportsFloat, SupportsIndex, overload
+from dataclasses import dataclass, replace
+from typing import Any, SupportsFloat, SupportsIndex, TypeGuard, overload
 
 import torch
 
 from gemmascope_plugin.errors import EmptySelectionError, check_choice
+from gemmascope_plugin.models.answers import answer_ids
+from gemmascope_plugin.models.asked import asked_positions
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.prompts import PromptLike, check_room, read_prompts
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.stops import stop_ids
-from gemmascope_plugin.splice.check_saes import as_list, check_saes
+from gemmascope_plugin.splice.check_saes import Saes, as_list, check_saes
 from gemmascope_plugin.splice.hooked_sae import HookedSAE
 from gemmascope_plugin.splice.sampling import Sampling, SteeringError
+from gemmascope_plugin.splice.spliced_model import SplicedModel
 from gemmascope_plugin.splice.splicing import splice
-from gemmascope_plugin.splice.steering_answer import Answer, AskedAnswer
-from gemmascope_plugin.splice.steering_report import METHODS, Method, Steering
+from gemmascope_plugin.splice.steering_report import (
+    METHODS,
+    AnswerChange,
+    Method,
+    Steering,
+    SteeringSweep,
+)
 from gemmascope_plugin.splice.steering_run import Baseline, measure, push
-from gemmascope_plugin.splice.steering_sweep import SteeringSweep
 from gemmascope_plugin.splice.window import Positions
 
 Exclude = str | int | Sequence[str | int] | None
+Answer = str | Sequence[int]
+"""Text as it stands behind the prompt, or its ids."""
 
 
 @overload
 def steer(
     model: HookedModel,
-    sae: Any,
+    sae: Saes,
     feature: SupportsIndex,
     strength: float,
     prompt: PromptLike,
@@ -68,7 +82,7 @@ def steer(
 @overload
 def steer(
     model: HookedModel,
-    sae: Any,
+    sae: Saes,
     feature: SupportsIndex,
     strength: Iterable[float],
     prompt: PromptLike,
@@ -92,7 +106,7 @@ def steer(
 @torch.no_grad()
 def steer(
     model: HookedModel,
-    sae: Any,
+    sae: Saes,
     feature: SupportsIndex,
     strength: float | Iterable[float],
     prompt: PromptLike,
@@ -145,7 +159,7 @@ def steer(
         FeatureIndexError: No such feature.
         EmptySelectionError: An empty prompt, no strength, or positions of excluded tokens only.
         UnknownNameError: An unknown method.
-        SteeringError: A strength that is no finite number, a sampling option out of range or without
+        SteeringError: A strength that is not a finite number, a sampling option out of range or without
             effect, ``exclude`` beside a :class:`HookedSAE`, or more than one dictionary or layer.
     """
     check_choice("steering method", method, METHODS)
@@ -167,48 +181,48 @@ def steer(
     for tokens in rows:
         with splice(model, _one_dictionary(sae, exclude), **options) as spliced:
             baseline = measure(spliced, feature, tokens, method, positions, sampling)
-            asked = AskedAnswer.of(model, baseline.tokens, answer, wrong)
-            before = None if asked is None else asked.value(spliced, max_new_tokens)
+            question = AnswerQuestion.of(model, baseline.tokens, answer, wrong)
+            before = None if question is None else question.value(spliced, max_new_tokens)
         if isinstance(prompt, str):
             baseline = replace(baseline, prompt=prompt)
         runs = tuple(push(model, baseline, s) for s in strengths)
-        if asked is not None and before is not None:
-            runs = tuple(_with_answer(model, baseline, run, asked, before) for run in runs)
+        if question is not None and before is not None:
+            runs = tuple(_with_answer(model, baseline, run, question, before) for run in runs)
         results.append(SteeringSweep(runs) if _is_sweep(strength) else runs[0])
     return results if len(results) > 1 else results[0]
 
 
 def _with_answer(
-    model: HookedModel, baseline: Baseline, run: Steering, asked: AskedAnswer, before: float
+    model: HookedModel, baseline: Baseline, run: Steering, question: AnswerQuestion, before: float
 ) -> Steering:
     """The report of one strength, with what the answer is worth there."""
     with splice(model, baseline.hooked, edits=baseline.edit(run.strength)) as spliced:
-        after = asked.value(spliced, run.sampling.max_new_tokens)
-    return replace(run, answer=asked.change(model, before, after))
+        after = question.value(spliced, run.sampling.max_new_tokens)
+    return replace(run, answer=question.change(model, before, after))
 
 
-def _is_sweep(strength: Any) -> bool:
+def _is_sweep(strength: object) -> TypeGuard[Iterable[float]]:
     """Several strengths; an array without an axis is one."""
     several = isinstance(strength, Iterable) and not isinstance(strength, str)
     return several and getattr(strength, "ndim", 1) > 0
 
 
-def _strengths(given: Any) -> list[float]:
+def _strengths(strength: float | Iterable[float]) -> list[float]:
     """One strength or several as finite numbers."""
-    listed = list(given) if _is_sweep(given) else [given]
+    listed = list(strength) if _is_sweep(strength) else [strength]
     if not listed:
         raise EmptySelectionError("No strength was given", fix="strength=[4.0, 8.0, 16.0]")
-    wrong = [s for s in listed if not isinstance(s, SupportsFloat) or not math.isfinite(float(s))]
-    if wrong:
+    bad = [s for s in listed if not isinstance(s, SupportsFloat) or not math.isfinite(float(s))]
+    if bad:
         raise SteeringError(
-            f"strength={wrong[0]!r} is no finite number",
+            f"strength={bad[0]!r} is not a finite number",
             exists="a number, or a sequence of numbers",
             fix="strength=8.0, or strength=[4.0, 8.0, 16.0]",
         )
     return [float(s) for s in listed]
 
 
-def _one_dictionary(sae: Any, exclude: Exclude) -> Any:
+def _one_dictionary(sae: Saes, exclude: Exclude) -> Any:
     """The dictionary, refused if there are several or if it leaves no say to ``exclude``."""
     listed = as_list(sae)
     if len(listed) != 1:
@@ -222,3 +236,53 @@ def _one_dictionary(sae: Any, exclude: Exclude) -> Any:
             fix=f"HookedSAE(sae, exclude={exclude!r}), or leave exclude out here",
         )
     return listed[0]
+
+
+@dataclass(frozen=True)
+class AnswerQuestion:
+    """An answer, and what it is compared with, behind one prompt."""
+
+    answer: tuple[int, ...]
+    wrong: tuple[int, ...] | None
+    prompt: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, model: HookedModel, prompt: torch.Tensor, answer: Answer | None, wrong: Answer | None
+    ) -> AnswerQuestion | None:
+        """Token ids of both; None where no answer is asked about."""
+        if answer is None:
+            if wrong is not None:
+                raise EmptySelectionError(
+                    f"wrong={wrong!r} has no answer to be compared with", fix="answer="
+                )
+            return None
+        end = int(prompt[0, -1])
+        wrong_ids = None if wrong is None else tuple(answer_ids(model, wrong, end, "wrong"))
+        return cls(tuple(answer_ids(model, answer, end, "answer")), wrong_ids, prompt)
+
+    def value(self, spliced: SplicedModel, max_new_tokens: int) -> float:
+        """The metric in a model that may be steered."""
+        right = self._log_prob(spliced, self.answer, max_new_tokens)
+        if self.wrong is None:
+            return right
+        return right - self._log_prob(spliced, self.wrong, max_new_tokens)
+
+    def change(self, model: HookedModel, before: float, after: float) -> AnswerChange:
+        """Both values, with the texts."""
+        decode: Any = model.tokenizer.decode
+        wrong = None if self.wrong is None else decode(list(self.wrong))
+        return AnswerChange(decode(list(self.answer)), wrong, before, after)
+
+    @torch.no_grad()
+    def _log_prob(self, spliced: SplicedModel, ids: tuple[int, ...], n_new: int) -> float:
+        n = self.prompt.shape[1]
+        text = torch.cat([self.prompt, self.prompt.new_tensor([ids[:-1]])], 1)
+        positions = list(range(n - 1, n - 1 + len(ids)))
+        with (
+            spliced.continuing(n, max(n_new, len(ids))),
+            asked_positions(spliced, positions),
+        ):
+            logits = spliced(text)[0].float()
+        token = torch.tensor(ids, device=logits.device)
+        return float((logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)).sum())

@@ -1,26 +1,27 @@
 """What steering did: both continuations, and what changed at every position of the same text.
 
 1. The report is *teacher-forced*: both runs read the prompt and the unsteered continuation, so position
-   ``i`` compares what is predicted after the same tokens (``next_tokens.py``).
-2. Means are over the tokens that are not excluded (BOS, EOS, PAD by default).
+   ``i`` compares what is predicted after the same tokens, and not where two texts have drifted apart.
+2. ``KL(before || after) = sum_v p_v (log p_v - log q_v)`` in nats, ``p`` and ``q`` the distributions of
+   the next token, in float32 whatever the type of the model.
+3. Means are over the tokens that are not excluded (BOS, EOS, PAD by default).
 
-Cost: nothing beyond what ``steering.py`` measured.
+Cost: nothing beyond what ``steering_run.py`` measured.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import zip_longest
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import torch
 from jaxtyping import Bool, Float
 
 import gemmascope_plugin.figures as figures
-from gemmascope_plugin.splice.next_tokens import NextTokens
 from gemmascope_plugin.splice.sampling import Sampling
-from gemmascope_plugin.splice.steering_answer import AnswerChange
 
 Method = Literal["add", "orthogonal"]
 """``add``: the direction is added. ``orthogonal``: what points along it is multiplied."""
@@ -29,6 +30,39 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 ENDED = "(the text ends)"
 """Stands for a continuation without any token."""
+
+
+@dataclass(frozen=True)
+class AnswerChange:
+    """An answer's log-probability without and with steering, in nats."""
+
+    answer: str
+    wrong: str | None
+    before: float
+    """Minus that of ``wrong``, where there is one."""
+    after: float
+
+    def __repr__(self) -> str:
+        against = "" if self.wrong is None else f" against {self.wrong!r}"
+        return f"{self.answer!r}{against} {self.before:+.3f} -> {self.after:+.3f} nats"
+
+
+@dataclass(frozen=True, eq=False)
+class NextTokens:
+    """Distributions of the next token before and after, per position."""
+
+    kl: Float[torch.Tensor, " pos"]
+    """``KL(before || after)`` in nats."""
+    top_before: tuple[str, ...]
+    """The most probable next token before."""
+    p_before: Float[torch.Tensor, " pos"]
+    """Its probability before."""
+    p_after: Float[torch.Tensor, " pos"]
+    """Its probability after."""
+    top_after: tuple[str, ...]
+    """The most probable next token after."""
+    p_top_after: Float[torch.Tensor, " pos"]
+    """Its probability after."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,7 +89,7 @@ class Steering:
     """Token ids of the unsteered continuation, without special tokens at its end."""
     ids_after: tuple[int, ...]
     """Token ids of the steered continuation, without special tokens at its end."""
-    kept: Bool[torch.Tensor, " pos"]
+    is_kept: Bool[torch.Tensor, " pos"]
     """False at excluded tokens."""
     steered: Bool[torch.Tensor, " pos"]
     """True at the tokens that were steered."""
@@ -76,7 +110,7 @@ class Steering:
     @property
     def mean_kl(self) -> float:
         """Mean of :attr:`kl` over the tokens that are not excluded."""
-        return float(self.kl[self.kept].mean())
+        return float(self.kl[self.is_kept].mean())
 
     @property
     def max_kl(self) -> float:
@@ -86,7 +120,7 @@ class Steering:
     @property
     def max_kl_pos(self) -> int:
         """Position of :attr:`max_kl`."""
-        return int(self.kl.masked_fill(~self.kept, -1.0).argmax())
+        return int(self.kl.masked_fill(~self.is_kept, -1.0).argmax())
 
     @property
     def first_difference(self) -> int | None:
@@ -138,11 +172,7 @@ class Steering:
         )
 
     def title(self, *, strength: bool = True) -> str:
-        """What was done, in one line.
-
-        Args:
-            strength: Say how strongly, too.
-        """
+        """What was done, in one line; with how strongly, unless ``strength=False``."""
         excluded = ", ".join(map(str, self.exclude)) or "nothing"
         how = f"{self.method}, strength {self.strength:g}" if strength else self.method
         return f"{self.site} feature {self.feature}, {how}, excluded {excluded}"
@@ -169,11 +199,93 @@ class Steering:
         rows = [("KL (nats)", self.kl.tolist())]
         return (
             f"<div>{figures.token_rows_html(self.tokens, rows, title=self.title())}"
-            f"{text_html('before', self.prompt, self.before)}"
-            f"{text_html('after', self.prompt, self.after)}"
+            f"{_text_html('before', self.prompt, self.before)}"
+            f"{_text_html('after', self.prompt, self.after)}"
             f"<p><small>{escape(self.summary())}</small></p>"
             + ("" if self.answer is None else f"<p><small>{escape(repr(self.answer))}</small></p>")
             + "</div>"
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SteeringSweep(Sequence[Steering]):
+    """Steering of one prompt with one feature at several strengths, in the order given."""
+
+    runs: tuple[Steering, ...]
+    """One per strength, at least one."""
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    @overload
+    def __getitem__(self, index: int) -> Steering: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Steering, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Steering | tuple[Steering, ...]:
+        return self.runs[index]
+
+    @property
+    def before(self) -> str:
+        """Continuation without steering."""
+        return self.runs[0].before
+
+    def to_frame(self) -> Any:
+        """A DataFrame, one row per strength.
+
+        Columns: ``strength``, ``text`` (the steered continuation), ``mean_kl``, ``max_kl``,
+        ``relative_push``, ``tokens_changed``; see :class:`Steering`. ``answer_before`` and
+        ``answer_after``, log-probabilities, where an answer was asked about.
+        """
+        import pandas as pd
+
+        columns = ("mean_kl", "max_kl", "relative_push", "tokens_changed")
+        rows = [
+            (run.strength, run.after, *(getattr(run, column) for column in columns)) for run in self
+        ]
+        frame = pd.DataFrame(rows, columns=["strength", "text", *columns])
+        answers = [run.answer for run in self if run.answer is not None]
+        if answers:
+            frame["answer_before"] = [answer.before for answer in answers]
+            frame["answer_after"] = [answer.after for answer in answers]
+        return frame
+
+    def plot(self) -> Any:
+        """A plotly figure: mean divergence against strength."""
+        runs = sorted(self.runs, key=lambda run: run.strength)
+        return figures.curves(
+            [run.strength for run in runs],
+            {"mean KL": [run.mean_kl for run in runs]},
+            title=self._title(),
+            x_title="strength",
+            y_title="mean KL of the next token (nats)",
+        )
+
+    def _title(self) -> str:
+        return self.runs[0].title(strength=False)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"SteeringSweep({self._title()}, {len(self)} strengths)",
+            f"  prompt: {one_line(self.runs[0].prompt)}",
+            f"  before: {one_line(self.before)}",
+        ]
+        lines += [
+            f"  {run.strength:g}: {one_line(run.after)}  "
+            f"(KL mean {run.mean_kl:.3g}, max {run.max_kl:.3g}; push {run.relative_push:.3g}; "
+            f"{run.tokens_changed} {'token' if run.tokens_changed == 1 else 'tokens'} changed)"
+            for run in self
+        ]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        frame = self.to_frame()
+        frame["text"] = [run.after or ENDED for run in self]
+        return (
+            f"<div><b>{escape(self._title())}</b>"
+            f"{_text_html('before', self.runs[0].prompt, self.before)}"
+            f"{figures.frame_html(frame, max_rows=len(frame))}</div>"
         )
 
 
@@ -182,7 +294,7 @@ def one_line(text: str) -> str:
     return text.strip(" ").replace("\n", "\\n").replace("\r", "\\r") or ENDED
 
 
-def text_html(name: str, prompt: str, continuation: str) -> str:
+def _text_html(name: str, prompt: str, continuation: str) -> str:
     """Prompt and continuation as a line of HTML, the continuation marked."""
     return (
         f'<div style="white-space:pre-wrap"><b>{escape(name)}</b> {escape(prompt)}'

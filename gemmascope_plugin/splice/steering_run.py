@@ -3,14 +3,15 @@
 1. ``measure``: the prompt is continued, and one forward pass over the whole text gives its logits and
    the activation at the site.
 2. ``push``: the prompt is continued with the edit, and one forward pass with it reads the same text.
+3. ``compare_next`` compares what both say next at every position of that text.
 
-Cost: a generation and a forward pass each.
+Cost: a generation and a forward pass each, and four times the vocabulary per position, in tiles.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,17 +20,18 @@ from gemmascope_plugin.errors import EmptySelectionError, check_feature
 from gemmascope_plugin.indices import feature_ids
 from gemmascope_plugin.models import flatten_heads, special_ids, token_strings
 from gemmascope_plugin.models.asked import asked_positions, read_out
+from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.protocol import HookedModel, device_of
 from gemmascope_plugin.models.readout import Readout
 from gemmascope_plugin.models.stops import stop_ids
 from gemmascope_plugin.models.tokens import SPECIAL_NAMES, kept_positions
 from gemmascope_plugin.splice.edits import Add, Edit, Project
+from gemmascope_plugin.splice.hooked_sae import HookedCrossLayer, HookedSAE
 from gemmascope_plugin.splice.hooked_site import HookedSite
-from gemmascope_plugin.splice.next_tokens import compare_next
 from gemmascope_plugin.splice.sampling import Sampling, SteeringError
 from gemmascope_plugin.splice.spliced_model import SplicedModel
 from gemmascope_plugin.splice.splicing import splice
-from gemmascope_plugin.splice.steering_report import Method, Steering
+from gemmascope_plugin.splice.steering_report import Method, NextTokens, Steering
 from gemmascope_plugin.splice.window import Positions, Window
 
 
@@ -37,7 +39,7 @@ from gemmascope_plugin.splice.window import Positions, Window
 class Baseline:
     """What every strength is compared with, measured once."""
 
-    hooked: Any
+    hooked: HookedSAE | HookedCrossLayer
     """The dictionary, as it was spliced in."""
     site: HookedSite
     feature: int
@@ -48,9 +50,9 @@ class Baseline:
     tokens: Int[torch.Tensor, "1 prompt"]
     text: Int[torch.Tensor, "1 pos"]
     """The prompt and the unsteered continuation."""
-    said: Readout
+    readout: Readout
     """What is next at every position."""
-    kept: Bool[torch.Tensor, " pos"]
+    is_kept: Bool[torch.Tensor, " pos"]
     steered: Bool[torch.Tensor, " pos"]
     share: float
     """Length of the push of unit size over the length of the activation, mean over steered tokens."""
@@ -68,27 +70,13 @@ class Baseline:
 
 def measure(
     spliced: SplicedModel,
-    feature: Any,
+    feature: SupportsIndex,
     tokens: Int[torch.Tensor, "1 prompt"],
     method: Method,
     positions: Positions,
     sampling: Sampling,
 ) -> Baseline:
-    """Checks what can be checked before anything runs; then continues the prompt without the push.
-
-    Args:
-        spliced: The model with the dictionary, unedited.
-        feature: Index of the feature.
-        tokens: The prompt to continue.
-        method: How the push is made.
-        positions: Where; None for everywhere.
-        sampling: How continuations are drawn.
-
-    Raises:
-        FeatureIndexError: No such feature.
-        EmptySelectionError: An empty prompt, or positions of excluded tokens only.
-        SteeringError: A dictionary of several layers.
-    """
+    """Checks what can be checked before anything runs; then continues the prompt without the push."""
     model, site = spliced.model, _one_site(spliced)
     index = feature_ids(feature)
     if not isinstance(index, int):
@@ -99,29 +87,25 @@ def measure(
     check_feature(index, site.d_sae, site.name)
     prompt = _text(model, tokens[0].tolist())
     special = special_ids(model, site.exclude)
-    wanted = _wanted(site, positions, kept_positions(tokens, special), sampling.max_new_tokens)
+    steerable = _steerable(
+        site, positions, kept_positions(tokens, special), sampling.max_new_tokens
+    )
     ids = _continue(spliced, tokens, sampling)
     text = torch.cat([tokens, tokens.new_tensor([ids])], dim=1)
-    said, y = _read(spliced, text, tokens, sampling, site.hook_out)
-    kept = kept_positions(text, special)[0]
-    steered = wanted[: text.shape[1]] & kept
+    readout, (y,) = _read(spliced, text, tokens, sampling, site.hook_out)
+    is_kept = kept_positions(text, special)[0]
+    steered = steerable[: text.shape[1]] & is_kept
     share = float(_share(y[steered.to(y.device)], site.decoder_from(0)[index], method).mean())
     shared = (spliced.saes[0], site, index, prompt, method, positions, sampling, tokens, text)
-    return Baseline(*shared, said, kept.cpu(), steered.cpu(), share)
+    return Baseline(*shared, readout, is_kept.cpu(), steered.cpu(), share)
 
 
 def push(model: HookedModel, baseline: Baseline, strength: float) -> Steering:
-    """Continues the prompt with the push, and reads the unsteered text with it.
-
-    Args:
-        model: The model.
-        baseline: The same without the push.
-        strength: How hard.
-    """
+    """Continues the prompt with the push, and reads the unsteered text with it."""
     tokens, text, sampling = baseline.tokens, baseline.text, baseline.sampling
     with splice(model, baseline.hooked, edits=baseline.edit(strength)) as spliced:
         ids = _continue(spliced, tokens, sampling)
-        said, _ = _read(spliced, text, tokens, sampling)
+        readout, _ = _read(spliced, text, tokens, sampling)
     n_prompt = tokens.shape[1]
     ids_before = text[0, n_prompt:].tolist()
     return Steering(
@@ -137,9 +121,9 @@ def push(model: HookedModel, baseline: Baseline, strength: float) -> Steering:
         tokens=tuple(token_strings(model, text[0])),
         ids_before=tuple(ids_before),
         ids_after=tuple(ids),
-        kept=baseline.kept,
+        is_kept=baseline.is_kept,
         steered=baseline.steered,
-        next_tokens=compare_next(model, baseline.said, said),
+        next_tokens=compare_next(model, baseline.readout, readout),
         relative_push=baseline.size(strength) * baseline.share,
     )
 
@@ -166,15 +150,14 @@ def _read(
     tokens: Int[torch.Tensor, "1 prompt"],
     sampling: Sampling,
     *names: str,
-) -> tuple[Readout, Any]:
-    """What is next in a text, and the activation at a hook if one is named, heads flattened."""
+) -> tuple[Readout, list[torch.Tensor]]:
+    """What is next in a text, and the activations at named hooks, heads flattened."""
     with (
         spliced.continuing(tokens.shape[1], sampling.max_new_tokens),
         read_out(spliced, slice(None)) as readouts,
     ):
         _, cache = spliced.run_with_cache(text, names_filter=names)
-    activation = [flatten_heads(cache[name])[0] for name in names]
-    return readouts[0], activation[0] if activation else None
+    return readouts[0], [flatten_heads(cache[name])[0] for name in names]
 
 
 def _share(
@@ -213,18 +196,37 @@ def _one_site(spliced: SplicedModel) -> HookedSite:
     return sites[0]
 
 
-def _wanted(
-    site: HookedSite, positions: Positions, kept: Bool[torch.Tensor, "1 prompt"], n_new: int
+def _steerable(
+    site: HookedSite, positions: Positions, is_kept: Bool[torch.Tensor, "1 prompt"], n_new: int
 ) -> Bool[torch.Tensor, " horizon"]:
     """Where dictionary and caller want to steer, in the prompt and all that may follow it."""
-    n_prompt = kept.shape[1]
-    possible = torch.nn.functional.pad(kept, (0, n_new), value=True)
+    n_prompt = is_kept.shape[1]
+    possible = torch.nn.functional.pad(is_kept, (0, n_new), value=True)
     window = Window(possible, prompt=n_prompt, horizon=n_prompt + n_new)
-    wanted = window.select(positions) & window.select(site.positions)
-    if not (wanted & possible).any():
+    steerable = window.select(positions) & window.select(site.positions)
+    if not (steerable & possible).any():
         raise EmptySelectionError(
             "Nothing would be steered: the positions hold excluded tokens only",
             exists=f"exclude={site.exclude!r}",
             fix="other positions, or exclude=() to reach special tokens",
         )
-    return wanted[0]
+    return steerable[0]
+
+
+@torch.no_grad()
+def compare_next(model: HookedModel, before: Readout, after: Readout) -> NextTokens:
+    """Compares what two runs over the same tokens say; a distribution must be finite."""
+    best, top_before, lse_before = before.top(1)
+    best_after, top_after, lse_after = after.top(1)
+    for lse, run in ((lse_before, "before"), (lse_after, "with")):
+        check_finite(lse, f"What the model says next, by position, {run} the intervention", model)
+    still = after.pick(top_before)[:, 0] - lse_after
+    return NextTokens(
+        # rounding may leave it a little below 0
+        after.divergence_from(before).clamp(min=0).cpu(),
+        tuple(token_strings(model, top_before[:, 0])),
+        (best[:, 0] - lse_before).exp().cpu(),
+        still.exp().cpu(),
+        tuple(token_strings(model, top_after[:, 0])),
+        (best_after[:, 0] - lse_after).exp().cpu(),
+    )

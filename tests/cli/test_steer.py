@@ -186,4 +186,4 @@ def test_mistakes_of_the_dictionary() -> None:
     line = mistake(*big, *TEXT, "--strength", "1", "--feature", LABEL)
     assert "the features of gemma-2-2b have no labels here" in line
     line = mistake(*SAE, *TEXT, "--strength", "nan", "--feature", "1")
-    assert "--strength nan is no finite number" in line
+    assert "--strength nan is not a finite number" in line

@@ -70,7 +70,7 @@ def test_advice_is_typed_as_an_option(command: str, text: str, typed: str) -> No
         (("find", "--model", "27b"), ("Try: --model gemma-2-27b or --model gemma-3-27b-pt",)),
         (
             ("steer", "--prompt", "today", "--feature", "3", "--strength", "nan", *TINY),
-            ("--strength nan is no finite number", "Try: --strength 8.0"),
+            ("--strength nan is not a finite number", "Try: --strength 8.0"),
         ),
     ],
 )

@@ -26,8 +26,8 @@ from gemmascope_plugin.pages import (
     write_page,
 )
 from gemmascope_plugin.splice import Steering
-from gemmascope_plugin.splice.next_tokens import NextTokens
 from gemmascope_plugin.splice.sampling import Sampling
+from gemmascope_plugin.splice.steering_report import NextTokens
 
 BAD = "<script>alert(1)</script>"
 SITE = "blocks.2.hook_resid_post"

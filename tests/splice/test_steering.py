@@ -28,9 +28,9 @@ from gemmascope_plugin.splice import (
     splice,
     steer,
 )
-from gemmascope_plugin.splice.next_tokens import compare_next
 from gemmascope_plugin.splice.sampling import Sampling
 from gemmascope_plugin.splice.steering_report import Method
+from gemmascope_plugin.splice.steering_run import compare_next
 from tests import factories
 from tests.factories import n_hooks, tiny_model, unchecked
 from tests.support.rounding import TINY
@@ -85,7 +85,7 @@ def test_divergence_is_that_of_a_slow_reference(model) -> None:
     bare = model(text)[0].double().numpy()
 
     assert result.kl.shape == (text.shape[1],)
-    assert result.kept.tolist() == result.steered.tolist() == keep.tolist()
+    assert result.is_kept.tolist() == result.steered.tolist() == keep.tolist()
     frame = result.to_frame()
     for i, row in enumerate(frame.itertuples()):
         p, q = (np.exp(x[i] - x[i].max()) for x in (bare, steered))
@@ -181,12 +181,12 @@ def test_steering_is_described(hooked2) -> None:
 
 
 def test_report_as_figure_and_page(singular: Bundled) -> None:
-    result = steer(*singular, 16.0, f"{KEYS} <b>", max_new_tokens=3)
+    result = steer(*singular, 16.0, f"{KEYS} <unk>", max_new_tokens=3)
     figure = result.plot()
     assert list(figure.data[0].y) == result.kl.tolist()
     assert figure.layout.xaxis.ticktext[:2] == ("&lt;bos&gt;", "today")
     page = result._repr_html_()
-    assert "<b> " not in page and "&lt;b&gt;" in page
+    assert "<unk>" not in page and "&lt;unk&gt;" in page
     assert result.after in page and "strength 16" in page
 
 
@@ -389,10 +389,10 @@ def test_errors_of_feature_prompt_and_method(hooked2) -> None:
 @pytest.mark.parametrize(
     ("strength", "message"),
     [
-        (math.nan, "strength=nan is no finite number"),
-        ([1.0, math.inf], "strength=inf is no finite number"),
-        ("16", "strength='16' is no finite number"),
-        (None, "strength=None is no finite number"),
+        (math.nan, "strength=nan is not a finite number"),
+        ([1.0, math.inf], "strength=inf is not a finite number"),
+        ("16", "strength='16' is not a finite number"),
+        (None, "strength=None is not a finite number"),
         ([], "No strength was given"),
     ],
 )

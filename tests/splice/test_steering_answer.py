@@ -65,7 +65,7 @@ def test_a_sweep_has_columns_for_it(hooked2: Any) -> None:
 
 def test_mistakes(hooked2: Any) -> None:
     sae = factories.residual(hooked2, LAYER)
-    with pytest.raises(EmptySelectionError, match="wrong='w10' is compared with no answer"):
+    with pytest.raises(EmptySelectionError, match="wrong='w10' has no answer to be compared with"):
         steer(hooked2, sae, FEATURE, 1.0, PROMPT, wrong="w10")
     with pytest.raises(TaskError, match="'w999' has a part that this tokenizer does not know"):
         steer(hooked2, sae, FEATURE, 1.0, PROMPT, answer="w999")
