@@ -1,4 +1,4 @@
-"""Measures of one dictionary on a corpus: sparsity, fit, damage, frequencies, evenness, geometry.
+"""Measures of one dictionary on a corpus: sparsity, fit, loss, frequencies, evenness, geometry.
 
 1. One pass reads the dictionary's input and output sites at the tokens that are not excluded. Features
    are encoded sparsely and only counts and sums are kept, so that the corpus may be of any size. The
@@ -31,13 +31,14 @@ from gemmascope_plugin.features.stream import Corpus, Tokens, corpus, hooked_for
 from gemmascope_plugin.measures.geometry import mean_max_cosine
 from gemmascope_plugin.measures.importance import importance
 from gemmascope_plugin.measures.measured import Measured
-from gemmascope_plugin.measures.splice_loss import Damage, damage
+from gemmascope_plugin.measures.splice_loss import splice_loss
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.saes import Coder
 from gemmascope_plugin.splice import HookedSAE
 from gemmascope_plugin.splice.check_saes import check_sae
+from gemmascope_plugin.splice.losses import SpliceLoss
 
 DENSE = 0.1
 """A feature active on a larger share of the tokens is dense."""
@@ -53,7 +54,7 @@ class Measures(Measured):
     """Mean number of active features per token."""
     fvu: float
     """Squared error over squared distance from the mean; NaN where the tokens do not vary."""
-    losses: Damage
+    losses: SpliceLoss
     frequencies: Float[torch.Tensor, " d_sae"]
     """Share of the tokens on which each feature is active."""
     r_l0: float
@@ -193,7 +194,7 @@ def _measure(model: HookedModel, hooked: HookedSAE, text: Corpus, n_positions: i
     for x, y in site_tensors(model, hooked, text):
         sums.add(coder, x, y)
     mean = (sums.total / sums.n).float()
-    losses = damage(model, hooked, text, mean)
+    losses = splice_loss(model, hooked, text, mean)
     r_l0, r_l0_tokens = importance(model, hooked, text, n_positions)
     return Measures(
         hook_in=hooked.hook_in,

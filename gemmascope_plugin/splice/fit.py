@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,6 +28,7 @@ from gemmascope_plugin.models.record import record
 from gemmascope_plugin.models.site_hooks import Reading
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.saes import Coder
+from gemmascope_plugin.types import SAE
 
 _VALUES = 1 << 26
 """Activations that are held at a time."""
@@ -46,8 +46,8 @@ class Candidate:
     excluded: frozenset[int]
     """Token ids that are left out."""
     cause: str = ""
-    """What is wrong if this one fits and the dictionary's own does not."""
-    what: str = ""
+    """What is wrong if this candidate fits and what the dictionary names does not."""
+    label: str = ""
     """What it is, for tables and sentences."""
 
 
@@ -96,36 +96,23 @@ class _Sums:
 
 @torch.no_grad()
 def measure(
-    model: HookedModel, sae: Any, batches: Batches, candidates: Sequence[Candidate]
+    model: HookedModel, sae: SAE, batches: Batches, candidates: Sequence[Candidate]
 ) -> list[Fit]:
-    """Measures every candidate on the same text.
-
-    Args:
-        model: The bare model.
-        sae: A JumpReLU dictionary or a tree.
-        batches: Token ids.
-        candidates: What to try.
-
-    Returns:
-        One fit per candidate, in the given order.
-
-    Raises:
-        WidthMismatchError: A tensor is not as wide as the dictionary.
-    """
-    hooks = sorted({one.hook for c in candidates for one in (c.read, c.write)})
+    """Measures every candidate on the same text; one fit per candidate, in their order."""
+    hooks = sorted({reading.hook for c in candidates for reading in (c.read, c.write)})
     sums = [_Sums(sae.W_dec.shape[1], sae.W_dec.device) for _ in candidates]
     for tokens in batches:
         cache = record(model, tokens, hooks)
         flat = {name: flatten_heads(cache[name]) for name in hooks}
-        for candidate, own in zip(candidates, sums, strict=True):
+        for candidate, total in zip(candidates, sums, strict=True):
             keep = kept_positions(tokens, candidate.excluded)
-            _add(own, sae, candidate, flat, keep)
-    return [own.fit(candidate) for candidate, own in zip(candidates, sums, strict=True)]
+            _add(total, sae, candidate, flat, keep)
+    return [total.fit(candidate) for candidate, total in zip(candidates, sums, strict=True)]
 
 
 def _add(
     sums: _Sums,
-    sae: Any,
+    sae: SAE,
     candidate: Candidate,
     cache: dict[str, torch.Tensor],
     keep: Bool[torch.Tensor, "batch pos"],
@@ -141,7 +128,7 @@ def _add(
         sums.add(coder, x_part, y_part)
 
 
-def _check_width(name: str, x: torch.Tensor, width: int, sae: Any) -> None:
+def _check_width(name: str, x: torch.Tensor, width: int, sae: SAE) -> None:
     if x.shape[-1] != width:
         raise WidthMismatchError(
             f"The dictionary has width {width}, the model's {name} has {x.shape[-1]}",

@@ -209,7 +209,7 @@ def _is_sweep(strength: object) -> TypeGuard[Iterable[float]]:
 
 def _strengths(strength: float | Iterable[float]) -> list[float]:
     """One strength or several as finite numbers."""
-    listed = list(strength) if _is_sweep(strength) else [strength]
+    listed: list[Any] = list(strength) if _is_sweep(strength) else [strength]
     if not listed:
         raise EmptySelectionError("No strength was given", fix="strength=[4.0, 8.0, 16.0]")
     bad = [s for s in listed if not isinstance(s, SupportsFloat) or not math.isfinite(float(s))]

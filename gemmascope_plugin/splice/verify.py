@@ -19,12 +19,15 @@ layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
 
 import gemmascope_plugin.saes as saes
+from gemmascope_plugin.catalog.cards import card
+from gemmascope_plugin.catalog.site_names import L0Kind
 from gemmascope_plugin.errors import EmptySelectionError
 from gemmascope_plugin.loading import spec_of
 from gemmascope_plugin.models import special_ids
@@ -36,23 +39,161 @@ from gemmascope_plugin.models.record import record
 from gemmascope_plugin.models.site_hooks import reading
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.splice.check_saes import check_sae
-from gemmascope_plugin.splice.diagnose import Declared, far, nearby, own_reading, with_special
-from gemmascope_plugin.splice.findings import explain
+from gemmascope_plugin.splice.diagnose import (
+    Declared,
+    explain,
+    far,
+    nearby,
+    reading_of,
+    with_special,
+)
 from gemmascope_plugin.splice.fit import Batches, Candidate, Fit, measure
 from gemmascope_plugin.splice.hooked_sae import HookedSAE
-from gemmascope_plugin.splice.losses import losses
-from gemmascope_plugin.splice.report import Report
+from gemmascope_plugin.splice.losses import SpliceLoss, losses_of
+from gemmascope_plugin.types import SAE
 
 _BATCH = 16
 """Documents per forward pass."""
 _SAMPLE = 256
 """Tokens on which every layer is tried."""
 
+Verdict = Literal["fits", "does not fit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A dictionary in a model, on some text."""
+
+    hook_in: str
+    """The tensor that was read."""
+    hook_out: str
+    """The tensor that was reconstructed."""
+    l0: float
+    """Mean number of active features per token that is not excluded."""
+    declared_l0: float | None
+    """What the release says; None when it says nothing."""
+    l0_is: L0Kind
+    """Whether the declared L0 was measured after training or is the target of training."""
+    fvu: float
+    """Squared error over squared distance from the mean; NaN for a single token."""
+    bos_l0: float | None
+    """Active features at BOS, where no Gemma Scope dictionary was trained; None without any BOS."""
+    losses: SpliceLoss
+    """Next-token losses in nats: clean, spliced, with the error kept, with the site at zero."""
+    n_tokens: int
+    """Tokens that were measured."""
+    exclude: tuple[str | int, ...]
+    """Special tokens that were left out."""
+    causes: tuple[str, ...] = ()
+    """What is wrong, in a word or two each: ``wrong site``, ``wrong layer``, ``gain missing``, ``gain
+    doubled``, ``BOS included``, ``BOS left out``, ``folded norms``, ``wrong model``; empty when the
+    dictionary fits."""
+    findings: tuple[str, ...] = ()
+    """What looks wrong and the likely cause, a short text each."""
+    tried: tuple[Fit, ...] = ()
+    """What was measured under other tensors."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the dictionary belongs where it says, in this model."""
+        return "does not fit" if self.causes else "fits"
+
+    @property
+    def fits(self) -> bool:
+        """The verdict as a truth value."""
+        return not self.causes
+
+    @property
+    def delta_loss(self) -> float:
+        """Rise of the loss when only the reconstruction flows, in nats; NaN if it cannot be spliced."""
+        return self.losses.delta
+
+    @property
+    def delta_loss_kept(self) -> float:
+        """Rise of the loss with the error added back; zero but for rounding."""
+        return self.losses.error_kept - self.losses.clean
+
+    @property
+    def delta_loss_share(self) -> float:
+        """:attr:`delta_loss` as a share of the rise when the site is set to zero."""
+        return self.losses.share_of_zero
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Pairs of name and text, as ``repr`` shows them."""
+        route = (
+            self.hook_out if self.hook_in == self.hook_out else f"{self.hook_in} -> {self.hook_out}"
+        )
+        loss = self.losses
+        pairs = [
+            ("verdict", self.verdict + (f": {', '.join(self.causes)}" if self.causes else "")),
+            ("site", route),
+            (
+                "tokens",
+                f"{self.n_tokens} (excluded: {', '.join(map(str, self.exclude)) or 'none'})",
+            ),
+            ("l0", f"{self.l0:.1f} ({self._declared()})"),
+            ("l0 at BOS", "no BOS in the text" if self.bos_l0 is None else f"{self.bos_l0:.1f}"),
+            ("fvu", f"{self.fvu:.3g}"),
+            (
+                "loss",
+                f"{loss.clean:.4f} clean, {loss.spliced:.4f} spliced, {loss.zeroed:.4f} zeroed",
+            ),
+            ("delta loss", f"{self.delta_loss:+.4f}, {self.delta_loss_share:.2%} of zeroing"),
+            ("with the error kept", f"{self.delta_loss_kept:+.1e}"),
+        ]
+        return pairs + [("finding", finding) for finding in self.findings]
+
+    def _declared(self) -> str:
+        if self.declared_l0 is None:
+            return "none declared"
+        return f"declared {self.declared_l0:g}{', a target' if self.l0_is == 'target' else ''}"
+
+    def to_frame(self) -> Any:
+        """A DataFrame of one row with every figure; rows of several reports can be concatenated."""
+        import pandas as pd
+
+        loss = self.losses
+        row = {
+            "hook_in": self.hook_in,
+            "hook_out": self.hook_out,
+            "verdict": self.verdict,
+            "causes": ", ".join(self.causes),
+            "l0": self.l0,
+            "declared_l0": self.declared_l0,
+            "l0_is": self.l0_is,
+            "bos_l0": self.bos_l0,
+            "fvu": self.fvu,
+            "loss_clean": loss.clean,
+            "loss_spliced": loss.spliced,
+            "loss_kept": loss.error_kept,
+            "loss_zeroed": loss.zeroed,
+            "delta_loss": self.delta_loss,
+            "delta_loss_share": self.delta_loss_share,
+            "n_tokens": self.n_tokens,
+            "exclude": ", ".join(map(str, self.exclude)),
+            "findings": " ".join(self.findings),
+        }
+        return pd.DataFrame([row])
+
+    def tried_frame(self) -> Any:
+        """A DataFrame with one row per tensor that was tried beside the dictionary's own."""
+        import pandas as pd
+
+        columns = ["tensor", "would_mean", "l0", "fvu", "n_tokens"]
+        rows = [(f.candidate.label, f.candidate.cause, f.l0, f.fvu, f.n_tokens) for f in self.tried]
+        return pd.DataFrame(rows, columns=columns)
+
+    def __repr__(self) -> str:
+        return "Report\n" + "\n".join(f"  {name}: {text}" for name, text in self.facts())
+
+    def _repr_html_(self) -> str:
+        return card("verify", self.facts())
+
 
 @gate(model=check_model, sae=check_sae)
 def verify(
     model: HookedModel,
-    sae: Any,
+    sae: SAE | HookedSAE,
     text: PromptLike,
     *,
     exclude: str | int | Sequence[str | int] = ("bos", "eos", "pad"),
@@ -79,25 +220,25 @@ def verify(
         EmptySelectionError: No text, or nothing but excluded tokens.
     """
     hooked = sae if isinstance(sae, HookedSAE) else HookedSAE(sae)
-    sae, exclude = hooked.sae, (exclude,) if isinstance(exclude, (str, int)) else tuple(exclude)
+    plain, exclude = hooked.sae, (exclude,) if isinstance(exclude, (str, int)) else tuple(exclude)
     batches = [part for rows in documents(model, text) for part in rows.split(_BATCH)]
     if not batches:
         raise EmptySelectionError("There is no prompt", fix="give text or token ids [batch, pos]")
     excluded = special_ids(model, exclude)
     _refuse_empty(batches, excluded, exclude)
-    read, readable = own_reading(model, hooked.hook_in)
-    own = Candidate(
+    read, readable = reading_of(model, hooked.hook_in)
+    named = Candidate(
         read=read,
         write=reading(model, hooked.hook_out) if hooked.is_transcoder else read,
         excluded=excluded,
-        what=hooked.hook_in,
+        label=hooked.hook_in,
     )
-    declared = _declared(sae)
-    fit, tried = _try_all(model, sae, batches, own, declared)
-    loss = losses(
-        model, sae, batches, exclude=exclude, hook_out=hooked.hook_out, can_splice=readable
+    declared = _declared(plain)
+    fit, tried = _try_all(model, plain, batches, named, declared)
+    loss = losses_of(
+        model, plain, batches, exclude=exclude, hook_out=hooked.hook_out, can_splice=readable
     )
-    causes, findings = explain(model, sae, fit, tried, declared, loss, readable=readable)
+    causes, findings = explain(model, plain, fit, tried, declared, loss, readable=readable)
     return Report(
         hook_in=hooked.hook_in,
         hook_out=hooked.hook_out,
@@ -105,7 +246,7 @@ def verify(
         declared_l0=declared.l0,
         l0_is=declared.l0_is,
         fvu=fit.fvu,
-        bos_l0=_bos_l0(model, sae, batches, own),
+        bos_l0=_bos_l0(model, plain, batches, named),
         losses=loss,
         n_tokens=fit.n_tokens,
         exclude=exclude,
@@ -116,19 +257,19 @@ def verify(
 
 
 def _try_all(
-    model: HookedModel, sae: Any, batches: Batches, own: Candidate, declared: Declared
+    model: HookedModel, sae: SAE, batches: Batches, named: Candidate, declared: Declared
 ) -> tuple[Fit, list[Fit]]:
-    """The dictionary's own fit and those of the candidates."""
+    """The fit at the tensors that the dictionary names, and those of the candidates."""
     names = ("bos", "eos", "pad")
     special = special_ids(model, names) if model.tokenizer is not None else frozenset()
-    first, *tried = measure(model, sae, batches, [own, *nearby(model, sae, own, special)])
+    fit, *tried = measure(model, sae, batches, [named, *nearby(model, sae, named, special)])
     # Far layers on a few tokens of the same text, as there are many; the best one on all of it.
-    sampled, *others = measure(model, sae, [_sample(batches)], [own, *far(model, own)])
-    best = declared.best(others, sampled)
+    sampled, *far_fits = measure(model, sae, [_sample(batches)], [named, *far(model, named)])
+    best = declared.best(far_fits, sampled)
     more = [] if best is None else [best.candidate]
-    if not declared.agrees(first):
-        more += with_special(own)
-    return first, tried + (measure(model, sae, batches, more) if more else [])
+    if not declared.agrees(fit):
+        more += with_special(named)
+    return fit, tried + (measure(model, sae, batches, more) if more else [])
 
 
 def _sample(batches: Batches) -> Int[torch.Tensor, "_ _"]:
@@ -137,7 +278,7 @@ def _sample(batches: Batches) -> Int[torch.Tensor, "_ _"]:
     return tokens[: max(1, _SAMPLE // tokens.shape[1])]
 
 
-def _declared(sae: Any) -> Declared:
+def _declared(sae: SAE) -> Declared:
     spec = spec_of(sae)
     if spec is not None:
         return Declared(l0=spec.l0, l0_is=spec.l0_is)
@@ -145,7 +286,7 @@ def _declared(sae: Any) -> Declared:
 
 
 @torch.no_grad()
-def _bos_l0(model: HookedModel, sae: Any, batches: Batches, own: Candidate) -> float | None:
+def _bos_l0(model: HookedModel, sae: SAE, batches: Batches, named: Candidate) -> float | None:
     """Mean active features at BOS; None without BOS."""
     bos = special_ids(model, ("bos",)) if model.tokenizer is not None else frozenset()
     coder, active, n = saes.coder_of(sae), 0, 0
@@ -154,10 +295,10 @@ def _bos_l0(model: HookedModel, sae: Any, batches: Batches, own: Candidate) -> f
         rows = here.any(1)
         if not rows.any():
             continue
-        name = own.read.hook
+        name = named.read.hook
         n_read = int(here.any(0).nonzero().max()) + 1  # no later token changes what BOS is
         cache = record(model, tokens[rows, :n_read], [name])
-        x = own.read(cache[name])[here[rows, :n_read]].flatten(1)
+        x = named.read(cache[name])[here[rows, :n_read]].flatten(1)
         active += int((coder.activate(coder.pre_activations(x), x) > 0).sum())
         n += len(x)
     return active / n if n else None
