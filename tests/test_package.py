@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -64,9 +66,7 @@ def test_unknown_name_says_what_was_meant() -> None:
 
 
 def test_unknown_name_without_a_neighbour_lists_what_there_is() -> None:
-    with pytest.raises(
-        AttributeError, match=r"There is: Ablate, AblationCheck, .*verify, verify_top\.$"
-    ):
+    with pytest.raises(AttributeError, match=r"There is: Ablate, Add, .*train, union, verify\.$"):
         gs.zzzzzzzz  # noqa: B018
 
 
@@ -81,3 +81,19 @@ def test_version_of_a_source_tree(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(metadata, "version", missing)
     assert gs._version() == "0.0.0+source"
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    stub = Path(gs.__file__).with_suffix(".pyi").read_text()
+    names = set(re.findall(r"\w+ as (\w+)", stub))
+    assert names == {*gs.__all__, *gs._FLOORS}
+
+
+def test_a_name_of_a_floor_is_found() -> None:
+    assert gs.measures.hierarchy is importlib.import_module("gemmascope_plugin.measures").hierarchy
+    with pytest.raises(AttributeError, match=r"It is gemmascope_plugin\.measures\.hierarchy$"):
+        gs.hierarchy  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_there_are_at_most_65_names() -> None:
+    assert len(gs.__all__) <= 65

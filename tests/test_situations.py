@@ -21,7 +21,7 @@ import torch
 import gemmascope_plugin as gs
 from gemmascope_plugin.demo.build.corpus import make_corpus
 from gemmascope_plugin.errors import GemmaScopeError, ModelError
-from tests.support.arguments import ARGUMENTS, ELSEWHERE, METRICS, call
+from tests.support.arguments import ARGUMENTS, ELSEWHERE, FLOORS, METRICS, call, public
 from tests.support.calls import Numbers, Scene, bundled, numbers
 from tests.support.compared import check_close, compared
 from tests.support.situations import (
@@ -78,7 +78,8 @@ def check_same(result: Any, expected: Numbers, share: float = 1e-4) -> None:
 
 
 def test_every_public_function_is_in_the_table() -> None:
-    functions = {name for name in gs.__all__ if not inspect.isclass(getattr(gs, name))}
+    names = {*gs.__all__, *(name for floor in FLOORS for name in getattr(gs, floor).__all__)}
+    functions = {name for name in names if not inspect.isclass(public(name))}
     assert functions == {*ARGUMENTS, *ELSEWHERE}
     assert all((Path(__file__).parents[1] / file).is_file() for file in ELSEWHERE.values())
 
@@ -114,7 +115,7 @@ def test_counts_of_nothing_are_refused(name: str, scene: Scene) -> None:
 
 @FUNCTIONS
 def test_a_token_that_does_not_exist_cannot_be_left_out(name: str, scene: Scene) -> None:
-    if "exclude" in inspect.signature(getattr(gs, name)).parameters:
+    if "exclude" in inspect.signature(public(name)).parameters:
         arguments = ARGUMENTS[name](scene) | {"exclude": [2, scene.model.cfg.d_vocab]}
         with pytest.raises(GemmaScopeError, match=r"Token id 462 does not exist.*0 to 461"):
             call(name, arguments)

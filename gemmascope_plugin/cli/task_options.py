@@ -201,8 +201,8 @@ class Question:
     def _metric(self, name: str, answer: Any, wrong: Any) -> Any:
         import gemmascope_plugin.causes as causes
 
-        given = {"answer": answer, "wrong": wrong or None}
-        reads = {each: given[each] for each in _READS[name]}
+        words = {"answer": answer, "wrong": wrong or None}
+        reads = {each: words[each] for each in _READS[name]}
         return getattr(causes, name)(**reads, before_cap=self.before_cap)
 
 

@@ -109,7 +109,7 @@ def measured(model: Any, name: str, sae: Any, documents: int) -> dict[str, Any]:
     broad = [order.names[i] for i in (order.above.sum(1) >= BROAD).nonzero()[:, 0].tolist()]
     columns = [names.index(concept) for concept in broad]
     absorbed = probe_absorption(model, sae, held_out.tokens, concepts[..., columns], broad)
-    spread = gs.adaptivity(model, sae, held_out.tokens, batch=64).std
+    spread = gs.measures.adaptivity(model, sae, held_out.tokens, batch=64).std
     means = absorbed[["full_absorption", "absorption_fraction"]].mean().to_dict()
     return {**frame.iloc[0].to_dict(), **means, "k_std": spread}
 

@@ -28,13 +28,13 @@ def test_trained_dictionaries_compare(suite) -> None:
         assert row["share_of_zero"] == pytest.approx(other["delta_loss_share"], abs=1e-4)
         assert row["fvu"] < 0.1 and abs(row["share_of_mean"]) < 0.1
         assert 1 / row["l0"] < row["r_l0"] < 1
-    assert len(gs.plot_comparison(frame).data) == 4
+    assert len(gs.measures.plot_comparison(frame).data) == 4
 
 
 def test_known_concepts_are_found_again(suite) -> None:
     sae = suite.load("res", 1)
     names, concepts = DOCUMENTS.concept_matrix()
-    frame = gs.concept_scores_of(suite.model, sae, DOCUMENTS.tokens, concepts, names)
+    frame = gs.measures.concept_scores_of(suite.model, sae, DOCUMENTS.tokens, concepts, names)
     frame = frame.set_index("concept")
     labels = suite.labels_of(sae)
     sure = [x for x in labels.values() if x.f1 > 0.9 and frame["n_tokens"].get(x.concept, 0) >= 20]
@@ -47,11 +47,13 @@ def test_known_concepts_are_found_again(suite) -> None:
 
 def test_forests_of_trained_dictionaries_are_no_chance(suite) -> None:
     names, concepts = DOCUMENTS.concept_matrix()
-    found = gs.hierarchy(
+    found = gs.measures.hierarchy(
         *(suite.model, suite.load("res", 1), DOCUMENTS.tokens, concepts, names), n_parents=0
     )
     assert found.recovery is not None and found.chance is not None
     assert found.recovery.f1 > 3 * found.chance.f1 > 0
     assert found.recovery.n_children > 5 and found.n_edges > 100
-    follows = gs.adaptivity(suite.model, suite.load("res", 1), DOCUMENTS.tokens, concepts, names)
+    follows = gs.measures.adaptivity(
+        suite.model, suite.load("res", 1), DOCUMENTS.tokens, concepts, names
+    )
     assert abs(follows.k_spearman) > 0.1 and follows.std > 1

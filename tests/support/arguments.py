@@ -247,7 +247,7 @@ ARGUMENTS: dict[str, Callable[[Scene], Arguments]] = {
     "footprint": lambda s: {"model": s.model, "specs": gs.tiny().specs[:2], "n_tokens": 9},
     "tiny": lambda s: {},
 }
-"""Name of a function of ``gemmascope_plugin.__all__`` to its arguments."""
+"""Name of a public function to its arguments."""
 
 
 ELSEWHERE = {
@@ -255,17 +255,37 @@ ELSEWHERE = {
     "load_model": "tests/models/test_load_sources.py",
     "refresh": "tests/catalog/test_catalog_refresh.py",
     "register": "tests/loading/test_register.py",
+    "discover_features": "tests/circuits/test_discover_features.py",
+    **dict.fromkeys(("greedy", "threshold", "top_n"), "tests/circuits/test_select.py"),
+    **dict.fromkeys(("node_of", "reader_of"), "tests/causes/test_path_patching.py"),
+    **dict.fromkeys(("edge_frame", "mcs_parents"), "tests/measures/test_hierarchy.py"),
+    **dict.fromkeys(
+        ("chance_recovery", "concept_order", "tree_recovery"),
+        "tests/measures/test_tree_recovery.py",
+    ),
+    "probe_edges": "tests/measures/test_probe.py",
+    "sibling_overlap": "tests/measures/test_forest.py",
 }
-"""Functions that neither run a model nor choose anything, and their tests."""
+"""Functions that neither run a model nor choose anything, or work on results, and their tests."""
 METRICS = (
     *("logit_diff", "probability", "cross_entropy", "margin", "sequence_logprob"),
     *("kl_divergence", "custom"),
 )
 
 
+FLOORS = ("causes", "circuits", "measures", "tracing")
+"""Those whose functions are public as well: ``gemmascope_plugin.measures.hierarchy``."""
+
+
+def public(name: str) -> Any:
+    """A public function by its name, of the package or of a floor."""
+    homes = [gs, *(getattr(gs, floor) for floor in FLOORS)]
+    return next(getattr(home, name) for home in homes if name in home.__all__)
+
+
 def call(name: str, arguments: Arguments) -> Any:
     """What a function gives; of a splice the logits of a pass, of a metric what patching finds."""
-    function = getattr(gs, name)
+    function = public(name)
     if name in METRICS:
         options = {n: x for n, x in arguments.items() if n not in ("model", "task")}
         task = dataclasses.replace(arguments["task"], metric=function(**options))

@@ -235,10 +235,10 @@ CALLS["discover/features atp"] = lambda s: (
         method="atp",
     ).graph
 )
-CALLS["discover_levels"] = lambda s: gs.discover_levels(
+CALLS["discover_levels"] = lambda s: gs.circuits.discover_levels(
     s.model, s.task, saes=[s.saes["nested"]], levels=(0, -1), method="atp", size=10, edges=False
 )
-CALLS["stability"] = lambda s: gs.stability(
+CALLS["stability"] = lambda s: gs.circuits.stability(
     s.model,
     s.task,
     s.held_out,
@@ -268,10 +268,12 @@ CALLS["evaluate/edges"] = lambda s: gs.evaluate(s.edge_circuit, s.model, s.held_
 CALLS["evaluate/minimality"] = lambda s: gs.evaluate(
     s.circuit.top(4), s.model, s.held_out, n_random=2, minimality=True
 )
-CALLS["evaluate_features"] = lambda s: gs.evaluate_features(
+CALLS["evaluate_features"] = lambda s: gs.circuits.evaluate_features(
     s.feature_circuit, s.model, s.held_out, saes=[s.saes["res"]], n_random=2
 )
-CALLS["evaluate_ranking"] = lambda s: gs.evaluate_ranking(s.edge_circuit.graph, s.model, s.held_out)
+CALLS["evaluate_ranking"] = lambda s: gs.circuits.evaluate_ranking(
+    s.edge_circuit.graph, s.model, s.held_out
+)
 for _by in ("component", "head"):
     CALLS[f"direct_logit_attribution/{_by}"] = lambda s, b=_by: gs.direct_logit_attribution(
         s.model, s.task, by=b
@@ -279,10 +281,12 @@ for _by in ("component", "head"):
 CALLS["direct_logit_attribution/feature"] = lambda s: gs.direct_logit_attribution(
     s.model, s.task, by="feature", saes=[s.saes["res"], s.saes["att"], s.saes["tc3"]]
 )
-CALLS["accumulated_logit_diff"] = lambda s: gs.accumulated_logit_diff(s.model, s.task)
+CALLS["accumulated_logit_diff"] = lambda s: gs.causes.accumulated_logit_diff(s.model, s.task)
 CALLS["logit_lens"] = lambda s: gs.logit_lens(s.model, s.prompt)
-CALLS["verify_top"] = lambda s: gs.verify_top(s.model, s.task, _atp(s), 4)
-CALLS["missed_effects"] = lambda s: gs.missed_effects(s.model, s.task, _atp(s), 4, n_subsets=10)
+CALLS["verify_top"] = lambda s: gs.causes.verify_top(s.model, s.task, _atp(s), 4)
+CALLS["missed_effects"] = lambda s: gs.causes.missed_effects(
+    s.model, s.task, _atp(s), 4, n_subsets=10
+)
 
 
 def _atp(s: Scene) -> Any:
@@ -349,17 +353,17 @@ CALLS["measure"] = lambda s: gs.measure(s.model, s.saes["res"], s.documents.toke
 CALLS["compare"] = lambda s: gs.compare(
     s.model, {"res": s.saes["res"], "nested": s.saes["nested"]}, s.documents.tokens, n_positions=4
 )
-CALLS["cost"] = lambda s: gs.cost(
+CALLS["cost"] = lambda s: gs.measures.cost(
     s.model, s.saes["res"], s.documents.tokens, n_tokens=64, repeats=1
 )
-CALLS["concept_scores_of"] = lambda s: gs.concept_scores_of(
+CALLS["concept_scores_of"] = lambda s: gs.measures.concept_scores_of(
     s.model, s.saes["res"], s.documents.tokens, s.concepts[1], s.concepts[0]
 )
-CALLS["adaptivity"] = lambda s: gs.adaptivity(s.model, s.saes["res"], s.documents.tokens)
-CALLS["hierarchy"] = lambda s: gs.hierarchy(
+CALLS["adaptivity"] = lambda s: gs.measures.adaptivity(s.model, s.saes["res"], s.documents.tokens)
+CALLS["hierarchy"] = lambda s: gs.measures.hierarchy(
     s.model, s.saes["nested"], s.documents.tokens, steps=5, n_parents=5, min_tokens=5
 )
-CALLS["probe_absorption"] = lambda s: gs.probe_absorption(
+CALLS["probe_absorption"] = lambda s: gs.measures.probe_absorption(
     s.model,
     s.saes["res"],
     s.documents.tokens,

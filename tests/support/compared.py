@@ -48,7 +48,7 @@ def compared(name: str, result: Any) -> dict[str, Keyed]:
         return {}  # which features are grouped is a matter of thresholds
     if isinstance(result, gs.AttributionGraph):
         return {"targets": _edges_to_targets(result)}
-    if isinstance(result, gs.Intervention):
+    if isinstance(result, gs.tracing.Intervention):
         rows = result.targets
         return {"before": _by(rows["label"], rows["before"]), "after": _after(result)}
     if isinstance(result, gs.Graph):
@@ -78,7 +78,7 @@ def _edges_to_targets(graph: gs.AttributionGraph) -> Keyed:
     }
 
 
-def _after(result: gs.Intervention) -> Keyed:
+def _after(result: gs.tracing.Intervention) -> Keyed:
     table = result.top_tokens
     likely = table[table["after"] > 0.01]
     return _by(likely["token"], likely["after"])

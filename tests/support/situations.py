@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import gemmascope_plugin as gs
-from tests.support.arguments import Arguments
+from tests.support.arguments import Arguments, public
 from tests.support.calls import Scene
 
 PROMPTS = ("prompt", "text", "tokens", "corpus")
@@ -162,7 +162,7 @@ COUNTS = {
 
 def too_small(name: str, arguments: Arguments) -> Iterator[tuple[str, Arguments]]:
     """Calls with counts of nothing, and what is wrong about each."""
-    names = set(inspect.signature(getattr(gs, name)).parameters) | set(arguments)
+    names = set(inspect.signature(public(name)).parameters) | set(arguments)
     for count in sorted(names & set(COUNTS)):
         for value in (COUNTS[count], -5):
             wrong: Any = [value] if count in ("sizes", "exclude") else value
@@ -171,7 +171,7 @@ def too_small(name: str, arguments: Arguments) -> Iterator[tuple[str, Arguments]
 
 def required(name: str) -> list[str]:
     """Arguments that a function cannot do without, in their order."""
-    parameters = inspect.signature(getattr(gs, name)).parameters.values()
+    parameters = inspect.signature(public(name)).parameters.values()
     return [
         p.name for p in parameters if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD
     ]
@@ -187,7 +187,7 @@ def wrong_arguments(name: str, arguments: Arguments) -> Iterator[tuple[str, Argu
     for first, second in zip(order, order[1:], strict=False):
         swapped = {first: arguments[second], second: arguments[first]}
         yield f"{first} and {second} swapped", arguments | swapped
-    for parameter in inspect.signature(getattr(gs, name)).parameters.values():
+    for parameter in inspect.signature(public(name)).parameters.values():
         for value in WRONG:
             is_default = value is None and parameter.default is None
             is_right = parameter.name not in order and type(value) in (int, type(parameter.default))

@@ -134,12 +134,12 @@ def test_refused(hooked2: Any) -> None:
     others = [factories.transcoder(hooked2, layer, seed=layer + 5) for layer in range(3)]
     with pytest.raises(UnknownNameError, match="do not exist on this prompt"):
         intervene(hooked2, graph, others, {"token@3": 0.0})
-    direction = gs.StreamDirection(torch.ones(32), 1)
+    direction = gs.tracing.StreamDirection(torch.ones(32), 1)
     probe = gs.trace(hooked2, TOKENS, saes, exclude=("bos",), targets=[direction])
     with pytest.raises(TaskError, match="a direction, which a graph does not hold"):
         check_by_ablation(hooked2, probe, saes)
     feature = graph.nodes[graph.where("feature")].iloc[-1]
-    target = gs.FeatureTarget(feature["site"], int(feature["index"]), int(feature["pos"]))
+    target = gs.tracing.FeatureTarget(feature["site"], int(feature["index"]), int(feature["pos"]))
     only = gs.trace(hooked2, TOKENS, saes, exclude=("bos",), targets=[target])
     with pytest.raises(TaskError, match="explains features only"):
         check_by_ablation(hooked2, only, saes)

@@ -116,7 +116,7 @@ def test_a_number_of_groups() -> None:
 def test_only_features_that_are_no_targets_are_grouped() -> None:
     whole = graph("clean")
     row = whole.nodes[whole.where("feature") & (whole.nodes["layer"] == 2)].iloc[-1]
-    target = gs.FeatureTarget(row["site"], int(row["index"]), int(row["pos"]))
+    target = gs.tracing.FeatureTarget(row["site"], int(row["index"]), int(row["pos"]))
     found = trace(model(), CLEAN, dictionaries(), targets=[target]).prune()
     groups = supernodes(found, n=1)
     (ids,) = groups.values()

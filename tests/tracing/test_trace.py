@@ -69,9 +69,9 @@ def test_words_pairs_and_features_as_targets(hooked2: Any, graph: AttributionGra
     targets = [
         "w9",
         ("w9", "w10"),
-        gs.Logit(11, position=4),
-        gs.StreamDirection(vector, layer=0, position=7, name="probe"),
-        gs.FeatureTarget(SITE, feature, pos),
+        gs.tracing.Logit(11, position=4),
+        gs.tracing.StreamDirection(vector, layer=0, position=7, name="probe"),
+        gs.tracing.FeatureTarget(SITE, feature, pos),
     ]
     found = traced(hooked2, targets=targets)
     rows = found.nodes[found.where("target")]
@@ -147,15 +147,19 @@ REFUSED = [
     ({"targets": []}, TaskError, "No target was given"),
     ({"targets": ["w9", 9]}, TaskError, "given twice"),
     ({"targets": [("w9", "w9")]}, TaskError, "itself is zero"),
-    ({"targets": [gs.Logit("w9", 20)]}, TaskError, "outside the prompt of 20 tokens"),
-    ({"targets": [gs.Logit(999)]}, UnknownNameError, "Token id 999 does not exist"),
+    ({"targets": [gs.tracing.Logit("w9", 20)]}, TaskError, "outside the prompt of 20 tokens"),
+    ({"targets": [gs.tracing.Logit(999)]}, UnknownNameError, "Token id 999 does not exist"),
     ({"targets": ["zebra"]}, UnknownNameError, "not a single token"),
     (
-        {"targets": [gs.FeatureTarget("blocks.2.mlp_out", 1, 3)]},
+        {"targets": [gs.tracing.FeatureTarget("blocks.2.mlp_out", 1, 3)]},
         UnknownNameError,
         "No dictionary stands at",
     ),
-    ({"targets": [gs.FeatureTarget(SITE, 95, 0)]}, FeatureIndexError, "not active at position 0"),
+    (
+        {"targets": [gs.tracing.FeatureTarget(SITE, 95, 0)]},
+        FeatureIndexError,
+        "not active at position 0",
+    ),
     ({"max_n_logits": 0}, TaskError, "max_n_logits=0"),
     ({"desired_logit_prob": 1.5}, TaskError, "desired_logit_prob=1.5"),
     ({"max_feature_nodes": 0}, TaskError, "max_feature_nodes=0"),
@@ -228,7 +232,7 @@ def test_a_direction_of_nothing_is_refused(hooked2: Any) -> None:
         torch.full((hooked2.cfg.d_model,), torch.nan),
     ):
         with pytest.raises(TaskError, match="'direction' is zero or not finite"):
-            traced(hooked2, targets=gs.StreamDirection(nothing, 1))
+            traced(hooked2, targets=gs.tracing.StreamDirection(nothing, 1))
 
 
 def test_several_prompts_are_refused(hooked2: Any) -> None:
