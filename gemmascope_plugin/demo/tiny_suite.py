@@ -213,7 +213,7 @@ def tiny(
     if not (ASSETS / SUITE_FILE).exists():
         raise MissingFileError(
             "The bundled suite is not installed",
-            fix="reinstall the package, or python -m gemmascope_plugin.demo.build.__main__",
+            fix="reinstall the package, or python -m gemmascope_plugin.demo.build",
         )
     check_choice("backend", backend, get_args(Backend))
     return TinySuite(backend, as_device(device), as_dtype(dtype))

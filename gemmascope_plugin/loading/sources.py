@@ -153,7 +153,7 @@ def _in_folder(spec: SaeSpec, folder: Path, place: str) -> dict[str, Path]:
     folders = sorted(p.parent.relative_to(folder).as_posix() for p in folder.glob(f"**/{name}"))
     fix = f"put the file of {spec.release} {spec.sae_id} at {str(path)!r}"
     if folder.is_relative_to(ASSETS):
-        fix = "python -m gemmascope_plugin.demo.build.__main__ makes the bundled files again"
+        fix = "python -m gemmascope_plugin.demo.build makes the bundled files again"
     raise MissingFileError(
         f"no file {str(path)!r} in {place}",
         exists=shorten(folders, 4) if folders else f"no {name} in this folder",

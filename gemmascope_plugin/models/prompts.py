@@ -268,7 +268,9 @@ def refuse_bytes_and_sets(prompts: Any) -> None:
 def _rows(model: HookedModel, prompts: Any) -> list[Int[torch.Tensor, " _"]]:
     """The ids of every prompt, on the CPU."""
     if isinstance(prompts, str) or is_chat(prompts):
-        return [text_ids(model, prompts)]
+        ids = text_ids(model, prompts)
+        _refuse_unknown_words(model, prompts, ids)
+        return [ids]
     refuse_bytes_and_sets(prompts)
     if getattr(prompts, "ndim", 0) or hasattr(prompts, "__array__"):
         matrix = _integers(prompts)
@@ -311,24 +313,28 @@ def text_ids(model: HookedModel, prompt: Any) -> Int[torch.Tensor, " _"]:
     text = prompt if isinstance(prompt, str) else render(tokenizer, prompt)
     # add_special_tokens=False first: TransformerLens may hand over a tokenizer that adds BOS itself
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    _refuse_unknown_words(tokenizer, text, ids)
     bos = tokenizer.bos_token_id
     return torch.tensor(ids if bos is None or ids[:1] == [bos] else [bos, *ids])
 
 
-def _refuse_unknown_words(tokenizer: Any, text: str, ids: list[int]) -> None:
-    """An unknown word becomes UNK, and every number would be about another text."""
+def _refuse_unknown_words(model: HookedModel, prompt: Any, ids: Int[torch.Tensor, " _"]) -> None:
+    """An unknown word becomes UNK, and every number would be about another text.
+
+    A corpus to train on may have some, so this is asked of prompts alone.
+    """
+    tokenizer: Any = model.tokenizer
     unk = getattr(tokenizer, "unk_token_id", None)
-    if unk is None or ids.count(unk) <= text.count(tokenizer.unk_token):
+    if unk is None or unk not in ids:
+        return
+    text = prompt if isinstance(prompt, str) else render(tokenizer, prompt)
+    if int((ids == unk).sum()) <= text.count(tokenizer.unk_token):
         return
     words = [text]
     if getattr(tokenizer, "is_fast", False):
         spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        words = [
-            text[start:stop]
-            for number, (start, stop) in zip(ids, spans["offset_mapping"], strict=True)
-            if number == unk and text[start:stop] != tokenizer.unk_token
-        ]
+        pairs = zip(spans["input_ids"], spans["offset_mapping"], strict=True)
+        texts = (text[start:stop] for number, (start, stop) in pairs if number == unk)
+        words = [word for word in texts if word != tokenizer.unk_token]
     raise UnknownNameError(
         f"The tokenizer of this model does not know {shorten(repr(w) for w in dict.fromkeys(words))}",
         exists=f"{len(tokenizer)} tokens: model.tokenizer.get_vocab()",

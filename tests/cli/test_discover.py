@@ -168,7 +168,7 @@ def test_the_example_of_the_help_works(tmp_path: Path, monkeypatch: pytest.Monke
         ((*NODES, "--nodes", "head,feature"), "--nodes feature needs dictionaries"),
         ((*SUITE, "--random", "-1"), "--random -1 is not a number of circuits"),
         ((*SUITE, "--no-evaluate", "--random", "3"), "--random 3 says nothing here: --no-evaluate"),
-        ((*SUITE, "--size", "0"), "--size 0 keeps nothing. Try: --size 20"),
+        ((*SUITE, "--size", "0"), "--size 0 is out of range. There is: whole numbers from 1"),
         ((*SUITE, "--out", "/nowhere/a.html"), "There is no folder '/nowhere' for --out"),
         ((*SUITE, "--save", "/nowhere/a"), "There is no folder '/nowhere' for --save"),
     ],

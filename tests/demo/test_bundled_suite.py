@@ -116,7 +116,7 @@ def test_labels_hold_on_held_out_text(spec, suite, documents):
 def test_the_json_says_how_to_rebuild_the_suite(suite):
     for part in ("model", "dictionaries", "further"):
         record = suite.metrics[part]
-        assert record["command"].startswith("python -m gemmascope_plugin.demo.build.__main__")
+        assert record["command"].startswith("python -m gemmascope_plugin.demo.build")
         assert "seed" in str(record["recipe"])
     assert suite.metrics["model"]["minutes"] <= 60
 

@@ -115,7 +115,7 @@ def test_a_missing_bundled_file_names_the_command_that_makes_it(suite) -> None:
     suite.file("res").unlink()
     text = message(suite.specs["res"])
     assert text.endswith(
-        "Try: python -m gemmascope_plugin.demo.build.__main__ makes the bundled files again"
+        "Try: python -m gemmascope_plugin.demo.build makes the bundled files again"
     )
 
 

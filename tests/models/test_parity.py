@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_wrong_settings_are_seen(fault: str, dtype) -> None:
 
 
 def test_load_model_raises_when_the_comparison_fails(tmp_path, monkeypatch) -> None:
-    from gemmascope_plugin.models import load_model as load
+    load = importlib.import_module("gemmascope_plugin.models.load_model")
 
     tiny_hf("gemma2").save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)

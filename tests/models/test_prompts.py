@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
+import gemmascope_plugin as gs
 from gemmascope_plugin.errors import (
     EmptySelectionError,
     GemmaScopeError,
@@ -203,3 +204,15 @@ def test_what_is_no_model_says_what_comes_first(model) -> None:
 def test_the_gate_is_the_first_thing_that_a_prompt_meets() -> None:
     with pytest.raises(GemmaScopeError, match="is not a model"):
         factories.unchecked(read_prompts)("gemma-2-2b", OTHER)
+
+
+def test_words_that_the_tokenizer_does_not_know_are_refused() -> None:
+    """Of a tokenizer without bytes, which would take any of them for the same."""
+    model = gs.tiny().model
+    with pytest.raises(
+        UnknownNameError, match=r"does not know 'zebra', 'barks'.*462 tokens.*'<unk>'"
+    ):
+        read_prompts(model, "the zebra barks the zebra")
+    with pytest.raises(UnknownNameError, match="does not know 'wolf'"):
+        read_prompts(model, ["anna and george", "a <unk> wolf"])
+    assert read_prompts(model, "anna <unk> george").tokens[0, 2] == model.tokenizer.unk_token_id

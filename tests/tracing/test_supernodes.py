@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from functools import cache
 from typing import Any
@@ -24,7 +25,6 @@ from gemmascope_plugin.graphs.adjacency import Adjacency
 from gemmascope_plugin.graphs.collapse import collapse
 from gemmascope_plugin.graphs.cyclic import Cyclic
 from gemmascope_plugin.tracing import supernodes, trace
-from gemmascope_plugin.tracing import supernodes as module
 from gemmascope_plugin.tracing.similarity import by_decoder
 from tests import factories
 from tests.splice.cross_layer_reference import clt
@@ -429,6 +429,7 @@ def test_what_cannot_be_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
         supernodes(found, dictionaries()[:3])
     with pytest.raises(GemmaScopeError, match="grouped nodes already"):
         supernodes(grouped().collapse(found))
+    module = importlib.import_module("gemmascope_plugin.tracing.supernodes")
     monkeypatch.setattr(module, "MAX_FEATURES", 3)
     with pytest.raises(GemmaScopeError, match=r"features; similarities.*graph.prune\(\)"):
         supernodes(found)

@@ -1,4 +1,4 @@
-"""Rebuilds the bundled suite: ``python -m gemmascope_plugin.demo.build.__main__``.
+"""Rebuilds the bundled suite: ``python -m gemmascope_plugin.demo.build``.
 
 1. ``model``: the corpus, the tokenizer and the model (``train_model``).
 2. ``dictionaries``: residual, attention, MLP and transcoder dictionaries of every layer in Gemma Scope's
@@ -31,7 +31,7 @@ from gemmascope_plugin.demo.build.train_saes import train_dictionaries
 from gemmascope_plugin.demo.word_tokenizer import save_tokenizer
 from gemmascope_plugin.models import load_model
 
-COMMAND = "python -m gemmascope_plugin.demo.build.__main__"
+COMMAND = "python -m gemmascope_plugin.demo.build"
 
 
 def main() -> None:
