@@ -34,6 +34,7 @@ from typing import Any, BinaryIO
 import torch
 from jaxtyping import Shaped
 
+from gemmascope_plugin.catalog.headers import Member
 from gemmascope_plugin.errors import BadFileError, MissingFileError, shorten
 
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0
@@ -119,6 +120,27 @@ class ArrayFile:
     def tensors(self) -> dict[str, Shaped[torch.Tensor, "*_"]]:
         """All arrays, memory-mapped."""
         return {name: self.tensor(name) for name in self.arrays}
+
+
+NPZ_DTYPES = {"<f2": torch.float16, "<f4": torch.float32, "<f8": torch.float64}
+
+
+def npz_arrays(members: Mapping[str, Member]) -> dict[str, StoredArray]:
+    """The arrays of an ``.npz`` file; the ``offset`` of compressed ones is None."""
+    return {name: _stored(member) for name, member in members.items()}
+
+
+def _stored(member: Member) -> StoredArray:
+    start = member.offset
+    return StoredArray(
+        name=member.name,
+        dtype=NPZ_DTYPES[member.descr],
+        shape=member.shape,
+        offset=None if start is None else start + member.header_size,
+        fortran=member.fortran,
+        crc=None if start is None else member.crc,
+        crc_start=start or 0,
+    )
 
 
 MAX_HEADER = 1 << 24

@@ -31,8 +31,8 @@ from jaxtyping import Float, Shaped
 from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, shorten
 from gemmascope_plugin.loading.arrays import ArrayFile
+from gemmascope_plugin.loading.config_json import check_config, hf_hooks
 from gemmascope_plugin.loading.integrity import check_file, open_checked
-from gemmascope_plugin.loading.validate import check_config, drop_scaling_factor, hf_hooks
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -104,7 +104,7 @@ def metadata(spec: SaeSpec) -> dict[str, Any]:
     if spec.gain == "with":
         # Folding the norm into the MLP takes the gain out of the tensor that is read.
         facts["model_from_pretrained_kwargs"] = {"fold_ln": False}
-    if paths := hf_hooks(spec):
+    if spec.format == "gemma-scope-2" and (paths := hf_hooks(spec)):
         facts["hf_hook_name"] = paths[0]
         if spec.kind == "transcoder":
             facts["hf_hook_name_out"] = paths[1]
@@ -132,7 +132,7 @@ def state(
     """The parameters of a single-layer dictionary, checked; float32 on the CPU shares the file's map."""
     file = open_single(spec, files, check=check)
     tensors = file.tensors()
-    drop_scaling_factor(file.source, tensors)
+    _drop_scaling_factor(file.source, tensors)
     if spec.site == "embedding":
         _scale_embedding(tensors, math.sqrt(spec.d_in))
     if "A" in tensors:
@@ -140,6 +140,16 @@ def state(
     for name in list(tensors):
         tensors[name] = tensors.pop(name).to(device=device, dtype=dtype)
     return tensors
+
+
+def _drop_scaling_factor(path: Path, tensors: dict[str, Float[torch.Tensor, "*_"]]) -> None:
+    """Remove a ``scaling_factor`` of ones in place; any other would change every feature."""
+    factor = tensors.pop("scaling_factor", None)
+    if factor is not None and not torch.allclose(factor, torch.ones_like(factor)):
+        raise BadFileError(
+            f"scaling_factor of {str(path)!r} is not one everywhere",
+            fix="multiply the rows of W_dec by it and leave it out of the file",
+        )
 
 
 def _scale_embedding(tensors: dict[str, Float[torch.Tensor, "*_"]], scale: float) -> None:

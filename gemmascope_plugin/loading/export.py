@@ -39,8 +39,8 @@ from gemmascope_plugin.catalog.site_names import Format, Gain, path_template, wi
 from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.files.whole import whole_folder, write_text_whole, write_whole
 from gemmascope_plugin.loading.arrays import write_safetensors
+from gemmascope_plugin.loading.config_json import MODULES, hf_hooks
 from gemmascope_plugin.loading.npz import write_npz
-from gemmascope_plugin.loading.validate import MODULES, hf_hooks
 from gemmascope_plugin.saes.jumprelu import ARCHITECTURES
 from gemmascope_plugin.types import Kind, Site
 

@@ -1,18 +1,21 @@
 """A parameter file, opened, compared with its spec, and read through once in its life.
 
-``open_checked``: the headers are read, by the ending of the name (``npz.py``, ``arrays.py``); names and
-shapes are compared with the spec (``validate.py``) before anything is converted or read; a compressed
-archive is converted into the cache folder, everything else is used as it lies.
+``open_checked``, from the headers alone:
 
-``check_file``, one streaming pass over the values:
+1. They are read by the ending of the name (``catalog/headers.py``, ``arrays.py``).
+2. Names: those of the format; a ``scaling_factor`` of ones may be there too.  Gemma Scope 2 writes
+   ``w_enc`` and ``affine_skip_connection``; here they are ``W_enc`` and ``A``.
+3. Shapes against the spec, before anything is converted or read.
+4. A compressed archive is converted into the cache folder (``npz.py``); everything else is used as it
+   lies.
+
+``check_file``, one streaming pass over the values, through one buffer of 8 MB and not mapped, so that a
+file of many gigabytes leaves no trace in this process' memory:
 
 1. Checksums, where the format has them.
 2. Floats are finite.
 3. Matrices are not all zero.
 4. ``check_causal``: in files of crosscoders and CLTs no feature writes to a layer before its own.
-
-The file is read through one buffer of 8 MB and not mapped, so that checking a file of many gigabytes
-leaves no trace in this process' memory.
 
 A stamp remembers that a check has passed:
 
@@ -43,19 +46,24 @@ from jaxtyping import Shaped
 
 from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.catalog.environment import home
-from gemmascope_plugin.catalog.headers import read_headers
-from gemmascope_plugin.errors import BadFileError, GemmaScopeError
+from gemmascope_plugin.catalog.headers import Member, read_headers
+from gemmascope_plugin.errors import BadFileError, GemmaScopeError, WidthMismatchError, shorten
 from gemmascope_plugin.files.whole import write_whole
 from gemmascope_plugin.loading.arrays import (
     FLOATS,
     ArrayFile,
     StoredArray,
     identity,
+    npz_arrays,
     safetensors_arrays,
 )
-from gemmascope_plugin.loading.npz import npz_arrays, open_npz
-from gemmascope_plugin.loading.validate import Shape, check_arrays, renamed
+from gemmascope_plugin.loading.npz import convert_npz
 
+Shape = tuple[int, ...]
+
+OPTIONAL = ("scaling_factor",)
+RENAMED = {"w_enc": "W_enc", "w_dec": "W_dec", "affine_skip_connection": "A"}
+"""Names in files to names here."""
 CHUNK = 1 << 23
 _AGAIN = "fetch or write the file again"
 
@@ -184,6 +192,94 @@ def _write(stamp: Path, file: list[int | str]) -> None:
     except GemmaScopeError:
         # Home folders that may not be written are common; see point 4 above.
         return
+
+
+def open_npz(path: Path, members: Mapping[str, Member]) -> ArrayFile:
+    """An archive whose arrays can be mapped: itself, or its conversion if it is compressed."""
+    if all(member.offset is not None for member in members.values()):
+        return ArrayFile(path=path, source=path, arrays=npz_arrays(members))
+    converted = convert_npz(path, members)
+    return ArrayFile(path=converted, source=path, arrays=safetensors_arrays(converted))
+
+
+def renamed(arrays: Mapping[str, StoredArray]) -> dict[str, StoredArray]:
+    """The same arrays under the names that this package gives them."""
+    return {
+        RENAMED.get(name, name): replace(array, name=RENAMED.get(name, name))
+        for name, array in arrays.items()
+    }
+
+
+def expected_shapes(spec: SaeSpec) -> dict[str, Shape]:
+    """Array name to shape, as each parameter file of this spec must have them."""
+    n_layers = len(spec.layers) if spec.kind in ("crosscoder", "clt") else 0
+    d_sae = spec.d_sae // max(1, n_layers)
+    shapes: dict[str, Shape] = {
+        "W_enc": (spec.d_in, d_sae),
+        "W_dec": (d_sae, n_layers, spec.d_out) if n_layers else (d_sae, spec.d_out),
+        "b_enc": (d_sae,),
+        "b_dec": (spec.d_out,),
+        "threshold": (d_sae,),
+    }
+    return {**shapes, "A": (spec.d_in, spec.d_out)} if spec.affine else shapes
+
+
+def check_arrays(
+    path: Path,
+    spec: SaeSpec,
+    arrays: Mapping[str, StoredArray],
+    expected: Mapping[str, Shape] | None = None,
+) -> None:
+    """Compares headers, under this package's names, with ``expected`` or with the spec's shapes."""
+    expected = expected_shapes(spec) if expected is None else expected
+    shapes = {name: array.shape for name, array in arrays.items()}
+    _check_names(path, shapes, expected)
+    for name in expected:
+        if len(shapes[name]) != len(expected[name]):
+            raise _wrong_shape(path, spec, name, shapes[name], expected[name])
+    for label, actual, needed in (
+        ("d_in", shapes["W_enc"][0], spec.d_in),
+        ("d_out", shapes["W_dec"][-1], spec.d_out),
+    ):
+        if actual != needed:
+            raise WidthMismatchError(
+                f"{str(path)!r} has {label} {actual}, but {spec.release} {spec.sae_id} at "
+                f"{spec.hook_in!r} of {spec.model} has {label} {needed}",
+                fix="the file of another model or site lies here; check the folder and the spec",
+            )
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise _wrong_shape(path, spec, name, shapes[name], shape)
+        if arrays[name].dtype not in FLOATS:
+            raise BadFileError(
+                f"{name} of {str(path)!r} has type {arrays[name].dtype}, not a type of floats"
+            )
+
+
+def _check_names(path: Path, shapes: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+    missing = [name for name in expected if name not in shapes]
+    unknown = [name for name in shapes if name not in expected and name not in OPTIONAL]
+    if missing or unknown:
+        raise BadFileError(
+            f"{str(path)!r} has wrong arrays: "
+            + "; ".join(
+                f"{word} {shorten(names)}"
+                for word, names in (("missing", missing), ("unknown", unknown))
+                if names
+            ),
+            exists=shorten(shapes),
+            fix=f"a file with {shorten(expected)}",
+        )
+
+
+def _wrong_shape(
+    path: Path, spec: SaeSpec, name: str, actual: Shape, expected: Shape
+) -> BadFileError:
+    return BadFileError(
+        f"{name} of {str(path)!r} has shape {list(actual)}, but {spec.release} {spec.sae_id} needs "
+        f"{list(expected)}",
+        fix="the file of another width lies here; check the folder and the spec",
+    )
 
 
 def open_checked(

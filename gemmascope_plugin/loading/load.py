@@ -24,6 +24,7 @@ from gemmascope_plugin.catalog import SaeSpec, get
 from gemmascope_plugin.dtypes import as_device, as_dtype, dtype_name
 from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.loading.arrays import ArrayFile
+from gemmascope_plugin.loading.config_json import check_config
 from gemmascope_plugin.loading.convert import (
     config,
     fill,
@@ -37,7 +38,6 @@ from gemmascope_plugin.loading.register import renew
 from gemmascope_plugin.loading.saelens_format import open_saelens
 from gemmascope_plugin.loading.sources import locate
 from gemmascope_plugin.loading.tree_file import open_tree
-from gemmascope_plugin.loading.validate import check_config
 from gemmascope_plugin.saes.cross_layer import (
     CrossCoder,
     CrossLayerConfig,

@@ -1,10 +1,10 @@
 """Arrays out of an ``.npz`` file, without a second copy and without pickle.
 
 1. The headers are read and checked first (``catalog/headers.py``); nothing has been allocated yet.
-2. Stored members are mapped where they lie.
-3. Compressed members are inflated once, in chunks of 4 MB, into a safetensors file in the cache
-   folder, which is then mapped; it is found again by the archive's path, size, time of change and
-   checksums, and an older conversion of the same path is deleted.
+2. Stored members are mapped where they lie (``arrays.py``).
+3. Compressed members are inflated once, in chunks of 4 MB, into a safetensors file in the cache folder
+   (``convert_npz``), which is then mapped; it is found again by the archive's path, size, time of change
+   and checksums, and an older conversion of the same path is deleted.
 
 Archives written by ``numpy.savez`` place values at odd addresses, and a mapping of whole pages cannot
 shift them.  What that costs, against a copy in memory as SAELens makes it, for 2304 x 16384 and 64
@@ -32,45 +32,13 @@ from gemmascope_plugin.catalog.environment import HOME_FIX, home
 from gemmascope_plugin.catalog.headers import FORMAT_FAULTS, Member
 from gemmascope_plugin.errors import BadFileError, shorten
 from gemmascope_plugin.files.whole import write_whole
-from gemmascope_plugin.loading.arrays import (
-    ArrayFile,
-    StoredArray,
-    header_bytes,
-    identity,
-    safetensors_arrays,
-)
+from gemmascope_plugin.loading.arrays import NPZ_DTYPES, header_bytes, identity
 
 CHUNK = 1 << 22
-DTYPES = {"<f2": torch.float16, "<f4": torch.float32, "<f8": torch.float64}
 
 
-def npz_arrays(members: Mapping[str, Member]) -> dict[str, StoredArray]:
-    """The arrays of an ``.npz`` file; the ``offset`` of compressed ones is None."""
-    return {name: _stored(member) for name, member in members.items()}
-
-
-def _stored(member: Member) -> StoredArray:
-    start = member.offset
-    return StoredArray(
-        name=member.name,
-        dtype=DTYPES[member.descr],
-        shape=member.shape,
-        offset=None if start is None else start + member.header_size,
-        fortran=member.fortran,
-        crc=None if start is None else member.crc,
-        crc_start=start or 0,
-    )
-
-
-def open_npz(path: Path, members: Mapping[str, Member]) -> ArrayFile:
-    """An archive whose arrays can be mapped: itself, or its conversion if it is compressed."""
-    if all(member.offset is not None for member in members.values()):
-        return ArrayFile(path=path, source=path, arrays=npz_arrays(members))
-    converted = _conversion(path, members)
-    return ArrayFile(path=converted, source=path, arrays=safetensors_arrays(converted))
-
-
-def _conversion(path: Path, members: Mapping[str, Member]) -> Path:
+def convert_npz(path: Path, members: Mapping[str, Member]) -> Path:
+    """The safetensors file in the cache folder that holds the same arrays, written if need be."""
     file = identity(path)
     prefix = hashlib.sha256(str(file[0]).encode(errors="surrogateescape")).hexdigest()[:16]
     content = json.dumps([*file[1:3], [(m.name, m.shape, m.crc) for m in members.values()]])
@@ -88,7 +56,7 @@ def _conversion(path: Path, members: Mapping[str, Member]) -> Path:
 
 
 def _convert(path: Path, members: Mapping[str, Member], file: BinaryIO) -> None:
-    file.write(header_bytes({n: (DTYPES[m.descr], m.shape) for n, m in members.items()}))
+    file.write(header_bytes({n: (NPZ_DTYPES[m.descr], m.shape) for n, m in members.items()}))
     with zipfile.ZipFile(path) as archive:
         for member in members.values():
             try:

@@ -47,7 +47,7 @@ NAME = "gemmascope"
 RELEASE_KEY = "gemmascope_release"
 _ROW_FIELDS = {"conversion_func", "config_overrides", "expected_l0", "model", "saes_map"}
 
-_done: tuple[object, object] | None = None
+_registered: tuple[object, object] | None = None
 """SAELens' directory and our catalog at the last ``register()``; either may be read anew."""
 
 
@@ -60,13 +60,13 @@ def register() -> None:
     from gemmascope_plugin.saes.registration import register_all
 
     register_all()
-    global _done
+    global _registered
     loaders, getters, lookup_class, directory = _internals()
     loaders[NAME] = _load
     getters[NAME] = _get_config
     now = directory, models()
     complete = all(release in directory for release in now[1])
-    if _done and complete and _done[0] is now[0] and _done[1] is now[1]:
+    if _registered and complete and _registered[0] is now[0] and _registered[1] is now[1]:
         return
     for release in releases():
         specs = specs_of(release)
@@ -75,12 +75,12 @@ def register() -> None:
             _correct(row, release, specs)
         elif row is None or row.conversion_func == NAME:
             directory[release] = _row(lookup_class, release, specs)
-    _done = now
+    _registered = now
 
 
 def renew() -> None:
     """Register again if ``register()`` has run before and SAELens has forgotten since."""
-    if _done is not None:
+    if _registered is not None:
         register()
 
 

@@ -273,3 +273,11 @@ def coder_of(sae: Any, level: int | None = None) -> Coder:
         return topk_coder(sae, level)
     check_architecture(sae)
     return weights_of(sae, level)
+
+
+def cross_layer_of(sae: Any) -> CrossLayerDictionary | None:
+    """The dictionary over several layers that this is, or that SAELens' class of it gives; else None."""
+    if isinstance(sae, CrossLayerDictionary):
+        return sae
+    make_dictionary = getattr(sae, "dictionary", None)
+    return None if make_dictionary is None else make_dictionary()

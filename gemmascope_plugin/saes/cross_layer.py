@@ -259,14 +259,6 @@ class CrossLayerDictionary(torch.nn.Module):
         )
 
 
-def cross_layer_of(sae: Any) -> CrossLayerDictionary | None:
-    """The dictionary over several layers that this is, or that SAELens' class of it gives; else None."""
-    if isinstance(sae, CrossLayerDictionary):
-        return sae
-    make_dictionary = getattr(sae, "dictionary", None)
-    return None if make_dictionary is None else make_dictionary()
-
-
 class CrossCoder(CrossLayerDictionary):
     """Weakly causal crosscoder: residual streams of a few layers to themselves."""
 

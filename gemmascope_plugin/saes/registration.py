@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ _MODULES = (
 """Each registers its classes when it is imported."""
 
 
+@cache
 def register_all() -> None:
     """Makes every class of this package known to SAELens; calling it again changes nothing."""
     for module in _MODULES:

@@ -10,7 +10,7 @@ import torch
 from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.errors import InputError, UnknownNameError
 from gemmascope_plugin.models.check_model import describe, is_model, with_call
-from gemmascope_plugin.saes.cross_layer import cross_layer_of
+from gemmascope_plugin.saes.coder import cross_layer_of
 from gemmascope_plugin.splice.hooked_sae import HookedCrossLayer, HookedSAE
 from gemmascope_plugin.splice.hooked_site import HookedSite
 from gemmascope_plugin.types import SAE

@@ -35,7 +35,7 @@ from gemmascope_plugin.models.passes import PassWatch
 from gemmascope_plugin.models.points import hook_points, width_at
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.site_hooks import reading
-from gemmascope_plugin.saes.cross_layer import cross_layer_of
+from gemmascope_plugin.saes.coder import cross_layer_of
 from gemmascope_plugin.splice.check_saes import Saes, as_list, check_sae, check_saes
 from gemmascope_plugin.splice.dictionary_hooks import DictionaryHooks, TokenMask
 from gemmascope_plugin.splice.edits import Edit

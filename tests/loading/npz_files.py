@@ -8,8 +8,7 @@ import torch
 from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.catalog import site_names as sites
 from gemmascope_plugin.catalog.headers import read_headers
-from gemmascope_plugin.loading.integrity import check_file
-from gemmascope_plugin.loading.npz import open_npz
+from gemmascope_plugin.loading.integrity import check_file, open_npz
 
 D_IN, D_SAE = 8, 24
 

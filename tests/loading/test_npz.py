@@ -16,7 +16,7 @@ from npz_files import arrays, read_npz, save
 
 from gemmascope_plugin.catalog.headers import read_headers
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, MissingFileError
-from gemmascope_plugin.loading import npz
+from gemmascope_plugin.loading import integrity
 from gemmascope_plugin.loading.npz import write_npz
 
 
@@ -62,7 +62,7 @@ def test_stored_members_are_mapped_and_compressed_ones_from_the_cache(tmp_path, 
     assert not mapped(compressed)
     (copy,) = (own_home / "converted").iterdir()
     assert (
-        npz.open_npz(compressed, read_headers(compressed)).path == copy
+        integrity.open_npz(compressed, read_headers(compressed)).path == copy
         and copy.suffix == ".safetensors"
     )
 

@@ -37,7 +37,8 @@ from gemmascope_plugin.models.prompts import PromptLike
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.site_hooks import reading
 from gemmascope_plugin.models.tokens import special_ids
-from gemmascope_plugin.saes.cross_layer import CrossLayerDictionary, cross_layer_of
+from gemmascope_plugin.saes.coder import cross_layer_of
+from gemmascope_plugin.saes.cross_layer import CrossLayerDictionary
 from gemmascope_plugin.splice.check_saes import as_list
 from gemmascope_plugin.splice.hooked_sae import HookedCrossLayer, HookedSAE
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
