@@ -37,8 +37,7 @@ from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choic
 from gemmascope_plugin.graphs.node import FeatureId
 from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.finite import check_finite
-from gemmascope_plugin.models.origin import weights_of
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, weights_of
 from gemmascope_plugin.splice.hooked_site import HookedSite
 from gemmascope_plugin.types import Direction
 

@@ -39,15 +39,14 @@ from gemmascope_plugin.causes.task_figures import TaskFigures, figures_of, right
 from gemmascope_plugin.errors import InputError, TaskError
 from gemmascope_plugin.indices import as_index
 from gemmascope_plugin.models.asked import read_out
-from gemmascope_plugin.models.chat import is_chat
 from gemmascope_plugin.models.check_model import check_model, describe
 from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.hooks import hooking
-from gemmascope_plugin.models.padding import padded, right_padded
-from gemmascope_plugin.models.prompts import refuse_bytes_and_sets
+from gemmascope_plugin.models.prompts import padded, refuse_bytes_and_sets, right_padded
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.readout import Readout
+from gemmascope_plugin.models.text_ids import is_chat
 
 Prompts = str | Sequence[str] | torch.Tensor
 Hooks = Sequence[tuple[str, Callable[..., Any]]]

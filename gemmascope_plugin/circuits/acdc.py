@@ -33,8 +33,7 @@ from gemmascope_plugin.graphs.circuit import Circuit
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.graphs.edge_positions import places_in
 from gemmascope_plugin.graphs.graph import Graph
-from gemmascope_plugin.models.origin import weights_of
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, weights_of
 
 TAU = 0.01
 """Rise of the divergence, in nats, that an edge must make to stay."""

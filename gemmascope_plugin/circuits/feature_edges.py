@@ -38,7 +38,7 @@ from gemmascope_plugin.causes.gradient.site_slopes import frozen_model
 from gemmascope_plugin.causes.gradient.site_values import Values
 from gemmascope_plugin.causes.gradient.slopes import ignore_bridge_norm_warning
 from gemmascope_plugin.circuits.feature_layout import SiteNodes
-from gemmascope_plugin.models.precision import wide
+from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.protocol import HookedModel
 
 MAX_GATE = 10.0

@@ -53,9 +53,8 @@ from gemmascope_plugin.errors import TaskError, check_choice
 from gemmascope_plugin.graphs.circuit import Circuit
 from gemmascope_plugin.graphs.conservation import checked_share
 from gemmascope_plugin.graphs.graph import Graph
-from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.points import n_heads
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, weights_of
 
 FEATURES = "features"
 """Among ``nodes``: a circuit of features."""

@@ -27,8 +27,7 @@ from gemmascope_plugin.circuits.circuit_methods import (
 from gemmascope_plugin.graphs.circuit import Circuit
 from gemmascope_plugin.graphs.graph import MAGNITUDES, Graph
 from gemmascope_plugin.graphs.node import Node
-from gemmascope_plugin.models.origin import weights_of
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, weights_of
 
 _COMPONENT = {"head": "z", "mlp": "mlp_out", "feature": "feature"}
 _NODES = SELECTING | {"nodes", "saes", "units"}

@@ -29,8 +29,8 @@ from gemmascope_plugin.circuits.feature_method import FEATURES
 from gemmascope_plugin.errors import EmptySelectionError, InputError
 from gemmascope_plugin.graphs.circuit import Circuit
 from gemmascope_plugin.models.check_model import check_model, describe
+from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
 
 Directions = dict[str, Float[torch.Tensor, "feature width"]]

@@ -37,8 +37,7 @@ from gemmascope_plugin.figures.theme import visible
 from gemmascope_plugin.loading import load
 from gemmascope_plugin.loading.sources import is_here
 from gemmascope_plugin.models import load_model
-from gemmascope_plugin.models.origin import weights_of
-from gemmascope_plugin.models.protocol import HookedModel, device_of
+from gemmascope_plugin.models.protocol import HookedModel, device_of, weights_of
 from gemmascope_plugin.pages import prepare
 from gemmascope_plugin.pages.report_page import Section, write_page
 from gemmascope_plugin.pages.sections import (

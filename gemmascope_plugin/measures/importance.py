@@ -30,9 +30,9 @@ from gemmascope_plugin.models import flatten_heads
 from gemmascope_plugin.models.asked import final_residuals
 from gemmascope_plugin.models.gradients import frozen
 from gemmascope_plugin.models.hooks import hooking
+from gemmascope_plugin.models.points import reading
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.record import keep
-from gemmascope_plugin.models.site_hooks import reading
 from gemmascope_plugin.models.unembed import mean_logit, unembedding
 from gemmascope_plugin.saes import Coder
 from gemmascope_plugin.splice import HookedSAE

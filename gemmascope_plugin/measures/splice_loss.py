@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.features.stream import Corpus
-from gemmascope_plugin.models.asked import NextTokenLosses
 from gemmascope_plugin.models.hooks import hooking
+from gemmascope_plugin.models.next_token_losses import NextTokenLosses
 from gemmascope_plugin.models.points import lowest_layer
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.splice import HookedSAE, splice

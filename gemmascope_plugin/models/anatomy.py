@@ -23,11 +23,10 @@ import torch
 from jaxtyping import Float
 
 from gemmascope_plugin.errors import ModelError
-from gemmascope_plugin.models.norm import Norm
+from gemmascope_plugin.models.finite import wide
+from gemmascope_plugin.models.norm import Norm, gain_of
 from gemmascope_plugin.models.points import hook_points
-from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.site_hooks import gain_of
 from gemmascope_plugin.models.unembed import Unembedding, unembedding
 
 NormName = Literal["ln1", "ln1_post", "ln2", "ln2_post"]

@@ -16,15 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.readout import OfLogits, OfResiduals, Readout
-from gemmascope_plugin.models.skip import SharedLayers, computed_by
 from gemmascope_plugin.models.unembed import (
     Unembedding,
     all_logits,
-    cross_entropy,
     unembedding,
 )
 
@@ -135,63 +133,6 @@ def no_logits(runner: Any) -> Iterator[None]:
         yield
 
 
-class NextTokenLosses:
-    """Cross-entropies of next tokens in nats, of several passes over the same tokens.
-
-    A pass that leaves at a position what an earlier one left there, to the last bit, has its loss without
-    another look at the vocabulary.
-
-    Args:
-        model: The bare model; its layers below ``layer`` run in the first pass alone.
-        tokens: Token ids.
-        mask: Where a loss is read: at ``[row, pos]`` for the token after it.
-        layer: The lowest layer in which the passes differ.
-    """
-
-    def __init__(
-        self,
-        model: HookedModel,
-        tokens: Int[torch.Tensor, "batch pos"],
-        mask: Bool[torch.Tensor, "batch next"],
-        layer: int = 0,
-    ) -> None:
-        self._shared = SharedLayers(model, layer)
-        self._tokens = tokens
-        self._mask = mask
-        self._targets = tokens[:, 1:][mask.to(tokens.device)]
-        self._first: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    @torch.no_grad()
-    def __call__(self, runner: Any) -> Float[torch.Tensor, " read"]:
-        """Those of one pass.
-
-        Args:
-            runner: A model, or what runs one as its ``model``; called with the tokens.
-        """
-        model = model_of(runner)
-        if has_hooks(model.unembed.hook_out):  # pyright: ignore[reportAttributeAccessIssue]
-            return self._of_logits(runner(self._tokens))
-        with final_residuals(runner) as ends, self._shared.passing():
-            runner(self._tokens)
-        (normed,) = ends.normed
-        rows = normed[:, :-1][self._mask.to(normed.device)]
-        targets = self._targets.to(rows.device)
-        if self._first is None:
-            losses = cross_entropy(model, rows, targets, normed=True)
-            self._first = rows, losses
-            return losses
-        before, losses = self._first
-        differs = (rows != before).any(-1)
-        losses = losses.clone()
-        losses[differs] = cross_entropy(model, rows[differs], targets[differs], normed=True)
-        return losses
-
-    def _of_logits(self, logits: torch.Tensor) -> Float[torch.Tensor, " read"]:
-        rows = logits[:, :-1][self._mask.to(logits.device)].float()
-        targets = self._targets.to(rows.device)
-        return torch.nn.functional.cross_entropy(rows, targets, reduction="none")
-
-
 def has_hooks(point: Any) -> bool:
     """Whether anybody listens at a hook point, forwards or backwards."""
     return bool(point.fwd_hooks or point.bwd_hooks or point._forward_hooks)
@@ -231,3 +172,19 @@ def _cut(x: torch.Tensor, at: At) -> torch.Tensor:
 def _repeated(tokens: torch.Tensor, n_rows: int) -> torch.Tensor:
     """What each row reads, the rows being copies of the prompts."""
     return tokens.repeat(n_rows // len(tokens), 1)
+
+
+@contextmanager
+def computed_by(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside the block a module returns what ``forward`` does; its hooks before and behind stay."""
+    # not by setattr, which the bridge hands on to the module that it wraps
+    names = vars(module)
+    before = names.get("forward")
+    names["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del names["forward"]
+        else:
+            names["forward"] = before

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -124,3 +124,8 @@ def _cause(model: Any) -> str | None:
     if bad is not None:
         return f"a weight of the model that is not finite, {bad}"
     return "finite weights in the model, so something overflowed on the way"
+
+
+def wide(x: Shaped[torch.Tensor, "*axes"]) -> Float[torch.Tensor, "*axes"]:
+    """The tensor in at least float32; itself where it already is."""
+    return x if x.dtype == torch.float64 else x.float()

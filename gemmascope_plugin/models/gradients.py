@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.errors import HookNotFiredError
+from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.hooks import hooking
-from gemmascope_plugin.models.precision import wide
 
 
 def leaf(activation: torch.Tensor, hook: Any) -> torch.Tensor:

@@ -11,11 +11,14 @@ It runs no hooks, unlike the model's own module. Cost: a few multiplications per
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 
-from gemmascope_plugin.models.precision import wide
+from gemmascope_plugin.errors import MissingHookError
+from gemmascope_plugin.models.finite import wide
+from gemmascope_plugin.models.protocol import HookedModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,3 +63,64 @@ class Norm:
 
     def _gained(self, x: Float[torch.Tensor, "*axes d"]) -> Float[torch.Tensor, "*axes d"]:
         return x if self.gain is None else x * self.gain.to(x.device, x.dtype)
+
+
+def is_folded(model: HookedModel, layer: int) -> bool:
+    """Whether the gain of the norm before the MLP was folded into the MLP's weights."""
+    norm = _norm(model, layer)
+    if norm is None:
+        return False
+    weight = _weight(norm)
+    if weight is None:
+        return True
+    # Folding on the bridge keeps the norm and makes its gain exactly one.
+    return getattr(model, "_weights_processed", False) and bool((_gain(model, weight) == 1).all())
+
+
+def norm_gain(model: HookedModel, layer: int) -> Float[torch.Tensor, " d_model"]:
+    """The gain of the norm before the MLP, ``1 + w`` in the words of Gemma's checkpoints.
+
+    Args:
+        model: ``HookedTransformer`` or ``TransformerBridge``.
+        layer: Layer index.
+
+    Raises:
+        MissingHookError: The block has no such norm, or its gain was folded into the MLP.
+    """
+    norm = _norm(model, layer)
+    hook = f"blocks.{layer}.mlp.hook_in"
+    if norm is None or getattr(norm, "b", None) is not None:
+        raise MissingHookError(
+            f"The block has no RMS norm before its MLP, so the model has no {hook!r}",
+            fix="a Gemma model",
+        )
+    weight = _weight(norm)
+    if weight is None or is_folded(model, layer):
+        raise MissingHookError(
+            f"The norms of this model were folded, so the gain that belongs to {hook!r} is gone",
+            exists=f"'blocks.{layer}.ln2.hook_normalized', the same tensor without the gain",
+            fix="gemmascope_plugin.load_model(name), which folds nothing, "
+            "or HookedTransformer.from_pretrained(name, fold_ln=False)",
+        )
+    return _gain(model, weight)
+
+
+def gain_of(model: HookedModel, norm: Any) -> Float[torch.Tensor, " d_model"] | None:
+    """What a norm really multiplies by; None where folding took its gain away."""
+    weight = _weight(norm)
+    return None if weight is None else _gain(model, weight)
+
+
+def _norm(model: Any, layer: int) -> Any:
+    return getattr(model.blocks[layer], "ln2", None)
+
+
+def _weight(norm: Any) -> torch.Tensor | None:
+    """The norm's parameter; None where folding took it away."""
+    # The bridge's own ``w`` is a copy that folding leaves as it was; ``weight`` is what it uses.
+    found = getattr(norm, "weight", None)
+    return found if found is not None else getattr(norm, "w", None)
+
+
+def _gain(model: HookedModel, weight: torch.Tensor) -> Float[torch.Tensor, " d_model"]:
+    return weight.detach() + float(getattr(model.cfg, "rmsnorm_uses_offset", False))

@@ -8,15 +8,18 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from gemmascope_plugin.errors import MissingHookError, nearest
+from gemmascope_plugin.models.norm import norm_gain
 from gemmascope_plugin.models.protocol import HookedModel
 
 _GATED = {
@@ -138,3 +141,66 @@ def restore_heads(
 ) -> Float[torch.Tensor, "batch pos ..."]:
     """Inverse of :func:`flatten_heads`; ``like`` tells the shape to return to."""
     return x.reshape(like.shape)
+
+
+_GAINED = re.compile(r"blocks\.(\d+)\.(?:mlp\.hook_in|ln2\.hook_out)")
+"""Names of the norm's output with gain; two hook points with one tensor on the bridge."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How to get the tensor of a site: attach to ``hook`` and call this with what fires there."""
+
+    name: str
+    """The tensor, by the name that users know."""
+    hook: str
+    """Hook point of the model to attach to."""
+    gain: Float[torch.Tensor, " d_model"] | None = None
+    """What the tensor at ``hook`` is multiplied by; None for nothing."""
+
+    def __call__(self, x: Shaped[torch.Tensor, "*axes"]) -> Shaped[torch.Tensor, "*axes"]:
+        """The tensor of the site, from the one at ``hook``."""
+        return x if self.gain is None else x * self.gain.to(x.device, x.dtype)
+
+    def detached(self, x: Shaped[torch.Tensor, "*axes"]) -> Shaped[torch.Tensor, "*axes"]:
+        """The same without a gradient."""
+        return self(x.detach())
+
+
+def reading(model: HookedModel, name: str, points: Mapping[str, Any] | None = None) -> Reading:
+    """How to read the tensor called ``name`` in this model.
+
+    Args:
+        model: ``HookedTransformer`` or ``TransformerBridge``.
+        name: Hook name, as a dictionary or a user says it.
+        points: ``model.hook_dict``, from callers who ask often.
+
+    Raises:
+        MissingHookError: The model has no such tensor, or folding has taken its gain away.
+    """
+    points = hook_points(model) if points is None else points
+    layer = gained_layer(name)
+    if layer is None or layer >= n_layers(model):
+        hook_point(model, name, points)
+        return Reading(name, name)
+    gain = norm_gain(model, layer)
+    if name in points:
+        return Reading(name, name)
+    return Reading(name, before_gain(model, layer), gain)
+
+
+def gained_layer(name: str) -> int | None:
+    """The layer, if the name means a norm's output with its gain; else None."""
+    match = _GAINED.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def before_gain(model: HookedModel, layer: int) -> str:
+    """The hook with the norm's output before its gain, the same in every folding.
+
+    Raises:
+        MissingHookError: The block has no such norm.
+    """
+    name = f"blocks.{layer}.ln2.hook_normalized"
+    hook_point(model, name)
+    return name

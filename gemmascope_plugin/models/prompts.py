@@ -33,14 +33,11 @@ from gemmascope_plugin.errors import (
     InputError,
     ModelError,
     TaskError,
-    UnknownNameError,
-    nearest,
-    shorten,
 )
 from gemmascope_plugin.indices import BYTES, as_indices
-from gemmascope_plugin.models.chat import is_chat, render
 from gemmascope_plugin.models.check_model import check_model, describe
 from gemmascope_plugin.models.protocol import HookedModel, device_of
+from gemmascope_plugin.models.text_ids import is_chat, refuse_unknown_words, text_ids
 from gemmascope_plugin.models.tokens import check_ids
 
 PromptLike = Any
@@ -269,7 +266,7 @@ def _rows(model: HookedModel, prompts: Any) -> list[Int[torch.Tensor, " _"]]:
     """The ids of every prompt, on the CPU."""
     if isinstance(prompts, str) or is_chat(prompts):
         ids = text_ids(model, prompts)
-        _refuse_unknown_words(model, prompts, ids)
+        refuse_unknown_words(model, prompts, ids)
         return [ids]
     refuse_bytes_and_sets(prompts)
     if getattr(prompts, "ndim", 0) or hasattr(prompts, "__array__"):
@@ -299,48 +296,6 @@ def _row(model: HookedModel, prompt: Any) -> Int[torch.Tensor, " _"]:
             fix="a flat list, or ids [prompt, pos]",
         )
     return rows[0]
-
-
-def text_ids(model: HookedModel, prompt: Any) -> Int[torch.Tensor, " _"]:
-    """The ids of one text or conversation of any length, on the CPU."""
-    if isinstance(prompt, str) and not prompt.strip():
-        raise EmptySelectionError(
-            "The prompt is empty", fix="give at least one word, or token ids [batch, pos]"
-        )
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise ModelError("The model has no tokenizer", fix="give token ids [batch, pos]")
-    text = prompt if isinstance(prompt, str) else render(tokenizer, prompt)
-    # add_special_tokens=False first: TransformerLens may hand over a tokenizer that adds BOS itself
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    bos = tokenizer.bos_token_id
-    return torch.tensor(ids if bos is None or ids[:1] == [bos] else [bos, *ids])
-
-
-def _refuse_unknown_words(model: HookedModel, prompt: Any, ids: Int[torch.Tensor, " _"]) -> None:
-    """An unknown word becomes UNK, and every number would be about another text.
-
-    A corpus to train on may have some, so this is asked of prompts alone.
-    """
-    tokenizer: Any = model.tokenizer
-    unk = getattr(tokenizer, "unk_token_id", None)
-    if unk is None or unk not in ids:
-        return
-    text = prompt if isinstance(prompt, str) else render(tokenizer, prompt)
-    if int((ids == unk).sum()) <= text.count(tokenizer.unk_token):
-        return
-    words = [text]
-    if getattr(tokenizer, "is_fast", False):
-        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        pairs = zip(spans["input_ids"], spans["offset_mapping"], strict=True)
-        texts = (text[start:stop] for number, (start, stop) in pairs if number == unk)
-        words = [word for word in texts if word != tokenizer.unk_token]
-    raise UnknownNameError(
-        f"The tokenizer of this model does not know {shorten(repr(w) for w in dict.fromkeys(words))}",
-        exists=f"{len(tokenizer)} tokens: model.tokenizer.get_vocab()",
-        nearest=nearest(words[0], tokenizer.get_vocab()),
-        fix=f"{tokenizer.unk_token!r} in its place if an unknown word is meant",
-    )
 
 
 def _integers(prompts: Any) -> Int[torch.Tensor, ...]:
@@ -395,3 +350,36 @@ def _not_a_prompt(prompts: Any) -> InputError:
         exists="a text, several texts, token ids as list, array or tensor, a tokenizer's output, "
         'messages [{"role": "user", "content": "..."}]',
     )
+
+
+def padded(model: HookedModel, prompts: PromptLike) -> Batch:
+    """One prompt or several as one batch.
+
+    Args:
+        model: The model.
+        prompts: Texts, ids, messages; see ``prompts.py``.
+
+    Raises:
+        EmptySelectionError: No prompt, or one without text.
+        ModelError: Text was given and the model has no tokenizer.
+    """
+    return read_prompts(model, prompts).packed()
+
+
+def right_padded(
+    model: HookedModel,
+    tokens: Int[torch.Tensor, "prompt pos"],
+    mask: Bool[torch.Tensor, "prompt pos"],
+) -> Batch:
+    """Token ids with padding anywhere outside the prompts, moved behind their ends.
+
+    Args:
+        model: The model.
+        tokens: Token ids.
+        mask: True at the tokens of the prompts.
+
+    Raises:
+        EmptySelectionError: A prompt has no token.
+        TaskError: A prompt has a hole.
+    """
+    return read_prompts(model, tokens, mask).packed()

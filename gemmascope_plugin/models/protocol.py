@@ -62,3 +62,12 @@ def device_of(model: HookedModel) -> torch.device:
 def dtype_of(model: HookedModel) -> torch.dtype:
     """Type of the weights."""
     return next(iter(model.parameters())).dtype
+
+
+def weights_of(model: HookedModel) -> str | None:
+    """Where the weights come from, for results and pages; None of a model that was made elsewhere.
+
+    Args:
+        model: Any model.
+    """
+    return getattr(model, "gemmascope_source", None)

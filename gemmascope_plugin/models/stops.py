@@ -49,3 +49,16 @@ def _named(model: HookedModel) -> list[int]:
         turn = tokenizer.get_vocab().get(_TURN)
         ids += [] if turn is None else [int(turn)]
     return ids
+
+
+def end_ids(model: HookedModel) -> tuple[int, ...]:
+    """The ids at which a generated text ends: those of the generation config, else the tokenizer's EOS.
+
+    Args:
+        model: Any model.
+    """
+    ids = getattr(model, "gemmascope_eos_ids", None)
+    if ids is not None:
+        return ids
+    eos = getattr(model.tokenizer, "eos_token_id", None)
+    return () if eos is None else (int(eos),)

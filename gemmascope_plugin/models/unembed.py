@@ -25,9 +25,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
-from gemmascope_plugin.models.norm import Norm
+from gemmascope_plugin.models.norm import Norm, gain_of
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.site_hooks import gain_of
 
 TILE = 1 << 20
 """Logits that are held at a time."""

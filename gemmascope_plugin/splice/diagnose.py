@@ -24,16 +24,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from gemmascope_plugin.catalog.site_names import L0Kind
-from gemmascope_plugin.models.points import n_layers, width_at
-from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.site_hooks import (
+from gemmascope_plugin.models.norm import is_folded, norm_gain
+from gemmascope_plugin.models.points import (
     Reading,
     before_gain,
     gained_layer,
-    is_folded,
-    norm_gain,
+    n_layers,
     reading,
+    width_at,
 )
+from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.splice.fit import Candidate, Fit
 from gemmascope_plugin.splice.losses import SpliceLoss
 from gemmascope_plugin.types import SAE

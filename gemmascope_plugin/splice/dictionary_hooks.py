@@ -25,10 +25,10 @@ from jaxtyping import Int
 from transformer_lens.hook_points import HookPoint
 
 from gemmascope_plugin.errors import EmptySelectionError, HookNotFiredError
-from gemmascope_plugin.models.compiled import refuse_compiling
+from gemmascope_plugin.models.hooks import refuse_compiling
 from gemmascope_plugin.models.passes import Pass, PassWatch
+from gemmascope_plugin.models.points import reading
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.site_hooks import reading
 from gemmascope_plugin.models.tokens import kept_positions, special_ids
 from gemmascope_plugin.splice.edits import Edit
 from gemmascope_plugin.splice.hooked_site import HookedSite

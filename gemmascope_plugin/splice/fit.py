@@ -23,9 +23,9 @@ from jaxtyping import Bool, Float, Int
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.errors import WidthMismatchError
 from gemmascope_plugin.models import flatten_heads
+from gemmascope_plugin.models.points import Reading
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.record import record
-from gemmascope_plugin.models.site_hooks import Reading
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.saes import Coder
 from gemmascope_plugin.types import SAE

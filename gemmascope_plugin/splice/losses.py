@@ -26,9 +26,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.models import flatten_heads, restore_heads
-from gemmascope_plugin.models.asked import NextTokenLosses
 from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.hooks import hooking
+from gemmascope_plugin.models.next_token_losses import NextTokenLosses
 from gemmascope_plugin.models.points import lowest_layer
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.record import write

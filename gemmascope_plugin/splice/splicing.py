@@ -28,13 +28,11 @@ from gemmascope_plugin.errors import (
 )
 from gemmascope_plugin.models import hook_point, special_ids
 from gemmascope_plugin.models.check_model import check_model, describe
-from gemmascope_plugin.models.compiled import refuse_compiled, refuse_unseen
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.hooks import claim
+from gemmascope_plugin.models.hooks import claim, refuse_compiled, refuse_unseen
 from gemmascope_plugin.models.passes import PassWatch
-from gemmascope_plugin.models.points import hook_points, width_at
+from gemmascope_plugin.models.points import hook_points, reading, width_at
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.site_hooks import reading
 from gemmascope_plugin.saes.coder import cross_layer_of
 from gemmascope_plugin.splice.check_saes import Saes, as_list, check_sae, check_saes
 from gemmascope_plugin.splice.dictionary_hooks import DictionaryHooks, TokenMask

@@ -29,13 +29,13 @@ from typing import Any, SupportsFloat, SupportsIndex, TypeGuard, overload
 import torch
 
 from gemmascope_plugin.errors import EmptySelectionError, check_choice
-from gemmascope_plugin.models.answers import answer_ids
 from gemmascope_plugin.models.asked import asked_positions
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.prompts import PromptLike, check_room, read_prompts
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.stops import stop_ids
+from gemmascope_plugin.models.tokens import answer_ids
 from gemmascope_plugin.splice.check_saes import Saes, as_list, check_saes
 from gemmascope_plugin.splice.hooked_sae import HookedSAE
 from gemmascope_plugin.splice.sampling import Sampling, SteeringError

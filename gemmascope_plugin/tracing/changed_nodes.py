@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from gemmascope_plugin.models.precision import wide
-from gemmascope_plugin.models.site_hooks import reading
+from gemmascope_plugin.models.finite import wide
+from gemmascope_plugin.models.points import reading
 from gemmascope_plugin.tracing.linear.trace_site import Activity
 from gemmascope_plugin.tracing.traced_prompt import Hooks, Replay
 

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from gemmascope_plugin.models.points import hook_points
-from gemmascope_plugin.models.precision import wide
+from gemmascope_plugin.models.finite import wide
+from gemmascope_plugin.models.points import hook_points, reading
 from gemmascope_plugin.models.record import put, record
-from gemmascope_plugin.models.site_hooks import reading
 from gemmascope_plugin.tracing.traced_prompt import Hooks, Replay
 
 _NORMS = ("ln1", "ln1_post", "ln2")

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from gemmascope_plugin.causes.gradient.slopes import ignore_bridge_norm_warning
 from gemmascope_plugin.models.asked import asked_positions
 from gemmascope_plugin.models.hooks import hooking
-from gemmascope_plugin.models.site_hooks import reading
+from gemmascope_plugin.models.points import reading
 from gemmascope_plugin.tracing.traced_prompt import Hooks, Replay
 
 

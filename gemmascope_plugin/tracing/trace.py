@@ -30,9 +30,8 @@ from gemmascope_plugin.graphs.attribution_graph import AttributionGraph
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.origin import weights_of
 from gemmascope_plugin.models.prompts import PromptLike
-from gemmascope_plugin.models.protocol import HookedModel, dtype_of
+from gemmascope_plugin.models.protocol import HookedModel, dtype_of, weights_of
 from gemmascope_plugin.models.tokens import token_strings
 from gemmascope_plugin.sizes import parse_size
 from gemmascope_plugin.splice.check_saes import check_saes

@@ -20,8 +20,8 @@ import torch
 from gemmascope_plugin.errors import InputError, TaskError, UnknownNameError
 from gemmascope_plugin.graphs.attribution_graph import AttributionGraph
 from gemmascope_plugin.models.check_model import describe
+from gemmascope_plugin.models.points import reading
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.site_hooks import reading
 from gemmascope_plugin.sizes import parse_size
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
 from gemmascope_plugin.tracing.linear.node_order import Layout

@@ -18,8 +18,8 @@ import torch
 
 from gemmascope_plugin.errors import BadFileError, EmptySelectionError
 from gemmascope_plugin.models import special_ids
+from gemmascope_plugin.models.points import reading
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.site_hooks import reading
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.training.activations import read_activations
 from gemmascope_plugin.training.shuffle import Bucket

@@ -23,8 +23,9 @@ from jaxtyping import Bool, Int
 
 from gemmascope_plugin.errors import EmptySelectionError, InputError, ModelError
 from gemmascope_plugin.models.check_model import describe
-from gemmascope_plugin.models.prompts import pad_id, read_prompts, text_ids
+from gemmascope_plugin.models.prompts import pad_id, read_prompts
 from gemmascope_plugin.models.protocol import HookedModel, device_of
+from gemmascope_plugin.models.text_ids import text_ids
 
 Corpus = str | Sequence[str] | torch.Tensor | Iterable[torch.Tensor]
 """One text, texts, token ids ``[row, pos]`` of any kind, conversations, or batches of ids."""

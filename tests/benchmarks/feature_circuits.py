@@ -35,7 +35,7 @@ from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.circuits import discover, evaluate
 from gemmascope_plugin.models.gradients import gradients_of
 from gemmascope_plugin.models.load_model import hooked_from_hf
-from gemmascope_plugin.models.restart import Restart
+from gemmascope_plugin.models.module_replay import Restart
 from gemmascope_plugin.splice import splice
 from tests import factories, tiny_models
 

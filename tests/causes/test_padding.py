@@ -7,7 +7,7 @@ import torch
 
 from gemmascope_plugin.causes import Task, activation_patching, custom, kl_divergence, logit_diff
 from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError
-from gemmascope_plugin.models.padding import padded, right_padded
+from gemmascope_plugin.models.prompts import padded, right_padded
 from tests import factories
 from tests.tiny_models import PAD_ID
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemmascope_plugin.models.site_hooks import reading
+from gemmascope_plugin.models.points import reading
 from gemmascope_plugin.saes import decode, encode_sparse
 from tests.circuits.golden import CASES, Golden, golden
 from tests.support.rounding import assert_rounded

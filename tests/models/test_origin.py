@@ -7,7 +7,8 @@ import copy
 import pytest
 
 import gemmascope_plugin as gs
-from gemmascope_plugin.models.origin import end_ids, weights_of
+from gemmascope_plugin.models.protocol import weights_of
+from gemmascope_plugin.models.stops import end_ids
 from gemmascope_plugin.pages import circuit_html, effects_html, trace_html
 from tests.factories import tiny_model
 

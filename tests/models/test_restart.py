@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gemmascope_plugin.models.module_replay import Restart
 from gemmascope_plugin.models.points import can_restart
-from gemmascope_plugin.models.restart import Restart
 from tests.factories import n_hooks, tiny_model
 from tests.support.rounding import TINY_TERMS, assert_rounded
 from tests.tiny_models import PAD_ID, random_tokens

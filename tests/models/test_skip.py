@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from gemmascope_plugin.models.asked import NextTokenLosses
+from gemmascope_plugin.models.next_token_losses import NextTokenLosses, SharedLayers
 from gemmascope_plugin.models.points import lowest_layer
-from gemmascope_plugin.models.skip import SharedLayers
 from gemmascope_plugin.splice import HookedSAE, splice
 from tests.factories import n_hooks, residual
 from tests.tiny_models import random_tokens

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from gemmascope_plugin.causes.gradient.slopes import ignore_bridge_norm_warning
-from gemmascope_plugin.models.site_hooks import reading
+from gemmascope_plugin.models.points import reading
 from gemmascope_plugin.tracing.linear.tracer import Tracer
 
 

@@ -17,7 +17,7 @@ from gemmascope_plugin.errors import (
     MissingHookError,
     ModelError,
 )
-from gemmascope_plugin.models.site_hooks import reading
+from gemmascope_plugin.models.points import reading
 from gemmascope_plugin.training import ActivationStore, collect_activations, store_activations
 from gemmascope_plugin.training.forward_reader import ForwardReader
 from gemmascope_plugin.training.shuffle import ShuffledActivations

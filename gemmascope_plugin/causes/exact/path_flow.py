@@ -28,7 +28,7 @@ from gemmascope_plugin.causes.exact.path_changes import Change
 from gemmascope_plugin.causes.replayed import Part
 from gemmascope_plugin.causes.stream_time import is_stream, is_z, written
 from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.models.precision import wide
+from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.protocol import dtype_of
 from gemmascope_plugin.models.record import keeping, write
 

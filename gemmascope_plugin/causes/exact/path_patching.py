@@ -58,8 +58,7 @@ from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.origin import weights_of
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, weights_of
 from gemmascope_plugin.splice.check_saes import check_saes
 from gemmascope_plugin.types import Direction
 

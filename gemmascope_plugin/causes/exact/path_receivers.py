@@ -37,8 +37,8 @@ from gemmascope_plugin.causes.stream_time import is_stream, layer_of
 from gemmascope_plugin.errors import TaskError, UnknownNameError
 from gemmascope_plugin.graphs.node import Node, Reader
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.hooks import hooking
-from gemmascope_plugin.models.precision import wide
 
 Receiver = Reader | Stream
 Edit = Callable[[torch.Tensor], None]

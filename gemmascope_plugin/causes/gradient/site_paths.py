@@ -32,8 +32,8 @@ from gemmascope_plugin.causes.gradient.site_runs import PartRun, SiteRun
 from gemmascope_plugin.causes.gradient.site_slopes import Hooks, start_of
 from gemmascope_plugin.causes.gradient.task_site import Site
 from gemmascope_plugin.models import flatten_heads
+from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.hooks import hooking
-from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.record import keep, put
 
 Probe = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]

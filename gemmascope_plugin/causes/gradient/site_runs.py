@@ -32,10 +32,10 @@ from gemmascope_plugin.causes.memory import (
 )
 from gemmascope_plugin.causes.task import BoundTask
 from gemmascope_plugin.models import flatten_heads
+from gemmascope_plugin.models.finite import wide
+from gemmascope_plugin.models.module_replay import Restart
 from gemmascope_plugin.models.points import can_restart, n_heads, n_layers
-from gemmascope_plugin.models.precision import wide
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.restart import Restart
 
 if TYPE_CHECKING:
     from tqdm.auto import tqdm

@@ -36,9 +36,9 @@ from gemmascope_plugin.causes.method import Method, table_of
 from gemmascope_plugin.causes.task import BoundTask
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.gradients import frozen, gradients_of
+from gemmascope_plugin.models.module_replay import Restart
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.record import put
-from gemmascope_plugin.models.restart import Restart
 
 Hooks = list[tuple[str, Callable[..., Any]]]
 Runs = tuple[Mapping[str, Values], Mapping[str, Values]]

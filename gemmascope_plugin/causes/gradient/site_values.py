@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.causes.gradient.task_site import Site
 from gemmascope_plugin.models import flatten_heads
-from gemmascope_plugin.models.precision import wide
+from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.record import record
 from gemmascope_plugin.models.tokens import kept_positions

@@ -29,9 +29,8 @@ from typing import Any, Literal
 from gemmascope_plugin.causes.stream_time import WRITTEN, is_stream, layer_of, written
 from gemmascope_plugin.errors import GemmaScopeError, ModelError, UnknownNameError
 from gemmascope_plugin.models import special_ids
-from gemmascope_plugin.models.points import hook_points, n_layers, width_at
+from gemmascope_plugin.models.points import Reading, hook_points, n_layers, reading, width_at
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.site_hooks import Reading, reading
 from gemmascope_plugin.saes import Coder
 from gemmascope_plugin.splice import HookedCrossLayer, HookedSAE
 from gemmascope_plugin.splice.check_saes import as_list, check_sae

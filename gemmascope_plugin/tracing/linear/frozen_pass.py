@@ -32,11 +32,10 @@ from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.finite import check_all
 from gemmascope_plugin.models.norm import Norm
-from gemmascope_plugin.models.points import flatten_heads
+from gemmascope_plugin.models.points import flatten_heads, reading
 from gemmascope_plugin.models.prompts import PromptLike, one_prompt
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.record import record
-from gemmascope_plugin.models.site_hooks import reading
 
 QUERIES = 64
 """Queries that are mixed at a time."""

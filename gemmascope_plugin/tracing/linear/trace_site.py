@@ -28,7 +28,8 @@ from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.errors import ModelError, WidthMismatchError
 from gemmascope_plugin.models.finite import check_finite
-from gemmascope_plugin.models.site_hooks import gained_layer, norm_gain
+from gemmascope_plugin.models.norm import norm_gain
+from gemmascope_plugin.models.points import gained_layer
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.saes import Coder, Weights
 from gemmascope_plugin.saes.sparse import SparseActs, write

@@ -32,10 +32,9 @@ from tqdm.auto import tqdm
 
 from gemmascope_plugin.errors import EmptySelectionError, ModelError
 from gemmascope_plugin.graphs.adjacency import Adjacency, Part, Store, stacked
-from gemmascope_plugin.models.points import hook_points
+from gemmascope_plugin.models.points import hook_points, reading
 from gemmascope_plugin.models.prompts import PromptLike
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.site_hooks import reading
 from gemmascope_plugin.models.tokens import special_ids
 from gemmascope_plugin.saes.coder import cross_layer_of
 from gemmascope_plugin.saes.cross_layer import CrossLayerDictionary

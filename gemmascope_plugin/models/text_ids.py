@@ -1,18 +1,26 @@
-"""Chat messages as the text that a Gemma was tuned on.
-
-The tokenizer's own template where it has one, else Gemma's, ``<start_of_turn>user ... <end_of_turn>``,
-the words of a system message in front of the first user's. After a user's message the model's turn is
-opened.
-"""
+"""TODO."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gemmascope_plugin.errors import EmptySelectionError, InputError, ModelError
+import torch
+from jaxtyping import Int
+
+from gemmascope_plugin.errors import (
+    EmptySelectionError,
+    InputError,
+    ModelError,
+    UnknownNameError,
+    nearest,
+    shorten,
+)
+from gemmascope_plugin.models.protocol import HookedModel
 
 _START, _END = "<start_of_turn>", "<end_of_turn>"
+
+
 _ROLES = {"user": "user", "model": "model", "assistant": "model"}
 
 
@@ -73,3 +81,45 @@ def _message(message: Mapping[str, Any]) -> dict[str, str]:
             fix='{"role": "user", "content": "What is the capital of Peru?"}',
         )
     return {"role": str(message["role"]), "content": content.strip()}
+
+
+def text_ids(model: HookedModel, prompt: Any) -> Int[torch.Tensor, " _"]:
+    """The ids of one text or conversation of any length, on the CPU."""
+    if isinstance(prompt, str) and not prompt.strip():
+        raise EmptySelectionError(
+            "The prompt is empty", fix="give at least one word, or token ids [batch, pos]"
+        )
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise ModelError("The model has no tokenizer", fix="give token ids [batch, pos]")
+    text = prompt if isinstance(prompt, str) else render(tokenizer, prompt)
+    # add_special_tokens=False first: TransformerLens may hand over a tokenizer that adds BOS itself
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    bos = tokenizer.bos_token_id
+    return torch.tensor(ids if bos is None or ids[:1] == [bos] else [bos, *ids])
+
+
+def refuse_unknown_words(model: HookedModel, prompt: Any, ids: Int[torch.Tensor, " _"]) -> None:
+    """An unknown word becomes UNK, and every number would be about another text.
+
+    A corpus to train on may have some, so this is asked of prompts alone.
+    """
+    tokenizer: Any = model.tokenizer
+    unk = getattr(tokenizer, "unk_token_id", None)
+    if unk is None or unk not in ids:
+        return
+    text = prompt if isinstance(prompt, str) else render(tokenizer, prompt)
+    if int((ids == unk).sum()) <= text.count(tokenizer.unk_token):
+        return
+    words = [text]
+    if getattr(tokenizer, "is_fast", False):
+        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        pairs = zip(spans["input_ids"], spans["offset_mapping"], strict=True)
+        texts = (text[start:stop] for number, (start, stop) in pairs if number == unk)
+        words = [word for word in texts if word != tokenizer.unk_token]
+    raise UnknownNameError(
+        f"The tokenizer of this model does not know {shorten(repr(w) for w in dict.fromkeys(words))}",
+        exists=f"{len(tokenizer)} tokens: model.tokenizer.get_vocab()",
+        nearest=nearest(words[0], tokenizer.get_vocab()),
+        fix=f"{tokenizer.unk_token!r} in its place if an unknown word is meant",
+    )
