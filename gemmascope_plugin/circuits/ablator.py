@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.nodes import patchable
 from gemmascope_plugin.causes.replace import Replacement
-from gemmascope_plugin.causes.task import BoundTask
+from gemmascope_plugin.causes.task import MIN_GAP, BoundTask
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
 from gemmascope_plugin.circuits.feature_ablation import Errors, feature_metric
 from gemmascope_plugin.circuits.feature_graphs import (
@@ -25,9 +25,10 @@ from gemmascope_plugin.circuits.feature_graphs import (
     layout_of_graph,
 )
 from gemmascope_plugin.circuits.node_ablation import node_metric
-from gemmascope_plugin.errors import UnknownNameError
+from gemmascope_plugin.errors import TaskError, UnknownNameError
 from gemmascope_plugin.graphs.edge_positions import places_in
 from gemmascope_plugin.graphs.graph import Graph
+from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.protocol import HookedModel
 
 Ablator = Callable[
@@ -136,3 +137,18 @@ def _of_features(
         )
 
     return of_features
+
+
+def metric_ends(
+    values: Float[torch.Tensor, "circuit prompt"], model: HookedModel
+) -> tuple[float, float]:
+    """Metric with everything and with nothing kept, the last two rows, if they differ."""
+    check_finite(values, "The metric by circuit and prompt", model)
+    full, empty = float(values[-2].mean()), float(values[-1].mean())
+    if abs(full - empty) < MIN_GAP:
+        raise TaskError(
+            f"The metric is {full:.6f} with everything and {empty:.6f} with nothing kept; "
+            "faithfulness cannot be put on a scale between them",
+            fix="other prompts, another metric, or another replacement",
+        )
+    return full, empty

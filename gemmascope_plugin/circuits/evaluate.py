@@ -15,6 +15,7 @@ Cost: one row of prompts per circuit that differs from the others; circuits ride
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any, get_args
 
@@ -27,27 +28,22 @@ from gemmascope_plugin.causes.exact.activation_patching import MAX_ROWS
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.metrics import kl_divergence
 from gemmascope_plugin.causes.replace import REPLACEMENTS, Replacement
-from gemmascope_plugin.causes.task import MIN_GAP, BoundTask
-from gemmascope_plugin.circuits.ablator import Ablator, ablator
+from gemmascope_plugin.causes.task import BoundTask
+from gemmascope_plugin.circuits.ablator import Ablator, ablator, metric_ends
 from gemmascope_plugin.circuits.feature_ablation import Errors
 from gemmascope_plugin.circuits.feature_graphs import is_feature_graph
-from gemmascope_plugin.circuits.mib import Curve, MibScores, sizes_of
 from gemmascope_plugin.circuits.scores import Scores
-from gemmascope_plugin.circuits.select import top_n
 from gemmascope_plugin.errors import TaskError, check_choice
-from gemmascope_plugin.graphs.check_graph import check_circuit, check_ranking
+from gemmascope_plugin.graphs.check_graph import check_circuit
 from gemmascope_plugin.graphs.circuit import Circuit
-from gemmascope_plugin.graphs.dead_ends import prune
-from gemmascope_plugin.graphs.graph import Graph, Rank
 from gemmascope_plugin.models.check_model import check_model
-from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.splice.check_saes import check_saes
+from gemmascope_plugin.splice.check_saes import Saes, check_saes
 
 _N_SIZES, _FEW = 12, 24
-BOTH: tuple[Rank, ...] = ("positive", "absolute")
-"""Rankings of MIB, the one of CPR first."""
+_COMPARED: tuple[Errors, ...] = ("kept", "as-circuit", "ablated")
+"""Treatments of errors, from the one that flatters a circuit most to the hardest."""
 
 
 @gate(circuit=check_circuit, model=check_model, task=check_task, saes=check_saes)
@@ -56,7 +52,7 @@ def evaluate(
     model: HookedModel,
     task: Task,
     *,
-    saes: Any = None,
+    saes: Saes = None,
     sizes: Sequence[int] | None = None,
     n_random: int = 20,
     seed: int = 0,
@@ -112,24 +108,23 @@ def evaluate(
         progress=progress,
     ) as run:
         values = _each_once(run, bound, masks, rest)
-        far = _divergence(run, model, task, circuit.is_kept)
-    scale = _scale(values, model)
-    shares = ((values.mean(1) - scale[1]) / (scale[0] - scale[1])).tolist()
+        kl = _divergence(run, model, task, circuit.is_kept)
+    full, empty = metric_ends(values, model)
+    shares = ((values.mean(1) - empty) / (full - empty)).tolist()
     n = len(chosen)
-    own = values[-3].mean()
-    changes = (values[n + n * n_random : -4].mean(1) - own) / (scale[0] - scale[1])
+    changes = (values[n + n * n_random : -4].mean(1) - values[-3].mean()) / (full - empty)
     return Scores(
         circuit=circuit,
+        faithfulness=shares[-3],
         sizes=tuple(chosen),
         faithfulness_by_size=tuple(shares[:n]),
         random_by_size=tuple(
             tuple(shares[n + i * n_random : n + (i + 1) * n_random]) for i in range(n)
         ),
-        metric_full=scale[0],
-        metric_empty=scale[1],
-        own=shares[-3],
+        metric_full=full,
+        metric_empty=empty,
         completeness=shares[-4],
-        kl=far,
+        kl=kl,
         by_prompt=bound.fold(values[-3:]),
         minimality=tuple(changes.abs().tolist()) if minimality else None,
         metadata={
@@ -143,6 +138,33 @@ def evaluate(
     )
 
 
+@gate(circuit=check_circuit, model=check_model, task=check_task, saes=check_saes)
+def evaluate_features(
+    circuit: Circuit, model: HookedModel, task: Task, *, saes: Saes, **options: Any
+) -> Scores:
+    """:func:`evaluate` under each treatment of errors, side by side in :attr:`Scores.by_errors`.
+
+    Args:
+        circuit: From ``discover(..., nodes="features")``.
+        model: The model.
+        task: Held-out prompts.
+        saes: The dictionaries that the circuit was found with.
+        **options: As :func:`evaluate` has them, ``errors`` aside.
+
+    Returns:
+        Scores of the circuit as it is, with errors kept where their nodes are.
+
+    Raises:
+        TaskError: The circuit has no feature nodes, or the metric hardly differs.
+        UnknownNameError: Other dictionaries than the circuit's.
+    """
+    by_errors = {
+        errors: evaluate(circuit, model, task, saes=saes, errors=errors, **options)
+        for errors in _COMPARED
+    }
+    return replace(by_errors["as-circuit"], by_errors=by_errors)
+
+
 def _masks(
     circuit: Circuit, sizes: Sequence[int], n_random: int, seed: int, minimality: bool
 ) -> Bool[torch.Tensor, "mask unit"]:
@@ -150,10 +172,10 @@ def _masks(
     its units, everything but it, it, everything, nothing.
     """
     rng, everything = Random(seed), torch.ones_like(circuit.is_kept)
-    found = [circuit.top(n).is_kept for n in sizes]
-    found += [_random(rng, circuit.n_units, n) for n in sizes for _ in range(n_random)]
-    found += _without_one(circuit.is_kept) if minimality else []
-    return torch.stack([*found, ~circuit.is_kept, circuit.is_kept, everything, ~everything])
+    masks = [circuit.top(n).is_kept for n in sizes]
+    masks += [_random(rng, circuit.n_units, n) for n in sizes for _ in range(n_random)]
+    masks += _without_each(circuit.is_kept) if minimality else []
+    return torch.stack([*masks, ~circuit.is_kept, circuit.is_kept, everything, ~everything])
 
 
 def _each_once(
@@ -168,71 +190,17 @@ def _each_once(
 
 
 def _errors(circuit: Circuit, errors: str | None) -> Errors:
-    """What becomes of reconstruction errors.
-
-    Raises:
-        UnknownNameError: An unknown treatment.
-        TaskError: The circuit has no sites of dictionaries.
-    """
-    known: tuple[Errors, ...] = get_args(Errors)
+    """What becomes of reconstruction errors."""
+    treatments: tuple[Errors, ...] = get_args(Errors)
     if errors is None:
-        return known[0]
-    check_choice("treatment of errors", errors, known)
+        return treatments[0]
+    check_choice("treatment of errors", errors, treatments)
     if not is_feature_graph(circuit.graph):
         raise TaskError(
             f"errors={errors!r} plays no part in {circuit!r}, where reconstruction errors are kept",
             fix='a circuit of discover(..., nodes="features", saes=...), or without errors=',
         )
-    return next(one for one in known if one == errors)
-
-
-@gate(graph=check_ranking, model=check_model, task=check_task, saes=check_saes)
-def evaluate_ranking(
-    graph: Graph,
-    model: HookedModel,
-    task: Task,
-    *,
-    saes: Any = None,
-    replacement: Replacement = "other",
-    max_rows: int = MAX_ROWS,
-    memory_budget: int | str = "2 GB",
-    progress: bool = False,
-) -> MibScores:
-    """CPR and CMD of a graph's ranking, exactly as MIB defines them, and on a logarithmic axis.
-
-    Args:
-        graph: Scored edges, or nodes.
-        model: The model.
-        task: Held-out prompts.
-        saes: The dictionaries that features belong to.
-        replacement: What stands in for what is not kept.
-        max_rows: Prompt copies per forward pass at most.
-        memory_budget: Bytes, or ``"2 GB"``.
-        progress: Show a progress bar.
-
-    Raises:
-        TaskError: The metric with everything replaced hardly differs from the full model's.
-    """
-    bound, n = task.bind(model), len(graph.unit_scores)
-    kept = [top_n(graph, size, rank=rank).is_kept for rank in BOTH for size in sizes_of(n)]
-    everything = torch.ones_like(kept[0])
-    limit = Limit(max_rows, memory_budget)
-    with ablator(
-        graph, model, saes, replacement=replacement, limit=limit, progress=progress
-    ) as run:
-        rest = torch.zeros(len(kept) + 2, dtype=torch.bool)
-        rest[-2] = True
-        values = run(bound, torch.stack([*kept, everything, ~everything]), rest)
-    full, empty = _scale(values, model)
-    shares = ((values.mean(1) - empty) / (full - empty)).tolist()
-    left = [int(prune(graph, one).sum()) if graph.ranks_edges else int(one.sum()) for one in kept]
-    half = len(kept) // 2
-    curves = [
-        Curve(tuple(sizes_of(n)), tuple(left[part]), tuple(shares[: len(kept)][part]), n)
-        for part in (slice(0, half), slice(half, None))
-    ]
-    details = {"task": bound.name, "n_prompts": bound.n_prompts, "replacement": replacement}
-    return MibScores(*curves, metadata=details)
+    return next(treatment for treatment in treatments if treatment == errors)
 
 
 def _sizes(n_units: int) -> list[int]:
@@ -244,46 +212,24 @@ def _sizes(n_units: int) -> list[int]:
 
 
 def _random(rng: Random, n_units: int, size: int) -> Bool[torch.Tensor, " unit"]:
-    kept = torch.zeros(n_units, dtype=torch.bool)
-    kept[torch.tensor(rng.sample(range(n_units), size), dtype=torch.long)] = True
-    return kept
+    is_kept = torch.zeros(n_units, dtype=torch.bool)
+    is_kept[torch.tensor(rng.sample(range(n_units), size), dtype=torch.long)] = True
+    return is_kept
 
 
-def _without_one(kept: Bool[torch.Tensor, " unit"]) -> list[Bool[torch.Tensor, " unit"]]:
+def _without_each(is_kept: Bool[torch.Tensor, " unit"]) -> list[Bool[torch.Tensor, " unit"]]:
     """The circuit without each of its units, in the order of the graph."""
-    found = []
-    for unit in kept.nonzero().flatten().tolist():
-        without = kept.clone()
-        without[unit] = False
-        found.append(without)
-    return found
+    units = is_kept.nonzero().flatten()
+    masks = is_kept.repeat(len(units), 1)
+    masks[torch.arange(len(units)), units] = False
+    return list(masks)
 
 
 def _divergence(
-    run: Ablator, model: HookedModel, task: Task, kept: Bool[torch.Tensor, " unit"]
+    run: Ablator, model: HookedModel, task: Task, is_kept: Bool[torch.Tensor, " unit"]
 ) -> float:
     """Mean divergence of the circuit's next-token distribution from the clean run's."""
     asked = task.asked
     metric = kl_divergence(position=asked.position, before_cap=asked.before_cap)
     bound = Task(task.clean, task.corrupt, metric, task.name, task.mask).bind(model)
-    return -float(run(bound, kept[None], torch.zeros(1, dtype=torch.bool)).mean())
-
-
-def _scale(
-    values: Float[torch.Tensor, "circuit prompt"], model: HookedModel
-) -> tuple[float, float]:
-    """Metric with everything and with nothing kept, the last two rows.
-
-    Raises:
-        ModelError: The metric of a circuit is not finite.
-        TaskError: They hardly differ.
-    """
-    check_finite(values, "The metric by circuit and prompt", model)
-    full, empty = float(values[-2].mean()), float(values[-1].mean())
-    if abs(full - empty) < MIN_GAP:
-        raise TaskError(
-            f"The metric is {full:.6f} with everything and {empty:.6f} with nothing kept; "
-            "faithfulness cannot be put on a scale between them",
-            fix="other prompts, another metric, or another replacement",
-        )
-    return full, empty
+    return -float(run(bound, is_kept[None], torch.zeros(1, dtype=torch.bool)).mean())

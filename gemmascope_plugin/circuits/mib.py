@@ -19,12 +19,35 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 import gemmascope_plugin.figures as figures
+from gemmascope_plugin.causes import Task
+from gemmascope_plugin.causes.check_task import check_task
+from gemmascope_plugin.causes.exact.activation_patching import MAX_ROWS
+from gemmascope_plugin.causes.memory import Limit
+from gemmascope_plugin.causes.replace import Replacement
+from gemmascope_plugin.circuits.ablator import ablator, metric_ends
+from gemmascope_plugin.circuits.select import top_n
+from gemmascope_plugin.graphs.check_graph import check_ranking
+from gemmascope_plugin.graphs.dead_ends import prune
+from gemmascope_plugin.graphs.graph import Graph, Rank
+from gemmascope_plugin.models.check_model import check_model
+from gemmascope_plugin.models.gate import gate
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.splice.check_saes import Saes, check_saes
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from plotly.graph_objects import Figure
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """``k`` of MIB."""
+_BOTH: tuple[Rank, ...] = ("positive", "absolute")
+"""Rankings of MIB, the one of CPR first."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +67,14 @@ class Curve:
 
     def log_area(self, *, distance: bool) -> float:
         """The same over the logarithm of the true shares, divided by its length; NaN for one point."""
-        found = {
+        heights = {
             math.log(size / self.n_units): height
             for size, height in zip(self.true_sizes, self._heights(distance), strict=True)
             if size
         }
-        x = sorted(found)
+        x = sorted(heights)
         length = x[-1] - x[0] if x else 0.0
-        return trapezoid(x, [found[one] for one in x]) / length if length else math.nan
+        return trapezoid(x, [heights[log] for log in x]) / length if length else math.nan
 
     def _heights(self, distance: bool) -> list[float]:
         return [abs(1 - f) if distance else f for f in self.faithfulness]
@@ -87,7 +110,7 @@ class MibScores:
         """``cmd`` on a logarithmic axis of true shares."""
         return self.by_size.log_area(distance=True)
 
-    def to_frame(self) -> Any:
+    def to_frame(self) -> DataFrame:
         """A DataFrame, one row per nominal share."""
         import pandas as pd
 
@@ -101,7 +124,7 @@ class MibScores:
             }
         )
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """A plotly figure: faithfulness by nominal share."""
         return figures.curves(
             [math.log10(share) for share in SHARES],
@@ -120,6 +143,60 @@ class MibScores:
             f"MibScores({self.metadata.get('task')}, CPR {self.cpr:.3f}, CMD {self.cmd:.3f}, on a "
             f"logarithmic axis {self.log_cpr:.3f} and {self.log_cmd:.3f}, {self.by_size.n_units} units)"
         )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>{figures.frame_html(self.to_frame())}"
+
+
+@gate(graph=check_ranking, model=check_model, task=check_task, saes=check_saes)
+def evaluate_ranking(
+    graph: Graph,
+    model: HookedModel,
+    task: Task,
+    *,
+    saes: Saes = None,
+    replacement: Replacement = "other",
+    max_rows: int = MAX_ROWS,
+    memory_budget: int | str = "2 GB",
+    progress: bool = False,
+) -> MibScores:
+    """CPR and CMD of a graph's ranking, exactly as MIB defines them, and on a logarithmic axis.
+
+    Args:
+        graph: Scored edges, or nodes.
+        model: The model.
+        task: Held-out prompts.
+        saes: The dictionaries that features belong to.
+        replacement: What stands in for what is not kept.
+        max_rows: Prompt copies per forward pass at most.
+        memory_budget: Bytes, or ``"2 GB"``.
+        progress: Show a progress bar.
+
+    Raises:
+        TaskError: The metric with everything replaced hardly differs from the full model's.
+    """
+    bound, n = task.bind(model), len(graph.unit_scores)
+    masks = [top_n(graph, size, rank=rank).is_kept for rank in _BOTH for size in sizes_of(n)]
+    everything = torch.ones_like(masks[0])
+    limit = Limit(max_rows, memory_budget)
+    with ablator(
+        graph, model, saes, replacement=replacement, limit=limit, progress=progress
+    ) as run:
+        rest = torch.zeros(len(masks) + 2, dtype=torch.bool)
+        rest[-2] = True
+        values = run(bound, torch.stack([*masks, everything, ~everything]), rest)
+    full, empty = metric_ends(values, model)
+    shares = ((values.mean(1) - empty) / (full - empty)).tolist()
+    if graph.ranks_edges:
+        masks = [prune(graph, mask) for mask in masks]
+    true_sizes = [int(mask.sum()) for mask in masks]
+    half = len(masks) // 2
+    curves = [
+        Curve(tuple(sizes_of(n)), tuple(true_sizes[part]), tuple(shares[part]), n)
+        for part in (slice(0, half), slice(half, 2 * half))
+    ]
+    details = {"task": bound.name, "n_prompts": bound.n_prompts, "replacement": replacement}
+    return MibScores(*curves, metadata=details)
 
 
 def sizes_of(n_units: int) -> list[int]:

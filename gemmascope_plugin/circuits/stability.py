@@ -1,4 +1,7 @@
-"""The same task in several sets of dictionaries: other widths, other sparsities, other seeds.
+"""How stable a circuit is: between dictionaries (:func:`stability`), between samples of prompts
+(:func:`bootstrap_stability`).
+
+The same task in several sets of dictionaries: other widths, other sparsities, other seeds.
 
 1. For each set a circuit is found on the same prompts, and its prefixes are evaluated on the same
    held-out prompts: the size that it takes for a faithfulness, and the faithfulness at a size.
@@ -8,25 +11,29 @@
 
 What holds in one dictionary only is a finding about that dictionary (circuits are far from unique).
 
-Cost: one circuit and one evaluation per set; products of decoder rows of the best ``n`` features.
+Resampled prompts: the mean overlap (Jaccard) of the best ``k`` edges between resamples.
+
+Cost: one circuit and one evaluation per set, products of decoder rows of the best ``n`` features; sorts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from gemmascope_plugin.causes import Task
 from gemmascope_plugin.causes.check_task import check_task
+from gemmascope_plugin.causes.edge_effects import EdgeEffects
 from gemmascope_plugin.causes.gradient.task_site import Site, sites_of
 from gemmascope_plugin.circuits.discover import discover
 from gemmascope_plugin.circuits.evaluate import evaluate
 from gemmascope_plugin.circuits.feature_ablation import Errors
 from gemmascope_plugin.circuits.feature_method import FEATURES
-from gemmascope_plugin.errors import EmptySelectionError, InputError
+from gemmascope_plugin.errors import EmptySelectionError, InputError, TaskError
 from gemmascope_plugin.graphs.circuit import Circuit
 from gemmascope_plugin.models.check_model import check_model, describe
 from gemmascope_plugin.models.finite import wide
@@ -139,3 +146,41 @@ def _directions(circuit: Circuit, sites: Sequence[Site]) -> Directions:
         rows = wide(W_dec[torch.tensor(sorted(kept), dtype=torch.long, device=W_dec.device)])
         by_site[site.hook] = torch.nn.functional.normalize(rows, dim=1).cpu()
     return by_site
+
+
+def bootstrap_stability(
+    effects: EdgeEffects, k: int, *, n: int = 100, seed: int = 0
+) -> tuple[float, float]:
+    """Mean and smallest Jaccard overlap of the best ``k`` edges between resamples of the prompts.
+
+    Args:
+        effects: Edge effects with ``by_prompt``.
+        k: How many edges.
+        n: Resamples.
+        seed: Of the resampling.
+
+    Raises:
+        TaskError: The effects of single prompts were not kept, or there is only one prompt.
+        EmptySelectionError: ``k`` is not among 1 to the number of edges.
+    """
+    by_prompt = effects.by_prompt
+    if by_prompt is None or len(by_prompt) < 2:
+        raise TaskError(
+            f"{effects!r} has no effects of several prompts",
+            fix="edge_attribution(..., by_prompt=True) on two prompts or more",
+        )
+    flat = by_prompt[:, effects.edges.mask].cpu()
+    if not 1 <= k <= flat.shape[1]:
+        raise EmptySelectionError(f"The best {k} edges", exists=f"1 to {flat.shape[1]} edges")
+    generator = torch.Generator().manual_seed(seed)
+    best = torch.zeros(n, flat.shape[1], dtype=torch.bool)
+    for row in best:
+        draw = torch.randint(len(flat), (len(flat),), generator=generator)
+        row[flat[draw].mean(0).abs().topk(k).indices] = True
+    overlaps = [_jaccard(best[i], best[j]) for i, j in combinations(range(n), 2)]
+    return sum(overlaps) / len(overlaps), min(overlaps)
+
+
+def _jaccard(best: Bool[torch.Tensor, " unit"], other: Bool[torch.Tensor, " unit"]) -> float:
+    """Size of the intersection over size of the union."""
+    return int((best & other).sum()) / int((best | other).sum())

@@ -23,11 +23,10 @@ from gemmascope_plugin.causes import Task
 from gemmascope_plugin.causes.edge_effects import EdgeEffects
 from gemmascope_plugin.causes.exact.edge_patching import edge_patching
 from gemmascope_plugin.causes.gradient.edge_attribution import edge_attribution
-from gemmascope_plugin.circuits import evaluate
+from gemmascope_plugin.circuits import bootstrap_stability, evaluate, evaluate_ranking
 from gemmascope_plugin.circuits.edge_methods import graph_of
-from gemmascope_plugin.circuits.evaluate import evaluate_ranking
-from gemmascope_plugin.circuits.recovery import auroc, bootstrap_stability
 from gemmascope_plugin.circuits.select import top_n
+from tests.support.recovery import auroc
 
 METHODS: dict[str, dict[str, Any]] = {
     "eap": {"method": "eap"},

@@ -24,6 +24,7 @@ CIRCUIT = top_n(
 )
 SCORES = Scores(
     circuit=CIRCUIT,
+    faithfulness=0.8,
     sizes=(0, 1, 2, 3),
     faithfulness_by_size=(0.0, 0.9, 0.8, 1.0),
     random_by_size=((0.0, 0.0), (0.1, 0.3), (0.2, 0.6), (1.0, 1.0)),

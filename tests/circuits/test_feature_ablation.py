@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +12,14 @@ import torch
 from gemmascope_plugin.causes import Task, logit_diff
 from gemmascope_plugin.causes.gradient.task_site import sites_of
 from gemmascope_plugin.causes.memory import Limit
-from gemmascope_plugin.circuits import discover, evaluate, evaluate_features
+from gemmascope_plugin.circuits import Scores, discover, evaluate, evaluate_features
 from gemmascope_plugin.circuits.ablation_values import ablation_values
 from gemmascope_plugin.circuits.ablator import ablator
 from gemmascope_plugin.circuits.feature_graphs import layout_of_graph
 from gemmascope_plugin.graphs import Circuit
 from tests.causes.tasks import CLEAN, CORRUPT, RIGHT, TASK, WRONG
 from tests.circuits.feature_slow import ablated_metric, caches, dictionaries, metric
+from tests.graphs.graphs import equal
 from tests.support.rounding import TINY
 from tests.tiny_models import FIRST_WORD_ID
 
@@ -155,7 +158,7 @@ def test_what_stands_in(hooked2, replacement) -> None:
             assert torch.allclose(own[chosen], mean[chosen], atol=1e-5)
 
 
-def test_evaluation(hooked2) -> None:
+def test_evaluation(hooked2, tmp_path: Path) -> None:
     circuit = found(hooked2, size=8)
     options = {"saes": dictionaries(hooked2), "n_random": 1, "sizes": [circuit.n_units]}
     scores = evaluate_features(circuit, hooked2, TASK, minimality=True, **options)
@@ -164,18 +167,25 @@ def test_evaluation(hooked2) -> None:
             float(metric(hooked2(CLEAN)).mean()),
             float(metric(hooked2(CORRUPT)).mean()),
         )
-    assert scores.as_circuit.metric_full == pytest.approx(clean, abs=1e-5)
-    assert scores.as_circuit.metric_empty == pytest.approx(corrupt, abs=1e-5)
-    assert scores.as_circuit.faithfulness_by_size[-1] == pytest.approx(1, abs=1e-4)
-    assert scores.kept.metric_full == pytest.approx(clean, abs=1e-5)
-    assert scores.ablated.metric_full == pytest.approx(clean, abs=1e-5)
-    assert scores.kept.metadata["errors"] == "kept"
-    frame = scores.to_frame()
-    assert list(frame.index) == ["kept", "as the circuit has them", "ablated"]
-    assert frame.loc["kept", "faithfulness"] == scores.kept.faithfulness
+    assert scores.metric_full == pytest.approx(clean, abs=1e-5)
+    assert scores.metric_empty == pytest.approx(corrupt, abs=1e-5)
+    assert scores.faithfulness_by_size[-1] == pytest.approx(1, abs=1e-4)
+    assert scores.by_errors["kept"].metric_full == pytest.approx(clean, abs=1e-5)
+    assert scores.by_errors["ablated"].metric_full == pytest.approx(clean, abs=1e-5)
+    assert scores.by_errors["kept"].metadata["errors"] == "kept"
+    assert scores.by_errors["as-circuit"].faithfulness == scores.faithfulness
+    frame = scores.errors_to_frame()
+    assert list(frame.index) == ["kept", "as-circuit", "ablated"]
+    assert frame.loc["kept", "faithfulness"] == scores.by_errors["kept"].faithfulness
     assert frame["minimal"].between(0, 1).all()
-    assert repr(scores).startswith("FeatureScores(8 nodes, faithfulness with errors kept ")
-    assert "</table>" in scores._repr_html_()
+    assert re.search(
+        r"faithfulness \S+, \S+ with errors kept, \S+ with errors ablated", repr(scores)
+    )
+    assert "</table>" in scores._repr_html_() and "as-circuit" in scores._repr_html_()
+    loaded = Scores.load(scores.save(tmp_path / "scores"))
+    assert loaded.errors_to_frame().equals(frame) and equal(loaded.circuit, circuit)
+    assert loaded.by_errors["ablated"].interval() == scores.by_errors["ablated"].interval()
+    assert [*scores.to_json()["by_errors"]] == list(frame.index)
     # the complement of everything is nothing
     whole = evaluate(circuit.top(circuit.n_units), hooked2, TASK, **options)
     assert whole.completeness == pytest.approx(0, abs=1e-4)

@@ -26,6 +26,7 @@ def scores(circuit: Circuit, n_prompts: int = 8) -> Scores:
     by_prompt = torch.tensor([[2.25], [3.0], [-3.0]]).repeat(1, n_prompts)
     return Scores(
         circuit,
+        0.875,
         sizes,
         (0.0, 0.875, 1.0),
         random,

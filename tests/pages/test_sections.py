@@ -85,6 +85,7 @@ def scores(n: int = 4) -> Scores:
     circuit = top_n(Graph.of_nodes(ranking, [4.0, -3.0, 2.0, 1.0], metadata), 2)
     return Scores(
         circuit,
+        0.9,
         (0, 2, 4),
         (0.0, 0.9, 1.0),
         ((0.0,), (0.3,), (1.0,)),

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from gemmascope_plugin.causes import edge_attribution
-from gemmascope_plugin.circuits import discover, evaluate_ranking
+from gemmascope_plugin.circuits import bootstrap_stability, discover, evaluate_ranking
 from gemmascope_plugin.circuits.edge_methods import graph_of
 from gemmascope_plugin.circuits.mib import SHARES, Curve, MibScores, sizes_of, trapezoid
-from gemmascope_plugin.circuits.recovery import auroc, bootstrap_stability, jaccard, mib_auroc
 from gemmascope_plugin.errors import EmptySelectionError, TaskError
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.graphs.graph import Graph
 from tests.causes.tasks import TASK
 from tests.ground_truth.cases import CASES
+from tests.support.recovery import auroc, mib_auroc
 
 
 def curve(*heights: float) -> Curve:
@@ -82,12 +82,6 @@ def test_hand_built_circuits_have_auroc_one(case) -> None:
     mib = evaluate_ranking(graph, case.make("hooked"), case.task)
     assert mib.by_size.faithfulness[-1] == pytest.approx(1, abs=1e-4)
     assert mib.by_size.faithfulness[0] == pytest.approx(0, abs=1e-4)
-
-
-def test_overlap_of_sets() -> None:
-    one, other = torch.tensor([True, True, False]), torch.tensor([True, False, False])
-    assert jaccard(one, other) == 0.5
-    assert jaccard(other & ~other, other & ~other) == 1
 
 
 def test_stability_over_prompts(hooked2) -> None:
