@@ -42,7 +42,6 @@ from gemmascope_plugin.splice.check_saes import Saes, check_saes
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-    from plotly.graph_objects import Figure
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """``k`` of MIB."""
@@ -124,7 +123,7 @@ class MibScores:
             }
         )
 
-    def plot(self) -> Figure:
+    def plot(self) -> Any:
         """A plotly figure: faithfulness by nominal share."""
         return figures.curves(
             [math.log10(share) for share in SHARES],

@@ -33,7 +33,6 @@ from gemmascope_plugin.models.gate import gate
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-    from plotly.graph_objects import Figure
 
 MINIMAL = 0.01
 """A unit counts where leaving it out changes faithfulness by at least this."""
@@ -157,7 +156,7 @@ class Scores:
             return float("nan")
         return sum(change >= MINIMAL for change in self.minimality) / len(self.minimality)
 
-    def plot(self) -> Figure:
+    def plot(self) -> Any:
         """A plotly figure: faithfulness by size, with the range of the random circuits."""
         frame = self.to_frame()
         low, high = frame["random_min"].tolist(), frame["random_max"].tolist()
