@@ -25,7 +25,7 @@ _HOMES = {
     "demo": ("tiny",),
     "errors": ("GemmaScopeError",),
     "features": ("analyze",),
-    "graphs": ("AttributionGraph", "Circuit", "Graph", "Node", "contrast", "union"),
+    "graphs": ("Circuit", "Graph", "Node", "contrast", "union"),
     "loading": ("footprint", "load", "load_suite", "register"),
     "measures": ("compare", "measure"),
     "models": ("load_model",),

@@ -38,7 +38,6 @@ from gemmascope_plugin.cli.doctor import doctor as doctor
 from gemmascope_plugin.demo import tiny as tiny
 from gemmascope_plugin.errors import GemmaScopeError as GemmaScopeError
 from gemmascope_plugin.features import analyze as analyze
-from gemmascope_plugin.graphs import AttributionGraph as AttributionGraph
 from gemmascope_plugin.graphs import Circuit as Circuit
 from gemmascope_plugin.graphs import Graph as Graph
 from gemmascope_plugin.graphs import Node as Node

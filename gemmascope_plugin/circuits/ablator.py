@@ -71,7 +71,7 @@ def ablator(
     if is_feature_graph(graph):
         yield _of_features(graph, model, saes, replacement, errors, limit, progress)
         return
-    features = any(node.kind == "feature" for node in graph.nodes)
+    features = any(node.kind == "feature" for node in graph.components)
     if features and saes is None:
         raise UnknownNameError(
             "The circuit has features", fix="evaluate(..., saes=[the same dictionaries])"
@@ -82,7 +82,7 @@ def ablator(
             return node_metric(
                 runner,
                 bound,
-                graph.nodes,
+                graph.components,
                 kept,
                 replacement=replacement,
                 max_rows=limit.max_rows,

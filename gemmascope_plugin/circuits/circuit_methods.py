@@ -22,8 +22,9 @@ from gemmascope_plugin.causes import Task
 from gemmascope_plugin.causes.replace import Replacement
 from gemmascope_plugin.circuits.select import greedy, threshold, top_n
 from gemmascope_plugin.errors import TaskError
-from gemmascope_plugin.graphs.circuit import Circuit, Labels
-from gemmascope_plugin.graphs.graph import Graph, Rank
+from gemmascope_plugin.graphs.circuit import Circuit
+from gemmascope_plugin.graphs.graph import Graph
+from gemmascope_plugin.graphs.graph_arrays import Labels, Rank
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.splice.check_saes import Saes
 

@@ -33,8 +33,8 @@ from gemmascope_plugin.circuits.edge_methods import EDGE_METHODS
 from gemmascope_plugin.circuits.feature_method import FEATURE_METHODS, FEATURES
 from gemmascope_plugin.circuits.node_methods import NODE_METHODS
 from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choice
-from gemmascope_plugin.graphs.circuit import Circuit, Labels
-from gemmascope_plugin.graphs.graph import Rank
+from gemmascope_plugin.graphs.circuit import Circuit
+from gemmascope_plugin.graphs.graph_arrays import Labels, Rank
 from gemmascope_plugin.graphs.node import check_kinds
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate

@@ -34,8 +34,7 @@ from gemmascope_plugin.circuits.feature_ablation import Errors
 from gemmascope_plugin.circuits.feature_graphs import is_feature_graph
 from gemmascope_plugin.circuits.scores import Scores
 from gemmascope_plugin.errors import TaskError, check_choice
-from gemmascope_plugin.graphs.check_graph import check_circuit
-from gemmascope_plugin.graphs.circuit import Circuit
+from gemmascope_plugin.graphs.circuit import Circuit, check_circuit
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel

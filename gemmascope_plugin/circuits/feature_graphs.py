@@ -57,7 +57,7 @@ def layout_of_graph(graph: Graph, model: HookedModel, saes: Any) -> tuple[SiteNo
                 f"The dictionary for {hook} has {there[hook][1]} features, the circuit's has {d_sae}",
                 fix="the dictionaries, and the level, that the circuit was found with",
             )
-    return layout_of(graph.nodes, sites, n_heads(model), graph.metadata["per_position"])
+    return layout_of(graph.components, sites, n_heads(model), graph.metadata["per_position"])
 
 
 def check_prompts(graph: Graph, bound: BoundTask) -> None:

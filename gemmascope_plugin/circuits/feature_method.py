@@ -50,6 +50,7 @@ from gemmascope_plugin.circuits.feature_scoring import (
     site_summary,
 )
 from gemmascope_plugin.errors import TaskError, check_choice
+from gemmascope_plugin.graphs.adjacency import EdgeList
 from gemmascope_plugin.graphs.circuit import Circuit
 from gemmascope_plugin.graphs.conservation import checked_share
 from gemmascope_plugin.graphs.graph import Graph
@@ -182,10 +183,7 @@ def _joined(
     graph = circuit.graph
     joined = replace(
         graph,
-        source=edges.source,
-        target=edges.target,
-        port=torch.zeros(len(edges.source), dtype=torch.uint8),
-        edge_scores=edges.scores,
+        edges=EdgeList.of(edges.source, edges.target, edges.scores),
         ranked="node",
         metadata={**graph.metadata, "n_unreachable": edges.n_unreachable},
     )

@@ -34,7 +34,8 @@ from gemmascope_plugin.circuits.ablator import ablator, metric_ends
 from gemmascope_plugin.circuits.select import top_n
 from gemmascope_plugin.graphs.check_graph import check_ranking
 from gemmascope_plugin.graphs.dead_ends import prune
-from gemmascope_plugin.graphs.graph import Graph, Rank
+from gemmascope_plugin.graphs.graph import Graph
+from gemmascope_plugin.graphs.graph_arrays import Rank
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel

@@ -25,7 +25,8 @@ from gemmascope_plugin.circuits.circuit_methods import (
     select_units,
 )
 from gemmascope_plugin.graphs.circuit import Circuit
-from gemmascope_plugin.graphs.graph import MAGNITUDES, Graph
+from gemmascope_plugin.graphs.graph import Graph
+from gemmascope_plugin.graphs.graph_arrays import MAGNITUDES
 from gemmascope_plugin.graphs.node import Node
 from gemmascope_plugin.models.protocol import HookedModel, weights_of
 
@@ -61,7 +62,7 @@ class NodeCircuits(CircuitMethod):
             **({"sign": MAGNITUDES} if self.name == _MAGNITUDES else {}),
         }
         graph = Graph.of_nodes(list(scores), list(scores.values()), details)
-        return select_units(graph, options, len(graph.nodes) // 2)
+        return select_units(graph, options, len(graph) // 2)
 
     @abstractmethod
     def effects(

@@ -22,7 +22,8 @@ from jaxtyping import Int64
 from gemmascope_plugin.errors import EmptySelectionError
 from gemmascope_plugin.graphs.circuit import Circuit
 from gemmascope_plugin.graphs.dead_ends import check_edges, ends
-from gemmascope_plugin.graphs.graph import Graph, Rank
+from gemmascope_plugin.graphs.graph import Graph
+from gemmascope_plugin.graphs.graph_arrays import Rank
 
 
 def top_n(graph: Graph, n: int, *, rank: Rank = "absolute") -> Circuit:
@@ -89,7 +90,7 @@ def _growth(graph: Graph, order: Int64[torch.Tensor, " edge"]) -> Iterator[int]:
     """Edges in the order in which they come in."""
     # ranks of the edges that end at a node, best first, lie side by side
     ranked = graph.target[order].argsort(stable=True)
-    bounds = torch.searchsorted(graph.target[order][ranked], torch.arange(len(graph.nodes) + 1))
+    bounds = torch.searchsorted(graph.target[order][ranked], torch.arange(len(graph) + 1))
     starts, ranks = bounds.tolist(), ranked.tolist()
     sources, edges = graph.source[order].tolist(), order.tolist()
     shared: dict[int, list[int]] = {}

@@ -166,7 +166,7 @@ def _check(options: dict[str, Any], nodes: str | None) -> tuple[str, ...]:
     """
     from gemmascope_plugin.circuits.circuit_methods import Selection
     from gemmascope_plugin.circuits.discover import find_method
-    from gemmascope_plugin.graphs.graph import Rank
+    from gemmascope_plugin.graphs.graph_arrays import Rank
     from gemmascope_plugin.graphs.node import check_kinds
 
     method = find_method(options["method"], options["units"], of_features=False)

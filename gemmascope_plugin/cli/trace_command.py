@@ -45,7 +45,7 @@ from gemmascope_plugin.types import Backend
 
 if TYPE_CHECKING:
     from gemmascope_plugin.catalog import SaeSpec
-    from gemmascope_plugin.graphs import AttributionGraph
+    from gemmascope_plugin.graphs import Graph
 
 _SHOWN = 12
 
@@ -131,7 +131,7 @@ def trace_command(
     gemmascope trace --task ioi --model gemma-3-270m --width 16k --l0 small --no-affine \
     --transcoders gemma-scope-2-270m-pt-transcoders-all
     """
-    from gemmascope_plugin.graphs.graph_json import check_slug
+    from gemmascope_plugin.graphs.json_folder import check_slug
 
     check_choice("backend", backend, get_args(Backend))
     check_out(out)
@@ -253,7 +253,7 @@ def _check_shares(thresholds: dict[str, float]) -> None:
             )
 
 
-def _traced(request: _Request) -> tuple[_Request, AttributionGraph, Any]:
+def _traced(request: _Request) -> tuple[_Request, Graph, Any]:
     """The request with its prompt, the pruned graph, and words of its features."""
     import gemmascope_plugin as gs
     from gemmascope_plugin.models.protocol import device_of
@@ -288,7 +288,7 @@ def _labels(specs: Sequence[SaeSpec]) -> dict[tuple[str, int], str]:
     }
 
 
-def _report(request: _Request, graph: AttributionGraph) -> list[str]:
+def _report(request: _Request, graph: Graph) -> list[str]:
     """Sizes, scores and the most influential nodes."""
     from gemmascope_plugin.figures.theme import short_label
 
@@ -322,13 +322,13 @@ def _report(request: _Request, graph: AttributionGraph) -> list[str]:
     ]
 
 
-def _explained(graph: AttributionGraph) -> list[tuple[str, float]]:
+def _explained(graph: Graph) -> list[tuple[str, float]]:
     own = graph.nodes.iloc[graph.targets]
     return list(zip(own["label"], own["weight"], strict=True))
 
 
-def _write_json(path: Path, request: _Request, graph: AttributionGraph) -> None:
-    from gemmascope_plugin.graphs.graph_json import write_json
+def _write_json(path: Path, request: _Request, graph: Graph) -> None:
+    from gemmascope_plugin.graphs.json_folder import write_json
 
     content = graph.to_json(
         path.stem,

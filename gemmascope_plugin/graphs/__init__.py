@@ -1,6 +1,5 @@
 """Pure data: circuits and attribution graphs, their files, JSON, influence, sums and groups."""
 
-from gemmascope_plugin.graphs.attribution_graph import AttributionGraph
 from gemmascope_plugin.graphs.circuit import Circuit
 from gemmascope_plugin.graphs.contrast import contrast
 from gemmascope_plugin.graphs.graph import Graph
@@ -9,7 +8,6 @@ from gemmascope_plugin.graphs.supernode_groups import Supernodes
 from gemmascope_plugin.graphs.union import union
 
 __all__ = [
-    "AttributionGraph",
     "Circuit",
     "Graph",
     "Node",

@@ -1,32 +1,83 @@
-"""The matrix of a trace: one row per target, one column per node, most entries zero.
+"""Edges of a graph: as compressed rows, one per explained node, or as a list in an order of its own.
 
-Rows are stored sparsely (compressed, 8 bytes an entry in float32): what comes after a target in the pass,
-or at a later token, cannot reach it. Nodes are numbered in the order of the pass, so influence flows from
-larger to smaller numbers and one walk over the rows finds it.
+Rows (``Adjacency``, 8 bytes an entry in float32) are what a trace gives: what comes after a target in
+the pass, or at a later token, cannot reach it. Nodes are numbered in the order of the pass, so influence
+flows from larger to smaller numbers and one walk over the rows finds it.
 
 1. ``Abar``: absolute values, each row divided by its sum (clamped at 1e-10), bias columns left out.
 2. ``influence = sum_k w Abar^k``, ``k >= 1`` (Ameisen et al., "Circuit Tracing", 2025), in one pass over
    the rows from the last to the first: a row's own influence is complete when it is reached.
+3. Two groups of nodes can lead into each other, though their members never do. Then influence goes round,
+   less of it each time: the sum is taken until what is left is too small to matter. It ends, as each time
+   some of it reaches nodes that nothing explains.
 
-Cost: one pass over the entries for each.
+A list (``EdgeList``) is what methods give that score all edges of a model: the order of the edges says
+which of two equal scores comes first, and edges may have ports and positions.
+
+Cost: one pass over the entries for each; some tens of passes where influence goes round.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 
+from gemmascope_plugin.errors import GemmaScopeError
+
 MIN_SUM = 1e-10
 """Smallest sum that a row is divided by."""
 BLOCK = 1 << 17
 """Entries that are added up at a time."""
+MAX_STEPS = 10_000
+"""A path that is longer goes round for ever."""
+TOLERANCE = 1e-13
+"""What is left of the influence, as a share of all."""
+Values = np.ndarray | torch.Tensor | Sequence[float]
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeList:
+    """Edges in an order of their own; arrays with an entry each."""
+
+    source: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Node that writes, as a place among the nodes."""
+    target: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Node that reads."""
+    weight: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+    port: np.ndarray | None = None
+    """Which input the target reads through, as a place in ``PORTS``; None where it has one."""
+    pos: np.ndarray | None = None
+    """Position of each edge; None where edges stand for all positions."""
+
+    @classmethod
+    def of(
+        cls,
+        source: Values,
+        target: Values,
+        weight: Values,
+        *,
+        port: Values | None = None,
+        pos: Values | None = None,
+    ) -> EdgeList:
+        """Edges from arrays, tensors or lists."""
+        return cls(
+            np.asarray(source, dtype=np.int64),
+            np.asarray(target, dtype=np.int64),
+            np.asarray(weight, dtype=np.float32),
+            None if port is None else np.asarray(port, dtype=np.uint8),
+            None if pos is None else np.asarray(pos, dtype=np.int64),
+        )
+
+    @property
+    def n_edges(self) -> int:
+        """How many there are."""
+        return len(self.source)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +88,31 @@ class Adjacency:
     """``scipy.sparse.csr_array [row, node]``."""
     nodes: np.ndarray
     """The node of each row, ascending."""
+    is_forward: bool = True
+    """Whether every source stands before its target; false where groups lead into each other."""
+    port: ClassVar[None] = None
+    pos: ClassVar[None] = None
+
+    @classmethod
+    def in_any_order(cls, matrix: Any, nodes: np.ndarray) -> Adjacency:
+        """Rows whose sources may stand behind their targets; looks whether they do."""
+        targets = np.repeat(nodes, np.diff(matrix.indptr))
+        return cls(matrix, nodes, bool((matrix.indices < targets).all()))
+
+    @property
+    def source(self) -> np.ndarray:
+        """Where each entry comes from, row by row."""
+        return self.matrix.indices
+
+    @cached_property
+    def target(self) -> np.ndarray:
+        """Where each entry leads to."""
+        return np.repeat(self.nodes, np.diff(self.matrix.indptr))
+
+    @property
+    def weight(self) -> np.ndarray:
+        """The entries."""
+        return self.matrix.data
 
     @property
     def n_nodes(self) -> int:
@@ -51,28 +127,20 @@ class Adjacency:
     @cached_property
     def row_of(self) -> np.ndarray:
         """The row of each node; -1 where it has none."""
-        found = np.full(self.n_nodes, -1)
-        found[self.nodes] = np.arange(len(self.nodes))
-        return found
+        rows = np.full(self.n_nodes, -1)
+        rows[self.nodes] = np.arange(len(self.nodes))
+        return rows
 
     def entries(self, keep: np.ndarray) -> Adjacency:
-        """The same with only some entries left.
-
-        Args:
-            keep: True for those that stay, one per entry.
-        """
+        """The same with only some entries left, those where ``keep`` is true."""
         matrix = self.matrix
         left = np.flatnonzero(keep)
         ends = np.searchsorted(left, matrix.indptr)
         cut = rows_of(matrix.data[left], matrix.indices[left], ends, matrix.shape)
-        return Adjacency(cut, self.nodes)
+        return replace(self, matrix=cut)
 
     def subset(self, nodes: np.ndarray) -> Adjacency:
-        """The same with only the entries between some nodes.
-
-        Args:
-            nodes: True for those, ``[node]``.
-        """
+        """The same with only the entries between some nodes, ``[node]``."""
         keep = np.zeros(self.n_edges, dtype=bool)
         starts, columns = self.matrix.indptr.tolist(), self.matrix.indices
         for row in np.flatnonzero(nodes[self.nodes]).tolist():
@@ -81,21 +149,14 @@ class Adjacency:
         return self.entries(keep)
 
     def compacted(self, nodes: np.ndarray) -> Adjacency:
-        """Only some nodes, numbered anew.
-
-        Args:
-            nodes: True for those, ``[node]``.
-        """
+        """Only some nodes, ``[node]``, numbered anew."""
         rows = nodes[self.nodes]
         places = np.cumsum(nodes) - 1
-        return Adjacency(self.subset(nodes).matrix[rows][:, nodes], places[self.nodes[rows]])
+        matrix = self.subset(nodes).matrix[rows][:, nodes]
+        return replace(self, matrix=matrix, nodes=places[self.nodes[rows]])
 
     def restricted(self, columns: np.ndarray) -> Adjacency:
-        """The same with only some columns left, the others empty.
-
-        Args:
-            columns: True for those that stay, ``[node]``.
-        """
+        """The same with only some columns, ``[node]``, the others empty."""
         return self.entries(columns[self.matrix.indices])
 
     @property
@@ -133,19 +194,33 @@ class Adjacency:
         scale = (1 / np.maximum(self.sizes, MIN_SUM)).astype(matrix.dtype)
         data = np.abs(matrix.data)
         data *= np.repeat(scale, np.diff(matrix.indptr))
-        return Adjacency(rows_of(data, matrix.indices, matrix.indptr, matrix.shape), self.nodes)
+        return replace(self, matrix=rows_of(data, matrix.indices, matrix.indptr, matrix.shape))
 
     def influence(self, weights: np.ndarray) -> np.ndarray:
         """``sum_k w M^k`` of this matrix as it is, ``k >= 1``.
 
-        Args:
-            weights: Of the nodes, ``[node]``.
+        Raises:
+            GemmaScopeError: The sum has no end.
         """
-        found = np.zeros(self.n_nodes)
+        if not self.is_forward:
+            return self._influence_round(weights)
+        influence = np.zeros(self.n_nodes)
         for start, stop in reversed(self.levels):
-            own = self.nodes[start:stop]
-            found += (found[own] + weights[own]) @ self.run(start, stop)
-        return found
+            nodes = self.nodes[start:stop]
+            influence += (influence[nodes] + weights[nodes]) @ self.run(start, stop)
+        return influence
+
+    def _influence_round(self, weights: np.ndarray) -> np.ndarray:
+        matrix = self.matrix.astype(np.float64)
+        influence, step = np.zeros(self.n_nodes), np.asarray(weights, dtype=np.float64)
+        for _ in range(MAX_STEPS):
+            step = step[self.nodes] @ matrix
+            influence += step
+            if np.abs(step).max(initial=0) <= TOLERANCE * np.abs(influence).max(initial=0):
+                return influence
+        raise GemmaScopeError(
+            "Influence goes round in the graph for ever", fix="groups without a cycle between them"
+        )
 
     @cached_property
     def levels(self) -> list[tuple[int, int]]:
@@ -165,119 +240,14 @@ class Adjacency:
     def run(self, start: int, stop: int) -> Any:
         """Some rows that follow one another, without copying them."""
         matrix = self.matrix
-        own = slice(matrix.indptr[start], matrix.indptr[stop])
+        entries = slice(matrix.indptr[start], matrix.indptr[stop])
         ends = matrix.indptr[start : stop + 1] - matrix.indptr[start]
         shape = (stop - start, self.n_nodes)
-        return rows_of(matrix.data[own], matrix.indices[own], ends, shape)
+        return rows_of(matrix.data[entries], matrix.indices[entries], ends, shape)
 
 
 def rows_of(data: np.ndarray, columns: np.ndarray, ends: np.ndarray, shape: tuple[int, int]) -> Any:
-    """Compressed rows with the narrowest numbers that hold them; scipy would widen all to the widest.
-
-    Args:
-        data: Entries.
-        columns: Their columns.
-        ends: Where each row begins, and the last one ends.
-        shape: Rows and columns.
-    """
+    """Compressed rows with the narrowest numbers that hold them; scipy would widen all to the widest."""
     narrow = np.int32 if len(data) < 2**31 else np.int64
     parts = (data, columns.astype(narrow, copy=False), ends.astype(narrow, copy=False))
     return sp.csr_array(parts, shape=shape)
-
-
-class Store:
-    """Rows in their final place: what a row can hold at most is known, and nothing is moved if it does.
-
-    Args:
-        room: Entries that each row may have.
-        dtype: Of the entries.
-        min_share: Entries that are a smaller share of their row's absolute sum are dropped.
-    """
-
-    def __init__(self, room: np.ndarray, dtype: Any, min_share: float = 0.0) -> None:
-        self._starts = np.concatenate([[0], np.cumsum(room, dtype=np.int64)])
-        self._data = np.empty(self._starts[-1], dtype)
-        self._columns = np.empty(self._starts[-1], np.int32)
-        self._min_share = min_share
-        self.counts = np.zeros(len(room), dtype=np.int64)
-        """Entries of each row."""
-
-    def put(self, row: int, effects: np.ndarray, columns: np.ndarray) -> None:
-        """Fills some rows that follow one another and have the same room.
-
-        Args:
-            row: The first.
-            effects: ``[row, node]`` of the first nodes.
-            columns: The nodes that can reach them, as many as there is room for.
-        """
-        n, size = effects.shape[0], len(columns)
-        start = self._starts[row]
-        assert self._starts[row + n] - start == n * size, "rows and columns disagree"
-        data = self._data[start : start + n * size].reshape(n, size)
-        np.take(effects, columns, axis=1, out=data, mode="clip")
-        places = self._columns[start : start + n * size].reshape(n, size)
-        places[:] = columns
-        self.counts[row : row + n] = size
-        if self._min_share == 0 and int(torch.from_numpy(data).count_nonzero()) == data.size:
-            return
-        mask = data != 0
-        if self._min_share > 0:
-            sizes = np.abs(data)
-            mask &= sizes >= self._min_share * sizes.sum(1, keepdims=True)
-        self.counts[row : row + n] = mask.sum(1)
-        # of a flat mask, which numpy searches several times faster than one of two axes
-        flat = np.flatnonzero(mask.ravel())
-        for whole in (self._data, self._columns):
-            whole[start : start + len(flat)] = whole[start : start + n * size][flat]
-        # only the first of them now begins where its room does
-        self._starts[row + 1 : row + n] = start + np.cumsum(self.counts[row : row + n - 1])
-
-    def part(self, nodes: np.ndarray) -> Part:
-        """The rows, without gaps.
-
-        Args:
-            nodes: The node of each.
-        """
-        ends = np.cumsum(self.counts)
-        total = int(ends[-1]) if len(ends) else 0
-        if total < len(self._data):
-            self._close(ends)
-        return Part(self._data[:total], self._columns[:total], self.counts, nodes)
-
-    def _close(self, ends: np.ndarray) -> None:
-        """Moves rows down over gaps, runs of rows without a gap between them at once."""
-        starts = self._starts[:-1]
-        cuts = np.flatnonzero(starts[1:] != starts[:-1] + self.counts[:-1]) + 1
-        for first, last in itertools.pairwise([0, *cuts.tolist(), len(starts)]):
-            size = int(self.counts[first:last].sum())
-            start, to = int(starts[first]), int(ends[last - 1]) - size
-            for whole in (self._data, self._columns):
-                whole[to : to + size] = whole[start : start + size]
-
-
-class Part(NamedTuple):
-    """Rows of some targets."""
-
-    data: np.ndarray
-    columns: np.ndarray
-    counts: np.ndarray
-    """Entries of each row."""
-    nodes: np.ndarray
-    """The node of each row."""
-
-    def copy(self) -> Part:
-        """In memory of its own, no larger than it needs."""
-        return Part(*(array.copy() for array in self))
-
-
-def stacked(parts: Sequence[Part], n_nodes: int) -> Adjacency:
-    """Parts as one matrix, in the order of their nodes; a single one that is in order is not copied."""
-    parts = sorted((part for part in parts if len(part.nodes)), key=lambda part: int(part.nodes[0]))
-    joined = parts[0] if len(parts) == 1 else Part(*map(np.concatenate, zip(*parts, strict=True)))
-    data, columns, counts, nodes = joined
-    ends = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    matrix = rows_of(data, columns, ends, (len(nodes), n_nodes))
-    if (np.diff(nodes) < 0).any():
-        by_node = np.argsort(nodes, kind="stable")
-        matrix, nodes = matrix[by_node], nodes[by_node]
-    return Adjacency(matrix, nodes)

@@ -8,7 +8,7 @@ size, pruning and so on make new ones that share the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
@@ -20,18 +20,17 @@ from jaxtyping import Bool, Int64
 
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.errors import EmptySelectionError, GemmaScopeError
-from gemmascope_plugin.graphs.circuit_file import load_circuit, save_circuit
 from gemmascope_plugin.graphs.conservation import conservation_text
 from gemmascope_plugin.graphs.dead_ends import prune
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.graphs.edge_positions import places_in
-from gemmascope_plugin.graphs.graph import PORTS, SHOWN, Graph, Rank
-from gemmascope_plugin.graphs.node import Node, Reader
-from gemmascope_plugin.graphs.to_networkx import to_networkx
+from gemmascope_plugin.graphs.frames import SHOWN, edge_frame
+from gemmascope_plugin.graphs.graph import Graph
+from gemmascope_plugin.graphs.graph_arrays import Labels, Rank, wrong_type
+from gemmascope_plugin.graphs.graph_file import load_circuit, save_graph
+from gemmascope_plugin.graphs.node import PORTS, Node, Reader
+from gemmascope_plugin.graphs.to_networkx import units_to_networkx
 from gemmascope_plugin.models.gate import gate
-
-Labels = Mapping[Node, str] | Mapping[str, Mapping[int, str]] | Callable[[Node], str | None]
-"""What nodes mean: by node, by site and feature, or as a function."""
 
 ROLES = {1: "supports", 0: "", -1: "opposes"}
 """What the sign of a score says of a unit and the metric."""
@@ -98,7 +97,7 @@ class Circuit:
                 f"{self!r} ranks edges, not nodes",
                 fix="circuit.edges, circuit.order, or circuit.to_frame()",
             )
-        return tuple(self.graph.nodes[i] for i in self.order.tolist())
+        return tuple(self.graph.components[i] for i in self.order.tolist())
 
     @cached_property
     def nodes(self) -> tuple[Node, ...]:
@@ -107,14 +106,14 @@ class Circuit:
         if self.graph.ranks_edges:
             ends = torch.cat([self.graph.source[kept], self.graph.target[kept]])
             kept = ends.unique()
-        return tuple(self.graph.nodes[i] for i in kept.tolist())
+        return tuple(self.graph.components[i] for i in kept.tolist())
 
     @cached_property
     def edges(self) -> tuple[tuple[Node, Reader], ...]:
         """The kept edges, most important first; where nodes are ranked, all edges between kept ones."""
         graph, kept = self.graph, self.kept_edges
         ends = torch.stack([graph.source[kept], graph.target[kept], graph.port[kept].long()], 1)
-        nodes = graph.nodes
+        nodes = graph.components
         return tuple((nodes[s], Reader(nodes[t], PORTS[p])) for s, t, p in ends.tolist())
 
     @property
@@ -162,7 +161,7 @@ class Circuit:
 
     @gate()
     def save(self, path: str | Path) -> Path:
-        """Writes graph and selection into one file, exactly; see ``circuit_file.py``.
+        """Writes graph and selection into one file, exactly; see ``graph_file.py``.
 
         Returns:
             The path.
@@ -170,7 +169,7 @@ class Circuit:
         Raises:
             GemmaScopeError: The file cannot be written, or the metadata do not fit into JSON.
         """
-        return save_circuit(path, self.graph, self.is_kept, rank=self.rank)
+        return save_graph(path, self.graph.parts, self.is_kept.numpy(), self.rank)
 
     @classmethod
     @gate()
@@ -181,15 +180,16 @@ class Circuit:
             MissingFileError: There is no such file.
             BadFileError: It is damaged, contradicts itself, or is of another version.
         """
-        return cls(*load_circuit(path))
+        parts, is_kept, rank = load_circuit(path)
+        return cls(Graph(*parts), torch.from_numpy(is_kept), rank)
 
     def to_networkx(self) -> Any:
-        """A ``networkx.MultiDiGraph``; see :func:`~gemmascope_plugin.graphs.to_networkx.to_networkx`.
+        """A ``networkx.MultiDiGraph``; see ``to_networkx.py``.
 
         Raises:
             MissingExtraError: networkx is not installed.
         """
-        return to_networkx(self.graph, self.is_kept)
+        return units_to_networkx(self.graph, self.is_kept)
 
     def to_frame(self, n: int | None = None) -> Any:
         """A DataFrame, one row per unit, most important first.
@@ -211,7 +211,7 @@ class Circuit:
         Args:
             n: Only the first ``n`` rows.
         """
-        return self.graph.edge_frame(self.kept_edges[:n])
+        return edge_frame(self.graph, self.kept_edges[:n])
 
     def with_labels(self, labels: Labels) -> Circuit:
         """The same circuit, whose nodes say in tables and figures what they mean.
@@ -221,9 +221,7 @@ class Circuit:
                 ``suite.meanings(saes)`` makes; one from :class:`Node` to text; or a function of a node,
                 None where there is none. Earlier labels of the same nodes are replaced.
         """
-        found = {node: text for node in self.graph.nodes if (text := meaning_of(node, labels))}
-        meanings = {**self.graph.meanings, **found}
-        return replace(self, graph=replace(self.graph, meanings=meanings))
+        return replace(self, graph=self.graph.with_labels(labels))
 
     def plot(self) -> Any:
         """A plotly figure of what is kept: edges between layers, nodes with their edges, or bars."""
@@ -272,7 +270,7 @@ class Circuit:
         if self.graph.ranks_edges:
             labels = self.graph.labels_of(first).tolist()
         else:
-            labels = [self._named(self.graph.nodes[i]) for i in first.tolist()]
+            labels = [self._named(self.graph.components[i]) for i in first.tolist()]
         more = f", and {self.size - 6} more" if self.size > 6 else ""
         return (
             f"Circuit({self.metadata.get('task')}, {self._count} by {self._way}: "
@@ -284,12 +282,8 @@ class Circuit:
         return f"<p>{escape(repr(self))}</p>{figures.frame_html(frame, SHOWN)}"
 
 
-def meaning_of(node: Node, labels: Labels) -> str | None:
-    """What a node means; None if the labels do not say."""
-    if not isinstance(labels, Mapping):
-        return labels(node)
-    by_key: Mapping[Any, Any] = labels
-    if node in by_key:
-        return str(by_key[node])
-    found = by_key.get(node.site, {}).get(node.index) if node.kind == "feature" else None
-    return None if found is None else str(found)
+def check_circuit(circuit: Any, call: str = "") -> None:
+    """Refuses what is not a circuit, with what to type."""
+    if not isinstance(circuit, Circuit):
+        fix = "circuit = gemmascope_plugin.discover(model, task)"
+        raise wrong_type(circuit, call, "circuit", fix)

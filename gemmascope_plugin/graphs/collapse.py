@@ -13,7 +13,7 @@ each row divided by its sum (``influence.py``), for groups ``G`` and ``S`` of wh
 
 By 1. ``sum_G T_G F_GS / T_G = sum_{s in S} I_s``: a group's influence is the sum of its members', less
 what flows between them; all others keep theirs. Groups that lead into each other both ways are no
-exception (``cyclic.py``). By 2. influence is another: effects that cancel count less.
+exception (``adjacency.py``). By 2. influence is another: effects that cancel count less.
 
 Cost: one pass over the entries and a sort of them.
 """
@@ -28,8 +28,8 @@ import numpy as np
 
 from gemmascope_plugin.errors import GemmaScopeError, check_choice
 from gemmascope_plugin.graphs.adjacency import MIN_SUM, Adjacency, rows_of
-from gemmascope_plugin.graphs.attribution_graph import AttributionGraph
-from gemmascope_plugin.graphs.cyclic import in_any_order
+from gemmascope_plugin.graphs.graph import Graph
+from gemmascope_plugin.graphs.graph_arrays import table_columns
 from gemmascope_plugin.graphs.matching import activations_of
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ GROUPABLE = ("feature", "error")
 
 
 def collapse(
-    graph: AttributionGraph, groups: Mapping[str, Sequence[str]], edges: Edges = "influence"
-) -> AttributionGraph:
+    graph: Graph, groups: Mapping[str, Sequence[str]], edges: Edges = "influence"
+) -> Graph:
     """The graph with one node per group.
 
     Args:
@@ -77,13 +77,13 @@ def collapse(
     kept = stands == np.arange(len(stands))
     at = (np.cumsum(kept) - 1)[stands]
     matrix = _matrix(graph, at, importance, edges)
-    nodes = _table(graph, members, stands)[kept].reset_index(drop=True)
+    nodes = _table(graph, members, stands).loc[kept].reset_index(drop=True)
     named = {name: tuple(ids) for name, ids in groups.items()}
     details = {**graph.metadata, "supernodes": named, "group_edges": edges}
-    return replace(graph, nodes=nodes, edges=matrix, metadata=details)
+    return replace(graph, columns=table_columns(nodes), edges=matrix, metadata=details)
 
 
-def check_members(graph: AttributionGraph, name: str, places: np.ndarray) -> None:
+def check_members(graph: Graph, name: str, places: np.ndarray) -> None:
     """Refuses nodes that make no group.
 
     Args:
@@ -104,7 +104,7 @@ def check_members(graph: AttributionGraph, name: str, places: np.ndarray) -> Non
             )
     if len(kinds) > 1:
         raise GemmaScopeError(f"The group {name!r} has features and errors", fix="a group of each")
-    known = graph.edges.row_of[places] >= 0
+    known = graph.rows.row_of[places] >= 0
     if known.any() and not known.all():
         raise GemmaScopeError(
             f"The group {name!r} has {int(known.sum())} nodes that the graph explains and "
@@ -113,9 +113,7 @@ def check_members(graph: AttributionGraph, name: str, places: np.ndarray) -> Non
         )
 
 
-def _matrix(
-    graph: AttributionGraph, at: np.ndarray, importance: np.ndarray, edges: Edges
-) -> Adjacency:
+def _matrix(graph: Graph, at: np.ndarray, importance: np.ndarray, edges: Edges) -> Adjacency:
     """Edges between groups.
 
     Args:
@@ -124,7 +122,7 @@ def _matrix(
         importance: ``T`` of each node.
         edges: What an edge is.
     """
-    matrix, explained = graph.edges.matrix, graph.edges.nodes
+    matrix, explained = graph.rows.matrix, graph.rows.nodes
     n, counts = int(at.max()) + 1, np.diff(matrix.indptr)
     effects = matrix.data.astype(np.float64)
     row, column = np.repeat(at[explained], counts), at[matrix.indices]
@@ -139,11 +137,11 @@ def _matrix(
     rows = np.unique(at[explained])
     ends = np.searchsorted(row, np.append(rows, n))
     data = values.astype(matrix.dtype)
-    return in_any_order(rows_of(data, column, ends, (len(rows), n)), rows)
+    return Adjacency.in_any_order(rows_of(data, column, ends, (len(rows), n)), rows)
 
 
 def _flows(
-    graph: AttributionGraph,
+    graph: Graph,
     at: np.ndarray,
     importance: np.ndarray,
     effects: np.ndarray,
@@ -162,7 +160,7 @@ def _flows(
         n_cells: How many pairs there are.
         row: The group that each pair leads to.
     """
-    matrix, nodes = graph.edges.matrix, graph.edges.nodes
+    matrix, nodes = graph.rows.matrix, graph.rows.nodes
     counts = np.diff(matrix.indptr)
     counted = ~graph.where("bias")[matrix.indices]
     entry_row = np.repeat(np.arange(len(nodes)), counts)
@@ -181,9 +179,7 @@ def _flows(
     return scale[row] * np.where(of_bias, signed, np.copysign(flow, signed))
 
 
-def _table(
-    graph: AttributionGraph, members: Mapping[str, np.ndarray], stands: np.ndarray
-) -> pd.DataFrame:
+def _table(graph: Graph, members: Mapping[str, np.ndarray], stands: np.ndarray) -> pd.DataFrame:
     """The table, in which the node that a group stands for describes it."""
     nodes = graph.nodes.assign(members=1)
     for name, places in members.items():

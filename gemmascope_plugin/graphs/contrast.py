@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from gemmascope_plugin.errors import GemmaScopeError, TaskError, check_choice, nearest, shorten
-from gemmascope_plugin.graphs.attribution_graph import AttributionGraph
-from gemmascope_plugin.graphs.check_graph import check_graph
+from gemmascope_plugin.graphs.defects import TRACE_COLUMNS
+from gemmascope_plugin.graphs.graph import Graph
+from gemmascope_plugin.graphs.graph_arrays import check_graph, table_columns
 from gemmascope_plugin.graphs.matching import (
     KEPT,
     Joint,
@@ -45,7 +46,6 @@ from gemmascope_plugin.graphs.matching import (
     spread,
     sums_hold,
 )
-from gemmascope_plugin.graphs.parts import NODE_COLUMNS
 from gemmascope_plugin.models.gate import gate
 
 if TYPE_CHECKING:
@@ -53,9 +53,7 @@ if TYPE_CHECKING:
 
 
 @gate(clean=check_graph, corrupt=check_graph)
-def contrast(
-    clean: AttributionGraph, corrupt: AttributionGraph, *, targets: Targets = "label"
-) -> AttributionGraph:
+def contrast(clean: Graph, corrupt: Graph, *, targets: Targets = "label") -> Graph:
     """Clean minus corrupted graph.
 
     Args:
@@ -89,7 +87,7 @@ def contrast(
     kept = (nodes["kind"] != "target").to_numpy() | there[0]
     order = pass_order(nodes)
     order = order[kept[order]]
-    one, other = (spread(g.edges, p, len(joint)) for g, p in zip(graphs, places, strict=True))
+    one, other = (spread(g.rows, p, len(joint)) for g, p in zip(graphs, places, strict=True))
     edges = in_order(one - other, rows, order)
     nodes = nodes.iloc[order].reset_index(drop=True)
     explained_values = nodes["activation"].to_numpy()[edges.nodes]
@@ -101,13 +99,13 @@ def contrast(
         "rows_left_out": int((explained.any(0) & ~rows).sum()),
         "residual": largest_gap(edges, explained_values, _scale(nodes)) if known else math.nan,
     }
-    return AttributionGraph(nodes, edges, _both_words(clean, corrupt), details)
+    return Graph(table_columns(nodes), edges, _both_words(clean, corrupt), details)
 
 
 def _table(joint: Joint, graphs: Any, places: Any) -> pd.DataFrame:
     """The table of all nodes in common numbers, activations and words of both."""
     # counts of a mean graph are of one side only
-    nodes = joint.frame().loc[:, list(NODE_COLUMNS)]
+    nodes = joint.frame().loc[:, list(TRACE_COLUMNS)]
     valued = nodes["kind"].isin(["feature", "target"]).to_numpy()
     values = np.where(valued, np.zeros((2, len(joint))), np.nan)
     labels = np.full((2, len(joint)), "", dtype=object)
@@ -130,7 +128,7 @@ def _explained(graphs: Any, places: Any, n_nodes: int) -> tuple[np.ndarray, np.n
     there, explained = np.zeros((2, 2, n_nodes), dtype=bool)
     for i, (graph, at) in enumerate(zip(graphs, places, strict=True)):
         there[i, at] = True
-        explained[i, at[graph.edges.nodes]] = True
+        explained[i, at[graph.rows.nodes]] = True
     return there, explained
 
 
@@ -139,11 +137,11 @@ def _scale(nodes: pd.DataFrame) -> float:
     return float(np.nan_to_num(values))
 
 
-def _both_words(clean: AttributionGraph, corrupt: AttributionGraph) -> tuple[str, ...]:
+def _both_words(clean: Graph, corrupt: Graph) -> tuple[str, ...]:
     return tuple(either(pair) for pair in zip(clean.tokens, corrupt.tokens, strict=True))
 
 
-def _check(clean: AttributionGraph, corrupt: AttributionGraph) -> None:
+def _check(clean: Graph, corrupt: Graph) -> None:
     """Refuses what has no difference.
 
     Raises:

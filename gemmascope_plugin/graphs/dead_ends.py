@@ -65,7 +65,7 @@ def ends(graph: Graph, kind: NodeKind) -> Bool[torch.Tensor, " node"]:
     Raises:
         EmptySelectionError: There are none.
     """
-    found = torch.tensor([node.kind == kind for node in graph.nodes])
+    found = torch.from_numpy(graph.where(kind))
     if not bool(found.any()):
         raise EmptySelectionError(f"{graph!r} has no node of kind {kind!r}")
     return found

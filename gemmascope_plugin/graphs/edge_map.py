@@ -41,6 +41,16 @@ class EdgeMap:
         return cls(anatomy.n_layers, anatomy.n_heads, anatomy.n_kv)
 
     @cached_property
+    def nodes(self) -> tuple[Node, ...]:
+        """All nodes: embedding; per layer heads, key-value heads, MLP; logits."""
+        nodes = [Node.embed()]
+        for layer in range(self.n_layers):
+            nodes += [Node.head(layer, head) for head in range(self.n_heads)]
+            nodes += [Node.kv(layer, head) for head in range(self.n_kv)]
+            nodes.append(Node.mlp(layer))
+        return (*nodes, Node.logits())
+
+    @cached_property
     def writers(self) -> tuple[Node, ...]:
         """All nodes that write, in the order of the forward pass."""
         layers = [

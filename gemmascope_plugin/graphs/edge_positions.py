@@ -7,7 +7,8 @@ from jaxtyping import Int64
 
 from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError
 from gemmascope_plugin.graphs.edge_map import EdgeMap
-from gemmascope_plugin.graphs.graph import PORTS, Graph
+from gemmascope_plugin.graphs.graph import Graph
+from gemmascope_plugin.graphs.node import PORTS
 
 Places = tuple[Int64[torch.Tensor, " edge"], Int64[torch.Tensor, " edge"]]
 """Row of the writer and column of the reader of every edge."""
@@ -49,7 +50,7 @@ def _ends(
     graph: Graph, edge_map: EdgeMap
 ) -> tuple[Int64[torch.Tensor, " node"], Int64[torch.Tensor, "node port"]]:
     """Row of every node that writes and column of every port that reads; -1 for those of no model."""
-    place = {node: i for i, node in enumerate(graph.nodes)}
+    place = {node: i for i, node in enumerate(graph.components)}
     rows = torch.full((len(graph.nodes),), -1)
     columns = torch.full((len(graph.nodes), len(PORTS)), -1)
     for row, node in enumerate(edge_map.writers):

@@ -1,99 +1,198 @@
-"""Nodes and edges as DataFrames, and where nodes stand in a figure.
+"""A graph as DataFrames, text and figures.
 
-Cost: indexing; one Python object per node.
+1. Nodes and edges of component and feature graphs: names, layers, ports, positions, meanings, scores.
+2. Edges of a graph of a prompt: ids and weights, by size.
+3. Text and a table for notebooks.
+4. Figures: edges between layers, nodes with their edges, bars, or tokens from left to right.
+
+Cost: indexing; one Python object per row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Int64
 
-from gemmascope_plugin.graphs.node import Node
+import gemmascope_plugin.figures as figures
+from gemmascope_plugin.figures.layered_graph import layered_graph
+from gemmascope_plugin.graphs.graph_arrays import GraphArrays
+from gemmascope_plugin.graphs.node import PORTS, TRACE_KINDS
 
 if TYPE_CHECKING:
-    import numpy as np
+    import pandas as pd
+    from plotly.graph_objects import Figure
 
 
-def node_frame(
-    nodes: Sequence[Node],
-    chosen: Int64[torch.Tensor, " some"],
-    scores: Float32[torch.Tensor, " some"],
-    meanings: Mapping[Node, str],
-) -> Any:
-    """One row per node: ``node, kind, layer, score``, ``pos`` and ``meaning`` if there are any.
+SHOWN = 12
+"""Rows of a graph in a notebook."""
+MAX_BARS = 40
+"""Bars of a figure of nodes."""
 
-    Args:
-        nodes: All nodes.
-        chosen: Which of them, in which order.
-        scores: Of those.
-        meanings: What some nodes stand for.
-    """
+Places = Int64[torch.Tensor, " some"]
+
+
+def node_frame(graph: GraphArrays, nodes: Places) -> pd.DataFrame:
+    """One row per node: ``node, kind, layer, score``, ``pos`` and ``meaning`` if there are any."""
     import pandas as pd
 
-    own = [nodes[i] for i in chosen.tolist()]
-    columns: dict[str, Any] = {
-        "node": [node.label for node in own],
-        "kind": [node.kind for node in own],
-        "layer": pd.array([layer_of(node) for node in own], dtype="Int64"),
+    at, columns = nodes.numpy(), graph.columns
+    layers = _layers(graph)
+    frame: dict[str, Any] = {
+        "node": graph.labels[at],
+        "kind": columns["kind"][at],
+        "layer": layers[at],
     }
-    if any(node.pos is not None for node in nodes):
-        columns["pos"] = pd.array([node.pos for node in own], dtype="Int64")
-    if meanings:
-        columns["meaning"] = [meanings.get(node, "") for node in own]
-    return pd.DataFrame({**columns, "score": scores.numpy()})
+    if (columns["pos"] >= 0).any():
+        frame["pos"] = pd.array(columns["pos"][at], dtype="Int64")
+        frame["pos"][columns["pos"][at] < 0] = pd.NA
+    if "meaning" in columns:
+        frame["meaning"] = columns["meaning"][at]
+    return pd.DataFrame({**frame, "score": columns["score"][at]})
 
 
-def edge_frame(
-    nodes: Sequence[Node],
-    labels: np.ndarray,
-    ends: tuple[Int64[torch.Tensor, " some"], Int64[torch.Tensor, " some"]],
-    more: Mapping[str, Any],
-    scores: Float32[torch.Tensor, " some"],
-    meanings: Mapping[Node, str],
-) -> Any:
-    """One row per edge: its ends, ``more``, their meanings if there are any, their layers, ``score``.
-
-    Args:
-        nodes: All nodes.
-        labels: Their labels.
-        ends: Where edges begin and end.
-        more: Further columns.
-        scores: Of the edges.
-        meanings: What some nodes stand for.
-    """
-    import numpy as np
+def edge_frame(graph: GraphArrays, edges: Places) -> pd.DataFrame:
+    """One row per edge: its ends, its port and position, their meanings, their layers, ``score``."""
     import pandas as pd
 
-    places = dict(zip(("source", "target"), (end.numpy() for end in ends), strict=True))
-    columns: dict[str, Any] = {name: labels[place] for name, place in places.items()}
-    columns |= more
-    if meanings:
-        words = np.array([meanings.get(node, "") for node in nodes], dtype=object)
-        columns |= {f"{name}_meaning": words[place] for name, place in places.items()}
-    layers = pd.array([layer_of(node) for node in nodes], dtype="Int64")
-    columns |= {f"{name}_layer": layers[place] for name, place in places.items()}
-    return pd.DataFrame({**columns, "score": scores.numpy()})
+    ends = {"source": graph.source[edges].numpy(), "target": graph.target[edges].numpy()}
+    frame: dict[str, Any] = {name: graph.labels[at] for name, at in ends.items()}
+    if graph.ranks_edges:
+        frame["port"] = np.array(PORTS, dtype=object)[graph.port[edges].numpy()]
+    if graph.pos is not None:
+        frame["pos"] = graph.pos[edges].numpy()
+    if "meaning" in graph.columns:
+        meanings = graph.columns["meaning"]
+        frame |= {f"{name}_meaning": meanings[at] for name, at in ends.items()}
+    layers = _layers(graph)
+    frame |= {f"{name}_layer": layers[at] for name, at in ends.items()}
+    return pd.DataFrame({**frame, "score": graph.edge_scores[edges].numpy()})
 
 
-def caption(node: Node, meanings: Mapping[Node, str]) -> str:
+def weight_frame(graph: GraphArrays, edges: np.ndarray) -> pd.DataFrame:
+    """``source, target, weight`` of some edges of a graph of a prompt."""
+    import pandas as pd
+
+    ids, rows = graph.columns["id"], graph.edges
+    ends = {"source": ids[rows.source[edges]], "target": ids[rows.target[edges]]}
+    return pd.DataFrame({**ends, "weight": rows.weight[edges]})
+
+
+def _layers(graph: GraphArrays) -> Any:
+    """Layers of the nodes, missing where a node has none."""
+    import pandas as pd
+
+    layers = pd.array(graph.columns["layer"], dtype="Int64")
+    layers[np.isin(graph.columns["kind"], ["logits", "bias", "target"])] = pd.NA
+    return layers
+
+
+# ----------------------------------------------------------------------------------------- figures
+def token_figure(graph: GraphArrays, max_edges: int) -> Figure:
+    """Tokens from left to right, layers from the bottom up."""
+    from gemmascope_plugin.figures.token_graph import token_graph
+
+    edges = graph.edges
+    return token_graph(
+        graph.nodes, graph.tokens, edges.source, edges.target, edges.weight, max_edges
+    )
+
+
+def unit_figure(graph: GraphArrays, units: Places, title: str) -> Figure:
+    """Edges between layers, nodes with their edges, or bars; the title says which are not drawn."""
+    if graph.ranks_edges:
+        return _layered(graph, units, title)
+    if graph.has_edges:
+        is_drawn = torch.zeros(len(graph), dtype=torch.bool)
+        is_drawn[units] = True
+        return _layered(graph, graph.joins(is_drawn), title, units)
+    scores = graph.unit_scores[units]
+    largest = scores.abs().argsort(descending=True, stable=True)[:MAX_BARS]
+    if len(largest) < len(units):
+        title += f", the {len(largest)} largest"
+    names = [_caption(graph, i) for i in units[largest].tolist()]
+    # in two lines: a figure is half as wide as a page
+    sign = f"<br>{graph.metadata['sign']}" if "sign" in graph.metadata else ""
+    x_title = f"effect on {graph.metadata.get('metric')}{sign}"
+    return figures.bars(names, scores[largest].tolist(), title=title, x_title=x_title)
+
+
+def _layered(graph: GraphArrays, edges: Places, title: str, nodes: Places | None = None) -> Figure:
+    """Edges between layers, and nodes that are drawn whether they have edges or not."""
+    scores = None if nodes is None or not graph.has_signs else graph.node_scores
+    layers = _layers(graph)
+    return layered_graph(
+        [_caption(graph, i) for i in range(len(graph))],
+        [_row(*pair) for pair in zip(graph.columns["kind"], graph.columns["site"], strict=True)],
+        [
+            None if is_missing else layer
+            for layer, is_missing in zip(layers, layers.isna(), strict=True)
+        ],
+        source=graph.source[edges].numpy(),
+        target=graph.target[edges].numpy(),
+        weights=graph.edge_scores[edges].numpy(),
+        edge_labels=graph.labels_of(edges),
+        links=graph.feeds.numpy(),
+        nodes=None if nodes is None else nodes.numpy(),
+        node_weights=None if scores is None else scores.numpy(),
+        title=title,
+    )
+
+
+def _caption(graph: GraphArrays, place: int) -> str:
     """Name of a node in a figure: what it stands for, and which it is."""
-    words = meanings.get(node)
-    return f"{words} · {node.label}" if words else node.label
+    words = graph.columns["meaning"][place] if "meaning" in graph.columns else ""
+    return f"{words} · {graph.labels[place]}" if words else str(graph.labels[place])
 
 
-def layer_of(node: Node) -> int | None:
-    """Layer of a node; None for the logits, which have none."""
-    return None if node.kind == "logits" else node.layer
-
-
-def row_of(node: Node) -> str:
+def _row(kind: str, site: str) -> str:
     """Kind of a node, and of what its dictionary takes apart: they stand in rows of their own."""
-    if node.kind not in ("feature", "error"):
-        return node.kind
+    if kind not in ("feature", "error"):
+        return kind
     for part, where in (("attn", "attention"), ("mlp", "MLP")):
-        if f".{part}." in node.site or f"hook_{part}_" in node.site:
-            return f"{where} {node.kind}"
-    return f"residual {node.kind}"
+        if f".{part}." in site or f"hook_{part}_" in site:
+            return f"{where} {kind}"
+    return f"residual {kind}"
+
+
+# -------------------------------------------------------------------------------------------- text
+def graph_text(graph: GraphArrays) -> str:
+    """What a graph is, in a line."""
+    if graph.is_trace:
+        counts = {kind: int(graph.where(kind).sum()) for kind in TRACE_KINDS}
+        parts = ", ".join(_number_of(n, kind) for kind, n in counts.items() if n)
+        text = "".join(graph.tokens)
+        shown = text if len(text) <= 60 else f"{text[:57]}..."
+        return f"Graph({shown!r}: {parts}, {_number_of(graph.n_edges, 'edge')})"
+    edges = f", {graph.n_edges} edges" if graph.has_edges else ""
+    return (
+        f"Graph({graph.metadata.get('task')}, {len(graph)} nodes{edges} by "
+        f"{graph.metadata.get('method')}, {graph.metadata.get('sign')})"
+    )
+
+
+def unit_frame(graph: GraphArrays, units: Places) -> pd.DataFrame:
+    """One row per unit."""
+    if graph.is_trace:
+        return weight_frame(graph, units.numpy())
+    return edge_frame(graph, units) if graph.ranks_edges else node_frame(graph, units)
+
+
+def graph_html(graph: GraphArrays, influence: np.ndarray | None) -> str:
+    """The line, and a table of the nodes with most influence or, without it, of the largest scores."""
+    if influence is not None:
+        best = np.argsort(-influence, kind="stable")[:SHOWN]
+        frame = graph.nodes.iloc[best][["id", "kind", "label", "layer", "pos", "activation"]]
+        frame = frame.assign(influence=influence[best]).reset_index(drop=True)
+        title = "the most influential nodes"
+    else:
+        frame, title = unit_frame(graph, graph.order()[:SHOWN]), "the largest scores"
+    return f"<p>{escape(graph_text(graph))}; {title}:</p>{figures.frame_html(frame, SHOWN)}"
+
+
+def _number_of(n: int, noun: str) -> str:
+    """``1 target``, ``13 biases``."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}{'es' if noun.endswith('s') else 's'}"

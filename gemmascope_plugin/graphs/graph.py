@@ -1,117 +1,122 @@
-"""A graph: components of a model and the scored edges between them, as parallel arrays.
+"""A graph: nodes and weighted edges between them, as arrays.
 
-1. Nodes are heads, key-value heads, MLPs, features, the embedding and the logits. Edges go from a node
-   that writes to a port of a node that reads: queries of a head, keys or values of a key-value head.
-2. A key-value head has no output edges of its own: it *feeds* the heads of its group (``feeds``), so what
-   reaches it reaches them.
-3. Scores are signed; ``metadata["sign"]`` says how to read them. What is ranked, edges or nodes, are its
-   *units*: edges where there are any, unless ``ranked="node"``. Then edges join nodes and are no units.
+It serves components of a model, features of dictionaries and traces of prompts (``tokens``):
 
-Cost: indexing only, no loop over edges; 500,000 edges take a fraction of a second.
+======== =============================================== ==================== =========================
+kind     what it is                                      ``index``            ``pos``
+======== =============================================== ==================== =========================
+...      components and features, see ``node.py``        head or feature      its own, or -1 for all
+token    an embedded token                               token id             its own
+bias     constants, summed over tokens                   -1                   -1
+feature  an active feature of a dictionary               feature              its token
+error    what a dictionary misses at a token             -1                   its token
+target   a logit, a difference, a direction              token id, or -1      where it is read
+======== =============================================== ==================== =========================
+
+1. Nodes are columns of arrays; ``nodes`` is a DataFrame of them, ``components`` are objects, both made
+   when asked for. What is ranked, edges or nodes, are the *units* of a graph: edges where there are any,
+   unless ``ranked="node"``. Scores are signed; ``metadata["sign"]`` says how to read them.
+2. Edges of components go from a node that writes to a port of a node that reads: queries of a head, keys
+   or values of a key-value head.
+3. Edges of a trace are rows, one per explained node: the direct effect of each node on its
+   pre-activation, everything frozen that makes the stream linear. A row sums to it, biases included:
+   ``residual`` is the largest difference. Influence, pruning and scores are in ``influence.py`` and leave
+   biases out, as circuit-tracer does.
+
+Cost: indexing only, no loop over edges; 5 million edges are read in a fraction of a second.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import cached_property
-from html import escape
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int64, UInt8
+from jaxtyping import Float, Float32, Int64
 
-import gemmascope_plugin.figures as figures
-from gemmascope_plugin.errors import ModelError, check_choice
-from gemmascope_plugin.figures.layered_graph import layered_graph
+from gemmascope_plugin.errors import (
+    EmptySelectionError,
+    ModelError,
+    UnknownNameError,
+)
+from gemmascope_plugin.graphs.adjacency import Adjacency, EdgeList
 from gemmascope_plugin.graphs.edge_map import EdgeMap
-from gemmascope_plugin.graphs.frames import caption, edge_frame, layer_of, node_frame, row_of
-from gemmascope_plugin.graphs.node import Node, Port
-from gemmascope_plugin.graphs.soundness import content_fault, group_rows
+from gemmascope_plugin.graphs.frames import (
+    SHOWN,
+    edge_frame,
+    graph_html,
+    graph_text,
+    token_figure,
+    unit_figure,
+    unit_frame,
+    weight_frame,
+)
+from gemmascope_plugin.graphs.graph_arrays import GraphArrays
+from gemmascope_plugin.graphs.graph_file import load_graph, save_graph
+from gemmascope_plugin.graphs.influence import (
+    Pruned,
+    TraceScores,
+    cumulative,
+    prune_masks,
+    scores_of,
+)
+from gemmascope_plugin.graphs.node import PORTS, Node, node_columns
+from gemmascope_plugin.graphs.read_json import read_graph
+from gemmascope_plugin.graphs.to_networkx import trace_to_networkx, units_to_networkx
+from gemmascope_plugin.graphs.write_json import to_json
+from gemmascope_plugin.models.gate import gate
 
 if TYPE_CHECKING:
-    import numpy as np
+    import networkx as nx
+    import pandas as pd
+    import scipy.sparse as sp
+    from plotly.graph_objects import Figure
 
-PORTS: tuple[Port, ...] = ("", "q", "k", "v")
-"""Ports by their number in ``Graph.port``."""
 SIGN = "positive = supports the metric"
-MAGNITUDES = "magnitude: no direction"
-"""``metadata["sign"]`` of methods that know sizes only."""
-Rank = Literal["absolute", "positive", "negative"]
-"""What comes first: the largest, what supports the metric most, or what works against it most."""
-MAX_BARS = 40
-"""Bars of a figure of nodes."""
-SHOWN = 12
-"""Rows of a graph in a notebook."""
 
 
-def _empty(dtype: torch.dtype) -> Any:
-    return field(default_factory=lambda: torch.empty(0, dtype=dtype))
+class Graph(GraphArrays):
+    """Nodes and weighted edges; immutable.
 
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Graph:
-    """Nodes and scored edges; immutable."""
-
-    nodes: tuple[Node, ...]
-    """Each once."""
-    node_scores: Float32[torch.Tensor, " node"] | None = None
-    source: Int64[torch.Tensor, " edge"] = _empty(torch.int64)
-    """Node that writes, as a place in ``nodes``."""
-    target: Int64[torch.Tensor, " edge"] = _empty(torch.int64)
-    """Node that reads."""
-    port: UInt8[torch.Tensor, " edge"] = _empty(torch.uint8)
-    """Which input it reads through, as a place in ``PORTS``."""
-    pos: Int64[torch.Tensor, " edge"] | None = None
-    """Position of each edge; None where edges stand for all positions."""
-    edge_scores: Float32[torch.Tensor, " edge"] = _empty(torch.float32)
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Task, metric, method, sign convention; lists become tuples."""
-    ranked: Literal["edge", "node"] | None = None
-    """The unit; None for edges where there are any, else nodes."""
-    meanings: Mapping[Node, str] = field(default_factory=dict)
-    """What some of the nodes stand for, in words."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "metadata", _frozen(self.metadata))
-        object.__setattr__(self, "meanings", dict(self.meanings))
-        if self.ranked is None:
-            object.__setattr__(self, "ranked", "edge" if self.n_edges else "node")
-        arrays = [self.target, self.port, self.edge_scores]
-        arrays += [self.pos] if self.pos is not None else []
-        assert all(len(array) == self.n_edges for array in arrays), "edge arrays differ in length"
-        assert self.node_scores is None or len(self.node_scores) == len(self.nodes)
-        fault = content_fault(
-            self.nodes,
-            self.node_scores,
-            self.source,
-            self.target,
-            self.port,
-            self.pos,
-            self.edge_scores,
-            self.ranked,
-        )
-        assert fault is None, fault
+    A component or feature graph is made with :meth:`of_nodes` or :meth:`of_edges`, that of a prompt with
+    ``trace``.
+    """
 
     @classmethod
     def of_nodes(
         cls,
         nodes: Sequence[Node],
-        scores: Sequence[float] | Float[torch.Tensor, " node"],
+        scores: Sequence[float] | Float[torch.Tensor, " node"] | None,
         metadata: Mapping[str, Any] | None = None,
+        *,
+        edges: EdgeList | None = None,
+        ranked: Literal["edge", "node"] | None = None,
     ) -> Graph:
-        """A graph of nodes only.
+        """A graph of components or features.
 
         Args:
             nodes: The nodes.
-            scores: One each.
+            scores: One each; None where only edges have scores.
             metadata: What to know about them; ``sign`` is filled in.
+            edges: Edges between places in ``nodes``, see ``EdgeList.of``.
+            ranked: What is ranked; edges where there are any.
 
         Raises:
             ModelError: A score is NaN or infinite.
         """
-        values = _finite(torch.as_tensor(scores, dtype=torch.float32).detach().cpu().clone())
-        return cls(tuple(nodes), values, metadata={"sign": SIGN, **(metadata or {})})
+        columns = node_columns(nodes)
+        if scores is not None:
+            values = torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
+            columns["score"] = _finite(values).numpy().copy()
+        details = {"sign": SIGN, **(metadata or {})}
+        graph = cls(columns, edges or EdgeList(), (), details, ranked)
+        # need not be made from the columns
+        graph.__dict__["components"] = tuple(nodes)
+        return graph
 
     @classmethod
     def of_edges(
@@ -135,219 +140,222 @@ class Graph:
             ModelError: A score of an edge is NaN or infinite.
         """
         assert scores.shape[:2] == edge_map.mask.shape and scores.ndim <= 3, "not of this edge map"
-        nodes = _forward_order(edge_map)
-        place = {node: i for i, node in enumerate(nodes)}
+        place = {node: i for i, node in enumerate(edge_map.nodes)}
         sources = torch.tensor([place[node] for node in edge_map.writers])
         targets = torch.tensor([place[reader.node] for reader in edge_map.readers])
-        ports = [PORTS.index(reader.port) for reader in edge_map.readers]
+        ports = torch.tensor([PORTS.index(reader.port) for reader in edge_map.readers])
         rows, columns = edge_map.mask.nonzero(as_tuple=True)
         values, pos = _finite(scores.detach().cpu()[rows, columns].float()), None
         if values.ndim == 2:
             n_pos = values.shape[1]
             pos = torch.arange(n_pos).repeat(len(rows))
             rows, columns = (index.repeat_interleave(n_pos) for index in (rows, columns))
-        return cls(
-            nodes=nodes,
-            source=sources[rows],
-            target=targets[columns],
-            port=torch.tensor(ports, dtype=torch.uint8)[columns],
-            pos=pos,
-            edge_scores=values.flatten(),
-            metadata={"sign": SIGN, **(metadata or {})},
+        edges = EdgeList.of(
+            sources[rows], targets[columns], values.flatten(), port=ports[columns], pos=pos
         )
+        return cls.of_nodes(edge_map.nodes, None, metadata, edges=edges)
+
+    # ----------------------------------------------------------------------------------- influence
+    @property
+    def adjacency(self) -> sp.csr_array:
+        """``[node, node]``, rows are targets: a ``scipy.sparse.csr_array``; ``.toarray()`` is dense."""
+        import scipy.sparse as sp
+
+        n, rows = len(self), self.rows
+        counts = np.zeros(n + 1, dtype=np.int64)
+        counts[rows.nodes + 1] = np.diff(rows.matrix.indptr)
+        parts = (rows.matrix.data, rows.matrix.indices, counts.cumsum())
+        return sp.csr_array(parts, shape=(n, n))
 
     @property
-    def n_edges(self) -> int:
-        """Number of edges."""
-        return len(self.source)
+    def weights(self) -> np.ndarray:
+        """Importance that each node of a trace has of its own: probabilities of target tokens."""
+        assert self.rows is not None
+        return self.columns["weight"]
 
-    @property
-    def has_edges(self) -> bool:
-        """Whether there are edges, ranked or not."""
-        return self.n_edges > 0
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """Places of what is explained."""
+        return self.weights.nonzero()[0]
 
-    @property
-    def ranks_edges(self) -> bool:
-        """Whether edges are ranked, not nodes."""
-        return self.ranked == "edge"
+    @cached_property
+    def influence(self) -> np.ndarray:
+        """Influence of each node on the targets, over all paths, ``[node]``."""
+        return self._counted.normalised.influence(self.weights)
 
-    @property
-    def unit(self) -> Literal["edge", "node"]:
-        """What is ranked."""
-        return "edge" if self.ranks_edges else "node"
+    @cached_property
+    def _counted(self) -> Adjacency:
+        return self.rows.restricted(~self.where("bias"))
 
-    @property
-    def unit_scores(self) -> Float32[torch.Tensor, " unit"]:
-        """Score of every edge, or of every node where nodes are ranked."""
-        scores = self.edge_scores if self.ranks_edges else self.node_scores
-        assert scores is not None
-        return scores
+    @cached_property
+    def scores(self) -> TraceScores:
+        """Replacement and completeness, as circuit-tracer defines them."""
+        return scores_of(self._counted, self.influence, self.weights, self.where)
 
-    def joins(self, kept: Bool[torch.Tensor, " node"]) -> Int64[torch.Tensor, " edge"]:
-        """The edges between some nodes, the largest first.
+    @cached_property
+    def shares(self) -> np.ndarray:
+        """Cumulative share of influence, small for what is important; that before any pruning."""
+        if "influence" in self.columns:
+            return self.columns["influence"]
+        return cumulative(self.influence)
+
+    @gate()
+    def prune(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> Graph:
+        """The nodes that hold most of the influence, and the edges that do.
 
         Args:
-            kept: True for these nodes.
-        """
-        inside = (kept[self.source] & kept[self.target]).nonzero().flatten()
-        return inside[self.edge_scores[inside].abs().argsort(descending=True, stable=True)]
+            node_threshold: Share of all influence that the kept nodes have.
+            edge_threshold: Share of the influence among them that the kept edges carry.
 
-    @property
-    def has_signs(self) -> bool:
-        """Whether scores say more than a size."""
-        return self.metadata.get("sign") != MAGNITUDES
-
-    def ranked_by(self, rank: Rank) -> Float32[torch.Tensor, " unit"]:
-        """What units are ranked by, the largest first.
-
-        Args:
-            rank: The ``absolute`` score, the score (``positive``) or its opposite (``negative``).
+        Returns:
+            A smaller graph without biases; tokens and targets always stay.
 
         Raises:
-            UnknownNameError: Another rank.
+            EmptySelectionError: No feature or error is left.
+            UnknownNameError: A threshold outside (0, 1].
         """
-        check_choice("rank", rank, get_args(Rank))
-        scores = self.unit_scores
-        return {"absolute": scores.abs(), "positive": scores, "negative": -scores}[rank]
+        masks = self.prune_masks(node_threshold, edge_threshold)
+        if not (masks.nodes & (self.where("feature") | self.where("error"))).any():
+            raise EmptySelectionError(
+                f"node_threshold={node_threshold} and edge_threshold={edge_threshold} leave no feature "
+                f"and no error of {len(self)} nodes",
+                fix="node_threshold=0.9, edge_threshold=0.99",
+            )
+        columns = {**self.columns, "influence": masks.shares}
+        columns = {name: column[masks.nodes] for name, column in columns.items()}
+        sizes = {"n_nodes": int((~self.where("bias")).sum()), "n_edges": self._counted.n_edges}
+        thresholds = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
+        # pruned twice, it still says where it comes from
+        details = {"whole": {**sizes, **self.scores._asdict()}, **self.metadata, **thresholds}
+        return replace(
+            self, columns=columns, edges=masks.edges.compacted(masks.nodes), metadata=details
+        )
 
-    def order(self, rank: Rank = "absolute") -> Int64[torch.Tensor, " unit"]:
-        """All units, most important first; equal ones in the order of the graph.
+    @gate()
+    def prune_masks(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> Pruned:
+        """What :meth:`prune` keeps.
 
-        Args:
-            rank: See :meth:`ranked_by`.
+        Raises:
+            UnknownNameError: A threshold outside (0, 1].
         """
-        if rank not in self._orders:
-            self._orders[rank] = self.ranked_by(rank).argsort(descending=True, stable=True)
-        return self._orders[rank]
+        for name, value in (("node", node_threshold), ("edge", edge_threshold)):
+            if not 0 < value <= 1:
+                raise UnknownNameError(
+                    f"{name}_threshold={value} is not a share", exists="shares above 0, up to 1"
+                )
+        return prune_masks(
+            self._counted, self.influence, self.weights, self.where, node_threshold, edge_threshold
+        )
 
-    @cached_property
-    def _orders(self) -> dict[Rank, Int64[torch.Tensor, " unit"]]:
-        return {}
+    def sources_of(self, node: str | int, top: int | None = SHOWN) -> pd.DataFrame:
+        """What reaches a node of a trace directly, by size: ``id, label, kind, layer, pos, weight``.
 
-    @cached_property
-    def feeds(self) -> Int64[torch.Tensor, "pair two"]:
-        """Every key-value head with every head of its group, as places in ``nodes``."""
-        return torch.tensor(group_rows(self.nodes), dtype=torch.int64).reshape(-1, 2)
+        Raises:
+            UnknownNameError: No such node, or one that is not explained.
+        """
+        place, matrix = self.find(node), self.rows.matrix
+        row = int(self.rows.row_of[place])
+        if row < 0:
+            raise UnknownNameError(
+                f"Nothing is known of what reaches {self.columns['id'][place]!r}",
+                exists="rows for features and targets",
+                fix="max_feature_nodes=None in trace(...)",
+            )
+        entries = slice(matrix.indptr[row], matrix.indptr[row + 1])
+        sources, values = matrix.indices[entries], matrix.data[entries]
+        order = np.argsort(-np.abs(values), kind="stable")[:top]
+        nodes = self.nodes.iloc[sources[order]][["id", "label", "kind", "layer", "pos"]]
+        return nodes.assign(weight=values[order]).reset_index(drop=True)
 
-    @property
-    def edge_labels(self) -> list[str]:
-        """``L0H1->L1KV0.k``, with ``@3`` at a position of its own; in the order of the edges."""
-        return self.labels_of(torch.arange(self.n_edges)).tolist()
-
-    def labels_of(self, edges: Int64[torch.Tensor, " some"]) -> np.ndarray:
-        """Labels of some edges, as an array of strings."""
-        import numpy as np
-
-        ports = np.array([f".{port}" if port else "" for port in PORTS], dtype=object)
-        labels = self._labels[self.source[edges].numpy()] + "->"
-        labels = labels + self._labels[self.target[edges].numpy()] + ports[self.port[edges].numpy()]
-        if self.pos is not None:
-            labels = labels + "@" + self.pos[edges].numpy().astype(str).astype(object)
-        return labels
-
-    @cached_property
-    def _labels(self) -> np.ndarray:
-        import numpy as np
-
-        return np.array([node.label for node in self.nodes], dtype=object)
-
-    def to_frame(self, units: Int64[torch.Tensor, " some"] | None = None) -> Any:
+    # -------------------------------------------------------------------------- tables and figures
+    def to_frame(self, units: Int64[torch.Tensor, " some"] | None = None) -> pd.DataFrame:
         """A DataFrame, one row per unit.
 
         Args:
             units: Which of them, in which order; all by default.
         """
         units = torch.arange(len(self.unit_scores)) if units is None else units
-        if self.ranks_edges:
-            return self.edge_frame(units)
-        return node_frame(self.nodes, units, self.unit_scores[units], self.meanings)
+        return unit_frame(self, units)
 
-    def edge_frame(self, edges: Int64[torch.Tensor, " some"]) -> Any:
-        """A DataFrame, one row per edge.
+    def edge_frame(self, top: int | None = None) -> pd.DataFrame:
+        """Edges as rows, by size: of a trace ``source, target, weight``, ids of nodes.
 
         Args:
-            edges: Which of them, in which order.
+            top: Only so many.
         """
-        import numpy as np
-
-        more: dict[str, Any] = {}
-        if self.ranks_edges:
-            more["port"] = np.array(PORTS, dtype=object)[self.port[edges].numpy()]
-        if self.pos is not None:
-            more["pos"] = self.pos[edges].numpy()
-        ends, scores = (self.source[edges], self.target[edges]), self.edge_scores[edges]
-        return edge_frame(self.nodes, self._labels, ends, more, scores, self.meanings)
-
-    def draw(self, units: Int64[torch.Tensor, " some"], title: str) -> Any:
-        """A plotly figure of some units: edges between layers, nodes with their edges, or bars.
-
-        Args:
-            units: Which.
-            title: Title; says so itself when only the largest are drawn.
-        """
-        if self.ranks_edges:
-            return self._layers(units, title)
-        if self.has_edges:
-            kept = torch.zeros(len(self.nodes), dtype=torch.bool)
-            kept[units] = True
-            return self._layers(self.joins(kept), title, units)
-        scores = self.unit_scores[units]
-        largest = scores.abs().argsort(descending=True, stable=True)[:MAX_BARS]
-        if len(largest) < len(units):
-            title += f", the {len(largest)} largest"
-        names = [caption(self.nodes[i], self.meanings) for i in units[largest].tolist()]
-        # in two lines: a figure is half as wide as a page
-        sign = f"<br>{self.metadata['sign']}" if "sign" in self.metadata else ""
-        x_title = f"effect on {self.metadata.get('metric')}{sign}"
-        return figures.bars(names, scores[largest].tolist(), title=title, x_title=x_title)
-
-    def _layers(
-        self,
-        edges: Int64[torch.Tensor, " some"],
-        title: str,
-        nodes: Int64[torch.Tensor, " other"] | None = None,
-    ) -> Any:
-        """Edges between layers, and nodes that are drawn whether they have edges or not."""
-        scores = None if nodes is None or not self.has_signs else self.node_scores
-        return layered_graph(
-            [caption(node, self.meanings) for node in self.nodes],
-            [row_of(node) for node in self.nodes],
-            [layer_of(node) for node in self.nodes],
-            source=self.source[edges].numpy(),
-            target=self.target[edges].numpy(),
-            weights=self.edge_scores[edges].numpy(),
-            edge_labels=self.labels_of(edges),
-            links=self.feeds.numpy(),
-            nodes=None if nodes is None else nodes.numpy(),
-            node_weights=None if scores is None else scores.numpy(),
-            title=title,
+        order = np.argsort(-np.abs(self.edges.weight), kind="stable")[:top]
+        return (
+            weight_frame(self, order)
+            if self.is_trace
+            else edge_frame(self, torch.from_numpy(order))
         )
 
-    def plot(self) -> Any:
-        """A plotly figure of all units; the largest of them if there are many."""
+    def draw(self, units: Int64[torch.Tensor, " some"], title: str) -> Figure:
+        """A plotly figure of some units: edges between layers, nodes with their edges, or bars."""
+        return unit_figure(self, units, title)
+
+    def plot(self, max_edges: int = 150) -> Figure:
+        """A plotly figure: of a trace, tokens from left to right and layers from the bottom up (prune
+        first); else all units, the largest of them if there are many.
+
+        Args:
+            max_edges: Draw only so many edges of a trace, the largest, and the nodes that they touch.
+        """
+        if self.is_trace:
+            return token_figure(self, max_edges)
         units = torch.arange(len(self.unit_scores))
         return self.draw(units, f"{len(units)} {self.unit}s of {self.metadata.get('task')}")
 
+    def to_networkx(self) -> nx.Graph:
+        """A graph of networkx; see ``to_networkx.py``.
+
+        Raises:
+            MissingExtraError: networkx is not installed.
+        """
+        if self.is_trace:
+            return trace_to_networkx(self)
+        return units_to_networkx(self, torch.ones(len(self.unit_scores), dtype=torch.bool))
+
+    # --------------------------------------------------------------------------------------- files
+    @gate()
+    def save(self, path: str | Path) -> Path:
+        """Writes the graph into one file, exactly; see ``graph_file.py``.
+
+        Returns:
+            The path.
+
+        Raises:
+            GemmaScopeError: The file cannot be written, the metadata do not fit into JSON, or the graph
+                has numbers that are not finite.
+        """
+        return save_graph(path, self.parts)
+
+    @classmethod
+    @gate()
+    def load(cls, path: str | Path) -> Graph:
+        """Reads what :meth:`save` has written, or the graph of a saved circuit.
+
+        Raises:
+            MissingFileError: There is no such file.
+            BadFileError: It is damaged, contradicts itself, or is of another version.
+        """
+        return cls(*load_graph(path))
+
+    def to_json(self, slug: str, **options: Any) -> dict[str, Any]:
+        """What circuit-tracer's viewer and Neuronpedia show; for options see ``write_json.to_json``."""
+        return to_json(self, self.scores, self.shares, slug=slug, **options)
+
+    @classmethod
+    @gate()
+    def from_json(cls, source: str | Path | Mapping[str, Any]) -> Graph:
+        """Reads such JSON from a file or as it is; circuit-tracer's own too, which has no biases."""
+        return cls(*read_graph(source))
+
     def __repr__(self) -> str:
-        edges = f", {self.n_edges} edges" if self.has_edges else ""
-        return (
-            f"Graph({self.metadata.get('task')}, {len(self.nodes)} nodes{edges} by "
-            f"{self.metadata.get('method')}, {self.metadata.get('sign')})"
-        )
+        return graph_text(self)
 
     def _repr_html_(self) -> str:
-        table = figures.frame_html(self.to_frame(self.order()[:SHOWN]), SHOWN)
-        return f"<p>{escape(repr(self))}; the largest scores:</p>{table}"
-
-
-def _forward_order(edge_map: EdgeMap) -> tuple[Node, ...]:
-    """All nodes of a model: embedding; per layer heads, key-value heads, MLP; logits."""
-    nodes = [Node.embed()]
-    for layer in range(edge_map.n_layers):
-        nodes += [Node.head(layer, head) for head in range(edge_map.n_heads)]
-        nodes += [Node.kv(layer, head) for head in range(edge_map.n_kv)]
-        nodes.append(Node.mlp(layer))
-    return (*nodes, Node.logits())
+        return graph_html(self, self.influence if self.is_trace else None)
 
 
 def _finite(scores: Float32[torch.Tensor, "*shape"]) -> Float32[torch.Tensor, "*shape"]:
@@ -358,10 +366,3 @@ def _finite(scores: Float32[torch.Tensor, "*shape"]) -> Float32[torch.Tensor, "*
             fix="a model in float32 or bfloat16, and a metric that is finite on all prompts",
         )
     return scores
-
-
-def _frozen(value: Any) -> Any:
-    """A copy that nobody else can change: mappings copied, lists and tuples made tuples."""
-    if isinstance(value, Mapping):
-        return {key: _frozen(each) for key, each in value.items()}
-    return tuple(_frozen(each) for each in value) if isinstance(value, list | tuple) else value

@@ -1,19 +1,23 @@
-"""Keeps an attribution graph in one file and reads it back, exactly.
+"""Keeps a graph, or a circuit, in one file and reads it back, exactly.
 
-A bundle (``files/bundle.py``): in its header tokens, metadata and the columns of text of the nodes; as
-arrays the other columns (``node.layer``, ...) and the compressed rows (``rows``, the node of each;
-``indptr``, ``indices``, ``data``).
+A bundle (``files/bundle.py``). Its header says counts, tokens, metadata, what is ranked, and the names of
+the node columns with the different texts of each. Its arrays:
 
-1. The digest of the bundle is of all of it, labels too: a damaged file is found out.
-2. Reading trusts no digest: what makes tables and arrays a graph is checked (``defects.py``), and before
-   writing as well. No pickle.
+1. ``node.<column>``: numbers, or places in the texts of that column.
+2. ``edge.source`` and ``edge.weight``; of rows their nodes (``edge.rows``) and ``edge.indptr``, of a list
+   ``edge.target``, and ``edge.port`` and ``edge.pos`` where there are any.
+3. ``is_kept`` of a circuit, whose header also says ``n_kept`` and ``rank``.
 
-Cost: reading and writing 8 bytes per edge (float32) and some 100 per node.
+The digest of the bundle is of all of it. Reading trusts none: names, types, lengths, counts and all that
+makes columns and edges a graph are checked (``defects.py``), and before writing as well. No pickle.
+
+Cost: reading and writing 8 bytes per edge of rows, 13 of a list with ports, and some 100 per node.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,119 +30,202 @@ from gemmascope_plugin.files.bundle import (
     write_bundle,
 )
 from gemmascope_plugin.files.json_file import Record
-from gemmascope_plugin.graphs.cyclic import in_any_order
-from gemmascope_plugin.graphs.defects import node_defect, row_defect
-from gemmascope_plugin.graphs.parts import Parts
+from gemmascope_plugin.graphs.adjacency import Adjacency, EdgeList
+from gemmascope_plugin.graphs.defects import Parts, find_defect, row_defect
+from gemmascope_plugin.graphs.node import PORTS
 
-FORMAT, VERSION = "gemmascope_plugin attribution graph", 2
-KIND = "attribution graph"
-_ROWS = ("rows", "indptr", "indices", "data")
+FORMAT, VERSION = "gemmascope_plugin graph", 1
+Kind = Literal["graph", "circuit"]
+RANKS = ("absolute", "positive", "negative")
+_ROWS = {"edge.rows": "i", "edge.indptr": "i", "edge.source": "i", "edge.weight": "f"}
+_LIST = {"edge.source": "i", "edge.target": "i", "edge.weight": "f"}
+_OPTIONAL = {"edge.port": "u", "edge.pos": "i"}
+_KEPT = "is_kept"
 
 
-def save_graph(path: str | Path, parts: Parts) -> Path:
-    """Writes a graph; an older file is replaced.
-
-    Args:
-        path: The file; its folder is made if need be.
-        parts: The graph.
-
-    Returns:
-        The path.
+def save_graph(
+    path: str | Path, parts: Parts, is_kept: np.ndarray | None = None, rank: str | None = None
+) -> Path:
+    """Writes a graph, with a selection of its units a circuit; an older file is replaced.
 
     Raises:
-        GemmaScopeError: The file cannot be written, the metadata do not fit into JSON, or the graph has
-            numbers that are not finite.
+        GemmaScopeError: The file cannot be written, the metadata do not fit into JSON, or the parts are
+            not a graph.
     """
-    nodes, edges = parts.nodes, parts.edges
-    texts, arrays = {}, {}
-    for name in nodes.columns:
-        column = nodes[name].to_numpy()
+    arrays: Arrays = {}
+    texts: dict[str, list[str]] = {}
+    for name, column in parts.columns.items():
         if column.dtype.kind in "biuf":
             arrays[f"node.{name}"] = column
         else:
-            texts[name] = _texts(name, column)
-    matrix = edges.matrix
-    arrays |= {"rows": edges.nodes, "indptr": matrix.indptr, "indices": matrix.indices}
-    arrays["data"] = matrix.data
-    defect = node_defect(nodes, len(parts.tokens))
-    defect = defect or row_defect(
-        len(nodes), *(arrays[name] for name in _ROWS), grouped="supernodes" in parts.metadata
-    )
-    if defect is not None:
+            texts[name], arrays[f"node.{name}"] = _texts(name, column)
+    arrays |= _edge_arrays(parts.edges)
+    if (defect := find_defect(parts)) is not None:
         raise GemmaScopeError(f"The graph cannot be saved: {defect}")
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
-        "columns": [str(name) for name in nodes.columns],
+        "n_nodes": len(parts.columns["kind"]),
+        "n_edges": parts.edges.n_edges,
+        "columns": list(parts.columns),
         "texts": texts,
         "tokens": list(parts.tokens),
+        "ranked": parts.ranked,
+        "ports": list(PORTS),
         "metadata": as_json(parts.metadata),
     }
-    return write_bundle(path, content, arrays, kind=KIND)
+    if is_kept is not None:
+        arrays[_KEPT] = is_kept
+        content |= {"n_kept": int(is_kept.sum()), "rank": rank}
+    return write_bundle(path, content, arrays, kind="graph" if is_kept is None else "circuit")
 
 
 def load_graph(path: str | Path) -> Parts:
-    """Reads what :func:`save_graph` has written.
+    """Reads the graph of a file.
 
     Raises:
         MissingFileError: There is no such file.
         BadFileError: It is damaged, contradicts itself, or is of another version.
     """
-    content, arrays = read_bundle(path, kind=KIND, format=FORMAT, version=VERSION)
+    return _load(path, "graph")[0]
+
+
+def load_circuit(path: str | Path) -> tuple[Parts, np.ndarray, Any]:
+    """Reads a circuit: the graph, which units are kept, and what they are ranked by.
+
+    Raises:
+        MissingFileError: There is no such file.
+        BadFileError: It is damaged, contradicts itself, is of another version, or a graph only.
+    """
+    return _load(path, "circuit")
+
+
+def _load(path: str | Path, kind: Kind) -> tuple[Parts, np.ndarray, Any]:
+    content, arrays = read_bundle(path, kind=kind, format=FORMAT, version=VERSION)
     try:
-        return _decoded(content, arrays)
-    except ValueError as fault:
+        if kind == "circuit" and _KEPT not in arrays:
+            raise ValueError(f"the array {_KEPT!r} is missing: it is a graph without a selection")
+        is_kept = arrays.pop(_KEPT, np.zeros(0, dtype=bool))
+        parts = _decoded(content, arrays)
+        if "n_kept" in content.content:
+            _check_selection(content, parts, is_kept)
+        elif kind == "circuit" or len(is_kept):
+            raise ValueError("n_kept is missing")
+        return parts, is_kept, content.content.get("rank")
+    except (TypeError, ValueError) as fault:
         content.bad(str(fault))
 
 
-def _texts(name: str, column: np.ndarray) -> list[str]:
+def _texts(name: str, column: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Different texts of a column, and the place of each entry among them."""
+    import pandas as pd
+
     for value in column:
         if not isinstance(value, str):
             raise GemmaScopeError(
                 f"Column {name!r} of the nodes has {value!r}, which cannot be saved",
                 exists="columns of numbers, of truth values, of text",
             )
-    return column.tolist()
+    places, texts = pd.factorize(column)
+    return list(map(str, texts)), places.astype(np.int32)
+
+
+def _edge_arrays(edges: Adjacency | EdgeList) -> Arrays:
+    if isinstance(edges, Adjacency):
+        rows = {"edge.rows": edges.nodes, "edge.indptr": edges.matrix.indptr}
+        return {**rows, "edge.source": edges.source, "edge.weight": edges.weight}
+    arrays = {"edge.source": edges.source.astype(np.int32)}
+    arrays |= {"edge.target": edges.target.astype(np.int32), "edge.weight": edges.weight}
+    optional = {"edge.port": edges.port, "edge.pos": edges.pos}
+    return arrays | {name: array for name, array in optional.items() if array is not None}
 
 
 def _decoded(content: Record, arrays: Arrays) -> Parts:
     """The graph.
 
     Raises:
-        ValueError: What is wrong; also BadFileError.
+        ValueError: What is wrong; also BadFileError, TypeError.
     """
-    import pandas as pd
-    import scipy.sparse as sp
-
-    tokens, columns = content.list_of("tokens", str), content.list_of("columns", str)
-    texts = Record(content.get("texts", dict), content.path, content.fix)
-    table = {
-        name: texts.list_of(name, str) if name in texts.content else _array(arrays, f"node.{name}")
-        for name in columns
-    }
-    names = {*(f"node.{name}" for name in columns if name not in texts.content), *_ROWS}
-    if len(set(columns)) < len(columns) or names != set(arrays) or set(texts.content) - {*columns}:
-        raise ValueError("the columns are not those that it has arrays and texts for")
-    if len({len(column) for column in table.values()}) != 1:
-        raise ValueError("the columns differ in length")
-    nodes = pd.DataFrame(table)
-    rows, indptr, indices, data = (_array(arrays, name) for name in _ROWS)
+    tokens, ports = content.list_of("tokens", str), content.list_of("ports", str)
+    if ports != list(PORTS):
+        raise ValueError(f"ports are {ports!r}, not {list(PORTS)}")
+    ranked: Any = content.get("ranked", str)
+    if ranked not in ("edge", "node"):
+        raise ValueError(f"ranked is {ranked!r}, neither edge nor node")
     metadata = from_json_value(content.get("metadata", dict))
     if not isinstance(metadata, dict):
         raise ValueError("the metadata are not an object")
-    defect = node_defect(nodes, len(tokens))
-    defect = defect or row_defect(
-        len(nodes), rows, indptr, indices, data, grouped="supernodes" in metadata
-    )
+    columns = _columns(content, arrays)
+    n_nodes = len(next(iter(columns.values())))
+    edges = _edges(n_nodes, arrays, is_grouped="supernodes" in metadata)
+    parts = Parts(columns, edges, tuple(tokens), metadata, ranked)
+    if (defect := find_defect(parts)) is not None:
+        raise ValueError(defect)
+    for name, count in {"n_nodes": n_nodes, "n_edges": edges.n_edges}.items():
+        if content.get(name, int) != count:
+            raise ValueError(f"{name} is {content.content[name]}, but the arrays have {count}")
+    return parts
+
+
+def _columns(content: Record, arrays: Arrays) -> dict[str, np.ndarray]:
+    """Columns of the nodes; takes their arrays out of ``arrays``."""
+    names = content.list_of("columns", str)
+    texts = Record(content.get("texts", dict), content.path, content.fix)
+    columns = {name: _array(arrays, f"node.{name}") for name in names}
+    is_complete = not any(name.startswith("node.") for name in arrays)
+    if not is_complete or not columns or len(names) > len(columns) or set(texts.content) - {*names}:
+        raise ValueError("the columns are not those that it has arrays and texts for")
+    if any(column.ndim != 1 for column in columns.values()):
+        raise ValueError("a column has several axes")
+    if len({len(column) for column in columns.values()}) != 1:
+        raise ValueError("the columns differ in length")
+    for name in texts.content:
+        words, places = np.array(texts.list_of(name, str), dtype=object), columns[name]
+        if places.dtype.kind != "i" or not ((places >= 0) & (places < len(words))).all():
+            raise ValueError(f"the column {name!r} has a place where it has no text")
+        columns[name] = words[places]
+    return columns
+
+
+def _edges(n_nodes: int, arrays: Arrays, is_grouped: bool) -> Adjacency | EdgeList:
+    import scipy.sparse as sp
+
+    types = {**(_ROWS if "edge.rows" in arrays else {**_LIST, **_OPTIONAL})}
+    if unknown := set(arrays) - set(types):
+        raise ValueError(f"the array {min(unknown)!r} is unknown")
+    for name, array in arrays.items():
+        if array.ndim != 1 or array.dtype.kind != types[name]:
+            raise ValueError(f"the array {name!r} is {array.shape} of {array.dtype}")
+    if "edge.rows" not in arrays:
+        source, target, weight = (_array(arrays, name) for name in _LIST)
+        port, pos = (arrays.get(name) for name in _OPTIONAL)
+        return EdgeList.of(source, target, weight, port=port, pos=pos)
+    rows, indptr, source, weight = (_array(arrays, name) for name in _ROWS)
+    # scipy makes no matrix of what is none
+    defect = row_defect(n_nodes, rows, indptr, source, weight, grouped=is_grouped)
     if defect is not None:
         raise ValueError(defect)
-    matrix = sp.csr_array((data, indices, indptr), shape=(len(rows), len(nodes)))
-    return Parts(nodes, in_any_order(matrix, rows), tuple(tokens), metadata)
+    matrix = sp.csr_array((weight, source, indptr), shape=(len(rows), n_nodes))
+    return Adjacency.in_any_order(matrix, rows)
+
+
+def _check_selection(content: Record, parts: Parts, is_kept: np.ndarray) -> None:
+    ranks_edges = parts.ranked == "edge"
+    n_units = parts.edges.n_edges if ranks_edges else len(parts.columns["kind"])
+    if is_kept.dtype != bool or is_kept.shape != (n_units,):
+        raise ValueError(
+            f"array {_KEPT!r} is {is_kept.shape} of {is_kept.dtype}, not ({n_units},) of bool"
+        )
+    if content.get("n_kept", int) != int(is_kept.sum()):
+        raise ValueError(
+            f"n_kept is {content.content['n_kept']}, but the arrays have {int(is_kept.sum())}"
+        )
+    rank = content.get("rank", str)
+    if rank not in RANKS:
+        raise ValueError(f"rank is {rank!r}, not one of {', '.join(RANKS)}")
 
 
 def _array(arrays: Arrays, name: str) -> np.ndarray:
     if name not in arrays:
         raise ValueError(f"the array {name!r} is missing")
-    if arrays[name].ndim != 1 and name.startswith("node."):
-        raise ValueError(f"the array {name!r} has several axes")
-    return arrays[name]
+    return arrays.pop(name) if name.startswith("node.") else arrays[name]

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemmascope_plugin.errors import EmptySelectionError
-from gemmascope_plugin.graphs.attribution_graph import AttributionGraph
+from gemmascope_plugin.graphs.graph import Graph
+from gemmascope_plugin.graphs.graph_arrays import table_columns
 from gemmascope_plugin.graphs.matching import (
     KEPT,
     PRUNED,
@@ -46,7 +47,7 @@ class GraphSum:
     """
 
     def __init__(self, targets: Targets) -> None:
-        self.first: AttributionGraph | None = None
+        self.first: Graph | None = None
         self.n_graphs = 0
         self._targets: Targets = targets
         self._joint = Joint()
@@ -59,7 +60,7 @@ class GraphSum:
         self._prompts: list[str] = []
         self._sums_hold = True
 
-    def add(self, graph: AttributionGraph, names: Sequence[str], places: np.ndarray) -> None:
+    def add(self, graph: Graph, names: Sequence[str], places: np.ndarray) -> None:
         """One graph more.
 
         Args:
@@ -82,7 +83,7 @@ class GraphSum:
         self._note_words(frame)
         at = self._joint.places(frame)
         self._add_columns(graph, at)
-        part = spread(graph.edges, at, len(self._joint))
+        part = spread(graph.rows, at, len(self._joint))
         if self._matrix is not None:
             self._matrix.resize(part.shape)
             part = self._matrix + part
@@ -96,8 +97,8 @@ class GraphSum:
         for key, word in zip(own["key"], own["label"], strict=True):
             self._words.setdefault(key, {})[word] = None
 
-    def _add_columns(self, graph: AttributionGraph, at: np.ndarray) -> None:
-        rows, n = graph.edges.nodes, len(self._joint)
+    def _add_columns(self, graph: Graph, at: np.ndarray) -> None:
+        rows, n = graph.rows.nodes, len(self._joint)
         added = {"count": (at, 1.0), "explained": (at[rows], 1.0), "weight": (at, graph.weights)}
         added["row sum"] = (at[rows], graph.nodes["activation"].to_numpy()[rows])
         for name in activations_of(graph):
@@ -109,7 +110,7 @@ class GraphSum:
             known[places] += values
             self._columns[name] = known
 
-    def mean(self, min_share: float, align: str) -> AttributionGraph:
+    def mean(self, min_share: float, align: str) -> Graph:
         """The mean graph.
 
         Args:
@@ -140,7 +141,7 @@ class GraphSum:
         }
         tokens = names if align == "labels" else self._tokens(names)
         nodes = nodes[kept].reset_index(drop=True)
-        return AttributionGraph(nodes, edges.compacted(kept), tokens, details)
+        return Graph(table_columns(nodes), edges.compacted(kept), tokens, details)
 
     def _table(self, align: str) -> tuple[pd.DataFrame, tuple[str, ...]]:
         """The table in common numbers, and the names of positions in their order."""

@@ -20,8 +20,8 @@ import numpy as np
 
 from gemmascope_plugin.errors import GemmaScopeError, TaskError
 from gemmascope_plugin.graphs.adjacency import Adjacency, rows_of
-from gemmascope_plugin.graphs.attribution_graph import AttributionGraph
-from gemmascope_plugin.graphs.graph_json_nodes import site_word
+from gemmascope_plugin.graphs.graph import Graph
+from gemmascope_plugin.graphs.write_json import site_word
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,28 +36,28 @@ PRUNED = ("node_threshold", "edge_threshold")
 """Metadata that say that a graph is pruned."""
 
 
-def positions_of(graph: AttributionGraph) -> tuple[str, ...]:
+def positions_of(graph: Graph) -> tuple[str, ...]:
     """Names of the positions of a graph: their numbers, unless ``union`` gave others."""
     return tuple(graph.metadata.get("positions", map(str, range(len(graph.tokens)))))
 
 
-def activations_of(graph: AttributionGraph) -> list[str]:
+def activations_of(graph: Graph) -> list[str]:
     """Columns of activations; a contrast has three."""
     return [name for name in graph.nodes.columns if name.startswith("activation")]
 
 
-def is_whole(graph: AttributionGraph) -> bool:
+def is_whole(graph: Graph) -> bool:
     """Whether no node was left out: by pruning, or for occurring in too few graphs."""
     return "node_threshold" not in graph.metadata and not graph.metadata.get("min_occurrence")
 
 
-def sums_hold(graph: AttributionGraph) -> bool:
+def sums_hold(graph: Graph) -> bool:
     """Whether rows sum to pre-activations: no node or effect was left out, and biases are there."""
     known = math.isfinite(graph.metadata.get("residual", math.nan))
     return known and is_whole(graph) and bool(graph.where("bias").any())
 
 
-def check_alike(graph: AttributionGraph, first: AttributionGraph, name: str) -> None:
+def check_alike(graph: Graph, first: Graph, name: str) -> None:
     """Refuses graphs whose nodes do not mean the same.
 
     Args:
@@ -97,7 +97,7 @@ def check_alike(graph: AttributionGraph, first: AttributionGraph, name: str) -> 
         )
 
 
-def dictionaries_of(graph: AttributionGraph) -> dict[str, str]:
+def dictionaries_of(graph: Graph) -> dict[str, str]:
     """The dictionary at each site; empty text where a graph does not say which."""
     sites = graph.nodes.loc[graph.nodes["site"] != "", "site"].unique()
     return {**dict.fromkeys(map(str, sites), ""), **graph.metadata.get("dictionaries", {})}
@@ -107,7 +107,7 @@ def _named(dictionary: str | None) -> str:
     return "none" if dictionary is None else dictionary or "one without a name"
 
 
-def keyed(graph: AttributionGraph, names: Sequence[str], targets: Targets) -> pd.DataFrame:
+def keyed(graph: Graph, names: Sequence[str], targets: Targets) -> pd.DataFrame:
     """The nodes with ``key``, what they are known by, and ids that say the names of positions.
 
     Args:

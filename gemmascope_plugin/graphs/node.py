@@ -10,25 +10,43 @@ mlp      an MLP                                          ``blocks.L.hook_mlp_out
 feature  one feature of a spliced dictionary             ``<site>.hook_sae_acts_post``
 error    what a dictionary's features leave at its site  ``<site>.hook_sae_error``
 logits   the end of the residual stream                  ``unembed.hook_in``
+token    an embedded token of a traced prompt            none
+bias     constants of a traced model                     none
+target   what a trace explains                           none
 ======== =============================================== ==========================================
 
-A node stands for all positions, or for one: ``pos``.
+A node stands for all positions, or for one: ``pos``. A graph has its nodes as columns of arrays
+(:func:`node_columns`), in which -1 is every position, and the layer of what has none.
+
+Cost: one pass over the nodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from gemmascope_plugin.errors import EmptySelectionError, check_choice
 
-NodeKind = Literal["embed", "head", "kv", "mlp", "feature", "error", "logits"]
+NodeKind = Literal[
+    "embed", "head", "kv", "mlp", "feature", "error", "logits", "token", "bias", "target"
+]
+TRACE_KINDS: tuple[NodeKind, ...] = ("token", "bias", "feature", "error", "target")
+"""Kinds of the nodes of a trace."""
 NODE_KINDS: tuple[NodeKind, ...] = ("head", "mlp", "feature")
 """Kinds that ``discover`` ranks."""
 Port = Literal["", "q", "k", "v"]
 """Through which input a node reads: queries of a head, keys and values of a key-value head; empty for
 nodes with one input."""
+PORTS: tuple[Port, ...] = ("", "q", "k", "v")
+"""Ports by their number in the edges of a graph."""
+MAX_LAYER, MAX_INDEX, MAX_POS = 1000, 1 << 31, 1 << 18
+"""Beyond those of any model."""
+NodeColumns = Mapping[str, np.ndarray]
+"""Arrays with an entry per node."""
 _FEATURES, _ERROR = ".hook_sae_acts_post", ".hook_sae_error"
 
 
@@ -63,9 +81,9 @@ class Node:
         Raises:
             AssertionError: The logits belong to no layer.
         """
-        if self.kind == "embed":
+        if self.kind in ("embed", "token"):
             return -1
-        assert self.kind != "logits", "the logits have no layer"
+        assert self.kind not in ("logits", "bias", "target"), f"{self.kind}: no layer"
         return int(self.hook.split(".")[1])
 
     @property
@@ -146,6 +164,49 @@ class Reader(NamedTuple):
     def label(self) -> str:
         """``L1H3.q``, ``L1KV0.k``, ``MLP2`` or ``logits``."""
         return f"{self.node.label}.{self.port}" if self.port else self.node.label
+
+
+def layer_of(node: Node) -> int | None:
+    """Layer of a node; None for what has none, such as the logits."""
+    return None if node.kind in ("logits", "bias", "target") else node.layer
+
+
+def node_columns(nodes: Sequence[Node]) -> dict[str, np.ndarray]:
+    """Nodes as the columns ``kind, site, layer, pos, index``."""
+    hooks = {(node.kind, node.hook): node for node in nodes}
+    places = {key: place for place, key in enumerate(hooks)}
+    at = np.array([places[node.kind, node.hook] for node in nodes], dtype=np.int64)
+    layers = [layer_of(node) for node in hooks.values()]
+    return {
+        "kind": np.array([kind for kind, _ in hooks], dtype=object)[at],
+        "site": np.array([node.site for node in hooks.values()], dtype=object)[at],
+        "layer": np.array([-1 if layer is None else layer for layer in layers])[at],
+        "pos": np.array([-1 if node.pos is None else node.pos for node in nodes], dtype=np.int64),
+        "index": np.array([node.index for node in nodes], dtype=np.int64),
+    }
+
+
+def nodes_of(columns: NodeColumns) -> tuple[Node, ...]:
+    """The inverse of :func:`node_columns`."""
+    rows = zip(*(columns[name].tolist() for name in ("kind", "site", "index", "pos")), strict=True)
+    return tuple(
+        Node(kind, hook_of(kind, site), index, None if pos < 0 else pos)
+        for kind, site, index, pos in rows
+    )
+
+
+def hook_of(kind: str, site: str) -> str:
+    """Hook of a node of a kind at a site."""
+    return site + {"feature": _FEATURES, "error": _ERROR}.get(kind, "")
+
+
+def is_hook_of(node: Node) -> bool:
+    """Whether the hook of a node is one that its kind has."""
+    try:
+        layer = layer_of(node) or 0
+    except (ValueError, IndexError):
+        return False
+    return node.hook == hook_of(node.kind, node.site) and -1 <= layer < MAX_LAYER
 
 
 def check_kinds(nodes: str | Iterable[str]) -> tuple[str, ...]:

@@ -22,8 +22,8 @@ from gemmascope_plugin.errors import (
     shorten,
 )
 from gemmascope_plugin.files.json_file import read_json
-from gemmascope_plugin.graphs.attribution_graph import AttributionGraph
 from gemmascope_plugin.graphs.collapse import Edges, collapse
+from gemmascope_plugin.graphs.graph import Graph
 
 KEY = "supernodes"
 MAX_SIZE = 1 << 26
@@ -213,7 +213,7 @@ class Supernodes(Mapping[str, tuple[str, ...]]):
             )
         return cls([(row[0], row[1:]) for row in groups])
 
-    def collapse(self, graph: AttributionGraph, edges: Edges = "influence") -> AttributionGraph:
+    def collapse(self, graph: Graph, edges: Edges = "influence") -> Graph:
         """The graph with one node per group; see ``collapse.py`` for what its edges are.
 
         Raises:

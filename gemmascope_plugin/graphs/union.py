@@ -29,8 +29,8 @@ from gemmascope_plugin.errors import (
     UnknownNameError,
     check_choice,
 )
-from gemmascope_plugin.graphs.attribution_graph import AttributionGraph
-from gemmascope_plugin.graphs.check_graph import check_graph
+from gemmascope_plugin.graphs.graph import Graph
+from gemmascope_plugin.graphs.graph_arrays import check_graph
 from gemmascope_plugin.graphs.graph_sum import GraphSum
 from gemmascope_plugin.graphs.matching import Targets, positions_of
 from gemmascope_plugin.models.gate import gate
@@ -38,13 +38,13 @@ from gemmascope_plugin.models.gate import gate
 
 @gate()
 def union(
-    graphs: Iterable[AttributionGraph],
+    graphs: Iterable[Graph],
     *,
     align: Literal["position", "end"] = "position",
     labels: Iterable[Sequence[str]] | None = None,
     targets: Targets = "label",
     min_share: float = 0.0,
-) -> AttributionGraph:
+) -> Graph:
     """The mean graph of many prompts.
 
     Args:
@@ -99,8 +99,8 @@ def union(
 
 
 def _paired(
-    graphs: Iterable[AttributionGraph], labels: Iterable[Sequence[str]]
-) -> Iterator[tuple[AttributionGraph, Sequence[str]]]:
+    graphs: Iterable[Graph], labels: Iterable[Sequence[str]]
+) -> Iterator[tuple[Graph, Sequence[str]]]:
     """Graphs with their labels.
 
     Raises:
@@ -116,9 +116,7 @@ def _paired(
         yield graph, given
 
 
-def _counted(
-    graph: AttributionGraph, align: str, total: GraphSum
-) -> tuple[tuple[str, ...], np.ndarray]:
+def _counted(graph: Graph, align: str, total: GraphSum) -> tuple[tuple[str, ...], np.ndarray]:
     """Names of the positions of a graph, and where they stand beside others, ``[pos]``.
 
     Raises:

@@ -123,7 +123,7 @@ def _key_figures(circuit: Circuit, scores: Scores | None) -> list[tuple[str, str
     unit = circuit.graph.unit
     kept = f"{unit}s kept of {circuit.n_units} ({circuit.share:.2%})"
     if circuit.graph.ranks_edges:
-        kept += f", {len(circuit.nodes)} nodes of {len(circuit.graph.nodes)} touched"
+        kept += f", {len(circuit.nodes)} nodes of {len(circuit.graph)} touched"
     kept += f", {circuit.n_against} against the metric" if circuit.n_against else ""
     pairs = [(str(circuit.size), kept)]
     if scores is None:

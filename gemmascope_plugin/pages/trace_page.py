@@ -24,9 +24,8 @@ from markupsafe import Markup
 
 from gemmascope_plugin.errors import UnknownNameError
 from gemmascope_plugin.figures.theme import visible
-from gemmascope_plugin.graphs import AttributionGraph
-from gemmascope_plugin.graphs.graph_json_nodes import site_word
-from gemmascope_plugin.graphs.parts import ends
+from gemmascope_plugin.graphs import Graph
+from gemmascope_plugin.graphs.write_json import site_word
 from gemmascope_plugin.pages.report_page import facts, template, write_html
 
 TEMPLATE = "trace.html.jinja"
@@ -43,7 +42,7 @@ Words = Mapping[str, tuple[Sequence[str], Sequence[str]]]
 
 
 def trace_html(
-    graph: AttributionGraph,
+    graph: Graph,
     *,
     title: str | None = None,
     top_tokens: Words | None = None,
@@ -82,7 +81,7 @@ def trace_html(
 
 def write_trace(
     path: str | Path,
-    graph: AttributionGraph,
+    graph: Graph,
     *,
     title: str | None = None,
     top_tokens: Words | None = None,
@@ -120,7 +119,7 @@ def _asset(name: str) -> str:
 
 
 def _data(
-    graph: AttributionGraph, words: Words, groups: Mapping[str, Any], selected: str | None
+    graph: Graph, words: Words, groups: Mapping[str, Any], selected: str | None
 ) -> dict[str, Any]:
     """What the scripts read."""
     kept = ~graph.where("bias")
@@ -151,10 +150,10 @@ def _data(
     }
 
 
-def _edges(graph: AttributionGraph, kept: np.ndarray, place: np.ndarray) -> dict[str, list[Any]]:
+def _edges(graph: Graph, kept: np.ndarray, place: np.ndarray) -> dict[str, list[Any]]:
     """The strongest edges, the strongest first."""
-    edges = graph.edges.restricted(kept)
-    source, target, weight = ends(edges)
+    edges = graph.rows.restricted(kept)
+    source, target, weight = edges.source, edges.target, edges.weight
     share = edges.normalised.matrix.data
     score = share * (graph.influence + graph.weights)[target]
     order = np.argsort(-score, kind="stable")[:MAX_EDGES]
@@ -168,7 +167,7 @@ def _edges(graph: AttributionGraph, kept: np.ndarray, place: np.ndarray) -> dict
 
 
 def _groups(
-    graph: AttributionGraph, place: np.ndarray, groups: Mapping[str, Iterable[str]]
+    graph: Graph, place: np.ndarray, groups: Mapping[str, Iterable[str]]
 ) -> list[tuple[str, list[int]]]:
     """Names and places of members.
 
@@ -210,7 +209,7 @@ def _words(found: Sequence[Sequence[str]] | None) -> list[list[str]] | None:
     return None if found is None else [[visible(word) for word in words] for words in found]
 
 
-def _legend(graph: AttributionGraph) -> list[tuple[str, str, str]]:
+def _legend(graph: Graph) -> list[tuple[str, str, str]]:
     """Shape, colour and name of what is on the page."""
     kinds = set(graph.nodes["kind"])
     features = dict.fromkeys(map(site_word, graph.nodes["site"][graph.where("feature")]))
@@ -220,10 +219,10 @@ def _legend(graph: AttributionGraph) -> list[tuple[str, str, str]]:
     return lines + ([("square", "target", "target")] if "target" in kinds else [])
 
 
-def _sizes(graph: AttributionGraph) -> list[tuple[str, str]]:
+def _sizes(graph: Graph) -> list[tuple[str, str]]:
     """Sizes and scores, and what they were before pruning."""
     kept = ~graph.where("bias")
-    n_nodes, n_edges = int(kept.sum()), graph.edges.restricted(kept).n_edges
+    n_nodes, n_edges = int(kept.sum()), graph.rows.restricted(kept).n_edges
     whole, scores = graph.metadata.get("whole"), graph.scores
     sizes = [("nodes", f"{n_nodes:,}"), ("edges", f"{n_edges:,}")]
     pairs = [("replacement", scores.replacement), ("completeness", scores.completeness)]
@@ -239,7 +238,7 @@ def _sizes(graph: AttributionGraph) -> list[tuple[str, str]]:
     return sizes + found
 
 
-def _about(graph: AttributionGraph) -> dict[str, Any]:
+def _about(graph: Graph) -> dict[str, Any]:
     """Metadata in words, but for what stands above."""
     left = ("prompt", "token_ids", "whole", "residual")
     found = {name: value for name, value in graph.metadata.items() if name not in left}

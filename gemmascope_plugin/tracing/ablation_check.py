@@ -27,8 +27,9 @@ from jaxtyping import Bool, Float
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.causes.task import MIN_GAP
 from gemmascope_plugin.errors import TaskError
-from gemmascope_plugin.graphs.attribution_graph import SHOWN, AttributionGraph
-from gemmascope_plugin.graphs.check_graph import check_graph
+from gemmascope_plugin.graphs.frames import SHOWN
+from gemmascope_plugin.graphs.graph import Graph
+from gemmascope_plugin.graphs.graph_arrays import check_graph
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
@@ -90,7 +91,7 @@ class AblationCheck:
 @gate(model=check_model, graph=check_graph, dictionaries=check_saes)
 def check_by_ablation(
     model: HookedModel,
-    graph: AttributionGraph,
+    graph: Graph,
     dictionaries: Any,
     *,
     n_random: int = 5,

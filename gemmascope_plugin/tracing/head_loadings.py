@@ -20,7 +20,8 @@ from jaxtyping import Bool, Float
 
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.errors import EmptySelectionError, ModelError, TaskError
-from gemmascope_plugin.graphs.attribution_graph import SHOWN, AttributionGraph
+from gemmascope_plugin.graphs.frames import SHOWN
+from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, dtype_of
@@ -138,7 +139,7 @@ class HeadLoadings:
 @gate(model=check_model, transcoders=check_saes)
 def head_loadings(
     model: HookedModel,
-    graph: AttributionGraph | Prompt,
+    graph: Graph | Prompt,
     transcoders: Any,
     edges: Sequence[tuple[str, str]] | pd.DataFrame | tuple[str, str],
     *,
@@ -171,7 +172,7 @@ def head_loadings(
         GemmaScopeError: The memory budget is too small.
     """
     pairs = _pairs(edges)
-    if isinstance(graph, AttributionGraph):
+    if isinstance(graph, Graph):
         for pair in pairs:
             for node in pair:
                 graph.find(node)

@@ -27,8 +27,9 @@ import torch
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.causes.gradient.slopes import ignore_bridge_norm_warning
 from gemmascope_plugin.errors import EmptySelectionError
-from gemmascope_plugin.graphs.attribution_graph import SHOWN, AttributionGraph
-from gemmascope_plugin.graphs.check_graph import check_graph
+from gemmascope_plugin.graphs.frames import SHOWN
+from gemmascope_plugin.graphs.graph import Graph
+from gemmascope_plugin.graphs.graph_arrays import check_graph
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
@@ -104,7 +105,7 @@ class Intervention:
 @gate(model=check_model, graph=check_graph, dictionaries=check_saes)
 def intervene(
     model: HookedModel,
-    graph: AttributionGraph,
+    graph: Graph,
     dictionaries: Any,
     changes: Mapping[str, float],
     *,
@@ -147,7 +148,7 @@ def intervene(
     )
 
 
-def direct(graph: AttributionGraph, factors: Mapping[int, float]) -> np.ndarray:
+def direct(graph: Graph, factors: Mapping[int, float]) -> np.ndarray:
     """Changes of explained nodes by direct effects, ``[row]``.
 
     Args:
@@ -156,17 +157,17 @@ def direct(graph: AttributionGraph, factors: Mapping[int, float]) -> np.ndarray:
     """
     relative = np.zeros(len(graph.nodes))
     relative[list(factors)] = np.array(list(factors.values())) - 1
-    return graph.edges.matrix @ relative
+    return graph.rows.matrix @ relative
 
 
-def through(graph: AttributionGraph, factors: Mapping[int, float]) -> np.ndarray:
+def through(graph: Graph, factors: Mapping[int, float]) -> np.ndarray:
     """Changes of explained nodes over all paths of the graph, ``[row]``.
 
     Args:
         graph: The graph.
         factors: By place in the graph.
     """
-    edges = graph.edges
+    edges = graph.rows
     relative = np.zeros(len(graph.nodes))
     relative[list(factors)] = np.array(list(factors.values())) - 1
     values = graph.nodes["activation"].to_numpy()
@@ -182,7 +183,7 @@ def through(graph: AttributionGraph, factors: Mapping[int, float]) -> np.ndarray
 def _frame(replay: Replay, before: Seen, after: Seen, predicted: np.ndarray) -> pd.DataFrame:
     graph = replay.graph
     seeds = dict(zip(replay.seed_nodes.tolist(), range(len(replay.seeds)), strict=True))
-    rows = graph.edges.nodes.tolist()
+    rows = graph.rows.nodes.tolist()
 
     def values(seen: Seen) -> np.ndarray:
         found = [

@@ -21,7 +21,8 @@ from jaxtyping import Float
 
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.errors import EmptySelectionError, TaskError
-from gemmascope_plugin.graphs.attribution_graph import SHOWN, AttributionGraph
+from gemmascope_plugin.graphs.frames import SHOWN
+from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.head_scores import HeadScores
@@ -153,7 +154,7 @@ class QkAttribution:
 @gate(model=check_model, transcoders=check_saes)
 def qk_attribution(
     model: HookedModel,
-    prompt: AttributionGraph | Prompt,
+    prompt: Graph | Prompt,
     transcoders: Any,
     layer: int,
     head: int,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from gemmascope_plugin.errors import TaskError, UnknownNameError, nearest
-from gemmascope_plugin.graphs.attribution_graph import AttributionGraph
+from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.models.prompts import PromptLike
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.sizes import parse_size
@@ -34,7 +34,7 @@ Prompt = PromptLike
 
 def tracer_of(
     model: HookedModel,
-    source: AttributionGraph | Prompt,
+    source: Graph | Prompt,
     dictionaries: Any,
     exclude: str | int | Sequence[str | int] | None,
     memory_budget: int | str,
@@ -54,7 +54,7 @@ def tracer_of(
     budget = parse_size(memory_budget)
     assert budget is not None, "a budget is a size"
     left = SPECIAL if exclude is None else exclude
-    if isinstance(source, AttributionGraph):
+    if isinstance(source, Graph):
         if "token_ids" not in source.metadata:
             raise TaskError(
                 f"{source!r} is not the trace of one prompt", fix="a graph from trace(...)"
@@ -139,7 +139,7 @@ class Retrace:
 
 def seeds_of(
     tracer: Tracer,
-    source: AttributionGraph | Prompt,
+    source: Graph | Prompt,
     targets: Sequence[Target] | Target | None,
 ) -> tuple[Seed, ...]:
     """Targets that are no features.
@@ -156,7 +156,7 @@ def seeds_of(
     readout = Readout(tracer.record)
     if targets is not None:
         return tuple(chosen(tracer, readout, targets)[0])
-    if not isinstance(source, AttributionGraph):
+    if not isinstance(source, Graph):
         return tuple(readout.top(10, 0.95, -1))
     found = []
     for kind, *words in source.metadata.get("targets", ()):

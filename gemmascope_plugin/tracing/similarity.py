@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 
 from gemmascope_plugin.errors import UnknownNameError
-from gemmascope_plugin.graphs.attribution_graph import AttributionGraph
+from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.splice.check_saes import as_list
 from gemmascope_plugin.tracing.linear.tracer import hooked_of
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Square = Float[np.ndarray, "feature feature"]
 
 
-def by_decoder(graph: AttributionGraph, places: np.ndarray, dictionaries: Any) -> Square:
+def by_decoder(graph: Graph, places: np.ndarray, dictionaries: Any) -> Square:
     """Cosines of decoder directions.
 
     Args:
@@ -75,7 +75,7 @@ def _directions(rows: pd.DataFrame, dictionaries: Any) -> dict[str, tuple[np.nda
     }
 
 
-def by_activation(graph: AttributionGraph, places: np.ndarray) -> Square:
+def by_activation(graph: Graph, places: np.ndarray) -> Square:
     """Cosines of activations over tokens, for nodes at one token.
 
     Args:
@@ -91,7 +91,7 @@ def by_activation(graph: AttributionGraph, places: np.ndarray) -> Square:
     return _cosines(profiles[own]) * (pos[:, None] == pos)
 
 
-def by_edges(graph: AttributionGraph, places: np.ndarray) -> Square:
+def by_edges(graph: Graph, places: np.ndarray) -> Square:
     """Means of the cosines of incoming and of outgoing edges.
 
     Args:

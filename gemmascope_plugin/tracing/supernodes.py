@@ -26,8 +26,8 @@ from gemmascope_plugin.errors import (
     UnknownNameError,
     check_choice,
 )
-from gemmascope_plugin.graphs.attribution_graph import AttributionGraph
-from gemmascope_plugin.graphs.check_graph import check_graph
+from gemmascope_plugin.graphs.graph import Graph
+from gemmascope_plugin.graphs.graph_arrays import check_graph
 from gemmascope_plugin.graphs.matching import positions_of
 from gemmascope_plugin.graphs.supernode_groups import Supernodes
 from gemmascope_plugin.models.gate import gate
@@ -41,7 +41,7 @@ MAX_FEATURES = 5000
 
 @gate(graph=check_graph, dictionaries=check_saes)
 def supernodes(
-    graph: AttributionGraph,
+    graph: Graph,
     dictionaries: Any = None,
     *,
     n: int | None = None,
@@ -100,7 +100,7 @@ def _linked(similarity: np.ndarray, n: int | None, threshold: float) -> np.ndarr
     return fcluster(tree, 1 - threshold, "distance")
 
 
-def _named(graph: AttributionGraph, groups: Sequence[np.ndarray]) -> Supernodes:
+def _named(graph: Graph, groups: Sequence[np.ndarray]) -> Supernodes:
     """Groups with names that are there once."""
     names = positions_of(graph)
     found: dict[str, tuple[str, ...]] = {}
@@ -129,7 +129,7 @@ def _measures(by: Sequence[str] | None, dictionaries: Any) -> tuple[str, ...]:
     return measures
 
 
-def _check(graph: AttributionGraph, n_features: int, n: int | None, threshold: float) -> None:
+def _check(graph: Graph, n_features: int, n: int | None, threshold: float) -> None:
     """Refuses what cannot be grouped.
 
     Raises:

@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from gemmascope_plugin.errors import UnknownNameError
 from gemmascope_plugin.features.top_words import TopWords, top_words
-from gemmascope_plugin.graphs.attribution_graph import AttributionGraph
+from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.tracing.linear.trace_site import Site
@@ -27,7 +27,7 @@ from gemmascope_plugin.tracing.linear.tracer import sites_of
 
 
 def top_tokens(
-    graph: AttributionGraph, model: HookedModel, dictionaries: Any, k: int = 5
+    graph: Graph, model: HookedModel, dictionaries: Any, k: int = 5
 ) -> dict[str, TopWords]:
     """Words of every feature node.
 

@@ -26,7 +26,8 @@ from gemmascope_plugin.errors import (
     nearest,
 )
 from gemmascope_plugin.graphs.adjacency import Adjacency
-from gemmascope_plugin.graphs.attribution_graph import AttributionGraph
+from gemmascope_plugin.graphs.graph import Graph
+from gemmascope_plugin.graphs.graph_arrays import table_columns
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.gate import gate
@@ -66,7 +67,7 @@ def trace(
     exclude: str | int | Sequence[str | int] = ("bos", "eos", "pad"),
     memory_budget: int | str = "4 GB",
     progress: bool = False,
-) -> AttributionGraph:
+) -> Graph:
     """The attribution graph of a prompt.
 
     Args:
@@ -127,7 +128,7 @@ def trace(
         "min_share": min_share,
         "residual": _judged(tracer, nodes, edges) if min_share == 0 else float("nan"),
     }
-    return AttributionGraph(nodes, edges, tuple(words), details)
+    return Graph(table_columns(nodes), edges, tuple(words), details)
 
 
 def chosen(

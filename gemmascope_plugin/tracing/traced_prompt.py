@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from gemmascope_plugin.errors import InputError, TaskError, UnknownNameError
-from gemmascope_plugin.graphs.attribution_graph import AttributionGraph
+from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.models.check_model import describe
 from gemmascope_plugin.models.points import reading
 from gemmascope_plugin.models.protocol import HookedModel
@@ -37,7 +37,7 @@ KINDS_CHANGED = ("feature", "error", "token")
 class Replay:
     """A graph with the model and the dictionaries that it was traced with."""
 
-    graph: AttributionGraph
+    graph: Graph
     tracer: Tracer
     place: np.ndarray
     """Of each node of the graph in the layout of the whole trace; -1 for targets."""
@@ -48,7 +48,7 @@ class Replay:
     def of(
         cls,
         model: HookedModel,
-        graph: AttributionGraph,
+        graph: Graph,
         dictionaries: Any,
         memory_budget: int | str = "4 GB",
     ) -> Replay:
@@ -122,7 +122,7 @@ class Replay:
         return reading(self.record.model, name).hook
 
 
-def _places(graph: AttributionGraph, tracer: Tracer) -> np.ndarray:
+def _places(graph: Graph, tracer: Tracer) -> np.ndarray:
     """Where the nodes of a graph are in the whole trace.
 
     Raises:
@@ -143,7 +143,7 @@ def _places(graph: AttributionGraph, tracer: Tracer) -> np.ndarray:
     )
 
 
-def _seeds(graph: AttributionGraph, tracer: Tracer) -> tuple[Seed, ...]:
+def _seeds(graph: Graph, tracer: Tracer) -> tuple[Seed, ...]:
     """The targets of a graph as vectors.
 
     Raises:

@@ -71,9 +71,9 @@ def test_a_circuit_of_features_says_what_it_is(circuit, hooked2) -> None:
 def test_labels_of_errors_and_positions(hooked2) -> None:
     options = {"saes": dictionaries(hooked2)[:1], "per_position": True, "edges": False}
     placed = discover(hooked2, TASK, **options, **FAST)
-    labels = [node.label for node in placed.graph.nodes]
+    labels = [node.label for node in placed.graph.components]
     assert labels[-1] == "blocks.0.hook_resid_post/error@7"
-    assert all(f"@{node.pos}" in node.label for node in placed.graph.nodes)
+    assert all(f"@{node.pos}" in node.label for node in placed.graph.components)
     assert list(placed.to_frame(1).columns) == [
         "rank",
         "node",
@@ -153,7 +153,7 @@ def test_levels_of_nested_dictionaries() -> None:
     coarse, fine = found[0], found[-1]
     assert {size for _, size in coarse.metadata["sites"].values()} == {64}
     assert {size for _, size in fine.metadata["sites"].values()} == {512}
-    assert max(node.index for node in coarse.graph.nodes) < 64
+    assert max(node.index for node in coarse.graph.components) < 64
     assert coarse.n_units < fine.n_units
     given = {"saes": saes, "n_random": 0, "sizes": []}
     assert 0 < evaluate(coarse, suite.model, task, **given).metadata["n_prompts"] == 2

@@ -74,7 +74,7 @@ def test_any_circuit_is_what_the_definition_says(hooked2, per_position: bool) ->
         for site in sites:
             features[site.hook] = torch.zeros(CLEAN.shape[1], site.d_sae, dtype=torch.bool)
             errors[site.hook] = torch.zeros(CLEAN.shape[1], dtype=torch.bool)
-        for node, keep in zip(circuit.graph.nodes, mask.tolist(), strict=True):
+        for node, keep in zip(circuit.graph.components, mask.tolist(), strict=True):
             at = slice(None) if node.pos is None else node.pos
             if node.kind == "error":
                 errors[node.site][at] = keep
@@ -87,7 +87,7 @@ def test_any_circuit_is_what_the_definition_says(hooked2, per_position: bool) ->
 
 def test_errors_kept_and_ablated(hooked2) -> None:
     circuit = found(hooked2, nodes=ALL)
-    errors = torch.tensor([node.kind == "error" for node in circuit.graph.nodes])
+    errors = torch.tensor([node.kind == "error" for node in circuit.graph.components])
     kept = masks(circuit, 2)[2:]
     assert torch.allclose(
         run(circuit, hooked2, kept, errors="kept"), run(circuit, hooked2, kept | errors)
@@ -106,13 +106,11 @@ def test_features_that_are_in_no_graph_are_outside_and_in_the_complement_inside(
     """A graph that lost half of its features is the whole one with these never kept, or always."""
     circuit = found(hooked2)
     there = torch.tensor(
-        [node.kind == "error" or node.index % 2 == 0 for node in circuit.graph.nodes]
+        [node.kind == "error" or node.index % 2 == 0 for node in circuit.graph.components]
     )
     graph = circuit.graph
-    nodes = tuple(node for node, stays in zip(graph.nodes, there.tolist(), strict=True) if stays)
-    assert graph.node_scores is not None
-    half = replace(graph, nodes=nodes, node_scores=graph.node_scores[there])
-    part = Circuit(half, torch.ones(len(nodes), dtype=torch.bool))
+    half = replace(graph, columns={n: c[there.numpy()] for n, c in graph.columns.items()})
+    part = Circuit(half, torch.ones(len(half), dtype=torch.bool))
     kept = masks(circuit, 2)[2:]
     for rest in (False, True):
         others = torch.full((2,), rest)
@@ -198,4 +196,4 @@ def test_positions_of_a_template_hold_on_other_prompts(hooked2) -> None:
     here, there = (evaluate(circuit, hooked2, task, **options) for task in (TASK, other))
     assert here.faithfulness == pytest.approx(there.faithfulness, abs=1e-4)
     layout = layout_of_graph(circuit.graph, hooked2, dictionaries(hooked2))
-    assert [node for site in layout for node in site.nodes()] == list(circuit.graph.nodes)
+    assert [node for site in layout for node in site.nodes()] == list(circuit.graph.components)

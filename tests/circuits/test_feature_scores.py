@@ -18,7 +18,7 @@ OPTIONS = {"nodes": "features", "edges": False, "size": 5}
 
 
 def by_node(circuit) -> dict[Node, float]:
-    return dict(zip(circuit.graph.nodes, circuit.graph.node_scores.tolist(), strict=True))
+    return dict(zip(circuit.graph.components, circuit.graph.node_scores.tolist(), strict=True))
 
 
 def test_integrated_gradients_are_those_of_the_spliced_model(hooked2) -> None:
@@ -90,7 +90,7 @@ def test_batches_do_not_matter(hooked2) -> None:
     saes = dictionaries(hooked2)
     whole = discover(hooked2, TASK, saes=saes, steps=4, **OPTIONS)
     one = discover(hooked2, TASK, saes=saes, steps=4, max_rows=1, **OPTIONS)
-    assert one.graph.nodes == whole.graph.nodes
+    assert one.graph.components == whole.graph.components
     assert torch.allclose(one.graph.node_scores, whole.graph.node_scores, atol=1e-5)
     assert one.metadata["corrupt_only"] == whole.metadata["corrupt_only"]
 
@@ -125,7 +125,7 @@ def test_features_of_corrupted_runs_are_counted_and_scored(hooked2) -> None:
     }
     assert int(features.sum()) > 0
     (index,) = features.nonzero().flatten()[:1].tolist()
-    node = next(n for n in circuit.graph.nodes if n.kind == "feature" and n.index == index)
+    node = next(n for n in circuit.graph.components if n.kind == "feature" and n.index == index)
     # -a' <W, dm/dy> on the clean run, from a finite difference in the direction of the decoder row
     step, expected = 1e-2, torch.zeros(2)
     for row in range(2):

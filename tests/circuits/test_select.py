@@ -10,23 +10,24 @@ from hypothesis import strategies as st
 from gemmascope_plugin.circuits import greedy, threshold, top_n
 from gemmascope_plugin.errors import EmptySelectionError, GemmaScopeError
 from gemmascope_plugin.graphs import Graph
+from gemmascope_plugin.graphs.adjacency import EdgeList
 from gemmascope_plugin.graphs.node import Node
 from tests.graphs.graphs import ANY, EDGE_MAP, EDGES, Recipe, edge_graph, node_graph
 
 
 def readers_of(graph: Graph, place: int) -> set[int]:
     """A node, and the key-value head of a head."""
-    node, found = graph.nodes[place], {place}
+    node, found = graph.components[place], {place}
     if node.kind == "head":
-        in_layer = [n for n in graph.nodes if n.kind != "logits" and n.layer == node.layer]
+        in_layer = [n for n in graph.components if n.kind != "logits" and n.layer == node.layer]
         n_heads, n_kv = (sum(n.kind == kind for n in in_layer) for kind in ("head", "kv"))
-        found.add(graph.nodes.index(Node.kv(node.layer, node.index // (n_heads // n_kv))))
+        found.add(graph.components.index(Node.kv(node.layer, node.index // (n_heads // n_kv))))
     return found
 
 
 def slow_greedy(graph: Graph, n: int) -> set[int]:
     """At every step all edges are looked at."""
-    joined, chosen = {graph.nodes.index(Node.logits())}, set()
+    joined, chosen = {graph.components.index(Node.logits())}, set()
     sizes = graph.edge_scores.abs().tolist()
     sources, targets = graph.source.tolist(), graph.target.tolist()
     for _ in range(n):
@@ -54,7 +55,7 @@ def test_greedy_circuits_lead_to_the_logits(recipe: Recipe) -> None:
     circuit = greedy(graph, n)
     assert circuit.size == n
     left = circuit.is_kept.nonzero().flatten().tolist()
-    ends, n_left = {graph.nodes.index(Node.logits())}, -1
+    ends, n_left = {graph.components.index(Node.logits())}, -1
     while n_left != len(left):
         n_left = len(left)
         joined = [e for e in left if int(graph.target[e]) in ends]
@@ -121,12 +122,10 @@ def test_what_cannot_be_selected_is_an_error() -> None:
 
 
 def test_edges_that_do_not_lead_to_the_logits_cannot_grow() -> None:
-    graph = Graph(
-        nodes=(Node.embed(), Node.mlp(0), Node.mlp(1), Node.logits()),
-        source=torch.tensor([0, 1, 0]),
-        target=torch.tensor([1, 2, 3]),
-        port=torch.zeros(3, dtype=torch.uint8),
-        edge_scores=torch.tensor([3.0, 2.0, 1.0]),
+    graph = Graph.of_nodes(
+        (Node.embed(), Node.mlp(0), Node.mlp(1), Node.logits()),
+        None,
+        edges=EdgeList.of([0, 1, 0], [1, 2, 3], [3.0, 2.0, 1.0]),
     )
     assert greedy(graph, 1).is_kept.tolist() == [False, False, True]
     with pytest.raises(EmptySelectionError, match="2 edges.*There is: 1 that lead to the logits"):

@@ -81,7 +81,7 @@ def test_a_summary_a_page_and_a_file_for_other_viewers(graph: Any, tmp_path: Pat
     assert sites["blocks.2.hook_mlp_out"].startswith(
         "gemma-2-tiny-skip-transcoders/transcoder/layer_2"
     )
-    kept = gs.AttributionGraph.from_json(content)
+    kept = gs.Graph.from_json(content)
     assert list(kept.nodes["id"]) == list(graph.nodes["id"])
 
 
@@ -199,7 +199,7 @@ def test_a_prompt_of_a_task_is_traced_for_its_answer(monkeypatch: pytest.MonkeyP
         (("x", "--model", "270m"), "26 dictionaries match for layer 5"),
         (("x", "--out", "/nowhere/a.html"), "There is no folder '/nowhere' for --out"),
         (("x", "--json", "/nowhere/a.json"), "There is no folder '/nowhere' for --json"),
-        (("x", "--json", "a b.json"), "The slug 'a b' is no file name"),
+        (("x", "--json", "a b.json"), "The slug 'a b' is not a file name"),
         (("the capital", "--targets", "qwertz"), "qwertz"),
     ],
 )  # fmt: skip

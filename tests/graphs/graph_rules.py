@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from gemmascope_plugin.graphs.graph_json_nodes import from_cantor
+from gemmascope_plugin.graphs.read_json import from_cantor
 
 REQUIRED = {
     "node_id": str,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gemmascope_plugin.causes import FeatureId
 from gemmascope_plugin.graphs import Circuit, Graph
 from gemmascope_plugin.graphs.edge_map import EdgeMap
-from gemmascope_plugin.graphs.graph import Rank
+from gemmascope_plugin.graphs.graph_arrays import Rank
 from gemmascope_plugin.graphs.node import Node
 
 META = {"task": "t", "metric": "LogitDiff", "method": "eap"}
@@ -81,7 +81,7 @@ def equal(one: Circuit, other: Circuit) -> bool:
     names = ("node_scores", "source", "target", "port", "pos", "edge_scores")
     pairs = [(getattr(one.graph, name), getattr(other.graph, name)) for name in names]
     return (
-        one.graph.nodes == other.graph.nodes
+        one.graph.components == other.graph.components
         and all(same_array(*pair) for pair in [*pairs, (one.is_kept, other.is_kept)])
         and one.rank == other.rank
         and one.metadata == other.metadata

@@ -48,10 +48,8 @@ def test_metadata_come_back_as_they_were(tmp_path: Path) -> None:
 
 def test_a_graph_with_scores_of_nodes_and_of_edges(tmp_path: Path) -> None:
     graph = edge_graph()
-    scores = torch.randn(len(graph.nodes))
-    both = Graph(
-        graph.nodes, scores, graph.source, graph.target, graph.port, None, graph.edge_scores
-    )
+    scores = torch.randn(len(graph))
+    both = Graph.of_nodes(graph.components, scores, edges=graph.edges)
     circuit = top_n(both, 3)
     assert equal(Circuit.load(circuit.save(tmp_path / "new" / "c")), circuit)
 
@@ -60,14 +58,14 @@ def test_a_graph_with_scores_of_nodes_and_of_edges(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"ranked": "both"}, "ranked is 'both', neither edge nor node"),
-        ({"ranked": "node"}, "array 'node_scores' is missing"),
+        ({"ranked": "node"}, "there are no scores of nodes"),
         ({"ranked": None}, "'ranked' is None, not text"),
-        ({"meanings": {"0": 3}}, r"meanings\['0'\] is 3, not text"),
-        ({"meanings": {"99": "x"}}, "'99', which is not the place of a node"),
-        ({"meanings": {"-1": "x"}}, "'-1', which is not the place of a node"),
+        ({"columns": ["kind"]}, "not those that it has arrays and texts for"),
+        ({"texts": {"kind": ["head"]}}, "the column 'kind' has a place where it has no text"),
+        ({"texts": {"kind": [3]}}, r"kind\[0\] is 3, not text"),
     ],
 )
-def test_ranks_and_meanings_that_contradict_the_arrays(
+def test_ranks_and_texts_that_contradict_the_arrays(
     path: Path, changes: dict, message: str
 ) -> None:
     rewrite(path, **changes)
@@ -125,10 +123,10 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 def test_another_format_or_version(path: Path) -> None:
     rewrite(path, version=4)
-    with pytest.raises(BadFileError, match="is of version 4. There is: version 3"):
+    with pytest.raises(BadFileError, match="is of version 4. There is: version 1"):
         Circuit.load(path)
-    rewrite(path, version=3, format="else")
-    with pytest.raises(BadFileError, match="it is not a gemmascope_plugin circuit"):
+    rewrite(path, version=1, format="else")
+    with pytest.raises(BadFileError, match="it is not a gemmascope_plugin graph"):
         Circuit.load(path)
 
 
@@ -152,15 +150,10 @@ def test_words_are_part_of_the_digest(path: Path) -> None:
         ({"n_kept": 4}, "n_kept is 4, but the arrays have 5"),
         ({"n_nodes": 1}, "n_nodes is 1"),
         ({"ports": ["", "q"]}, "ports are"),
-        ({"signed": "no"}, "'signed' is 'no', not true or false"),
-        ({"rank": "best"}, "rank is 'best', none of absolute, positive, negative"),
-        ({"rank": "negative"}, "rank is 'negative', and signed is False"),
+        ({"rank": "best"}, "rank is 'best', not one of absolute, positive, negative"),
+        ({"tokens": ["a"]}, "the column 'id' is missing"),
         ({"metadata": []}, r"'metadata' is \[\], not an object"),
         ({"metadata": {"$float": "nan"}}, "the metadata are not an object"),
-        ({"sites": [["tail", "hook_embed"]]}, r"\['tail', 'hook_embed'\] is not a kind of node"),
-        ({"sites": [["head", "blocks.x.attn.hook_z"]] * 9}, "is not the hook of a head"),
-        ({"sites": [["head", "blocks.99999.attn.hook_z"]] * 9}, "is not the hook of a head"),
-        ({"sites": []}, "a place or an index that there is not"),
     ],
 )
 def test_a_header_that_contradicts_the_arrays(path: Path, changes: dict, message: str) -> None:
@@ -172,22 +165,22 @@ def test_a_header_that_contradicts_the_arrays(path: Path, changes: dict, message
 @pytest.mark.parametrize(
     ("name", "array", "message"),
     [
-        ("kept", None, "array 'kept' is missing"),
-        ("port", None, "array 'port' is missing"),
+        ("is_kept", None, "array 'is_kept' is missing: it is a graph without a selection"),
+        ("edge.target", None, "array 'edge.target' is missing"),
         ("extra", np.ones(1), "array 'extra' is unknown"),
-        ("kept", np.ones(2, dtype=bool), "array .* is "),
-        ("kept", np.ones((), dtype=bool), "array 'kept' is "),
-        ("source", np.ones(()), "array .* is "),
-        ("node_site", np.ones(2, dtype=np.int32), "array 'node_site' is"),
-        ("target", 99, "the target of an edge is not among"),
-        ("source", -1, "the source of an edge is not among"),
-        ("node_index", 0, "a node is there twice"),
-        ("node_index", -1, "an index that there is not"),
-        ("node_index", 2**40, "has index 1099511627776"),
-        ("node_site", 77, "a place or an index that there is not"),
-        ("edge_scores", float("nan"), "a score is NaN"),
-        ("edge_scores", float("inf"), "a score is NaN or infinite"),
-        ("port", 5, "port number 5"),
+        ("is_kept", np.ones(2, dtype=bool), "array .* is "),
+        ("is_kept", np.ones((), dtype=bool), "array 'is_kept' is "),
+        ("edge.source", np.ones(()), "array .* is "),
+        ("node.site", np.ones(2, dtype=np.int32), "the columns differ in length"),
+        ("edge.target", 99, "the target of an edge is not among"),
+        ("edge.source", -1, "the source of an edge is not among"),
+        ("node.index", 0, "a node is there twice"),
+        ("node.index", -1, "has index -1"),
+        ("node.index", 2**40, "has index 1099511627776"),
+        ("node.site", 77, "the column 'site' has a place where it has no text"),
+        ("edge.weight", float("nan"), "a score is NaN"),
+        ("edge.weight", float("inf"), "a score is NaN or infinite"),
+        ("edge.port", 5, "port number 5"),
     ],
 )
 def test_arrays_that_are_no_graph(path: Path, name: str, array: Any, message: str) -> None:
@@ -198,10 +191,34 @@ def test_arrays_that_are_no_graph(path: Path, name: str, array: Any, message: st
         Circuit.load(path)
 
 
+@pytest.mark.parametrize("site", ["blocks.x.attn.hook_z", "blocks.99999.attn.hook_z"])
+def test_hooks_that_no_component_has(path: Path, site: str) -> None:
+    texts = read(path)[0]["texts"]
+    rewrite(path, texts={**texts, "site": [site] * len(texts["site"])})
+    with pytest.raises(BadFileError, match="is not the hook of a|a node is there twice"):
+        Circuit.load(path)
+    rewrite(path, texts={**texts, "kind": ["tail"] * len(texts["kind"])})
+    with pytest.raises(BadFileError, match="a node is of the kind 'tail'"):
+        Circuit.load(path)
+
+
+def test_layers_that_are_not_those_of_the_hooks(path: Path) -> None:
+    rewrite(path, {"node.layer": np.full_like(read(path)[1]["node.layer"], 1)})
+    with pytest.raises(BadFileError, match="the embed at 'hook_embed' has layer 1"):
+        Circuit.load(path)
+
+
+def test_the_graph_of_a_circuit_is_a_graph(path: Path) -> None:
+    graph, circuit = Graph.load(path), Circuit.load(path)
+    assert equal(Circuit(graph, circuit.is_kept), circuit)
+    with pytest.raises(BadFileError, match="it is a graph without a selection"):
+        Circuit.load(graph.save(path))
+
+
 @pytest.mark.parametrize("pos", [-1, 10**6, 2**60])
 def test_positions_that_no_prompt_has(tmp_path: Path, pos: int) -> None:
     path = top_n(edge_graph(n_pos=2), 5).save(tmp_path / "circuit")
-    rewrite(path, {"pos": np.full_like(read(path)[1]["pos"], pos)})
+    rewrite(path, {"edge.pos": np.full_like(read(path)[1]["edge.pos"], pos)})
     with pytest.raises(BadFileError, match="an edge has a position outside 0 to 262143"):
         Circuit.load(path)
 
@@ -222,11 +239,11 @@ FIELDS = [
     "n_nodes",
     "n_edges",
     "n_kept",
-    "sites",
+    "columns",
+    "texts",
+    "tokens",
     "ports",
     "metadata",
-    "meanings",
-    "signed",
     "rank",
     "ranked",
 ]
@@ -242,7 +259,7 @@ def test_no_header_makes_another_error(field: str, value: object) -> None:
             again = Circuit.load(path)
         except BadFileError:
             return
-        assert field in ("metadata", "meanings", "signed", "ranked", "n_edges") and again.size == 2
+        assert field in ("metadata", "ranked", "n_edges", "tokens") and again.size == 2
 
 
 @settings(deadline=None, max_examples=80)

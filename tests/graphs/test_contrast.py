@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gemmascope_plugin.errors import GemmaScopeError, TaskError, UnknownNameError
-from gemmascope_plugin.graphs import AttributionGraph, contrast
+from gemmascope_plugin.graphs import Graph, contrast
 from gemmascope_plugin.tracing import supernodes, trace
 from tests import factories
 from tests.tracing.prompts import (
@@ -27,11 +27,11 @@ from tests.tracing.prompts import (
 
 
 @pytest.fixture(scope="module")
-def difference() -> AttributionGraph:
+def difference() -> Graph:
     return contrast(graph("clean"), graph("corrupt"))
 
 
-def test_edges_and_activations_are_differences(difference: AttributionGraph) -> None:
+def test_edges_and_activations_are_differences(difference: Graph) -> None:
     one, other = entries(graph("clean")), entries(graph("corrupt"))
     expected = {k: one.get(k, 0) - other.get(k, 0) for k in {*one, *other}}
     assert_close(entries(difference), expected)
@@ -43,13 +43,13 @@ def test_edges_and_activations_are_differences(difference: AttributionGraph) -> 
         assert row.activation_corrupt == other.get(key(row), 0)
 
 
-def test_every_node_is_there_once(difference: AttributionGraph) -> None:
+def test_every_node_is_there_once(difference: Graph) -> None:
     keys = [key(row) for row in difference.nodes.itertuples()]
     both = {key(row) for g in ("clean", "corrupt") for row in graph(g).nodes.itertuples()}
     assert len(keys) == len(set(keys)) and set(keys) == both
 
 
-def test_rows_sum_to_the_difference_of_pre_activations(difference: AttributionGraph) -> None:
+def test_rows_sum_to_the_difference_of_pre_activations(difference: Graph) -> None:
     sums = difference.adjacency.sum(1)[difference.edges.nodes]
     expected = difference.nodes["activation"].to_numpy()[difference.edges.nodes]
     scale = difference.nodes[["activation_clean", "activation_corrupt"]].abs().max().max()
@@ -58,7 +58,7 @@ def test_rows_sum_to_the_difference_of_pre_activations(difference: AttributionGr
     assert set(np.flatnonzero(difference.where("target"))) <= set(difference.edges.nodes)
 
 
-def test_influence_and_pruning(difference: AttributionGraph) -> None:
+def test_influence_and_pruning(difference: Graph) -> None:
     np.testing.assert_array_equal(
         difference.weights[difference.targets], graph("clean").weights[graph("clean").targets]
     )
@@ -68,7 +68,7 @@ def test_influence_and_pruning(difference: AttributionGraph) -> None:
     assert 0 <= difference.scores.replacement <= 1
 
 
-def test_words_of_both_prompts(difference: AttributionGraph) -> None:
+def test_words_of_both_prompts(difference: Graph) -> None:
     words = graph("clean").tokens[3], graph("corrupt").tokens[3]
     assert difference.tokens[3] == " | ".join(words)
     assert difference.nodes["label"][difference.find("token@3")] == " | ".join(words)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from gemmascope_plugin.circuits import top_n
 from gemmascope_plugin.errors import EmptySelectionError, GemmaScopeError
 from gemmascope_plugin.graphs import Circuit, Graph
+from gemmascope_plugin.graphs.adjacency import EdgeList
 from gemmascope_plugin.graphs.dead_ends import prune
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.graphs.node import Node
@@ -17,7 +18,7 @@ from tests.graphs.graphs import EDGES, Recipe, edge_graph, node_graph
 
 def slow_prune(graph: Graph, kept: torch.Tensor) -> torch.Tensor:
     """Nodes without kept inputs or without kept outputs lose their edges, until nothing changes."""
-    nodes, feeds = graph.nodes, graph.feeds.tolist()
+    nodes, feeds = graph.components, graph.feeds.tolist()
     sources, targets = graph.source.tolist(), graph.target.tolist()
     edges = set(kept.nonzero().flatten().tolist())
     while True:
@@ -86,12 +87,7 @@ def test_a_pruned_circuit_shares_its_graph() -> None:
 def test_without_edges_or_ends_there_is_nothing_to_prune() -> None:
     with pytest.raises(GemmaScopeError, match="Dead ends need edges"):
         top_n(node_graph(), 2).pruned()
-    graph = Graph(
-        nodes=(Node.mlp(0), Node.logits()),
-        source=torch.tensor([0]),
-        target=torch.tensor([1]),
-        port=torch.zeros(1, dtype=torch.uint8),
-        edge_scores=torch.ones(1),
-    )
+    edges = EdgeList.of([0], [1], [1.0])
+    graph = Graph.of_nodes((Node.mlp(0), Node.logits()), None, edges=edges)
     with pytest.raises(EmptySelectionError, match="no node of kind 'embed'"):
         top_n(graph, 1).pruned()

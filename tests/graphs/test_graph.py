@@ -18,9 +18,11 @@ from gemmascope_plugin.errors import (
     UnknownNameError,
 )
 from gemmascope_plugin.graphs import Circuit, Graph
+from gemmascope_plugin.graphs.adjacency import EdgeList
 from gemmascope_plugin.graphs.edge_map import EdgeMap
-from gemmascope_plugin.graphs.graph import MAX_BARS, PORTS, SIGN
-from gemmascope_plugin.graphs.node import Node, Reader
+from gemmascope_plugin.graphs.frames import MAX_BARS
+from gemmascope_plugin.graphs.graph import SIGN
+from gemmascope_plugin.graphs.node import PORTS, Node, Reader
 from tests.graphs.graphs import EDGE_MAP, META, edge_graph, node_graph
 
 SMALL = EdgeMap(1, 2, 1)
@@ -38,8 +40,8 @@ def test_every_edge_of_a_model_has_the_score_of_its_writer_and_reader() -> None:
     assert graph.n_edges == EDGE_MAP.n_edges
     found = {}
     for i in range(graph.n_edges):
-        reader = Reader(graph.nodes[graph.target[i]], PORTS[graph.port[i]])
-        found[graph.nodes[graph.source[i]], reader] = float(graph.edge_scores[i])
+        reader = Reader(graph.components[graph.target[i]], PORTS[graph.port[i]])
+        found[graph.components[graph.source[i]], reader] = float(graph.edge_scores[i])
     for row, writer in enumerate(EDGE_MAP.writers):
         for column, reader in enumerate(EDGE_MAP.readers):
             expected = float(scores[row, column]) if EDGE_MAP.mask[row, column] else None
@@ -72,7 +74,10 @@ def test_labels_of_edges() -> None:
 
 def test_a_key_value_head_feeds_the_heads_of_its_group() -> None:
     graph = edge_graph(EdgeMap(2, 4, 2))
-    pairs = [(graph.nodes[kv].label, graph.nodes[head].label) for kv, head in graph.feeds.tolist()]
+    pairs = [
+        (graph.components[kv].label, graph.components[head].label)
+        for kv, head in graph.feeds.tolist()
+    ]
     assert pairs[4:] == [
         *(("L1KV0", "L1H0"), ("L1KV0", "L1H1"), ("L1KV1", "L1H2"), ("L1KV1", "L1H3")),
     ]
@@ -111,40 +116,31 @@ def test_scores_that_are_not_finite_are_an_error() -> None:
     [
         ({"nodes": (Node.mlp(0),) * 6}, "a node is there twice"),
         ({"nodes": (*(Node.mlp(i) for i in range(5)), Node.kv(0, 0))}, "cannot share them"),
-        ({"source": torch.tensor([0, 9])}, "the source of an edge is not among the 6 nodes"),
-        ({"target": torch.tensor([-1, 2])}, "the target of an edge is not among"),
-        ({"target": torch.tensor([0, 1])}, "an edge ends where it begins"),
-        ({"port": torch.tensor([0, 4], dtype=torch.uint8)}, "port number 4"),
-        ({"pos": torch.tensor([0, -1])}, "an edge has a position outside 0 to"),
+        ({"source": [0, 9]}, "the source of an edge is not among the 6 nodes"),
+        ({"target": [-1, 2]}, "the target of an edge is not among"),
+        ({"target": [0, 1]}, "an edge ends where it begins"),
+        ({"port": [0, 4]}, "port number 4"),
+        ({"pos": [0, -1]}, "an edge has a position outside 0 to"),
         (
-            {"source": torch.tensor([0, 0]), "target": torch.tensor([2, 2])},
+            {"source": [0, 0], "target": [2, 2]},
             "an edge is there twice",
         ),
-        ({"edge_scores": torch.tensor([0.0, float("nan")])}, "a score is NaN"),
+        ({"weight": [0.0, float("nan")]}, "a score is NaN"),
     ],
 )
 def test_what_is_no_graph_cannot_be_made(change: dict, fault: str) -> None:
-    parts = {
-        "nodes": tuple(Node.mlp(i) for i in range(6)),
-        "source": torch.tensor([0, 1]),
-        "target": torch.tensor([2, 3]),
-        "port": torch.zeros(2, dtype=torch.uint8),
-        "edge_scores": torch.ones(2),
-    }
-    Graph(**parts)
+    nodes = tuple(Node.mlp(i) for i in range(6))
+    ends = {"source": [0, 1], "target": [2, 3], "weight": [1.0, 1.0]}
+    Graph.of_nodes(nodes, None, edges=EdgeList.of(**ends))
     with pytest.raises(AssertionError, match=fault):
-        Graph(**parts | change)
+        Graph.of_nodes(change.pop("nodes", nodes), None, edges=EdgeList.of(**ends | change))
 
 
 def test_the_same_edge_may_be_there_at_two_ports_or_positions() -> None:
-    parts = {
-        "nodes": (Node.embed(), Node.head(0, 0), Node.kv(0, 0)),
-        "source": torch.tensor([0, 0]),
-        "target": torch.tensor([2, 2]),
-        "edge_scores": torch.ones(2),
-    }
-    Graph(**parts, port=torch.tensor([2, 3], dtype=torch.uint8))
-    Graph(**parts, port=torch.tensor([2, 2], dtype=torch.uint8), pos=torch.tensor([0, 1]))
+    nodes = (Node.embed(), Node.head(0, 0), Node.kv(0, 0))
+    ends = {"source": [0, 0], "target": [2, 2], "weight": torch.ones(2)}
+    Graph.of_nodes(nodes, None, edges=EdgeList.of(**ends, port=[2, 3]))
+    Graph.of_nodes(nodes, None, edges=EdgeList.of(**ends, port=[2, 2], pos=[0, 1]))
 
 
 def test_a_graph_as_table_text_and_figure() -> None:
@@ -217,13 +213,15 @@ def test_a_circuit_of_edges() -> None:
 def test_a_circuit_of_nodes() -> None:
     circuit = top_n(node_graph(), 2)
     assert circuit.nodes == circuit.ranking[:2]
-    assert set(circuit.ranking) == set(circuit.graph.nodes)
+    assert set(circuit.ranking) == set(circuit.graph.components)
     assert [abs(score) for score in circuit.scores] == sorted(
         map(abs, circuit.scores), reverse=True
     )
     assert circuit.edges == ()
     kept = torch.tensor([True, False, False, False, True, True])
-    assert set(Circuit(circuit.graph, kept).nodes) == {circuit.graph.nodes[i] for i in (0, 4, 5)}
+    assert set(Circuit(circuit.graph, kept).nodes) == {
+        circuit.graph.components[i] for i in (0, 4, 5)
+    }
 
 
 def test_equal_scores_keep_the_order_of_the_graph() -> None:
@@ -256,13 +254,7 @@ def test_masks_that_do_not_exist() -> None:
         top_n(node_graph(), 1).mask(EDGE_MAP)
     with pytest.raises(GemmaScopeError, match="edges at single positions, and no mask"):
         top_n(edge_graph(n_pos=2), 1).mask(EDGE_MAP)
-    backwards = replace(
-        hand_made().graph,
-        source=torch.tensor([11]),
-        target=torch.tensor([1]),
-        port=torch.tensor([1], dtype=torch.uint8),
-        edge_scores=torch.ones(1),
-    )
+    backwards = replace(hand_made().graph, edges=EdgeList.of([11], [1], [1.0], port=[1]))
     with pytest.raises(UnknownNameError, match=r"no edge 'L1H3->L0H0.q'"):
         top_n(backwards, 1).mask(EDGE_MAP)
 

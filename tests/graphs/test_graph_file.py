@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, InputError, MissingFileError
-from gemmascope_plugin.graphs import AttributionGraph
+from gemmascope_plugin.graphs import Graph
 from gemmascope_plugin.graphs.adjacency import Adjacency
 from tests.graphs.bundles import read, rewrite
 from tests.tracing.traces import same, traced
@@ -23,8 +23,8 @@ from tests.tracing.traces import same, traced
 def test_graphs_come_back_as_they_were(name: str, tmp_path: Path) -> None:
     for graph in (traced(name), traced(name).prune(0.9)):
         path = graph.save(tmp_path / "new" / "a.safetensors")
-        same(AttributionGraph.load(path), graph)
-        assert AttributionGraph.load(path).scores == graph.scores
+        same(Graph.load(path), graph)
+        assert Graph.load(path).scores == graph.scores
     assert [p.name for p in path.parent.iterdir()] == ["a.safetensors"]
 
 
@@ -36,16 +36,18 @@ def test_metadata_and_more_columns_come_back(tmp_path: Path) -> None:
         "in": {"a": True},
     }
     nodes = graph.nodes.assign(group="g", flag=True, count=np.float32(0.5))
-    graph = replace(graph, nodes=nodes, metadata=metadata)
-    same(AttributionGraph.load(graph.save(tmp_path / "a")), graph)
+    graph = replace(graph, columns=nodes, metadata=metadata)
+    same(Graph.load(graph.save(tmp_path / "a")), graph)
 
 
 def column(path: Path, name: str, place: int, value: Any) -> Path:
     """Changes one entry of a column or array, with a digest that fits."""
     content, arrays = read(path)
     if name in content["texts"]:
-        content["texts"][name][place] = value
-        return rewrite(path, texts=content["texts"])
+        texts, places = content["texts"], arrays[f"node.{name}"].copy()
+        texts[name].append(value)
+        places[place] = len(texts[name]) - 1
+        return rewrite(path, {f"node.{name}": places}, texts=texts)
     name = name if name in arrays else f"node.{name}"
     array = arrays[name].copy()
     array[place] = value
@@ -55,19 +57,20 @@ def column(path: Path, name: str, place: int, value: Any) -> Path:
 @pytest.mark.parametrize(
     ("arrays", "changes", "message"),
     [
-        ({}, {"format": "other"}, "it is not a gemmascope_plugin attribution graph"),
-        ({}, {"version": 3}, "is of version 3. There is: version 2"),
+        ({}, {"format": "other"}, "it is not a gemmascope_plugin graph"),
+        ({}, {"version": 3}, "is of version 3. There is: version 1"),
         ({}, {"columns": ["id"]}, "not those that it has arrays and texts for"),
         ({}, {"columns": "id"}, "'columns' is 'id', not a list"),
         ({}, {"tokens": ["a", 3]}, r"tokens\[1\] is 3, not text"),
         ({}, {"tokens": ["a"]}, "the token 'token@1' has pos 1"),
         ({}, {"metadata": [1]}, "'metadata' is .*, not an object"),
         ({}, {"metadata": {"x": {"$float": "1e5"}}}, "'1e5' stands for a number"),
-        ({}, {"texts": {}}, "the array 'node.id' is missing"),
-        ({"rows": np.array([3, 2])}, {}, "contradict one another"),
-        ({"rows": np.array([3.0, 2.0])}, {}, "of another type"),
-        ({"data": np.zeros((2, 2))}, {}, "has several axes"),
-        ({"more": np.zeros(2)}, {}, "not those that it has arrays and texts for"),
+        ({}, {"texts": {}}, "the column 'id' has entries that are not text"),
+        ({"edge.rows": np.array([3, 2])}, {}, "contradict one another"),
+        ({"edge.rows": np.array([3.0, 2.0])}, {}, r"'edge.rows' is \(2,\) of float64"),
+        ({"edge.weight": np.zeros((2, 2))}, {}, r"'edge.weight' is \(2, 2\)"),
+        ({"more": np.zeros(2)}, {}, "the array 'more' is unknown"),
+        ({"node.more": np.zeros(2)}, {}, "not those that it has arrays and texts for"),
         ({"node.pos": np.zeros(3)}, {}, "the columns differ in length"),
     ],
 )
@@ -76,14 +79,14 @@ def test_damaged_files_are_refused(
 ) -> None:
     path = rewrite(traced("some").save(tmp_path / "a"), arrays, **changes)
     with pytest.raises(BadFileError, match=message):
-        AttributionGraph.load(path)
+        Graph.load(path)
 
 
 @pytest.mark.parametrize(
     ("name", "place", "value", "message"),
     [
-        ("data", 0, np.nan, "an edge is NaN or infinite"),
-        ("data", -1, np.inf, "an edge is NaN or infinite"),
+        ("edge.weight", 0, np.nan, "an edge is NaN or infinite"),
+        ("edge.weight", -1, np.inf, "an edge is NaN or infinite"),
         ("pos", 0, 10**6, "the token 'token@0' has pos 1000000"),
         ("pos", 3, -1, "the token 'token@3' has pos -1"),
         ("layer", -1, 10**6, "the target .* has layer 1000000"),
@@ -93,13 +96,13 @@ def test_damaged_files_are_refused(
         ("activation", -1, -np.inf, "the target .* has activation -inf"),
         ("kind", 0, "ghost", "a node is of the kind 'ghost'"),
         ("id", 1, "token@0", "the node 'token@0' is there twice"),
-        ("label", 1, None, r"label\[1\] is None, not text"),
+        ("label", 1, None, r"label\[\d+\] is None, not text"),
     ],
 )
 def test_content_that_is_not_of_a_graph_is_refused(name, place, value, message, tmp_path) -> None:
     path = column(traced("some").save(tmp_path / "a"), name, place, value)
     with pytest.raises(BadFileError, match=message):
-        AttributionGraph.load(path)
+        Graph.load(path)
 
 
 def test_every_change_of_a_label_is_found_out(tmp_path: Path) -> None:
@@ -110,7 +113,7 @@ def test_every_change_of_a_label_is_found_out(tmp_path: Path) -> None:
     assert data.count(old) >= 1
     path.write_bytes(data.replace(old, new))
     with pytest.raises(BadFileError, match="it is not as it was written"):
-        AttributionGraph.load(path)
+        Graph.load(path)
 
 
 def test_graphs_that_could_not_be_read_are_not_written(tmp_path: Path) -> None:
@@ -120,7 +123,7 @@ def test_graphs_that_could_not_be_read_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(GemmaScopeError, match="cannot be saved: an edge is NaN or infinite"):
         replace(graph, edges=Adjacency(matrix, graph.edges.nodes)).save(tmp_path / "a")
     with pytest.raises(GemmaScopeError, match="cannot be saved: the token 'token@0' has pos"):
-        replace(graph, nodes=graph.nodes.assign(pos=99)).save(tmp_path / "a")
+        replace(graph, columns=graph.nodes.assign(pos=99)).save(tmp_path / "a")
     with pytest.raises(GemmaScopeError, match="surrogates not allowed"):
         replace(graph, metadata={"x": "\ud800"}).save(tmp_path / "a")
     deep: list[Any] = []
@@ -149,7 +152,7 @@ def test_any_damage_is_found_out(tmp_path: Path, place: float, byte: int, cut: b
         data[at] = byte
     (tmp_path / "b").write_bytes(data)
     try:
-        graph = AttributionGraph.load(tmp_path / "b")
+        graph = Graph.load(tmp_path / "b")
     except BadFileError:
         return
     same(graph, traced("some"))  # white space of the header
@@ -158,13 +161,13 @@ def test_any_damage_is_found_out(tmp_path: Path, place: float, byte: int, cut: b
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("rows", lambda x: x[::-1].copy(), "are not ascending places"),
-        ("rows", lambda x: x + 10**6, "are not ascending places"),
-        ("indptr", lambda x: x - 1, "contradict one another"),
-        ("indptr", lambda x: np.concatenate([x[:1], x[:0:-1]]), "do not add up"),
-        ("indices", lambda x: x - 1, "comes from no node"),
-        ("indices", lambda x: x + 10**6, "leads backwards"),
-        ("indices", lambda x: np.concatenate([x[1::-1], x[2:]]), "are not ascending"),
+        ("edge.rows", lambda x: x[::-1].copy(), "are not ascending places"),
+        ("edge.rows", lambda x: x + 10**6, "are not ascending places"),
+        ("edge.indptr", lambda x: x - 1, "contradict one another"),
+        ("edge.indptr", lambda x: np.concatenate([x[:1], x[:0:-1]]), "do not add up"),
+        ("edge.source", lambda x: x - 1, "comes from no node"),
+        ("edge.source", lambda x: x + 10**6, "leads backwards"),
+        ("edge.source", lambda x: np.concatenate([x[1::-1], x[2:]]), "are not ascending"),
     ],
 )
 def test_rows_that_are_no_graph_are_refused(
@@ -173,21 +176,21 @@ def test_rows_that_are_no_graph_are_refused(
     path = traced("some").save(tmp_path / "a")
     array = change(read(path)[1][name])
     with pytest.raises(BadFileError, match=message):
-        AttributionGraph.load(rewrite(path, {name: array}))
+        Graph.load(rewrite(path, {name: array}))
 
 
 def test_mistakes(tmp_path: Path) -> None:
     graph = traced("some")
-    with pytest.raises(MissingFileError, match="There is no attribution graph at"):
-        AttributionGraph.load(tmp_path / "none")
+    with pytest.raises(MissingFileError, match="There is no graph at"):
+        Graph.load(tmp_path / "none")
     with pytest.raises(GemmaScopeError, match=r"is a folder.*graph.safetensors"):
         graph.save(tmp_path)
     (tmp_path / "text").write_text("no arrays")
     with pytest.raises(BadFileError, match="cannot read"):
-        AttributionGraph.load(tmp_path / "text")
+        Graph.load(tmp_path / "text")
     save_file({"a": np.zeros(1)}, tmp_path / "other")
-    with pytest.raises(BadFileError, match="it is not a gemmascope_plugin attribution graph"):
-        AttributionGraph.load(tmp_path / "other")
+    with pytest.raises(BadFileError, match="it is not a gemmascope_plugin graph"):
+        Graph.load(tmp_path / "other")
     with pytest.raises(GemmaScopeError, match=r"metadata\['bad'\]\[0\] is object"):
         replace(graph, metadata={"bad": [object()]}).save(tmp_path / "a")
     with pytest.raises(
@@ -195,7 +198,7 @@ def test_mistakes(tmp_path: Path) -> None:
     ):
         replace(graph, metadata={"deep": {1: 2}}).save(tmp_path / "a")
     with pytest.raises(GemmaScopeError, match="Column 'label' of the nodes has None"):
-        replace(graph, nodes=graph.nodes.assign(label=None).astype({"label": object})).save(
+        replace(graph, columns=graph.nodes.assign(label=None).astype({"label": object})).save(
             tmp_path / "a"
         )
 
@@ -228,7 +231,7 @@ def test_the_figure_has_tokens_below_and_targets_on_top() -> None:
 
 def test_what_is_not_a_path_or_a_number_is_refused() -> None:
     graph: Any = traced("some")
-    graphs: Any = AttributionGraph
+    graphs: Any = Graph
     for call in (graphs.from_json, graphs.load, graph.save):
         with pytest.raises(InputError, match="=3 is not a path"):
             call(3)

@@ -18,9 +18,10 @@ from gemmascope_plugin.errors import (
     MissingFileError,
     UnknownNameError,
 )
-from gemmascope_plugin.graphs import AttributionGraph
-from gemmascope_plugin.graphs.graph_json import INDEX, _shortest, add_to_folder, write_json
-from gemmascope_plugin.graphs.graph_json_nodes import cantor, from_cantor
+from gemmascope_plugin.graphs import Graph
+from gemmascope_plugin.graphs.json_folder import INDEX, add_to_folder, write_json
+from gemmascope_plugin.graphs.read_json import from_cantor
+from gemmascope_plugin.graphs.write_json import _shortest, cantor
 from tests.graphs.graph_rules import check_rules, scores_from_file
 from tests.tracing.peer_graph import peer_file
 from tests.tracing.traces import same, traced
@@ -34,13 +35,13 @@ def test_files_obey_the_rules_and_come_back(name: str) -> None:
     content = graph.to_json("a-graph", scan="gemma-2-2b")
     check_rules(content)
     assert content["metadata"]["scan"] == "gemma-2-2b"
-    same(AttributionGraph.from_json(json.loads(json.dumps(content))), graph)
+    same(Graph.from_json(json.loads(json.dumps(content))), graph)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_rows_sum_to_what_they_explain_after_reading(name: str) -> None:
     graph = traced(name)
-    found = AttributionGraph.from_json(graph.to_json("a"))
+    found = Graph.from_json(graph.to_json("a"))
     active = graph.nodes["activation"].to_numpy()[graph.edges.nodes]
     size = np.abs(active).max()
     assert found.where("bias").sum() == graph.where("bias").sum() > 0
@@ -56,16 +57,16 @@ def test_a_file_with_fewer_links_does_not_say_that_rows_sum() -> None:
         for name in place:
             links = links[name]
         links.pop()
-        found = AttributionGraph.from_json(content)
+        found = Graph.from_json(content)
         assert np.isnan(found.metadata["residual"]) and found.n_edges == traced().n_edges - 1
 
 
 def test_a_file_without_biases_does_not_say_that_rows_sum() -> None:
     content = traced().to_json("a")
     del content["metadata"]["gemmascope"]["biases"]
-    found = AttributionGraph.from_json(content)
+    found = Graph.from_json(content)
     assert not found.where("bias").any() and np.isnan(found.metadata["residual"])
-    assert "residual" not in AttributionGraph.from_json(peer_file()).metadata
+    assert "residual" not in Graph.from_json(peer_file()).metadata
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_damaged_biases_are_refused(change: Any, message: str) -> None:
     content = json.loads(json.dumps(traced().to_json("a")))
     change(content["metadata"]["gemmascope"]["biases"])
     with pytest.raises(BadFileError, match=message):
-        AttributionGraph.from_json(content)
+        Graph.from_json(content)
 
 
 def test_pruned_graphs_come_back_with_their_shares() -> None:
@@ -95,7 +96,7 @@ def test_pruned_graphs_come_back_with_their_shares() -> None:
     check_rules(content)
     assert content["metadata"]["node_threshold"] == 0.8
     assert content["metadata"]["pruning_settings"]["edge_threshold"] == 0.98
-    same(AttributionGraph.from_json(content), graph)
+    same(Graph.from_json(content), graph)
 
 
 @pytest.mark.parametrize("name", ["plain", "some"])
@@ -174,7 +175,7 @@ def test_a_graph_of_one_layer_says_what_will_not_show_it() -> None:
     graph = traced()
     shallow = (graph.nodes["layer"] < 1).to_numpy() | graph.where("target")
     nodes = graph.nodes[shallow].reset_index(drop=True)
-    cut = AttributionGraph(nodes, graph.edges.compacted(shallow), graph.tokens, graph.metadata)
+    cut = Graph(nodes, graph.edges.compacted(shallow), graph.tokens, graph.metadata)
     content = cut.to_json("x")
     check_rules(content)
     assert "no graph without a node above layer 0" in content["metadata"]["gemmascope"]["limits"][0]
@@ -217,14 +218,14 @@ def test_a_folder_lists_its_graphs(tmp_path: Path) -> None:
         ("one", "newer"),
     ]
     assert listed[0]["info"]["create_time_ms"] > 10**12
-    same(AttributionGraph.from_json(first), graph)
+    same(Graph.from_json(first), graph)
     (tmp_path / INDEX).write_text("[]")
     with pytest.raises(BadFileError, match="graph-metadata.json"):
         add_to_folder(tmp_path, graph.to_json("one"))
 
 
 def test_files_of_circuit_tracer_are_read() -> None:
-    graph = AttributionGraph.from_json(peer_file())
+    graph = Graph.from_json(peer_file())
     rows = graph.nodes[["id", "kind", "layer", "index", "weight"]].to_numpy().tolist()
     assert rows == [
         ["token:E_4_1", "token", -1, 4, 0.0],
@@ -246,7 +247,7 @@ def test_files_of_circuit_tracer_are_read() -> None:
 def test_a_link_that_could_begin_at_two_nodes_is_counted() -> None:
     content = peer_file()
     del content["links"][-1]
-    graph = AttributionGraph.from_json(content)
+    graph = Graph.from_json(content)
     assert graph.metadata["ambiguous_links"] == 1
     assert graph.n_edges == 4
 
@@ -255,7 +256,7 @@ def test_old_files_have_the_index_in_the_name() -> None:
     content = peer_file()
     del content["metadata"]["schema_version"]
     content["nodes"][1]["feature"] = 100007
-    assert AttributionGraph.from_json(content).nodes["index"].tolist() == [4, 1, 7, -1, 9]
+    assert Graph.from_json(content).nodes["index"].tolist() == [4, 1, 7, -1, 9]
 
 
 @pytest.mark.parametrize(
@@ -276,19 +277,19 @@ def test_damaged_content_is_refused(change: Any, message: str) -> None:
     content = peer_file()
     change(content)
     with pytest.raises(BadFileError, match=message):
-        AttributionGraph.from_json(content)
+        Graph.from_json(content)
 
 
 def test_mistakes(tmp_path: Path) -> None:
     graph = traced("some")
-    with pytest.raises(UnknownNameError, match="The slug 'a/b' is no file name"):
+    with pytest.raises(UnknownNameError, match="The slug 'a/b' is not a file name"):
         graph.to_json("a/b")
     with pytest.raises(GemmaScopeError, match=r"grouped nodes.*groups=.* before collapse"):
         replace(graph, metadata={"supernodes": {}}).to_json("x")
     with pytest.raises(GemmaScopeError, match="is a folder"):
         write_json(tmp_path, graph.to_json("x"))
     with pytest.raises(MissingFileError, match="There is no graph at"):
-        AttributionGraph.from_json(tmp_path / "none.json")
+        Graph.from_json(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(BadFileError, match="cannot read"):
-        AttributionGraph.from_json(tmp_path / "bad.json")
+        Graph.from_json(tmp_path / "bad.json")

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, UnknownNameError
-from gemmascope_plugin.graphs import AttributionGraph
-from gemmascope_plugin.graphs.graph_json import INDEX, add_to_folder, check_slug
-from gemmascope_plugin.graphs.graph_json_nodes import cantor
+from gemmascope_plugin.graphs import Graph
+from gemmascope_plugin.graphs.json_folder import INDEX, add_to_folder, check_slug
+from gemmascope_plugin.graphs.write_json import cantor
 from tests.graphs.graph_rules import check_rules
 from tests.tracing.peer_graph import peer_file
 from tests.tracing.traces import same, traced
@@ -37,7 +37,7 @@ def saved_by_a_viewer() -> dict[str, Any]:
 
 def test_pins_and_supernodes_come_back() -> None:
     content = saved_by_a_viewer()
-    graph = AttributionGraph.from_json(content)
+    graph = Graph.from_json(content)
     view = graph.metadata["view"]
     assert view["pinned"] == ("feature:1_7_1", "target:3_9_1")
     assert view["supernodes"] == (("words", "feature:0_1_1", "feature:1_7_1"), ("gone",))
@@ -52,21 +52,21 @@ def test_pins_and_supernodes_come_back() -> None:
         "clickedId": ids["feature:1_7_1"],
     }
     same(
-        AttributionGraph.from_json(again),
-        AttributionGraph.from_json(json.loads(json.dumps(again))),
+        Graph.from_json(again),
+        Graph.from_json(json.loads(json.dumps(again))),
     )
-    twice = AttributionGraph.from_json(again).to_json("peer")
+    twice = Graph.from_json(again).to_json("peer")
     assert twice["qParams"] == again["qParams"]
 
 
 def test_the_view_goes_through_files_and_pruning(tmp_path: Path) -> None:
-    graph = AttributionGraph.from_json(saved_by_a_viewer())
-    again = AttributionGraph.load(graph.save(tmp_path / "a"))
+    graph = Graph.from_json(saved_by_a_viewer())
+    again = Graph.load(graph.save(tmp_path / "a"))
     same(again, graph)
     own = traced("some")
     features = own.nodes["id"][own.where("feature")].tolist()
     content = own.to_json("x", groups={"all": features}, pinned=features[:1])
-    shown = AttributionGraph.from_json(content)
+    shown = Graph.from_json(content)
     assert shown.metadata["view"]["supernodes"] == (("all", *features),)
     pruned = shown.prune(0.5)
     left = pruned.nodes["id"][pruned.where("feature")].tolist()
@@ -79,13 +79,13 @@ def test_the_view_goes_through_files_and_pruning(tmp_path: Path) -> None:
 
 
 def test_labels_are_wrapped_once() -> None:
-    graph = AttributionGraph.from_json(peer_file())
+    graph = Graph.from_json(peer_file())
     assert graph.nodes["label"].tolist() == ["a", "", "", "", "b"]
     for _ in range(3):
         content = graph.to_json("peer")
         labels = {n["feature_type"]: n["clerp"] for n in content["nodes"]}
         assert labels["embedding"] == 'Emb: "a"' and labels["logit"] == 'Output "b" (p=0.250)'
-        graph = AttributionGraph.from_json(content)
+        graph = Graph.from_json(content)
         assert graph.nodes["label"].tolist() == ["a", "", "", "", "b"]
 
 
@@ -94,7 +94,7 @@ def test_labels_that_a_viewer_changed_are_those_of_the_nodes(form: str) -> None:
     content, pairs = peer_file(), [[f"1_{cantor(1, 7)}_1", "capitals"]]
     forms: dict[str, Any] = {"pairs": pairs, "text": json.dumps(pairs), "table": dict(pairs)}
     content["qParams"]["clerps"] = forms[form]
-    graph = AttributionGraph.from_json(content)
+    graph = Graph.from_json(content)
     assert graph.nodes["label"][graph.find("feature:1_7_1")] == "capitals"
     again = graph.to_json("x")
     assert "clerps" not in again["qParams"]
@@ -104,10 +104,10 @@ def test_labels_that_a_viewer_changed_are_those_of_the_nodes(form: str) -> None:
 def test_an_activation_that_is_not_known_stays_so() -> None:
     content = peer_file()
     content["nodes"][0]["activation"] = None
-    graph = AttributionGraph.from_json(content)
+    graph = Graph.from_json(content)
     again = graph.to_json("x")
     assert json.loads(json.dumps(again, allow_nan=False)) == again
-    loaded = AttributionGraph.from_json(again).nodes["activation"]
+    loaded = Graph.from_json(again).nodes["activation"]
     assert loaded.isna()[graph.find("feature:0_1_1")]
     assert loaded[graph.find("feature:1_7_1")] == 1.0
 
@@ -154,11 +154,11 @@ def test_damaged_content_is_named(number: int, tmp_path: Path) -> None:
     content = peer_file()
     change(content)
     with pytest.raises(BadFileError, match=message):
-        AttributionGraph.from_json(content)
+        Graph.from_json(content)
     path = tmp_path / "x.json"
     path.write_text(json.dumps(content))
     with pytest.raises(BadFileError, match="x.json"):
-        AttributionGraph.from_json(path)
+        Graph.from_json(path)
 
 
 def feature_of(content: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def test_own_files_with_other_types_are_named() -> None:
         content = copy.deepcopy(traced("some").to_json("x"))
         change(content)
         with pytest.raises(BadFileError):
-            AttributionGraph.from_json(content)
+            Graph.from_json(content)
 
 
 @pytest.mark.timeout(30)
@@ -194,7 +194,7 @@ def test_files_that_are_none(tmp_path: Path, kind: str) -> None:
     else:
         path.write_bytes(texts[kind])
     with pytest.raises(GemmaScopeError, match="x.json"):
-        AttributionGraph.from_json(path)
+        Graph.from_json(path)
 
 
 VALUES = st.recursive(
@@ -230,17 +230,17 @@ def test_no_content_makes_another_error(data, value, own, gone) -> None:
     else:
         parent[path[-1]] = value
     try:
-        graph = AttributionGraph.from_json(content)
+        graph = Graph.from_json(content)
     except BadFileError:
         return
     assert repr(graph) and graph._repr_html_() and graph.to_json("again")
 
 
-SMALL = AttributionGraph.from_json(saved_by_a_viewer()).to_json("small")
+SMALL = Graph.from_json(saved_by_a_viewer()).to_json("small")
 
 
 def _add(folder: str, first: int) -> None:
-    graph = AttributionGraph.from_json(peer_file())
+    graph = Graph.from_json(peer_file())
     for number in range(first, first + 5):
         add_to_folder(folder, graph.to_json(f"g{number}"))
 
@@ -259,7 +259,7 @@ def test_processes_that_add_at_once_lose_no_entry(tmp_path: Path) -> None:
 
 
 def test_a_damaged_list_is_named_and_left(tmp_path: Path) -> None:
-    graph = AttributionGraph.from_json(peer_file())
+    graph = Graph.from_json(peer_file())
     for text in ("{", "[]", '{"graphs": [1]}', '{"graphs": {}}', "[" * 10**5):
         (tmp_path / INDEX).write_text(text)
         with pytest.raises(BadFileError, match="graph-metadata.json.*mend it, delete it"):

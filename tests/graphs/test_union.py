@@ -16,7 +16,7 @@ from gemmascope_plugin.errors import (
     TaskError,
     UnknownNameError,
 )
-from gemmascope_plugin.graphs import AttributionGraph, contrast, union
+from gemmascope_plugin.graphs import Graph, contrast, union
 from gemmascope_plugin.tracing import supernodes
 from tests import factories
 from tests.tracing.prompts import assert_close, entries, graph, influence, key, values
@@ -31,11 +31,11 @@ def mean(parts: list[dict[Any, float]]) -> dict[Any, float]:
     return {key: sum(part.get(key, 0) for part in parts) / len(parts) for key in keys}
 
 
-def three() -> list[AttributionGraph]:
+def three() -> list[Graph]:
     return [graph(name) for name in NAMES]
 
 
-def assert_mean(found: AttributionGraph, graphs: list[Any], names: Any, own: Any = None) -> None:
+def assert_mean(found: Graph, graphs: list[Any], names: Any, own: Any = None) -> None:
     """``found`` is the mean of graphs, whose positions have names, as those of ``found`` have."""
     expected = [entries(g, n) for g, n in zip(graphs, names, strict=True)]
     assert_close(entries(found, own), mean(expected))
@@ -64,7 +64,7 @@ def test_influence_pruning_and_files(tmp_path: Any) -> None:
     np.testing.assert_allclose(found.influence, influence(found), atol=1e-6)
     pruned = found.prune()
     assert 0 < len(pruned) < len(found) and "share" in pruned.nodes
-    again = AttributionGraph.load(found.save(tmp_path / "a"))
+    again = Graph.load(found.save(tmp_path / "a"))
     assert again.nodes.equals(found.nodes) and again.metadata["positions"] == tuple("0123456")
 
 
@@ -107,7 +107,7 @@ def test_the_mean_of_contrasts_is_the_contrast_of_means() -> None:
 def test_an_iterator_is_read_one_graph_at_a_time() -> None:
     asked: list[str] = []
 
-    def given() -> Iterator[AttributionGraph]:
+    def given() -> Iterator[Graph]:
         for name in NAMES:
             asked.append(name)
             yield graph(name)

@@ -15,7 +15,7 @@ import pytest
 import scipy.sparse as sp
 
 from gemmascope_plugin.errors import UnknownNameError
-from gemmascope_plugin.graphs import AttributionGraph
+from gemmascope_plugin.graphs import Graph
 from gemmascope_plugin.graphs.adjacency import Adjacency
 from gemmascope_plugin.pages import PageError, trace_html, write_trace
 from gemmascope_plugin.pages.trace_page import MAX_EDGES
@@ -26,7 +26,7 @@ BAD = "</script><script>alert(1)</script><!-- \u2028 &amp; \"'"
 _ROW = {"kind": "feature", "activation": 1.0, "weight": 0.0}
 
 
-def large(n_features: int = 1970, n_edges: int = 20_000) -> AttributionGraph:
+def large(n_features: int = 1970, n_edges: int = 20_000) -> Graph:
     """20 tokens, features of 10 layers, 10 targets, and random edges that lead upwards."""
     random = np.random.default_rng(0)
     tokens = [f"word{i}" for i in range(20)]
@@ -55,7 +55,7 @@ def large(n_features: int = 1970, n_edges: int = 20_000) -> AttributionGraph:
     target, source = cells[:, np.sort(chosen)]
     data = random.normal(size=len(source)).astype(np.float32)
     matrix = sp.csr_array((data, (target, source)), shape=(n, n))
-    return AttributionGraph(nodes, Adjacency(matrix, np.arange(n)), tuple(tokens), {})
+    return Graph(nodes, Adjacency(matrix, np.arange(n)), tuple(tokens), {})
 
 
 class Page(HTMLParser):
@@ -124,7 +124,7 @@ def test_only_the_strongest_edges_of_a_huge_graph_are_in_the_page() -> None:
 def test_nothing_is_loaded_and_no_text_is_html() -> None:
     graph = traced("mixed").prune()
     nodes = graph.nodes.assign(label=BAD)
-    graph = replace(graph, nodes=nodes, tokens=(BAD,) * 12, metadata={"prompt": BAD, BAD: BAD})
+    graph = replace(graph, columns=nodes, tokens=(BAD,) * 12, metadata={"prompt": BAD, BAD: BAD})
     name = nodes["id"].iloc[-1]
     page = trace_html(graph, groups={BAD: [name]}, top_tokens={name: ((BAD,), (BAD,))})
     found = Page(page)

@@ -48,7 +48,7 @@ def _effects(s: Scene) -> Any:
     return s.once("effects", lambda: gs.attribution_patching(s.model, s.task, **PLACES))
 
 
-def _pruned(s: Scene) -> gs.AttributionGraph:
+def _pruned(s: Scene) -> gs.Graph:
     return s.once("pruned", lambda: s.graph.prune())
 
 

@@ -46,13 +46,13 @@ def compared(name: str, result: Any) -> dict[str, Keyed]:
     """What is compared of a result: named numbers, each with a key of its own."""
     if name == "supernodes":
         return {}  # which features are grouped is a matter of thresholds
-    if isinstance(result, gs.AttributionGraph):
+    if isinstance(result, gs.Graph) and result.is_trace:
         return {"targets": _edges_to_targets(result)}
     if isinstance(result, gs.tracing.Intervention):
         rows = result.targets
         return {"before": _by(rows["label"], rows["before"]), "after": _after(result)}
     if isinstance(result, gs.Graph):
-        labels = result.edge_labels if result.ranks_edges else [n.label for n in result.nodes]
+        labels = result.edge_labels if result.ranks_edges else list(result.labels)
         return {"scores": _by(labels, result.unit_scores.tolist())}
     if name == "discover_levels":
         return {
@@ -67,7 +67,7 @@ def compared(name: str, result: Any) -> dict[str, Keyed]:
     return {part: dict(enumerate(_flat(value))) for part, value in _values(result).items()}
 
 
-def _edges_to_targets(graph: gs.AttributionGraph) -> Keyed:
+def _edges_to_targets(graph: gs.Graph) -> Keyed:
     ids = graph.nodes["id"].to_numpy()
     dense = graph.adjacency.tocsr()
     rows = graph.where("target").nonzero()[0]

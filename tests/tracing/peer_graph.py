@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gemmascope_plugin.graphs.graph_json_nodes import cantor
+from gemmascope_plugin.graphs.write_json import cantor
 
 
 def peer_file() -> dict[str, Any]:

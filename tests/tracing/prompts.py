@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gemmascope_plugin.graphs import AttributionGraph
+from gemmascope_plugin.graphs import Graph
 from gemmascope_plugin.tracing import trace
 from tests import factories
 from tests.tiny_models import random_tokens
@@ -35,7 +35,7 @@ def dictionaries() -> tuple[Any, ...]:
 
 
 @cache
-def graph(name: str, targets: Any = TARGETS, **options: Any) -> AttributionGraph:
+def graph(name: str, targets: Any = TARGETS, **options: Any) -> Graph:
     return trace(model(), PROMPTS[name], dictionaries(), targets=list(targets), **options)
 
 
@@ -49,14 +49,14 @@ def key(row: Any, names: Any = None) -> tuple[Any, ...]:
     return (row.kind, row.site, row.index if row.kind == "feature" else -1, pos)
 
 
-def entries(graph: AttributionGraph, names: Any = None) -> dict[Any, float]:
+def entries(graph: Graph, names: Any = None) -> dict[Any, float]:
     """Every effect that is not zero, by the keys of target and source."""
     keys = [key(row, names) for row in graph.nodes.itertuples()]
     dense = graph.adjacency.toarray()
     return {(keys[i], keys[j]): float(dense[i, j]) for i, j in zip(*dense.nonzero(), strict=True)}
 
 
-def values(graph: AttributionGraph, names: Any = None) -> dict[Any, float]:
+def values(graph: Graph, names: Any = None) -> dict[Any, float]:
     """Activations of features and targets."""
     rows = graph.nodes[graph.where("feature") | graph.where("target")]
     return {key(row, names): row.activation for row in rows.itertuples()}
@@ -69,7 +69,7 @@ def assert_close(got: dict[Any, float], expected: dict[Any, float]) -> None:
     np.testing.assert_allclose(one, other, atol=1e-6 * np.abs(other).max())
 
 
-def influence(graph: AttributionGraph) -> np.ndarray:
+def influence(graph: Graph) -> np.ndarray:
     """Over all paths, by powers of the dense matrix."""
     dense = np.abs(graph.adjacency.toarray().astype(np.float64))
     dense[:, graph.where("bias")] = 0

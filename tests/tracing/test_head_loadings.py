@@ -14,7 +14,7 @@ import torch
 
 from gemmascope_plugin import head_loadings
 from gemmascope_plugin.errors import EmptySelectionError, ModelError, TaskError, UnknownNameError
-from gemmascope_plugin.graphs import AttributionGraph
+from gemmascope_plugin.graphs import Graph
 from gemmascope_plugin.tracing import FeatureTarget, trace
 from gemmascope_plugin.tracing.linear.head_shares import loadings
 from gemmascope_plugin.tracing.linear.targets import (
@@ -153,11 +153,11 @@ def saes() -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def graph(saes: list[Any]) -> AttributionGraph:
+def graph(saes: list[Any]) -> Graph:
     return trace(factories.tiny_model("gemma2", "hooked"), TOKENS, saes)
 
 
-def test_edges_of_a_graph(graph: AttributionGraph, saes: list[Any], hooked2: Any) -> None:
+def test_edges_of_a_graph(graph: Graph, saes: list[Any], hooked2: Any) -> None:
     frame = graph.edge_frame()
     crossing = frame[~frame["source"].str.startswith("bias:b_enc")].head(12)
     found = head_loadings(hooked2, graph, saes, crossing)
@@ -200,9 +200,7 @@ def test_targets_that_are_asked_for(saes: list[Any], hooked2: Any) -> None:
     np.testing.assert_allclose(same.values[0], found.values[0], atol=TINY)
 
 
-def test_a_prompt_has_its_likeliest_tokens(
-    graph: AttributionGraph, saes: list[Any], hooked2: Any
-) -> None:
+def test_a_prompt_has_its_likeliest_tokens(graph: Graph, saes: list[Any], hooked2: Any) -> None:
     end = graph.nodes["id"].iloc[-1]
     one = head_loadings(hooked2, TOKENS, saes, [("token@2", end)])
     other = head_loadings(hooked2, graph, saes, [("token@2", end)])
@@ -224,7 +222,7 @@ def test_edges_that_are_none(
     edge: tuple[str, str],
     error: type[Exception],
     words: str,
-    graph: AttributionGraph,
+    graph: Graph,
     saes: list[Any],
     hooked2: Any,
 ) -> None:
@@ -241,7 +239,7 @@ def test_edges_that_are_none(
 
 
 def test_parts_that_do_not_sum_to_their_edge_are_refused(
-    graph: AttributionGraph, saes: list[Any], hooked2: Any, monkeypatch: pytest.MonkeyPatch
+    graph: Graph, saes: list[Any], hooked2: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frame = graph.edge_frame()
     nodes = graph.nodes
@@ -261,14 +259,14 @@ def test_parts_that_do_not_sum_to_their_edge_are_refused(
         head_loadings(hooked2, graph, saes, [edge])
 
 
-def test_no_edges(graph: AttributionGraph, saes: list[Any], hooked2: Any) -> None:
+def test_no_edges(graph: Graph, saes: list[Any], hooked2: Any) -> None:
     with pytest.raises(EmptySelectionError, match="No edge was given. Try: graph.edge_frame"):
         head_loadings(hooked2, graph, saes, [])
     with pytest.raises(TaskError, match=r"\('a',\) is not an edge"):
         factories.unchecked(head_loadings)(hooked2, graph, saes, [("a",)])
 
 
-def test_plots_of_what_there_is(graph: AttributionGraph, saes: list[Any], hooked2: Any) -> None:
+def test_plots_of_what_there_is(graph: Graph, saes: list[Any], hooked2: Any) -> None:
     end = graph.nodes["id"].iloc[-1]
     last = graph.nodes.query("kind == 'feature' and layer == 2 and pos == 19")["id"].iloc[0]
     found = head_loadings(hooked2, graph, saes, [("token@2", end), (last, end)])
@@ -279,8 +277,8 @@ def test_plots_of_what_there_is(graph: AttributionGraph, saes: list[Any], hooked
         found.plot(2)
 
 
-def test_graphs_of_several_prompts(graph: AttributionGraph, saes: list[Any], hooked2: Any) -> None:
-    several = AttributionGraph(graph.nodes, graph.edges, graph.tokens, {})
+def test_graphs_of_several_prompts(graph: Graph, saes: list[Any], hooked2: Any) -> None:
+    several = Graph(graph.nodes, graph.edges, graph.tokens, {})
     edge = ("token@1", graph.nodes["id"].iloc[-1])
     with pytest.raises(TaskError, match="is not the trace of one prompt"):
         head_loadings(hooked2, several, saes, edge)

@@ -18,7 +18,7 @@ from tests.support.real_like import PROMPT, real_like, real_like_transcoders
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 
 
-def largest_gap(graph: gs.AttributionGraph) -> float:
+def largest_gap(graph: gs.Graph) -> float:
     """Of all rows, as a share of their absolute sum."""
     matrix, values = graph.edges.matrix, graph.nodes["activation"].to_numpy()[graph.edges.nodes]
     sums = np.asarray(matrix.sum(1, dtype=np.float64)).ravel()

@@ -20,10 +20,9 @@ from gemmascope_plugin.errors import (
     MissingFileError,
     UnknownNameError,
 )
-from gemmascope_plugin.graphs import AttributionGraph, Supernodes, contrast
+from gemmascope_plugin.graphs import Graph, Supernodes, contrast
 from gemmascope_plugin.graphs.adjacency import Adjacency
 from gemmascope_plugin.graphs.collapse import collapse
-from gemmascope_plugin.graphs.cyclic import Cyclic
 from gemmascope_plugin.tracing import supernodes, trace
 from gemmascope_plugin.tracing.similarity import by_decoder
 from tests import factories
@@ -32,7 +31,7 @@ from tests.tracing.prompts import CLEAN, dictionaries, graph, influence, model
 
 
 @cache
-def pruned() -> AttributionGraph:
+def pruned() -> Graph:
     return graph("clean").prune(0.7, 0.95)
 
 
@@ -46,7 +45,7 @@ def unit(vector: np.ndarray) -> np.ndarray:
     return vector / size if size else vector
 
 
-def similarity(found: AttributionGraph, one: Any, other: Any, by: str) -> float:
+def similarity(found: Graph, one: Any, other: Any, by: str) -> float:
     """Of two rows of the table, one pair at a time."""
     nodes = found.nodes
     if by == "decoder":
@@ -141,7 +140,7 @@ def test_most_influential_groups_first_and_named_after_their_best_member() -> No
     )
 
 
-def collapsed_influence(found: AttributionGraph, groups: Supernodes) -> dict[str, float]:
+def collapsed_influence(found: Graph, groups: Supernodes) -> dict[str, float]:
     """Of each group: that of its members, less what flows from one to another of them."""
     dense = np.abs(found.adjacency.toarray().astype(np.float64))
     dense[:, found.where("bias")] = 0
@@ -154,7 +153,7 @@ def collapsed_influence(found: AttributionGraph, groups: Supernodes) -> dict[str
     return result
 
 
-def without_internal_edges(found: AttributionGraph) -> Supernodes:
+def without_internal_edges(found: Graph) -> Supernodes:
     """Features of one site and token reach each other on no way; some sites have a node between."""
     rows = found.nodes[found.where("feature")]
     groups = {f"{s}@{p}": list(own["id"]) for (s, p), own in rows.groupby(["site", "pos"])}
@@ -173,7 +172,7 @@ def test_a_group_has_the_influence_of_its_members(whole: bool) -> None:
     np.testing.assert_allclose(one.influence, influence(one), atol=1e-6)
 
 
-def assert_others_are_the_same(found: AttributionGraph, one: AttributionGraph) -> None:
+def assert_others_are_the_same(found: Graph, one: Graph) -> None:
     for node in one.nodes["id"]:
         if not node.startswith("group:"):
             places = found.find(node), one.find(node)
@@ -196,7 +195,7 @@ def test_groups_that_lead_into_each_other_both_ways(whole: bool) -> None:
     np.testing.assert_allclose(again.influence, influence(again), atol=1e-6)
 
 
-def small() -> AttributionGraph:
+def small() -> Graph:
     """A token, features of three layers, of which the outer two do not touch, and a target."""
     ids = ["token", "low", "middle", "high", "target"]
     kinds = ["token", "feature", "feature", "feature", "target"]
@@ -205,7 +204,7 @@ def small() -> AttributionGraph:
     nodes = pd.DataFrame({**columns, "activation": 1.0, "weight": [0.0, 0, 0, 0, 1]})
     rows = [[1, 0, 0, 0, 0], [1, -1, 0, 0, 0], [3, 0, 1, 0, 0], [0, 0, -2, 2, 0]]
     edges = Adjacency(sp.csr_array(np.array(rows, dtype=np.float64)), np.arange(1, 5))
-    return AttributionGraph(nodes, edges, ("a",))
+    return Graph(nodes, edges, ("a",))
 
 
 def test_a_group_with_a_node_between_its_members() -> None:
@@ -280,7 +279,7 @@ def test_the_node_of_a_group() -> None:
 def test_collapsed_graphs_are_kept_and_shown(tmp_path: Any) -> None:
     found = pruned()
     one = supernodes(found, by=("edges",), threshold=0.1).collapse(found)
-    again = AttributionGraph.load(one.save(tmp_path / "a"))
+    again = Graph.load(one.save(tmp_path / "a"))
     np.testing.assert_array_equal(again.influence, one.influence)
     assert again.nodes.equals(one.nodes) and again.metadata == one.metadata
     assert "group" in one._repr_html_()
@@ -302,7 +301,7 @@ def test_contrasts_and_means_are_grouped_too() -> None:
 
 
 def test_closed_circles_are_refused() -> None:
-    ring = Cyclic(sp.csr_array(np.array([[0.0, 1.0], [1.0, 0.0]])), np.arange(2))
+    ring = Adjacency(sp.csr_array(np.array([[0.0, 1.0], [1.0, 0.0]])), np.arange(2), False)
     with pytest.raises(GemmaScopeError, match="goes round in the graph for ever"):
         ring.influence(np.ones(2))
 
@@ -312,7 +311,7 @@ def suite() -> Any:
     return gs.tiny()
 
 
-def labelled(suite: Any, task: str, number: int) -> tuple[AttributionGraph, list[Any]]:
+def labelled(suite: Any, task: str, number: int) -> tuple[Graph, list[Any]]:
     """A pruned graph of a held-out prompt, features called as the suite labels them."""
     saes = [suite.load("transcoder", layer) for layer in range(4)]
     words = {f"blocks.{i}.hook_mlp_out": suite.labels_of(sae) for i, sae in enumerate(saes)}

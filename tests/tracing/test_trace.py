@@ -19,7 +19,7 @@ from gemmascope_plugin.errors import (
     UnknownNameError,
     WidthMismatchError,
 )
-from gemmascope_plugin.graphs.attribution_graph import AttributionGraph
+from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.tracing.linear.targets import as_target
 from tests import factories
 from tests.factories import unchecked
@@ -34,28 +34,28 @@ def transcoders(model: Any) -> list[Any]:
     return [factories.transcoder(model, layer, seed=layer) for layer in range(3)]
 
 
-def traced(model: Any, **options: Any) -> AttributionGraph:
+def traced(model: Any, **options: Any) -> Graph:
     return gs.trace(model, TOKENS, transcoders(model), exclude=("bos",), **options)
 
 
 @pytest.fixture(scope="module")
-def graph() -> AttributionGraph:
+def graph() -> Graph:
     return traced(factories.tiny_model("gemma2", "hooked"))
 
 
-def active(graph: AttributionGraph, site: str = SITE) -> tuple[int, int]:
+def active(graph: Graph, site: str = SITE) -> tuple[int, int]:
     """An active feature of a site, and where."""
     row = graph.nodes[(graph.nodes["site"] == site) & graph.where("feature")].iloc[0]
     return int(row["index"]), int(row["pos"])
 
 
-def test_residual_and_metadata(graph: AttributionGraph) -> None:
+def test_residual_and_metadata(graph: Graph) -> None:
     assert graph.metadata["residual"] < 1e-6
     assert graph.metadata["logits"] == "before the final soft-cap"
     assert graph.metadata["token_ids"] == tuple(TOKENS[0].tolist())
 
 
-def test_default_targets_are_the_likeliest_tokens(graph: AttributionGraph, hooked2: Any) -> None:
+def test_default_targets_are_the_likeliest_tokens(graph: Graph, hooked2: Any) -> None:
     chances = hooked2(TOKENS)[0, -1].float().softmax(-1)
     best = chances.topk(10)
     rows = graph.nodes[graph.where("target")]
@@ -63,7 +63,7 @@ def test_default_targets_are_the_likeliest_tokens(graph: AttributionGraph, hooke
     np.testing.assert_allclose(rows["weight"], best.values.numpy(), rtol=1e-4)
 
 
-def test_words_pairs_and_features_as_targets(hooked2: Any, graph: AttributionGraph) -> None:
+def test_words_pairs_and_features_as_targets(hooked2: Any, graph: Graph) -> None:
     feature, pos = active(graph)
     vector = torch.ones(hooked2.cfg.d_model)
     targets = [
@@ -97,7 +97,7 @@ def test_logit_differences_are_those_of_logits(hooked2: Any) -> None:
     assert found.nodes["activation"].iloc[-1] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_pruning_is_monotone_and_leaves_no_dead_ends(graph: AttributionGraph) -> None:
+def test_pruning_is_monotone_and_leaves_no_dead_ends(graph: Graph) -> None:
     small, large = graph.prune(0.5, 0.9), graph.prune(0.9, 0.99)
     assert set(small.nodes["id"]) < set(large.nodes["id"]) < set(graph.nodes["id"])
     assert not small.where("bias").any()
@@ -109,7 +109,7 @@ def test_pruning_is_monotone_and_leaves_no_dead_ends(graph: AttributionGraph) ->
     assert shares.min() > 0 and shares.max() <= 1 + 1e-9
 
 
-def test_tables(graph: AttributionGraph) -> None:
+def test_tables(graph: Graph) -> None:
     edges = graph.edge_frame(5)
     assert list(edges.columns) == ["source", "target", "weight"]
     assert edges["weight"].abs().is_monotonic_decreasing
@@ -117,11 +117,11 @@ def test_tables(graph: AttributionGraph) -> None:
     first = edges.iloc[0]
     at = graph.find(first["target"]), graph.find(first["source"])
     assert dense[at[0], at[1]] == pytest.approx(first["weight"])
-    assert "AttributionGraph(" in repr(graph) and "20 tokens" in repr(graph)
+    assert "Graph(" in repr(graph) and "20 tokens" in repr(graph)
     assert "most influential" in graph._repr_html_()
 
 
-def test_labels(graph: AttributionGraph) -> None:
+def test_labels(graph: Graph) -> None:
     feature, _ = active(graph)
     named = graph.with_labels({(SITE, feature): "plural"})
     rows = named.nodes[(named.nodes["site"] == SITE) & (named.nodes["index"] == feature)]
@@ -130,12 +130,12 @@ def test_labels(graph: AttributionGraph) -> None:
     assert f"{SITE}#{feature}" in set(asked.nodes["label"])
 
 
-def test_scores_are_shares(graph: AttributionGraph) -> None:
+def test_scores_are_shares(graph: Graph) -> None:
     assert 0 < graph.scores.replacement < 1
     assert 0 < graph.scores.completeness < 1
 
 
-def test_same_numbers_on_both_classes(graph: AttributionGraph) -> None:
+def test_same_numbers_on_both_classes(graph: Graph) -> None:
     other = traced(factories.tiny_model("gemma2", "bridge"))
     assert other.nodes["id"].tolist() == graph.nodes["id"].tolist()
     scale = np.abs(graph.edges.matrix.data).max()
@@ -240,8 +240,8 @@ def test_several_prompts_are_refused(hooked2: Any) -> None:
         gs.trace(hooked2, random_tokens(batch=2), transcoders(hooked2))
 
 
-def test_thresholds_and_nodes_are_checked(graph: AttributionGraph) -> None:
-    with pytest.raises(UnknownNameError, match="node_threshold=0.0 is no share"):
+def test_thresholds_and_nodes_are_checked(graph: Graph) -> None:
+    with pytest.raises(UnknownNameError, match="node_threshold=0.0 is not a share"):
         graph.prune(0.0)
     with pytest.raises(EmptySelectionError, match="node_threshold=0.001 and edge_threshold=0.001"):
         graph.prune(0.001, 0.001)
@@ -271,7 +271,7 @@ def test_tokens_that_look_alike_are_different_targets() -> None:
         model, PROMPT, transcoders, targets=[(spaced, exact)], max_feature_nodes=8
     )
     assert difference.nodes["label"].iloc[-1] == "' Paris' - Paris"
-    back = gs.AttributionGraph.from_json(graph.to_json("two-tokens"))
+    back = gs.Graph.from_json(graph.to_json("two-tokens"))
     assert back.nodes.query("kind == 'target'")["index"].tolist() == [exact, spaced]
     with pytest.raises(
         UnknownNameError, match=rf"'Paris' \(id {exact}\).*' Paris' \(id {spaced}\)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gemmascope_plugin.graphs.attribution_graph import AttributionGraph
+from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.tracing.trace import trace
 from tests.circuits.golden import CASES, Golden, golden
 
@@ -16,7 +16,7 @@ def stored(request: pytest.FixtureRequest) -> Golden:
 
 
 @pytest.fixture(scope="module")
-def graph(stored: Golden) -> AttributionGraph:
+def graph(stored: Golden) -> Graph:
     # whoever made the file leaves out the first token, whatever it is
     special = int(stored.tokens[0])
     targets = stored.logit_tokens.tolist()
@@ -25,7 +25,7 @@ def graph(stored: Golden) -> AttributionGraph:
     )
 
 
-def places(graph: AttributionGraph, stored: Golden) -> np.ndarray:
+def places(graph: Graph, stored: Golden) -> np.ndarray:
     """Our node for each of theirs; -1 for errors at the first token, which are zero there."""
     nodes = graph.nodes
     keys = {
@@ -50,7 +50,7 @@ def theirs(values: np.ndarray, at: np.ndarray) -> np.ndarray:
     return np.where(at >= 0, values[at], 0)
 
 
-def test_the_same_features_are_active(graph: AttributionGraph, stored: Golden) -> None:
+def test_the_same_features_are_active(graph: Graph, stored: Golden) -> None:
     own = graph.nodes[graph.where("feature")]
     got = own.sort_values(["layer", "pos", "index"])
     expected = stored.active_features.numpy()
@@ -60,7 +60,7 @@ def test_the_same_features_are_active(graph: AttributionGraph, stored: Golden) -
     )
 
 
-def test_adjacency(graph: AttributionGraph, stored: Golden) -> None:
+def test_adjacency(graph: Graph, stored: Golden) -> None:
     at = places(graph, stored)
     dense = graph.adjacency.toarray()
     got = dense[np.ix_(at, at)]
@@ -69,7 +69,7 @@ def test_adjacency(graph: AttributionGraph, stored: Golden) -> None:
     assert np.abs(got - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-def test_influence_and_scores(graph: AttributionGraph, stored: Golden) -> None:
+def test_influence_and_scores(graph: Graph, stored: Golden) -> None:
     at = places(graph, stored)
     np.testing.assert_allclose(
         graph.weights[at[stored.targets]], stored.logit_probabilities.numpy(), rtol=1e-5
@@ -81,7 +81,7 @@ def test_influence_and_scores(graph: AttributionGraph, stored: Golden) -> None:
     assert graph.scores.completeness == pytest.approx(stored.completeness_score, rel=1e-5)
 
 
-def test_pruning(graph: AttributionGraph, stored: Golden) -> None:
+def test_pruning(graph: Graph, stored: Golden) -> None:
     at = places(graph, stored)
     for pruned in stored.pruned:
         masks = graph.prune_masks(pruned.node_threshold, pruned.edge_threshold)

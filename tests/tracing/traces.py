@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from gemmascope_plugin.graphs import AttributionGraph
+from gemmascope_plugin.graphs import Graph
 from gemmascope_plugin.tracing import FeatureTarget, LogitDifference, StreamDirection, trace
 from tests import factories
 from tests.tiny_models import random_tokens
@@ -14,7 +14,7 @@ TOKENS = random_tokens(batch=1, length=12, seed=5)
 
 
 @cache
-def traced(name: str = "plain") -> AttributionGraph:
+def traced(name: str = "plain") -> Graph:
     """``plain``; ``mixed``, with SAEs of attention and the stream; ``targets`` of every kind; ``some``
     rows only; ``shallow``, without features above layer 0.
     """
@@ -36,7 +36,7 @@ def traced(name: str = "plain") -> AttributionGraph:
     return trace(model, TOKENS, saes, **options)
 
 
-def same(one: AttributionGraph, other: AttributionGraph) -> None:
+def same(one: Graph, other: Graph) -> None:
     """Asserts that two graphs are equal, exactly."""
     import numpy as np
     import pandas as pd

@@ -31,7 +31,7 @@ import torch
 from tqdm.auto import tqdm
 
 from gemmascope_plugin.errors import EmptySelectionError, ModelError
-from gemmascope_plugin.graphs.adjacency import Adjacency, Part, Store, stacked
+from gemmascope_plugin.graphs.adjacency import Adjacency
 from gemmascope_plugin.models.points import hook_points, reading
 from gemmascope_plugin.models.prompts import PromptLike
 from gemmascope_plugin.models.protocol import HookedModel
@@ -43,6 +43,7 @@ from gemmascope_plugin.splice.hooked_sae import HookedCrossLayer, HookedSAE
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
 from gemmascope_plugin.tracing.linear.node_order import Layout
 from gemmascope_plugin.tracing.linear.reach import Reach
+from gemmascope_plugin.tracing.linear.row_store import Part, Store, stacked
 from gemmascope_plugin.tracing.linear.sweep import Entry, Sweep
 from gemmascope_plugin.tracing.linear.targets import Seed
 from gemmascope_plugin.tracing.linear.trace_site import PER_LAYER, Site, activities, site_of

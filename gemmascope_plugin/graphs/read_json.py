@@ -1,8 +1,7 @@
-"""Reads an attribution graph from the JSON of ``graph_json.py``, or of circuit-tracer.
+"""Reads an attribution graph from the JSON of ``write_json.py``, or of circuit-tracer.
 
 1. Our own files give back the graph, exactly: what the format has no place for, biases too, stands under
-   ``gemmascope``. Nodes keep their order. Where links are missing, ``residual`` becomes NaN
-   (``graph_json_biases.py``).
+   ``gemmascope``. Nodes keep their order. Where links are missing, ``residual`` becomes NaN.
 2. Files of circuit-tracer have no sites, no exact order and no probabilities but those of targets. Its
    error of layer ``l`` may be called as feature ``l`` of layer 0 is: nodes are known by name *and* type;
    a link from such a name is the feature's where the error could not reach the target, or where it comes
@@ -11,7 +10,7 @@
    Their labels of tokens and targets are taken out of the words that the viewers put around them.
 3. A link to or from no node, and one that leads backwards, make the file a damaged one, and so does all
    that makes no graph (``defects.py``): numbers that are not finite, positions beyond the prompt.
-4. The saved view of the viewers, ``qParams``, becomes part of the metadata (``graph_json_view.py``).
+4. The saved view of the viewers, ``qParams``, becomes part of the metadata.
 
 Cost: a loop over nodes and links.
 """
@@ -19,9 +18,10 @@ Cost: a loop over nodes and links.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,18 @@ from gemmascope_plugin.errors import BadFileError, MissingFileError
 from gemmascope_plugin.files.bundle import from_json_value
 from gemmascope_plugin.files.json_file import bad_file, parse_json, read_json
 from gemmascope_plugin.graphs.adjacency import Adjacency
-from gemmascope_plugin.graphs.defects import node_defect
-from gemmascope_plugin.graphs.graph_json_biases import is_whole, with_biases, without_residual
-from gemmascope_plugin.graphs.graph_json_nodes import (
+from gemmascope_plugin.graphs.defects import TRACE_COLUMNS, Parts, node_defect
+from gemmascope_plugin.graphs.write_json import (
+    CLICKED,
     EMBEDDING,
+    EMPTY,
     FEATURE,
     LOGIT,
     SHIFT,
     SITES,
-    from_cantor,
+    VIEW,
     has_word,
 )
-from gemmascope_plugin.graphs.graph_json_view import changed_labels, read_view
-from gemmascope_plugin.graphs.parts import NODE_COLUMNS, Parts
 
 _KINDS = {EMBEDDING: "token", FEATURE: "feature", LOGIT: "target"}
 _TYPES = {"layer": "int64", "pos": "int64", "index": "int64"}
@@ -109,7 +108,7 @@ def _decoded(content: Any) -> Parts:
     import pandas as pd
 
     head = content["metadata"]
-    own = head.get("gemmascope")
+    extra = head.get("gemmascope")
     version = head.get("schema_version", 0)
     tokens = head["prompt_tokens"]
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
@@ -118,30 +117,30 @@ def _decoded(content: Any) -> Parts:
     top = max(layers, default=0)
     labels = changed_labels(content.get("qParams", {}))
     rows = [_row(node, version, top, labels) for node in content["nodes"]]
-    if own is None:
+    if extra is None:
         rows.sort(key=_in_order)
     if not rows:
         raise ValueError("it has no nodes")
-    rows = rows if own is None else with_biases(rows, own)
+    rows = rows if extra is None else with_biases(rows, extra)
     nodes = pd.DataFrame(rows).astype(_TYPES)
-    columns = [*NODE_COLUMNS, *(["influence"] if own is None or own["pruned"] else [])]
+    columns = [*TRACE_COLUMNS, *(["influence"] if extra is None or extra["pruned"] else [])]
     if not nodes["id"].is_unique:
         twice = nodes.loc[nodes["id"].duplicated(), "id"].tolist()[0]
         raise ValueError(f"the node {twice!r} is there twice")
     defect = node_defect(nodes[columns], len(tokens))
     if defect is not None:
         raise ValueError(defect)
-    dtype = "float32" if own is None else own["dtype"]
+    dtype = "float32" if extra is None else extra["dtype"]
     if dtype not in ("float16", "float32", "float64"):
         raise ValueError(f"its dtype is {dtype!r}")
     links = content["links"]
-    if own is not None and "biases" in own:
-        links = [*links, *own["biases"]["links"]]
+    if extra is not None and "biases" in extra:
+        links = [*links, *extra["biases"]["links"]]
     edges, ambiguous = _edges(nodes, links, dtype)
-    metadata = _metadata(head, ambiguous) if own is None else from_json_value(own["metadata"])
+    metadata = _metadata(head, ambiguous) if extra is None else from_json_value(extra["metadata"])
     if not isinstance(metadata, dict):
         raise ValueError("its metadata are not an object")
-    if own is not None and not is_whole(own, edges.n_edges):
+    if extra is not None and not is_whole(extra, edges.n_edges):
         metadata = without_residual(metadata)
     ids = dict(zip(reversed(nodes["node_id"]), reversed(nodes["id"]), strict=True))
     metadata |= read_view(content.get("qParams", {}), ids)
@@ -168,31 +167,31 @@ def _row(
         raise ValueError(f"its node {node['node_id']!r} is of the type {node['feature_type']!r}")
     if not isinstance(node["node_id"], str) or not isinstance(node["clerp"], str):
         raise ValueError("a node has an id or a label that is not text")
-    own = node.get("gemmascope", {})
+    extra = node.get("gemmascope", {})
     layer, pos = _layer(node), _whole(node["ctx_idx"], "ctx_idx")
     index, activation = -1, node.get("activation")
     if kind == "token":
         index = _whole(node["node_id"].split("_")[1], "token")
     elif kind == "feature":
-        index = _index(node, version) % (SHIFT if own else sys.maxsize)
+        index = _index(node, version) % (SHIFT if extra else sys.maxsize)
     elif kind == "target":
-        index, layer = own.get("token", node["feature"]), own.get("layer", top - 1)
-        activation = from_json_value(own.get("value"))
-    weight = node.get("token_prob") or 0.0 if kind == "target" else own.get("weight", 0.0)
+        index, layer = extra.get("token", node["feature"]), extra.get("layer", top - 1)
+        activation = from_json_value(extra.get("value"))
+    weight = node.get("token_prob") or 0.0 if kind == "target" else extra.get("weight", 0.0)
     site = "" if kind in ("token", "target") else f"blocks.{layer}.{SITES['mlp']}"
-    site = own.get("site", site)
+    site = extra.get("site", site)
     if kind in ("feature", "error") and not has_word(site):
         raise ValueError(f"its node {node['node_id']!r} has the site {site!r:.60}")
     influence, label = node.get("influence"), node["clerp"]
-    if kind in _WORDS and "label" not in own:
+    if kind in _WORDS and "label" not in extra:
         match = _WORDS[kind].fullmatch(label)
         label = match[1] if match else label
     changed = labels.get(f"{node['layer']}_{node.get('feature')}_{pos}")
-    explained = own.get("explained", kind in ("feature", "target"))
+    explained = extra.get("explained", kind in ("feature", "target"))
     if not isinstance(explained, bool):
         raise ValueError(f"its node {node['node_id']!r} has explained {explained!r}")
     return {
-        "id": own.get("id", f"{kind}:{node['node_id']}"),
+        "id": extra.get("id", f"{kind}:{node['node_id']}"),
         "kind": kind,
         "site": site,
         "layer": _whole(layer, "layer"),
@@ -200,7 +199,7 @@ def _row(
         "index": _whole(index, "feature"),
         "activation": np.nan if activation is None else _number(activation, "activation"),
         "weight": _number(weight, "token_prob"),
-        "label": own.get("label", label) if changed is None or kind != "feature" else changed,
+        "label": extra.get("label", label) if changed is None or kind != "feature" else changed,
         "influence": 1.0 if influence is None else _number(influence, "influence"),
         "node_id": node["node_id"],
         "explained": explained,
@@ -290,3 +289,121 @@ def _metadata(head: Mapping[str, Any], ambiguous: int) -> dict[str, Any]:
     if head.get("node_threshold") is not None:
         settings["node_threshold"] = head["node_threshold"]
     return {**from_json_value({**named, **settings}), "ambiguous_links": ambiguous}
+
+
+def from_cantor(number: int) -> tuple[int, int]:
+    """Layer and index of a number."""
+    diagonal = (math.isqrt(8 * number + 1) - 1) // 2
+    index = number - diagonal * (diagonal + 1) // 2
+    return diagonal - index, index
+
+
+# ------------------------------------------------------------------------------------------ biases
+def with_biases(rows: Sequence[dict[str, Any]], extra: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a table with those of biases where they were.
+
+    Args:
+        rows: Of all other nodes.
+        extra: ``metadata.gemmascope`` of the file.
+
+    Raises:
+        ValueError: A bias that cannot be one; also KeyError, TypeError.
+    """
+    whole = list(rows)
+    for record in extra.get("biases", {"nodes": []})["nodes"]:
+        row = from_json_value(record)
+        place = row.pop("place")
+        if type(place) is not int or not 0 <= place <= len(whole):
+            raise ValueError(f"a bias has the place {place!r:.60}")
+        if row["kind"] != "bias" or not isinstance(row["id"], str):
+            raise ValueError(f"{row['id']!r:.60} stands among the biases")
+        for name in ("layer", "pos", "index"):
+            if type(row[name]) is not int:
+                raise ValueError(f"the {name} of {row['id']!r:.60} is not a whole number")
+        for name in ("activation", "weight"):
+            if type(row[name]) not in (int, float):
+                raise ValueError(f"the {name} of {row['id']!r:.60} is not a number")
+        whole.insert(place, {"influence": 1.0, **row, "node_id": row["id"], "explained": False})
+    return whole
+
+
+def is_whole(extra: Mapping[str, Any], n_edges: int) -> bool:
+    """Whether a graph that was read has all that it was written with.
+
+    Args:
+        extra: ``metadata.gemmascope`` of the file.
+        n_edges: Links that were read, those of biases among them.
+    """
+    if "biases" not in extra:
+        return not extra.get("bias_sums")
+    return extra.get("n_edges") == n_edges
+
+
+def without_residual(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata that no longer say how far rows are from their sums."""
+    unknown = {"residual": math.nan} if "residual" in metadata else {}
+    return {**metadata, **unknown}
+
+
+# -------------------------------------------------------------------------------------------- view
+def read_view(params: Any, ids: Mapping[str, str]) -> dict[str, Any]:
+    """A saved view as metadata; nothing where there is none.
+
+    Args:
+        params: ``qParams`` of the file.
+        ids: Names of nodes in the file to ids.
+
+    Raises:
+        ValueError: It is of another form.
+    """
+    if not isinstance(params, dict):
+        raise ValueError("qParams is not an object")
+    rows = params.get("supernodes") or []
+    pins = params.get("pinnedIds") or []
+    lists = [pins, *rows] if isinstance(rows, list) else [rows]
+    for row in lists:
+        if not isinstance(row, list) or not all(isinstance(text, str) for text in row):
+            raise ValueError("qParams has pins or supernodes that are not lists of texts")
+    for key in (CLICKED, "linkType", "sg_pos"):
+        if not isinstance(params.get(key), str | None):
+            raise ValueError(f"qParams has the {key} {params[key]!r:.60}")
+    unknown = [
+        name for row in (pins, *(row[1:] for row in rows)) for name in row if name not in ids
+    ]
+    others = ("pinnedIds", "supernodes", "clerps")
+    saved = {key: value for key, value in params.items() if key not in others}
+    if isinstance(saved.get(CLICKED), str):
+        saved[CLICKED] = ids.get(saved[CLICKED], saved[CLICKED])
+    saved = {key: value for key, value in saved.items() if EMPTY.get(key) != value}
+    view = {
+        "pinned": tuple(ids[name] for name in pins if name in ids),
+        "supernodes": tuple(
+            (row[0], *(ids[name] for name in row[1:] if name in ids)) for row in rows if row
+        ),
+        "unknown": tuple(dict.fromkeys(unknown)),
+        "saved": from_json_value(saved),
+    }
+    return {VIEW: view} if any(view.values()) else {}
+
+
+def changed_labels(params: Any) -> dict[str, str]:
+    """Labels that a viewer has changed, by layer, feature and position as one text.
+
+    Raises:
+        ValueError: They are of another form.
+    """
+    pairs = params.get("clerps") if isinstance(params, dict) else None
+    if isinstance(pairs, str):
+        try:
+            pairs = parse_json(pairs, "qParams.clerps") if pairs else []
+        except BadFileError as fault:
+            raise ValueError(str(fault)) from fault
+    if isinstance(pairs, dict):
+        pairs = [list(pair) for pair in pairs.items()]
+    if not isinstance(pairs, list | None):
+        raise ValueError("qParams.clerps are not pairs of texts")
+    for pair in pairs or []:
+        is_pair = isinstance(pair, list) and len(pair) == 2
+        if not is_pair or not all(isinstance(text, str) for text in pair):
+            raise ValueError("qParams.clerps are not pairs of texts")
+    return dict(pairs or [])
