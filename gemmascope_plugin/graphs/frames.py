@@ -24,7 +24,8 @@ from gemmascope_plugin.graphs.node import PORTS, TRACE_KINDS
 
 if TYPE_CHECKING:
     import pandas as pd
-    from plotly.graph_objects import Figure
+
+    from gemmascope_plugin.figures.layered_graph import Figure
 
 
 SHOWN = 12

@@ -74,7 +74,8 @@ if TYPE_CHECKING:
     import networkx as nx
     import pandas as pd
     import scipy.sparse as sp
-    from plotly.graph_objects import Figure
+
+    from gemmascope_plugin.figures.layered_graph import Figure
 
 SIGN = "positive = supports the metric"
 
