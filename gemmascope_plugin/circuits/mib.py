@@ -32,10 +32,9 @@ from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.replace import Replacement
 from gemmascope_plugin.circuits.ablator import ablator, metric_ends
 from gemmascope_plugin.circuits.select import top_n
-from gemmascope_plugin.graphs.check_graph import check_ranking
 from gemmascope_plugin.graphs.dead_ends import prune
 from gemmascope_plugin.graphs.graph import Graph
-from gemmascope_plugin.graphs.graph_arrays import Rank
+from gemmascope_plugin.graphs.graph_arrays import Rank, check_ranking
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
