@@ -69,7 +69,7 @@ def test_functions_of_one_prompt_end_where_it_ends(backend: str) -> None:
     pad = torch.full((1, 3), model.tokenizer.pad_token_id)
 
     def lens(prompt: Any) -> np.ndarray:
-        return np.asarray(gs.logit_lens(model, prompt).probabilities)
+        return np.asarray(gs.logit_lens(model, prompt).values)
 
     def traced(prompt: Any) -> np.ndarray:
         return gs.trace(model, prompt, transcoders, max_feature_nodes=8).edges.matrix.data

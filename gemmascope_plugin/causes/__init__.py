@@ -1,6 +1,5 @@
 """Causal questions and their answers: tasks, metrics, exact and first-order effects."""
 
-from gemmascope_plugin.causes.edge_effects import EdgeEffects
 from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.exact.activation_patching import activation_patching
 from gemmascope_plugin.causes.exact.direct_logits import (
@@ -8,7 +7,7 @@ from gemmascope_plugin.causes.exact.direct_logits import (
     direct_logit_attribution,
 )
 from gemmascope_plugin.causes.exact.edge_patching import edge_patching
-from gemmascope_plugin.causes.exact.logit_lens import LogitLens, logit_lens
+from gemmascope_plugin.causes.exact.logit_lens import logit_lens
 from gemmascope_plugin.causes.exact.path_patching import path_patching
 from gemmascope_plugin.causes.gradient.attribution_patching import attribution_patching
 from gemmascope_plugin.causes.gradient.edge_attribution import edge_attribution
@@ -29,10 +28,8 @@ from gemmascope_plugin.causes.task import Task
 from gemmascope_plugin.graphs.node import FeatureId
 
 __all__ = [
-    "EdgeEffects",
     "Effects",
     "FeatureId",
-    "LogitLens",
     "MissedEffects",
     "RelpRules",
     "Stream",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.task import Task
 from gemmascope_plugin.errors import InputError
 from gemmascope_plugin.models.check_model import describe, with_call
@@ -27,23 +26,6 @@ def check_task(task: Any, call: str = "") -> None:
     else:
         fix = "gemmascope_plugin.Task(clean, corrupt, logit_diff(answer, wrong))"
     raise InputError(f"{describe(task)} is not a task", fix=with_call(fix, call))
-
-
-def check_effects(effects: Any, call: str = "") -> None:
-    """Refuses what is not the result of patching nodes, exactly or by attribution.
-
-    Args:
-        effects: What was given.
-        call: How the function is called, for the error.
-
-    Raises:
-        InputError: Something else, with what to type.
-    """
-    if isinstance(effects, Effects) and {"component", "mode"} <= effects.metadata.keys():
-        return
-    given = repr(effects) if isinstance(effects, Effects) else describe(effects)
-    fix = "effects = gemmascope_plugin.attribution_patching(model, task, component)"
-    raise InputError(f"{given} is not the effects of nodes", fix=with_call(fix, call))
 
 
 def check_tasks(tasks: Any, call: str = "") -> None:

@@ -1,19 +1,36 @@
-"""What interventions did: a tensor of metric changes with named axes.
+"""What interventions did: a tensor of numbers with named axes.
+
+================== ================================ ===================================================
+axes               of                               a number is
+================== ================================ ===================================================
+layer, head, pos,  patching, exact or estimated     the change of the metric if this part is patched
+feature, site ...
+writer, reader     edges                            the change if this reader sees another writer; 0
+(and pos)                                           where no edge leads from one to the other
+sender, receiver   paths                            the change along the paths between both
+component          direct logit attribution         what it adds to the logit difference
+layer, pos, token  logit lens                       the probability of a token after a layer
+================== ================================ ===================================================
 
 Each number is a mean over prompts. Where the change of every prompt is known as well, the result says how
-sure it is: standard errors, intervals, p-values (``significance.py``).
+sure it is: standard errors, intervals, p-values (``significance.py``). Tables, figures and text depend on
+the axes (``effects_view.py``); a result is kept in one file (``effects_file.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from itertools import product
-from typing import Any
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import gemmascope_plugin.figures as figures
+from gemmascope_plugin.causes.components import COMPONENTS
+from gemmascope_plugin.causes.effects_file import load_effects, plain_effects, save_effects
+from gemmascope_plugin.causes.effects_view import frame_of, plot_of, text_of, top_of
+from gemmascope_plugin.causes.labelled_values import LabelledValues
 from gemmascope_plugin.causes.significance import (
     Interval,
     PValues,
@@ -21,82 +38,29 @@ from gemmascope_plugin.causes.significance import (
     permutation_test,
     standard_error,
 )
-from gemmascope_plugin.errors import TaskError, UnknownNameError, check_choice, nearest, shorten
-from gemmascope_plugin.graphs.conservation import conservation_text
-from gemmascope_plugin.graphs.node import FeatureId
+from gemmascope_plugin.errors import InputError, TaskError
+from gemmascope_plugin.models.check_model import describe, with_call
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from plotly.graph_objects import Figure
+
+SHOWN = 10
+"""Rows of a table in a notebook."""
 
 
-@dataclass(frozen=True, eq=False)
-class Effects:
-    """Change of the metric per intervention, averaged over prompts."""
+@dataclass(frozen=True, eq=False, repr=False)
+class Effects(LabelledValues):
+    """Change of the metric per intervention, averaged over prompts.
 
-    values: torch.Tensor
-    """``metric(patched) - metric(base)``; the base run is corrupted when denoising, clean when noising.
-    Positive = patching raises the metric."""
-    axes: tuple[str, ...]
-    """Name of each axis of ``values``: ``layer``, ``pos``, ``head``, ``neuron``, ``feature``..."""
-    labels: Mapping[str, tuple[Any, ...]]
-    """Coordinate of each entry along each axis."""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Component, mode, method, metric values at both ends, number of prompts, token policy."""
-    values_by_prompt: torch.Tensor | None = None
-    """The same for each prompt, ``[..., prompt]``; None where a method gives means only."""
-
-    def __post_init__(self) -> None:
-        sizes = tuple(len(self.labels[axis]) for axis in self.axes)
-        assert sizes == tuple(self.values.shape), f"{sizes} labels for {tuple(self.values.shape)}"
-        each = self.values_by_prompt
-        assert each is None or sizes == tuple(each.shape[:-1]), f"{sizes} for {tuple(each.shape)}"
-
-    @property
-    def gap(self) -> float:
-        """``metric(clean) - metric(corrupt)``."""
-        return self.metadata["metric_clean"] - self.metadata["metric_corrupt"]
-
-    @property
-    def share(self) -> torch.Tensor:
-        """``values / gap``: 1 = the patch alone carries the whole effect (denoising)."""
-        return self.values / self.gap
-
-    def at(self, **coordinates: Any) -> Effects:
-        """The effects at some coordinates: ``at(layer=3)``, ``at(layer=[3, 4], head=0)``.
-
-        Args:
-            **coordinates: One coordinate, which drops the axis, or several, which keep it.
-
-        Raises:
-            UnknownNameError: An axis or a coordinate that there is not.
-        """
-        found = self
-        for axis, wanted in coordinates.items():
-            check_choice("axis", axis, self.axes)
-            labels = self.labels[axis]
-            # a feature is one coordinate, though a tuple
-            several = wanted not in labels and isinstance(wanted, list | tuple | range)
-            for label in wanted if several else [wanted]:
-                if label not in labels:
-                    raise UnknownNameError(
-                        f"There is no {axis} {label!r} among these effects",
-                        exists=shorten(labels),
-                        nearest=nearest(str(label), map(str, labels)),
-                    )
-            index = [labels.index(label) for label in wanted] if several else labels.index(wanted)
-            found = found._taken(axis, index)
-        return found
-
-    def _taken(self, axis: str, index: int | list[int]) -> Effects:
-        """One index drops the axis, a list keeps it."""
-        dim = self.axes.index(axis)
-        place = (slice(None),) * dim + (index,)
-        each = None if self.values_by_prompt is None else self.values_by_prompt[place]
-        labels, metadata = dict(self.labels), dict(self.metadata)
-        axes = self.axes
-        if isinstance(index, int):
-            axes = tuple(a for a in axes if a != axis)
-            metadata["at"] = {**metadata.get("at", {}), axis: labels.pop(axis)[index]}
-        else:
-            labels[axis] = tuple(labels[axis][i] for i in index)
-        return Effects(self.values[place], axes, labels, metadata, each)
+    Example:
+        >>> import gemmascope_plugin as gs
+        >>> suite = gs.tiny()
+        >>> task = gs.Task.builtin("induction", suite.model, n=4)
+        >>> effects = gs.activation_patching(suite.model, task, "z", layers=[2], heads=[0, 1])
+        >>> effects.axes, tuple(effects.values.shape)
+        (('layer', 'head'), (1, 2))
+    """
 
     def standard_error(self) -> torch.Tensor:
         """Standard error of each effect over prompts.
@@ -139,8 +103,11 @@ class Effects:
             )
         return self.values_by_prompt
 
-    def to_frame(self, *, significance: bool = False) -> Any:
+    def to_frame(self, *, significance: bool = False) -> DataFrame:
         """A DataFrame, one row per intervention: coordinates, ``effect``, ``share``.
+
+        Edges have the columns ``source``, ``target`` and ``port``; the logit lens has ``token``, ``id``,
+        ``rank`` and ``probability``.
 
         Args:
             significance: Also ``se``, the standard error, and ``low`` and ``high``, the bounds of
@@ -149,28 +116,15 @@ class Effects:
         Raises:
             TaskError: Significance of one prompt, or of a method that gives means only.
         """
-        import pandas as pd
-
-        rows = []
-        for coordinates in product(*(self.labels[axis] for axis in self.axes)):
-            row: dict[str, Any] = {}
-            for axis, value in zip(self.axes, coordinates, strict=True):
-                row.update(value._asdict() if isinstance(value, FeatureId) else {axis: value})
-            rows.append(row)
-        frame = pd.DataFrame(rows, index=range(len(rows)))
-        columns = {"effect": self.values, "share": self.share}
+        columns = {}
         if significance:
             low, high = self.bootstrap()
-            columns.update(se=self.standard_error(), low=low, high=high)
-        for name, values in columns.items():
-            frame[name] = values.flatten().tolist()
-        return frame
+            columns = {"se": self.standard_error(), "low": low, "high": high}
+        return frame_of(self, columns)
 
-    def top(self, n: int = 10) -> Any:
+    def top(self, n: int = 10) -> DataFrame:
         """The ``n`` rows of :meth:`to_frame` with the largest absolute effect."""
-        frame = self.to_frame()
-        order = frame["effect"].abs().sort_values(ascending=False, kind="stable").index[:n]
-        return frame.loc[order].reset_index(drop=True)
+        return top_of(self, n)
 
     def spearman(self, other: Effects) -> float:
         """Rank correlation with other effects of the same interventions; ties share their mean rank.
@@ -178,64 +132,85 @@ class Effects:
         Raises:
             TaskError: The two were measured on other interventions.
         """
+        return self._correlation(other, by_rank=True)
+
+    def pearson(self, other: Effects) -> float:
+        """Correlation with other effects of the same interventions.
+
+        Raises:
+            TaskError: The two were measured on other interventions.
+        """
+        return self._correlation(other, by_rank=False)
+
+    def _correlation(self, other: Effects, *, by_rank: bool) -> float:
         import pandas as pd
 
-        if self.labels != other.labels:
+        names = [name for name in {**self.labels, **other.labels} if name != "pos"]
+        axes = names if self.of_edges else {*self.labels, *other.labels}
+        if any(self.labels.get(axis) != other.labels.get(axis) for axis in axes):
             raise TaskError(
                 f"The effects are of different interventions: {self!r} and {other!r}",
                 fix="the same component, prompts and features for both",
             )
-        mine, theirs = (pd.Series(e.values.flatten().tolist()).rank() for e in (self, other))
-        return float(mine.corr(theirs))
+        first, second = (pd.Series(effects.flat.tolist()) for effects in (self, other))
+        if by_rank:
+            first, second = first.rank(), second.rank()
+        return float(first.corr(second))
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """A plotly figure: a heatmap for two axes, ranked bars for one.
+
+        Edges are summed over positions. The logit lens names the most likely token of each layer and
+        position; ``at(token=" Paris").plot()`` colours by the probability of one.
 
         Raises:
             TaskError: There are more axes, or none.
         """
-        if len(self.axes) not in (1, 2):
-            first = self.axes[0] if self.axes else None
-            raise TaskError(
-                f"A figure shows one or two axes, these effects have {len(self.axes)}",
-                exists=", ".join(self.axes) or f"one effect of {float(self.values):.4g}",
-                fix=f"effects.at({first}={self.labels[first][0]!r}).plot()" if first else None,
-            )
-        title = f"{self.metadata['component']}: {self.metadata['method']}, {self.metadata['mode']}"
-        title += "".join(f", {axis} {value}" for axis, value in self.metadata.get("at", {}).items())
-        if len(self.axes) == 1:
-            ranked = self.top(20)
-            names = [" ".join(str(v) for v in row[:-2]) for row in ranked.itertuples(index=False)]
-            return figures.bars(names, ranked["effect"].tolist(), title=title, x_title="effect")
-        (y_title, rows), (x_title, columns) = map(self._ticks, self.axes)
-        return figures.heatmap(
-            self.values.cpu().numpy(),
-            x=columns,
-            y=rows,
-            x_title=x_title,
-            y_title=y_title,
-            title=title,
-            color_title="effect",
-        )
+        return plot_of(self)
 
-    def _ticks(self, axis: str) -> tuple[str, list[Any]]:
-        """Title and labels of an axis in a figure; positions are tokens of the first prompt."""
-        tokens = self.metadata.get("tokens")
-        if axis == "pos" and tokens:
-            return "token", [tokens[position] for position in self.labels[axis]]
-        return axis, list(self.labels[axis])
+    def save(self, path: str | Path) -> Path:
+        """Keeps the effects in one file; an older file is replaced.
+
+        Args:
+            path: The file; its folder is made if need be.
+
+        Returns:
+            The path.
+
+        Raises:
+            GemmaScopeError: The file cannot be written, or metadata or labels do not fit into it.
+        """
+        return save_effects(path, self)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Effects:
+        """Reads what :meth:`save` has written, exactly.
+
+        Raises:
+            MissingFileError: There is no such file.
+            BadFileError: It is damaged, contradicts itself, or is of another version.
+        """
+        return cls(**load_effects(path))
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain values that JSON can hold; features and nodes as lists."""
+        return plain_effects(self)
 
     def __repr__(self) -> str:
-        meta = self.metadata
-        shape = " x ".join(f"{len(self.labels[a])} {a}" for a in self.axes)
-        answers = f"first prompt {meta['answers']}, " if meta.get("answers") else ""
-        # Rounded first: no minus before zero.
-        clean, corrupt = (
-            round(meta.get(f"metric_{run}", float("nan")), 3) + 0.0 for run in ("clean", "corrupt")
-        )
-        excluded = ", ".join(map(str, meta.get("exclude") or ())) or "none"
-        return (
-            f"Effects({meta.get('component')}, {meta.get('method')}, {meta.get('mode')}, {shape}, "
-            f"{answers}metric clean {clean:.3f}, corrupt {corrupt:.3f}, "
-            f"excluded tokens {excluded}{conservation_text(meta)})"
-        )
+        return text_of(self)
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>{figures.frame_html(self.top(SHOWN), SHOWN)}"
+
+
+def check_effects(effects: Any, call: str = "") -> None:
+    """Refuses what is not the result of patching nodes, exactly or by attribution.
+
+    Raises:
+        InputError: Something else, with what to type.
+    """
+    if isinstance(effects, Effects) and effects.metadata.get("component") in COMPONENTS:
+        return
+    text = repr(effects) if isinstance(effects, Effects) else describe(effects)
+    fix = "effects = gemmascope_plugin.attribution_patching(model, task, component)"
+    raise InputError(f"{text} is not the effects of nodes", fix=with_call(fix, call))

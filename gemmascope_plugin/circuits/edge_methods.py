@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from gemmascope_plugin.causes import Task
-from gemmascope_plugin.causes.edge_effects import EdgeEffects
+from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.exact.edge_patching import edge_patching
 from gemmascope_plugin.causes.gradient.edge_attribution import (
     METHODS,
@@ -59,7 +59,7 @@ class EdgeCircuits(CircuitMethod):
         graph = replace(graph, metadata={**graph.metadata, "rank": options.rank})
         return select_units(graph, options, graph.n_edges // 10)
 
-    def effects(self, model: HookedModel, task: Task, options: Options) -> EdgeEffects:
+    def effects(self, model: HookedModel, task: Task, options: Options) -> Effects:
         """What patching each edge does to the metric: estimated, unless the method is ``exact``."""
         memory = MEMORY if options.memory_budget is None else options.memory_budget
         if self.name == "exact":
@@ -81,7 +81,7 @@ class EdgeCircuits(CircuitMethod):
         )
 
 
-def graph_of(effects: EdgeEffects) -> Graph:
+def graph_of(effects: Effects) -> Graph:
     """Edges with the fall of the metric as their score, whichever run was patched."""
     sign = -1 if effects.metadata["mode"] == "noising" else 1
     details = {key: effects.metadata[key] for key in _METADATA if key in effects.metadata}

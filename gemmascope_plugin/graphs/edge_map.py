@@ -11,6 +11,8 @@ With ``H`` heads, ``K`` key-value heads and ``L`` layers there are ``1 + L (H + 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -76,9 +78,7 @@ class EdgeMap:
     @cached_property
     def mask(self) -> Bool[torch.Tensor, "writer reader"]:
         """True where an edge exists."""
-        written = torch.tensor([_written(node) for node in self.writers])
-        read = torch.tensor([self._read(reader) for reader in self.readers])
-        return written[:, None] < read
+        return mask_between(self.writers, self.readers)
 
     @property
     def n_edges(self) -> int:
@@ -139,11 +139,18 @@ class EdgeMap:
     def _columns(self) -> dict[Reader, int]:
         return {reader: column for column, reader in enumerate(self.readers)}
 
-    def _read(self, reader: Reader) -> int:
-        """When a reader reads, in half layers."""
-        if reader.node.kind == "logits":
-            return 2 * self.n_layers
-        return 2 * reader.node.layer + (reader.node.kind == "mlp")
+
+def mask_between(
+    writers: Sequence[Node], readers: Sequence[Reader]
+) -> Bool[torch.Tensor, "writer reader"]:
+    """True where an edge exists: the writer has written before the reader reads."""
+    written = torch.tensor([_written(node) for node in writers])
+    return written[:, None] < torch.tensor([_read(reader.node) for reader in readers])
+
+
+def _read(node: Node) -> float:
+    """When a node reads, in half layers; the logits after everything."""
+    return math.inf if node.kind == "logits" else 2 * node.layer + (node.kind == "mlp")
 
 
 def _written(node: Node) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.causes import Effects
 from gemmascope_plugin.causes.gradient.attribution_patching import METHODS
+from gemmascope_plugin.causes.gradient.edge_attribution import METHODS as EDGE_METHODS
 from gemmascope_plugin.pages.report_page import (
     MAX_TABLE_ROWS,
     Section,
@@ -98,14 +99,15 @@ def top_frame(effects: Effects, n: int) -> Any:
     """
     frame = effects.to_frame()
     if has_errors(effects):
-        frame["se"] = effects.standard_error().flatten().tolist()
+        frame["se"] = effects.standard_error()[effects.is_cell].tolist()
     order = frame["effect"].abs().sort_values(ascending=False, kind="stable").index[:n]
     return frame.loc[order].reset_index(drop=True)
 
 
 def is_estimate(effects: Effects) -> bool:
     """Whether the numbers come from gradients."""
-    return effects.metadata.get("method") in {method.title for method in METHODS.values()}
+    titles = {method.title for method in METHODS.values()}
+    return effects.metadata.get("method") in {*titles, *EDGE_METHODS}
 
 
 def has_errors(effects: Effects) -> bool:

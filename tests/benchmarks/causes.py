@@ -36,7 +36,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import gemmascope_plugin as gs
 from gemmascope_plugin.causes import Task, activation_patching, logit_diff
-from gemmascope_plugin.causes.edge_effects import EdgeEffects
+from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.exact.edge_patching import edge_patching
 from gemmascope_plugin.causes.gradient.edge_attribution import edge_attribution
 from gemmascope_plugin.causes.writes import DeltaForm
@@ -149,7 +149,7 @@ def ig_pair(title: str, model: Any, task: Task) -> None:
     n = sorted(steps, key=lambda k: steps[k][0] / k)[(len(steps) - 1) // 2]
     left = steps[n][0]
 
-    def ours(n: int = n) -> EdgeEffects:
+    def ours(n: int = n) -> Effects:
         return edge_attribution(model, task, method="eap-ig", steps=n)
 
     equal = ours(3).values

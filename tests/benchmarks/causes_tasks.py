@@ -20,7 +20,7 @@ from typing import Any
 
 import gemmascope_plugin as gs
 from gemmascope_plugin.causes import Task
-from gemmascope_plugin.causes.edge_effects import EdgeEffects
+from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.exact.edge_patching import edge_patching
 from gemmascope_plugin.causes.gradient.edge_attribution import edge_attribution
 from gemmascope_plugin.circuits import bootstrap_stability, evaluate, evaluate_ranking
@@ -58,7 +58,7 @@ def table(smoke: bool = False) -> None:
             print(f"  {label:<34}" + "".join(f"{cell:>13}" for cell in cells), flush=True)
 
 
-def row(model: Any, held_out: Task, effects: EdgeEffects, exact: EdgeEffects) -> list[str]:
+def row(model: Any, held_out: Task, effects: Effects, exact: Effects) -> list[str]:
     """What the columns say of one method."""
     graph, sizes_of_exact = graph_of(effects), exact.flat.abs()
     n = graph.n_edges

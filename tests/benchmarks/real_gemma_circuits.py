@@ -47,10 +47,13 @@ def figures(model: Any, task: Any, held_out: Any) -> Iterator[tuple[str, str]]:
         graph = node_graph(exact[replacement])
         yield from smallest(graph, model, held_out, replacement, f"nodes, {replacement}")
     edges = gs.edge_attribution(model, task, method="eap-ig", steps=IG_STEPS, by_prompt=True)
-    assert edges.by_prompt is not None, "it was asked for"
+    assert edges.values_by_prompt is not None, "it was asked for"
     order = [edges.edges.writers.index(node) for node, _ in exact["other"]]
     truth = torch.stack([effect for _, effect in exact["other"]], 1)
-    yield "EAP-IG, other", str(over_prompts(spearman, truth, edges.by_prompt.sum(2)[:, order]))
+    yield (
+        "EAP-IG, other",
+        str(over_prompts(spearman, truth, edges.values_by_prompt.sum(1)[order].T)),
+    )
     yield "EAP-IG conservation", f"{edges.metadata['conservation']:+.4f}"
     yield from smallest(graph_of(edges), model, held_out, "other", "edges")
 

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float
 
 import gemmascope_plugin as gs
 from gemmascope_plugin.causes import edge_attribution
-from gemmascope_plugin.causes.edge_effects import EdgeEffects
+from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.exact.edge_patching import edge_patching
 from gemmascope_plugin.circuits.edge_methods import graph_of
 from gemmascope_plugin.circuits.select import top_n
@@ -41,7 +41,7 @@ FORMS = {"usual": "naive", "here": "exact"}
 SIZES = (20, 40, 60, 80, 100, 150, 200, 300, 400, 600)
 N_LARGEST, N_RANDOM = 25, 100
 FAITHFUL = 0.8
-Scores = dict[tuple[str, str], EdgeEffects]
+Scores = dict[tuple[str, str], Effects]
 Row = tuple[str, str, str, str]
 
 
@@ -67,7 +67,7 @@ def table(model: Any, task: Any, held_out: Any) -> Iterator[Row]:
     yield from circuits(model, held_out, scores)
 
 
-def sampled_edges(scores: list[EdgeEffects]) -> Bool[torch.Tensor, "writer reader"]:
+def sampled_edges(scores: list[Effects]) -> Bool[torch.Tensor, "writer reader"]:
     """The largest edges of every score, and random ones."""
     mask = scores[0].edges.mask
     sample = torch.zeros_like(mask).flatten()
@@ -80,7 +80,7 @@ def sampled_edges(scores: list[EdgeEffects]) -> Bool[torch.Tensor, "writer reade
     return sample.view_as(mask) & mask
 
 
-def patched(model: Any, task: Any, like: EdgeEffects, sample: torch.Tensor) -> EdgeEffects:
+def patched(model: Any, task: Any, like: Effects, sample: torch.Tensor) -> Effects:
     """Exact effects of the sampled edges."""
     edges = like.edges
     pairs = [(edges.writers[u], edges.readers[v]) for u, v in sample.nonzero().tolist()]
@@ -88,22 +88,23 @@ def patched(model: Any, task: Any, like: EdgeEffects, sample: torch.Tensor) -> E
 
 
 def correlations(
-    scores: Scores, exact: EdgeEffects, sample: Bool[torch.Tensor, "writer reader"]
+    scores: Scores, exact: Effects, sample: Bool[torch.Tensor, "writer reader"]
 ) -> Iterator[Row]:
     """Agreement with exact single edges, for edges out of heads and for all."""
     for method in METHODS:
         for label, edges in (("from heads", sample & from_heads(exact)), ("all sampled", sample)):
             for name, figure in (("Pearson", pearson), ("Spearman", spearman)):
+                truth = exact.values_by_prompt[edges].T
                 cells = [
-                    str(over_prompts(figure, *(e.by_prompt[:, edges] for e in (effects, exact))))
-                    for effects in (scores[method, form] for form in FORMS)
+                    str(over_prompts(figure, scores[method, form].values_by_prompt[edges].T, truth))
+                    for form in FORMS
                 ]
                 title = f"{method}, {int(edges.sum())} edges {label}: {name} with exact"
                 yield (title, *cells, "1")
 
 
 def largest_edge(
-    scores: Scores, exact: EdgeEffects, sample: Bool[torch.Tensor, "writer reader"]
+    scores: Scores, exact: Effects, sample: Bool[torch.Tensor, "writer reader"]
 ) -> Iterator[Row]:
     """Where each score ranks the sampled edge with the largest exact effect, of all and out of heads."""
     for label, edges in (("", sample), (" from a head", sample & from_heads(exact))):
@@ -119,7 +120,7 @@ def largest_edge(
             yield (f"{method}: largest exact edge{label}, {edge}", *cells, truth)
 
 
-def from_heads(exact: EdgeEffects) -> Bool[torch.Tensor, "writer reader"]:
+def from_heads(exact: Effects) -> Bool[torch.Tensor, "writer reader"]:
     """True at edges out of attention heads."""
     is_head = torch.tensor([node.kind == "head" for node in exact.edges.writers])
     return exact.edges.mask & is_head[:, None]
@@ -151,7 +152,7 @@ def _smallest(curve: Any) -> str:
     return f"{first or 'none'} / {curve.smallest(FAITHFUL) or 'none'}"
 
 
-def scale(model: Any, task: Any, exact: EdgeEffects) -> Row:
+def scale(model: Any, task: Any, exact: Effects) -> Row:
     """``W_O`` of a layer times 3: what becomes of its heads' edges."""
     rows = exact.total.abs().amax(1)
     layer = max(

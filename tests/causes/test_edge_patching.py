@@ -56,8 +56,8 @@ def test_batches_and_parts_do_not_matter(hooked2) -> None:
     whole = edge_patching(hooked2, TASK)
     one = edge_patching(hooked2, TASK, max_rows=1)
     assert torch.allclose(whole.values, one.values, atol=TINY)
-    assert torch.allclose(whole.by_prompt, one.by_prompt, atol=TINY)
-    assert torch.allclose(whole.by_prompt.mean(0), whole.values, atol=TINY)
+    assert torch.allclose(whole.values_by_prompt, one.values_by_prompt, atol=TINY)
+    assert torch.allclose(whole.values_by_prompt.mean(-1), whole.values, atol=TINY)
 
 
 def test_zero_and_mean_ablation(hooked2) -> None:
@@ -74,7 +74,7 @@ def test_the_model_is_left_alone_and_the_result_says_what_it_is(model) -> None:
     got = edge_patching(model, TASK, edges=SOME[:2])
     assert n_hooks(model) == before
     assert got.metadata["n_patched"] == 2
-    assert repr(got).startswith("EdgeEffects(exact, noising, 190 edges, 2 prompts, metric clean")
+    assert repr(got).startswith("Effects(edges, exact, noising, 190 edges, 2 prompts, metric clean")
     frame = got.top(2)
     assert list(frame.columns) == ["source", "target", "port", "effect", "share"]
     assert set(frame["source"]) == {"embed", "L0H2"}

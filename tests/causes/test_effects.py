@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from gemmascope_plugin.causes import Effects, FeatureId
-from gemmascope_plugin.errors import TaskError, UnknownNameError
+from gemmascope_plugin.errors import BadFileError, GemmaScopeError, TaskError, UnknownNameError
+from gemmascope_plugin.graphs.edge_map import EdgeMap
+from gemmascope_plugin.graphs.node import Node
 
 META = {
     "component": "z",
@@ -155,3 +159,76 @@ def test_spearman_by_hand_with_ties() -> None:
     assert effects(1, 1, 2).spearman(effects(0, 0, 5)) == pytest.approx(1.0)
     with pytest.raises(TaskError, match="different interventions.*the same component"):
         effects(1, 2).spearman(effects(1, 2, 3))
+
+
+EDGE_MAP = EdgeMap(2, 2, 1)
+EDGES = Effects(
+    torch.arange(7.0 * 11).reshape(7, 11) * EDGE_MAP.mask,
+    ("writer", "reader"),
+    {"writer": EDGE_MAP.writers, "reader": EDGE_MAP.readers},
+    {**META, "component": "edge", "n_prompts": 2},
+)
+FOR_FILES = [GRID, FEATURES, BY_PROMPT, EDGES, BY_PROMPT.at(layer=1), EDGES.at(writer="L0H1")]
+
+
+@pytest.mark.parametrize(
+    "effects", [*FOR_FILES, FEATURES.at(feature=FEATURES.labels["feature"][1])]
+)
+def test_a_file_gives_back_what_was_saved(effects: Effects, tmp_path) -> None:
+    loaded = Effects.load(effects.save(tmp_path / "folder" / "effects.safetensors"))
+    assert torch.equal(loaded.values, effects.values)
+    assert loaded.axes == effects.axes and loaded.labels == effects.labels
+    assert loaded.metadata == {**effects.metadata, "tokens": ("a", "b")}
+    if effects.values_by_prompt is None:
+        assert loaded.values_by_prompt is None
+    else:
+        assert torch.equal(loaded.values_by_prompt, effects.values_by_prompt)
+    assert repr(loaded) == repr(effects)
+    assert loaded.to_frame().equals(effects.to_frame())
+
+
+def test_a_damaged_file_is_found_out(tmp_path) -> None:
+    path = GRID.save(tmp_path / "effects.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(BadFileError, match="not as it was written"):
+        Effects.load(path)
+    broken = Effects(GRID.values / 0, GRID.axes, GRID.labels, META)
+    with pytest.raises(GemmaScopeError, match="cannot be saved.*not finite"):
+        broken.save(path)
+    odd = Effects(GRID.values, GRID.axes, {"layer": (0, 1), "head": (0.5, 1)}, META)
+    with pytest.raises(GemmaScopeError, match="label 0.5 of 'head' cannot be saved"):
+        odd.save(path)
+
+
+def test_json_is_plain() -> None:
+    content = json.loads(json.dumps(EDGES.to_json(), allow_nan=False))
+    assert content["values"] == EDGES.values.tolist()
+    assert content["labels"]["reader"]["entries"][0] == [
+        ["head", "blocks.0.attn.hook_z", 0, None],
+        "q",
+    ]
+
+
+def test_edges_are_rows_of_their_own() -> None:
+    frame = EDGES.to_frame()
+    assert list(frame.columns) == ["source", "target", "port", "effect", "share"]
+    assert len(frame) == EDGE_MAP.n_edges == len(EDGES.flat)
+    assert EDGES.edges == EDGE_MAP
+    assert frame["effect"].tolist() == EDGES.values[EDGE_MAP.mask].tolist()
+    by_name, by_node = EDGES.at(writer="L0H1"), EDGES.at(writer=Node.head(0, 1))
+    assert torch.equal(by_name.values, by_node.values)
+    with pytest.raises(TaskError, match="some edges of a model only"):
+        _ = EDGES.at(writer=["embed", "L0H1"]).edges
+    with pytest.raises(TaskError, match="is not of edges"):
+        _ = GRID.edges
+    assert EDGES.plot().data[0].type == "heatmap"
+    assert len(EDGES.at(writer=["embed", "MLP1"]).to_frame()) == 12
+
+
+def test_notebooks_show_a_table() -> None:
+    named = Effects(GRID.values, GRID.axes, GRID.labels, {**META, "component": "<b>"})
+    text = named._repr_html_()
+    assert "&lt;b&gt;" in text and "<b>" not in text
+    assert "<table" in text and "-2" in text

@@ -39,22 +39,23 @@ def check_last(model) -> None:
     lens = logit_lens(model, TOKENS, top_k=4, tokens=[9, "w10"])
     p = model(TOKENS).softmax(-1)[0]
     best = p.topk(4, dim=-1)
-    assert torch.equal(lens.ids[-1], best.indices)
-    assert torch.allclose(lens.probabilities[-1], best.values, atol=TINY)
-    assert torch.allclose(lens.asked_probabilities[-1], p[:, [9, 10]], atol=TINY)
+    assert torch.equal(lens.columns["id"][-1, :, :4], best.indices)
+    assert torch.allclose(lens.values[-1, :, :4], best.values, atol=TINY)
+    assert torch.allclose(lens.values[-1, :, 4:], p[:, [9, 10]], atol=TINY)
     order = p.argsort(-1, descending=True).argsort(-1) + 1
-    assert torch.equal(lens.ranks[-1], order[:, [9, 10]])
+    assert torch.equal(lens.columns["rank"][-1, :, 4:], order[:, [9, 10]])
 
 
 def test_earlier_layers_go_through_the_same_end(hooked2, monkeypatch) -> None:
     monkeypatch.setattr(unembed, "TILE", 3 * 100)
     lens = logit_lens(hooked2, TOKENS, layers=[0, -2], positions=[2, -1])
-    assert lens.layers == (0, 1)
-    assert lens.positions == (2, 6)
-    for row, layer in enumerate(lens.layers):
+    assert lens.axes == ("layer", "pos", "token")
+    assert lens.labels["layer"] == (0, 1)
+    assert lens.labels["pos"] == (2, 6)
+    for row, layer in enumerate(lens.labels["layer"]):
         best = distributions(hooked2, layer)[[2, 6]].topk(5, dim=-1)
-        assert torch.equal(lens.ids[row], best.indices)
-        assert torch.allclose(lens.probabilities[row], best.values, atol=TINY)
+        assert torch.equal(lens.columns["id"][row], best.indices)
+        assert torch.allclose(lens.values[row], best.values, atol=TINY)
 
 
 def test_never_more_logits_than_a_tile(hooked2, monkeypatch) -> None:
@@ -64,7 +65,8 @@ def test_never_more_logits_than_a_tile(hooked2, monkeypatch) -> None:
     with LargestTensor(width=90) as largest:
         lens = logit_lens(hooked2, TOKENS, top_k=50, tokens=[9])
     assert 0 < largest.numel <= 3 * (100 + 50)
-    assert torch.equal(lens.ids, whole.ids) and torch.equal(lens.ranks, whole.ranks)
+    for name in ("id", "rank"):
+        assert torch.equal(lens.columns[name], whole.columns[name])
 
 
 def test_tables_and_figures(hooked2) -> None:
@@ -75,15 +77,35 @@ def test_tables_and_figures(hooked2) -> None:
     last = frame[(frame["layer"] == 2) & (frame["pos"] == 3)]
     assert last["rank"].tolist()[:2] == [1, 2]
     assert "w50" in last["token"].tolist()
-    assert last["token"].tolist()[0] == lens.top(2)[0][0]
+    best = lens.at(layer=2, pos=-1).to_frame()
+    assert list(best.columns) == ["token", "id", "rank", "probability"]
+    assert best["token"].tolist() == last["token"].tolist()
     figure = lens.plot().data[0]
     assert figure.type == "heatmap"
-    assert figure.text[-1][-1] == lens.top(2)[0][0]
-    other = lens.plot("w50").data[0]
-    assert other.z[0][0] == pytest.approx(float(lens.asked_probabilities[0, 0, 0]))
+    assert figure.text[-1][-1] == best["token"][0]
+    other = lens.at(token="w50").plot()
+    assert other.data[0].z[0][0] == pytest.approx(float(lens.values[0, 0, 2]))
+    assert other.data[0].text[-1][-1] == best["token"][0]
+    assert "probability of 'w50'" in other.layout.title.text
+    assert lens.at(layer=2, pos=3).plot().data[0].type == "bar"
     assert repr(lens).startswith(
-        "LogitLens(3 layers x 2 positions, top 2, after layer 2 at the end"
+        "Effects(logit lens, 3 layer x 2 pos x 3 token, after layer 2 at position 3: "
     )
+    i = int(lens.columns["id"][0, 0, 2])
+    assert torch.equal(lens.at(token=i).values, lens.at(token="w50").values)
+
+
+def test_a_token_in_the_list_has_one_row(hooked2) -> None:
+    best = logit_lens(hooked2, "w9 w8 w7", positions=[3], layers=[2], top_k=3)
+    second = int(best.columns["id"][0, 0, 1])
+    lens = logit_lens(hooked2, "w9 w8 w7", positions=[3], layers=[2], top_k=3, tokens=[second])
+    assert lens.values.shape == (1, 1, 4)
+    assert lens.to_frame()["id"].tolist() == best.to_frame()["id"].tolist()
+
+
+def test_it_has_no_metric(hooked2) -> None:
+    with pytest.raises(TaskError, match="is not of a metric"):
+        _ = logit_lens(hooked2, TOKENS).share
 
 
 def test_mistakes(hooked2) -> None:
@@ -96,7 +118,7 @@ def test_mistakes(hooked2) -> None:
     with pytest.raises(InputError, match="top_k=0 is out of range.*from 1.*top_k=5, the default"):
         logit_lens(hooked2, TOKENS, top_k=0)
     lens = logit_lens(hooked2, TOKENS, layers=[1])
-    with pytest.raises(UnknownNameError, match="Layer 0 .* was not kept.*layers 1"):
-        lens.top(0)
+    with pytest.raises(UnknownNameError, match="no layer 0 among.*There is: 1"):
+        lens.at(layer=0)
     with pytest.raises(UnknownNameError, match="'w9' was not asked for.*tokens="):
-        lens.plot("w9")
+        lens.at(token="w9")

@@ -107,7 +107,7 @@ def test_one_removed_edge_is_exact_edge_patching(hooked2) -> None:
     circuits[torch.arange(len(places)), places[:, 0], places[:, 1]] = False
     full = ablation.metric(torch.ones(1, *ablation.edges.mask.shape, dtype=torch.bool))
     got = ablation.metric(circuits) - full
-    expected = exact.by_prompt[:, places[:, 0], places[:, 1]].T
+    expected = exact.values_by_prompt[places[:, 0], places[:, 1]]
     assert torch.allclose(got, expected, atol=TINY)
     assert float(expected.abs().max()) > 1e-2
 

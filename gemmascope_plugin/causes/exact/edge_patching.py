@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.causes.check_task import check_task
-from gemmascope_plugin.causes.edge_effects import EdgeEffects
+from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.memory import Footprint, Limit, logits_held
 from gemmascope_plugin.causes.names import Named, edges_of
 from gemmascope_plugin.causes.replace import REPLACEMENTS, Replacement
@@ -57,7 +57,7 @@ def edge_patching(
     memory_budget: int | str = "2 GB",
     max_rows: int = MAX_ROWS,
     progress: bool = False,
-) -> EdgeEffects:
+) -> Effects:
     """The exact effect on the metric of patching each edge alone.
 
     Args:
@@ -86,11 +86,13 @@ def edge_patching(
     check_choice("mode", mode, get_args(Direction))
     check_choice("replacement", replacement, REPLACEMENTS)
     anatomy, bound = Anatomy(model), task.bind(model)
-    wanted = _places(EdgeMap.of(anatomy), edges)
+    edge_map = EdgeMap.of(anatomy)
+    places = _places(edge_map, edges)
     ends = bound.ends(model)
-    run = _Run(anatomy, wanted, replacement, Limit(max_rows, memory_budget), mode, progress)
+    run = _Run(anatomy, places, replacement, Limit(max_rows, memory_budget), mode, progress)
     by_row = run.values(bound)
     details = {
+        "component": "edge",
         "method": "exact",
         "mode": mode,
         "replacement": replacement,
@@ -101,11 +103,12 @@ def edge_patching(
         "answers": bound.answers(model),
         "n_prompts": bound.n_prompts,
         "weights": weights_of(model),
-        "n_patched": len(wanted),
+        "n_patched": len(places),
         **ends,
     }
-    by_prompt = bound.fold(by_row.movedim(0, -1)).movedim(-1, 0)
-    return EdgeEffects(by_row.mean(0), EdgeMap.of(anatomy), details, by_prompt)
+    labels = {"writer": edge_map.writers, "reader": edge_map.readers}
+    by_prompt = bound.fold(by_row.movedim(0, -1))
+    return Effects(by_row.mean(0), ("writer", "reader"), labels, details, by_prompt)
 
 
 def _places(edges: EdgeMap, pairs: Edges | None) -> Int[torch.Tensor, "edge two"]:
@@ -121,7 +124,7 @@ class _Run:
     """One call of ``edge_patching``."""
 
     anatomy: Anatomy
-    wanted: Int[torch.Tensor, "edge two"]
+    places: Int[torch.Tensor, "edge two"]
     replacement: Replacement
     limit: Limit
     mode: Direction
@@ -142,7 +145,7 @@ class _Run:
         )
         out = torch.zeros(len(bound), *EdgeMap.of(self.anatomy).mask.shape)
         out = out.to(torch.float64 if dtype_of(self.anatomy.model) == torch.float64 else out.dtype)
-        total = len(self.wanted) * len(bound)
+        total = len(self.places) * len(bound)
         with tqdm(total=total, desc="patching edges", disable=not self.progress) as bar:
             for part, other in parts:
                 patches, index = _Patches(self.anatomy, part, other), part.index.cpu()
@@ -156,9 +159,9 @@ class _Run:
         """Edges into attention, or into the MLP, of one layer, ``copies`` at a time."""
         edges = EdgeMap.of(self.anatomy)
         mlp = torch.tensor([reader.node.kind == "mlp" for reader in edges.readers])
-        starts = (2 * _start_layers(edges) + mlp)[self.wanted[:, 1]]
+        starts = (2 * _start_layers(edges) + mlp)[self.places[:, 1]]
         for start in starts.unique().tolist():
-            yield from self.wanted[starts == start].split(copies)
+            yield from self.places[starts == start].split(copies)
 
     def _tokens(self, part: BoundTask) -> tuple[torch.Tensor, torch.Tensor]:
         noising = self.mode == "noising"

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 
 from gemmascope_plugin.causes.check_task import check_tasks
-from gemmascope_plugin.causes.edge_effects import EdgeEffects
+from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.gradient.eap import EAP, CleanCorrupted
 from gemmascope_plugin.causes.gradient.eap_ig import EapIg, EapIgActivations
 from gemmascope_plugin.causes.gradient.edge_runs import (
@@ -74,7 +74,7 @@ def edge_attribution(
     memory_budget: int | str = "2 GB",
     max_rows: int = MAX_ROWS,
     progress: bool = False,
-) -> EdgeEffects:
+) -> Effects:
     """First-order effect of every edge.
 
     Args:
@@ -149,15 +149,16 @@ class _Scorer:
         self.anatomy = Anatomy(self.model)
         self.edges = EdgeMap.of(self.anatomy)
 
-    def effects(self, tasks: Sequence[BoundTask]) -> EdgeEffects:
+    def effects(self, tasks: Sequence[BoundTask]) -> Effects:
         """Scores of all prompts of all tasks, each prompt counting alike."""
         n = sum(task.n_prompts for task in tasks)
         ends = [(task.n_prompts, task.ends(self.model)) for task in tasks]
         metric = {key: sum(k * end[key] for k, end in ends) / n for key in ends[0][1]}
         scores = [matrix for task in tasks for matrix in self._task_scores(task)]
-        prompts = torch.cat(scores) if self.by_prompt else None
-        values = _padded_sum(scores) / n if prompts is None else prompts.mean(0)
+        by_prompt = torch.cat(scores, -1) if self.by_prompt else None
+        values = _padded_sum(scores) / n if by_prompt is None else by_prompt.mean(-1)
         details = {
+            "component": "edge",
             "method": self.method.name,
             "mode": self.mode,
             "writer_delta": self.writer_delta,
@@ -174,7 +175,10 @@ class _Scorer:
             details["steps"] = self.method.n_steps
         if self.method.conserves:
             details["conservation"] = self._conservation(values, metric)
-        return EdgeEffects(values, self.edges, details, prompts)
+        labels = {"writer": self.edges.writers, "reader": self.edges.readers}
+        if self.per_position:
+            labels["pos"] = tuple(range(values.shape[2]))
+        return Effects(values, tuple(labels), labels, details, by_prompt)
 
     def _conservation(self, values: torch.Tensor, metric: dict[str, float]) -> float:
         """What the scores out of the embedding miss of the whole difference, as a share of it."""
@@ -183,7 +187,7 @@ class _Scorer:
         return checked_share(float(values[0].sum()) / whole - 1)
 
     def _task_scores(self, task: BoundTask) -> Iterator[torch.Tensor]:
-        """Sums over the prompts of each part, or one matrix per prompt."""
+        """Sums over the prompts of each part, or one matrix ``[writer, reader, prompt]``."""
         from tqdm.auto import tqdm
 
         rows, block = self._sizes(task)
@@ -210,7 +214,7 @@ class _Scorer:
                     yield scores / task.metric.rows_per_prompt
                 bar.update(len(part.index))
         if by_row is not None:
-            yield task.fold(by_row.movedim(0, -1)).movedim(-1, 0)
+            yield task.fold(by_row.movedim(0, -1))
 
     def _edge_runs(self, part: Part, other: Writes, copies: int) -> EdgeRuns:
         window = part.replay.window(part.start)

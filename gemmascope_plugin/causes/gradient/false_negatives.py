@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 
-from gemmascope_plugin.causes.check_task import check_effects, check_task
-from gemmascope_plugin.causes.effects import Effects
+from gemmascope_plugin.causes.check_task import check_task
+from gemmascope_plugin.causes.effects import Effects, check_effects
 from gemmascope_plugin.causes.exact.activation_patching import MAX_ROWS
 from gemmascope_plugin.causes.experiment import Experiment
 from gemmascope_plugin.causes.gradient.slopes import ignore_bridge_norm_warning, parts_of

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
-from gemmascope_plugin.causes.check_task import check_effects, check_task
-from gemmascope_plugin.causes.effects import Effects
+from gemmascope_plugin.causes.check_task import check_task
+from gemmascope_plugin.causes.effects import Effects, check_effects
 from gemmascope_plugin.causes.exact.activation_patching import MAX_ROWS
 from gemmascope_plugin.causes.exact.patch_sweep import sweep
 from gemmascope_plugin.causes.experiment import Experiment, experiment

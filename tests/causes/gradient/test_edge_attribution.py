@@ -38,7 +38,7 @@ def largest(x: torch.Tensor) -> float:
 @MODES
 def test_edges_of_a_writer_sum_to_its_node_score(model, mode: str) -> None:
     effects = edge_attribution(model, TASK, method="eap", mode=mode, writer_delta="jacobian")
-    nodes = effects.node_effects()
+    nodes = effects.writer_effects()
     heads = attribution_patching(model, TASK, "z", mode=mode).values
     mlps = attribution_patching(model, TASK, "mlp_out", mode=mode, per_position=False).values
     embed = attribution_patching(model, TASK, "resid_pre", mode=mode, per_position=False).values
@@ -47,7 +47,7 @@ def test_edges_of_a_writer_sum_to_its_node_score(model, mode: str) -> None:
         assert float(nodes[effects.edges.mlp(layer)]) == pytest.approx(float(mlps[layer]), abs=TINY)
     assert float(nodes[0]) == pytest.approx(float(embed[0]), abs=1e-5)
     naive = edge_attribution(model, TASK, method="eap", mode=mode, writer_delta="naive")
-    off = naive.node_effects()[effects.edges.heads(0)] - heads[0]
+    off = naive.writer_effects()[effects.edges.heads(0)] - heads[0]
     assert largest(off) > 0.05 * largest(heads)  # without the norm the identity fails
 
 
@@ -60,7 +60,7 @@ def test_exact_deltas_sum_to_what_the_layer_would_write(model) -> None:
     for layer, name in enumerate(names):
         moved = head_deltas(anatomy, layer, base.z[layer], other.z[layer] - base.z[layer])
         expected = torch.einsum("bshd,bsd->h", moved, slopes[name])
-        got = effects.node_effects()[effects.edges.heads(layer)]
+        got = effects.writer_effects()[effects.edges.heads(layer)]
         assert torch.allclose(got, expected, atol=TINY)
 
 
@@ -144,7 +144,7 @@ def test_each_steps_own_jacobian_keeps_the_node_identity(hooked2) -> None:
         hooks = [("hook_embed", lambda x, hook, point=point: point)]
         slope = gradients_of(hooked2, run, [name], fwd_hooks=hooks)[name]
         total += ((other.z[1] - base.z[1]) * slope).sum((0, 1, 3)) / steps
-    assert torch.allclose(effects.node_effects()[effects.edges.heads(1)], total, atol=TINY)
+    assert torch.allclose(effects.writer_effects()[effects.edges.heads(1)], total, atol=TINY)
 
 
 def test_key_value_heads_are_the_sum_of_their_query_heads(hooked2) -> None:
@@ -181,7 +181,7 @@ def test_parts_positions_and_prompts_do_not_matter(hooked2, method: str) -> None
     assert by_pos.values.shape == (*whole.values.shape, CLEAN.shape[1])
     one = Task(CLEAN[:1], CORRUPT[:1], logit_diff(RIGHT[:1], WRONG[:1]))
     alone = edge_attribution(hooked2, one, method=method, **line)
-    assert torch.allclose(by_prompt.by_prompt[0], alone.values, atol=TINY)
+    assert torch.allclose(by_prompt.values_by_prompt[..., 0], alone.values, atol=TINY)
 
 
 def test_prompts_of_several_lengths_are_those_one_by_one(model) -> None:
@@ -202,13 +202,13 @@ def test_prompts_of_several_lengths_are_those_one_by_one(model) -> None:
         Task(short, other, logit_diff(RIGHT[1:], WRONG[1:])),
     ]
     for options in ({"method": "eap"}, {"method": "eap-ig", "steps": 2}):
-        got = edge_attribution(model, both, by_prompt=True, **options).by_prompt
+        got = edge_attribution(model, both, by_prompt=True, **options).values_by_prompt
         for i, task in enumerate(alone):
             assert torch.allclose(
-                got[i], edge_attribution(model, task, **options).values, atol=TINY
+                got[..., i], edge_attribution(model, task, **options).values, atol=TINY
             )
         streamed = edge_attribution(model, alone, **options)
-        assert torch.allclose(streamed.values, got.mean(0), atol=TINY)
+        assert torch.allclose(streamed.values, got.mean(-1), atol=TINY)
         assert streamed.metadata["n_prompts"] == 2
 
 
@@ -305,9 +305,9 @@ def test_late_passes_give_what_whole_ones_do(method: str, backend: str, monkeypa
             with monkeypatch.context() as patched:
                 patched.setattr(Arithmetic, "of", lambda *args: None)
                 whole = edge_attribution(own, LATE, writer_delta=form, **options)
-            assert late.by_prompt is not None and whole.by_prompt is not None
+            assert late.values_by_prompt is not None and whole.values_by_prompt is not None
             for one, other in (
-                (late.by_prompt, whole.by_prompt),
+                (late.values_by_prompt, whole.values_by_prompt),
                 (by_pos.values.sum(-1), whole.values),
             ):
                 assert float((one - other).norm()) < share * float(other.norm())
