@@ -43,7 +43,8 @@ from gemmascope_plugin.models.check_model import describe, with_call
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-    from plotly.graph_objects import Figure
+
+    from gemmascope_plugin.figures.page import Figure
 
 SHOWN = 10
 """Rows of a table in a notebook."""

@@ -24,7 +24,8 @@ from gemmascope_plugin.graphs.node import FeatureId, Node, Reader
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-    from plotly.graph_objects import Figure
+
+    from gemmascope_plugin.figures.page import Figure
 
 MAX_BARS = 20
 
