@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float
 
 from gemmascope_plugin.causes import Task
 from gemmascope_plugin.causes.check_task import check_task
-from gemmascope_plugin.causes.edge_effects import EdgeEffects
+from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.gradient.task_site import Site, sites_of
 from gemmascope_plugin.circuits.discover import discover
 from gemmascope_plugin.circuits.evaluate import evaluate
@@ -149,12 +149,12 @@ def _directions(circuit: Circuit, sites: Sequence[Site]) -> Directions:
 
 
 def bootstrap_stability(
-    effects: EdgeEffects, k: int, *, n: int = 100, seed: int = 0
+    effects: Effects, k: int, *, n: int = 100, seed: int = 0
 ) -> tuple[float, float]:
     """Mean and smallest Jaccard overlap of the best ``k`` edges between resamples of the prompts.
 
     Args:
-        effects: Edge effects with ``by_prompt``.
+        effects: Edge effects with ``values_by_prompt``.
         k: How many edges.
         n: Resamples.
         seed: Of the resampling.
@@ -163,13 +163,13 @@ def bootstrap_stability(
         TaskError: The effects of single prompts were not kept, or there is only one prompt.
         EmptySelectionError: ``k`` is not among 1 to the number of edges.
     """
-    by_prompt = effects.by_prompt
-    if by_prompt is None or len(by_prompt) < 2:
+    by_prompt = effects.values_by_prompt
+    if by_prompt is None or by_prompt.shape[-1] < 2:
         raise TaskError(
             f"{effects!r} has no effects of several prompts",
             fix="edge_attribution(..., by_prompt=True) on two prompts or more",
         )
-    flat = by_prompt[:, effects.edges.mask].cpu()
+    flat = by_prompt[effects.edges.mask].T.cpu()
     if not 1 <= k <= flat.shape[1]:
         raise EmptySelectionError(f"The best {k} edges", exists=f"1 to {flat.shape[1]} edges")
     generator = torch.Generator().manual_seed(seed)
