@@ -21,12 +21,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.causes.task import BoundTask
-from gemmascope_plugin.models.block import Hooks
+from gemmascope_plugin.models.arithmetic import Arithmetic
 from gemmascope_plugin.models.module_replay import ModuleReplay, model_of
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.readout import OfResiduals
 from gemmascope_plugin.models.record import check_reached, keeping
-from gemmascope_plugin.models.replay import Arithmetic, Replay, Stage, replayable
+from gemmascope_plugin.models.replay import Replay, Stage
+from gemmascope_plugin.models.replay_points import Hooks, replayable
 from gemmascope_plugin.models.unembed import unembedding
 
 _ROWS = 128

@@ -14,9 +14,7 @@ Sums of norms and softmax are taken in float32. Cost: the matrix products of the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,74 +23,20 @@ from jaxtyping import Bool, Float, Int
 from gemmascope_plugin.models.anatomy import Anatomy, NormName
 from gemmascope_plugin.models.head_scores import HeadScores
 from gemmascope_plugin.models.norm import Norm
+from gemmascope_plugin.models.replay_points import (
+    AFTER_MID,
+    AFTER_Z,
+    QUERIES,
+    Earlier,
+    Points,
+    Rows,
+    cut_out,
+)
 
 _GELU = ("gelu_pytorch_tanh", "gelu_new")
 _SLOPE, _CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
 _FUSED, _CACHED = (torch.float32, torch.float64), 2**16
 """Types, and numbers at a time that stay in a core's cache."""
-Hooks = Iterable[tuple[str, Callable[..., Any]]]
-_Q = ("attn.hook_q", "attn.hook_pattern", "attn.hook_z")
-_AFTER_Z = ("ln1_post.hook_scale", "ln1_post.hook_normalized", "hook_attn_out")
-_AFTER_MID = (
-    *("hook_resid_mid", "ln2.hook_in", "ln2.hook_scale", "ln2.hook_normalized"),
-    *("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post"),
-    *("ln2_post.hook_scale", "ln2_post.hook_normalized", "hook_mlp_out", "hook_resid_post"),
-)
-_BEFORE = ("hook_resid_pre", "ln1.hook_scale", "ln1.hook_normalized", "attn.hook_k", "attn.hook_v")
-POINTS = frozenset((*_BEFORE, *_Q, *_AFTER_Z, *_AFTER_MID))
-"""Points of a block, as hooks are called behind ``blocks.L.``."""
-
-
-class Points:
-    """What happens at named points of a pass.
-
-    Args:
-        hooks: Name and function of the tensor there and the point, in the order in which they run; None
-            from a function leaves the tensor as it is.
-    """
-
-    def __init__(self, hooks: Hooks = ()) -> None:
-        self._functions: dict[str, list[Callable[..., Any]]] = {}
-        for name, fn in hooks:
-            self._functions.setdefault(name, []).append(fn)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._functions
-
-    def __call__(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """The tensor that goes on from here."""
-        for fn in self._functions.get(name, ()):
-            changed = fn(x, hook=SimpleNamespace(name=name))
-            x = x if changed is None else changed
-        return x
-
-    def any_of(self, prefix: str, names: Iterable[str]) -> bool:
-        """Whether something happens at one of these points of a block."""
-        return any(prefix + name in self._functions for name in names)
-
-
-@dataclass(frozen=True, eq=False)
-class Earlier:
-    """Keys (rotated) and values of one layer in another pass over the same prompts."""
-
-    keys: Float[torch.Tensor, "prompt kv pos d_head"]
-    values: Float[torch.Tensor, "prompt kv pos d_head"]
-
-    def before(self, start: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those before a position, one per row: rows are copies of the prompts, copy after copy."""
-        copies = rows // len(self.keys)
-        keys, values = (x[:, :, :start].repeat(copies, 1, 1, 1) for x in (self.keys, self.values))
-        return keys, values
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Which positions the rows of a pass have."""
-
-    start: int
-    """Position of the first."""
-    asked: Int[torch.Tensor, " row"] | None = None
-    """The only one that is needed behind the last block, counted from ``start``."""
 
 
 class Block:
@@ -125,7 +69,7 @@ class Block:
 
     def stays_in_attention(self, points: Points) -> bool:
         """Whether nothing happens in this block behind the stream between attention and MLP."""
-        return not points.any_of(self._name, _AFTER_MID[1:])
+        return not points.any_of(self._name, AFTER_MID[1:])
 
     def attention(
         self,
@@ -148,13 +92,13 @@ class Block:
         """
         name = self._name
         x = points(f"{name}hook_resid_pre", x)
-        late = (*_AFTER_Z, *_AFTER_MID)
+        late = (*AFTER_Z, *AFTER_MID)
         cut = rows.asked is not None and not points.any_of(name, late)
         wrote = known.get(f"{name}hook_attn_out")
         if wrote is None:
             z = known.get(f"{name}attn.hook_z")
             if z is None:
-                early = cut and not points.any_of(name, _Q)
+                early = cut and not points.any_of(name, QUERIES)
                 z = self._attended(x, rows, earlier, points, early, made)
             z = points(f"{name}attn.hook_z", z)
             if cut:
@@ -173,7 +117,7 @@ class Block:
     ) -> Float[torch.Tensor, "row some d_model"]:
         """The stream after the block, from the one between attention and MLP."""
         name = self._name
-        cut = rows.asked is not None and not points.any_of(name, _AFTER_MID[1:])
+        cut = rows.asked is not None and not points.any_of(name, AFTER_MID[1:])
         wrote, post = known.get(f"{name}hook_mlp_out"), known.get(f"{name}mlp.hook_post")
         if cut:
             x = cut_out(x, rows)
@@ -352,13 +296,6 @@ def gelu_times(
         torch.addcmul(slope, g, g, value=_SLOPE * _CUBE, out=y)
         y.mul_(g).sigmoid_().mul_(g).mul_(x)
     return out.view(gate.shape)
-
-
-def cut_out(x: Float[torch.Tensor, "row pos *axes"], rows: Rows) -> torch.Tensor:
-    """The asked position of each row, the only one from there on."""
-    if rows.asked is None or x.shape[1] == 1:
-        return x
-    return x[torch.arange(len(x), device=x.device), rows.asked][:, None]
 
 
 def window_of(anatomy: Anatomy, layer: int) -> int | None:

@@ -8,6 +8,12 @@ The error names the first entry that is not finite, and the model's weight that 
 the weights are looked at only then.
 
 Cost: one pass over the tensor that is checked; weights of a dictionary once, until somebody changes them.
+
+Sums are taken in at least float32, whatever the type of the model (:func:`wide`). A model in half
+precision keeps its stream, its weights and what is inserted into it in its own type. What is added up
+outside of it (products of writes and gradients, norms, projections, means) is widened first: bfloat16
+has 8 binary digits, and a sum over hundreds of terms in it has none left. ``Anatomy`` widens weights, a
+layer at a time. In a float32 model nothing is copied.
 """
 
 from __future__ import annotations

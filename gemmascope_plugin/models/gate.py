@@ -1,12 +1,17 @@
 """Arguments of public functions pass gates before anything else happens: one line above a function.
 
 1. What is annotated as a number, several of them or a yes or no becomes Python's, whatever library it
-   comes from; anything else is refused, and so are counts that are too small (``kinds.py``).
+   comes from; anything else is refused. The annotation as it is written is the key, so a new argument is
+   judged without another word. Counts are judged by their name as well (``LEAST``): a pass of no rows and
+   -1 random circuits mean nothing, whoever is asked.
 2. ``@gate(model=check_model, saes=check_saes)`` gives each named argument, and how the function is
    called, to its check, in this order. A check raises or says nothing; what else an argument becomes is
    the function's own business. Swapped arguments are refused by the first of them, with the order that
    is right.
-3. The function runs outside of inference mode (``inference.py``).
+3. The function runs outside of inference mode: gradients are what many functions are made of. What a
+   model has made inside it is copied: ``HookedTransformer`` extends its table of rotary embeddings when
+   a text is long, and a table from inside could never again take part in a backward pass. Weights that
+   were loaded inside it stay unusable for gradients, which is said here.
 
 Class methods have the gate below ``@classmethod``.
 

@@ -5,6 +5,9 @@
    while hooks are being removed, which leaves them behind in TransformerLens' own ``hooks()``.
 2. Hooks belong to the model, not to a thread: a second thread that ran the model meanwhile would get them
    too. ``claim`` refuses it, naming what the first one does.
+3. Models that ``torch.compile`` has changed are refused: compiled code checks neither for new hooks on
+   submodules (``skip_nnmodule_hook_guards``) nor lets them return another tensor, so a dictionary spliced
+   into it would silently do nothing.
 
 Cost: a few microseconds a hook.
 """

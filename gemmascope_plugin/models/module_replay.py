@@ -1,7 +1,11 @@
 """Runs prompts again from a layer by the model's own modules, where ``replay.py`` does not know them.
 
 1. Every position runs, in rows that are copies of the prompts. Below a layer every copy is what it was,
-   so a pass starts there (``restart.py``).
+   so a pass starts there (:class:`Restart`): one whole pass records what each block is given, its input,
+   its attention mask, its position embeddings; the end is the model's own blocks called in order with
+   these, the final norm, the unembedding and the soft-cap. ``HookedTransformer`` could start at a layer
+   by itself, ``TransformerBridge`` of TransformerLens 3.9 cannot; by hand is the same on both, bit for
+   bit.
 2. Where somebody's hooks take part, those of dictionaries among them, a pass runs whole: they may need
    what would be left out.
 
@@ -18,12 +22,12 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.models.asked import no_logits
-from gemmascope_plugin.models.block import Hooks
 from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.points import can_restart, n_layers
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.record import keeping, put
 from gemmascope_plugin.models.replay import Stage
+from gemmascope_plugin.models.replay_points import Hooks
 from gemmascope_plugin.models.threads import threads_for_tokens
 
 

@@ -1,4 +1,14 @@
-"""TODO."""
+"""Next-token losses of several passes over the same tokens; layers below the first difference run once.
+
+1. The first pass of :meth:`SharedLayers.passing` is whole, and what the last layer below returns is kept.
+2. In later passes every layer below returns that at once. The embedding still runs, and so does whoever
+   watches the model's calls; hooks inside the layers below do not fire.
+3. Where somebody else listens in the model, every pass is whole.
+4. A pass that leaves at a position what the first one left there, to the last bit, has its loss without
+   another look at the vocabulary.
+
+Cost: one tensor ``[batch, pos, d_model]``; it saves ``layer / n_layers`` of every pass but the first.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from gemmascope_plugin.models.asked import computed_by, final_residuals, has_hooks, model_of
 from gemmascope_plugin.models.points import can_restart
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.unembed import cross_entropy
+from gemmascope_plugin.models.readout import cross_entropy
 
 
 class SharedLayers:

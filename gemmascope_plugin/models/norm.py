@@ -1,4 +1,4 @@
-"""The RMS norm of a Gemma block as a function, with its derivative from both sides.
+"""The RMS norms of a Gemma block: their gains, and the norm as a function with both derivatives.
 
 ``y = gain * x / s``, ``s = sqrt(mean(x^2) + eps)``, and with ``x_hat = x / s``
 
@@ -6,6 +6,9 @@
 2. backward: ``J^T u = (gain * u - x_hat * mean(x_hat * gain * u)) / s``.
 
 It runs no hooks, unlike the model's own module. Cost: a few multiplications per entry.
+
+A gain is ``w`` on ``HookedTransformer`` and ``1 + w`` on the bridge. A model whose norms were folded has
+moved the gain into the weights after the norm: an error that says how to load it instead, never a guess.
 """
 
 from __future__ import annotations

@@ -4,6 +4,12 @@
 2. A hook that exists but is switched off by a config flag is refused: attached to it, a function
    would silently never run.
 3. Attention head outputs come as ``[batch, pos, head, d_head]`` and are flattened for dictionaries.
+4. A site has one tensor, on every model class and folding (:func:`reading`). ``blocks.L.mlp.hook_in``,
+   the output of the norm before the MLP *with* its gain (what the transcoders of Gemma Scope 2 read),
+   does not exist on ``HookedTransformer``: there it is ``ln2.hook_normalized`` times the gain
+   (``norm.py``). ``ln2.hook_normalized``, which Gemma Scope 1 reads, is the same in every folding.
+
+Cost: one multiplication per token and dimension where a gain is applied.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What some rows say about the next token, computed when somebody asks: named words, or all of them.
 
 ``OfResiduals`` knows the end of the residual stream and goes through the vocabulary in tiles, see
-``unembed.py``; ``OfLogits`` has the logits, where somebody else's hook has made them.
+``vocabulary.py``; ``OfLogits`` has the logits, where somebody else's hook has made them. The functions do
+the same for residuals of a model, for all words or for some.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
-from gemmascope_plugin.models.unembed import (
-    Unembedding,
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.unembed import Reference, Rows, Unembedding, Values, unembedding
+from gemmascope_plugin.models.vocabulary import (
+    Sums,
     all_logits,
     divergence,
     log_normaliser,
@@ -164,3 +167,107 @@ class OfLogits(Readout):
     def device(self) -> torch.device:
         """Where the rows are."""
         return self.logits.device
+
+
+def logits_at(
+    model: HookedModel,
+    resid: Rows,
+    tokens: Int[torch.Tensor, "*which"] | None = None,
+    *,
+    normed: bool = False,
+    before_cap: bool = False,
+) -> Float[torch.Tensor, "*any"]:
+    """Logits of residuals, for all words or for some.
+
+    Args:
+        model: ``HookedTransformer`` or ``TransformerBridge``.
+        resid: The residual stream before the final norm.
+        tokens: Ids ``[choice]`` for every row, or ``[*rows, choice]`` for each its own; None for the
+            whole vocabulary, which is the caller's memory.
+        normed: ``resid`` has been through the norm already, as ``unembed.hook_in`` has.
+        before_cap: Without the final soft-cap.
+
+    Returns:
+        ``[*rows, choice]``, float32 at least; differentiable in ``resid``.
+    """
+    out = unembedding(model, before_cap=before_cap)
+    x = out.read(resid, normed=normed)
+    if tokens is None:
+        return all_logits(out, x)
+    return out.logits(x, tokens) if tokens.ndim <= 1 else out.logits_each(x, tokens)
+
+
+def token_log_probs(
+    model: HookedModel,
+    resid: Rows,
+    tokens: Int[torch.Tensor, "*rows choice"],
+    *,
+    normed: bool = False,
+    before_cap: bool = False,
+) -> Float[torch.Tensor, "*rows choice"]:
+    """Log-probabilities of some tokens at each residual, in nats; arguments as for :func:`logits_at`."""
+    out = unembedding(model, before_cap=before_cap)
+    x = out.read(resid, normed=normed)
+    return out.logits_each(x, tokens) - log_normaliser(out, x)[..., None]
+
+
+def cross_entropy(
+    model: HookedModel,
+    resid: Rows,
+    targets: Int[torch.Tensor, "*rows"],
+    *,
+    normed: bool = False,
+    before_cap: bool = False,
+) -> Values:
+    """Minus the log-probability of one token at each residual, in nats."""
+    log_probs = token_log_probs(
+        model, resid, targets[..., None], normed=normed, before_cap=before_cap
+    )
+    return -log_probs[..., 0]
+
+
+def kl_divergence(
+    model: HookedModel,
+    p_resid: Reference,
+    q_resid: Rows,
+    *,
+    normed: bool = False,
+    before_cap: bool = False,
+) -> Values:
+    """``sum_v p(v) log(p(v) / q(v))`` in nats; differentiable in ``q_resid``, ``p`` is held.
+
+    Two rows that are equal give exactly 0.
+    """
+    out = unembedding(model, before_cap=before_cap)
+    p, q = (out.read(x, normed=normed) for x in (p_resid, q_resid))
+    return divergence(out, p, q)
+
+
+@torch.no_grad()
+def entropy(
+    model: HookedModel, resid: Rows, *, normed: bool = False, before_cap: bool = False
+) -> Values:
+    """Entropy of the next token at each residual, in nats."""
+    out = unembedding(model, before_cap=before_cap)
+    x = out.read(resid, normed=normed)
+    flat = x.reshape(-1, x.shape[-1])
+    sums = Sums(len(flat), flat)
+    for part, _, _, logits in out.each_tile(flat):
+        sums.add(part, logits, logits)
+    return (sums.log() - sums.mean()).view(x.shape[:-1])
+
+
+@torch.no_grad()
+def top_tokens(
+    model: HookedModel,
+    resid: Rows,
+    k: int,
+    *,
+    normed: bool = False,
+    before_cap: bool = False,
+) -> tuple[Float[torch.Tensor, "*rows k"], Int[torch.Tensor, "*rows k"]]:
+    """Log-probabilities and ids of the ``k`` most probable tokens, the best first."""
+    out = unembedding(model, before_cap=before_cap)
+    x = out.read(resid, normed=normed)
+    best, ids, lse = top_logits(out, x, k)
+    return best - lse[..., None], ids

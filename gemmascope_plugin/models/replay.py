@@ -7,9 +7,8 @@
    last layer only the asked position is.
 3. ``variant`` runs other tokens that agree with the prompts before a position.
 
-The arithmetic is that of ``block.py``. :meth:`Replay.of` compares it with the model itself on one prompt
-and gives None where they differ by more than rounding, as they do where the model is no Gemma or where
-somebody's modules take part; ``restart.py`` then runs the model's own modules.
+The arithmetic is that of ``arithmetic.py``; where that is None ``module_replay.py`` runs the model's own
+modules.
 
 Cost: the matrix products of the rows' positions in the layers that run; memory for
 ``[layer, prompt, pos, 2 d_model + 2 d_kv]`` numbers.
@@ -17,103 +16,27 @@ Cost: the matrix products of the rows' positions in the layers that run; memory 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 
-from gemmascope_plugin.errors import GemmaScopeError
-from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.models.asked import final_residuals
-from gemmascope_plugin.models.block import (
-    POINTS,
-    Block,
+from gemmascope_plugin.models.arithmetic import Arithmetic
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.replay_points import (
+    OUTSIDE,
     Earlier,
     Hooks,
     Points,
     Rows,
     cut_out,
-    normed,
 )
-from gemmascope_plugin.models.points import can_restart
-from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.threads import threads_for_tokens
 
 Stage = Literal["pre", "mid", "post"]
-_OUTSIDE = ("hook_embed", "ln_final.hook_scale", "ln_final.hook_normalized")
-_AGREES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Largest relative difference, of the final norm's output, that other orders of operations explain."""
-
-
-class Arithmetic:
-    """A model as functions of its weights, checked against the model.
-
-    Args:
-        anatomy: The model's.
-        n_pos: Positions that will be run.
-        turns: Cosines and sines of the rotary embedding of each layer.
-        embed_scale: What the first block is given, in units of the embedding.
-    """
-
-    def __init__(
-        self,
-        anatomy: Anatomy,
-        turns: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        embed_scale: float,
-    ) -> None:
-        self.anatomy, self._embed_scale = anatomy, embed_scale
-        self.blocks = [Block(anatomy, layer, turns[layer]) for layer in range(anatomy.n_layers)]
-
-    @classmethod
-    def of(cls, model: HookedModel, tokens: Int[torch.Tensor, "prompt pos"]) -> Arithmetic | None:
-        """That of a model; None where it does not give what the model gives.
-
-        Args:
-            model: ``HookedTransformer`` or ``TransformerBridge``.
-            tokens: As long as those that will be run; the first row is tried.
-        """
-        if not can_restart(model) or not _is_plain(model):
-            return None
-        try:
-            anatomy = Anatomy(model, is_wide=False)
-        except GemmaScopeError:
-            return None
-        seen = _Seen.of(model, tokens[:1])
-        turns = _turns(model, seen, tokens.shape[1])
-        if turns is None:
-            return None
-        with torch.no_grad():
-            embedded = model.embed(tokens[:1]).double()
-            first = seen.first.double()
-            scale = float((embedded * first).sum() / embedded.square().sum())
-            scale = 1.0 if abs(scale - 1) < 1e-6 else scale
-            mine = cls(anatomy, turns, scale)
-            final = mine.final(mine.stream(tokens[:1], Points()), Points())
-        return mine if _agree(final, seen.final) else None
-
-    def embedded(
-        self, tokens: Int[torch.Tensor, "row pos"]
-    ) -> Float[torch.Tensor, "row pos d_model"]:
-        """The stream before the first block."""
-        x = self.anatomy.model.embed(tokens).detach()
-        return x if self._embed_scale == 1 else x * self._embed_scale
-
-    def stream(self, tokens: torch.Tensor, points: Points) -> torch.Tensor:
-        """The last residual stream of whole prompts."""
-        x = points("hook_embed", self.embedded(tokens))
-        for block in self.blocks:
-            x = block.attention(x, Rows(0), None, points, {})
-            x = block.mlp(x, Rows(0), points, {})
-        return x
-
-    def final(
-        self, x: Float[torch.Tensor, "*axes d_model"], points: Points
-    ) -> Float[torch.Tensor, "*axes d_model"]:
-        """What the unembedding reads."""
-        return normed(self.anatomy.ln_final, x, points, "ln_final")
 
 
 @dataclass(frozen=True, eq=False)
@@ -348,79 +271,4 @@ def _first(pair: tuple[int, torch.Tensor]) -> int:
 
 def _at_end(points: Points) -> bool:
     """Whether something happens at the final norm, which is then run at every position."""
-    return any(name in points for name in _OUTSIDE[1:])
-
-
-def replayable(names: Iterable[str]) -> bool:
-    """Whether all of these hooks are points of a replay."""
-    return all(name in _OUTSIDE or _is_point(name) for name in names)
-
-
-def _is_point(name: str) -> bool:
-    parts = name.split(".", 2)
-    return len(parts) == 3 and parts[0] == "blocks" and parts[2] in POINTS
-
-
-def _is_plain(model: Any) -> bool:
-    """Whether nothing but the tokens decides what is attended to, all on one device."""
-    cfg = model.cfg
-    turned_on_itself = not getattr(cfg, "rotary_adjacent_pairs", False)
-    whole = getattr(cfg, "rotary_dim", None) in (None, cfg.d_head)
-    on_one_device = len({parameter.device for parameter in model.parameters()}) == 1
-    return turned_on_itself and whole and on_one_device and getattr(cfg, "gated_mlp", True)
-
-
-@dataclass(frozen=True, eq=False)
-class _Seen:
-    """One pass of the model itself."""
-
-    first: torch.Tensor
-    """What the first block was given."""
-    arguments: list[dict[str, Any]]
-    """Of each block."""
-    final: torch.Tensor
-    """What the unembedding was given."""
-
-    @classmethod
-    def of(cls, model: Any, tokens: torch.Tensor) -> _Seen:
-        """Runs the model."""
-        streams: list[torch.Tensor] = []
-        arguments: list[dict[str, Any]] = []
-
-        def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            streams.append(args[0] if args else kwargs["hidden_states"])
-            arguments.append(kwargs)
-
-        handles = []
-        try:
-            for block in model.blocks:
-                handles.append(block.register_forward_pre_hook(keep, with_kwargs=True))
-            with torch.no_grad(), final_residuals(model) as ends:
-                model(tokens)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return cls(streams[0], arguments, ends.normed[0])
-
-
-def _turns(model: Any, seen: _Seen, n_pos: int) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
-    """Cosines and sines of each layer; None for another kind of positions."""
-    turns = []
-    for block, arguments in zip(model.blocks, seen.arguments, strict=True):
-        given = arguments.get("position_embeddings")
-        if given is not None:
-            cos, sin = (turn[0] for turn in given)
-        elif hasattr(block.attn, "rotary_cos"):
-            cos, sin = (getattr(block.attn, f"rotary_{name}")[:n_pos] for name in ("cos", "sin"))
-        else:
-            return None
-        if cos.shape != (n_pos, int(model.cfg.d_head)):
-            return None
-        turns.append((cos.detach(), sin.detach()))
-    return turns
-
-
-def _agree(mine: torch.Tensor, models: torch.Tensor) -> bool:
-    """Whether two results are the same but for rounding; one that is not finite agrees with none."""
-    difference = (mine.double() - models.double()).norm() / models.double().norm()
-    return bool(difference < _AGREES.get(models.dtype, 0.0))
+    return any(name in points for name in OUTSIDE[1:])

@@ -1,4 +1,9 @@
-"""TODO."""
+"""The ids of one text or conversation, in the words that a Gemma was tuned on.
+
+For chat messages the tokenizer's own template where it has one, else Gemma's, ``<start_of_turn>user ...
+<end_of_turn>``, the words of a system message in front of the first user's. After a user's message the
+model's turn is opened.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +24,6 @@ from gemmascope_plugin.errors import (
 from gemmascope_plugin.models.protocol import HookedModel
 
 _START, _END = "<start_of_turn>", "<end_of_turn>"
-
-
 _ROLES = {"user": "user", "model": "model", "assistant": "model"}
 
 

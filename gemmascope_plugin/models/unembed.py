@@ -2,23 +2,18 @@
 
 1. ``x = norm(resid)``, in float32 at least; a caller that has ``unembed.hook_in`` says ``normed=True``.
 2. A logit is ``cap(<x, W_U[:, v]> + b_U[v])``. For tokens that are named, their rows of ``W_U`` are read
-   and nothing else.
-3. What needs all words (log-sum-exp, divergence, entropy, the best words) goes through the vocabulary in
-   tiles of at most ``TILE`` logits. A backward pass computes the tiles again instead of keeping them:
-   ``d/dx lse = softmax @ W_U``, ``d/dx_q KL(p || q) = (q - p) @ W_U``.
+   and nothing else; what needs all words goes through the vocabulary in tiles (``vocabulary.py``).
 
 Products and sums are made in float32 (float64 in a model of that type). A bfloat16 weight becomes
 float32 tile by tile, so that nothing is rounded after the weights and the stream; the logits that such a
 model makes itself carry eight bits, 0.06 at a logit of 20.
 
-Cost: ``2 * rows * d_model * d_vocab`` operations where all words count, twice that with a backward pass,
-and ``TILE`` numbers of memory beside a tile of the weight. ``[d_vocab, d_model]`` in memory is the
-quicker layout; the other one is right, and is not copied either.
+``[d_vocab, d_model]`` in memory is the quicker layout; the other one is right, and is not copied either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +134,11 @@ class Unembedding:
             words = slice(start, min(start + width, self.d_vocab))
             yield words, self.rows(words, like), parts
 
+    def converted(self) -> Iterator[slice]:
+        """Runs of words whose weight is held in another type at a time."""
+        for start in range(0, self.d_vocab, WORDS):
+            yield slice(start, start + WORDS)
+
     def each_tile(
         self, x: Float[torch.Tensor, "row d_model"]
     ) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
@@ -152,306 +152,7 @@ class Unembedding:
         return 1.0 if self.cap is None else 1 - (logits / self.cap).square()
 
 
-def logits_at(
-    model: HookedModel,
-    resid: Rows,
-    tokens: Int[torch.Tensor, "*which"] | None = None,
-    *,
-    normed: bool = False,
-    before_cap: bool = False,
-) -> Float[torch.Tensor, "*any"]:
-    """Logits of residuals, for all words or for some.
-
-    Args:
-        model: ``HookedTransformer`` or ``TransformerBridge``.
-        resid: The residual stream before the final norm.
-        tokens: Ids ``[choice]`` for every row, or ``[*rows, choice]`` for each its own; None for the
-            whole vocabulary, which is the caller's memory.
-        normed: ``resid`` has been through the norm already, as ``unembed.hook_in`` has.
-        before_cap: Without the final soft-cap.
-
-    Returns:
-        ``[*rows, choice]``, float32 at least; differentiable in ``resid``.
-    """
-    out = unembedding(model, before_cap=before_cap)
-    x = out.read(resid, normed=normed)
-    if tokens is None:
-        return all_logits(out, x)
-    return out.logits(x, tokens) if tokens.ndim <= 1 else out.logits_each(x, tokens)
-
-
 def unembedding(model: HookedModel, *, before_cap: bool = False) -> Unembedding:
     """That of the model, with or without its soft-cap."""
     out = Unembedding.of(model)
     return out.uncapped() if before_cap else out
-
-
-def all_logits(out: Unembedding, x: Rows) -> Float[torch.Tensor, "*rows d_vocab"]:
-    """Every logit of normed ``x``."""
-    flat = x.reshape(-1, x.shape[-1])
-    return out.finish(_Product.apply(flat, out), slice(None)).view(*x.shape[:-1], -1)
-
-
-def log_normaliser(out: Unembedding, x: Rows) -> Values:
-    """Log-sum-exp of all logits of normed ``x``."""
-    flat = x.reshape(-1, x.shape[-1])
-    return _LogSumExp.apply(flat, out).view(x.shape[:-1])
-
-
-def mean_logit(out: Unembedding, x: Rows) -> Values:
-    """Mean of all logits of normed ``x``."""
-    flat = x.reshape(-1, x.shape[-1])
-    return _Mean.apply(flat, out).view(x.shape[:-1])
-
-
-def token_log_probs(
-    model: HookedModel,
-    resid: Rows,
-    tokens: Int[torch.Tensor, "*rows choice"],
-    *,
-    normed: bool = False,
-    before_cap: bool = False,
-) -> Float[torch.Tensor, "*rows choice"]:
-    """Log-probabilities of some tokens at each residual, in nats; arguments as for :func:`logits_at`."""
-    out = unembedding(model, before_cap=before_cap)
-    x = out.read(resid, normed=normed)
-    return out.logits_each(x, tokens) - log_normaliser(out, x)[..., None]
-
-
-def cross_entropy(
-    model: HookedModel,
-    resid: Rows,
-    targets: Int[torch.Tensor, "*rows"],
-    *,
-    normed: bool = False,
-    before_cap: bool = False,
-) -> Values:
-    """Minus the log-probability of one token at each residual, in nats."""
-    log_probs = token_log_probs(
-        model, resid, targets[..., None], normed=normed, before_cap=before_cap
-    )
-    return -log_probs[..., 0]
-
-
-def kl_divergence(
-    model: HookedModel,
-    p_resid: Reference,
-    q_resid: Rows,
-    *,
-    normed: bool = False,
-    before_cap: bool = False,
-) -> Values:
-    """``sum_v p(v) log(p(v) / q(v))`` in nats; differentiable in ``q_resid``, ``p`` is held.
-
-    Two rows that are equal give exactly 0.
-    """
-    out = unembedding(model, before_cap=before_cap)
-    p, q = (out.read(x, normed=normed) for x in (p_resid, q_resid))
-    return divergence(out, p, q)
-
-
-def divergence(out: Unembedding, p: Reference, q: Rows) -> Values:
-    """The same of normed rows."""
-    shape, width = q.shape[:-1], q.shape[-1]
-    p = p.expand_as(q).reshape(-1, width).detach().to(q)
-    return _Divergence.apply(q.reshape(-1, width), p, out).view(shape)
-
-
-@torch.no_grad()
-def entropy(
-    model: HookedModel, resid: Rows, *, normed: bool = False, before_cap: bool = False
-) -> Values:
-    """Entropy of the next token at each residual, in nats."""
-    out = unembedding(model, before_cap=before_cap)
-    x = out.read(resid, normed=normed)
-    flat = x.reshape(-1, x.shape[-1])
-    sums = _Sums(len(flat), flat)
-    for part, _, _, logits in out.each_tile(flat):
-        sums.add(part, logits, logits)
-    return (sums.log() - sums.mean()).view(x.shape[:-1])
-
-
-@torch.no_grad()
-def top_tokens(
-    model: HookedModel,
-    resid: Rows,
-    k: int,
-    *,
-    normed: bool = False,
-    before_cap: bool = False,
-) -> tuple[Float[torch.Tensor, "*rows k"], Int[torch.Tensor, "*rows k"]]:
-    """Log-probabilities and ids of the ``k`` most probable tokens, the best first."""
-    out = unembedding(model, before_cap=before_cap)
-    x = out.read(resid, normed=normed)
-    best, ids, lse = top_logits(out, x, k)
-    return best - lse[..., None], ids
-
-
-@torch.no_grad()
-def top_logits(
-    out: Unembedding, x: Rows, k: int
-) -> tuple[
-    Float[torch.Tensor, "*rows k"], Int[torch.Tensor, "*rows k"], Float[torch.Tensor, "*rows"]
-]:
-    """The ``k`` largest logits of normed ``x``, their ids, and the log-sum-exp of all."""
-    flat = x.reshape(-1, x.shape[-1])
-    sums = _Sums(len(flat), flat)
-    best = flat.new_full((len(flat), k), -torch.inf)
-    ids = torch.zeros(len(flat), k, dtype=torch.long, device=flat.device)
-    for part, words, _, logits in out.each_tile(flat):
-        # few rows have a word among their best in a tile, once they have seen some tiles
-        better = logits.amax(-1) > best[part, -1]
-        some, places = logits[better].topk(min(k, logits.shape[1]))
-        both = torch.cat([best[part][better], some], 1)
-        which = torch.cat([ids[part][better], places + words.start], 1)
-        best[part][better], places = both.topk(k)
-        ids[part][better] = which.gather(1, places)
-        sums.add(part, logits)
-    shape = x.shape[:-1]
-    return best.view(*shape, k), ids.view(*shape, k), sums.log().view(shape)
-
-
-class _Sums:
-    """Running sums of ``exp(logit)`` and of a weighted value per row, against overflow by the maximum."""
-
-    def __init__(self, n_rows: int, like: torch.Tensor) -> None:
-        self.top = like.new_full((n_rows,), -torch.inf)
-        # float64 across tiles costs nothing: a number per row and tile
-        self.sum = like.new_zeros(n_rows, dtype=torch.float64)
-        self.weighted = torch.zeros_like(self.sum)
-
-    def add(self, part: slice, logits: torch.Tensor, value: torch.Tensor | None = None) -> None:
-        """Counts a tile; ``value`` is averaged with the probabilities as weights."""
-        top = torch.maximum(self.top[part], logits.amax(-1))
-        shrink = (self.top[part] - top).double().exp()
-        weights = (logits - top[:, None]).exp_()
-        self.sum[part] = self.sum[part] * shrink + weights.sum(-1)
-        if value is not None:
-            more = (weights * value).sum(-1)
-            self.weighted[part] = self.weighted[part] * shrink + more
-        self.top[part] = top
-
-    def log(self) -> Float[torch.Tensor, " row"]:
-        """Log-sum-exp."""
-        return (self.top.double() + self.sum.log()).to(self.top.dtype)
-
-    def mean(self) -> Float[torch.Tensor, " row"]:
-        """Mean of the value."""
-        return (self.weighted / self.sum).to(self.top.dtype)
-
-
-class _Tiled(torch.autograd.Function):
-    """What is summed over the vocabulary; a subclass says the derivative by the logits, tile by tile."""
-
-    @staticmethod
-    def pulled(
-        out: Unembedding,
-        x: torch.Tensor,
-        by_logits: Callable[[slice, slice, torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
-        """The derivative by ``x``, from that by the logits at some rows and words."""
-        gradient = torch.zeros_like(x)
-        for part, words, weight, logits in out.each_tile(x):
-            gradient[part] += (by_logits(part, words, logits) * out.slope(logits)) @ weight
-        return gradient
-
-
-class _LogSumExp(_Tiled):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, out: Unembedding) -> torch.Tensor:
-        sums = _Sums(len(x), x)
-        for part, _, _, logits in out.each_tile(x):
-            sums.add(part, logits)
-        ctx.out = out
-        ctx.save_for_backward(x, lse := sums.log())
-        return lse
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, lse = ctx.saved_tensors
-        (grad,) = grads
-
-        def softmax(part: slice, words: slice, logits: torch.Tensor) -> torch.Tensor:
-            return (logits - lse[part, None]).exp_() * grad[part, None]
-
-        return _Tiled.pulled(ctx.out, x, softmax), None
-
-
-class _Mean(_Tiled):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, out: Unembedding) -> torch.Tensor:
-        total = x.new_zeros(len(x), dtype=torch.float64)
-        for part, _, _, logits in out.each_tile(x):
-            total[part] += logits.sum(-1)
-        ctx.out = out
-        ctx.save_for_backward(x)
-        return (total / out.d_vocab).to(x.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (x,) = ctx.saved_tensors
-        share = grads[0][:, None] / ctx.out.d_vocab
-
-        def alike(part: slice, words: slice, logits: torch.Tensor) -> torch.Tensor:
-            return share[part].expand_as(logits)
-
-        return _Tiled.pulled(ctx.out, x, alike), None
-
-
-class _Divergence(_Tiled):
-    @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, p: torch.Tensor, out: Unembedding) -> torch.Tensor:
-        of_p, of_q = _Sums(len(p), p), _Sums(len(q), q)
-        for words, weight, parts in out.tiles(len(q), q):
-            for part in parts:
-                logits_p, logits_q = (out.finish(x[part] @ weight.T, words) for x in (p, q))
-                of_p.add(part, logits_p, logits_p - logits_q)
-                of_q.add(part, logits_q)
-        ctx.out = out
-        ctx.save_for_backward(q, p, of_q.log(), of_p.log())
-        # the logarithms of both sums, before they are rounded
-        tops = of_q.top.double() - of_p.top.double()
-        logs = tops + of_q.sum.log() - of_p.sum.log()
-        return (of_p.weighted / of_p.sum + logs).to(q.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, p, lse_q, lse_p = ctx.saved_tensors
-        out, gradient = ctx.out, torch.zeros_like(q)
-        for words, weight, parts in out.tiles(len(q), q):
-            for part in parts:
-                logits_p, logits_q = (out.finish(x[part] @ weight.T, words) for x in (p, q))
-                change = (logits_q - lse_q[part, None]).exp() - (logits_p - lse_p[part, None]).exp()
-                change = change * grads[0][part, None] * out.slope(logits_q)
-                gradient[part] += change @ weight
-        return gradient, None, None
-
-
-class _Product(_Tiled):
-    """``x @ W_U`` without a copy of the weight in another type, forwards and backwards."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, out: Unembedding) -> torch.Tensor:
-        ctx.out = out
-        if out.weight.dtype == x.dtype:
-            return x @ out.weight.to(x.device).T
-        logits = x.new_empty(len(x), out.d_vocab)
-        for start in range(0, out.d_vocab, WORDS):
-            words = slice(start, start + WORDS)
-            logits[:, words] = x @ out.rows(words, x).T
-        return logits
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        out, (grad,) = ctx.out, grads
-        if out.weight.dtype == grad.dtype:
-            return grad @ out.weight.to(grad.device), None
-        total = grad.new_zeros(len(grad), out.weight.shape[1])
-        for start in range(0, out.d_vocab, WORDS):
-            words = slice(start, start + WORDS)
-            total += grad[:, words] @ out.rows(words, grad)
-        return total, None

@@ -3,7 +3,7 @@
 1. Everything is checked before anything is touched: hooks, widths, edits.
 2. Each site gets one forward hook at its output point and, if its input is another tensor, one at its
    input point (``dictionary_hooks.py``); where the model class has no hook with that tensor,
-   at the one before the norm's gain, which is then applied (``models/site_hooks.py``). Several
+   at the one before the norm's gain, which is then applied (``models/points.py``). Several
    dictionaries at one point run in the given order, nested blocks from the outer to the inner one.
 3. At exit every hook is removed, exceptions included. A site whose hook never fired although the model
    ran is an error.

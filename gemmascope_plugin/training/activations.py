@@ -1,6 +1,6 @@
 """Collects activations at hook points over many documents, special tokens left out.
 
-1. ``models/site_hooks.py`` says what the tensor called by a name is in this model; heads are flattened.
+1. ``models/points.py`` says what the tensor called by a name is in this model; heads are flattened.
 2. The pass ends after the last layer that is read.
 
 Cost: one partial forward pass per document batch; memory is ``tokens * width * 4`` bytes per hook.

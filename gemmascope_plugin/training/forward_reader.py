@@ -1,7 +1,7 @@
 """Activations on the fly: buckets of them, collected at several hooks by one forward pass.
 
 1. Rows of text go through the model up to the last layer that is read; the tensors at all hooks are kept
-   at the tokens that are neither excluded nor filled up (``models/site_hooks.py`` says what).
+   at the tokens that are neither excluded nor filled up (``models/points.py`` says what).
 2. Passes are strung together until a bucket is full, or the corpus ends.
 3. A corpus that fits into one bucket goes through the model once only.
 4. The place of a bucket is that of its first row in the corpus.

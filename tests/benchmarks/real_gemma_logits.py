@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def position(model: Any, rounds: int) -> None:
     """One position, three ways."""
-    from gemmascope_plugin.models.unembed import logits_at
+    from gemmascope_plugin.models.readout import logits_at
 
     x = torch.randn(1, 1, model.cfg.d_model, dtype=next(model.parameters()).dtype)
     layout = model.unembed.W_U.data

@@ -12,7 +12,7 @@ from gemmascope_plugin.causes.grid import Choice
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.errors import EmptySelectionError, FeatureIndexError, UnknownNameError
 from gemmascope_plugin.models import flatten_heads, module_replay
-from gemmascope_plugin.models.replay import Arithmetic
+from gemmascope_plugin.models.arithmetic import Arithmetic
 from gemmascope_plugin.splice import HookedSAE, splice
 from tests import factories
 from tests.causes.tasks import CLEAN, CORRUPT, TASK, metric_under, score, values_at, with_features

@@ -15,8 +15,8 @@ from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownName
 from gemmascope_plugin.graphs.node import Node, Reader
 from gemmascope_plugin.models import flatten_heads, restore_heads
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.arithmetic import Arithmetic
 from gemmascope_plugin.models.load_model import bridge_from_hf, hooked_from_hf
-from gemmascope_plugin.models.replay import Arithmetic
 from tests import factories
 from tests.causes.paths_slow import CORRUPT, TASK, base_metric, copied, delivered, difference
 from tests.causes.tasks import CLEAN, LATE, metric_under, values_at

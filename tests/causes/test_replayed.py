@@ -8,7 +8,7 @@ import torch
 from gemmascope_plugin.causes import Task, activation_patching, kl_divergence, logit_diff
 from gemmascope_plugin.causes.metrics import probability
 from gemmascope_plugin.causes.replayed import replayed, together
-from gemmascope_plugin.models.replay import Arithmetic
+from gemmascope_plugin.models.arithmetic import Arithmetic
 from tests.tiny_models import PAD_ID, random_tokens
 
 LENGTHS, STARTS = [18, 18, 9, 14], [11, 11, 4, 11]

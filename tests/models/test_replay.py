@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from gemmascope_plugin.models.block import POINTS, gelu_times
+from gemmascope_plugin.models.arithmetic import Arithmetic
+from gemmascope_plugin.models.block import gelu_times
 from gemmascope_plugin.models.record import keeping
-from gemmascope_plugin.models.replay import Arithmetic, Replay, replayable
+from gemmascope_plugin.models.replay import Replay
+from gemmascope_plugin.models.replay_points import POINTS, replayable
 from tests.factories import tiny_model
 from tests.support.rounding import TINY
 from tests.tiny_models import random_tokens

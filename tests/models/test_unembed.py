@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemmascope_plugin.models import unembed
+from gemmascope_plugin.models import readout, unembed, vocabulary
 from tests.support.largest import LargestTensor
 from tests.support.rounding import TINY
 from tests.tiny_models import VOCABULARY, random_tokens
@@ -37,16 +37,16 @@ def run(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_all_logits_and_those_of_some_words(model, run) -> None:
     resid, logits = run
-    assert torch.allclose(unembed.logits_at(model, resid), logits, atol=TINY)
-    some = unembed.logits_at(model, resid[:, -1], WORDS)
+    assert torch.allclose(readout.logits_at(model, resid), logits, atol=TINY)
+    some = readout.logits_at(model, resid[:, -1], WORDS)
     assert torch.allclose(some, logits[:, -1].gather(-1, WORDS), atol=TINY)
-    shared = unembed.logits_at(model, resid, torch.tensor([3, 250]))
+    shared = readout.logits_at(model, resid, torch.tensor([3, 250]))
     assert torch.allclose(shared, logits[..., [3, 250]], atol=TINY)
 
 
 def test_before_the_soft_cap(model, run) -> None:
     cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0.0
-    before = unembed.logits_at(model, run[0], before_cap=True)
+    before = readout.logits_at(model, run[0], before_cap=True)
     after = cap * torch.tanh(before / cap) if cap > 0 else before
     assert torch.allclose(after, run[1], atol=TINY)
 
@@ -55,13 +55,13 @@ def test_before_the_soft_cap(model, run) -> None:
 def test_losses_entropy_and_best_words(model, run) -> None:
     resid, logits = run
     log = logits.double().log_softmax(-1)
-    losses = unembed.cross_entropy(model, resid[:, :-1], TOKENS[:, 1:])
+    losses = readout.cross_entropy(model, resid[:, :-1], TOKENS[:, 1:])
     assert torch.allclose(losses.double(), -log[:, :-1].gather(-1, TOKENS[:, 1:, None])[..., 0])
-    picked = unembed.token_log_probs(model, resid[:, -1], WORDS)
+    picked = readout.token_log_probs(model, resid[:, -1], WORDS)
     assert torch.allclose(picked.double(), log[:, -1].gather(-1, WORDS), atol=1e-5)
     entropy = -(log.exp() * log).sum(-1)
-    assert torch.allclose(unembed.entropy(model, resid).double(), entropy, atol=1e-5)
-    best, ids = unembed.top_tokens(model, resid, 12)
+    assert torch.allclose(readout.entropy(model, resid).double(), entropy, atol=1e-5)
+    best, ids = readout.top_tokens(model, resid, 12)
     values, places = log.topk(12)
     assert torch.equal(ids, places)
     assert torch.allclose(best.double(), values, atol=1e-5)
@@ -72,7 +72,7 @@ def test_divergence(model, run) -> None:
     resid, logits = run
     p, q = logits[:1].double().log_softmax(-1), logits.double().log_softmax(-1)
     slow = (p.exp() * (p - q)).sum(-1)
-    fast = unembed.kl_divergence(model, resid[:1], resid)
+    fast = readout.kl_divergence(model, resid[:1], resid)
     assert torch.equal(fast[0], torch.zeros(7))
     assert torch.allclose(fast.double(), slow, atol=TINY)
     assert fast[1:, 1:].min() > 1e-3
@@ -86,13 +86,13 @@ def test_gradients(model, run, what: str) -> None:
 
     def fast(x: torch.Tensor) -> torch.Tensor:
         if what == "loss":
-            return unembed.cross_entropy(model, x, TOKENS[:, 1:])
+            return readout.cross_entropy(model, x, TOKENS[:, 1:])
         if what == "divergence":
-            return unembed.kl_divergence(model, resid[:1], x)
+            return readout.kl_divergence(model, resid[:1], x)
         out = unembed.unembedding(model)
         if what == "mean":
-            return unembed.mean_logit(out, out.read(x))
-        return unembed.logits_at(model, x)[..., 3:9].square().sum(-1)
+            return vocabulary.mean_logit(out, out.read(x))
+        return readout.logits_at(model, x)[..., 3:9].square().sum(-1)
 
     def slow(x: torch.Tensor) -> torch.Tensor:
         logits = _slow_logits(model, x)
@@ -132,13 +132,13 @@ def test_in_bfloat16_the_weights_are_read_and_nothing_else_is_rounded(model, run
     for name in ("cross_entropy", "logits_at"):
         args = () if name == "logits_at" else (TOKENS,)
         got, wanted = (
-            getattr(unembed, name)(m, y, *args) for m, y in ((half, x), (wide, x.float()))
+            getattr(readout, name)(m, y, *args) for m, y in ((half, x), (wide, x.float()))
         )
         assert got.dtype == torch.float32
         # the gain of the norm is added up in bfloat16 on one of the classes
         assert torch.allclose(got, wanted, atol=2e-2)
     # what the model itself says carries eight bits
-    assert torch.allclose(unembed.logits_at(half, x), _slow_logits(half, x).float(), atol=0.1)
+    assert torch.allclose(readout.logits_at(half, x), _slow_logits(half, x).float(), atol=0.1)
 
 
 def test_words_in_the_other_layout_and_a_bias(hooked2) -> None:
@@ -147,14 +147,14 @@ def test_words_in_the_other_layout_and_a_bias(hooked2) -> None:
     weight = other.unembed.W_U.data
     other.unembed.W_U.data = weight.contiguous()
     assert other.unembed.W_U.stride() != weight.T.contiguous().T.stride()
-    assert torch.allclose(unembed.logits_at(other, x), unembed.logits_at(hooked2, x), atol=TINY)
+    assert torch.allclose(readout.logits_at(other, x), readout.logits_at(hooked2, x), atol=TINY)
     other.unembed.b_U.data = torch.linspace(-1, 1, VOCABULARY)
-    assert torch.allclose(unembed.logits_at(other, x), _slow_logits(other, x[None])[0], atol=TINY)
+    assert torch.allclose(readout.logits_at(other, x), _slow_logits(other, x[None])[0], atol=TINY)
     targets = torch.tensor([0, 1, 2, 255])
     slow = torch.nn.functional.cross_entropy(
         _slow_logits(other, x[None])[0], targets, reduction="none"
     )
-    assert torch.allclose(unembed.cross_entropy(other, x, targets), slow, atol=1e-5)
+    assert torch.allclose(readout.cross_entropy(other, x, targets), slow, atol=1e-5)
 
 
 def test_overflow_of_exponentials_and_nan() -> None:
@@ -162,7 +162,7 @@ def test_overflow_of_exponentials_and_nan() -> None:
 
     out = unembed.Unembedding(torch.eye(4), None, None, Norm(None, 0.0))
     x = torch.tensor([[1e4, 0.0, 0.0, -1e4], [0.0, float("nan"), 0.0, 0.0]])
-    lse = unembed.log_normaliser(out, x)
+    lse = vocabulary.log_normaliser(out, x)
     assert float(lse[0]) == 1e4
     assert bool(lse[1].isnan())
 
@@ -173,7 +173,7 @@ def test_no_tensor_of_all_logits_is_ever_made(model, run, name: str, monkeypatch
     x = run[0].clone().requires_grad_(name in ("cross_entropy", "kl_divergence"))
     more = {"cross_entropy": (TOKENS,), "kl_divergence": (x,), "entropy": (), "top_tokens": (3,)}
     with LargestTensor(width=VOCABULARY // 8) as largest:
-        value = getattr(unembed, name)(model, x, *more[name])
+        value = getattr(readout, name)(model, x, *more[name])
         if x.requires_grad:
             value.sum().backward()
     assert 0 < largest.numel <= 4 * VOCABULARY, largest.shape

@@ -27,7 +27,8 @@ from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.prompts import PromptLike, one_prompt
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.record import record
-from gemmascope_plugin.models.unembed import Unembedding, top_logits
+from gemmascope_plugin.models.unembed import Unembedding
+from gemmascope_plugin.models.vocabulary import top_logits
 
 
 @gate(model=check_model)

@@ -173,7 +173,7 @@ def check_restartable(model: HookedModel, free: bool) -> None:
 
     Args:
         model: The model.
-        free: Whether it has none, see ``models/restart.py``.
+        free: Whether it has none, see ``models/module_replay.py``.
 
     Raises:
         GemmaScopeError: It has some.

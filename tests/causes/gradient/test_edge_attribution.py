@@ -19,9 +19,9 @@ from gemmascope_plugin.causes.exact.edge_patching import edge_patching
 from gemmascope_plugin.causes.writes import Writes, head_deltas
 from gemmascope_plugin.errors import TaskError, UnknownNameError
 from gemmascope_plugin.models.anatomy import Anatomy
+from gemmascope_plugin.models.arithmetic import Arithmetic
 from gemmascope_plugin.models.gradients import gradients_of
 from gemmascope_plugin.models.load_model import bridge_from_hf, hooked_from_hf
-from gemmascope_plugin.models.replay import Arithmetic
 from tests.causes.tasks import CLEAN, CORRUPT, LATE, RIGHT, TASK, WRONG
 from tests.factories import n_hooks, tiny_hf, tiny_model, tiny_tokenizer, unchecked
 from tests.ground_truth.cases import CASES

@@ -13,8 +13,8 @@ from gemmascope_plugin.causes.gradient.integrated import integrated_activations
 from gemmascope_plugin.causes.gradient.slopes import parts_of
 from gemmascope_plugin.errors import InputError, TaskError, UnknownNameError
 from gemmascope_plugin.models import gradients
+from gemmascope_plugin.models.arithmetic import Arithmetic
 from gemmascope_plugin.models.load_model import bridge_from_hf, hooked_from_hf
-from gemmascope_plugin.models.replay import Arithmetic
 from tests import factories
 from tests.causes.tasks import CLEAN, CORRUPT, LATE, TASK, metric_under, values_at
 from tests.factories import n_hooks, tiny_hf, tiny_model, tiny_tokenizer
