@@ -2,7 +2,7 @@
 
 An edge sums over all direct paths from source to target. At every layer between them each path either
 passes by or goes through one head, so ``edge = bypass + sum over heads``, exactly, with what is frozen in
-the graph; the method is in ``tracing/linear/head_shares.py``. A layer's loads are no shares of
+the graph; the method is in ``tracing/linear/head_shares.py``. A layer's loads are not shares of
 another layer's: the same path may go through heads of several layers.
 
 Cost: one forward pass and encoding, then a sweep for each target and a push upwards for each source.
@@ -24,14 +24,16 @@ from gemmascope_plugin.graphs.frames import SHOWN
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
+from gemmascope_plugin.models.prompts import PromptLike
 from gemmascope_plugin.models.protocol import HookedModel, dtype_of
 from gemmascope_plugin.models.tokens import token_strings
-from gemmascope_plugin.splice.check_saes import check_saes
+from gemmascope_plugin.splice.check_saes import Saes, check_saes
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
 from gemmascope_plugin.tracing.linear.head_shares import loadings
 from gemmascope_plugin.tracing.linear.targets import Target
-from gemmascope_plugin.tracing.retrace import Prompt, Retrace, seeds_of, tracer_of
-from gemmascope_plugin.tracing.row_tolerance import allowed_gap
+from gemmascope_plugin.tracing.linear.trace_site import Exclude
+from gemmascope_plugin.tracing.trace import allowed_gap
+from gemmascope_plugin.tracing.traced_prompt import TracedPrompt
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -117,7 +119,7 @@ class HeadLoadings:
             return self.edges.index(edge)
         if not isinstance(edge, int) or not 0 <= edge < len(self.edges):
             raise TaskError(
-                f"{edge!r} is none of these edges", exists=f"edges 0 to {len(self.edges) - 1}"
+                f"{edge!r} is not one of these edges", exists=f"edges 0 to {len(self.edges) - 1}"
             )
         return edge
 
@@ -136,15 +138,15 @@ class HeadLoadings:
         return f"<p>{escape(repr(self))}</p>{figures.frame_html(self.to_frame(), SHOWN)}"
 
 
-@gate(model=check_model, transcoders=check_saes)
+@gate(model=check_model, saes=check_saes)
 def head_loadings(
     model: HookedModel,
-    graph: Graph | Prompt,
-    transcoders: Any,
+    graph: Graph | PromptLike,
+    saes: Saes,
     edges: Sequence[tuple[str, str]] | pd.DataFrame | tuple[str, str],
     *,
     targets: Sequence[Target] | Target | None = None,
-    exclude: str | int | Sequence[str | int] | None = None,
+    exclude: Exclude | None = None,
     memory_budget: int | str = "4 GB",
 ) -> HeadLoadings:
     """How much of chosen edges each attention head carried.
@@ -152,7 +154,7 @@ def head_loadings(
     Args:
         model: The model that was traced.
         graph: The graph of a prompt, or the prompt itself.
-        transcoders: The dictionaries of the trace.
+        saes: The dictionaries of the trace.
         edges: Ids of source and target, one pair or several, or rows of ``graph.edge_frame()``: from
             features, errors, tokens and biases to features, logits, differences and directions.
         targets: As in ``trace``, where edges end at directions, which a graph does not hold, or, for a
@@ -176,37 +178,40 @@ def head_loadings(
         for pair in pairs:
             for node in pair:
                 graph.find(node)
-    tracer = tracer_of(model, graph, transcoders, exclude, memory_budget)
-    again = Retrace(tracer, seeds_of(tracer, graph, targets))
-    places = [again.edge(*pair) for pair in pairs]
-    return _carried(again, pairs, places)
+    traced = TracedPrompt.of(model, graph, saes, exclude=exclude, memory_budget=memory_budget)
+    if targets is not None:
+        seeds, _ = traced.choose(targets)
+    elif isinstance(graph, Graph):
+        seeds, _ = traced.seeds_of(graph)
+    else:
+        seeds = traced.readout.top(10, 0.95, -1)
+    return _carried(traced.with_seeds(seeds), pairs)
 
 
-def _carried(
-    again: Retrace, pairs: Sequence[tuple[str, str]], places: Sequence[tuple[int, int]]
-) -> HeadLoadings:
+def _carried(traced: TracedPrompt, pairs: Sequence[tuple[str, str]]) -> HeadLoadings:
     """Loads of all edges, target by target."""
-    record = again.tracer.record
-    sizes = (len(pairs), record.n_layers, record.anatomy.n_heads, record.n_pos)
+    frozen = traced.frozen
+    places = [traced.edge(*pair) for pair in pairs]
+    sizes = (len(pairs), frozen.n_layers, frozen.anatomy.n_heads, frozen.n_pos)
     weights, gaps = np.zeros(sizes[:1]), np.zeros(sizes[:1])
     by_key, bypass = np.zeros(sizes), np.zeros(sizes[:2])
     between = np.zeros(sizes[:2], dtype=bool)
     for target in dict.fromkeys(last for _, last in places):
-        own = [i for i, (_, last) in enumerate(places) if last == target]
-        found = loadings(again.tracer, again.entry(target), [places[i][0] for i in own])
-        by_key[own, ..., : found.loads.shape[-1]] = found.loads.double().cpu().numpy()
-        bypass[own] = found.bypass.double().cpu().numpy()
-        between[own] = found.between.cpu().numpy()
-        weights[own] = found.effects.double().cpu().numpy()
-        gaps[own] = found.gaps.double().cpu().numpy()
-    _judge(record, pairs, gaps, np.maximum(np.abs(by_key).sum((1, 2, 3)), np.abs(weights)))
+        edges = [i for i, (_, last) in enumerate(places) if last == target]
+        part = loadings(traced.sweep, traced.entry(target), [places[i][0] for i in edges])
+        by_key[edges, ..., : part.loads.shape[-1]] = part.loads.double().cpu().numpy()
+        bypass[edges] = part.bypass.double().cpu().numpy()
+        between[edges] = part.between.cpu().numpy()
+        weights[edges] = part.effects.double().cpu().numpy()
+        gaps[edges] = part.gaps.double().cpu().numpy()
+    _judge(frozen, pairs, gaps, np.maximum(np.abs(by_key).sum((1, 2, 3)), np.abs(weights)))
     details = {"residual": float(gaps.max() / max(np.abs(weights).max(), 1e-30))}
-    words = tuple(token_strings(record.model, record.tokens))
+    words = tuple(token_strings(frozen.model, frozen.tokens))
     return HeadLoadings(tuple(pairs), weights, by_key, bypass, between, words, details)
 
 
 def _judge(
-    record: FrozenPass,
+    frozen: FrozenPass,
     pairs: Sequence[tuple[str, str]],
     gaps: Float[np.ndarray, " edge"],
     sizes: Float[np.ndarray, " edge"],
@@ -216,8 +221,8 @@ def _judge(
     Raises:
         ModelError: With the worst of them.
     """
-    model = record.model
-    allowed = allowed_gap([dtype_of(model)], record.n_layers, int(model.cfg.d_model)) * sizes
+    model = frozen.model
+    allowed = allowed_gap([dtype_of(model)], frozen.n_layers, int(model.cfg.d_model)) * sizes
     worst = int(np.argmax(gaps - allowed))
     if not gaps[worst] <= allowed[worst]:
         source, target = pairs[worst]
@@ -232,28 +237,28 @@ def _pairs(edges: Any) -> list[tuple[str, str]]:
     """Edges in whatever form they came.
 
     Raises:
-        EmptySelectionError: None.
-        TaskError: Something that is no pair of ids.
+        EmptySelectionError: No edge.
+        TaskError: Something that is not a pair of ids.
     """
     if hasattr(edges, "columns"):
         edges = list(zip(edges["source"], edges["target"], strict=True))
-    elif isinstance(edges, tuple) and all(isinstance(one, str) for one in edges):
+    elif isinstance(edges, tuple) and all(isinstance(node, str) for node in edges):
         edges = [edges]
     if isinstance(edges, (str, Mapping)) or not isinstance(edges, Iterable):
         raise _no_edge(edges)
-    found: list[Any] = [
+    pairs: list[Any] = [
         tuple(edge) if isinstance(edge, (tuple, list)) else (edge,) for edge in edges
     ]
-    if not found:
+    if not pairs:
         raise EmptySelectionError("No edge was given", fix="graph.edge_frame(10)")
-    for edge in found:
-        if len(edge) != 2 or not all(isinstance(one, str) for one in edge):
-            raise _no_edge(edge)
-    return found
+    for pair in pairs:
+        if len(pair) != 2 or not all(isinstance(node, str) for node in pair):
+            raise _no_edge(pair)
+    return pairs
 
 
-def _no_edge(given: Any) -> TaskError:
-    return TaskError(f"{given!r} is not an edge", fix="(source, target), ids of graph.nodes.id")
+def _no_edge(edge: object) -> TaskError:
+    return TaskError(f"{edge!r} is not an edge", fix="(source, target), ids of graph.nodes.id")
 
 
 def _shares(loads: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@
    feature that moves by ``d`` counts as a source that is changed by ``d / a``. How far it is from what
    happens says how much of the mechanism the graph holds.
 
-A factor of 0 ablates a node, 2 doubles it, -1 turns it round. Features get ``factor`` times their
+A factor of 0 ablates a node, 2 doubles it, -1 flips its sign. Features get ``factor`` times their
 recorded value whatever else is changed.
 
 Cost: two forward passes, one more where everything is held.
@@ -16,6 +16,7 @@ Cost: two forward passes, one more where everything is held.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
@@ -23,30 +24,36 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int64
 
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.causes.gradient.slopes import ignore_bridge_norm_warning
-from gemmascope_plugin.errors import EmptySelectionError
+from gemmascope_plugin.errors import EmptySelectionError, InputError, UnknownNameError
 from gemmascope_plugin.graphs.frames import SHOWN
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.graph_arrays import check_graph
-from gemmascope_plugin.models.check_model import check_model
+from gemmascope_plugin.models.check_model import check_model, describe
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import token_strings
-from gemmascope_plugin.splice.check_saes import check_saes
-from gemmascope_plugin.tracing.changed_nodes import change_hooks
-from gemmascope_plugin.tracing.freeze_hooks import held_hooks
-from gemmascope_plugin.tracing.run_values import Seen, observe
-from gemmascope_plugin.tracing.traced_prompt import Replay
+from gemmascope_plugin.splice.check_saes import Saes, check_saes
+from gemmascope_plugin.tracing.changed_run import (
+    RunValues,
+    change_hooks,
+    freeze_hooks,
+    run_values,
+)
+from gemmascope_plugin.tracing.traced_prompt import TracedPrompt
 
 if TYPE_CHECKING:
     import pandas as pd
 
+KINDS_CHANGED = ("feature", "error", "token")
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Intervention:
-    """What became of the explained nodes."""
+    """Predicted and measured change of each target node."""
 
     frame: pd.DataFrame
     """One row per explained node of the graph: ``id, kind, label, layer, pos, before, predicted,
@@ -102,11 +109,11 @@ class Intervention:
         return f"<p>{escape(repr(self))}</p>{''.join(tables)}"
 
 
-@gate(model=check_model, graph=check_graph, dictionaries=check_saes)
+@gate(model=check_model, graph=check_graph, saes=check_saes)
 def intervene(
     model: HookedModel,
     graph: Graph,
-    dictionaries: Any,
+    saes: Saes,
     changes: Mapping[str, float],
     *,
     constrained: bool = False,
@@ -117,7 +124,7 @@ def intervene(
     Args:
         model: The model that was traced.
         graph: Its graph, whole or pruned; the prediction follows the edges that it has.
-        dictionaries: Those that it was traced with.
+        saes: Those that it was traced with.
         changes: Node ids (features, errors, tokens) to factors.
         constrained: Hold everything but the changed nodes.
         memory_budget: Bytes, or ``"4 GB"``.
@@ -132,76 +139,101 @@ def intervene(
     """
     if not changes:
         raise EmptySelectionError("No change is given", fix="{graph.nodes.id[i]: 0.0}")
-    replay = Replay.of(model, graph, dictionaries, memory_budget)
-    before = observe(replay, [], frozen=constrained)
+    traced = TracedPrompt.of_graph(model, graph, saes, memory_budget)
+    before = run_values(traced, [], is_frozen=constrained)
     with ignore_bridge_norm_warning():
-        hooks = held_hooks(replay) if constrained else []
-    hooks += change_hooks(replay, replay.sources(changes), recorded=constrained)
-    after = observe(replay, hooks, frozen=constrained)
+        hooks = freeze_hooks(traced) if constrained else []
+    places = traced.places(graph)
+    hooks += change_hooks(traced, _by_node(graph, places, changes), recorded=constrained)
+    after = run_values(traced, hooks, is_frozen=constrained)
     factors = {graph.find(name): factor for name, factor in changes.items()}
     predicted = (direct if constrained else through)(graph, factors)
     return Intervention(
-        _frame(replay, before, after, predicted),
-        _top_tokens(replay, before, after),
+        _frame(graph, places, before, after, predicted),
+        _top_tokens(model, before, after),
         dict(changes),
         constrained,
     )
 
 
-def direct(graph: Graph, factors: Mapping[int, float]) -> np.ndarray:
-    """Changes of explained nodes by direct effects, ``[row]``.
-
-    Args:
-        graph: The graph.
-        factors: By place in the graph.
-    """
+def direct(graph: Graph, factors: Mapping[int, float]) -> Float[np.ndarray, " row"]:
+    """Changes of explained nodes by direct effects, from factors by place in the graph."""
     relative = np.zeros(len(graph.nodes))
     relative[list(factors)] = np.array(list(factors.values())) - 1
     return graph.rows.matrix @ relative
 
 
-def through(graph: Graph, factors: Mapping[int, float]) -> np.ndarray:
-    """Changes of explained nodes over all paths of the graph, ``[row]``.
-
-    Args:
-        graph: The graph.
-        factors: By place in the graph.
-    """
+def through(graph: Graph, factors: Mapping[int, float]) -> Float[np.ndarray, " row"]:
+    """Changes of explained nodes over all paths of the graph, from factors by place in the graph."""
     edges = graph.rows
     relative = np.zeros(len(graph.nodes))
     relative[list(factors)] = np.array(list(factors.values())) - 1
     values = graph.nodes["activation"].to_numpy()
     changes = np.zeros(len(edges.nodes))
     for start, stop in edges.levels:
-        own = edges.nodes[start:stop]
+        nodes = edges.nodes[start:stop]
         changes[start:stop] = edges.run(start, stop) @ relative
-        free = ~np.isin(own, list(factors)) & graph.where("feature")[own]
-        relative[own[free]] = changes[start:stop][free] / values[own[free]]
+        is_free = ~np.isin(nodes, list(factors)) & graph.where("feature")[nodes]
+        relative[nodes[is_free]] = changes[start:stop][is_free] / values[nodes[is_free]]
     return changes
 
 
-def _frame(replay: Replay, before: Seen, after: Seen, predicted: np.ndarray) -> pd.DataFrame:
-    graph = replay.graph
-    seeds = dict(zip(replay.seed_nodes.tolist(), range(len(replay.seeds)), strict=True))
+def _by_node(
+    graph: Graph, places: Int64[np.ndarray, " place"], changes: Mapping[str, float]
+) -> dict[int, float]:
+    """Changes by node of the layout.
+
+    Raises:
+        UnknownNameError: No such node, or one that cannot be changed.
+    """
+    if not isinstance(changes, Mapping):
+        raise InputError(
+            f"{describe(changes)} does not say what is changed",
+            fix="changes={node id: factor}, 0.0 for off; ids are those of graph.nodes.id",
+        )
+    factors = {}
+    for name, factor in changes.items():
+        if not isinstance(factor, (int, float)) or not math.isfinite(factor):
+            raise InputError(
+                f"The factor of {name!r} is {factor!r}", fix=f"changes={{{name!r}: 0.0}} for off"
+            )
+        place = graph.find(name)
+        kind = str(graph.nodes["kind"].iloc[place])
+        if kind not in KINDS_CHANGED:
+            raise UnknownNameError(
+                f"{name!r} is a {kind} and cannot be changed", exists=", ".join(KINDS_CHANGED)
+            )
+        factors[int(places[place])] = float(factor)
+    return factors
+
+
+def _frame(
+    graph: Graph,
+    places: Int64[np.ndarray, " place"],
+    before: RunValues,
+    after: RunValues,
+    predicted: Float[np.ndarray, " row"],
+) -> pd.DataFrame:
+    seeds = {int(place): i for i, place in enumerate(np.flatnonzero(graph.where("target")))}
     rows = graph.rows.nodes.tolist()
 
-    def values(seen: Seen) -> np.ndarray:
-        found = [
-            seen.seeds[seeds[row]] if row in seeds else seen.features[int(replay.place[row])]
-            for row in rows
-        ]
-        return np.array(found)
+    def measured(run: RunValues) -> Float[np.ndarray, " row"]:
+        return np.array(
+            [
+                run.seeds[seeds[row]] if row in seeds else run.features[int(places[row])]
+                for row in rows
+            ]
+        )
 
     frame = graph.nodes.iloc[rows][["id", "kind", "label", "layer", "pos"]].reset_index(drop=True)
-    start, end = values(before), values(after)
+    start, end = measured(before), measured(after)
     return frame.assign(before=start, predicted=predicted, actual=end - start)
 
 
-def _top_tokens(replay: Replay, before: Seen, after: Seen) -> pd.DataFrame:
+def _top_tokens(model: HookedModel, before: RunValues, after: RunValues) -> pd.DataFrame:
     import pandas as pd
 
-    old, new = (seen.logits.float().softmax(-1) for seen in (before, after))
+    old, new = (run.logits.float().softmax(-1) for run in (before, after))
     best = torch.maximum(old, new).topk(min(SHOWN, len(old))).indices
-    words = token_strings(replay.record.model, best)
     values = {"before": old[best].tolist(), "after": new[best].tolist()}
-    return pd.DataFrame({"token": words, **values})
+    return pd.DataFrame({"token": token_strings(model, best), **values})

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float
 
 from gemmascope_plugin.loading.load import spec_of
 from gemmascope_plugin.models.tokens import token_strings
 from gemmascope_plugin.splice.hooked_site import HookedSite
+from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
 from gemmascope_plugin.tracing.linear.node_order import Layout
 from gemmascope_plugin.tracing.linear.targets import Seed
-from gemmascope_plugin.tracing.linear.trace_site import Activity
-from gemmascope_plugin.tracing.linear.tracer import Tracer
+from gemmascope_plugin.tracing.linear.trace_site import Activity, TraceSite
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,37 +23,31 @@ if TYPE_CHECKING:
 COLUMNS = ("kind", "site", "layer", "pos", "index", "activation", "label", "id")
 
 
-def node_table(tracer: Tracer, seeds: Sequence[Seed], weights: np.ndarray) -> pd.DataFrame:
-    """One row a node, in the order of the layout, targets last.
-
-    Args:
-        tracer: The prompt's.
-        seeds: Targets that are no features.
-        weights: Of all nodes.
-    """
+def node_table(
+    frozen: FrozenPass, layout: Layout, seeds: Sequence[Seed], weights: Float[np.ndarray, " node"]
+) -> pd.DataFrame:
+    """One row a node, in the order of the layout, targets last."""
     import pandas as pd
 
-    layout, record = tracer.layout, tracer.record
-    words = token_strings(record.model, record.tokens)
-    parts = [_tokens(record.tokens.tolist(), words), _biases(layout)]
+    words = token_strings(frozen.model, frozen.tokens)
+    parts = [_tokens(frozen.tokens.tolist(), words), _biases(layout)]
     for site in range(len(layout.activities)):
         parts += [_features(layout.activities[site]), _errors(layout.activities[site])]
-    parts.append(_seeds(seeds, record.n_layers))
+    parts.append(_seeds(seeds, frozen.n_layers))
     columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
     columns["weight"] = weights
     order = ("id", "kind", "site", "layer", "pos", "index", "activation", "weight", "label")
     return pd.DataFrame({name: columns[name] for name in order})
 
 
-def _rows(count: int, kind: str, **given: Any) -> dict[str, np.ndarray]:
-    known = {"kind": kind, "site": "", "layer": -1, "pos": -1, "index": -1, "activation": np.nan}
+def _rows(count: int, kind: str, **values: Any) -> dict[str, np.ndarray]:
+    blank = {"kind": kind, "site": "", "layer": -1, "pos": -1, "index": -1, "activation": np.nan}
     types = {"layer": np.int64, "pos": np.int64, "index": np.int64, "activation": np.float64}
-    found = {}
-    for name, value in {**known, **given}.items():
-        column = np.empty(count, dtype=types.get(name, object))
-        column[:] = value
-        found[name] = column
-    return found
+    columns = {}
+    for name, value in {**blank, **values}.items():
+        columns[name] = np.empty(count, dtype=types.get(name, object))
+        columns[name][:] = value
+    return columns
 
 
 def _tokens(ids: list[int], words: list[str]) -> dict[str, np.ndarray]:
@@ -67,36 +62,37 @@ def _biases(layout: Layout) -> dict[str, np.ndarray]:
         labels.append(f"attention biases of layer {layer}")
         sites.append("")
         layers.append(layer)
-    for one in layout.activities:
-        labels += [f"b_dec of {one.site.label}", f"{one.site.label} at special tokens"]
-        sites += [one.site.label] * 2
-        layers += [one.site.layer] * 2
+    for site in (activity.site for activity in layout.activities):
+        labels += [f"b_dec of {site.label}", f"{site.label} at special tokens"]
+        sites += [site.label] * 2
+        layers += [site.layer] * 2
     names = [f"bias:{label.replace(' ', '_')}" for label in labels]
     return _rows(len(labels), "bias", site=sites, layer=layers, label=labels, id=names)
 
 
-def _features(own: Activity) -> dict[str, np.ndarray]:
-    acts, site = own.acts, own.site
+def _features(activity: Activity) -> dict[str, np.ndarray]:
+    acts, site = activity.acts, activity.site
     pos, index = acts.rows.cpu().numpy(), acts.indices.cpu().numpy()
-    label, short = site.label, _short(own)
+    label, short = site.label, _short(site)
     names = [f"{label}/{i}@{p}" for i, p in zip(index.tolist(), pos.tolist(), strict=True)]
     labels = [f"{short} {i}" for i in index.tolist()]
     values = acts.values.double().cpu().numpy()
-    given = {"site": site.label, "layer": site.layer, "pos": pos, "index": index}
-    return _rows(len(index), "feature", **given, activation=values, label=labels, id=names)
+    columns = {"site": site.label, "layer": site.layer, "pos": pos, "index": index}
+    return _rows(len(index), "feature", **columns, activation=values, label=labels, id=names)
 
 
-def _errors(own: Activity) -> dict[str, np.ndarray]:
-    pos = own.keep.nonzero()[:, 0].cpu().numpy()
-    names = [f"{own.site.label}/error@{p}" for p in pos]
-    given = {"site": own.site.label, "layer": own.site.layer, "pos": pos}
-    return _rows(len(pos), "error", **given, label=f"{_short(own)} error", id=names)
+def _errors(activity: Activity) -> dict[str, np.ndarray]:
+    site = activity.site
+    pos = activity.keep.nonzero()[:, 0].cpu().numpy()
+    names = [f"{site.label}/error@{p}" for p in pos]
+    columns = {"site": site.label, "layer": site.layer, "pos": pos}
+    return _rows(len(pos), "error", **columns, label=f"{_short(site)} error", id=names)
 
 
-def _short(own: Activity) -> str:
+def _short(site: TraceSite) -> str:
     """``L3`` for transcoders, with the kind of site for others."""
-    kind = "" if own.site.kind == "transcoder" else f" {own.site.kind}"
-    return f"L{own.site.layer}{kind}"
+    kind = "" if site.kind == "transcoder" else f" {site.kind}"
+    return f"L{site.layer}{kind}"
 
 
 def _seeds(seeds: Sequence[Seed], n_layers: int) -> dict[str, np.ndarray]:
@@ -114,11 +110,7 @@ def _seeds(seeds: Sequence[Seed], n_layers: int) -> dict[str, np.ndarray]:
 
 
 def dictionary_name(site: HookedSite) -> str:
-    """What tells a dictionary from others of its site: its spec, or its size and a checksum.
-
-    Args:
-        site: Where it is spliced.
-    """
+    """What tells a dictionary from others of its site: its spec, or its size and a checksum."""
     owner: Any = site
     spec = spec_of(owner.dictionary if hasattr(owner, "dictionary") else owner.sae)
     if spec is not None:

@@ -26,16 +26,14 @@ from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.head_scores import HeadScores
+from gemmascope_plugin.models.prompts import PromptLike
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.record import record
 from gemmascope_plugin.models.tokens import token_strings
-from gemmascope_plugin.splice.check_saes import check_saes
-from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
-from gemmascope_plugin.tracing.linear.head_queries import Score, Side
-from gemmascope_plugin.tracing.linear.tracer import Tracer
-from gemmascope_plugin.tracing.node_table import node_table
-from gemmascope_plugin.tracing.ranked_pairs import ranked_pairs
-from gemmascope_plugin.tracing.retrace import Prompt, tracer_of
+from gemmascope_plugin.splice.check_saes import Saes, check_saes
+from gemmascope_plugin.tracing.linear.head_queries import Score, Side, ranked_pairs
+from gemmascope_plugin.tracing.linear.trace_site import Exclude
+from gemmascope_plugin.tracing.traced_prompt import TracedPrompt
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,12 +88,16 @@ class QkAttribution:
 
         if top < 1:
             raise EmptySelectionError(f"top={top} leaves no pair", fix="top=20")
-        rows, columns, weights = ranked_pairs(*self._known(), top)
-        found: dict[str, Any] = {}
+        if self.parts is None:
+            raise EmptySelectionError(
+                "Pairs were not asked for, only what each node brings", fix="pairs=True"
+            )
+        rows, columns, weights = ranked_pairs(*self.parts, top)
+        ends: dict[str, np.ndarray] = {}
         for name, places in (("query", rows), ("key", columns)):
-            own = self.nodes.iloc[places]
-            found |= {name: own["id"].to_numpy(), f"{name}_label": own["label"].to_numpy()}
-        return pd.DataFrame({**found, "weight": weights})
+            nodes = self.nodes.iloc[places]
+            ends |= {name: nodes["id"].to_numpy(), f"{name}_label": nodes["label"].to_numpy()}
+        return pd.DataFrame({**ends, "weight": weights})
 
     def plot(self, top: int = SHOWN) -> Any:
         """A plotly figure: the nodes that brought most, query by key; the key's alone without pairs.
@@ -107,7 +109,8 @@ class QkAttribution:
         if self.parts is None:
             names = keys["id"].tolist()
             return figures.bars(names, keys["weight"].tolist(), title=repr(self), x_title="score")
-        places = [np.argsort(-np.abs(w), kind="stable")[:top] for w in self._weights]
+        weights = (self.query_weights, self.key_weights)
+        places = [np.argsort(-np.abs(w), kind="stable")[:top] for w in weights]
         first, second = (part[at] for part, at in zip(self.parts, places, strict=True))
         labels = [self.nodes["id"].iloc[at].tolist() for at in places]
         return figures.heatmap(
@@ -120,22 +123,11 @@ class QkAttribution:
             color_title="score",
         )
 
-    @property
-    def _weights(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.query_weights, self.key_weights
-
-    def _known(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.parts is None:
-            raise EmptySelectionError(
-                "Pairs were not asked for, only what each node brings", fix="pairs=True"
-            )
-        return self.parts
-
     def _ranked(self, weights: np.ndarray) -> pd.DataFrame:
         order = np.argsort(-np.abs(weights), kind="stable")
         order = order[weights[order] != 0]
-        found = self.nodes.iloc[order][_SHOWN_COLUMNS]
-        return found.assign(weight=weights[order]).reset_index(drop=True)
+        nodes = self.nodes.iloc[order][_SHOWN_COLUMNS]
+        return nodes.assign(weight=weights[order]).reset_index(drop=True)
 
     def __repr__(self) -> str:
         about = self.metadata
@@ -151,11 +143,11 @@ class QkAttribution:
         return f"<p>{escape(repr(self))}</p>{figures.frame_html(frame, SHOWN)}"
 
 
-@gate(model=check_model, transcoders=check_saes)
+@gate(model=check_model, saes=check_saes)
 def qk_attribution(
     model: HookedModel,
-    prompt: Graph | Prompt,
-    transcoders: Any,
+    prompt: Graph | PromptLike,
+    saes: Saes,
     layer: int,
     head: int,
     query: int,
@@ -163,7 +155,7 @@ def qk_attribution(
     *,
     contrast: bool = False,
     pairs: bool = True,
-    exclude: str | int | Sequence[str | int] | None = None,
+    exclude: Exclude | None = None,
     memory_budget: int | str = "4 GB",
 ) -> QkAttribution:
     """Which pairs of nodes made a head attend from one token to another.
@@ -171,7 +163,7 @@ def qk_attribution(
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge`` of a Gemma.
         prompt: One text, token ids ``[pos]`` or ``[1, pos]``, or the graph of a prompt.
-        transcoders: As in ``trace``.
+        saes: As in ``trace``.
         layer: Of the head.
         head: Its number among the layer's query heads.
         query: Position of the token that attends; negative ones count from the end.
@@ -190,95 +182,101 @@ def qk_attribution(
         ModelError: Dictionaries that cannot be traced.
         GemmaScopeError: The memory budget is too small.
     """
-    tracer = tracer_of(model, prompt, transcoders, exclude, memory_budget)
-    record = tracer.record
-    at = (_number("layer", layer, record.n_layers), _number("head", head, record.anatomy.n_heads))
-    query, key = (_position(n, p, record.n_pos) for n, p in (("Query", query), ("Key", key)))
-    score = _score(tracer, *at, query, key, contrast)
+    traced = TracedPrompt.of(model, prompt, saes, exclude=exclude, memory_budget=memory_budget)
+    frozen = traced.frozen
+    layer = _number("layer", layer, frozen.n_layers)
+    head = _number("head", head, frozen.anatomy.n_heads)
+    query, key = (_position(n, p, frozen.n_pos) for n, p in (("Query", query), ("Key", key)))
+    score = _score(traced, layer, head, query, key, contrast)
     if pairs:
-        unit = torch.eye(record.anatomy.d_head, dtype=record.dtype, device=record.embed.device)
+        unit = torch.eye(frozen.anatomy.d_head, dtype=frozen.dtype, device=frozen.embed.device)
         parts = score.by_query(unit), score.by_key(unit)
-        marginals = parts[0] @ score.seen[0], parts[1] @ score.asked[0]
+        marginals = parts[0] @ score.key[0], parts[1] @ score.query[0]
     else:
         parts = None
-        marginals = score.by_query(score.seen)[:, 0], score.by_key(score.asked)[:, 0]
-    by_query, by_key = (one.double().cpu().numpy() for one in marginals)
+        marginals = score.by_query(score.key)[:, 0], score.by_key(score.query)[:, 0]
+    by_query, by_key = (values.double().cpu().numpy() for values in marginals)
     details = {"layer": layer, "head": head, "query": query, "key": key, "contrast": contrast}
     return QkAttribution(
-        _nodes(tracer, score.n_below),
+        _nodes(traced, score.n_below),
         by_query,
         by_key,
         parts,
         float(by_key.sum()),
         score.capped,
         score.residual(float(by_query.sum()), float(by_key.sum())),
-        tuple(token_strings(model, record.tokens)),
+        tuple(token_strings(model, frozen.tokens)),
         details,
     )
 
 
-def _score(tracer: Tracer, layer: int, head: int, query: int, key: int, contrast: bool) -> Score:
-    """The score that is asked for.
+def _score(
+    traced: TracedPrompt, layer: int, head: int, query: int, key: int, contrast: bool
+) -> Score:
+    """The score that is explained.
 
     Raises:
         TaskError: The query does not see the key.
     """
-    frozen = tracer.record
+    frozen = traced.frozen
     scores = HeadScores(frozen.anatomy, layer, head)
-    held = record(frozen.model, frozen.tokens[None], [scores.scores_hook, *scores.rotary_hooks])
-    observed = held[scores.scores_hook][0, head, query].to(frozen.dtype)
+    names = [scores.scores_hook, *scores.rotary_hooks]
+    acts = record(frozen.model, frozen.tokens[None], names)
+    observed = acts[scores.scores_hook][0, head, query].to(frozen.dtype)
     # an infinity on one model class, the least finite number on the other
-    seen = (observed > torch.finfo(observed.dtype).min / 2).nonzero()[:, 0].tolist()
-    _check_seen(frozen, layer, query, key, seen)
-    keys = seen if contrast else [key]
-    asking, asked = (
-        Side.of(frozen, layer, given, at, scores.rotation(at, held))
-        for given, at in ((scores.query, [query]), (scores.key, keys))
+    visible = (observed > torch.finfo(observed.dtype).min / 2).nonzero()[:, 0].tolist()
+    _check_visible(layer, query, key, visible)
+    keys = visible if contrast else [key]
+    query_side, key_side = (
+        Side.of(frozen, layer, projection, at, scores.rotation(at, acts))
+        for projection, at in ((scores.query, [query]), (scores.key, keys))
     )
     place = keys.index(key)
-    shares = observed.new_zeros(len(keys))
-    shares[place] = 1.0
-    shares = shares - 1 / len(keys) if contrast else shares
-    largest = float(observed[seen].abs().max())
-    return Score(tracer, scores, asking, asked, shares, place, observed[keys], largest)
+    key_weights = observed.new_zeros(len(keys))
+    key_weights[place] = 1.0
+    key_weights = key_weights - 1 / len(keys) if contrast else key_weights
+    largest = float(observed[visible].abs().max())
+    return Score(
+        traced.sweep, scores, query_side, key_side, key_weights, place, observed[keys], largest
+    )
 
 
-def _nodes(tracer: Tracer, n_below: int) -> pd.DataFrame:
+def _nodes(traced: TracedPrompt, n_below: int) -> pd.DataFrame:
     """Nodes below the layer; a head's own biases take the place of those of targets."""
-    nodes = node_table(tracer, (), np.zeros(tracer.layout.n_nodes)).head(n_below).copy()
-    nodes.loc[tracer.layout.own, ["id", "label"]] = ["bias:b_Q_and_b_K", "b_Q and b_K"]
+    nodes = traced.nodes.head(n_below).copy()
+    nodes.loc[traced.layout.constant, ["id", "label"]] = ["bias:b_Q_and_b_K", "b_Q and b_K"]
     return nodes.drop(columns="weight")
 
 
-def _number(what: str, given: int, count: int) -> int:
-    if not 0 <= given < count:
-        close = 0 if given < 0 else count - 1
+def _number(noun: str, value: int, count: int) -> int:
+    if not 0 <= value < count:
+        close = 0 if value < 0 else count - 1
         raise TaskError(
-            f"There is no {what} {given}", exists=f"{what}s 0 to {count - 1}", nearest=str(close)
+            f"There is no {noun} {value}", exists=f"{noun}s 0 to {count - 1}", nearest=str(close)
         )
-    return given
+    return value
 
 
-def _position(what: str, given: int, n_pos: int) -> int:
-    if not -n_pos <= given < n_pos:
+def _position(noun: str, value: int, n_pos: int) -> int:
+    if not -n_pos <= value < n_pos:
         raise TaskError(
-            f"{what} {given} lies outside the prompt of {n_pos} tokens",
+            f"{noun} {value} lies outside the prompt of {n_pos} tokens",
             exists=f"positions 0 to {n_pos - 1}, or {-n_pos} to -1 from the end",
-            nearest=str(n_pos - 1 if given > 0 else -n_pos),
+            nearest=str(n_pos - 1 if value > 0 else -n_pos),
         )
-    return given % n_pos
+    return value % n_pos
 
 
-def _check_seen(record: FrozenPass, layer: int, query: int, key: int, seen: Sequence[int]) -> None:
+def _check_visible(layer: int, query: int, key: int, visible: Sequence[int]) -> None:
     if key > query:
         raise TaskError(
             f"Key {key} comes after query {query}, and a head sees no later tokens",
-            exists=f"keys {seen[0]} to {seen[-1]}",
+            exists=f"keys {visible[0]} to {visible[-1]}",
             fix=f"query={key}, key={query}",
         )
-    if key not in seen:
+    if key not in visible:
         raise TaskError(
             f"Key {key} lies outside the sliding window of layer {layer} at query {query}",
-            exists=f"keys {seen[0]} to {seen[-1]}",
-            nearest=str(seen[0]),
+            exists=f"keys {visible[0]} to {visible[-1]}",
+            nearest=str(visible[0]),
         )

@@ -1,7 +1,11 @@
 """Groups the similar features of an attribution graph by themselves.
 
-1. Similarity of two features is the mean of up to three cosines: of decoder directions, of activations at
-   the same token, of edges (``similarity.py``).
+1. Similarity of two features is the mean of up to three cosines:
+   ``decoder``, of what they write, all layers that a feature writes to together. Features that write to
+   ``z`` of different layers, or to ``z`` and to the stream, cannot be compared and count 0;
+   ``activation``, 0 for nodes at different tokens, else of the activations of the two features over all
+   tokens where the graph has them: 1 for those that are active at this token only;
+   ``edges``, the mean of two cosines, of what reaches them and of what they reach, signed.
 2. Average linkage (Sokal & Michener, 1958): the two groups with the largest mean similarity of their
    members are joined, until it falls below a threshold, or so many groups are left.
 3. A group is called as all its members are, if they share a label, else as the most influential one.
@@ -9,16 +13,18 @@
 The groups are a start, to be edited (``supernode_groups.py``). That features are alike says nothing about
 what they do together: ``collapse`` and ablation do.
 
-Cost: matrices ``[feature, feature]``, and a sort of their entries.
+Cost: matrices ``[feature, feature]``, three at a time, and a sort of their entries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain, count
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from jaxtyping import Float
 
 from gemmascope_plugin.errors import (
     EmptySelectionError,
@@ -31,18 +37,23 @@ from gemmascope_plugin.graphs.graph_arrays import check_graph
 from gemmascope_plugin.graphs.matching import positions_of
 from gemmascope_plugin.graphs.supernode_groups import Supernodes
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.splice.check_saes import check_saes
-from gemmascope_plugin.tracing.similarity import by_activation, by_decoder, by_edges
+from gemmascope_plugin.splice.check_saes import Saes, as_list, check_saes
+from gemmascope_plugin.tracing.linear.trace_site import hooked_of
 
+if TYPE_CHECKING:
+    import pandas as pd
+    from scipy.sparse import csr_array
+
+Square = Float[np.ndarray, "feature feature"]
 MEASURES = ("decoder", "activation", "edges")
 MAX_FEATURES = 5000
 """Features between which all similarities fit into memory, 200 MB a matrix."""
 
 
-@gate(graph=check_graph, dictionaries=check_saes)
+@gate(graph=check_graph, saes=check_saes)
 def supernodes(
     graph: Graph,
-    dictionaries: Any = None,
+    saes: Saes | None = None,
     *,
     n: int | None = None,
     threshold: float = 0.5,
@@ -52,10 +63,10 @@ def supernodes(
 
     Args:
         graph: A pruned graph.
-        dictionaries: Those that it was traced with, for ``decoder``.
+        saes: Those that it was traced with, for ``decoder``.
         n: Into how many groups features are put, those of one feature counted; None for ``threshold``.
         threshold: Smallest mean similarity of two groups that are joined, in (0, 1].
-        by: ``decoder``, ``activation``, ``edges``; None for all, the first if dictionaries are given.
+        by: ``decoder``, ``activation``, ``edges``; None for all, the first if SAEs are given.
 
     Returns:
         The groups, the most influential first.
@@ -66,13 +77,13 @@ def supernodes(
         EmptySelectionError: No measure, or ``decoder`` without dictionaries.
         GemmaScopeError: More features than fit into memory, or a graph that was collapsed.
     """
-    measures = _measures(by, dictionaries)
+    measures = _measures(by, saes)
     places = (graph.where("feature") & (graph.weights == 0)).nonzero()[0]
     _check(graph, len(places), n, threshold)
     if len(places) < 2:
         return Supernodes()
     parts = {
-        "decoder": lambda: by_decoder(graph, places, dictionaries),
+        "decoder": lambda: by_decoder(graph, places, saes),
         "activation": lambda: by_activation(graph, places),
         "edges": lambda: by_edges(graph, places),
     }
@@ -81,8 +92,8 @@ def supernodes(
         total += parts[name]()
     numbers = _linked(total / len(measures), n, threshold)
     groups = [places[numbers == number] for number in np.unique(numbers)]
-    groups = [own for own in groups if len(own) > 1]
-    groups.sort(key=lambda own: -graph.influence[own].sum())
+    groups = [group for group in groups if len(group) > 1]
+    groups.sort(key=lambda group: -graph.influence[group].sum())
     return _named(graph, groups)
 
 
@@ -103,25 +114,27 @@ def _linked(similarity: np.ndarray, n: int | None, threshold: float) -> np.ndarr
 def _named(graph: Graph, groups: Sequence[np.ndarray]) -> Supernodes:
     """Groups with names that are there once."""
     names = positions_of(graph)
-    found: dict[str, tuple[str, ...]] = {}
-    for own in groups:
-        best = graph.nodes.iloc[own[graph.influence[own].argmax()]]
+    nodes: dict[str, tuple[str, ...]] = {}
+    for group in groups:
+        best = graph.nodes.iloc[group[graph.influence[group].argmax()]]
         label = str(best["label"])
         more = (f"{label} @{names[best['pos']]}" + (f" ({i})" if i else "") for i in count())
-        name = next(name for name in chain([label], more) if name not in found)
-        found[name] = tuple(graph.nodes["id"].iloc[own])
-    return Supernodes(found)
+        name = next(name for name in chain([label], more) if name not in nodes)
+        nodes[name] = tuple(graph.nodes["id"].iloc[group])
+    return Supernodes(nodes)
 
 
-def _measures(by: Sequence[str] | None, dictionaries: Any) -> tuple[str, ...]:
+def _measures(by: Sequence[str] | None, saes: Saes | None) -> tuple[str, ...]:
     if by is None:
-        return MEASURES if dictionaries is not None else MEASURES[1:]
+        return MEASURES if saes is not None else MEASURES[1:]
     measures = (by,) if isinstance(by, str) else tuple(dict.fromkeys(by))
     for name in measures:
         check_choice("measure of similarity", name, MEASURES)
     if not measures:
-        raise EmptySelectionError("by=() is no measure of similarity", exists=", ".join(MEASURES))
-    if "decoder" in measures and dictionaries is None:
+        raise EmptySelectionError(
+            "by=() is not a measure of similarity", exists=", ".join(MEASURES)
+        )
+    if "decoder" in measures and saes is None:
         raise EmptySelectionError(
             "Similarity by decoder needs the dictionaries",
             fix='supernodes(graph, transcoders), or by=("activation", "edges")',
@@ -138,10 +151,10 @@ def _check(graph: Graph, n_features: int, n: int | None, threshold: float) -> No
     """
     if not 0 < threshold <= 1:
         raise UnknownNameError(
-            f"threshold={threshold} is no similarity", exists="similarities above 0, up to 1"
+            f"threshold={threshold} is not a similarity", exists="similarities above 0, up to 1"
         )
     if n is not None and n < 1:
-        raise UnknownNameError(f"n={n} is no number of groups", exists="numbers from 1")
+        raise UnknownNameError(f"n={n} is not a number of groups", exists="numbers from 1")
     if "supernodes" in graph.metadata:
         raise GemmaScopeError(
             "The graph has grouped nodes already", fix="the graph before collapse"
@@ -152,3 +165,71 @@ def _check(graph: Graph, n_features: int, n: int | None, threshold: float) -> No
             "fit into memory",
             fix="graph.prune()",
         )
+
+
+def by_decoder(graph: Graph, places: np.ndarray, saes: Saes) -> Square:
+    """Cosines of decoder directions.
+
+    Raises:
+        UnknownNameError: A feature of a dictionary that was not given.
+    """
+    rows = graph.nodes.iloc[places]
+    similarity = np.zeros((len(rows), len(rows)))
+    for features, directions in _directions(rows, saes).values():
+        similarity[np.ix_(features, features)] = _cosines(directions)
+    return similarity
+
+
+def _directions(rows: pd.DataFrame, saes: Saes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Numbers of features and what they write, for each space that is written to."""
+    hooked = {
+        site.name: (sae, place)
+        for sae in (hooked_of(sae, ()) for sae in as_list(saes))
+        for place, site in enumerate(sae.sites)
+    }
+    parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for label, numbers in rows.groupby("site").indices.items():
+        name = str(label)
+        if name not in hooked:
+            raise UnknownNameError(
+                f"The graph has features of {name}, and no dictionary for it was given",
+                exists=", ".join(hooked),
+            )
+        sae, place = hooked[name]
+        features = torch.from_numpy(rows["index"].to_numpy()[numbers])
+        decoders = [site.decoder_from(place).detach() for site in sae.sites[place:]]
+        vectors = [W_dec.index_select(0, features.to(W_dec.device)).float() for W_dec in decoders]
+        space = name if name.endswith("hook_z") else "stream"
+        parts.setdefault(space, []).append((numbers, sum(vectors[1:], vectors[0]).cpu().numpy()))
+    return {
+        space: (np.concatenate([n for n, _ in pairs]), np.concatenate([d for _, d in pairs]))
+        for space, pairs in parts.items()
+    }
+
+
+def by_activation(graph: Graph, places: np.ndarray) -> Square:
+    """Cosines of activations over tokens, for nodes at one token."""
+    features = graph.nodes[graph.where("feature")]
+    numbers = features.groupby(["site", "index"]).ngroup()
+    profiles = np.zeros((int(numbers.max()) + 1, len(graph.tokens)))
+    profiles[numbers, features["pos"]] = features["activation"]
+    pos = graph.nodes["pos"].to_numpy()[places]
+    rows = numbers.loc[graph.nodes.index[places]].to_numpy()
+    return _cosines(profiles[rows]) * (pos[:, None] == pos)
+
+
+def by_edges(graph: Graph, places: np.ndarray) -> Square:
+    """Means of the cosines of incoming and of outgoing edges."""
+    matrix = graph.adjacency
+    into, out = matrix[places], matrix[:, places].T.tocsr()
+    return (_cosines(into) + _cosines(out)) / 2
+
+
+def _cosines(rows: np.ndarray | csr_array) -> Square:
+    """Of rows, dense or sparse; 0 for rows without entries."""
+    products = rows @ rows.T
+    dense = products if isinstance(products, np.ndarray) else products.toarray()
+    products = dense.astype(np.float64)
+    sizes = np.sqrt(products.diagonal())
+    sizes[sizes == 0] = 1
+    return products / np.outer(sizes, sizes)

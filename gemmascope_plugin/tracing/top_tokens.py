@@ -11,30 +11,27 @@ Cost: one multiplication with the unembedding for all features of the graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 
 from gemmascope_plugin.errors import UnknownNameError
 from gemmascope_plugin.features.top_words import TopWords, top_words
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.tracing.linear.trace_site import Site
-from gemmascope_plugin.tracing.linear.tracer import sites_of
+from gemmascope_plugin.splice.check_saes import Saes
+from gemmascope_plugin.tracing.linear.trace_site import TraceSite, trace_sites
 
 
-def top_tokens(
-    graph: Graph, model: HookedModel, dictionaries: Any, k: int = 5
-) -> dict[str, TopWords]:
+def top_tokens(graph: Graph, model: HookedModel, saes: Saes, k: int = 5) -> dict[str, TopWords]:
     """Words of every feature node.
 
     Args:
         graph: The graph.
         model: The model that it was traced in.
-        dictionaries: Those that it was traced with.
+        saes: Those that it was traced with.
         k: How many words of each.
 
     Returns:
@@ -42,44 +39,44 @@ def top_tokens(
 
     Raises:
         UnknownNameError: The graph has features of a dictionary that was not given.
-        EmptySelectionError: ``k`` is no number of words.
+        EmptySelectionError: ``k`` is not a number of words.
     """
-    sites = sites_of(model, dictionaries, ())
+    sites = trace_sites(model, saes, ())
     by_label = {site.label: site for site in sites}
     rows = graph.nodes[graph.where("feature")]
-    found: dict[str, TopWords] = {}
-    for label, own in rows.groupby("site"):
+    words: dict[str, TopWords] = {}
+    for label, nodes in rows.groupby("site"):
         label = str(label)
         if label not in by_label:
             raise UnknownNameError(
                 f"The graph has features of {label}, and no dictionary for it was given",
                 exists=", ".join(by_label),
             )
-        features = torch.from_numpy(np.unique(np.asarray(own["index"])))
-        directions = written(Anatomy(model), by_label[label], sites, features)
-        words = dict(zip(features.tolist(), top_words(model, directions, k), strict=True))
-        found |= {name: words[i] for name, i in zip(own["id"], own["index"], strict=True)}
-    return found
+        features = torch.from_numpy(np.unique(np.asarray(nodes["index"])))
+        directions = stream_writes(Anatomy(model), by_label[label], sites, features)
+        by_feature = dict(zip(features.tolist(), top_words(model, directions, k), strict=True))
+        words |= {name: by_feature[i] for name, i in zip(nodes["id"], nodes["index"], strict=True)}
+    return words
 
 
-def written(
-    anatomy: Anatomy, site: Site, sites: Sequence[Site], features: torch.Tensor
-) -> Float[torch.Tensor, "some d_model"]:
-    """What features write to the stream, all layers together, up to the scale of attention's norm.
-
-    Args:
-        anatomy: The model's.
-        site: Where the features are read.
-        sites: All sites of the trace.
-        features: Which of them.
+def stream_writes(
+    anatomy: Anatomy,
+    site: TraceSite,
+    sites: Sequence[TraceSite],
+    features: Int64[torch.Tensor, " feature"],
+) -> Float[torch.Tensor, "feature d_model"]:
+    """What features of a site write to the stream, at all sites of a trace together, up to the scale of
+    attention's norm.
     """
     parts = []
-    for other in (one for one in sites if one.hears(site)):
-        W_dec = other.hooked.decoder_from(site.place).detach()
+    for writer in sites:
+        if not writer.hears(site):
+            continue
+        W_dec = writer.hooked.decoder_from(site.place).detach()
         rows = W_dec.index_select(0, features.to(W_dec.device)).float()
-        if other.kind == "attention":
-            rows = rows @ anatomy.W_O(other.layer).flatten(0, 1).to(rows)
-            norm = anatomy.norm(other.layer, "ln1_post")
+        if writer.kind == "attention":
+            rows = rows @ anatomy.W_O(writer.layer).flatten(0, 1).to(rows)
+            norm = anatomy.norm(writer.layer, "ln1_post")
             rows = rows if norm is None or norm.gain is None else rows * norm.gain.to(rows)
         parts.append(rows)
     return torch.stack(parts).sum(0)

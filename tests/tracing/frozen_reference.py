@@ -14,7 +14,7 @@ import torch
 
 from gemmascope_plugin.causes.gradient.slopes import ignore_bridge_norm_warning
 from gemmascope_plugin.models.points import reading
-from gemmascope_plugin.tracing.linear.tracer import Tracer
+from gemmascope_plugin.tracing.traced_prompt import TracedPrompt
 
 
 class FrozenModel:
@@ -22,14 +22,17 @@ class FrozenModel:
 
     Args:
         model: The model.
-        tracer: The prompt's.
+        traced: The prompt's.
         before: Further hooks, which run before those that make leaves.
     """
 
     def __init__(
-        self, model: Any, tracer: Tracer, before: Sequence[tuple[str, Callable[..., Any]]] = ()
+        self,
+        model: Any,
+        traced: TracedPrompt,
+        before: Sequence[tuple[str, Callable[..., Any]]] = (),
     ) -> None:
-        self.tracer = tracer
+        self.traced = traced
         self.leaves: dict[str, torch.Tensor] = {}
         self.seen: dict[str, torch.Tensor] = {}
         self.attention: dict[int, torch.Tensor] = {}
@@ -40,7 +43,7 @@ class FrozenModel:
             for norm in ("ln1", "ln1_post", "ln2"):
                 hooks.append((f"{block}.{norm}.hook_scale", lambda x, hook: x.detach()))
         hooks.append(("ln_final.hook_scale", lambda x, hook: x.detach()))
-        for own in tracer.layout.activities:
+        for own in traced.layout.activities:
             site = own.site
             read = reading(model, site.hooked.hook_in)
             if site.kind == "transcoder":
@@ -48,7 +51,7 @@ class FrozenModel:
             hooks.append((reading(model, site.hooked.hook_out).hook, self._source(own)))
         hooks.append(("unembed.hook_in", lambda x, hook: self.seen.setdefault("end", x)))
         with ignore_bridge_norm_warning(), torch.enable_grad(), model.hooks(fwd_hooks=hooks):
-            self.logits = model(tracer.record.tokens[None], return_type="logits")[0]
+            self.logits = model(traced.frozen.tokens[None], return_type="logits")[0]
 
     def _leaf(self, name: str) -> Callable[..., torch.Tensor]:
         def hook_fn(x: torch.Tensor, hook: Any) -> torch.Tensor:
@@ -84,7 +87,7 @@ class FrozenModel:
 
     def pre_activation(self, site: int, entry: int) -> torch.Tensor:
         """Of an active feature."""
-        own = self.tracer.layout.activities[site]
+        own = self.traced.layout.activities[site]
         pos, feature = int(own.acts.rows[entry]), int(own.acts.indices[entry])
         weights = own.site.weights
         return (
@@ -93,7 +96,7 @@ class FrozenModel:
 
     def effects(self, target: torch.Tensor) -> np.ndarray:
         """Of every node on a target; what it has of its own is left out."""
-        layout = self.tracer.layout
+        layout = self.traced.layout
         names = list(self.leaves)
         grads = torch.autograd.grad(
             target, [self.leaves[n] for n in names], retain_graph=True, allow_unused=True
@@ -106,7 +109,7 @@ class FrozenModel:
             return torch.zeros_like(self.leaves[name]) if grad is None else grad
 
         embed = at("hook_embed")[0]
-        found[: layout.n_pos] = (embed * self.tracer.record.embed).sum(-1).numpy()
+        found[: layout.n_pos] = (embed * self.traced.frozen.embed).sum(-1).numpy()
         for j, own in enumerate(layout.activities):
             grad = at(own.site.label)[0].flatten(1)
             for i, source in enumerate(layout.activities[: j + 1]):

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from gemmascope_plugin.graphs.adjacency import Adjacency
+from gemmascope_plugin.tracing.linear.rows import chunks, matrix
 from gemmascope_plugin.tracing.linear.targets import (
     Logit,
     LogitDifference,
-    Readout,
     StreamDirection,
 )
-from gemmascope_plugin.tracing.linear.tracer import Tracer
+from gemmascope_plugin.tracing.traced_prompt import TracedPrompt
 from tests import factories
 from tests.splice.cross_layer_reference import clt
 from tests.splice.gained_transcoders import gained_transcoder
@@ -45,13 +46,26 @@ def dictionaries(name: str, model: Any, hf: Any) -> list[Any]:
     return [clt(hf, affine=name.startswith("affine"))]
 
 
-def tracer_of(model: Any, saes: Any, **options: Any) -> Tracer:
-    return Tracer.of(model, TOKENS, saes, exclude=("bos",), budget=2**28, **options)
+def traced_of(model: Any, saes: Any) -> TracedPrompt:
+    return TracedPrompt.of(model, TOKENS, saes, exclude=("bos",), memory_budget=2**28)
 
 
-def seeds_of(tracer: Tracer) -> list[Any]:
-    readout = Readout(tracer.record)
-    vector = torch.linspace(-1, 1, tracer.record.anatomy.d_model)
+def rows_of(
+    traced: TracedPrompt,
+    seeds: Any = (),
+    n: int | None = None,
+    weights: Any = None,
+    min_share: float = 0.0,
+) -> Adjacency:
+    if weights is None:
+        weights = np.zeros(traced.layout.n_nodes + len(seeds))
+    options = {"max_features": n, "min_share": min_share, "progress": False}
+    return matrix(traced.sweep, seeds, [], weights, **options)
+
+
+def seeds_of(traced: TracedPrompt) -> list[Any]:
+    readout = traced.readout
+    vector = torch.linspace(-1, 1, traced.frozen.anatomy.d_model)
     return [
         *readout.top(3, 0.99, -1),
         readout.difference(LogitDifference(10, 11, 7)),
@@ -60,16 +74,16 @@ def seeds_of(tracer: Tracer) -> list[Any]:
 
 
 def reference_rows(
-    frozen: FrozenModel, tracer: Tracer, seeds: list[Any], features: list[int]
+    frozen: FrozenModel, traced: TracedPrompt, seeds: list[Any], features: list[int]
 ) -> np.ndarray:
     end = frozen.seen["end"][0] if "end" in frozen.seen else None
     assert end is not None
     rows = []
     for node in features:
-        site = int(tracer.sites_of(np.array([node]))[0])
-        target = frozen.pre_activation(site, node - tracer.layout.starts[site])
+        site = int(traced.layout.sites_of(np.array([node]))[0])
+        target = frozen.pre_activation(site, node - traced.layout.starts[site])
         rows.append(frozen.effects(target))
-    W_U = tracer.record.anatomy.W_U
+    W_U = traced.frozen.anatomy.W_U
     for seed in seeds:
         if seed.label == "direction":
             continue
@@ -89,31 +103,31 @@ def _question(seed: Any, W_U: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", SETS)
 def test_rows_equal_autograd(name: str, model: Any, hf: Any) -> None:
-    tracer = tracer_of(model, dictionaries(name, model, hf))
-    seeds = seeds_of(tracer)
-    known = tracer.rows(seeds, [], np.zeros(tracer.layout.n_nodes + len(seeds)), None, False)
-    rows = known.matrix.toarray()
-    features = known.nodes[known.nodes < tracer.layout.n_nodes]
+    traced = traced_of(model, dictionaries(name, model, hf))
+    seeds = seeds_of(traced)
+    edges = rows_of(traced, seeds)
+    rows = edges.matrix.toarray()
+    features = edges.nodes[edges.nodes < traced.layout.n_nodes]
     rng = np.random.default_rng(0)
     chosen = sorted(rng.choice(features, min(10, len(features)), replace=False).tolist())
-    expected = reference_rows(FrozenModel(model, tracer), tracer, seeds, chosen)
-    own = tracer.layout.own
-    got = rows[[*known.row_of[chosen], *range(len(features), len(features) + 4)]]
-    got = got[:, : tracer.layout.n_nodes].copy()
-    got[:, own] = 0
+    expected = reference_rows(FrozenModel(model, traced), traced, seeds, chosen)
+    constant = traced.layout.constant
+    got = rows[[*edges.row_of[chosen], *range(len(features), len(features) + 4)]]
+    got = got[:, : traced.layout.n_nodes].copy()
+    got[:, constant] = 0
     scale = np.abs(expected).max(1, keepdims=True)
     np.testing.assert_allclose(got / scale, expected / scale, atol=TINY)
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_rows_sum_to_pre_activations(name: str, model: Any, hf: Any) -> None:
-    tracer = tracer_of(model, dictionaries(name, model, hf))
-    seeds = seeds_of(tracer)
-    known = tracer.rows(seeds, [], np.zeros(tracer.layout.n_nodes + len(seeds)), None, False)
-    targets = [one for one in tracer.layout.activities if one.site.is_target]
+    traced = traced_of(model, dictionaries(name, model, hf))
+    seeds = seeds_of(traced)
+    edges = rows_of(traced, seeds)
+    targets = [activity for activity in traced.layout.activities if activity.site.is_target]
     acts = np.concatenate([one.acts.values.numpy() for one in targets])
     values = np.concatenate([acts, [seed.value for seed in seeds]])
-    sums = np.asarray(known.matrix.sum(1)).ravel()
+    sums = np.asarray(edges.matrix.sum(1)).ravel()
     np.testing.assert_allclose(sums, values, atol=1e-5 * np.abs(values).max())
 
 
@@ -122,108 +136,100 @@ def test_attention_biases_are_sources() -> None:
     model = with_attention_biases(copy.deepcopy(plain))
     saes = [factories.transcoder(plain, layer) for layer in LAYERS]
     saes.append(factories.attention(plain, 1))
-    tracer = tracer_of(model, saes)
-    seeds = seeds_of(tracer)
-    known = tracer.rows(seeds, [], np.zeros(tracer.layout.n_nodes + len(seeds)), None, False)
-    acts = np.concatenate([one.acts.values.numpy() for one in tracer.layout.activities])
+    traced = traced_of(model, saes)
+    seeds = seeds_of(traced)
+    edges = rows_of(traced, seeds)
+    acts = np.concatenate([activity.acts.values.numpy() for activity in traced.layout.activities])
     values = np.concatenate([acts, [seed.value for seed in seeds]])
-    sums = np.asarray(known.matrix.sum(1)).ravel()
+    sums = np.asarray(edges.matrix.sum(1)).ravel()
     np.testing.assert_allclose(sums, values, atol=1e-5 * np.abs(values).max())
-    layout = tracer.layout
+    layout = traced.layout
     for layer in (0, 1):
-        assert np.abs(known.matrix[:, [layout.attention_bias(layer)]].toarray()).max() > 1e-3
+        assert np.abs(edges.matrix[:, [layout.attention_bias(layer)]].toarray()).max() > 1e-3
 
 
 def test_chunks_do_not_matter(hooked2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    saes = [factories.transcoder(hooked2, layer) for layer in LAYERS]
-    whole = tracer_of(hooked2, saes)
-    weights = np.zeros(whole.layout.n_nodes)
-    expected = whole.rows([], [], weights, None, False).matrix.toarray()
-    monkeypatch.setattr("gemmascope_plugin.tracing.linear.tracer.MAX_TARGETS", 3)
-    got = tracer_of(hooked2, saes).rows([], [], weights, None, False).matrix.toarray()
+    traced = traced_of(hooked2, [factories.transcoder(hooked2, layer) for layer in LAYERS])
+    expected = rows_of(traced).matrix.toarray()
+    monkeypatch.setattr("gemmascope_plugin.tracing.linear.rows.MAX_TARGETS", 3)
+    got = rows_of(traced).matrix.toarray()
     np.testing.assert_allclose(got, expected, atol=TINY)
 
 
 def test_chunks_of_one_token_are_the_same(hooked2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    saes = [factories.transcoder(hooked2, layer) for layer in LAYERS]
-    tracer = tracer_of(hooked2, saes)
-    weights = np.zeros(tracer.layout.n_nodes)
-    module = "gemmascope_plugin.tracing.linear.tracer"
-    found = []
+    traced = traced_of(hooked2, [factories.transcoder(hooked2, layer) for layer in LAYERS])
+    module = "gemmascope_plugin.tracing.linear.rows"
+    matrices = []
     for small, least in ((float("inf"), 1), (0, 1)):
         monkeypatch.setattr(f"{module}.SMALL", small)
         monkeypatch.setattr(f"{module}.MIN_CHUNK", least)
-        nodes = tracer._feature_nodes(tracer.layout.at[5])
-        entry = tracer.entry(tracer.layout.at[5], nodes)
-        spans = [len(part.positions.unique()) for part in tracer.chunks(entry, 1)]
+        site = traced.layout.at[5]
+        features = traced.layout.features(site)
+        entry = traced.sweep.feature_entry(site, np.arange(features.start, features.stop))
+        spans = [len(part.positions.unique()) for part in chunks(traced.sweep, entry, 1)]
         assert max(spans) == 1 if small == 0 else len(spans) == 1
-        found.append(tracer.rows([], [], weights, None, False).matrix.toarray())
-    np.testing.assert_allclose(found[0], found[1], atol=TINY)
+        matrices.append(rows_of(traced).matrix.toarray())
+    np.testing.assert_allclose(matrices[0], matrices[1], atol=TINY)
 
 
 def test_tokens_read_behind_and_below_the_first_attention_are_the_same(hooked2: Any) -> None:
-    saes = [factories.transcoder(hooked2, layer) for layer in LAYERS]
-    tracer = tracer_of(hooked2, saes)
-    weights = np.zeros(tracer.layout.n_nodes)
-    assert tracer.sweep._tokens is not None
-    expected = tracer.rows([], [], weights, None, False).matrix.toarray()
-    tracer.sweep.__dict__["_tokens"] = None
-    got = tracer.rows([], [], weights, None, False).matrix.toarray()
+    traced = traced_of(hooked2, [factories.transcoder(hooked2, layer) for layer in LAYERS])
+    assert traced.sweep._tokens is not None
+    expected = rows_of(traced).matrix.toarray()
+    traced.sweep.__dict__["_tokens"] = None
+    got = rows_of(traced).matrix.toarray()
     np.testing.assert_allclose(got, expected, atol=TINY)
 
 
 def test_rows_gathered_at_every_use_are_the_same(hooked2: Any) -> None:
-    saes = [factories.transcoder(hooked2, layer) for layer in LAYERS]
-    tracer = tracer_of(hooked2, saes)
-    weights = np.zeros(tracer.layout.n_nodes)
-    expected = tracer.rows([], [], weights, None, False).matrix.toarray()
-    for written in tracer.sweep._written:
-        written._budget = 0
-        written.__dict__.pop("_held", None)
-    got = tracer.rows([], [], weights, None, False).matrix.toarray()
+    traced = traced_of(hooked2, [factories.transcoder(hooked2, layer) for layer in LAYERS])
+    expected = rows_of(traced).matrix.toarray()
+    for writes in traced.sweep._writes:
+        assert writes._gathered is not None
+        writes._budget = 0
+        del writes.__dict__["_gathered"]
+    got = rows_of(traced).matrix.toarray()
+    assert all(writes._gathered is None for writes in traced.sweep._writes)
     np.testing.assert_array_equal(got, expected)
 
 
 def test_the_most_influential_features_come_first(hooked2: Any) -> None:
-    saes = [factories.transcoder(hooked2, layer) for layer in LAYERS]
-    tracer = tracer_of(hooked2, saes)
-    seed = Readout(tracer.record).logit(Logit(10))
-    weights = np.zeros(tracer.layout.n_nodes + 1)
+    traced = traced_of(hooked2, [factories.transcoder(hooked2, layer) for layer in LAYERS])
+    seed = traced.readout.logit(Logit(10))
+    weights = np.zeros(traced.layout.n_nodes + 1)
     weights[-1] = 1.0
-    whole = tracer.rows([seed], [], weights, None, False)
-    counted = tracer.counted(whole.n_nodes)
-    influence = whole.restricted(counted).normalised.influence(weights)
-    few = tracer.rows([seed], [], weights, 16, False)
+    whole = rows_of(traced, [seed], weights=weights)
+    is_counted = np.ones(whole.n_nodes, dtype=bool)
+    is_counted[traced.layout.n_pos : traced.layout.n_fixed] = False
+    influence = whole.restricted(is_counted).normalised.influence(weights)
+    few = rows_of(traced, [seed], 16, weights)
     assert len(few.nodes) == 17
     chosen = few.nodes[:-1]
     best = np.argsort(-np.where(np.isin(np.arange(len(weights)), whole.nodes), influence, -1))[:16]
-    # influence is found from the rows known so far, so the choice may differ near the end
+    # influence is found from the rows made so far, so the choice may differ near the end
     assert len(set(chosen) & set(best.tolist())) >= 10
     rows = whole.matrix[whole.row_of[few.nodes]]
     np.testing.assert_allclose(few.matrix.toarray(), rows.toarray(), atol=TINY)
 
 
 def test_small_shares_are_dropped(hooked2: Any) -> None:
-    saes = [factories.transcoder(hooked2, layer) for layer in LAYERS]
-    weights = np.zeros(tracer_of(hooked2, saes).layout.n_nodes)
-    whole = tracer_of(hooked2, saes).rows([], [], weights, None, False).matrix.toarray()
-    few = tracer_of(hooked2, saes, min_share=0.01).rows([], [], weights, None, False).matrix
+    traced = traced_of(hooked2, [factories.transcoder(hooked2, layer) for layer in LAYERS])
+    whole = rows_of(traced).matrix.toarray()
+    few = rows_of(traced, min_share=0.01).matrix
     keep = np.abs(whole) >= 0.01 * np.abs(whole).sum(1, keepdims=True)
     np.testing.assert_array_equal(few.toarray() != 0, keep & (whole != 0))
 
 
 def test_threads_do_not_matter(hooked2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gemmascope_plugin.tracing.linear.tracer.MIN_TARGETS", 4)
-    saes = [factories.transcoder(hooked2, layer) for layer in LAYERS]
-    tracer = tracer_of(hooked2, saes)
-    weights = np.zeros(tracer.layout.n_nodes)
+    monkeypatch.setattr("gemmascope_plugin.tracing.linear.rows.MIN_TARGETS", 4)
+    traced = traced_of(hooked2, [factories.transcoder(hooked2, layer) for layer in LAYERS])
     before = torch.get_num_threads()
-    found = []
+    matrices = []
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            found.append(tracer.rows([], [], weights, None, False).matrix.toarray())
+            matrices.append(rows_of(traced).matrix.toarray())
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(before)
-    np.testing.assert_allclose(found[0], found[1], atol=TINY)
+    np.testing.assert_allclose(matrices[0], matrices[1], atol=TINY)

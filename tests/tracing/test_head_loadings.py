@@ -20,39 +20,38 @@ from gemmascope_plugin.tracing.linear.head_shares import loadings
 from gemmascope_plugin.tracing.linear.targets import (
     Logit,
     LogitDifference,
-    Readout,
     StreamDirection,
 )
-from gemmascope_plugin.tracing.linear.tracer import Tracer
+from gemmascope_plugin.tracing.traced_prompt import TracedPrompt
 from tests import factories
 from tests.support.rounding import TINY
 from tests.tracing.frozen_reference import FrozenModel, with_attention_biases
-from tests.tracing.test_adjoint import LAYERS, SETS, TOKENS, dictionaries, tracer_of
+from tests.tracing.test_adjoint import LAYERS, SETS, TOKENS, dictionaries, traced_of
 
 module: Any = importlib.import_module("gemmascope_plugin.tracing.head_loadings")
 Cut = list[tuple[str, Callable[..., Any]]]
 
 
-def end_entry(tracer: Tracer) -> Any:
+def end_entry(traced: TracedPrompt) -> Any:
     """A logit at the end of the prompt as a target."""
-    seed = Readout(tracer.record).logit(Logit(10))
-    return tracer.seed_entry(seed.after, [seed])
+    seed = traced.readout.logit(Logit(10))
+    return traced.sweep.seed_entry(seed.after, [seed])
 
 
-def entries(tracer: Tracer) -> dict[str, Any]:
+def entries(traced: TracedPrompt) -> dict[str, Any]:
     """A logit, and the last feature of each kind of site that has targets."""
-    found = {"logit": end_entry(tracer)}
-    for site, own in enumerate(tracer.layout.activities):
+    found = {"logit": end_entry(traced)}
+    for site, own in enumerate(traced.layout.activities):
         if own.site.is_target and own.n_features:
-            last = tracer.layout.features(site).stop - 1
-            found[own.site.kind] = tracer.entry(site, np.array([last]))
+            last = traced.layout.features(site).stop - 1
+            found[own.site.kind] = traced.entry(last)
     return found
 
 
-def some_of_each(tracer: Tracer, entry: Any) -> list[int]:
+def some_of_each(traced: TracedPrompt, entry: Any) -> list[int]:
     """Tokens and biases, and of features and errors a few of each site."""
-    layout = tracer.layout
-    found = [*range(layout.own), *range(layout.own + 1, layout.n_fixed)]
+    layout = traced.layout
+    found = [*range(layout.constant), *range(layout.constant + 1, layout.n_fixed)]
     for site in range(len(layout.activities)):
         own, rest = layout.features(site), layout.errors(site)
         found += [*range(own.start, own.stop, 7), *range(rest.start, rest.stop, 7)]
@@ -70,26 +69,26 @@ def without(layer: int, heads: list[int]) -> Cut:
     return [(f"blocks.{layer}.attn.hook_z", hook_fn)]
 
 
-def effects(model: Any, tracer: Tracer, name: str, entry: Any, cut: Cut) -> np.ndarray:
+def effects(model: Any, traced: TracedPrompt, name: str, entry: Any, cut: Cut) -> np.ndarray:
     """Of every node on a target, by autograd."""
-    frozen = FrozenModel(model, tracer, cut)
+    frozen = FrozenModel(model, traced, cut)
     if name == "logit":
-        W_U = tracer.record.anatomy.W_U
+        W_U = traced.frozen.anatomy.W_U
         column = W_U[:, 10] - W_U.mean(1)
         return frozen.effects(frozen.seen["end"][0, -1] @ column)
-    site = next(i for i, a in enumerate(tracer.layout.activities) if a.site.time == entry.after)
-    own = tracer.layout.activities[site]
+    site = next(i for i, a in enumerate(traced.layout.activities) if a.site.time == entry.after)
+    own = traced.layout.activities[site]
     return frozen.effects(frozen.pre_activation(site, own.n_features - 1))
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_heads_carry_what_is_lost_without_them(name: str, model: Any, hf: Any) -> None:
-    tracer = tracer_of(model, dictionaries(name, model, hf))
-    n_heads = tracer.record.anatomy.n_heads
-    for kind, entry in entries(tracer).items():
-        below = some_of_each(tracer, entry)
-        found = loadings(tracer, entry, below)
-        whole = effects(model, tracer, kind, entry, [])[below]
+    traced = traced_of(model, dictionaries(name, model, hf))
+    n_heads = traced.frozen.anatomy.n_heads
+    for kind, entry in entries(traced).items():
+        below = some_of_each(traced, entry)
+        found = loadings(traced.sweep, entry, below)
+        whole = effects(model, traced, kind, entry, [])[below]
         scale = np.abs(whole).max()
         np.testing.assert_allclose(found.effects / scale, whole / scale, atol=TINY)
         loads = found.loads.sum(-1)
@@ -97,35 +96,35 @@ def test_heads_carry_what_is_lost_without_them(name: str, model: Any, hf: Any) -
             if 4 * layer > entry.after:
                 assert not loads[:, layer].any()
                 continue
-            rest = effects(model, tracer, kind, entry, without(layer, heads))[below]
+            rest = effects(model, traced, kind, entry, without(layer, heads))[below]
             carried = loads[:, layer, heads].sum(1)
             np.testing.assert_allclose(carried / scale, (whole - rest) / scale, atol=TINY)
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_every_layer_sums_to_the_edge(name: str, model: Any, hf: Any) -> None:
-    tracer = tracer_of(model, dictionaries(name, model, hf))
-    for entry in entries(tracer).values():
-        found = loadings(tracer, entry, some_of_each(tracer, entry))
+    traced = traced_of(model, dictionaries(name, model, hf))
+    for entry in entries(traced).values():
+        found = loadings(traced.sweep, entry, some_of_each(traced, entry))
         assert float(found.gaps.max()) <= 1e-6 * float(found.effects.abs().max())
-        assert found.between.any(1)[: tracer.layout.n_pos].all()
+        assert found.between.any(1)[: traced.layout.n_pos].all()
 
 
 def test_attention_biases_are_carried_too() -> None:
     plain = factories.tiny_model("gemma2", "hooked")
     model = with_attention_biases(copy.deepcopy(plain))
     saes = [factories.transcoder(plain, layer) for layer in LAYERS]
-    tracer = tracer_of(model, [*saes, factories.attention(plain, 1)])
-    entry = end_entry(tracer)
-    sources = [tracer.layout.attention_bias(layer) for layer in LAYERS]
-    found = loadings(tracer, entry, sources)
+    traced = traced_of(model, [*saes, factories.attention(plain, 1)])
+    entry = end_entry(traced)
+    sources = [traced.layout.attention_bias(layer) for layer in LAYERS]
+    found = loadings(traced.sweep, entry, sources)
     assert float(found.gaps.max()) <= 1e-6 * float(found.effects.abs().max())
     assert found.loads[0, 1:].abs().max() > 1e-3 and not found.loads[2].any()
 
 
 def test_the_token_that_was_read(hooked2: Any) -> None:
-    tracer = tracer_of(hooked2, [factories.transcoder(hooked2, layer) for layer in LAYERS])
-    found = loadings(tracer, end_entry(tracer), [4])
+    traced = traced_of(hooked2, [factories.transcoder(hooked2, layer) for layer in LAYERS])
+    found = loadings(traced.sweep, end_entry(traced), [4])
     # the source is the token at 4 alone: below the first layer nothing has left it
     assert found.loads[0, 0, :, 4].abs().min() > 0
     assert not found.loads[0, 0, :, [i for i in range(20) if i != 4]].any()
@@ -135,12 +134,12 @@ def test_the_token_that_was_read(hooked2: Any) -> None:
 def test_few_writes_at_a_time_are_the_same(
     hooked2: Any, monkeypatch: pytest.MonkeyPatch, hf: Any
 ) -> None:
-    tracer = tracer_of(hooked2, [factories.transcoder(hooked2, layer) for layer in LAYERS])
-    entry = end_entry(tracer)
-    sources = [3, 9, tracer.layout.b_dec(0), tracer.layout.starts[1], tracer.layout.starts[2]]
-    whole = loadings(tracer, entry, sources)
-    monkeypatch.setattr(type(tracer.sweep), "fitting", lambda *args: 2)
-    few = loadings(tracer, entry, sources)
+    traced = traced_of(hooked2, [factories.transcoder(hooked2, layer) for layer in LAYERS])
+    entry = end_entry(traced)
+    sources = [3, 9, traced.layout.b_dec(0), traced.layout.starts[1], traced.layout.starts[2]]
+    whole = loadings(traced.sweep, entry, sources)
+    monkeypatch.setattr(type(traced.sweep), "fitting", lambda *args: 2)
+    few = loadings(traced.sweep, entry, sources)
     torch.testing.assert_close(few.loads, whole.loads, atol=TINY, rtol=0)
     torch.testing.assert_close(few.bypass, whole.bypass, atol=TINY, rtol=0)
 
@@ -273,7 +272,7 @@ def test_plots_of_what_there_is(graph: Graph, saes: list[Any], hooked2: Any) -> 
     assert found.plot(("token@2", end)).data
     with pytest.raises(TaskError, match="No attention lies between"):
         found.plot(1)
-    with pytest.raises(TaskError, match="2 is none of these edges. There is: edges 0 to 1"):
+    with pytest.raises(TaskError, match="2 is not one of these edges. There is: edges 0 to 1"):
         found.plot(2)
 
 

@@ -10,10 +10,9 @@ import torch
 
 import gemmascope_plugin as gs
 from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError
-from gemmascope_plugin.tracing.ablated_run import ablated_run
-from gemmascope_plugin.tracing.ablation_check import check_by_ablation
+from gemmascope_plugin.tracing.ablation_check import ablated_run, check_by_ablation
 from gemmascope_plugin.tracing.intervention import intervene, through
-from gemmascope_plugin.tracing.traced_prompt import Replay
+from gemmascope_plugin.tracing.traced_prompt import TracedPrompt
 from tests import factories
 from tests.tiny_models import random_tokens
 from tests.tracing.test_adjoint import SETS, dictionaries
@@ -82,21 +81,21 @@ def test_paths_are_followed(hooked2: Any) -> None:
 @pytest.mark.parametrize("name", ["affine", "mixed", "affine clt"])
 def test_everything_kept_is_the_model(name: str, model: Any, hf: Any) -> None:
     saes = dictionaries(name, model, hf)
-    replay = Replay.of(model, traced(model, saes), saes)
-    kept = torch.ones(2, replay.layout.n_nodes, dtype=torch.bool)
-    end, logits = ablated_run(replay, kept, [19])
+    prompt = TracedPrompt.of_graph(model, traced(model, saes), saes)
+    is_kept = torch.ones(2, prompt.layout.n_nodes, dtype=torch.bool)
+    end, logits = ablated_run(prompt, is_kept, [19])
     with torch.no_grad():
         expected = model(TOKENS)[0, -1]
     assert torch.allclose(logits[1, 0], expected, atol=1e-5)
-    assert torch.allclose(end[0], replay.record.stream(3), atol=1e-4)
+    assert torch.allclose(end[0], prompt.frozen.stream(3), atol=1e-4)
 
 
 def test_ablation_equals_a_splice_that_drops_errors(hooked2: Any) -> None:
     saes = [factories.transcoder(hooked2, layer, seed=layer) for layer in range(3)]
     graph = traced(hooked2, saes)
-    replay = Replay.of(hooked2, graph, saes)
-    kept = torch.zeros(1, replay.layout.n_nodes, dtype=torch.bool)
-    _, logits = ablated_run(replay, kept, [19])
+    prompt = TracedPrompt.of_graph(hooked2, graph, saes)
+    is_kept = torch.zeros(1, prompt.layout.n_nodes, dtype=torch.bool)
+    _, logits = ablated_run(prompt, is_kept, [19])
     edits = [gs.Ablate(features=None, sae=sae) for sae in saes]
     with gs.splice(hooked2, saes, error="drop", exclude=("bos",), edits=edits) as spliced:
         expected = spliced(TOKENS)[0, -1]

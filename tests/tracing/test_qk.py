@@ -14,7 +14,7 @@ from gemmascope_plugin.errors import EmptySelectionError, GemmaScopeError, TaskE
 from tests import factories
 from tests.support.rounding import TINY
 from tests.tracing.frozen_reference import FrozenModel
-from tests.tracing.test_adjoint import LAYERS, TOKENS, dictionaries, tracer_of
+from tests.tracing.test_adjoint import LAYERS, TOKENS, dictionaries, traced_of
 
 HEADS = [(0, 1, 19, 6), (1, 3, 17, 2), (2, 0, 19, 4), (2, 2, 9, 9)]
 """Layer, head, query, key: local layers and global ones, both key-value heads, the edge of the window."""
@@ -25,14 +25,14 @@ SCALE = 24.0**0.5
 class TurnedModel(FrozenModel):
     """Also keeps queries and keys after the rotation, as functions of what is written."""
 
-    def __init__(self, model: Any, tracer: Any, layer: int) -> None:
+    def __init__(self, model: Any, traced: Any, layer: int) -> None:
         self.turned: dict[str, torch.Tensor] = {}
         prefix = f"blocks.{layer}.attn"
         hooks = [(f"{prefix}.hook_rot_{name}", self._keep(name)) for name in "qk"]
         scales = [f"{prefix}.{name}_norm.hook_scale" for name in "qk"]
         hooks += [(n, lambda x, hook: x.detach()) for n in scales if n in model.hook_dict]
-        super().__init__(model, tracer, hooks)
-        self._heads = tracer.record.anatomy.n_heads
+        super().__init__(model, traced, hooks)
+        self._heads = traced.frozen.anatomy.n_heads
 
     def _keep(self, name: str) -> Any:
         def hook_fn(x: torch.Tensor, hook: Any) -> None:
@@ -64,11 +64,11 @@ def test_pairs_equal_autograd(name: str, place: int, model: Any, hf: Any) -> Non
     saes = dictionaries(name, model, hf)
     found = qk_attribution(model, TOKENS, saes, layer, head, query, key)
     assert found.parts is not None
-    tracer = tracer_of(model, saes)
-    frozen = TurnedModel(model, tracer, layer)
+    traced = traced_of(model, saes)
+    frozen = TurnedModel(model, traced, layer)
     asked = frozen.parts("q", head, query) / SCALE
     seen = frozen.parts("k", head, key)
-    nodes = np.arange(len(found.nodes)) != tracer.layout.own
+    nodes = np.arange(len(found.nodes)) != traced.layout.constant
     for part, expected in zip(found.parts, (asked, seen), strict=True):
         rows = part.numpy()[nodes]
         assert not expected[len(nodes) :].any()
@@ -148,7 +148,7 @@ def test_biases_of_queries_and_keys_are_sources(family: str) -> None:
 def test_few_targets_at_a_time_are_the_same(hooked2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     saes = [factories.transcoder(hooked2, layer) for layer in LAYERS]
     whole = qk_attribution(hooked2, TOKENS, saes, 2, 1, 19, 5, contrast=True)
-    kind = type(tracer_of(hooked2, saes).sweep)
+    kind = type(traced_of(hooked2, saes).sweep)
     monkeypatch.setattr(kind, "fitting", lambda *args: 5)
     few = qk_attribution(hooked2, TOKENS, saes, 2, 1, 19, 5, contrast=True)
     assert whole.parts is not None and few.parts is not None
@@ -160,7 +160,7 @@ def test_tables_and_figures(hooked2: Any, monkeypatch: pytest.MonkeyPatch) -> No
     saes = [factories.transcoder(hooked2, layer) for layer in LAYERS]
     found = qk_attribution(hooked2, trace(hooked2, TOKENS, saes), saes, 2, 1, -1, 5)
     assert found.parts is not None
-    monkeypatch.setattr("gemmascope_plugin.tracing.ranked_pairs.ROWS", 7)
+    monkeypatch.setattr("gemmascope_plugin.tracing.linear.head_queries.ROWS", 7)
     pairs = (found.parts[0] @ found.parts[1].T).double().numpy()
     best = np.sort(np.abs(pairs).ravel())[::-1][:15]
     frame = found.pairs(15)

@@ -11,7 +11,7 @@ import torch
 
 import gemmascope_plugin as gs
 from gemmascope_plugin.errors import ModelError
-from gemmascope_plugin.tracing.row_tolerance import allowed_gap
+from gemmascope_plugin.tracing.trace import allowed_gap
 from tests.support.calls import Scene, bundled
 from tests.support.real_like import PROMPT, real_like, real_like_transcoders
 

@@ -24,7 +24,7 @@ from gemmascope_plugin.graphs import Graph, Supernodes, contrast
 from gemmascope_plugin.graphs.adjacency import Adjacency
 from gemmascope_plugin.graphs.collapse import collapse
 from gemmascope_plugin.tracing import supernodes, trace
-from gemmascope_plugin.tracing.similarity import by_decoder
+from gemmascope_plugin.tracing.supernodes import by_decoder
 from tests import factories
 from tests.splice.cross_layer_reference import clt
 from tests.tracing.prompts import CLEAN, dictionaries, graph, influence, model
@@ -418,18 +418,19 @@ def test_what_cannot_be_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
         supernodes(found, by=("decode",))
     with pytest.raises(EmptySelectionError, match=r"needs the dictionaries.*transcoders"):
         supernodes(found, by=("decoder",))
-    with pytest.raises(EmptySelectionError, match=r"by=\(\) is no measure"):
+    with pytest.raises(EmptySelectionError, match=r"by=\(\) is not a measure"):
         supernodes(found, by=())
-    with pytest.raises(UnknownNameError, match=r"threshold=0.0 is no similarity.*up to 1"):
+    with pytest.raises(UnknownNameError, match=r"threshold=0.0 is not a similarity.*up to 1"):
         supernodes(found, threshold=0.0)
-    with pytest.raises(UnknownNameError, match="n=0 is no number of groups"):
+    with pytest.raises(UnknownNameError, match="n=0 is not a number of groups"):
         supernodes(found, n=0)
     with pytest.raises(UnknownNameError, match=r"features of blocks.*hook_resid_post.*no dict"):
         supernodes(found, dictionaries()[:3])
     with pytest.raises(GemmaScopeError, match="grouped nodes already"):
         supernodes(grouped().collapse(found))
-    module = importlib.import_module("gemmascope_plugin.tracing.supernodes")
-    monkeypatch.setattr(module, "MAX_FEATURES", 3)
+    monkeypatch.setattr(
+        importlib.import_module("gemmascope_plugin.tracing.supernodes"), "MAX_FEATURES", 3
+    )
     with pytest.raises(GemmaScopeError, match=r"features; similarities.*graph.prune\(\)"):
         supernodes(found)
 

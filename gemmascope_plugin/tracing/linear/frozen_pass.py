@@ -79,7 +79,7 @@ class FrozenPass:
     model: HookedModel
     anatomy: Anatomy
     tokens: Int[torch.Tensor, " pos"]
-    held: dict[str, torch.Tensor]
+    acts: dict[str, torch.Tensor]
     """Activations by hook, heads flattened, without the batch axis."""
 
     @classmethod
@@ -107,9 +107,9 @@ class FrozenPass:
         anatomy = Anatomy(model)
         _check_patterns(anatomy, tokens.shape[1], budget)
         names = [*_needed(anatomy.n_layers), *hooks]
-        held = record(model, tokens, list(dict.fromkeys(names)))
-        check_all(held, "the prompt's pass", model)
-        flat = {name: x if "pattern" in name else flatten_heads(x) for name, x in held.items()}
+        acts = record(model, tokens, names)
+        check_all(acts, "the prompt's pass", model)
+        flat = {name: x if "pattern" in name else flatten_heads(x) for name, x in acts.items()}
         return cls(model, anatomy, tokens[0], {name: x[0] for name, x in flat.items()})
 
     @property
@@ -125,23 +125,23 @@ class FrozenPass:
     @property
     def dtype(self) -> torch.dtype:
         """Type of all sums: float32, or float64 for models in it."""
-        return torch.promote_types(self.held["hook_embed"].dtype, torch.float32)
+        return torch.promote_types(self.acts["hook_embed"].dtype, torch.float32)
 
     @cached_property
     def embed(self) -> Float[torch.Tensor, "pos d_model"]:
         """What the tokens write."""
-        return self.held["hook_embed"].to(self.dtype)
+        return self.acts["hook_embed"].to(self.dtype)
 
     def tensor(self, name: str) -> Float[torch.Tensor, "pos width"]:
         """A site's tensor, heads flattened, by the name that dictionaries use."""
         how = reading(self.model, name)
-        return how(self.held[how.hook])
+        return how(self.acts[how.hook])
 
     def stream(self, layer: int) -> Float[torch.Tensor, "pos d_model"]:
         """The residual stream before a layer; after the last one for ``n_layers``."""
         last = layer == self.n_layers
         name = f"blocks.{layer - 1}.hook_resid_post" if last else f"blocks.{layer}.hook_resid_pre"
-        return self.held[name].to(self.dtype)
+        return self.acts[name].to(self.dtype)
 
     def final_scale(self) -> Float[torch.Tensor, " pos"]:
         """What the last norm divides by."""
@@ -151,7 +151,7 @@ class FrozenPass:
         """What the norm before an MLP divides by."""
         norm = self.anatomy.norm(layer, "ln2")
         assert norm is not None, "models without it are refused"
-        return norm.scale(self.held[f"blocks.{layer}.hook_resid_mid"].to(self.dtype))[:, 0]
+        return norm.scale(self.acts[f"blocks.{layer}.hook_resid_mid"].to(self.dtype))[:, 0]
 
     def attention(self, layer: int) -> FrozenAttention:
         """Attention of a layer, frozen; made when first asked for."""
@@ -177,7 +177,7 @@ class FrozenPass:
             W_O = W_O if post.gain is None else W_O * post.gain.to(W_O)
         if ln1.gain is not None:
             W_V = W_V * ln1.gain.to(W_V)[:, None]
-        pattern = self.held.pop(f"blocks.{layer}.attn.hook_pattern").to(dtype)
+        pattern = self.acts.pop(f"blocks.{layer}.attn.hook_pattern").to(dtype)
         mix = (pattern / s_1p[:, None] / s_1).unflatten(0, (anatomy.n_kv, -1))
         return FrozenAttention(
             W_O=W_O.transpose(1, 2).contiguous(),
@@ -189,7 +189,7 @@ class FrozenPass:
         )
 
     def _head_sum(self, layer: int) -> Float[torch.Tensor, "pos d_model"]:
-        z = self.held[f"blocks.{layer}.attn.hook_z"].to(self.dtype)
+        z = self.acts[f"blocks.{layer}.attn.hook_z"].to(self.dtype)
         return self.anatomy.head_sum(layer, z.unflatten(-1, (self.anatomy.n_heads, -1)))
 
 

@@ -11,7 +11,7 @@ nodes, and in Gemma 3 the frozen scales of the query and key norms in ``n``.
 
 1. The parts of all nodes in the query, ``[node, d_head]``, are rows of a sweep with ``d_head`` targets
    at the query's token; those in the key likewise. A pair is the product of two parts.
-2. Without pairs, one target a side is enough: the shares of nodes in the key are their effects on the key
+2. Without pairs, one target a side is enough: what nodes bring in the key are their effects on the key
    along the whole query, and the other way round.
 3. ``contrast`` takes the mean over all keys that the query sees from the key: the difference between
    keys is what the softmax sees. It is linear too, a sweep that starts at all of them.
@@ -25,21 +25,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 
 from gemmascope_plugin.models.head_scores import HeadScores, Projection
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
-from gemmascope_plugin.tracing.linear.sweep import Entry
+from gemmascope_plugin.tracing.linear.pullback import Entry
+from gemmascope_plugin.tracing.linear.sweep import Sweep
 from gemmascope_plugin.tracing.linear.trace_site import PER_LAYER
-from gemmascope_plugin.tracing.linear.tracer import Tracer
+
+ROWS = 512
+"""Nodes of the query whose pairs are ranked at a time."""
 
 
 @dataclass(frozen=True, eq=False)
 class Side:
     """Queries or keys of a head at some tokens as a linear map of the stream."""
 
-    record: FrozenPass
+    frozen: FrozenPass
     layer: int
     positions: tuple[int, ...]
     weight: Float[torch.Tensor, "d_model d_head"]
@@ -47,78 +51,73 @@ class Side:
     bias: Float[torch.Tensor, " d_head"]
     scale: Float[torch.Tensor, " some"]
     """``1 / s`` of that norm."""
-    turn: Float[torch.Tensor, "some d_head d_head"]
+    rotation: Float[torch.Tensor, "some d_head d_head"]
     """The rotation, with the gain and frozen scale of Gemma 3's norm of queries or keys."""
 
     @classmethod
     def of(
         cls,
-        record: FrozenPass,
+        frozen: FrozenPass,
         layer: int,
-        given: Projection,
+        projection: Projection,
         positions: Sequence[int],
         rotation: Float[torch.Tensor, "some d_head d_head"],
     ) -> Side:
         """The map at what the prompt's pass has there."""
-        ln1 = record.anatomy.norm(layer, "ln1")
+        ln1 = frozen.anatomy.norm(layer, "ln1")
         assert ln1 is not None, "models without it are refused"
-        stream = record.stream(layer)[list(positions)]
-        weight, turn = given.weight.to(record.dtype), rotation.to(record.dtype)
-        bias = weight.new_zeros(weight.shape[1]) if given.bias is None else given.bias.to(weight)
+        stream = frozen.stream(layer)[list(positions)]
+        weight, rotation = projection.weight.to(frozen.dtype), rotation.to(frozen.dtype)
+        bias, norm = projection.bias, projection.norm
+        bias = weight.new_zeros(weight.shape[1]) if bias is None else bias.to(weight)
         if ln1.gain is not None:
             weight = weight * ln1.gain.to(weight)[:, None]
         scale = 1 / ln1.scale(stream)[:, 0]
-        if given.norm is not None:
+        if norm is not None:
             plain = (stream @ weight) * scale[:, None] + bias
-            gain = 1 if given.norm.gain is None else given.norm.gain.to(turn)
-            turn = turn * gain / given.norm.scale(plain)[..., None]
-        return cls(record, layer, tuple(positions), weight, bias, scale, turn)
+            gain = 1 if norm.gain is None else norm.gain.to(rotation)
+            rotation = rotation * gain / norm.scale(plain)[..., None]
+        return cls(frozen, layer, tuple(positions), weight, bias, scale, rotation)
 
     @cached_property
     def vectors(self) -> Float[torch.Tensor, "some d_head"]:
-        """The queries or keys themselves, turned."""
-        stream = self.record.stream(self.layer)[list(self.positions)]
+        """The queries or keys themselves, rotated."""
+        stream = self.frozen.stream(self.layer)[list(self.positions)]
         plain = (stream @ self.weight) * self.scale[:, None] + self.bias
-        return torch.einsum("poi,pi->po", self.turn, plain)
+        return torch.einsum("poi,pi->po", self.rotation, plain)
 
     def entry(
         self,
-        wanted: Float[torch.Tensor, "target d_head"],
-        shares: Float[torch.Tensor, " some"],
+        directions: Float[torch.Tensor, "target d_head"],
+        weights: Float[torch.Tensor, " some"],
         n_below: int,
     ) -> Entry:
-        """Products with some vectors as targets of a sweep.
-
-        Args:
-            wanted: The vectors.
-            shares: How much each of the tokens counts.
-            n_below: Nodes below the layer.
-        """
-        pulled = torch.einsum("p,to,poi->pti", shares, wanted, self.turn)
-        own = (pulled @ self.bias).sum(0)
+        """Products with some vectors, summed over the tokens by their weights, as targets of a sweep."""
+        pulled = torch.einsum("p,to,poi->pti", weights, directions, self.rotation)
+        constant = (pulled @ self.bias).sum(0)
         vectors = (pulled * self.scale[:, None, None]) @ self.weight.T
         last = max(self.positions)
-        at = torch.full((len(wanted),), last)
+        at = torch.full((len(directions),), last)
         if len(self.positions) == 1:
-            return Entry(PER_LAYER * self.layer - 1, at, vectors[0], own, n_below)
+            return Entry(PER_LAYER * self.layer - 1, at, vectors[0], constant, n_below)
         spread = vectors.new_zeros(last + 1, *vectors.shape[1:])
         spread[list(self.positions)] = vectors
-        return Entry(PER_LAYER * self.layer - 1, at, spread, own, n_below)
+        return Entry(PER_LAYER * self.layer - 1, at, spread, constant, n_below)
 
 
 @dataclass(frozen=True, eq=False)
 class Score:
     """One score of one head, with the keys that it is compared to."""
 
-    tracer: Tracer
+    sweep: Sweep
     scores: HeadScores
-    query: Side
-    keys: Side
-    """Those that are compared, or the key alone."""
-    shares: Float[torch.Tensor, " some"]
-    """What each key counts: 1 for the one that is asked for, less the mean of all for a contrast."""
+    query_side: Side
+    key_side: Side
+    """Of the keys that are compared, or of the key alone."""
+    key_weights: Float[torch.Tensor, " some"]
+    """What each key counts: 1 for the key that is explained, less the mean of all for a contrast."""
     place: int
-    """Of the key that is asked for among the keys."""
+    """Of the key that is explained among the keys."""
     observed: Float[torch.Tensor, " some"]
     """The model's own scores of the keys, after the soft-cap."""
     largest: float
@@ -127,27 +126,27 @@ class Score:
     @property
     def n_below(self) -> int:
         """Nodes that may have a part in it."""
-        return self.tracer.layout.n_below(PER_LAYER * self.query.layer - 1)
+        return self.sweep.layout.n_below(PER_LAYER * self.query_side.layer - 1)
 
     @cached_property
-    def asked(self) -> Float[torch.Tensor, "1 d_head"]:
+    def query(self) -> Float[torch.Tensor, "1 d_head"]:
         """The query, divided by the scale."""
-        return self.query.vectors / self.scores.scale
+        return self.query_side.vectors / self.scores.scale
 
     @cached_property
-    def seen(self) -> Float[torch.Tensor, "1 d_head"]:
+    def key(self) -> Float[torch.Tensor, "1 d_head"]:
         """The key, less the mean of those that it is compared to."""
-        return self.shares[None] @ self.keys.vectors
+        return self.key_weights[None] @ self.key_side.vectors
 
     @cached_property
     def row(self) -> Float[torch.Tensor, " some"]:
         """Scores of all keys before the soft-cap."""
-        return self.keys.vectors @ self.asked[0]
+        return self.key_side.vectors @ self.query[0]
 
     @property
     def total(self) -> float:
         """What is to be explained."""
-        return float(self.row @ self.shares)
+        return float(self.row @ self.key_weights)
 
     @property
     def capped(self) -> float:
@@ -155,38 +154,54 @@ class Score:
         return float(self.scores.capped(self.row)[self.place])
 
     def residual(self, *sums: float) -> float:
-        """How far sums of what nodes bring, and scores found here, are from the model's own scores.
-
-        Args:
-            sums: Each should be the total.
-
-        Returns:
-            The largest gap, as a share of the query's largest score.
+        """Largest gap of sums, each of which should be the total, and of scores found here to the model's
+        own, as a share of the query's largest score.
         """
         gaps = (self.scores.capped(self.row) - self.observed).abs().tolist()
-        gaps += [abs(one - self.total) for one in sums]
+        gaps += [abs(value - self.total) for value in sums]
         return max(gaps) / max(self.largest, 1e-30)
 
     def by_query(
-        self, wanted: Float[torch.Tensor, "target d_head"]
+        self, directions: Float[torch.Tensor, "target d_head"]
     ) -> Float[torch.Tensor, "node target"]:
         """Parts of all nodes in the query over the scale, along some vectors."""
-        return self._swept(self.query, wanted / self.scores.scale, self.query.scale.new_ones(1))
+        side = self.query_side
+        return self._swept(side, directions / self.scores.scale, side.scale.new_ones(1))
 
     def by_key(
-        self, wanted: Float[torch.Tensor, "target d_head"]
+        self, directions: Float[torch.Tensor, "target d_head"]
     ) -> Float[torch.Tensor, "node target"]:
         """Parts of all nodes in the key, along some vectors."""
-        return self._swept(self.keys, wanted, self.shares)
+        return self._swept(self.key_side, directions, self.key_weights)
 
     @torch.no_grad()
     def _swept(
-        self, side: Side, wanted: torch.Tensor, shares: torch.Tensor
+        self, side: Side, directions: torch.Tensor, weights: torch.Tensor
     ) -> Float[torch.Tensor, "node target"]:
-        tracer = self.tracer
-        n_pos = max(side.positions) + 1
-        size = tracer.sweep.fitting(n_pos, self.n_below, tracer.budget)
-        parts = [
-            tracer.sweep(side.entry(part, shares, self.n_below)).T for part in wanted.split(size)
-        ]
+        sweep, n_below = self.sweep, self.n_below
+        size = sweep.fitting(max(side.positions) + 1, n_below, sweep.budget)
+        parts = [sweep(side.entry(part, weights, n_below)).T for part in directions.split(size)]
         return torch.cat(parts, 1)
+
+
+def ranked_pairs(
+    first: Float[torch.Tensor, "row width"], second: Float[torch.Tensor, "column width"], top: int
+) -> tuple[Int64[np.ndarray, " top"], Int64[np.ndarray, " top"], Float[np.ndarray, " top"]]:
+    """Rows, columns and values of the largest absolute products that are not zero, ``top`` at most, by
+    size; ``ROWS`` rows of all products are in memory.
+    """
+    rows, columns = (vectors.any(1).nonzero()[:, 0] for vectors in (first, second))
+    parts = []
+    for chunk in rows.split(ROWS):
+        products = (first[chunk] @ second[columns].T).flatten()
+        best = products.abs().topk(min(top, len(products))).indices
+        row, column = best // max(len(columns), 1), best % max(len(columns), 1)
+        parts.append((chunk[row], columns[column], products[best]))
+    if not parts:
+        empty = np.zeros(0, dtype=np.int64)
+        return empty, empty, np.zeros(0)
+    joined = [torch.cat(values) for values in zip(*parts, strict=True)]
+    order = joined[2].abs().argsort(descending=True, stable=True)[:top]
+    order = order[joined[2][order] != 0]
+    row, column, value = (values[order].cpu().numpy() for values in joined)
+    return row, column, value.astype(np.float64)

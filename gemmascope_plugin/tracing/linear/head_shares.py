@@ -9,7 +9,7 @@ at every layer between them: what passes the layer by, and what each of its head
 (Kamath et al., "Tracing Attention Computation Through Feature Interactions", 2025).
 
 1. A sweep from the target keeps its gradient at ``z`` and behind the attention of every layer.
-2. The source's writes go up, see ``tangent.py``. At each layer their values meet the gradient that the
+2. The source's writes go up, see ``writes.py``. At each layer their values meet the gradient that the
    frozen pattern takes to the tokens that are read; the sum is over these tokens, so it is known which
    token a head read.
 3. Writes of a cross-layer dictionary that enter above a layer pass it by.
@@ -27,13 +27,12 @@ from functools import cached_property
 import torch
 from jaxtyping import Bool, Float
 
-from gemmascope_plugin.tracing.linear.cotangent import Cotangent
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenAttention, FrozenPass
 from gemmascope_plugin.tracing.linear.node_order import Layout
-from gemmascope_plugin.tracing.linear.sweep import Entry, Sweep
-from gemmascope_plugin.tracing.linear.tangent import Tangent, Write, writes_of
+from gemmascope_plugin.tracing.linear.pullback import Cotangent, Entry
+from gemmascope_plugin.tracing.linear.sweep import Sweep
 from gemmascope_plugin.tracing.linear.trace_site import PER_LAYER
-from gemmascope_plugin.tracing.linear.tracer import Tracer
+from gemmascope_plugin.tracing.linear.writes import Tangent, Write, writes_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +59,8 @@ class Loadings:
 class _Trail(Sweep):
     """A sweep of one target that keeps what it meets at attention."""
 
-    def __init__(self, record: FrozenPass, layout: Layout, budget: int) -> None:
-        super().__init__(record, layout, budget)
+    def __init__(self, frozen: FrozenPass, layout: Layout, budget: int) -> None:
+        super().__init__(frozen, layout, budget)
         self.heads: dict[int, torch.Tensor] = {}
         """``[pos, head * d_head]``, without the scale of the post-norm."""
         self.streams: dict[int, torch.Tensor] = {}
@@ -85,36 +84,30 @@ class _Trail(Sweep):
         return None
 
 
-def _spread(one: Cotangent) -> Float[torch.Tensor, "pos width"]:
+def _spread(state: Cotangent) -> Float[torch.Tensor, "pos width"]:
     """The gradient of the only target at all tokens, as a copy: dense ones are written into."""
-    if one.dense:
-        return one.values[:, 0].clone()
-    found = one.values.new_zeros(one.n_pos, one.values.shape[1])
-    found[one.positions] = one.values
-    return found
+    if state.dense:
+        return state.values[:, 0].clone()
+    values = state.values.new_zeros(state.n_pos, state.values.shape[1])
+    values[state.positions] = state.values
+    return values
 
 
 @torch.no_grad()
-def loadings(tracer: Tracer, entry: Entry, sources: Sequence[int]) -> Loadings:
-    """Loads of all heads on the edges into one target.
-
-    Args:
-        tracer: The prompt's.
-        entry: The target.
-        sources: Nodes below it.
-    """
+def loadings(sweep: Sweep, entry: Entry, sources: Sequence[int]) -> Loadings:
+    """Loads of all heads on the edges from nodes below one target into it."""
     assert len(entry.positions) == 1, "targets are taken one by one"
-    record, layout = tracer.record, tracer.layout
-    trail = _Trail(record, layout, tracer.budget)
+    frozen = sweep.frozen
+    trail = _Trail(frozen, sweep.layout, sweep.budget)
     effects = trail(entry)[0, torch.tensor(sources)]
-    shape = (len(sources), record.n_layers)
+    shape = (len(sources), frozen.n_layers)
     n_pos = int(entry.positions[0]) + 1
-    loads = effects.new_zeros(*shape, record.anatomy.n_heads, n_pos)
+    loads = effects.new_zeros(*shape, frozen.anatomy.n_heads, n_pos)
     bypass = effects.new_zeros(shape)
     between = torch.zeros(shape, dtype=torch.bool)
-    layers = torch.arange(record.n_layers) * PER_LAYER
-    for owners, writes in _chunks(tracer, sources, entry):
-        carried, passed = _carried(tracer, trail, entry, writes)
+    layers = torch.arange(frozen.n_layers) * PER_LAYER
+    for owners, writes in _chunks(sweep, sources, entry):
+        carried, passed = _carried(trail, entry, writes)
         loads.index_add_(0, owners, carried)
         bypass.index_add_(0, owners, passed)
         times = torch.tensor([write.time for write in writes])
@@ -125,46 +118,46 @@ def loadings(tracer: Tracer, entry: Entry, sources: Sequence[int]) -> Loadings:
 
 
 def _chunks(
-    tracer: Tracer, sources: Sequence[int], entry: Entry
+    sweep: Sweep, sources: Sequence[int], entry: Entry
 ) -> Iterator[tuple[torch.Tensor, list[Write]]]:
     """Writes below the target of all sources, and the place of their source, as many as fit."""
-    record, layout = tracer.record, tracer.layout
-    writes = [(i, w) for i, node in enumerate(sources) for w in writes_of(record, layout, node)]
-    found = [(i, write) for i, write in writes if write.time < entry.after]
+    frozen, layout = sweep.frozen, sweep.layout
+    writes = [(i, w) for i, node in enumerate(sources) for w in writes_of(frozen, layout, node)]
+    writes = [(i, write) for i, write in writes if write.time < entry.after]
     n_pos = int(entry.positions[0]) + 1
-    size = tracer.sweep.fitting(n_pos, entry.n_below, tracer.budget)
-    for start in range(0, len(found), size):
-        part = found[start : start + size]
+    size = sweep.fitting(n_pos, entry.n_below, sweep.budget)
+    for start in range(0, len(writes), size):
+        part = writes[start : start + size]
         yield torch.tensor([owner for owner, _ in part]), [write for _, write in part]
 
 
 def _carried(
-    tracer: Tracer, trail: _Trail, entry: Entry, writes: Sequence[Write]
+    trail: _Trail, entry: Entry, writes: Sequence[Write]
 ) -> tuple[Float[torch.Tensor, "write layer head pos"], Float[torch.Tensor, "write layer"]]:
     """Loads of heads, and what passes by, of each write."""
-    record = tracer.record
+    frozen = trail.frozen
     n_pos = int(entry.positions[0]) + 1
-    tangent = Tangent(record, tracer.layout, writes, n_pos)
-    shape = (len(writes), record.n_layers)
-    loads = entry.vectors.new_zeros(*shape, record.anatomy.n_heads, n_pos)
+    tangent = Tangent(frozen, trail.layout, writes, n_pos)
+    shape = (len(writes), frozen.n_layers)
+    loads = entry.vectors.new_zeros(*shape, frozen.anatomy.n_heads, n_pos)
     bypass = entry.vectors.new_zeros(shape)
     last = entry.after // PER_LAYER
     while True:
         layer = tangent.layer
         if layer in trail.heads:
             heads = trail.heads[layer]
-            known = tangent.stream[:, : len(heads)]
-            loads[:, layer, :, : len(heads)] = _loads(record.attention(layer), known, heads)
+            stream = tangent.stream[:, : len(heads)]
+            loads[:, layer, :, : len(heads)] = _loads(frozen.attention(layer), stream, heads)
         if layer in trail.streams:
             passing = trail.streams[layer]
-            known = tangent.stream[:, : len(passing)]
-            bypass[:, layer] = torch.einsum("wpm,pm->w", known, passing)
+            stream = tangent.stream[:, : len(passing)]
+            bypass[:, layer] = torch.einsum("wpm,pm->w", stream, passing)
         if layer >= last:
             break
         tangent.up()
     whole = tangent.read(entry)
     times = torch.tensor([write.time for write in writes])
-    later = times[:, None] >= PER_LAYER * torch.arange(record.n_layers)
+    later = times[:, None] >= PER_LAYER * torch.arange(frozen.n_layers)
     return loads, torch.where(later, whole, bypass)
 
 

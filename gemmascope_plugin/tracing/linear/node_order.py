@@ -4,13 +4,19 @@
 nodes                  order
 ====================== ==========================================================
 tokens                 by position
-biases                 ``own``, then attention biases by layer, then two per site
+biases                 ``constant``, then attention biases by layer, then two per site
 features and errors    site by site in the order of the pass: features by token and
                        index, then errors by token
 ====================== ==========================================================
 
-``own`` is the part of a target that comes from no other node: its ``b_enc``. Of each site's two biases
-one is its ``b_dec``, the other what it passes through at special tokens; both summed over tokens.
+``constant`` is the part of a target that comes from no other node: its ``b_enc``. Of each site's two
+biases one is its ``b_dec``, the other what it passes through at special tokens; both summed over tokens.
+
+A target is reached by the nodes before it in the pass, at its own token or an earlier one: tokens, some
+of the biases, and of each site below the first features and the first errors. So the room of every row is
+known before any is made (:class:`Reach`).
+
+Cost: a few numbers a site and token.
 """
 
 from __future__ import annotations
@@ -18,23 +24,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Int64
 
-from gemmascope_plugin.tracing.linear.trace_site import Activity
+from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
+from gemmascope_plugin.tracing.linear.trace_site import PER_LAYER, Activity
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the nodes of each kind are."""
+    """Which numbers the nodes of each kind have."""
 
     n_pos: int
     n_layers: int
     activities: tuple[Activity, ...]
 
     @property
-    def own(self) -> int:
-        """The part of a target that is its own."""
+    def constant(self) -> int:
+        """The part of a target that comes from no other node."""
         return self.n_pos
 
     def attention_bias(self, layer: int) -> int:
@@ -57,10 +65,10 @@ class Layout:
     @cached_property
     def starts(self) -> tuple[int, ...]:
         """The first feature of each site, and after the last site the number of all nodes."""
-        found = [self.n_fixed]
-        for one in self.activities:
-            found.append(found[-1] + one.n_features + int(one.keep.sum()))
-        return tuple(found)
+        starts = [self.n_fixed]
+        for activity in self.activities:
+            starts.append(starts[-1] + activity.n_features + int(activity.keep.sum()))
+        return tuple(starts)
 
     @property
     def n_nodes(self) -> int:
@@ -70,17 +78,21 @@ class Layout:
     @cached_property
     def at(self) -> dict[int, int]:
         """The site of each time that has one."""
-        return {one.site.time: i for i, one in enumerate(self.activities)}
+        return {activity.site.time: i for i, activity in enumerate(self.activities)}
+
+    def sites_of(self, nodes: Int64[np.ndarray, " some"]) -> Int64[np.ndarray, " some"]:
+        """The sites that nodes of features and errors belong to."""
+        return np.searchsorted(self.starts, nodes, side="right") - 1
 
     def heard(self, site: int) -> list[int]:
         """The sites whose features write at a site: itself, and earlier ones of its dictionary."""
-        own = self.activities[site].site
-        return [i for i, one in enumerate(self.activities) if own.hears(one.site)]
+        reader = self.activities[site].site
+        return [i for i, source in enumerate(self.activities) if reader.hears(source.site)]
 
     def hearing(self, site: int) -> list[int]:
         """The sites where the features of a site write, its own first."""
-        own = self.activities[site].site
-        return [i for i, one in enumerate(self.activities) if one.site.hears(own)]
+        source = self.activities[site].site
+        return [i for i, reader in enumerate(self.activities) if reader.site.hears(source)]
 
     def features(self, site: int) -> slice:
         """The features of a site."""
@@ -93,15 +105,93 @@ class Layout:
 
     def n_below(self, after: int) -> int:
         """Nodes that come before a time, the first ones."""
-        return self.starts[sum(one.site.time < after for one in self.activities)]
+        return self.starts[sum(a.site.time < after for a in self.activities)]
 
     @cached_property
     def n_features(self) -> int:
         """Active features of all sites."""
-        return sum(one.n_features for one in self.activities)
+        return sum(activity.n_features for activity in self.activities)
 
     def rest_nodes(self, site: int) -> Int64[torch.Tensor, " pos"]:
         """The node of what a site's features leave at each token: an error, or what it passes through."""
         keep = self.activities[site].keep.cpu()
         errors = keep.long().cumsum(0) - 1 + self.errors(site).start
         return torch.where(keep, errors, self.passed(site))
+
+
+@dataclass(frozen=True, eq=False)
+class Reach:
+    """Which columns the rows of targets have."""
+
+    frozen: FrozenPass
+    layout: Layout
+
+    def columns(self, after: int, pos: int) -> np.ndarray:
+        """The nodes that can reach a target which enters at a time and token, ascending."""
+        biases, firsts = self._biases(after)
+        parts = [np.arange(pos + 1), biases[firsts <= pos]]
+        for site in range(self._n_below(after)):
+            features, errors = self.layout.starts[site], self.layout.errors(site).start
+            parts.append(np.arange(features, features + self._features[site][pos]))
+            parts.append(np.arange(errors, errors + self._errors[site][pos]))
+        return np.concatenate(parts).astype(np.int32)
+
+    def room(self, after: int, positions: np.ndarray) -> np.ndarray:
+        """How many nodes can reach targets at some tokens, ``[target]``."""
+        below = self._n_below(after)
+        tokens = np.arange(self.layout.n_pos)
+        counts = tokens + 1 + sum(self._features[:below]) + sum(self._errors[:below])
+        _, firsts = self._biases(after)
+        counts = counts + (firsts <= tokens[:, None]).sum(1)
+        return counts[positions]
+
+    def _n_below(self, after: int) -> int:
+        return sum(activity.site.time < after for activity in self.layout.activities)
+
+    def _biases(self, after: int) -> tuple[np.ndarray, np.ndarray]:
+        """Those that may not be zero, and the first token that each of them stands at."""
+        if after not in self._biases_of:
+            layout = self.layout
+            pairs = [(layout.constant, 0)]
+            for layer, biased in enumerate(self._biased):
+                if biased and PER_LAYER * layer <= after:
+                    pairs.append((layout.attention_bias(layer), 0))
+            for site in range(self._n_below(after)):
+                first, passed = self._constants[site]
+                pairs += [(layout.b_dec(site), first), (layout.passed(site), passed)]
+            nodes, firsts = np.array(pairs).T
+            self._biases_of[after] = nodes, firsts
+        return self._biases_of[after]
+
+    @cached_property
+    def _biases_of(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        return {}
+
+    @cached_property
+    def _biased(self) -> list[bool]:
+        attentions = map(self.frozen.attention, range(self.layout.n_layers))
+        return [a.bias_O is not None or a.bias_V is not None for a in attentions]
+
+    @cached_property
+    def _constants(self) -> list[tuple[int, int]]:
+        """The first tokens at which the two biases of each site are not zero; ``n_pos`` for nowhere."""
+        starts = []
+        for activity in self.layout.activities:
+            b_dec = activity.keep & bool(activity.b_dec.any())
+            passed = ~activity.keep & (activity.rest != 0).any(1)
+            starts.append((_first(b_dec.cpu().numpy()), _first(passed.cpu().numpy())))
+        return starts
+
+    @cached_property
+    def _features(self) -> list[np.ndarray]:
+        """Features up to each token, of each site."""
+        return [a.acts.offsets[1:].cpu().numpy() for a in self.layout.activities]
+
+    @cached_property
+    def _errors(self) -> list[np.ndarray]:
+        """Errors up to each token, of each site."""
+        return [a.keep.cumsum(0).cpu().numpy() for a in self.layout.activities]
+
+
+def _first(mask: np.ndarray) -> int:
+    return int(mask.argmax()) if mask.any() else len(mask)

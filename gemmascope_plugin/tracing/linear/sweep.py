@@ -18,83 +18,85 @@ Only tokens and layers before a target are visited, and until the first attentio
 Cost: a target costs ``layers * pos * d_model * (head * d_head + kv * d_head + rows per token)``
 multiplications at most, and half of ``layers * pos^2 * head * d_head``; memory is
 ``targets * pos * d_model`` numbers, whatever the depth. These products are what a trace is bound by, see
-``tracer.py``.
+``rows.py``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 
 from gemmascope_plugin.catalog.site_names import human_size
 from gemmascope_plugin.errors import GemmaScopeError
-from gemmascope_plugin.tracing.linear.attention_step import through_values, to_heads, tokens_through
-from gemmascope_plugin.tracing.linear.cotangent import Cotangent
-from gemmascope_plugin.tracing.linear.decoder_writes import Written
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
 from gemmascope_plugin.tracing.linear.node_order import Layout
+from gemmascope_plugin.tracing.linear.pullback import (
+    Cotangent,
+    Entry,
+    through_values,
+    to_heads,
+    tokens_through,
+)
+from gemmascope_plugin.tracing.linear.targets import Seed
 from gemmascope_plugin.tracing.linear.trace_site import PER_LAYER, Activity
-
-
-@dataclass(frozen=True, eq=False)
-class Entry:
-    """Targets that enter the sweep at one place.
-
-    Attributes:
-        after: Time of the site below which they enter; ``PER_LAYER * layer + 3`` for the stream behind a
-            layer.
-    """
-
-    after: int
-    positions: Int64[torch.Tensor, " target"]
-    vectors: Float[torch.Tensor, "*pos target width"]
-    """At each target's token; or ``[pos, target, width]`` up to it, which the sweep then writes into."""
-    own: Float[torch.Tensor, " target"]
-    """What each target has of its own."""
-    n_below: int
-    """Nodes that can reach them: the first ones."""
+from gemmascope_plugin.tracing.linear.writes import DecoderWrites
 
 
 class Sweep:
     """Rows of a trace's matrix.
 
     Args:
-        record: The prompt.
+        frozen: The prompt.
         layout: Its nodes.
-        budget: Bytes that the rows of all sites may take.
+        budget: Bytes that the rows of all sites may take, and as many for a chunk of targets.
     """
 
-    def __init__(self, record: FrozenPass, layout: Layout, budget: int) -> None:
-        self.record, self.layout, self._budget = record, layout, budget
+    def __init__(self, frozen: FrozenPass, layout: Layout, budget: int) -> None:
+        self.frozen, self.layout, self.budget = frozen, layout, budget
         share = budget // max(1, len(layout.activities))
-        self._written = [Written(layout, i, share) for i in range(len(layout.activities))]
+        self._writes = [DecoderWrites(layout, i, share) for i in range(len(layout.activities))]
+
+    def feature_entry(self, site: int, nodes: Int64[np.ndarray, " target"]) -> Entry:
+        """Features of one site as targets; ascending, so that tokens are."""
+        activity, start = self.layout.activities[site], self.layout.starts[site]
+        features = torch.from_numpy(nodes).to(activity.acts.indices.device) - start
+        vectors, constant = activity.readers(features)
+        return Entry(activity.site.time, activity.acts.rows[features], vectors, constant, start)
+
+    def seed_entry(self, after: int, seeds: Sequence[Seed]) -> Entry:
+        """Targets that are not features and enter at one time, by token, ascending."""
+        embed = self.frozen.embed
+        return Entry(
+            after,
+            torch.tensor([seed.position for seed in seeds], device=embed.device),
+            torch.stack([seed.vector for seed in seeds]).to(embed),
+            torch.tensor([seed.constant for seed in seeds]).to(embed),
+            self.layout.n_below(after),
+        )
 
     @cached_property
     def work(self) -> int:
         """Operations that a target costs at a token of a layer, about."""
-        anatomy, layout = self.record.anatomy, self.layout
+        anatomy, layout = self.frozen.anatomy, self.layout
         heads = (anatomy.n_heads + anatomy.n_kv) * anatomy.d_head
         rows = layout.n_features // (layout.n_pos * len(layout.activities))
         return 2 * anatomy.d_model * (heads + rows)
 
     def bytes_per_target(self, n_pos: int, n_below: int) -> int:
         """Memory that one more target in a chunk takes."""
-        anatomy = self.record.anatomy
+        anatomy = self.frozen.anatomy
         heads = anatomy.n_heads * anatomy.d_head
         per_token = 2 * anatomy.d_model + 2 * heads + anatomy.n_kv * anatomy.d_head
-        rows = max((w.n_rows for w in self._written), default=0)
-        return (n_pos * per_token + 2 * n_below + rows) * self.record.embed.element_size()
+        rows = max((writes.n_rows for writes in self._writes), default=0)
+        return (n_pos * per_token + 2 * n_below + rows) * self.frozen.embed.element_size()
 
     def fitting(self, n_pos: int, n_below: int, budget: int) -> int:
-        """Targets that a sweep may take at once.
-
-        Args:
-            n_pos: Tokens up to the last of them.
-            n_below: Nodes that can reach them.
-            budget: Bytes, a quarter of what was asked for.
+        """Targets up to a token, with so many nodes below them, that fit a budget: a quarter of the
+        user's.
 
         Raises:
             GemmaScopeError: Not even one target fits.
@@ -110,22 +112,22 @@ class Sweep:
 
     def prepare(self) -> None:
         """Makes what is made once, before several threads ask for it."""
-        for layer in range(self.record.n_layers):
-            _ = self.record.attention(layer).first_keys
-        for written in self._written:
-            written.prepare()
+        for layer in range(self.frozen.n_layers):
+            _ = self.frozen.attention(layer).first_keys
+        for writes in self._writes:
+            writes.prepare()
         _ = self._tokens
 
     @torch.no_grad()
     def __call__(self, entry: Entry) -> Float[torch.Tensor, "target node"]:
         """Effects of the nodes below on the targets, summed over all direct paths."""
         effects = entry.vectors.new_zeros(len(entry.positions), entry.n_below)
-        effects[:, self.layout.own] = entry.own
+        effects[:, self.layout.constant] = entry.constant
         state = Cotangent(entry.positions, entry.vectors)
         # what enters below the first attention reads tokens as they are
         tokens = self._tokens if entry.after >= 0 else None
         lowest = 0 if tokens is None else 1
-        for layer in range(self.record.n_layers - 1, lowest - 1, -1):
+        for layer in range(self.frozen.n_layers - 1, lowest - 1, -1):
             if PER_LAYER * layer <= entry.after and state is not None:
                 state = self._layer(layer, entry.after, state, effects)
         if state is None:
@@ -142,14 +144,14 @@ class Sweep:
     @cached_property
     def _tokens(self) -> Float[torch.Tensor, "query key d_model"] | None:
         """What tokens have become behind the first attention; None where they are read below it."""
-        record, n_pos = self.record, self.record.n_pos
-        attention = record.attention(0)
-        size = n_pos * record.embed.numel() * record.embed.element_size()
+        frozen, n_pos = self.frozen, self.frozen.n_pos
+        attention = frozen.attention(0)
+        size = n_pos * frozen.embed.numel() * frozen.embed.element_size()
         plain = attention.bias_O is None and attention.bias_V is None and 0 not in self.layout.at
         heads = len(attention.W_O) * attention.W_O.shape[-1]
-        if not plain or n_pos > heads or size > self._budget // 4:
+        if not plain or n_pos > heads or size > self.budget // 4:
             return None
-        return tokens_through(attention, record.embed)
+        return tokens_through(attention, frozen.embed)
 
     def _layer(
         self, layer: int, after: int, state: Cotangent, effects: torch.Tensor
@@ -181,7 +183,7 @@ class Sweep:
         return state
 
     def _attention(self, layer: int, stream: Cotangent, effects: torch.Tensor) -> Cotangent:
-        attention = self.record.attention(layer)
+        attention = self.frozen.attention(layer)
         heads = to_heads(attention, stream)
         index = self.layout.at.get(PER_LAYER * layer)
         bias = attention.bias_O
@@ -189,10 +191,10 @@ class Sweep:
             effects[:, self.layout.attention_bias(layer)] += stream.sums(bias, attention.post)
         through = torch.ones_like(attention.post)
         if index is not None:
-            own = self.layout.activities[index]
+            activity = self.layout.activities[index]
             z = heads.movedim(0, -2).flatten(-2) * stream.scaled(attention.post)
             self._read(index, stream.with_values(z), effects)
-            through = (~own.keep).to(through)
+            through = (~activity.keep).to(through)
             heads = heads * stream.scaled(through)
         if attention.bias_V is not None:
             sums = stream.sums(attention.bias_V, attention.post * through)
@@ -207,45 +209,44 @@ class Sweep:
         stream: Cotangent | None,
     ) -> Cotangent:
         """To earlier tokens; see :func:`through_values`."""
-        return through_values(self.record.attention(layer), heads, state, stream)
+        return through_values(self.frozen.attention(layer), heads, state, stream)
 
     def _unscaled(
         self, layer: int, state: Cotangent
     ) -> Float[torch.Tensor, "head *pos target d_head"]:
         """Gradients at ``z`` itself, as the pattern with the post-norm's scale in it takes them."""
-        attention = self.record.attention(layer)
+        attention = self.frozen.attention(layer)
         heads = state.values * state.scaled(1 / attention.post)
         return heads.unflatten(-1, (len(attention.W_O), -1)).movedim(-2, 0).contiguous()
 
-    def _skipped(self, own: Activity, state: Cotangent) -> Cotangent:
-        skip = own.site.skip
+    def _skipped(self, activity: Activity, state: Cotangent) -> Cotangent:
+        skip, gain = activity.site.skip, activity.read_gain
         if skip is None:
             return state
-        assert own.read_gain is not None, "only transcoders have a skip"
-        gain = own.read_gain
+        assert gain is not None, "only transcoders have a skip"
         through = state.values @ skip.detach().to(state.values)
         factor = gain[: state.n_pos, None] if state.dense else gain[state.positions]
         return state.with_values(state.values + through * factor)
 
     def _read(self, index: int, state: Cotangent, effects: torch.Tensor) -> None:
         """Adds the effects of everything that a site writes."""
-        written = self._written[index]
+        writes = self._writes[index]
         for pos, targets, gradients in state.at():
-            for nodes, rows in written.rows(pos):
+            for nodes, rows in writes.rows(pos):
                 effects[targets, nodes].addmm_(gradients, rows.T)
-        constants, nodes = written.constants, written.rest_nodes
+        constants, nodes = writes.constants, writes.rest_nodes
         if state.dense:
             products = torch.bmm(constants[: state.n_pos], state.values.transpose(1, 2))
             effects.index_add_(1, nodes[: state.n_pos], products[:, 0].T)
-            effects[:, written.b_dec] += products[:, 1].sum(0)
+            effects[:, writes.b_dec] += products[:, 1].sum(0)
         else:
             read = torch.einsum("tcd,td->ct", constants[state.positions], state.values)
             each = torch.arange(len(state.positions), device=nodes.device)
             effects[each, nodes[state.positions]] += read[0]
-            effects[:, written.b_dec] += read[1]
+            effects[:, writes.b_dec] += read[1]
 
     def _read_tokens(self, state: Cotangent, effects: torch.Tensor) -> None:
-        embed = self.record.embed
+        embed = self.frozen.embed
         if state.dense:
             products = torch.bmm(state.values, embed[: state.n_pos, :, None])[..., 0]
             effects[:, : state.n_pos] += products.T
@@ -254,14 +255,14 @@ class Sweep:
             effects[targets, state.positions] += (state.values * embed[state.positions]).sum(-1)
 
 
-def _ended(state: Cotangent, own: Activity) -> Cotangent | None:
+def _ended(state: Cotangent, activity: Activity) -> Cotangent | None:
     """The gradient where an SAE of the stream leaves it: at special tokens; None for nowhere."""
-    left = (~own.keep).nonzero()[:, 0]
-    if not len(left):
+    special = (~activity.keep).nonzero()[:, 0]
+    if not len(special):
         return None
-    passing = (~own.keep).to(state.values)
+    passing = (~activity.keep).to(state.values)
     if not state.dense:
         return state.with_values(state.values * state.scaled(passing))
-    last = int(left[-1]) + 1
+    last = int(special[-1]) + 1
     values = state.values[:last]
     return state.with_values(values * passing[: len(values), None, None])

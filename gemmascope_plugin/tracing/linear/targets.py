@@ -70,14 +70,14 @@ Target = str | int | tuple[Any, Any] | Logit | LogitDifference | StreamDirection
 
 @dataclass(frozen=True, eq=False)
 class Seed:
-    """A target that is no feature: a vector that reads the stream."""
+    """A non-feature target: a vector that reads the stream."""
 
     label: str
     position: int
     after: int
     """When it enters the sweep."""
     vector: Float[torch.Tensor, " d_model"]
-    own: float
+    constant: float
     value: float
     """What it explains."""
     token: int
@@ -93,69 +93,71 @@ class Seed:
         return f"{':'.join(map(str, self.source[:-1]))}@{self.position}"
 
 
-def as_target(given: Target) -> Logit | LogitDifference | StreamDirection | FeatureTarget:
+def as_target(target: Target) -> Logit | LogitDifference | StreamDirection | FeatureTarget:
     """A word or id is a logit, a pair of them a difference.
 
     Raises:
         TaskError: Something else.
     """
-    if isinstance(given, str) or (number := as_index(given)) is not None:
-        return Logit(given if isinstance(given, str) else number)  # pyright: ignore
-    if isinstance(given, tuple) and len(given) == 2:
-        return LogitDifference(*given)
-    if isinstance(given, (Logit, LogitDifference, StreamDirection, FeatureTarget)):
-        return given
+    if isinstance(target, str) or (number := as_index(target)) is not None:
+        return Logit(target if isinstance(target, str) else number)  # pyright: ignore
+    if isinstance(target, tuple) and len(target) == 2:
+        return LogitDifference(*target)
+    if isinstance(target, (Logit, LogitDifference, StreamDirection, FeatureTarget)):
+        return target
     raise TaskError(
-        f"{given!r} is not a target",
+        f"{target!r} is not a target",
         fix='"word", ("word", "other"), Logit(...), LogitDifference(...), StreamDirection(...) or '
         "FeatureTarget(...)",
     )
 
 
-def position_in(given: int, n_pos: int) -> int:
+def position_in(position: int, n_pos: int) -> int:
     """A position counted from the start.
 
     Raises:
         TaskError: It lies outside the prompt.
     """
-    if not -n_pos <= given < n_pos:
+    if not -n_pos <= position < n_pos:
         raise TaskError(
-            f"Target position {given} lies outside the prompt of {n_pos} tokens",
+            f"Target position {position} lies outside the prompt of {n_pos} tokens",
             exists=f"positions 0 to {n_pos - 1}, or {-n_pos} to -1 from the end",
         )
-    return given % n_pos
+    return position % n_pos
 
 
 class Readout:
     """Logits of a frozen pass as vectors that read the end of the stream.
 
     Args:
-        record: The prompt.
+        frozen: The prompt.
     """
 
-    def __init__(self, record: FrozenPass) -> None:
-        self._record = record
-        self._out = unembedding(record.model)
-        self._mean = check_finite(self._mean_row(), "The mean of the unembedding", record.model)
+    def __init__(self, frozen: FrozenPass) -> None:
+        self._frozen = frozen
+        self._out = unembedding(frozen.model)
+        self._mean = check_finite(self._mean_row(), "The mean of the unembedding", frozen.model)
         self._chances: dict[int, torch.Tensor] = {}
-        self._scale = record.final_scale()
+        self._scale = frozen.final_scale()
         self._b_U = self._out.bias
 
     def top(self, count: int, share: float, position: int) -> list[Seed]:
-        """The likeliest next tokens: as many as reach a share of the probability.
-
-        Args:
-            count: Most of them.
-            share: Of the probability.
-            position: Where the next token is asked for.
-        """
+        """The likeliest next tokens, ``count`` at most: as many as reach a share of the probability."""
         values, ids = self._probabilities(position).topk(min(count, self._out.d_vocab))
         enough = int((values.cumsum(0) < share).sum()) + 1
         return [self.logit(Logit(int(token), position)) for token in ids[:enough]]
 
+    def seed(self, target: Logit | LogitDifference | StreamDirection) -> Seed:
+        """A non-feature target."""
+        if isinstance(target, Logit):
+            return self.logit(target)
+        if isinstance(target, LogitDifference):
+            return self.difference(target)
+        return self.direction(target)
+
     def logit(self, target: Logit) -> Seed:
         """One token's logit minus the mean."""
-        position = position_in(target.position, self._record.n_pos)
+        position = position_in(target.position, self._frozen.n_pos)
         token = self._id(target.token, position)
         chance = float(self._probabilities(position)[token])
         bias = 0.0 if self._b_U is None else float(self._b_U[token] - self._b_U.mean())
@@ -169,7 +171,7 @@ class Readout:
         Raises:
             TaskError: They are the same token.
         """
-        position = position_in(target.position, self._record.n_pos)
+        position = position_in(target.position, self._frozen.n_pos)
         token, other = (self._id(word, position) for word in (target.token, target.other))
         if token == other:
             raise TaskError(f"The difference of {self._word(token)!r} and itself is zero")
@@ -187,15 +189,15 @@ class Readout:
             TaskError: No such layer, or a direction that is zero or not finite.
             WidthMismatchError: The vector has another width.
         """
-        record, layer = self._record, target.layer
-        if not 0 <= layer < record.n_layers:
+        frozen, layer = self._frozen, target.layer
+        if not 0 <= layer < frozen.n_layers:
             raise TaskError(
-                f"There is no layer {layer}", exists=f"layers 0 to {record.n_layers - 1}"
+                f"There is no layer {layer}", exists=f"layers 0 to {frozen.n_layers - 1}"
             )
-        if target.vector.shape != (record.anatomy.d_model,):
+        if target.vector.shape != (frozen.anatomy.d_model,):
             raise WidthMismatchError(
                 f"The direction has shape {tuple(target.vector.shape)}, the stream width "
-                f"{record.anatomy.d_model}"
+                f"{frozen.anatomy.d_model}"
             )
         vector = target.vector.to(self._mean)
         if not bool(vector.isfinite().all()) or not bool(vector.any()):
@@ -203,8 +205,8 @@ class Readout:
                 f"The direction {target.name!r} is zero or not finite: there is nothing to explain",
                 fix="a vector of finite numbers, not all of them 0",
             )
-        position = position_in(target.position, record.n_pos)
-        value = float(vector @ record.stream(layer + 1)[position])
+        position = position_in(target.position, frozen.n_pos)
+        value = float(vector @ frozen.stream(layer + 1)[position])
         after = PER_LAYER * layer + PER_LAYER - 1
         source = ("direction", target.name, layer, position)
         return Seed(target.name, position, after, vector, 0.0, value, -1, 1.0, source)
@@ -219,21 +221,21 @@ class Readout:
         source: tuple[Any, ...],
     ) -> Seed:
         position = source[-1]
-        record, gain = self._record, self._record.anatomy.ln_final.gain
+        frozen, gain = self._frozen, self._frozen.anatomy.ln_final.gain
         reads = vector if gain is None else vector * gain.to(vector)
         reads = reads / self._scale[position]
-        value = float(reads @ record.stream(record.n_layers)[position]) + bias
-        after = PER_LAYER * record.n_layers - 1
+        value = float(reads @ frozen.stream(frozen.n_layers)[position]) + bias
+        after = PER_LAYER * frozen.n_layers - 1
         return Seed(label, position, after, reads, bias, value, token, chance, source)
 
     def _probabilities(self, position: int) -> Float[torch.Tensor, " d_vocab"]:
         """The model's own, after the soft-cap; once a position."""
         if position not in self._chances:
-            record = self._record
-            end = self._out.read(record.stream(record.n_layers)[position][None])
+            frozen = self._frozen
+            end = self._out.read(frozen.stream(frozen.n_layers)[position][None])
             chances = all_logits(self._out, end)[0].softmax(-1)
             self._chances[position] = check_finite(
-                chances, "The probability by token", record.model
+                chances, "The probability by token", frozen.model
             )
         return self._chances[position]
 
@@ -242,32 +244,29 @@ class Readout:
 
     def _mean_row(self) -> Float[torch.Tensor, " d_model"]:
         """Over all words, some at a time: the unembedding is never copied as a whole."""
-        total = self._record.embed.new_zeros(self._record.anatomy.d_model, dtype=torch.float64)
+        total = self._frozen.embed.new_zeros(self._frozen.anatomy.d_model, dtype=torch.float64)
         for rows in self._out.weight.split(WORDS):
-            total += rows.to(self._record.dtype).sum(0)
-        return (total / self._out.d_vocab).to(self._record.dtype)
+            total += rows.to(self._frozen.dtype).sum(0)
+        return (total / self._out.d_vocab).to(self._frozen.dtype)
 
     def _id(self, token: str | int, position: int) -> int:
-        return token_id(self._record.model, token, self._record.tokens[: position + 1])
+        return token_id(self._frozen.model, token, self._frozen.tokens[: position + 1])
 
     def _word(self, token: int) -> str:
-        return token_label(self._record.model, token)
+        return token_label(self._frozen.model, token)
 
 
 def check_distinct(targets: Sequence[tuple[Any, str, int]]) -> None:
-    """Every target once.
-
-    Args:
-        targets: What each one is, its label and its position.
+    """Refuses a target that is there twice; each is an identity, a label and a position.
 
     Raises:
         TaskError: With the one that is there twice.
     """
-    seen: set[Any] = set()
+    identities: set[Any] = set()
     for identity, label, position in targets:
-        if identity in seen:
+        if identity in identities:
             raise TaskError(
                 f"The target {label!r} at position {position} is given twice",
                 fix="each target once",
             )
-        seen.add(identity)
+        identities.add(identity)

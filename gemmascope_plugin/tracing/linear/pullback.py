@@ -1,4 +1,8 @@
-"""The transpose of frozen attention: from what heads write to what their values read.
+"""Gradients of many targets, and how frozen attention pulls them back: from what heads write to what
+their values read.
+
+Targets are sorted by token, so those that reach a token are the last ones: causality is a slice. Their
+gradients are at one token each, or at all tokens up to the last of them.
 
 1. ``to_heads``: ``W_O`` with the post-norm's gain, head by head.
 2. ``through_values``: over tokens by the frozen pattern, summed over the heads of a key-value group, and
@@ -15,11 +19,76 @@ target at one token pays for that token only.
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
-from gemmascope_plugin.tracing.linear.cotangent import Cotangent
+import torch
+from jaxtyping import Float, Int64
+
 from gemmascope_plugin.tracing.linear.frozen_pass import QUERIES, FrozenAttention
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """Targets that enter the sweep at one place."""
+
+    after: int
+    """Time of the site below which they enter; ``PER_LAYER * layer + 3`` for the stream behind one."""
+    positions: Int64[torch.Tensor, " target"]
+    vectors: Float[torch.Tensor, "*pos target width"]
+    """At each target's token; or ``[pos, target, width]`` up to it, which the sweep then writes into."""
+    constant: Float[torch.Tensor, " target"]
+    """The part of each target that comes from no node."""
+    n_below: int
+    """Nodes that can reach them: the first ones."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cotangent:
+    """A gradient per target."""
+
+    positions: Int64[torch.Tensor, " target"]
+    """Of the targets, ascending."""
+    values: Float[torch.Tensor, "*pos target width"]
+    """``[target, width]``, each at its own token; or ``[pos, target, width]``."""
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is spread over tokens."""
+        return self.values.ndim == 3
+
+    @cached_property
+    def n_pos(self) -> int:
+        """Tokens that it may reach."""
+        return len(self.values) if self.dense else int(self.positions[-1]) + 1
+
+    def at(self) -> Iterator[tuple[int, slice, Float[torch.Tensor, "some width"]]]:
+        """Token by token: the targets that may be reached from it, and their gradients there."""
+        n = len(self.positions)
+        ends = torch.arange(self.n_pos + 1, device=self.positions.device)
+        firsts = torch.searchsorted(self.positions, ends).tolist()
+        for pos in range(self.n_pos):
+            if self.dense:
+                yield pos, slice(firsts[pos], n), self.values[pos, firsts[pos] :]
+            elif firsts[pos] < firsts[pos + 1]:
+                targets = slice(firsts[pos], firsts[pos + 1])
+                yield pos, targets, self.values[targets]
+
+    def scaled(self, factor: Float[torch.Tensor, " all_pos"]) -> Float[torch.Tensor, ...]:
+        """``factor`` of each token in a shape that multiplies the values."""
+        return factor[: self.n_pos, None, None] if self.dense else factor[self.positions, None]
+
+    def sums(
+        self, vector: Float[torch.Tensor, " width"], factor: Float[torch.Tensor, " all_pos"]
+    ) -> Float[torch.Tensor, " target"]:
+        """``sum_pos factor <vector, values>`` of each target."""
+        products = (self.values @ vector) * self.scaled(factor)[..., 0]
+        return products.sum(0) if self.dense else products
+
+    def with_values(self, values: Float[torch.Tensor, "*pos target width"]) -> Cotangent:
+        """The same targets with other gradients."""
+        return Cotangent(self.positions, values)
 
 
 def to_heads(
@@ -37,14 +106,9 @@ def through_values(
     state: Cotangent,
     stream: Cotangent | None,
 ) -> Cotangent:
-    """Gradients at the stream before attention.
-
-    Args:
-        attention: The layer's.
-        heads: Gradients at ``z``, see :func:`to_heads`.
-        state: The targets, and where their gradients at ``z`` are.
-        stream: Gradients after attention, which also pass beside it; None for nothing. A dense one is
-            written into.
+    """Gradients at the stream before attention, from those at ``z`` (``heads``, which stand where
+    ``state`` does) and those after it (``stream``), which also pass beside it. A dense ``stream`` is
+    written into.
     """
     mixed = _mixed(attention, heads, state) if state.dense else _spread(attention, heads, state)
     n_pos, n = state.n_pos, len(state.positions)
@@ -64,11 +128,8 @@ def through_values(
 def tokens_through(
     attention: FrozenAttention, embed: Float[torch.Tensor, "key d_model"]
 ) -> Float[torch.Tensor, "query key d_model"]:
-    """What each token's embedding becomes at every later token behind the first attention.
-
-    Args:
-        attention: The first layer's, without biases.
-        embed: What the tokens write.
+    """What each token's embedding becomes at every later token behind the first attention, which has no
+    biases.
     """
     n_pos, kv = len(embed), len(attention.W_V)
     values = torch.einsum("km,gdm->gkd", embed, attention.W_V)
@@ -120,8 +181,8 @@ def _spread(
     flat = heads.view(kv, group, n * d_head)
     out = heads.new_zeros(kv, n_pos, n * d_head)
     for pos, targets, _ in state.at():
-        there = slice(targets.start * d_head, targets.stop * d_head)
+        columns = slice(targets.start * d_head, targets.stop * d_head)
         for index in range(kv):
             weights = mix[index, : pos + 1, :, pos]
-            out[index, : pos + 1, there].addmm_(weights, flat[index, :, there])
+            out[index, : pos + 1, columns].addmm_(weights, flat[index, :, columns])
     return out.view(kv, n_pos, n, d_head)
