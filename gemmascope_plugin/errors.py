@@ -20,6 +20,14 @@ class GemmaScopeError(Exception):
         exists: What there is instead.
         nearest: The nearest valid value or values.
         fix: What to type or do.
+
+    Example:
+        >>> try:
+        ...     gs.find(model="gemma-2-tiny", site="residue")
+        ... except gs.GemmaScopeError as error:
+        ...     print(error)
+        no site 'residue'. There is: res, att, mlp, embedding, transcoder, crosscoder, clt. Did
+          you mean 'resid' or 'residual' or 'res'? Try: site='resid'
     """
 
     def __init__(

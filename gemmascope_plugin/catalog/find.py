@@ -159,6 +159,14 @@ def find(
 
     Raises:
         UnknownNameError: A value does not exist, or the values do not exist together.
+
+    Example:
+        >>> gs.find(model="2b", site="res", layer=12, width="16k", l0="canonical")
+        release                id                                kind  site  layer  width  l0
+          canonical  size      provenance
+        gemma-scope-2b-pt-res  layer_12/width_16k/average_l0_82  sae   res   12     16k    82  *
+          302.1 MB  listed
+        1 dictionaries
     """
     arguments = {name: value for name, value in locals().items() if value is not None}
     pool, where = _pool(arguments.pop("release", None), arguments.get("model"))

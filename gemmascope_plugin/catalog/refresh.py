@@ -99,6 +99,9 @@ def refresh(*, repos: Sequence[str] | None = None, progress: bool = True) -> Ref
         UnknownNameError: A repository that the catalog has nothing of.
         MissingFileError: The hub may not or could not be asked.
         BadFileError: A repository holds nothing that was expected, so its layout must have changed.
+
+    Example:
+        >>> gs.refresh()  # doctest: +SKIP
     """
     repositories = tables.repositories()
     names = list(repositories) if repos is None else list(repos)

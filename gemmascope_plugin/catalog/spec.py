@@ -35,7 +35,13 @@ PROVENANCE_TEXT: dict[Provenance, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SaeSpec:
-    """One dictionary: where its file is, what it reads, what it writes, how large it is."""
+    """One dictionary: where its file is, what it reads, what it writes, how large it is.
+
+    Example:
+        >>> spec = gs.find(model="2b", site="res", layer=12, width="16k", l0="canonical").one()
+        >>> spec.hook_out, spec.d_sae, spec.l0
+        ('blocks.12.hook_resid_post', 16384, 82.0)
+    """
 
     release: str
     """Name of the release in SAELens' registry, e.g. ``gemma-scope-2b-pt-res``."""

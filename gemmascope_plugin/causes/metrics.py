@@ -152,7 +152,16 @@ def logit_diff(
     position: Position = -1,
     before_cap: bool = False,
 ) -> LogitDiff:
-    """``logit(answer) - logit(wrong)`` at ``position``, one entry per prompt."""
+    """``logit(answer) - logit(wrong)`` at ``position``, one entry per prompt.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> metric = gs.logit_diff(["are"], ["is"])
+        >>> task = gs.Task("today the keys", "today the key", metric)
+        >>> gap = gs.activation_patching(suite.model, task, "mlp_out", positions=[3]).gap
+        >>> round(gap, 2)
+        11.19
+    """
     return LogitDiff(
         answer=answer_list("answer", answer),
         wrong=answer_list("wrong", wrong),
@@ -169,7 +178,16 @@ def probability(
     position: Position = -1,
     before_cap: bool = False,
 ) -> Probability:
-    """Probability of ``answer`` (minus that of ``wrong``) at ``position``."""
+    """Probability of ``answer`` (minus that of ``wrong``) at ``position``.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> metric = gs.probability(["are"])
+        >>> task = gs.Task("today the keys", "today the key", metric)
+        >>> gap = gs.activation_patching(suite.model, task, "mlp_out", positions=[3]).gap
+        >>> round(gap, 2)
+        0.19
+    """
     return Probability(
         answer=answer_list("answer", answer),
         wrong=None if wrong is None else answer_list("wrong", wrong),
@@ -180,7 +198,16 @@ def probability(
 
 @gate()
 def margin(answer: Answers, *, position: Position = -1, before_cap: bool = False) -> Margin:
-    """``logit(answer)`` minus the largest logit of all other tokens."""
+    """``logit(answer)`` minus the largest logit of all other tokens.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> metric = gs.margin(["are"])
+        >>> task = gs.Task("today the keys", "today the key", metric)
+        >>> gap = gs.activation_patching(suite.model, task, "mlp_out", positions=[3]).gap
+        >>> round(gap, 2)
+        5.6
+    """
     right = answer_list("answer", answer)
     return Margin(answer=right, position=position, before_cap=before_cap)
 
@@ -189,14 +216,32 @@ def margin(answer: Answers, *, position: Position = -1, before_cap: bool = False
 def cross_entropy(
     answer: Answers, *, position: Position = -1, before_cap: bool = False
 ) -> CrossEntropy:
-    """``log p(answer)``: minus the cross-entropy, higher is better."""
+    """``log p(answer)``: minus the cross-entropy, higher is better.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> metric = gs.cross_entropy(["are"])
+        >>> task = gs.Task("today the keys", "today the key", metric)
+        >>> gap = gs.activation_patching(suite.model, task, "mlp_out", positions=[3]).gap
+        >>> round(gap, 2)
+        5.62
+    """
     right = answer_list("answer", answer)
     return CrossEntropy(answer=right, position=position, before_cap=before_cap)
 
 
 @gate()
 def kl_divergence(*, position: Position = -1, before_cap: bool = False) -> KLDivergence:
-    """Minus the divergence of the run's next-token distribution from the clean run's."""
+    """Minus the divergence of the run's next-token distribution from the clean run's.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> metric = gs.kl_divergence()
+        >>> task = gs.Task("today the keys", "today the key", metric)
+        >>> gap = gs.activation_patching(suite.model, task, "mlp_out", positions=[3]).gap
+        >>> round(gap, 2)
+        1.08
+    """
     return KLDivergence(position=position, before_cap=before_cap)
 
 
@@ -220,5 +265,14 @@ def custom(
     position: Position = -1,
     before_cap: bool = False,
 ) -> Custom:
-    """Any function of logits ``[prompt, d_vocab]`` and prompt numbers ``[prompt]``; higher is better."""
+    """Any function of logits ``[prompt, d_vocab]`` and prompt numbers ``[prompt]``; higher is better.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> metric = gs.custom(lambda logits, prompts: logits[:, 30] - logits[:, 40])
+        >>> task = gs.Task("today the keys", "today the key", metric)
+        >>> gap = gs.activation_patching(suite.model, task, "mlp_out", positions=[3]).gap
+        >>> round(gap, 2)
+        -1.87
+    """
     return Custom(fn=fn, name=name, position=position, before_cap=before_cap)

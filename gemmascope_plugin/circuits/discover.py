@@ -117,6 +117,14 @@ def discover(
         MissingHookError: The model lacks a dictionary's hook.
         ModelError: A dictionary over several layers, or of a tensor that is not added to the stream.
         GemmaScopeError: A model with hooks of its own, or a memory budget too small for one prompt.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> task = suite.task("agreement", n=8)
+        >>> circuit = gs.discover(suite.model, task, method="eap-ig", steps=5, size=20)
+        >>> circuit
+        Circuit(agreement, 20 of 343 edges by eap-ig: +MLP3->logits, +embed->L2KV1.k,
+          +embed->MLP0, +embed->MLP1, +MLP1->L2KV1.k, +L2H3->MLP2, and 14 more)
     """
     kinds = (nodes,) if isinstance(nodes, str) else tuple(dict.fromkeys(nodes))
     of_features = FEATURES in kinds

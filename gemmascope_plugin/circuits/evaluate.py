@@ -88,6 +88,15 @@ def evaluate(
         TaskError: The metric with everything replaced hardly differs from the full model's.
         UnknownNameError: The circuit has features and no dictionaries were given, edges that the model
             does not have, or an unknown replacement or treatment of errors.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> task = suite.task("agreement", n=8)
+        >>> circuit = gs.discover(suite.model, task, method="exact", size=6)
+        >>> scores = gs.evaluate(circuit, suite.model, suite.task("agreement", n=8, seed=1), n_random=5)
+        >>> scores
+        Scores(agreement, 6 of 20 nodes, faithfulness 0.994, best of 5 random 0.063, metric full
+          9.913, empty -11.674)
     """
     check_choice("replacement", replacement, REPLACEMENTS)
     treated = _errors(circuit, errors)

@@ -77,6 +77,10 @@ def doctor() -> DoctorReport:
 
     Returns:
         One row per finding, each ``ok``, ``note`` or ``problem``, with what to do.
+
+    Example:
+        >>> gs.doctor().ok
+        True
     """
     checks: list[Callable[[], list[Row]]] = [
         _python,

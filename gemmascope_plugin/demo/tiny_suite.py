@@ -209,6 +209,15 @@ def tiny(
     Raises:
         UnknownNameError: An unknown backend, device or type.
         MissingFileError: The package was installed without its data.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> suite
+        TinySuite('gemma-2-tiny', 24 dictionaries, tasks: ioi, agreement, years, induction,
+          two_hop)
+        >>> suite.task("agreement")
+        Task('agreement', 64 prompts, logit difference, first 'yesterday the teachers near the
+          car')
     """
     if not (ASSETS / SUITE_FILE).exists():
         raise MissingFileError(

@@ -176,6 +176,18 @@ def analyze(
     Raises:
         EmptySelectionError: An empty prompt, or one of excluded tokens only.
         UnknownNameError: An unknown special token.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> features = gs.analyze(suite.model, suite.load("res", 1), "today the keys near the cabinet")
+        >>> features
+        Features(7 tokens, excluded ('bos', 'eos', 'pad'), blocks.1.hook_resid_post: L0 11.8,
+          variance explained 0.985)
+        >>> features.to_frame().head(3).round(2)
+           pos  token                      site  feature  activation
+        0    1  today  blocks.1.hook_resid_post      497        4.32
+        1    1  today  blocks.1.hook_resid_post       22        4.08
+        2    1  today  blocks.1.hook_resid_post      388        3.99
     """
     rows = [row[None] for row in read_prompts(model, text).rows()]
     exclude = (exclude,) if isinstance(exclude, (str, int)) else tuple(exclude)

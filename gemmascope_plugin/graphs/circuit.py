@@ -39,7 +39,17 @@ SIGNS = {1: "+", 0: "", -1: "-"}
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Circuit:
-    """The kept units of a graph; immutable."""
+    """The kept units of a graph; immutable.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> task = suite.task("agreement", n=8)
+        >>> circuit = gs.discover(suite.model, task, method="exact", size=4)
+        >>> [node.label for node in circuit.nodes]
+        ['L2H3', 'MLP3', 'MLP2', 'L3H2']
+        >>> circuit.top(2).size
+        2
+    """
 
     graph: Graph
     is_kept: Bool[torch.Tensor, " unit"]

@@ -73,6 +73,15 @@ def contrast(clean: Graph, corrupt: Graph, *, targets: Targets = "label") -> Gra
         TaskError: Different lengths, models or dictionaries, or a target that the corrupted graph lacks.
         GemmaScopeError: A graph that is pruned, grouped, or a contrast.
         UnknownNameError: An unknown way to match targets.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> saes = [suite.load("transcoder", layer) for layer in range(4)]
+        >>> graph = gs.trace(suite.model, "the capital of the state containing dallas is", saes)
+        >>> other = gs.trace(suite.model, "the capital of the state containing greeley is", saes)
+        >>> gs.contrast(graph, other, targets="order")
+        Graph('<bos>thecapitalofthestatecontainingdallas | greeleyis': 9 tokens, 13 biases, 427
+          features, 32 errors, 1 target, 22147 edges)
     """
     check_choice("way to match targets", targets, get_args(Targets))
     _check(clean, corrupt)

@@ -85,6 +85,15 @@ class Graph(GraphArrays):
 
     A component or feature graph is made with :meth:`of_nodes` or :meth:`of_edges`, that of a prompt with
     ``trace``.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> task = suite.task("agreement", n=8)
+        >>> graph = gs.discover(suite.model, task, method="eap-ig", steps=5).graph
+        >>> graph
+        Graph(agreement, 30 nodes, 343 edges by eap-ig, positive = supports the metric)
+        >>> graph.edge_labels[:2]
+        ['embed->L0H0.q', 'embed->L0H1.q']
     """
 
     @classmethod

@@ -64,7 +64,12 @@ class FeatureId(NamedTuple):
 
 @dataclass(frozen=True, order=True)
 class Node:
-    """One component whose activation can be replaced."""
+    """One component whose activation can be replaced.
+
+    Example:
+        >>> gs.Node.head(2, 1).label, gs.Node.mlp(0).label
+        ('L2H1', 'MLP0')
+    """
 
     kind: NodeKind
     hook: str

@@ -71,6 +71,15 @@ def union(
             not fit.
         UnknownNameError: An unknown alignment, or a share outside [0, 1].
         GemmaScopeError: A graph with grouped nodes.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> saes = [suite.load("transcoder", layer) for layer in range(4)]
+        >>> graph = gs.trace(suite.model, "the capital of the state containing dallas is", saes)
+        >>> other = gs.trace(suite.model, "the capital of the state containing greeley is", saes)
+        >>> gs.union([graph, other])
+        Graph('<bos>thecapitalofthestatecontainingdallas | greeleyis': 9 tokens, 13 biases, 427
+          features, 32 errors, 2 targets, 46515 edges)
     """
     check_choice("alignment", align, ("position", "end"))
     check_choice("way to match targets", targets, get_args(Targets))

@@ -110,6 +110,16 @@ def footprint(
     Raises:
         UnknownNameError: A name that is no Gemma model.
         InputError: Something that is neither a model nor specs.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> gs.footprint(suite.model, suite.specs[:2], n_tokens=128)
+        Footprint in float32
+          model                                 3.6 MB
+          2 dictionaries                        1.1 MB
+          features and hooks of 128 tokens      1.3 MB
+          logits                              236.5 kB
+          total                                 6.2 MB
     """
     chosen, n_tokens = as_specs(specs), _tokens(n_tokens)
     dtype = as_dtype(dtype)

@@ -145,6 +145,12 @@ def load(
         MissingFileError: A file is nowhere, and may not or could not be downloaded.
         BadFileError: A file is damaged or is not this dictionary.
         WidthMismatchError: The file reads or writes tensors of another width.
+
+    Example:
+        >>> spec = gs.find(model="gemma-2-tiny", site="res", layer=1, l0="canonical").one()
+        >>> sae = gs.load(spec)
+        >>> sae.cfg.architecture(), tuple(sae.W_dec.shape)
+        ('jumprelu', (512, 128))
     """
     device, dtype = as_device(device), as_dtype(dtype)
     if not isinstance(spec, SaeSpec) or sae_id is not None:

@@ -56,6 +56,13 @@ def register() -> None:
 
     Raises:
         GemmaScopeError: This version of SAELens has moved the names that are needed.
+
+    Example:
+        >>> gs.register()
+        >>> from sae_lens import SAE
+        >>> spec = gs.find(model="gemma-2-tiny", site="res", layer=1, l0="canonical").one()
+        >>> SAE.from_pretrained(spec.release, spec.sae_id).cfg.d_sae
+        512
     """
     from gemmascope_plugin.saes.registration import register_all
 

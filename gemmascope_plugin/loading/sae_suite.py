@@ -212,6 +212,12 @@ def load_suite(
         InputError: Something that does not hold specs.
         EmptySelectionError: No specs.
         GemmaScopeError: One dictionary alone is larger than the budget.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> saes = gs.load_suite(suite.specs[:2], memory_budget="1 GB")
+        >>> saes
+        SaeSuite(2 dictionaries of gemma-2-tiny, 1.1 MB; 0 open, 0 B; budget: 1.00 GB)
     """
     return SaeSuite(
         as_specs(specs),

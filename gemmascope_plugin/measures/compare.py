@@ -108,6 +108,16 @@ def compare(
         ModelError: Not a dictionary with one site, or concepts without names or for other tokens.
         MissingHookError: The model has no such hook.
         WidthMismatchError: A dictionary of another width than the model's tensor.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> tokens = suite.task("agreement").bind(suite.model).clean
+        >>> saes = {f"layer {layer}": suite.load("res", layer) for layer in (1, 2)}
+        >>> frame = gs.compare(suite.model, saes, tokens, n_positions=0)
+        >>> frame[["name", "l0", "fvu"]].round(2)
+              name     l0   fvu
+        0  layer 1  11.96  0.02
+        1  layer 2  11.21  0.04
     """
     import pandas as pd
 

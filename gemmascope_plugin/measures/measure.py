@@ -180,6 +180,14 @@ def measure(
         ModelError: Not a JumpReLU dictionary, or ``batch`` or ``n_positions`` out of range.
         MissingHookError: The model has no such hook.
         WidthMismatchError: The dictionary has another width than the model's tensor.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> tokens = suite.task("agreement").bind(suite.model).clean
+        >>> gs.measure(suite.model, suite.load("res", 1), tokens, n_positions=2)
+        Measures(blocks.1.hook_resid_post, 512 features, 384 tokens, excluded ('bos', 'eos',
+          'pad'): L0 12.0, FVU 0.017, delta loss -0.0104 (-0.2% of zeros, -0.1% of the mean),
+          dead 73.2%, dense 7.8%, r_L0 0.668, max cosine 0.327)
     """
     if n_positions < 0:
         raise ModelError(f"n_positions={n_positions} is negative", fix="n_positions=0 to skip r_L0")

@@ -83,6 +83,12 @@ def load_model(
             float16, or the comparison fails.
         UnknownNameError: An unknown backend, device, type or model, or a name that two models share.
         BadFileError: A GGUF file is damaged.
+
+    Example:
+        >>> from gemmascope_plugin.demo.assets import ASSETS, MODEL_FOLDER
+        >>> model = gs.load_model(ASSETS / MODEL_FOLDER, backend="bridge", dtype="bfloat16")
+        >>> type(model).__name__, model.cfg.n_layers
+        ('TransformerBridge', 4)
     """
     check_choice("backend", backend, get_args(Backend))
     target, weight_type = as_device(device), as_dtype(dtype)

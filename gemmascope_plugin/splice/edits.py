@@ -100,7 +100,18 @@ class Edit(ABC):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Ablate(Edit):
-    """``a' = 0``, or the mean: ``a'_i = mean of a_i`` over kept tokens, or given means."""
+    """``a' = 0``, or the mean: ``a'_i = mean of a_i`` over kept tokens, or given means.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> task, sae = suite.task("ioi", n=8), suite.load("res", 2)
+        >>> feature = suite.feature(sae, "next_is_indirect_object")
+        >>> edit = gs.Ablate(features=feature)
+        >>> with gs.splice(suite.model, sae, edits=edit) as spliced:
+        ...     logits = spliced(task.clean)
+        >>> round(float(task.bind(suite.model).metric(logits).mean()), 2)
+        7.2
+    """
 
     to: Literal["zero", "mean"] | Amount = "zero"
     """``"zero"``, ``"mean"`` or the reference means themselves, one per feature."""
@@ -128,7 +139,18 @@ class Ablate(Edit):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Clamp(Edit):
-    """``a' = value``, active or not."""
+    """``a' = value``, active or not.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> sae = suite.load("res", 2)
+        >>> feature = suite.feature(sae, "next_is_singular_verb")
+        >>> edit = gs.Clamp(features=feature, value=16.0, positions=-1)
+        >>> with gs.splice(suite.model, sae, edits=edit) as spliced:
+        ...     logits = spliced("today the keys near the cabinet")
+        >>> suite.model.tokenizer.decode(logits[0, -1].argmax())
+        'is'
+    """
 
     value: Amount
 
@@ -139,7 +161,18 @@ class Clamp(Edit):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scale(Edit):
-    """``a' = factor * a``."""
+    """``a' = factor * a``.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> task, sae = suite.task("ioi", n=8), suite.load("res", 2)
+        >>> feature = suite.feature(sae, "next_is_indirect_object")
+        >>> edit = gs.Scale(features=feature, factor=0.5)
+        >>> with gs.splice(suite.model, sae, edits=edit) as spliced:
+        ...     logits = spliced(task.clean)
+        >>> round(float(task.bind(suite.model).metric(logits).mean()), 2)
+        9.09
+    """
 
     factor: Amount
 
@@ -150,7 +183,18 @@ class Scale(Edit):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Add(Edit):
-    """``a' = a + amount``, active or not; the result may be negative."""
+    """``a' = a + amount``, active or not; the result may be negative.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> sae = suite.load("res", 2)
+        >>> feature = suite.feature(sae, "next_is_singular_verb")
+        >>> edit = gs.Add(features=feature, amount=16.0)
+        >>> with gs.splice(suite.model, sae, edits=edit) as spliced:
+        ...     logits = spliced("today the keys near the cabinet")
+        >>> suite.model.tokenizer.decode(logits[0, -1].argmax())
+        'is'
+    """
 
     amount: Amount
 
@@ -164,6 +208,17 @@ class Replace(Edit):
     """``a'[b, t] = source[b, t]``: feature patching, from the cache of another run.
 
     Tokens after the end of ``source``, as generation adds them, keep ``a``.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> sae = suite.load("res", 2)
+        >>> with gs.splice(suite.model, sae) as spliced:
+        ...     _, other = spliced.run_with_cache("today the key near the cabinet")
+        >>> edit = gs.Replace(features=None, source=other)
+        >>> with gs.splice(suite.model, sae, edits=edit) as spliced:
+        ...     logits = spliced("today the keys near the cabinet")
+        >>> suite.model.tokenizer.decode(logits[0, -1].argmax())
+        'is'
     """
 
     source: Mapping[str, torch.Tensor] | SparseActs | Float[torch.Tensor, "batch pos _"]
@@ -211,7 +266,18 @@ class Replace(Edit):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Custom(Edit):
-    """``a' = fn(a)`` with any function of the activations ``[batch, pos, k]`` of the chosen features."""
+    """``a' = fn(a)`` with any function of the activations ``[batch, pos, k]`` of the chosen features.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> task, sae = suite.task("ioi", n=8), suite.load("res", 2)
+        >>> feature = suite.feature(sae, "next_is_indirect_object")
+        >>> edit = gs.Custom(features=feature, fn=lambda acts: acts.clamp(max=1.0))
+        >>> with gs.splice(suite.model, sae, edits=edit) as spliced:
+        ...     logits = spliced(task.clean)
+        >>> round(float(task.bind(suite.model).metric(logits).mean()), 2)
+        7.75
+    """
 
     fn: Callable[[torch.Tensor], torch.Tensor]
     """Returns a tensor of the same shape; must not change its argument in place."""
@@ -252,6 +318,16 @@ class Project(Edit):
     Works on the tensor at the output hook after all edits of activations, whatever the encoder makes of
     it: ``factor=0`` removes the direction, ``factor=2`` doubles what points along it. Several features
     are taken one after another. Neuronpedia's ``ORTHOGONAL_DECOMP``, for directions of any length.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> task, sae = suite.task("ioi", n=8), suite.load("res", 2)
+        >>> feature = suite.feature(sae, "next_is_indirect_object")
+        >>> edit = gs.Project(features=feature, factor=0.0)
+        >>> with gs.splice(suite.model, sae, edits=edit) as spliced:
+        ...     logits = spliced(task.clean)
+        >>> round(float(task.bind(suite.model).metric(logits).mean()), 2)
+        7.08
     """
 
     factor: Amount

@@ -48,6 +48,15 @@ class HookedSAE(HookedSite):
             or a weight that is not finite.
         MissingHookError: The dictionary does not say which hooks it belongs to.
         UnknownNameError: An unknown error mode, or no such level.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> sae = gs.HookedSAE(suite.load("res", 1), error="drop", positions=-1)
+        >>> with gs.splice(suite.model, sae) as spliced:
+        ...     logits = spliced("today the keys near the cabinet")
+        >>> sae
+        HookedSAE(blocks.1.hook_resid_post, d_in=128, d_sae=512, error='drop', exclude=('bos',
+          'eos', 'pad'), positions=...)
     """
 
     def __init__(
@@ -232,6 +241,18 @@ class HookedCrossLayer(torch.nn.Module):
 
     Raises:
         UnknownNameError: An unknown error mode.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> tokens = suite.task("agreement").bind(suite.model).clean
+        >>> spec = gs.TrainSpec(
+        ...     architecture="jumprelu_crosscoder", layers=(1, 2), d_sae=32, steps=5, batch=64, rows=8
+        ... )
+        >>> sae = gs.train(suite.model, spec, tokens, progress=False)
+        >>> with gs.splice(suite.model, gs.HookedCrossLayer(sae.dictionary(), error="drop")) as spliced:
+        ...     logits = spliced("today the keys near the cabinet")
+        >>> logits.shape
+        torch.Size([1, 7, 462])
     """
 
     def __init__(

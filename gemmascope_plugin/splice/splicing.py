@@ -80,6 +80,13 @@ def splice(
         HookNotFiredError: The model ran and a dictionary was never reached.
         ModelError: The model was compiled with ``torch.compile``, or another thread has hooks in it: they
             belong to the model, and two threads would get each other's.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> with gs.splice(suite.model, suite.load("res", 1)) as spliced:
+        ...     logits, cache = spliced.run_with_cache("today the keys near the cabinet")
+        >>> cache["blocks.1.hook_resid_post.hook_sae_acts_post"].shape
+        torch.Size([1, 7, 512])
     """
     refuse_compiled(model)
     hooked: list[Hooked] = []

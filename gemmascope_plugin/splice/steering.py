@@ -161,6 +161,18 @@ def steer(
         UnknownNameError: An unknown method.
         SteeringError: A strength that is not a finite number, a sampling option out of range or without
             effect, ``exclude`` beside a :class:`HookedSAE`, or more than one dictionary or layer.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> sae = suite.load("res", 2)
+        >>> feature = suite.feature(sae, "next_is_singular_verb")
+        >>> gs.steer(suite.model, sae, feature, 16.0, "today the keys near the cabinet", max_new_tokens=3)
+        Steering(blocks.2.hook_resid_post feature 280, add, strength 16, excluded bos, eos, pad)
+          prompt: today the keys near the cabinet
+          before: are quiet .
+          after:  is clean .
+          KL:     mean 1.03 nats, max 5.75 after 'cabinet' (position 6); push 0.968 of the
+          activation; texts differ from position 7
     """
     check_choice("steering method", method, METHODS)
     strengths = _strengths(strength)

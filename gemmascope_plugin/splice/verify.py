@@ -218,6 +218,20 @@ def verify(
         MissingHookError: The model has no such hook at all.
         WidthMismatchError: The model's tensor has another width.
         EmptySelectionError: No text, or nothing but excluded tokens.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> gs.verify(suite.model, suite.load("res", 1), suite.task("ioi").clean)
+        Report
+          verdict: fits
+          site: blocks.1.hook_resid_post
+          tokens: 896 (excluded: bos, eos, pad)
+          l0: 11.9 (declared 12.48)
+          l0 at BOS: 58.0
+          fvu: 0.0236
+          loss: 1.2741 clean, 1.2740 spliced, 8.1088 zeroed
+          delta loss: -0.0001, -0.00% of zeroing
+          with the error kept: +0.0e+00
     """
     hooked = sae if isinstance(sae, HookedSAE) else HookedSAE(sae)
     plain, exclude = hooked.sae, (exclude,) if isinstance(exclude, (str, int)) else tuple(exclude)

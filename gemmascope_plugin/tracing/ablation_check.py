@@ -123,6 +123,13 @@ def check_by_ablation(
     Raises:
         TaskError: No target but features, or targets that do not depend on features and errors.
         UnknownNameError: The prompt does not have the graph's nodes: other dictionaries.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> saes = [suite.load("transcoder", layer) for layer in range(4)]
+        >>> graph = gs.trace(suite.model, "the capital of the state containing dallas is", saes)
+        >>> gs.check_by_ablation(suite.model, graph.prune(0.9), saes, n_random=2)
+        AblationCheck(faithfulness 0.813, with all errors 0.825, random 0.047; KL 0.004088)
     """
     traced = TracedPrompt.of_graph(model, graph, saes, memory_budget)
     if not traced.seeds:

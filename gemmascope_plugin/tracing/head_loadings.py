@@ -172,6 +172,15 @@ def head_loadings(
         EmptySelectionError: No edge.
         ModelError: Dictionaries that cannot be traced.
         GemmaScopeError: The memory budget is too small.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> saes = [suite.load("transcoder", layer) for layer in range(4)]
+        >>> graph = gs.trace(suite.model, "the capital of the state containing dallas is", saes)
+        >>> nodes = graph.prune(0.8).nodes
+        >>> source, target = nodes.id.iloc[0], nodes.id.iloc[-1]
+        >>> gs.head_loadings(suite.model, graph, saes, [(source, target)])
+        HeadLoadings(1 edge, 4 layers of 4 heads, residual 2.1e-07)
     """
     pairs = _pairs(edges)
     if isinstance(graph, Graph):

@@ -136,6 +136,15 @@ def intervene(
         EmptySelectionError: No change.
         UnknownNameError: A node that the graph or the prompt does not have, or that cannot be changed.
         TaskError: A graph of several prompts, or a direction as its target.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> saes = [suite.load("transcoder", layer) for layer in range(4)]
+        >>> graph = gs.trace(suite.model, "the capital of the state containing dallas is", saes)
+        >>> feature = graph.prune(0.5).nodes.query("kind == 'feature'").id.iloc[0]
+        >>> gs.intervene(suite.model, graph, saes, {feature: 0.0})
+        Intervention(free: blocks.1.hook_mlp_out/211@8 x 0; correlation of predicted and actual
+          -0.016)
     """
     if not changes:
         raise EmptySelectionError("No change is given", fix="{graph.nodes.id[i]: 0.0}")

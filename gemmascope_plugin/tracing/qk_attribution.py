@@ -181,6 +181,13 @@ def qk_attribution(
         TaskError: No such layer, head or position, or a key that the query does not see.
         ModelError: Dictionaries that cannot be traced.
         GemmaScopeError: The memory budget is too small.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> saes = [suite.load("transcoder", layer) for layer in range(4)]
+        >>> graph = gs.trace(suite.model, "the capital of the state containing dallas is", saes)
+        >>> gs.qk_attribution(suite.model, graph, saes, layer=2, head=1, query=-1, key=7)
+        QkAttribution(layer 2 head 1, 'is' at 8 to 'dallas' at 7: score 1.430, residual 2.7e-07)
     """
     traced = TracedPrompt.of(model, prompt, saes, exclude=exclude, memory_budget=memory_budget)
     frozen = traced.frozen

@@ -76,6 +76,13 @@ def supernodes(
             dictionary that was not given.
         EmptySelectionError: No measure, or ``decoder`` without dictionaries.
         GemmaScopeError: More features than fit into memory, or a graph that was collapsed.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> saes = [suite.load("transcoder", layer) for layer in range(4)]
+        >>> graph = gs.trace(suite.model, "the capital of the state containing dallas is", saes)
+        >>> gs.supernodes(graph.prune(0.7), saes)
+        Supernodes(4 groups of 16 nodes: 'L1 211': 5, 'L2 27': 6, 'L2 151': 3, 'L1 502': 2)
     """
     measures = _measures(by, saes)
     places = (graph.where("feature") & (graph.weights == 0)).nonzero()[0]

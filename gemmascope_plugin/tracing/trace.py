@@ -103,6 +103,16 @@ def trace(
         EmptySelectionError: No feature is active.
         MissingHookError: The model's norms were folded and a transcoder reads the gain.
         GemmaScopeError: The memory budget is too small.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> saes = [suite.load("transcoder", layer) for layer in range(4)]
+        >>> graph = gs.trace(suite.model, "the capital of the state containing dallas is", saes)
+        >>> graph
+        Graph('<bos>thecapitalofthestatecontainingdallasis': 9 tokens, 13 biases, 376 features,
+          32 errors, 1 target, 36505 edges)
+        >>> print(f"{graph.scores.replacement:.2f}")
+        0.96
     """
     # Phase 0: what is asked for makes sense.
     _check_limits(max_n_logits, desired_logit_prob, max_feature_nodes, min_share)

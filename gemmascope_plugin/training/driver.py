@@ -113,6 +113,14 @@ def train(
         FolderInUseError: Another process trains into ``run_dir``.
         InputError: Something that is not a model or a spec, or not in this order.
         GemmaScopeError: The spec, the corpus or the folder cannot be used; the text says why.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> tokens = suite.task("agreement", n=64).bind(suite.model).clean
+        >>> spec = gs.TrainSpec(d_sae=64, layer=1, target_l0=8, steps=20, batch=64, rows=8)
+        >>> sae = gs.train(suite.model, spec, tokens, progress=False)
+        >>> sae.cfg.architecture(), tuple(sae.W_dec.shape)
+        ('jumprelu', (64, 128))
     """
     options: dict[str, Any] = {"preset": preset, "run_dir": run_dir, "resume": resume}
     options |= {"checkpoint_every": checkpoint_every, "keep": keep, "log_every": log_every}

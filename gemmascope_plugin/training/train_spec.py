@@ -35,6 +35,11 @@ class TrainSpec:
 
     Raises:
         GemmaScopeError: A number is out of range, or two fields contradict each other.
+
+    Example:
+        >>> spec = gs.TrainSpec(d_sae=256, layer=1, target_l0=8, steps=20)
+        >>> spec.architecture, spec.exclude
+        ('jumprelu', ('bos', 'eos', 'pad'))
     """
 
     d_sae: int

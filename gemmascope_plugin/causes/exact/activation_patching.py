@@ -96,6 +96,18 @@ def activation_patching(
             neuron, or features without dictionaries.
         EmptySelectionError: An empty list of axes or coordinates.
         GemmaScopeError: A memory budget too small for one prompt.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> task = suite.task("agreement", n=8)
+        >>> effects = gs.activation_patching(suite.model, task, "resid_pre")
+        >>> effects
+        Effects(resid_pre, exact patching, denoising, 4 layer x 7 pos, first prompt 'were' (13)
+          against 'was' (24), metric clean 9.480, corrupt -10.958, excluded tokens none)
+        >>> effects.top(2).round(2)
+           layer  pos  effect  share
+        0      0    3   20.44    1.0
+        1      2    3   20.43    1.0
     """
     choice = Choice(
         axes=axes,

@@ -91,6 +91,15 @@ def direct_logit_attribution(
         TaskError: The metric is no logit difference.
         UnknownNameError: An unknown ``by``, or dictionaries without ``by="feature"`` or the reverse.
         ModelError: Two dictionaries decompose the same part of the stream.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> task = suite.task("agreement", n=8)
+        >>> gs.direct_logit_attribution(suite.model, task, by="head").top(3).round(2)
+          component  effect  share
+        0      MLP3    7.57   0.70
+        1      L2H3    2.40   0.22
+        2      MLP2    1.85   0.17
     """
     check_choice("by", by, get_args(Parts))
     if saes is not None and by != "feature":

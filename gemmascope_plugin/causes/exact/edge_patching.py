@@ -82,6 +82,15 @@ def edge_patching(
         InputError: Something that is not a pair of ends.
         EmptySelectionError: No edge.
         GemmaScopeError: The memory budget is too small for one prompt.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> task = suite.task("agreement", n=8)
+        >>> effects = gs.edge_patching(suite.model, task, edges=[("L2H3", "logits"), ("MLP3", "logits")])
+        >>> effects.top(2).round(2)
+          source  target port  effect  share
+        0   MLP3  logits       -10.81  -0.53
+        1   L2H3  logits        -3.42  -0.17
     """
     check_choice("mode", mode, get_args(Direction))
     check_choice("replacement", replacement, REPLACEMENTS)

@@ -62,6 +62,17 @@ def logit_lens(
         TaskError: Several prompts.
         EmptySelectionError: A layer or position that does not exist, or none at all.
         UnknownNameError: A word that is not a single token.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> lens = gs.logit_lens(suite.model, "today the keys near the cabinet", top_k=2)
+        >>> lens
+        Effects(logit lens, 4 layer x 7 pos x 2 token, after layer 3 at position 6: 'are' 1.00,
+          'containing' 0.00)
+        >>> lens.top(2).round(2)
+           layer  pos    at token  id  rank  probability
+        0      3    4  near   the  12     1          1.0
+        1      0    5   the   the  12     1          1.0
     """
     ids = one_prompt(model, prompt, "logit_lens(model, prompt) for each")
     anatomy = Anatomy(model)

@@ -106,6 +106,15 @@ def path_patching(
             a component and a part of it.
         UnknownNameError: An unknown name, with the nearest.
         EmptySelectionError: Nothing is named, or no path leads from any sender to any receiver.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> task = suite.task("agreement", n=8)
+        >>> effects = gs.path_patching(suite.model, task, ["L2H3", "MLP2"], "logits", mode="noising")
+        >>> effects.top(2).round(2)
+          sender receiver  effect  share
+        0   MLP2   logits   -4.59  -0.22
+        1   L2H3   logits   -3.42  -0.17
     """
     check_choice("paths", paths, get_args(Paths))
     check_choice("mode", mode, get_args(Direction))

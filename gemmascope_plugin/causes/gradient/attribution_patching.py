@@ -107,6 +107,15 @@ def attribution_patching(
             whose gradient says nothing; an option that plays no part.
         UnknownNameError: An unknown component or method, or features without dictionaries.
         ModelError: ``relp`` without gated MLPs, ``atp*`` on one layer.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> task = suite.task("agreement", n=8)
+        >>> effects = gs.attribution_patching(suite.model, task, "z", method="ig", per_position=False)
+        >>> effects.top(2).round(2)
+           layer  head  effect  share
+        0      2     3   18.15   0.89
+        1      3     2    5.30   0.26
     """
     chosen = pick(METHODS, method, steps=steps, rules=rules)
     chosen.check(task, mode, replacement)

@@ -101,6 +101,15 @@ def edge_attribution(
         TaskError: Prompts that cannot be compared, a metric without a gradient, options that do not go
             together or play no part, or too little memory.
         UnknownNameError: An unknown method, mode, form or replacement.
+
+    Example:
+        >>> suite = gs.tiny()
+        >>> task = suite.task("agreement", n=8)
+        >>> gs.edge_attribution(suite.model, task, method="eap-ig", steps=5).top(3).round(2)
+          source  target port  effect  share
+        0   MLP3  logits        -8.91  -0.44
+        1  embed   L2KV1    k   -6.02  -0.29
+        2  embed    MLP0        -5.47  -0.27
     """
     chosen = pick(METHODS, method, steps=steps)
     check_choice("mode", mode, get_args(Direction))
