@@ -225,11 +225,7 @@ def _judge(
     gaps: Float[np.ndarray, " edge"],
     sizes: Float[np.ndarray, " edge"],
 ) -> None:
-    """Refuses edges that are not the sum of their parts.
-
-    Raises:
-        ModelError: With the worst of them.
-    """
+    """Refuses edges that are not the sum of their parts."""
     model = frozen.model
     allowed = allowed_gap([dtype_of(model)], frozen.n_layers, int(model.cfg.d_model)) * sizes
     worst = int(np.argmax(gaps - allowed))
@@ -243,12 +239,7 @@ def _judge(
 
 
 def _pairs(edges: Any) -> list[tuple[str, str]]:
-    """Edges in whatever form they came.
-
-    Raises:
-        EmptySelectionError: No edge.
-        TaskError: Something that is not a pair of ids.
-    """
+    """Edges in whatever form they came."""
     if hasattr(edges, "columns"):
         edges = list(zip(edges["source"], edges["target"], strict=True))
     elif isinstance(edges, tuple) and all(isinstance(node, str) for node in edges):

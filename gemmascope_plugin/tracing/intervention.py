@@ -190,11 +190,7 @@ def through(graph: Graph, factors: Mapping[int, float]) -> Float[np.ndarray, " r
 def _by_node(
     graph: Graph, places: Int64[np.ndarray, " place"], changes: Mapping[str, float]
 ) -> dict[int, float]:
-    """Changes by node of the layout.
-
-    Raises:
-        UnknownNameError: No such node, or one that cannot be changed.
-    """
+    """Changes by node of the layout."""
     if not isinstance(changes, Mapping):
         raise InputError(
             f"{describe(changes)} does not say what is changed",

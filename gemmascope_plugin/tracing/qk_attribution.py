@@ -220,11 +220,7 @@ def qk_attribution(
 def _score(
     traced: TracedPrompt, layer: int, head: int, query: int, key: int, contrast: bool
 ) -> Score:
-    """The score that is explained.
-
-    Raises:
-        TaskError: The query does not see the key.
-    """
+    """The score that is explained."""
     frozen = traced.frozen
     scores = HeadScores(frozen.anatomy, layer, head)
     names = [scores.scores_hook, *scores.rotary_hooks]

@@ -150,12 +150,7 @@ def _measures(by: Sequence[str] | None, saes: Saes | None) -> tuple[str, ...]:
 
 
 def _check(graph: Graph, n_features: int, n: int | None, threshold: float) -> None:
-    """Refuses what cannot be grouped.
-
-    Raises:
-        UnknownNameError: A threshold or number that means nothing.
-        GemmaScopeError: Too many features, or a graph that was collapsed.
-    """
+    """Refuses what cannot be grouped."""
     if not 0 < threshold <= 1:
         raise UnknownNameError(
             f"threshold={threshold} is not a similarity", exists="similarities above 0, up to 1"
@@ -175,11 +170,7 @@ def _check(graph: Graph, n_features: int, n: int | None, threshold: float) -> No
 
 
 def by_decoder(graph: Graph, places: np.ndarray, saes: Saes) -> Square:
-    """Cosines of decoder directions.
-
-    Raises:
-        UnknownNameError: A feature of a dictionary that was not given.
-    """
+    """Cosines of decoder directions."""
     rows = graph.nodes.iloc[places]
     similarity = np.zeros((len(rows), len(rows)))
     for features, directions in _directions(rows, saes).values():

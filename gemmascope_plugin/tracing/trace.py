@@ -48,8 +48,8 @@ from gemmascope_plugin.models.tokens import token_strings
 from gemmascope_plugin.splice.check_saes import Saes, check_saes
 from gemmascope_plugin.tracing.linear.rows import matrix
 from gemmascope_plugin.tracing.linear.targets import FeatureTarget, Target
+from gemmascope_plugin.tracing.linear.trace_nodes import dictionary_name
 from gemmascope_plugin.tracing.linear.trace_site import Exclude
-from gemmascope_plugin.tracing.node_table import dictionary_name
 from gemmascope_plugin.tracing.traced_prompt import SPECIAL, TracedPrompt
 
 if TYPE_CHECKING:
@@ -189,11 +189,7 @@ def _weights(
 
 
 def _judge(traced: TracedPrompt, nodes: pd.DataFrame, edges: Adjacency) -> float:
-    """The residual: how far rows are from what they explain.
-
-    Raises:
-        ModelError: Something is not finite, or rows do not sum to what they explain.
-    """
+    """The residual: how far rows are from what they explain."""
     if not np.isfinite(edges.sizes).all():
         check_finite(torch.from_numpy(edges.matrix.data), "The effect of a node on a target")
     values = nodes["activation"].to_numpy()[edges.nodes]
@@ -226,11 +222,7 @@ def _allowed(traced: TracedPrompt, edges: Adjacency) -> float:
 def _check_limits(
     max_n_logits: int, share: float, max_feature_nodes: int | None, min_share: float
 ) -> None:
-    """Refuses numbers that mean nothing.
-
-    Raises:
-        TaskError: With the number.
-    """
+    """Refuses numbers that mean nothing."""
     wrong = {
         f"max_n_logits={max_n_logits}": max_n_logits < 1,
         f"desired_logit_prob={share}": not 0 < share <= 1,

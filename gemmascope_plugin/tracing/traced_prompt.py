@@ -26,7 +26,6 @@ from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.sizes import parse_size
 from gemmascope_plugin.splice.check_saes import Saes
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
-from gemmascope_plugin.tracing.linear.node_order import Layout
 from gemmascope_plugin.tracing.linear.pullback import Entry
 from gemmascope_plugin.tracing.linear.sweep import Sweep
 from gemmascope_plugin.tracing.linear.targets import (
@@ -41,8 +40,8 @@ from gemmascope_plugin.tracing.linear.targets import (
     check_distinct,
     position_in,
 )
+from gemmascope_plugin.tracing.linear.trace_nodes import Layout, node_table
 from gemmascope_plugin.tracing.linear.trace_site import Exclude, activities, trace_sites
-from gemmascope_plugin.tracing.node_table import node_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,19 +69,9 @@ class TracedPrompt:
         exclude: Exclude | None = None,
         memory_budget: int | str = "4 GB",
     ) -> TracedPrompt:
-        """Runs the model once and encodes the prompt at every site.
+        """Runs the model once and encodes the prompt, or that of a graph, at every site.
 
-        Args:
-            model: ``HookedTransformer`` or ``TransformerBridge`` of a Gemma.
-            source: A prompt, or the graph of one.
-            saes: As in ``trace``.
-            exclude: Special tokens; None for those of the graph, or bos, eos and pad.
-            memory_budget: Bytes, or ``"4 GB"``.
-
-        Raises:
-            ModelError: A layer without a dictionary, two at one site, or one that cannot be traced.
-            EmptySelectionError: No feature is active.
-            TaskError: A graph that is not of one prompt.
+        ``exclude`` are special tokens; None for those of the graph, or bos, eos and pad.
         """
         budget = parse_size(memory_budget)
         assert budget is not None, "a budget is a size"
@@ -104,12 +93,7 @@ class TracedPrompt:
         saes: Saes,
         memory_budget: int | str = "4 GB",
     ) -> TracedPrompt:
-        """Runs the prompt of a graph again, with all of the graph's targets.
-
-        Raises:
-            UnknownNameError: The prompt has no such nodes: other dictionaries, or another model.
-            TaskError: Targets that a file does not hold, or a graph of several prompts.
-        """
+        """Runs the prompt of a graph again, with all of the graph's targets."""
         if "targets" not in graph.metadata:
             raise _no_trace(graph)
         traced = cls.of(model, graph, saes, memory_budget=memory_budget)
@@ -147,11 +131,7 @@ class TracedPrompt:
     def choose(
         self, targets: Sequence[Target] | Target
     ) -> tuple[list[Seed], dict[int, FeatureTarget]]:
-        """Targets by kind: seeds, and nodes of features.
-
-        Raises:
-            TaskError: No target, or a target twice.
-        """
+        """Targets by kind: seeds, and nodes of features."""
         kinds = (str, int, Logit, LogitDifference, StreamDirection, FeatureTarget)
         several: Any = [targets] if isinstance(targets, kinds) else targets
         if isinstance(several, Mapping) or not isinstance(several, Iterable):
@@ -176,12 +156,7 @@ class TracedPrompt:
         return seeds, features
 
     def feature_node(self, target: FeatureTarget) -> int:
-        """The node of an active feature.
-
-        Raises:
-            UnknownNameError: No such site, or one whose features are sources only.
-            FeatureIndexError: The feature is not active there.
-        """
+        """The node of an active feature."""
         sites = {activity.site.label: i for i, activity in enumerate(self.layout.activities)}
         if target.site not in sites:
             raise UnknownNameError(
@@ -223,11 +198,7 @@ class TracedPrompt:
         return {name: node for node, name in enumerate(self.nodes["id"])}
 
     def places(self, graph: Graph) -> Int64[np.ndarray, " place"]:
-        """Which node of the prompt each node of a graph is; -1 for targets.
-
-        Raises:
-            UnknownNameError: The prompt does not have one of them.
-        """
+        """Which node of the prompt each node of a graph is; -1 for targets."""
         is_target = graph.where("target")
         ids = graph.nodes["id"].to_numpy()
         missing = [name for name in ids[~is_target] if name not in self.node_of]
@@ -250,12 +221,7 @@ class TracedPrompt:
         return self.sweep.feature_entry(int(self.layout.sites_of(nodes)[0]), nodes)
 
     def edge(self, source: str, target: str) -> tuple[int, int]:
-        """The nodes at the ends of an edge.
-
-        Raises:
-            UnknownNameError: No such node.
-            TaskError: A source that cannot reach the target, or a target that nothing explains.
-        """
+        """The nodes at the ends of an edge."""
         first, last = self._find(source), self._find(target)
         kinds = self.nodes["kind"]
         if not self._is_target(last):

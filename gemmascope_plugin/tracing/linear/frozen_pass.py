@@ -90,19 +90,7 @@ class FrozenPass:
         hooks: Sequence[str],
         budget: int,
     ) -> FrozenPass:
-        """Runs the model.
-
-        Args:
-            model: ``HookedTransformer`` or ``TransformerBridge`` of a Gemma.
-            prompt: One text, or token ids ``[pos]`` or ``[1, pos]``.
-            hooks: Further hooks to keep.
-            budget: Bytes that patterns may take.
-
-        Raises:
-            TaskError: Several prompts.
-            GemmaScopeError: The patterns do not fit.
-            ModelError: Something in the pass is not finite.
-        """
+        """Runs the model and keeps ``hooks`` too; ``budget`` is bytes that patterns may take."""
         tokens = one_prompt(model, prompt, "trace each prompt, then union(graphs)")
         anatomy = Anatomy(model)
         _check_patterns(anatomy, tokens.shape[1], budget)

@@ -28,9 +28,9 @@ import torch
 from jaxtyping import Bool, Float
 
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenAttention, FrozenPass
-from gemmascope_plugin.tracing.linear.node_order import Layout
 from gemmascope_plugin.tracing.linear.pullback import Cotangent, Entry
 from gemmascope_plugin.tracing.linear.sweep import Sweep
+from gemmascope_plugin.tracing.linear.trace_nodes import Layout
 from gemmascope_plugin.tracing.linear.trace_site import PER_LAYER
 from gemmascope_plugin.tracing.linear.writes import Tangent, Write, writes_of
 

@@ -19,12 +19,9 @@ from gemmascope_plugin.graphs.adjacency import Adjacency, rows_of
 
 
 class Store:
-    """Rows in their final place: what a row can hold at most is known, and nothing is moved if it does.
+    """Rows in their final place: ``room`` is what each can hold at most; nothing moves if it does.
 
-    Args:
-        room: Entries that each row may have.
-        dtype: Of the entries.
-        min_share: Entries that are a smaller share of their row's absolute sum are dropped.
+    Entries that are a smaller share than ``min_share`` of their row's absolute sum are dropped.
     """
 
     def __init__(self, room: np.ndarray, dtype: Any, min_share: float = 0.0) -> None:
@@ -36,12 +33,8 @@ class Store:
         """Entries of each row."""
 
     def put(self, row: int, effects: np.ndarray, columns: np.ndarray) -> None:
-        """Fills some rows that follow one another and have the same room.
-
-        Args:
-            row: The first.
-            effects: ``[row, node]`` of the first nodes.
-            columns: The nodes that can reach them, as many as there is room for.
+        """Fills some rows that follow one another and have the same room, from effects of the first nodes
+        and the nodes that can reach them.
         """
         n, size = effects.shape[0], len(columns)
         start = self._starts[row]
@@ -66,11 +59,7 @@ class Store:
         self._starts[row + 1 : row + n] = start + np.cumsum(self.counts[row : row + n - 1])
 
     def part(self, nodes: np.ndarray) -> Part:
-        """The rows, without gaps.
-
-        Args:
-            nodes: The node of each.
-        """
+        """The rows, without gaps, with the node of each."""
         ends = np.cumsum(self.counts)
         total = int(ends[-1]) if len(ends) else 0
         if total < len(self._data):

@@ -33,11 +33,11 @@ from jaxtyping import Bool, Float, Int64
 from tqdm.auto import tqdm
 
 from gemmascope_plugin.graphs.adjacency import Adjacency
-from gemmascope_plugin.tracing.linear.node_order import Reach
 from gemmascope_plugin.tracing.linear.pullback import Entry
 from gemmascope_plugin.tracing.linear.row_store import Part, Store, stacked
 from gemmascope_plugin.tracing.linear.sweep import Sweep
 from gemmascope_plugin.tracing.linear.targets import Seed
+from gemmascope_plugin.tracing.linear.trace_nodes import Reach
 
 MAX_TARGETS = 256
 """Targets of a chunk at most: more are no faster, and their tokens lie further apart."""
@@ -61,16 +61,10 @@ def matrix(
     min_share: float,
     progress: bool,
 ) -> Adjacency:
-    """Rows of targets and of features.
+    """Rows of targets and of features; ``max_features`` are the most rows of features, None for all.
 
-    Args:
-        sweep: The prompt's.
-        seeds: Non-feature targets; their nodes come last, in this order.
-        features: Nodes of features that are targets.
-        weights: Importance of every target, as influence starts from.
-        max_features: Most rows of features; None for all.
-        min_share: Entries that are a smaller share of their row are dropped.
-        progress: Show a progress bar.
+    Nodes of seeds come last, in their order. ``weights`` are the importance of every target, as influence
+    starts from; entries that are a smaller share than ``min_share`` of their row are dropped.
     """
     sweep.prepare()
     n_features = sweep.layout.n_features
@@ -95,14 +89,7 @@ _Job = tuple[np.ndarray, int, np.ndarray, Callable[[], Entry]]
 
 
 class Rows:
-    """Rows as they are made.
-
-    Args:
-        sweep: The prompt's.
-        n_nodes: Nodes of the graph, non-feature targets included.
-        min_share: Entries that are a smaller share of their row are dropped.
-        bar: Counts rows.
-    """
+    """Rows as they are made; ``bar`` counts them."""
 
     def __init__(self, sweep: Sweep, n_nodes: int, min_share: float, bar: tqdm) -> None:
         self._sweep, self._layout, self._n_nodes = sweep, sweep.layout, n_nodes
@@ -217,11 +204,7 @@ def n_workers(sweep: Sweep, entry: Entry) -> int:
 
 
 def chunks(sweep: Sweep, entry: Entry, n_workers: int) -> Iterator[Entry]:
-    """An entry in parts that fit the budget, one for each of so many threads.
-
-    Raises:
-        GemmaScopeError: Not even one target fits.
-    """
+    """An entry in parts that fit the budget, one for each of so many threads."""
     n_pos = int(entry.positions.max()) + 1
     fitting = sweep.fitting(n_pos, entry.n_below, sweep.budget // n_workers)
     ends = _ends(sweep, entry, min(MAX_TARGETS, fitting))

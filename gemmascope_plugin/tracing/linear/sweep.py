@@ -33,7 +33,6 @@ from jaxtyping import Float, Int64
 from gemmascope_plugin.catalog.site_names import human_size
 from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
-from gemmascope_plugin.tracing.linear.node_order import Layout
 from gemmascope_plugin.tracing.linear.pullback import (
     Cotangent,
     Entry,
@@ -42,17 +41,14 @@ from gemmascope_plugin.tracing.linear.pullback import (
     tokens_through,
 )
 from gemmascope_plugin.tracing.linear.targets import Seed
+from gemmascope_plugin.tracing.linear.trace_nodes import Layout
 from gemmascope_plugin.tracing.linear.trace_site import PER_LAYER, Activity
 from gemmascope_plugin.tracing.linear.writes import DecoderWrites
 
 
 class Sweep:
-    """Rows of a trace's matrix.
-
-    Args:
-        frozen: The prompt.
-        layout: Its nodes.
-        budget: Bytes that the rows of all sites may take, and as many for a chunk of targets.
+    """Rows of a trace's matrix; ``budget`` is bytes that the rows of all sites may take, and as many for
+    a chunk of targets.
     """
 
     def __init__(self, frozen: FrozenPass, layout: Layout, budget: int) -> None:
@@ -97,9 +93,6 @@ class Sweep:
     def fitting(self, n_pos: int, n_below: int, budget: int) -> int:
         """Targets up to a token, with so many nodes below them, that fit a budget: a quarter of the
         user's.
-
-        Raises:
-            GemmaScopeError: Not even one target fits.
         """
         each = self.bytes_per_target(n_pos, n_below)
         if budget < each:

@@ -94,11 +94,7 @@ class Seed:
 
 
 def as_target(target: Target) -> Logit | LogitDifference | StreamDirection | FeatureTarget:
-    """A word or id is a logit, a pair of them a difference.
-
-    Raises:
-        TaskError: Something else.
-    """
+    """A word or id is a logit, a pair of them a difference."""
     if isinstance(target, str) or (number := as_index(target)) is not None:
         return Logit(target if isinstance(target, str) else number)  # pyright: ignore
     if isinstance(target, tuple) and len(target) == 2:
@@ -113,11 +109,7 @@ def as_target(target: Target) -> Logit | LogitDifference | StreamDirection | Fea
 
 
 def position_in(position: int, n_pos: int) -> int:
-    """A position counted from the start.
-
-    Raises:
-        TaskError: It lies outside the prompt.
-    """
+    """A position counted from the start."""
     if not -n_pos <= position < n_pos:
         raise TaskError(
             f"Target position {position} lies outside the prompt of {n_pos} tokens",
@@ -127,11 +119,7 @@ def position_in(position: int, n_pos: int) -> int:
 
 
 class Readout:
-    """Logits of a frozen pass as vectors that read the end of the stream.
-
-    Args:
-        frozen: The prompt.
-    """
+    """Logits of a frozen pass as vectors that read the end of the stream."""
 
     def __init__(self, frozen: FrozenPass) -> None:
         self._frozen = frozen
@@ -166,11 +154,7 @@ class Readout:
         return self._seed(self._word(token), vector, bias, token, chance, source)
 
     def difference(self, target: LogitDifference) -> Seed:
-        """One token's logit minus another's.
-
-        Raises:
-            TaskError: They are the same token.
-        """
+        """One token's logit minus another's."""
         position = position_in(target.position, self._frozen.n_pos)
         token, other = (self._id(word, position) for word in (target.token, target.other))
         if token == other:
@@ -183,12 +167,7 @@ class Readout:
         return self._seed(label, vector, bias, -1, 1.0, source)
 
     def direction(self, target: StreamDirection) -> Seed:
-        """A vector at the stream behind a layer.
-
-        Raises:
-            TaskError: No such layer, or a direction that is zero or not finite.
-            WidthMismatchError: The vector has another width.
-        """
+        """A vector at the stream behind a layer."""
         frozen, layer = self._frozen, target.layer
         if not 0 <= layer < frozen.n_layers:
             raise TaskError(
@@ -257,11 +236,7 @@ class Readout:
 
 
 def check_distinct(targets: Sequence[tuple[Any, str, int]]) -> None:
-    """Refuses a target that is there twice; each is an identity, a label and a position.
-
-    Raises:
-        TaskError: With the one that is there twice.
-    """
+    """Refuses a target that is there twice; each is an identity, a label and a position."""
     identities: set[Any] = set()
     for identity, label, position in targets:
         if identity in identities:

@@ -161,11 +161,7 @@ class Activity:
 
 
 def site_of(hooked: HookedSite, place: int) -> TraceSite:
-    """A site, checked; ``place`` is its number in its dictionary.
-
-    Raises:
-        ModelError: A dictionary that cannot be traced, or at a hook that cannot.
-    """
+    """A site, checked; ``place`` is its number in its dictionary."""
     weights = hooked.weights
     match = _PLACE.fullmatch(hooked.hook_out)
     kind = _HOOKS.get(match[2]) if match else None
@@ -188,11 +184,7 @@ def site_of(hooked: HookedSite, place: int) -> TraceSite:
 
 
 def trace_sites(model: HookedModel, saes: Any, exclude: Exclude) -> list[TraceSite]:
-    """The sites of all SAEs, in the order of the forward pass, checked.
-
-    Raises:
-        ModelError: A layer without a dictionary, two at one site, or one that cannot be traced.
-    """
+    """The sites of all SAEs, in the order of the forward pass, checked."""
     sites: list[TraceSite] = []
     for sae in as_list(saes):
         for place, site in enumerate(hooked_of(sae, exclude).sites):
@@ -216,11 +208,7 @@ def trace_sites(model: HookedModel, saes: Any, exclude: Exclude) -> list[TraceSi
 
 
 def hooked_of(sae: Any, exclude: Exclude) -> HookedSAE | HookedCrossLayer:
-    """A dictionary with its sites.
-
-    Raises:
-        ModelError: A crosscoder.
-    """
+    """A dictionary with its sites."""
     if isinstance(sae, (HookedSAE, HookedCrossLayer)):
         return sae
     layers = cross_layer_of(sae)
@@ -242,12 +230,7 @@ def _layers(layers: Sequence[int]) -> str:
 
 
 def activities(frozen: FrozenPass, sites: Sequence[TraceSite]) -> list[Activity]:
-    """Features, errors and read gains of all sites, which are sorted by time.
-
-    Raises:
-        WidthMismatchError: A dictionary of another model.
-        EmptySelectionError: No feature is active.
-    """
+    """Features, errors and read gains of all sites, which are sorted by time."""
     earlier: list[Activity] = []
     for site in sites:
         special = special_ids(frozen.model, site.hooked.exclude)

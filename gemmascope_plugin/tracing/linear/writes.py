@@ -33,19 +33,13 @@ import torch
 from jaxtyping import Float, Int64
 
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenAttention, FrozenPass
-from gemmascope_plugin.tracing.linear.node_order import Layout
 from gemmascope_plugin.tracing.linear.pullback import Entry
+from gemmascope_plugin.tracing.linear.trace_nodes import Layout
 from gemmascope_plugin.tracing.linear.trace_site import PER_LAYER, Activity
 
 
 class DecoderWrites:
-    """What one site writes.
-
-    Args:
-        layout: The nodes.
-        site: Which site.
-        budget: Bytes that its rows may take.
-    """
+    """What one site writes; ``budget`` is bytes that its rows may take."""
 
     def __init__(self, layout: Layout, site: int, budget: int) -> None:
         self._activity = layout.activities[site]
@@ -196,14 +190,7 @@ def _activity_at(layout: Layout, time: int) -> Activity | None:
 
 
 class Tangent:
-    """Writes as they go up.
-
-    Args:
-        frozen: The prompt.
-        layout: Its nodes.
-        writes: What goes up.
-        n_pos: Tokens that count: up to that of the target.
-    """
+    """Writes as they go up, at the tokens that count: ``n_pos``, up to that of the target."""
 
     def __init__(
         self, frozen: FrozenPass, layout: Layout, writes: Sequence[Write], n_pos: int
