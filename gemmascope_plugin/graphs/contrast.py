@@ -23,28 +23,24 @@ Cost: one pass over the entries of both graphs.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, get_args
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
 from gemmascope_plugin.errors import GemmaScopeError, TaskError, check_choice, nearest, shorten
+from gemmascope_plugin.graphs.combine import Aligned, GraphSum, combine, largest_gap, pass_order
 from gemmascope_plugin.graphs.defects import TRACE_COLUMNS
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.graph_arrays import check_graph, table_columns
 from gemmascope_plugin.graphs.matching import (
-    KEPT,
-    Joint,
+    SHARED,
     Targets,
     check_alike,
     either,
-    in_order,
     is_whole,
     keyed,
-    largest_gap,
-    pass_order,
     positions_of,
-    spread,
-    sums_hold,
 )
 from gemmascope_plugin.models.gate import gate
 
@@ -85,69 +81,62 @@ def contrast(clean: Graph, corrupt: Graph, *, targets: Targets = "label") -> Gra
     """
     check_choice("way to match targets", targets, get_args(Targets))
     _check(clean, corrupt)
-    graphs, names = (clean, corrupt), positions_of(clean)
+    names, places = positions_of(clean), np.arange(len(clean.tokens), dtype=float)
+    graphs = (clean, corrupt)
     frames = [keyed(graph, names, targets) for graph in graphs]
     _check_targets(frames[0], frames[1], targets)
-    joint = Joint()
-    places = [joint.places(frame) for frame in frames]
-    nodes = _table(joint, graphs, places)
-    there, explained = _explained(graphs, places, len(joint))
-    rows = explained.any(0) & (explained == there).all(0)
-    kept = (nodes["kind"] != "target").to_numpy() | there[0]
+    parts = [Aligned(graph, names, places) for graph in graphs]
+    total = combine(parts, (1.0, -1.0), targets)
+    at = [total.places_of(frame) for frame in frames]
+    nodes = _table(total, graphs, at)
+    is_node, is_explained = np.zeros((2, 2, len(total)), dtype=bool)
+    for i, graph in enumerate(graphs):
+        is_node[i, at[i]] = True
+        is_explained[i, at[i][graph.rows.nodes]] = True
+    is_row = is_explained.any(0) & (is_explained == is_node).all(0)
     order = pass_order(nodes)
-    order = order[kept[order]]
-    one, other = (spread(g.rows, p, len(joint)) for g, p in zip(graphs, places, strict=True))
-    edges = in_order(one - other, rows, order)
+    order = order[((nodes["kind"] != "target").to_numpy() | is_node[0])[order]]
+    edges = total.edges(total.matrix, is_row, order)
     nodes = nodes.iloc[order].reset_index(drop=True)
-    explained_values = nodes["activation"].to_numpy()[edges.nodes]
-    known = sums_hold(clean) and sums_hold(corrupt)
+    values = nodes["activation"].to_numpy()[edges.nodes]
+    gap = largest_gap(edges, values, _scale(nodes)) if total.sums_hold else math.nan
     details = {
-        **{name: clean.metadata[name] for name in (*KEPT, "positions") if name in clean.metadata},
-        "prompt": str(clean.metadata.get("prompt", "".join(clean.tokens))),
-        "corrupt_prompt": str(corrupt.metadata.get("prompt", "".join(corrupt.tokens))),
-        "rows_left_out": int((explained.any(0) & ~rows).sum()),
-        "residual": largest_gap(edges, explained_values, _scale(nodes)) if known else math.nan,
+        **{name: clean.metadata[name] for name in (*SHARED, "positions") if name in clean.metadata},
+        "prompt": total.prompts[0],
+        "corrupt_prompt": total.prompts[1],
+        "rows_left_out": int((is_explained.any(0) & ~is_row).sum()),
+        "residual": gap,
     }
-    return Graph(table_columns(nodes), edges, _both_words(clean, corrupt), details)
+    tokens = tuple(either(pair) for pair in zip(clean.tokens, corrupt.tokens, strict=True))
+    return Graph(table_columns(nodes), edges, tokens, details)
 
 
-def _table(joint: Joint, graphs: Any, places: Any) -> pd.DataFrame:
+def _table(
+    total: GraphSum, graphs: tuple[Graph, Graph], places: Sequence[np.ndarray]
+) -> pd.DataFrame:
     """The table of all nodes in common numbers, activations and words of both."""
     # counts of a mean graph are of one side only
-    nodes = joint.frame().loc[:, list(TRACE_COLUMNS)]
-    valued = nodes["kind"].isin(["feature", "target"]).to_numpy()
-    values = np.where(valued, np.zeros((2, len(joint))), np.nan)
-    labels = np.full((2, len(joint)), "", dtype=object)
+    nodes = total.table().loc[:, list(TRACE_COLUMNS)]
+    is_valued = nodes["kind"].isin(["feature", "target"]).to_numpy()
+    values = np.where(is_valued, np.zeros((2, len(total))), np.nan)
+    labels = np.full((2, len(total)), "", dtype=object)
     for i, (graph, at) in enumerate(zip(graphs, places, strict=True)):
-        values[i, at] = np.where(valued[at], graph.nodes["activation"], np.nan)
-        labels[i, at] = graph.nodes["label"]
-    weights = np.zeros(len(joint))
+        values[i, at] = np.where(is_valued[at], graph.columns["activation"], np.nan)
+        labels[i, at] = graph.columns["label"]
+    weights = np.zeros(len(total))
     weights[places[0]] = graphs[0].weights
-    worded = nodes["kind"].isin(["token", "target"])
+    has_words = nodes["kind"].isin(["token", "target"])
     both = [
         either([text for text in pair if text]) if differs else pair[0] or pair[1]
-        for *pair, differs in zip(*labels, worded, strict=True)
+        for *pair, differs in zip(*labels, has_words, strict=True)
     ]
     pair = {"activation_clean": values[0], "activation_corrupt": values[1]}
     return nodes.assign(activation=values[0] - values[1], weight=weights, label=both, **pair)
 
 
-def _explained(graphs: Any, places: Any, n_nodes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each graph has a node, and whether it explains it, ``[graph, node]``."""
-    there, explained = np.zeros((2, 2, n_nodes), dtype=bool)
-    for i, (graph, at) in enumerate(zip(graphs, places, strict=True)):
-        there[i, at] = True
-        explained[i, at[graph.rows.nodes]] = True
-    return there, explained
-
-
 def _scale(nodes: pd.DataFrame) -> float:
     values = nodes[["activation_clean", "activation_corrupt"]].abs().max().max()
     return float(np.nan_to_num(values))
-
-
-def _both_words(clean: Graph, corrupt: Graph) -> tuple[str, ...]:
-    return tuple(either(pair) for pair in zip(clean.tokens, corrupt.tokens, strict=True))
 
 
 def _check(clean: Graph, corrupt: Graph) -> None:
@@ -182,17 +171,17 @@ def _check_targets(clean: pd.DataFrame, corrupt: pd.DataFrame, targets: Targets)
     Raises:
         TaskError: With those that it lacks.
     """
-    wanted, known = (frame.loc[frame["kind"] == "target"] for frame in (clean, corrupt))
-    missing = wanted.loc[~wanted["key"].isin(known["key"])]
+    wanted, present = (frame.loc[frame["kind"] == "target"] for frame in (clean, corrupt))
+    missing = wanted.loc[~wanted["key"].isin(present["key"])]
     if not len(missing):
         return
     first = str(missing["label"].iloc[0])
-    words = [str(label) for label in known["label"]]
+    words = [str(label) for label in present["label"]]
     raise TaskError(
         f"The corrupted graph lacks {len(missing)} of the clean graph's {len(wanted)} targets: "
         f"{shorten(missing['label'])}",
         exists=f"targets {shorten(words)}" if words else None,
         nearest=nearest(first, words) if targets == "label" else None,
         fix="trace(..., targets=[...]) with the same targets for both prompts"
-        + (', or contrast(..., targets="order")' if len(wanted) == len(known) else ""),
+        + (', or contrast(..., targets="order")' if len(wanted) == len(present) else ""),
     )

@@ -181,7 +181,7 @@ def test_mistakes() -> None:
         union([clean], labels=[SHORT, SHORT])
     with pytest.raises(TaskError, match=r"There are graph number 0 without labels"):
         union([clean], labels=[])
-    with pytest.raises(UnknownNameError, match=r"min_share=2.0 is no share.*from 0 to 1"):
+    with pytest.raises(UnknownNameError, match=r"min_share=2.0 is not a share.*from 0 to 1"):
         union([clean], min_share=2.0)
     with pytest.raises(TaskError, match=r"Graph 1 has the columns.*contrasts only"):
         union([clean, contrast(clean, clean)])
