@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 Kind = Literal["sae", "transcoder", "crosscoder", "clt"]
@@ -26,7 +26,7 @@ Direction = Literal["denoising", "noising"]
 HookFn = Callable[..., Any]
 """A function at a hook point: called with the tensor and ``hook=`` the point; None leaves the tensor."""
 
-Hooks = Sequence[tuple[str, HookFn]]
+Hooks = Iterable[tuple[str, HookFn]]
 """Names of hook points and functions, in the order in which they run."""
 
 

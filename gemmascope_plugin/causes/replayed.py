@@ -27,8 +27,9 @@ from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.readout import OfResiduals
 from gemmascope_plugin.models.record import check_reached, keeping
 from gemmascope_plugin.models.replay import Replay, Stage
-from gemmascope_plugin.models.replay_points import Hooks, replayable
+from gemmascope_plugin.models.replay_points import replayable
 from gemmascope_plugin.models.unembed import unembedding
+from gemmascope_plugin.types import Hooks
 
 _ROWS = 128
 """Rows whose logits are all formed at once."""
@@ -64,7 +65,7 @@ class Part:
         stage: Stage = "pre",
         copies: int = 1,
         hooks: Hooks = (),
-        known: Mapping[str, torch.Tensor] | None = None,
+        values: Mapping[str, torch.Tensor] | None = None,
         stream: torch.Tensor | None = None,
     ) -> Float[torch.Tensor, "copy part"]:
         """The metric of copies of the prompts that are run again; arguments as for ``Replay.run``."""
@@ -74,7 +75,7 @@ class Part:
             stage=stage,
             copies=copies,
             hooks=hooks,
-            known=known,
+            values=values,
             stream=stream,
         )
         return self.metric_of(final)

@@ -61,15 +61,7 @@ class MlpInput:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Sizes and weights of a model.
-
-    Args:
-        model: ``HookedTransformer`` or ``TransformerBridge``.
-        is_wide: For sums; False for the arithmetic of the model itself.
-
-    Raises:
-        ModelError: Norms that are no RMS norms, or attention and MLP side by side.
-    """
+    """Sizes and weights of a model with RMS norms whose MLP follows its attention."""
 
     model: HookedModel
     is_wide: bool = True

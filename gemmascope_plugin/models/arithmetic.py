@@ -29,11 +29,7 @@ _AGREES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.
 class Arithmetic:
     """A model as functions of its weights, checked against the model.
 
-    Args:
-        anatomy: The model's.
-        n_pos: Positions that will be run.
-        turns: Cosines and sines of the rotary embedding of each layer.
-        embed_scale: What the first block is given, in units of the embedding.
+    ``embed_scale`` is what the first block gets, in units of the embedding.
     """
 
     def __init__(
@@ -47,30 +43,25 @@ class Arithmetic:
 
     @classmethod
     def of(cls, model: HookedModel, tokens: Int[torch.Tensor, "prompt pos"]) -> Arithmetic | None:
-        """That of a model; None where it does not give what the model gives.
-
-        Args:
-            model: ``HookedTransformer`` or ``TransformerBridge``.
-            tokens: As long as those that will be run; the first row is tried.
-        """
+        """That of a model; None where it does not give what the model gives, tried on the first row."""
         if not can_restart(model) or not _is_plain(model):
             return None
         try:
             anatomy = Anatomy(model, is_wide=False)
         except GemmaScopeError:
             return None
-        seen = _Seen.of(model, tokens[:1])
-        turns = _turns(model, seen, tokens.shape[1])
+        run = _ModelRun.of(model, tokens[:1])
+        turns = _turns(model, run, tokens.shape[1])
         if turns is None:
             return None
         with torch.no_grad():
             embedded = model.embed(tokens[:1]).double()
-            first = seen.first.double()
+            first = run.first.double()
             scale = float((embedded * first).sum() / embedded.square().sum())
             scale = 1.0 if abs(scale - 1) < 1e-6 else scale
             mine = cls(anatomy, turns, scale)
             final = mine.final(mine.stream(tokens[:1], Points()), Points())
-        return mine if _agree(final, seen.final) else None
+        return mine if _agree(final, run.final) else None
 
     def embedded(
         self, tokens: Int[torch.Tensor, "row pos"]
@@ -104,7 +95,7 @@ def _is_plain(model: Any) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class _Seen:
+class _ModelRun:
     """One pass of the model itself."""
 
     first: torch.Tensor
@@ -115,7 +106,7 @@ class _Seen:
     """What the unembedding was given."""
 
     @classmethod
-    def of(cls, model: Any, tokens: torch.Tensor) -> _Seen:
+    def of(cls, model: Any, tokens: torch.Tensor) -> _ModelRun:
         """Runs the model."""
         streams: list[torch.Tensor] = []
         arguments: list[dict[str, Any]] = []
@@ -136,13 +127,15 @@ class _Seen:
         return cls(streams[0], arguments, ends.normed[0])
 
 
-def _turns(model: Any, seen: _Seen, n_pos: int) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+def _turns(
+    model: Any, run: _ModelRun, n_pos: int
+) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
     """Cosines and sines of each layer; None for another kind of positions."""
     turns = []
-    for block, arguments in zip(model.blocks, seen.arguments, strict=True):
-        given = arguments.get("position_embeddings")
-        if given is not None:
-            cos, sin = (turn[0] for turn in given)
+    for block, arguments in zip(model.blocks, run.arguments, strict=True):
+        embeddings = arguments.get("position_embeddings")
+        if embeddings is not None:
+            cos, sin = (turn[0] for turn in embeddings)
         elif hasattr(block.attn, "rotary_cos"):
             cos, sin = (getattr(block.attn, f"rotary_{name}")[:n_pos] for name in ("cos", "sin"))
         else:

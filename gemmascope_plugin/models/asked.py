@@ -97,15 +97,7 @@ def final_residuals(runner: Any) -> Iterator[Ends]:
 def read_out(runner: Any, at: At, *, before_cap: bool = False) -> Iterator[list[Readout]]:
     """Inside the block forward passes leave what they say about the next token, a row per position.
 
-    What a pass returns means nothing.
-
-    Args:
-        runner: A model, or what runs one as its ``model``.
-        at: As for :func:`asked_positions`.
-        before_cap: Without the final soft-cap.
-
-    Yields:
-        An entry per pass.
+    What a pass returns means nothing. ``at`` is as for :func:`asked_positions`; an entry per pass.
     """
     readouts: list[Readout] = []
 

@@ -5,7 +5,7 @@
    gated MLP.
 2. Rows have positions from ``start`` on. Keys and values before it are those of another pass.
 3. At named points, those of the hooks, functions may look or put something else there. A point whose
-   value is known is not computed anew (``known``).
+   value is known is not computed anew (``values``).
 4. In the last block only the asked position is needed: it is cut out behind the last used point.
 
 Sums of norms and softmax are taken in float32. Cost: the matrix products of the positions that are run.
@@ -40,13 +40,7 @@ _FUSED, _CACHED = (torch.float32, torch.float64), 2**16
 
 
 class Block:
-    """The functions of one layer.
-
-    Args:
-        anatomy: The model's.
-        layer: Which.
-        turns: Cosines and sines of the rotary embedding, ``[pos, d_head]``.
-    """
+    """The functions of one layer; ``turns`` are cosines and sines of the rotary embedding."""
 
     def __init__(
         self, anatomy: Anatomy, layer: int, turns: tuple[torch.Tensor, torch.Tensor]
@@ -77,7 +71,7 @@ class Block:
         rows: Rows,
         earlier: Earlier | None,
         points: Points,
-        known: Mapping[str, torch.Tensor],
+        values: Mapping[str, torch.Tensor],
         made: list[Earlier] | None = None,
     ) -> Float[torch.Tensor, "row some d_model"]:
         """The stream between attention and MLP.
@@ -87,16 +81,16 @@ class Block:
             rows: The positions of it.
             earlier: Keys and values before them; None where they start at 0.
             points: What happens on the way.
-            known: Values at points of this block that need not be computed.
+            values: Values at points of this block that need not be computed.
             made: Takes the keys and values that were made.
         """
         name = self._name
         x = points(f"{name}hook_resid_pre", x)
         late = (*AFTER_Z, *AFTER_MID)
         cut = rows.asked is not None and not points.any_of(name, late)
-        wrote = known.get(f"{name}hook_attn_out")
+        wrote = values.get(f"{name}hook_attn_out")
         if wrote is None:
-            z = known.get(f"{name}attn.hook_z")
+            z = values.get(f"{name}attn.hook_z")
             if z is None:
                 early = cut and not points.any_of(name, QUERIES)
                 z = self._attended(x, rows, earlier, points, early, made)
@@ -113,12 +107,12 @@ class Block:
         x: Float[torch.Tensor, "row pos d_model"],
         rows: Rows,
         points: Points,
-        known: Mapping[str, torch.Tensor],
+        values: Mapping[str, torch.Tensor],
     ) -> Float[torch.Tensor, "row some d_model"]:
         """The stream after the block, from the one between attention and MLP."""
         name = self._name
         cut = rows.asked is not None and not points.any_of(name, AFTER_MID[1:])
-        wrote, post = known.get(f"{name}hook_mlp_out"), known.get(f"{name}mlp.hook_post")
+        wrote, post = values.get(f"{name}hook_mlp_out"), values.get(f"{name}mlp.hook_post")
         if cut:
             x = cut_out(x, rows)
             wrote, post = (None if y is None else cut_out(y, rows) for y in (wrote, post))
@@ -259,14 +253,7 @@ class Block:
 def normed(
     norm: Norm, x: Float[torch.Tensor, "*axes d_model"], points: Points, name: str
 ) -> Float[torch.Tensor, "*axes d_model"]:
-    """A norm with its points.
-
-    Args:
-        norm: The norm.
-        x: Its input.
-        points: What happens at its scale and behind the division.
-        name: What its points are called.
-    """
+    """A norm with its points."""
     scale, divided = f"{name}.hook_scale", f"{name}.hook_normalized"
     if scale not in points and divided not in points:
         return _divided(norm, x)

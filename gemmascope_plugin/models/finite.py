@@ -44,15 +44,10 @@ def is_finite(x: Shaped[torch.Tensor, "*axes"]) -> bool:
 def check_finite(
     x: Shaped[torch.Tensor, "*axes"] | float, where: str, model: Any = None
 ) -> torch.Tensor:
-    """The tensor, if it is finite.
+    """The tensor, if it is finite, else an error that names the first entry that is not, and the cause.
 
-    Args:
-        x: What a result rests on, or the result.
-        where: What it is, as a sentence begins: ``"The metric of the clean prompts"``.
-        model: Whose weights are asked for the cause.
-
-    Raises:
-        ModelError: With the first entry that is not, and the weight that is the cause.
+    ``where`` is what it is, as a sentence begins: ``"The metric of the clean prompts"``. The weights of
+    ``model`` are asked for the cause.
     """
     tensor = torch.as_tensor(x)
     if is_finite(tensor):
@@ -71,30 +66,13 @@ def check_finite(
 
 
 def check_all(named: Mapping[str, torch.Tensor], where: str, model: Any = None) -> None:
-    """Checks activations by hook, in the order of the pass.
-
-    Args:
-        named: Hook to tensor.
-        where: What the pass is: ``"the prompt's pass"``.
-        model: Whose weights are asked for the cause.
-
-    Raises:
-        ModelError: With the first hook that has something not finite, and its place there.
-    """
+    """Checks activations by hook, in the order of the pass, ``where``: ``"the prompt's pass"``."""
     for name, x in named.items():
         check_finite(x, f"What {name} has in {where}", model)
 
 
 def check_weights(weights: Iterable[tuple[str, torch.Tensor]], owner: str) -> None:
-    """Checks weights once, until they are changed.
-
-    Args:
-        weights: By name.
-        owner: Whose they are, as a sentence begins.
-
-    Raises:
-        ModelError: With the weight and the place in it; or weights from inside inference mode.
-    """
+    """Checks weights once, until they are changed; ``owner`` is whose they are, as a sentence begins."""
     for name, x in weights:
         if x.is_inference():
             raise ModelError(

@@ -97,14 +97,7 @@ def call_of(function: Callable[..., Any]) -> str:
 
 @contextmanager
 def usual_mode(model: Any = None) -> Iterator[None]:
-    """The block runs outside of inference mode.
-
-    Args:
-        model: Whose tables are mended; None for none.
-
-    Raises:
-        ModelError: The model's weights were made inside inference mode.
-    """
+    """The block runs outside of inference mode, with the tables of a model mended."""
     # inside inference mode gradients are off whatever is wanted, so that is no answer
     wanted = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(wanted):
@@ -160,12 +153,7 @@ def kind_of(parameter: inspect.Parameter) -> Kind | None:
 
 
 def as_kind(parameter: inspect.Parameter, value: Any, kind: Kind) -> Any:
-    """The value of an argument as what it stands for.
-
-    Raises:
-        InputError: It is something else, or a count that is too small.
-        UnknownNameError: A size without a unit, or none.
-    """
+    """The value of an argument as what it stands for."""
     if (value is None and kind.may_be_none) or type(value) in kind.types:
         return value
     read = None if value is None else kind.read(value)
@@ -177,11 +165,7 @@ def as_kind(parameter: inspect.Parameter, value: Any, kind: Kind) -> Any:
 
 
 def check_count(parameter: inspect.Parameter, value: Any) -> None:
-    """Refuses a number of things that is smaller than there can be.
-
-    Raises:
-        InputError: It is.
-    """
+    """Refuses a number of things that is smaller than there can be."""
     least = LEAST.get(parameter.name)
     if least is None or type(value) is not int or value >= least:
         return

@@ -70,17 +70,7 @@ def gradients_of(
     *,
     fwd_hooks: Sequence[tuple[str, Callable[..., Any]]] = (),
 ) -> dict[str, torch.Tensor]:
-    """``d run() / d activation`` for each hook name.
-
-    Args:
-        model: The model, or the spliced one, that ``run`` runs.
-        run: Runs it once and gives a scalar.
-        names: Hooks whose gradient is wanted.
-        fwd_hooks: Attached before the embedding becomes the start of the graph.
-
-    Raises:
-        HookNotFiredError: The scalar does not depend on an activation, or its hook never fired.
-    """
+    """``d run() / d activation`` for each hook name; ``fwd_hooks`` come before the start of the graph."""
     collected: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:

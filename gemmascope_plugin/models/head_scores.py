@@ -39,13 +39,7 @@ class Projection:
 
 
 class HeadScores:
-    """One head's way to scores.
-
-    Args:
-        anatomy: The model's.
-        layer: Which layer.
-        head: Which query head.
-    """
+    """One query head's way to scores."""
 
     def __init__(self, anatomy: Anatomy, layer: int, head: int) -> None:
         self._anatomy, self._layer = anatomy, layer
@@ -80,14 +74,9 @@ class HeadScores:
         return scores if cap is None or cap <= 0 else cap * torch.tanh(scores / cap)
 
     def rotation(
-        self, positions: Sequence[int], held: Mapping[str, torch.Tensor]
+        self, positions: Sequence[int], acts: Mapping[str, torch.Tensor]
     ) -> Float[torch.Tensor, "some d_head d_head"]:
-        """``R_p`` of some positions, to be multiplied by from the left.
-
-        Args:
-            positions: Which.
-            held: What fired at ``rotary_hooks``.
-        """
+        """``R_p`` of some positions, for products from the left; ``acts`` are of ``rotary_hooks``."""
         d_head = self._anatomy.d_head
         if not self.rotary_hooks:
             unit = torch.eye(d_head).to(self._attn.rotary_cos)[None, None]
@@ -95,7 +84,7 @@ class HeadScores:
             return torch.stack(turned)
         from transformers.models.gemma2.modeling_gemma2 import apply_rotary_pos_emb
 
-        cos, sin = (held[name][:1, list(positions)] for name in self.rotary_hooks)
+        cos, sin = (acts[name][:1, list(positions)] for name in self.rotary_hooks)
         unit = torch.eye(d_head).to(cos)[None, :, None].expand(1, -1, len(positions), -1)
         turned, _ = apply_rotary_pos_emb(unit, unit, cos, sin)
         return turned[0].permute(1, 2, 0)

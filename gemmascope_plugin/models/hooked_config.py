@@ -34,15 +34,7 @@ def text_tower(hf: Any) -> Any:
 
 
 def hooked_config(hf_config: Any, name: str) -> Any:
-    """The TransformerLens config with the same mathematics as ``hf_config``.
-
-    Args:
-        hf_config: ``Gemma2Config`` or ``Gemma3TextConfig``.
-        name: Model name to record.
-
-    Raises:
-        ModelError: A RoPE variant that ``HookedTransformer`` has no field for.
-    """
+    """The TransformerLens config with the same mathematics as ``hf_config``."""
     from transformer_lens import HookedTransformerConfig
 
     is_gemma3 = hf_config.model_type == "gemma3_text"

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -27,8 +27,8 @@ import torch
 from gemmascope_plugin.errors import HookNotFiredError, ModelError
 from gemmascope_plugin.models.points import hook_point
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.types import HookFn, Hooks
 
-Hooks = Sequence[tuple[str, Callable[..., Any]]]
 _LEVELS = count(-2, -1)
 """Numbers of blocks; those of TransformerLens are not negative."""
 _GUARD = threading.Lock()
@@ -40,40 +40,29 @@ _CLAIMS: WeakKeyDictionary[Any, list[tuple[int, str]]] = WeakKeyDictionary()
 def hooking(runner: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = ()) -> Iterator[Any]:
     """Attaches functions to hook points of a model and removes them at the end of the block.
 
-    Args:
-        runner: A model; something with hooks of its own, as a model with dictionaries, is asked itself.
-        fwd_hooks: Names and functions for the forward pass.
-        bwd_hooks: The same for the backward pass.
-
-    Raises:
-        MissingHookError: A name that the model does not have.
-        ModelError: Another thread has hooks in the model.
+    Something with hooks of its own, as a model with dictionaries, is asked itself.
     """
     points = getattr(runner, "hook_dict", None)
     if points is None:
         with runner.hooks(fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks):
             yield runner
         return
-    wanted = [(hook_point(runner, name, points), fn, "fwd") for name, fn in fwd_hooks]
-    wanted += [(hook_point(runner, name, points), fn, "bwd") for name, fn in bwd_hooks]
-    with claim(runner, "a run with hooks"), attached(wanted):
+    hooks = [(hook_point(runner, name, points), fn, "fwd") for name, fn in fwd_hooks]
+    hooks += [(hook_point(runner, name, points), fn, "bwd") for name, fn in bwd_hooks]
+    with claim(runner, "a run with hooks"), attached(hooks):
         yield runner
 
 
 @contextmanager
-def attached(wanted: Sequence[tuple[Any, Callable[..., Any], Any]]) -> Iterator[None]:
-    """Functions at hook points inside the block.
-
-    Args:
-        wanted: Hook point, function, and ``"fwd"`` or ``"bwd"``.
-    """
+def attached(hooks: Sequence[tuple[Any, HookFn, Any]]) -> Iterator[None]:
+    """Functions at hook points inside the block: point, function, and ``"fwd"`` or ``"bwd"``."""
     level = next(_LEVELS)
     try:
-        for point, fn, way in wanted:
+        for point, fn, way in hooks:
             point.add_hook(fn, dir=way, level=level)
         yield
     finally:
-        _remove({id(point): point for point, _, _ in wanted}, level)
+        _remove({id(point): point for point, _, _ in hooks}, level)
 
 
 def _remove(points: dict[int, Any], level: int) -> None:
@@ -85,7 +74,7 @@ def _remove(points: dict[int, Any], level: int) -> None:
             for handles in (point.fwd_hooks, point.bwd_hooks):
                 for handle in [handle for handle in handles if handle.context_level == level]:
                     handle.hook.remove()
-                    handles[:] = [other for other in handles if other is not handle]
+                    handles[:] = [h for h in handles if h is not handle]
             del points[key]
         except KeyboardInterrupt as error:
             interruption = error
@@ -97,17 +86,12 @@ def _remove(points: dict[int, Any], level: int) -> None:
 def claim(model: Any, purpose: str) -> Iterator[None]:
     """Inside the block only this thread may put hooks into the model; it may do so again and again.
 
-    Args:
-        model: The model.
-        purpose: What the block does, for the error that another thread gets.
-
-    Raises:
-        ModelError: Another thread has hooks in the model.
+    ``purpose`` is what the block does, for the error that another thread gets.
     """
     entry = (threading.get_ident(), purpose)
     with _GUARD:
         entries = _CLAIMS.setdefault(model, [])
-        others = [what for thread, what in entries if thread != entry[0]]
+        others = [text for thread, text in entries if thread != entry[0]]
         if others:
             raise ModelError(
                 f"Another thread is inside {others[0]} of this model, and hooks of one thread run in "
@@ -126,11 +110,7 @@ _FIX = "the model as it was before torch.compile (compiled._orig_mod, or load it
 
 
 def refuse_compiled(model: HookedModel) -> None:
-    """Refuses a compiled model, and one that has a compiled part.
-
-    Raises:
-        ModelError: The model or a module in it was compiled.
-    """
+    """Refuses a compiled model, and one that has a compiled part."""
     if hasattr(model, "_orig_mod"):
         raise ModelError("The model was compiled, hooks in it would not run", fix=_FIX)
     modules = model.named_modules() if isinstance(model, torch.nn.Module) else ()
@@ -143,11 +123,7 @@ def refuse_compiled(model: HookedModel) -> None:
 
 
 def refuse_compiling() -> None:
-    """Refuses to run while ``torch.compile`` traces the model.
-
-    Raises:
-        ModelError: It does.
-    """
+    """Refuses to run while ``torch.compile`` traces the model."""
     if torch.compiler.is_compiling():
         raise ModelError(
             "A model with dictionaries in it cannot be compiled",
@@ -160,9 +136,6 @@ def refuse_unseen() -> None:
 
     A *function* that calls the model may have been compiled before the block. What it runs has no
     dictionary in it, and nothing in the model tells that it ran.
-
-    Raises:
-        HookNotFiredError: Something was compiled with ``torch.compile``.
     """
     dynamo = sys.modules.get("torch._dynamo.utils")
     if dynamo is not None and dynamo.counters["stats"]["unique_graphs"]:

@@ -103,11 +103,7 @@ def load_model(
 def hooked_from_hf(hf: Any, tokenizer: Any, name: str, *, dtype: torch.dtype | None = None) -> Any:
     """A ``HookedTransformer`` of a transformers Gemma model, unfolded.
 
-    Args:
-        hf: The model. Its weights are not copied where type and layout allow, and never changed.
-        tokenizer: Its tokenizer, or None.
-        name: Name to record.
-        dtype: Type of the weights; the model's own by default.
+    The model's weights are not copied where type and layout allow, and never changed.
     """
     from transformer_lens import HookedTransformer
     from transformer_lens.pretrained.weight_conversions import convert_gemma_weights

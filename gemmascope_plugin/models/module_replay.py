@@ -27,8 +27,8 @@ from gemmascope_plugin.models.points import can_restart, n_layers
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.record import keeping, put
 from gemmascope_plugin.models.replay import Stage
-from gemmascope_plugin.models.replay_points import Hooks
 from gemmascope_plugin.models.threads import threads_for_tokens
+from gemmascope_plugin.types import Hooks
 
 
 def model_of(runner: Any) -> Any:
@@ -38,14 +38,7 @@ def model_of(runner: Any) -> Any:
 
 @dataclass(eq=False)
 class ModuleReplay:
-    """Prompts that were run once, to be run again from a layer.
-
-    Args:
-        runner: The model, or the model with dictionaries spliced in.
-        tokens: The prompts ``[prompt, pos]``.
-        at: The positions that are asked about.
-        row: Which prompt each of them belongs to.
-    """
+    """Prompts that were run once, to be run again from a layer; ``row`` is each position's prompt."""
 
     runner: Any
     tokens: Int[torch.Tensor, "prompt pos"]
@@ -92,10 +85,10 @@ class ModuleReplay:
         stage: Stage = "pre",
         copies: int = 1,
         hooks: Hooks = (),
-        known: Mapping[str, torch.Tensor] | None = None,
+        values: Mapping[str, torch.Tensor] | None = None,
         stream: torch.Tensor | None = None,
     ) -> Float[torch.Tensor, "ask d_model"]:
-        """What ``Replay.run`` says, always from the beginning of the layer; ``known`` saves nothing."""
+        """What ``Replay.run`` says, always from the beginning of the layer; ``values`` saves nothing."""
         hooks = list(hooks)
         embeds = layer == 0 and any(name == "hook_embed" for name, _ in hooks)
         if self._end is not None and not embeds:
@@ -146,20 +139,14 @@ _CACHES = ("past_kv_cache_entry", "past_key_values")
 
 
 class Restart:
-    """Runs the layers from one on, as a model would that started there.
-
-    Args:
-        model: ``HookedTransformer`` or ``TransformerBridge``.
-        tokens: The prompts.
-        layers: Where to start; ``n_layers`` for the final norm.
-    """
+    """Runs the layers from one of ``layers`` on, ``n_layers`` being the final norm."""
 
     def __init__(
         self, model: HookedModel, tokens: Int[torch.Tensor, "prompt pos"], layers: Iterable[int]
     ) -> None:
         self._model: Any = model
         self._n_prompts = len(tokens)
-        self._given: list[dict[str, Any]] = []
+        self._arguments: list[dict[str, Any]] = []
         self._streams: dict[int, torch.Tensor] = {}
         self._record(tokens, set(layers))
 
@@ -190,20 +177,20 @@ class Restart:
     ) -> Float[torch.Tensor, "row pos d_model"]:
         """The stream before ``stop``, of one before ``start``: the layers between them, and no more."""
         copies = len(stream) // self._n_prompts
-        blocks = zip(self._model.blocks, self._given, strict=True)
-        for block, given in list(blocks)[start:stop]:
-            out = block(stream, **{name: self._repeat(x, copies) for name, x in given.items()})
+        blocks = zip(self._model.blocks, self._arguments, strict=True)
+        for block, arguments in list(blocks)[start:stop]:
+            out = block(stream, **{name: self._repeat(x, copies) for name, x in arguments.items()})
             stream = out[0] if isinstance(out, tuple) else out
         return stream
 
-    def _repeat(self, given: Any, copies: int) -> Any:
+    def _repeat(self, value: Any, copies: int) -> Any:
         """One row per row of the stream; what is the same for all prompts stays one row."""
-        if isinstance(given, tuple):
-            return tuple(self._repeat(each, copies) for each in given)
-        by_prompt = isinstance(given, torch.Tensor) and given.shape[:1] == (self._n_prompts,)
+        if isinstance(value, tuple):
+            return tuple(self._repeat(each, copies) for each in value)
+        by_prompt = isinstance(value, torch.Tensor) and value.shape[:1] == (self._n_prompts,)
         if not by_prompt or self._n_prompts == 1:
-            return given
-        return given.repeat(copies, *[1] * (given.ndim - 1))
+            return value
+        return value.repeat(copies, *[1] * (value.ndim - 1))
 
     def _record(self, tokens: torch.Tensor, layers: set[int]) -> None:
         modules = [*self._model.blocks, self._model.ln_final]
@@ -213,7 +200,7 @@ class Restart:
                 if layer in layers:
                     self._streams[layer] = args[0].detach()
                 if layer < n_layers(self._model):
-                    self._given.append({k: v for k, v in kwargs.items() if k not in _CACHES})
+                    self._arguments.append({k: v for k, v in kwargs.items() if k not in _CACHES})
 
             return hook_fn
 

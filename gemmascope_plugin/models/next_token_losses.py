@@ -26,12 +26,7 @@ from gemmascope_plugin.models.readout import cross_entropy
 
 
 class SharedLayers:
-    """The layers of a model below one.
-
-    Args:
-        model: ``HookedTransformer`` or ``TransformerBridge``, as it is in the first pass.
-        layer: The lowest layer in which later passes differ.
-    """
+    """The layers below the lowest in which later passes differ."""
 
     def __init__(self, model: HookedModel, layer: int) -> None:
         shares = layer > 0 and can_restart(model)
@@ -57,14 +52,8 @@ class SharedLayers:
 class NextTokenLosses:
     """Cross-entropies of next tokens in nats, of several passes over the same tokens.
 
-    A pass that leaves at a position what an earlier one left there, to the last bit, has its loss without
-    another look at the vocabulary.
-
-    Args:
-        model: The bare model; its layers below ``layer`` run in the first pass alone.
-        tokens: Token ids.
-        mask: Where a loss is read: at ``[row, pos]`` for the token after it.
-        layer: The lowest layer in which the passes differ.
+    They are read at ``mask[row, pos]``, for the token after it; ``layer`` is the lowest in which the
+    passes differ, and the layers below it run in the first pass alone.
     """
 
     def __init__(
@@ -82,11 +71,7 @@ class NextTokenLosses:
 
     @torch.no_grad()
     def __call__(self, runner: Any) -> Float[torch.Tensor, " read"]:
-        """Those of one pass.
-
-        Args:
-            runner: A model, or what runs one as its ``model``; called with the tokens.
-        """
+        """Those of one pass of a model, or of what runs one as its ``model``."""
         model = model_of(runner)
         if has_hooks(model.unembed.hook_out):  # pyright: ignore[reportAttributeAccessIssue]
             return self._of_logits(runner(self._tokens))

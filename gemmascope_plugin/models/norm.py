@@ -81,15 +81,7 @@ def is_folded(model: HookedModel, layer: int) -> bool:
 
 
 def norm_gain(model: HookedModel, layer: int) -> Float[torch.Tensor, " d_model"]:
-    """The gain of the norm before the MLP, ``1 + w`` in the words of Gemma's checkpoints.
-
-    Args:
-        model: ``HookedTransformer`` or ``TransformerBridge``.
-        layer: Layer index.
-
-    Raises:
-        MissingHookError: The block has no such norm, or its gain was folded into the MLP.
-    """
+    """The gain of the norm before the MLP, ``1 + w`` in the words of Gemma's checkpoints."""
     norm = _norm(model, layer)
     hook = f"blocks.{layer}.mlp.hook_in"
     if norm is None or getattr(norm, "b", None) is not None:
@@ -121,8 +113,8 @@ def _norm(model: Any, layer: int) -> Any:
 def _weight(norm: Any) -> torch.Tensor | None:
     """The norm's parameter; None where folding took it away."""
     # The bridge's own ``w`` is a copy that folding leaves as it was; ``weight`` is what it uses.
-    found = getattr(norm, "weight", None)
-    return found if found is not None else getattr(norm, "w", None)
+    weight = getattr(norm, "weight", None)
+    return weight if weight is not None else getattr(norm, "w", None)
 
 
 def _gain(model: HookedModel, weight: torch.Tensor) -> Float[torch.Tensor, " d_model"]:

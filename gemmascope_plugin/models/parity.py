@@ -102,8 +102,8 @@ def last_logits(
     hf: Any, tokens: Int[torch.Tensor, "batch pos"]
 ) -> Float[torch.Tensor, "batch kept d_vocab"]:
     """Logits of transformers at the last positions."""
-    kept = min(KEPT, tokens.shape[1])
-    return hf(tokens.to(hf.device), logits_to_keep=kept, use_cache=False).logits.float().cpu()
+    n_last = min(KEPT, tokens.shape[1])
+    return hf(tokens.to(hf.device), logits_to_keep=n_last, use_cache=False).logits.float().cpu()
 
 
 @torch.no_grad()
@@ -112,21 +112,12 @@ def compare(
     reference: Float[torch.Tensor, "batch kept d_vocab"],
     tokens: Int[torch.Tensor, "batch pos"],
 ) -> Parity:
-    """Compare a model's logits at the last positions with others.
-
-    Args:
-        model: From ``load_model``.
-        reference: Logits of transformers, from ``last_logits``.
-        tokens: What both have read.
-
-    Returns:
-        The largest difference and what was allowed.
-    """
-    kept = reference.shape[1]
+    """Compare a model's logits at the last positions with others."""
+    n_last = reference.shape[1]
     # the model's own arithmetic is asked about, so its unembedding runs
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
 
-    cut = write(lambda stream: stream[:, -kept:])
+    cut = write(lambda stream: stream[:, -n_last:])
     logits = model.run_with_hooks(tokens.to(device_of(model)), fwd_hooks=[(last, cut)])
     difference = (logits.float().cpu() - reference).abs().max()
     return Parity(

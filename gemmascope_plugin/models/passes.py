@@ -49,11 +49,7 @@ class Pass:
 
 
 class PassWatch:
-    """Watches the forward passes of a model between ``attach`` and ``detach``.
-
-    Args:
-        model: ``HookedTransformer`` or ``TransformerBridge``.
-    """
+    """Watches the forward passes of a model between ``attach`` and ``detach``."""
 
     def __init__(self, model: HookedModel) -> None:
         self._model = model
@@ -97,11 +93,7 @@ class PassWatch:
     ) -> Iterator[None]:
         """Passes inside the block continue a prompt of this length by up to ``new`` tokens.
 
-        Args:
-            prompt: Its length.
-            new: Tokens that may follow.
-            rows: Which rows of a larger batch these are; None for all.
-            n_rows: Rows of that batch.
+        ``rows`` are those of a larger batch of ``n_rows``; None for all.
         """
         self._generation = (prompt, prompt + new)
         self._rows = (None if rows is None else tuple(rows), n_rows)
@@ -111,18 +103,13 @@ class PassWatch:
             self._generation, self._rows = None, (None, None)
 
     def current(self, asker: object, shape: torch.Size) -> Pass:
-        """The running pass.
-
-        Args:
-            asker: Who asks; once per pass.
-            shape: ``[batch, pos]`` of an activation of this pass.
-        """
+        """The running pass, for an activation of this shape; whoever asks does so once per pass."""
         n_pos = shape[1]
         tokens = None if asker in self._asked else self._tokens(shape)
         self._asked.add(asker)
         stop = self._start + n_pos
-        own = self._prompt if tokens is not None else 0
-        prompt, horizon = self._generation or (own or stop, stop)
+        length = self._prompt if tokens is not None else 0
+        prompt, horizon = self._generation or (length or stop, stop)
         mask = None if self._mask is None else self._mask[:, -n_pos:].bool()
         grown = self._grown and self._generation is None
         return Pass(tokens, self._start, prompt, horizon, mask, *self._rows, grown)

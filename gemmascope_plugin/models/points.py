@@ -63,11 +63,11 @@ def hook_points(model: HookedModel) -> Mapping[str, Any]:
     if registry is None:
         return model.hook_dict
     state = (len(registry), getattr(model, "compatibility_mode", None))
-    known = _TABLES.get(model)
-    if known is None or known[0] != state:
+    entry = _TABLES.get(model)
+    if entry is None or entry[0] != state:
         table = model.hook_dict
-        known = _TABLES[model] = ((len(registry), state[1]), table)
-    return known[1]
+        entry = _TABLES[model] = ((len(registry), state[1]), table)
+    return entry[1]
 
 
 def hook_names(model: HookedModel) -> list[str]:
@@ -174,16 +174,7 @@ class Reading:
 
 
 def reading(model: HookedModel, name: str, points: Mapping[str, Any] | None = None) -> Reading:
-    """How to read the tensor called ``name`` in this model.
-
-    Args:
-        model: ``HookedTransformer`` or ``TransformerBridge``.
-        name: Hook name, as a dictionary or a user says it.
-        points: ``model.hook_dict``, from callers who ask often.
-
-    Raises:
-        MissingHookError: The model has no such tensor, or folding has taken its gain away.
-    """
+    """How to read the tensor called ``name`` in this model; folding may have taken its gain away."""
     points = hook_points(model) if points is None else points
     layer = gained_layer(name)
     if layer is None or layer >= n_layers(model):
@@ -202,11 +193,7 @@ def gained_layer(name: str) -> int | None:
 
 
 def before_gain(model: HookedModel, layer: int) -> str:
-    """The hook with the norm's output before its gain, the same in every folding.
-
-    Raises:
-        MissingHookError: The block has no such norm.
-    """
+    """The hook with the norm's output before its gain, the same in every folding."""
     name = f"blocks.{layer}.ln2.hook_normalized"
     hook_point(model, name)
     return name

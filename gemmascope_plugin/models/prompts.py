@@ -155,17 +155,7 @@ def to_tokens(model: HookedModel, text: PromptLike) -> Int[torch.Tensor, "batch 
 
 
 def one_prompt(model: HookedModel, prompt: PromptLike, fix: str) -> Int[torch.Tensor, "1 pos"]:
-    """Token ids of exactly one prompt, without padding.
-
-    Args:
-        model: The model.
-        prompt: One prompt in any form.
-        fix: What to do with several, for the error.
-
-    Raises:
-        TaskError: Several prompts.
-        GemmaScopeError: What :func:`read_prompts` raises.
-    """
+    """Token ids of exactly one prompt, without padding; ``fix`` says what to do with several."""
     prompts = read_prompts(model, prompt)
     if len(prompts) > 1:
         raise TaskError(f"{len(prompts)} prompts were given, this is of one", fix=fix)
@@ -173,11 +163,9 @@ def one_prompt(model: HookedModel, prompt: PromptLike, fix: str) -> Int[torch.Te
 
 
 def documents(model: HookedModel, tokens: Any) -> list[Int[torch.Tensor, "document pos"]]:
-    """Documents in any form as tensors of ids, neighbours of one length together.
+    """Documents as tensors of ids, neighbours of one length together.
 
-    Args:
-        model: The model.
-        tokens: Token ids ``[document, pos]``, several such tensors, or what is a prompt elsewhere.
+    They come as token ids ``[document, pos]``, several such tensors, or what is a prompt elsewhere.
     """
     if isinstance(tokens, torch.Tensor):
         return [to_tokens(model, tokens)]
@@ -194,16 +182,7 @@ def documents(model: HookedModel, tokens: Any) -> list[Int[torch.Tensor, "docume
 
 
 def check_room(model: HookedModel, length: int, new: int) -> None:
-    """Refuses a continuation that would leave the model's context.
-
-    Args:
-        model: The model.
-        length: Tokens of the prompt.
-        new: Tokens that may follow.
-
-    Raises:
-        ModelError: Both together are longer than the context.
-    """
+    """Refuses ``new`` tokens behind a prompt that would leave the model's context."""
     limit = getattr(model.cfg, "n_ctx", None)
     if limit is not None and length + new > limit:
         raise ModelError(
@@ -214,16 +193,7 @@ def check_room(model: HookedModel, length: int, new: int) -> None:
 
 
 def check_context(model: HookedModel, length: int, row: int = 0) -> None:
-    """Refuses what the model's context has no room for.
-
-    Args:
-        model: The model.
-        length: Tokens.
-        row: Which prompt that is.
-
-    Raises:
-        ModelError: There are more.
-    """
+    """Refuses prompt number ``row`` of so many tokens if the model's context has no room for it."""
     limit = getattr(model.cfg, "n_ctx", None)
     if limit is not None and length > limit:
         raise ModelError(
@@ -246,11 +216,7 @@ def _padding(model: HookedModel) -> int | None:
 
 
 def refuse_bytes_and_sets(prompts: Any) -> None:
-    """Refuses what gives numbers or texts one by one that are no ids, or in no order.
-
-    Raises:
-        InputError: With what to give instead.
-    """
+    """Refuses what gives numbers or texts one by one that are no ids, or in no order."""
     if isinstance(prompts, BYTES):
         raise InputError(
             f"{describe(prompts)} is not a prompt: bytes are neither text nor token ids",
@@ -353,16 +319,7 @@ def _not_a_prompt(prompts: Any) -> InputError:
 
 
 def padded(model: HookedModel, prompts: PromptLike) -> Batch:
-    """One prompt or several as one batch.
-
-    Args:
-        model: The model.
-        prompts: Texts, ids, messages; see ``prompts.py``.
-
-    Raises:
-        EmptySelectionError: No prompt, or one without text.
-        ModelError: Text was given and the model has no tokenizer.
-    """
+    """One prompt or several as one batch."""
     return read_prompts(model, prompts).packed()
 
 
@@ -371,15 +328,5 @@ def right_padded(
     tokens: Int[torch.Tensor, "prompt pos"],
     mask: Bool[torch.Tensor, "prompt pos"],
 ) -> Batch:
-    """Token ids with padding anywhere outside the prompts, moved behind their ends.
-
-    Args:
-        model: The model.
-        tokens: Token ids.
-        mask: True at the tokens of the prompts.
-
-    Raises:
-        EmptySelectionError: A prompt has no token.
-        TaskError: A prompt has a hole.
-    """
+    """Token ids with padding anywhere outside the prompts, moved behind their ends."""
     return read_prompts(model, tokens, mask).packed()

@@ -65,9 +65,5 @@ def dtype_of(model: HookedModel) -> torch.dtype:
 
 
 def weights_of(model: HookedModel) -> str | None:
-    """Where the weights come from, for results and pages; None of a model that was made elsewhere.
-
-    Args:
-        model: Any model.
-    """
+    """Where the weights come from, for results and pages; None of a model that was made elsewhere."""
     return getattr(model, "gemmascope_source", None)

@@ -17,7 +17,8 @@ from jaxtyping import Int
 
 from gemmascope_plugin.errors import HookNotFiredError, shorten
 from gemmascope_plugin.models.asked import no_logits
-from gemmascope_plugin.models.hooks import Hooks, hooking
+from gemmascope_plugin.models.hooks import hooking
+from gemmascope_plugin.types import Hooks
 
 Key = TypeVar("Key")
 

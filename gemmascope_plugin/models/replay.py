@@ -29,12 +29,12 @@ from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.replay_points import (
     OUTSIDE,
     Earlier,
-    Hooks,
     Points,
     Rows,
     cut_out,
 )
 from gemmascope_plugin.models.threads import threads_for_tokens
+from gemmascope_plugin.types import Hooks
 
 Stage = Literal["pre", "mid", "post"]
 
@@ -47,7 +47,7 @@ class Entry:
     stage: Stage
     copies: int
     hooks: Hooks
-    known: Mapping[str, torch.Tensor]
+    values: Mapping[str, torch.Tensor]
 
 
 @dataclass(eq=False)
@@ -101,7 +101,7 @@ class Replay:
         stage: Stage = "pre",
         copies: int = 1,
         hooks: Hooks = (),
-        known: Mapping[str, torch.Tensor] | None = None,
+        values: Mapping[str, torch.Tensor] | None = None,
         stream: torch.Tensor | None = None,
     ) -> Float[torch.Tensor, "ask d_model"]:
         """What the unembedding reads at the asked positions of the rows, copy after copy.
@@ -113,11 +113,11 @@ class Replay:
                 (``mid``), or behind it (``post``), where only its last point is passed.
             copies: Of the prompts.
             hooks: What happens on the way, with tensors ``[row, some, ...]`` of the window's positions.
-            known: Values at points that need not be computed.
+            values: Values at points that need not be computed.
             stream: Where to start instead of the recorded stream.
         """
         with self._threads(copies, window):
-            return self._run(layer, window, stage, copies, Points(hooks), known or {}, stream)
+            return self._run(layer, window, stage, copies, Points(hooks), values or {}, stream)
 
     def _run(
         self,
@@ -126,7 +126,7 @@ class Replay:
         stage: Stage,
         copies: int,
         points: Points,
-        known: Mapping[str, torch.Tensor],
+        values: Mapping[str, torch.Tensor],
         stream: torch.Tensor | None,
     ) -> Float[torch.Tensor, "ask d_model"]:
         n, start = self.arithmetic.anatomy.n_layers, window.start
@@ -143,19 +143,15 @@ class Replay:
             if index == layer and stage == "mid":
                 x = points(f"blocks.{layer}.hook_resid_mid", x)
             else:
-                x = block.attention(x, rows, self.earlier[index], points, known)
-            x = block.mlp(x, rows, points, known)
+                x = block.attention(x, rows, self.earlier[index], points, values)
+            x = block.mlp(x, rows, points, values)
         return self._end(x, last, points)
 
     def climb(self, window: slice, entries: Sequence[Entry]) -> Float[torch.Tensor, "ask d_model"]:
-        """The same of several passes that differ in nothing but their first layer, together.
+        """The same of several passes that differ in their first layer alone, in ascending order of it.
 
         Rows join where they start, so that every layer is run once, for all rows that need it. What comes
         out is in the order of ``entries``.
-
-        Args:
-            window: The positions that run.
-            entries: Where passes start; in ascending order of layers.
         """
         with self._threads(sum(entry.copies for entry in entries), window):
             return self._climb(window, entries)
@@ -186,11 +182,11 @@ class Replay:
                     whole.append(([i], cut_out(points(f"blocks.{layer}.hook_resid_post", y), rows)))
                     continue
                 if entry.stage == "pre":
-                    y = self._attended(layer, window, y, points, entry.known)
+                    y = self._attended(layer, window, y, points, entry.values)
                     if block.stays_in_attention(points):
                         halfway.append(([i], y))
                         continue
-                y = block.mlp(y, rows, points, entry.known)
+                y = block.mlp(y, rows, points, entry.values)
                 whole.append(([i], cut_out(y, rows)))
             if halfway:
                 mid = torch.cat([y for _, y in halfway])
@@ -210,12 +206,12 @@ class Replay:
         window: slice,
         x: torch.Tensor,
         points: Points,
-        known: Mapping[str, torch.Tensor] | None = None,
+        values: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """The stream in the middle of a layer; in the last one, at the asked position if that is all."""
         rows = self._rows(window, len(x), layer == self.arithmetic.anatomy.n_layers - 1)
         block = self.arithmetic.blocks[layer]
-        y = block.attention(x, rows, self.earlier[layer], points, known or {})
+        y = block.attention(x, rows, self.earlier[layer], points, values or {})
         return cut_out(y, rows) if block.stays_in_attention(points) else y
 
     def _rows(self, window: slice, n_rows: int, last: bool) -> Rows:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
-Hooks = Iterable[tuple[str, Callable[..., Any]]]
-
+from gemmascope_plugin.types import Hooks
 
 QUERIES = ("attn.hook_q", "attn.hook_pattern", "attn.hook_z")
 
@@ -34,12 +33,7 @@ POINTS = frozenset((*_BEFORE, *QUERIES, *AFTER_Z, *AFTER_MID))
 
 
 class Points:
-    """What happens at named points of a pass.
-
-    Args:
-        hooks: Name and function of the tensor there and the point, in the order in which they run; None
-            from a function leaves the tensor as it is.
-    """
+    """What happens at named points of a pass; None from a function leaves the tensor as it is."""
 
     def __init__(self, hooks: Hooks = ()) -> None:
         self._functions: dict[str, list[Callable[..., Any]]] = {}

@@ -21,18 +21,12 @@ _TURN = "<end_of_turn>"
 def stop_ids(model: HookedModel, stop: Any = (), *, with_own: bool = True) -> list[int]:
     """Ids of the tokens after which a continuation ends, sorted; empty where none is known.
 
-    Args:
-        model: The model.
-        stop: Words or ids beside the model's own.
-        with_own: Whether those count too.
-
-    Raises:
-        UnknownNameError: A word that is not a single token, or an id that does not exist.
+    ``stop`` are words or ids beside the model's own, which count unless ``with_own=False``.
     """
     single = isinstance(stop, str) or as_index(stop) is not None or not isinstance(stop, Iterable)
-    wanted = [] if stop is None else [stop] if single else list(stop)
-    own = _named(model) if with_own else []
-    return sorted({*own, *(token_id(model, word, "\n") for word in wanted)})
+    words = [] if stop is None else [stop] if single else list(stop)
+    named = _named(model) if with_own else []
+    return sorted({*named, *(token_id(model, word, "\n") for word in words)})
 
 
 def _named(model: HookedModel) -> list[int]:
@@ -52,11 +46,7 @@ def _named(model: HookedModel) -> list[int]:
 
 
 def end_ids(model: HookedModel) -> tuple[int, ...]:
-    """The ids at which a generated text ends: those of the generation config, else the tokenizer's EOS.
-
-    Args:
-        model: Any model.
-    """
+    """Ids at which a generated text ends: those of the generation config, else the tokenizer's EOS."""
     ids = getattr(model, "gemmascope_eos_ids", None)
     if ids is not None:
         return ids

@@ -35,17 +35,7 @@ def is_chat(prompt: Any) -> bool:
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
-    """The text of a conversation, special tokens written out.
-
-    Args:
-        tokenizer: The model's.
-        messages: ``{"role": ..., "content": ...}``; roles system (first only), user, model or assistant.
-
-    Raises:
-        InputError: Another role, or a message without text.
-        EmptySelectionError: No message of a user or the model.
-        ModelError: The tokenizer has neither a template nor Gemma's tokens for turns.
-    """
+    """The text of a conversation, special tokens written out; roles: system (first only), user, model."""
     plain = [_message(message) for message in messages]
     opens = plain[-1]["role"] == "user"
     if getattr(tokenizer, "chat_template", None):

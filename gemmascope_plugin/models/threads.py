@@ -65,11 +65,7 @@ _THREADS = _Threads()
 
 @contextmanager
 def threads_for(flops: float) -> Iterator[None]:
-    """As many threads as products of this size are worth, at most as many as there are.
-
-    Args:
-        flops: Operations of a typical product, ``2 rows in out``.
-    """
+    """As many threads as products of ``2 rows in out`` operations are worth, at most all."""
     _THREADS.enter(flops)
     try:
         yield

@@ -6,6 +6,7 @@ without (``" Paris"`` and ``"Paris"`` of Gemma are 9079 and 50429), and bytes th
 1. A word means the token that is exactly this text. Only where there is none, the one with a space.
 2. Where both exist the prompt decides (``_exact_follows``); where it does not, nothing is guessed.
 3. ``token_label`` is the one text for people; two tokens may share it, so nothing is looked up by it.
+4. An answer has any number of tokens, as they stand behind a prompt (``answer_ids``).
 """
 
 from __future__ import annotations
@@ -70,11 +71,7 @@ def token_id(model: HookedModel, word: Any, prompt: Any = None) -> int:
 
 
 def check_ids(model: HookedModel, ids: Iterable[int]) -> list[int]:
-    """Token ids, each inside the vocabulary.
-
-    Raises:
-        UnknownNameError: With the first that is not.
-    """
+    """Token ids, each inside the vocabulary."""
     listed, n = list(ids), int(model.cfg.d_vocab)
     for number in listed:
         if not 0 <= number < n:
@@ -214,28 +211,21 @@ def _name(model: HookedModel, number: int) -> str | None:
     return None if convert is None else convert(number)
 
 
-def answer_ids(model: HookedModel, text: str | Sequence[int], end: int, what: str) -> list[int]:
-    """Token ids of an answer behind a prompt.
+def answer_ids(model: HookedModel, text: str | Sequence[int], end: int, noun: str) -> list[int]:
+    """Token ids of an answer as it stands behind a prompt that ends with token ``end``, blanks included.
 
-    Args:
-        model: The model.
-        text: The answer as it stands behind its prompt, blanks included, or its ids.
-        end: The last token of the prompt.
-        what: What the answer is called, for errors.
-
-    Raises:
-        TaskError: An empty answer, unknown words, or one that would run into the prompt's last word.
+    ``noun`` is what errors call it.
     """
     if not isinstance(text, str):
         ids = as_indices(text)
         if ids is None:
             raise TaskError(
-                f"{what} is {text!r}, neither a text nor token ids", fix='" Paris", or [9079]'
+                f"{noun} is {text!r}, neither a text nor token ids", fix='" Paris", or [9079]'
             )
         outside = [i for i in ids if not 0 <= i < model.cfg.d_vocab]
         if outside:
             raise TaskError(
-                f"Token id {outside[0]} of {what} does not exist",
+                f"Token id {outside[0]} of {noun} does not exist",
                 exists=f"token ids 0 to {model.cfg.d_vocab - 1}",
             )
     else:
@@ -243,11 +233,11 @@ def answer_ids(model: HookedModel, text: str | Sequence[int], end: int, what: st
         last = token_strings(model, torch.tensor([end]))[0]
         if text[:1].isalnum() and last[-1:].isalnum() and _encode(model, f" {text}") != ids:
             raise TaskError(
-                f"{what} is {text!r}, which would run into the last word of its prompt, {last!r}",
+                f"{noun} is {text!r}, which would run into the last word of its prompt, {last!r}",
                 fix=f"{' ' + text!r}, or token ids",
             )
     if not ids:
-        raise TaskError(f"{what} is empty", fix="a text with a token, or token ids")
+        raise TaskError(f"{noun} is empty", fix="a text with a token, or token ids")
     return ids
 
 

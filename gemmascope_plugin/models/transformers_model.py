@@ -44,17 +44,7 @@ class TransformersModel:
 
 
 def read_model(weights: Weights, dtype: torch.dtype, tokenizer: Any) -> TransformersModel:
-    """Reads a model onto the CPU.
-
-    Args:
-        weights: Where it is.
-        dtype: Type of its weights.
-        tokenizer: Its tokenizer; ``"auto"`` for the one beside the weights, None for none.
-
-    Raises:
-        ModelError: The weights cannot be worked with as they are.
-        MissingFileError: A file is missing, damaged or cannot be downloaded.
-    """
+    """Reads a model onto the CPU; its tokenizer is the one beside the weights if ``"auto"``."""
     from safetensors import SafetensorError
     from transformers import AutoConfig
 
@@ -80,16 +70,9 @@ def read_model(weights: Weights, dtype: torch.dtype, tokenizer: Any) -> Transfor
 
 
 def take_model(hf: Any, dtype: torch.dtype, tokenizer: Any) -> TransformersModel:
-    """A model that is in memory already.
+    """A model that is in memory already, of one of ``CLASSES``.
 
-    Args:
-        hf: The model, of one of ``CLASSES``.
-        dtype: Type that its weights are going to have.
-        tokenizer: Its tokenizer; ``"auto"`` for that of the files it came from, None for none.
-
-    Raises:
-        ModelError: Another class, an adapter that is not merged, quantised or partly absent weights.
-        MissingFileError: The tokenizer is not where the model came from.
+    ``dtype`` is the type that its weights are going to have.
     """
     _refuse_wrapped(hf)
     if type(hf).__name__ not in CLASSES:
@@ -115,11 +98,7 @@ def take_model(hf: Any, dtype: torch.dtype, tokenizer: Any) -> TransformersModel
 
 
 def check_config(config: Any, dtype: torch.dtype, name: str) -> None:
-    """Refuses what cannot be worked with, by its config.
-
-    Raises:
-        ModelError: Says what to do instead.
-    """
+    """Refuses what cannot be worked with, by its config."""
     if config.model_type not in SUPPORTED:
         raise ModelError(
             f"{name!r} is a {config.model_type!r} model",
@@ -286,8 +265,8 @@ def _unreadable(weights: Weights, error: Exception) -> MissingFileError:
             f"{offline}`hf download {weights.place}` with access to it (hf auth login){package}, "
             "or a local Hugging Face folder"
         )
-    given = weights.place if weights.is_repository else weights.name
-    return MissingFileError(f"The model {given!r} could not be read ({reason})", fix=fix)
+    name = weights.place if weights.is_repository else weights.name
+    return MissingFileError(f"The model {name!r} could not be read ({reason})", fix=fix)
 
 
 @contextmanager

@@ -72,12 +72,7 @@ class Unembedding:
         return Unembedding(self.weight, self.bias, None, self.norm)
 
     def read(self, x: Rows, *, normed: bool = False) -> Rows:
-        """What the words are multiplied with, wide enough to be summed.
-
-        Args:
-            x: The residual stream before the final norm.
-            normed: It has been through the norm already.
-        """
+        """What the words are multiplied with, wide enough for sums; ``normed`` rows are past the norm."""
         wide = x if x.dtype == torch.float64 else x.float()
         return wide if normed else self.norm(wide)
 

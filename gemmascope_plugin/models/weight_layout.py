@@ -55,19 +55,7 @@ class Weights:
 
 
 def find_weights(name_or_path: str | Path, source: Source = "auto") -> Weights:
-    """The weights that are meant.
-
-    Args:
-        name_or_path: Name, folder, or GGUF file.
-        source: Which copy of a named model.
-
-    Raises:
-        MissingFileError: No such folder or file, or nothing in the cache.
-        UnknownNameError: A name that no model, or several, have.
-        MissingExtraError: The package is asked for and not installed.
-        ModelError: A GGUF file of another architecture.
-        BadFileError: A damaged GGUF file.
-    """
+    """The weights that are meant."""
     check_choice("source", source, get_args(Source))
     path = Path(name_or_path).expanduser()
     text = str(path)
@@ -81,15 +69,7 @@ def find_weights(name_or_path: str | Path, source: Source = "auto") -> Weights:
 def hub_name(name: str) -> str:
     """The repository that a name means: ``2b`` and ``gemma-2-2b`` are ``google/gemma-2-2b``.
 
-    Args:
-        name: As typed; of another owner it is taken literally.
-
-    Returns:
-        Owner and name.
-
-    Raises:
-        UnknownNameError: No Gemma 2 or 3 has the name, or two share it.
-        MissingFileError: The bundled model, which has its own door.
+    Of another owner it is taken literally.
     """
     owner, slash, _ = name.rpartition("/")
     if slash and f"{owner}/" != _OWNER:

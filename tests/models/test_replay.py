@@ -105,14 +105,14 @@ def test_what_is_known_is_not_computed(model, name: str, layer: int) -> None:
     seen: dict[str, torch.Tensor] = {}
     final = run.record(keeping(seen, [hook]))
     window = run.window(7)
-    known = {hook: seen[hook][:, window]}
-    again = run.run(layer, window, known=known)
+    values = {hook: seen[hook][:, window]}
+    again = run.run(layer, window, values=values)
     assert torch.allclose(again, final, atol=1e-5)
 
     def roll(x: torch.Tensor, hook: Any) -> torch.Tensor:
         return x.roll(1, -1)
 
-    with_hook = run.run(layer, window, known=known, hooks=[(hook, roll)])
+    with_hook = run.run(layer, window, values=values, hooks=[(hook, roll)])
     assert torch.allclose(with_hook, run.run(layer, window, hooks=[(hook, roll)]), atol=1e-5)
     assert not torch.allclose(with_hook, final, atol=1e-3)
 

@@ -194,7 +194,7 @@ def _chunk_metric(
                 stage=entry.stage,
                 copies=entry.copies,
                 hooks=entry.hooks,
-                known=entry.known,
+                values=entry.values,
             )
             for entry in entries
         ]

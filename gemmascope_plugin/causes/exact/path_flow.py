@@ -151,7 +151,7 @@ class Flow:
             window,
             copies=len(changes),
             hooks=[*edits, *keeping(seen, streams)],
-            known=known,
+            values=known,
         )
         return [
             {hook: self._placed(x[j * n : (j + 1) * n], hook) for hook, x in seen.items()}

@@ -191,7 +191,7 @@ class _Line:
             stage=stage,
             copies=len(points) // len(self.part.index),
             hooks=[(self.name, put(points))],
-            known={self.name: points} if spares else {},
+            values={self.name: points} if spares else {},
         )
 
 

@@ -232,7 +232,7 @@ def _late_metric(
     layer = layer_of(hook)
     stage, spares = starting_at(layer, {hook})
 
-    known = {hook: leaf} if spares else {}
+    values = {hook: leaf} if spares else {}
     return part.metric(
-        layer, window, stage=stage, copies=copies, hooks=[(hook, put(leaf)), *hooks], known=known
+        layer, window, stage=stage, copies=copies, hooks=[(hook, put(leaf)), *hooks], values=values
     )

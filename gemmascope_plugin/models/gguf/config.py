@@ -44,11 +44,7 @@ _BLOCK = {
 
 
 def architecture(file: GgufFile) -> str:
-    """``"gemma2"`` or ``"gemma3"``.
-
-    Raises:
-        ModelError: The file holds another model.
-    """
+    """``"gemma2"`` or ``"gemma3"``."""
     name = file.fields.get("general.architecture")
     if name not in ARCHITECTURES:
         raise ModelError(
@@ -60,12 +56,7 @@ def architecture(file: GgufFile) -> str:
 
 
 def hf_config(file: GgufFile) -> Any:
-    """Transformers' config of the model in the file.
-
-    Raises:
-        BadFileError: A field is missing.
-        ModelError: Another architecture, or a value that transformers' classes cannot hold.
-    """
+    """Transformers' config of the model in the file."""
     from transformers import Gemma2Config, Gemma3TextConfig
 
     name = architecture(file)
@@ -76,11 +67,7 @@ def hf_config(file: GgufFile) -> Any:
 
 
 def hf_name(tensor: GgufTensor) -> str:
-    """What transformers calls a tensor.
-
-    Raises:
-        ModelError: It has no place in a Gemma.
-    """
+    """What transformers calls a tensor."""
     if tensor.name in _ROOT:
         return _ROOT[tensor.name]
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor.name)

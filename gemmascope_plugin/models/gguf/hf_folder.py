@@ -49,20 +49,7 @@ _QUANTISATION = re.compile(r"[-_.](i?q\d\w*|f16|f32|bf16|fp16|fp32|qat)$", re.IG
 
 
 def converted(path: Path) -> Path:
-    """The folder that a GGUF file was converted into; it is converted if need be.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The folder, whose name is the model's.
-
-    Raises:
-        BadFileError: The file is damaged, or lacks tensors.
-        ModelError: It holds another model than a Gemma 2 or 3.
-        MissingExtraError: ``gguf`` is not installed.
-        GemmaScopeError: The folder cannot be written.
-    """
+    """The folder, called like the model, that a GGUF file was converted into, now if need be."""
     architecture(GgufFile.open(path))  # before it is read through
     name = path.stem
     while _QUANTISATION.search(name):
@@ -79,13 +66,7 @@ def package_version() -> str | None:
 
 
 def converted_package() -> Path:
-    """The folder that the package of Gemma 3 270M was converted into; converted if need be.
-
-    Raises:
-        MissingExtraError: The extra ``[gemma]`` is not installed.
-        BadFileError: The package's files are not those that were published.
-        GemmaScopeError: The folder cannot be written.
-    """
+    """The folder that the package of Gemma 3 270M was converted into; converted if need be."""
     if package_version() is None:
         raise missing_extra(f"The weights of {PACKAGE_MODEL} come with the package {PACKAGE}")
     return _folder(PACKAGE_SHA256, PACKAGE_MODEL, _package_file)

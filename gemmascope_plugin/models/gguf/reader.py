@@ -58,16 +58,7 @@ class GgufTensor:
 
 
 class GgufFile:
-    """A parsed file.
-
-    Args:
-        data: The bytes of the whole file; a memory map costs nothing.
-        name: What to call it in errors.
-
-    Raises:
-        BadFileError: It is truncated, or is not such a file.
-        MissingExtraError: ``gguf`` is not installed.
-    """
+    """A parsed file; as the bytes of the whole file a memory map costs nothing."""
 
     def __init__(self, data: UInt8[np.ndarray, " nbytes"], name: str) -> None:
         self.name = name

@@ -38,11 +38,7 @@ def end_ids(file: GgufFile) -> list[int]:
 
 
 def tokenizer_files(file: GgufFile) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Contents of ``tokenizer.json`` and ``tokenizer_config.json``.
-
-    Raises:
-        ModelError: The file holds no tokenizer of Gemma's kind.
-    """
+    """Contents of ``tokenizer.json`` and ``tokenizer_config.json``."""
     kind = file.fields.get(_PREFIX + "model")
     if kind != "llama" or file.fields.get(_PREFIX + "add_space_prefix", False):
         raise ModelError(
