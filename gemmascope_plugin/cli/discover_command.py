@@ -126,19 +126,19 @@ def discover_command(
     check_out(save, "--save")
 
     n_random = (_N_RANDOM if random is None else random) if evaluate else None
-    found, scores = _found(question, {**options, "nodes": kinds}, n_random)
+    circuit, scores = _circuit(question, {**options, "nodes": kinds}, n_random)
     if as_json:
-        typer.echo(json.dumps(_record(question, found, scores), indent=2))
+        typer.echo(json.dumps(_record(question, circuit, scores), indent=2))
     else:
-        for line in _report(question, found, scores):
+        for line in _report(question, circuit, scores):
             typer.echo(line)
     if save is not None:
-        found.save(save)
+        circuit.save(save)
         typer.echo(f"circuit: {save}", err=as_json)
     if out is not None:
         from gemmascope_plugin.pages.circuit_page import write_circuit
 
-        write_circuit(out, found, scores, held_out=question.builtin)
+        write_circuit(out, circuit, scores, held_out=question.builtin)
         typer.echo(f"page: {out}", err=as_json)
 
 
@@ -195,7 +195,7 @@ def _check(options: dict[str, Any], nodes: str | None) -> tuple[str, ...]:
     return kinds
 
 
-def _found(
+def _circuit(
     question: Question, options: dict[str, Any], n_random: int | None
 ) -> tuple[Circuit, Scores | None]:
     """The circuit, and what was measured of it."""
@@ -279,7 +279,7 @@ def _record(question: Question, circuit: Circuit, scores: Scores | None) -> dict
     from gemmascope_plugin.pages.circuit_page import FAITHFUL
 
     meta = circuit.metadata
-    found = {
+    record = {
         "model": question.model,
         **{name: meta[name] for name in ("task", "metric", "method", "sign")},
         "unit": circuit.graph.unit,
@@ -287,12 +287,12 @@ def _record(question: Question, circuit: Circuit, scores: Scores | None) -> dict
         "size": circuit.size,
     }
     frame = circuit.to_frame()
-    kept = json.loads(frame[frame["kept"]].drop(columns="kept").to_json(orient="records"))
+    units = json.loads(frame[frame["kept"]].drop(columns="kept").to_json(orient="records"))
     if scores is None:
-        return {**found, "kept": kept, "scores": None}
+        return {**record, "kept": units, "scores": None}
     return {
-        **found,
-        "kept": kept,
+        **record,
+        "kept": units,
         "scores": {
             "prompts": "held-out" if question.builtin else "the same",
             "n_prompts": scores.metadata["n_prompts"],

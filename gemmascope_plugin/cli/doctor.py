@@ -103,10 +103,10 @@ def doctor_command() -> None:
 
 
 def _python() -> list[Row]:
-    found = platform.python_version()
+    version = platform.python_version()
     if (3, 10) <= sys.version_info[:2] <= (3, 13):
-        return [Row("python", "ok", found)]
-    return [Row("python", "problem", found, "use Python 3.10 to 3.13")]
+        return [Row("python", "ok", version)]
+    return [Row("python", "problem", version, "use Python 3.10 to 3.13")]
 
 
 def _installed(name: str) -> str | None:
@@ -118,14 +118,14 @@ def _installed(name: str) -> str | None:
 
 def _libraries() -> list[Row]:
     """This package and its main libraries against the versions that it asks for."""
-    own = _installed(PACKAGE)
+    version = _installed(PACKAGE)
     rows = [
-        Row(PACKAGE, "ok", own)
-        if own
+        Row(PACKAGE, "ok", version)
+        if version
         else Row(PACKAGE, "note", "not installed", "python -m pip install -e .")
     ]
-    wanted = _requirements() if own else {}
-    return rows + [_library(name, wanted.get(name, "")) for name in LIBRARIES]
+    ranges = _requirements() if version else {}
+    return rows + [_library(name, ranges.get(name, "")) for name in LIBRARIES]
 
 
 def _requirements() -> dict[str, str]:
@@ -136,16 +136,16 @@ def _requirements() -> dict[str, str]:
     return {each.name: str(each.specifier) for each in parsed if each.marker is None}
 
 
-def _library(name: str, wanted: str) -> Row:
+def _library(name: str, versions: str) -> Row:
     from packaging.specifiers import SpecifierSet
 
-    todo = f'python -m pip install "{name}{wanted}"'
-    found = _installed(name)
-    if found is None:
+    todo = f'python -m pip install "{name}{versions}"'
+    version = _installed(name)
+    if version is None:
         return Row(name, "problem", "not installed", todo)
-    if not SpecifierSet(wanted).contains(found, prereleases=True):
-        return Row(name, "problem", f"{found}, want {wanted}", todo)
-    return Row(name, "ok", found)
+    if not SpecifierSet(versions).contains(version, prereleases=True):
+        return Row(name, "problem", f"{version}, want {versions}", todo)
+    return Row(name, "ok", version)
 
 
 def _machine() -> list[Row]:
@@ -213,11 +213,11 @@ def _folder_size(folder: str) -> int:
 def _extras() -> list[Row]:
     rows = []
     for name, extra in EXTRAS.items():
-        found = _installed(name)
+        version = _installed(name)
         todo = f'python -m pip install "{PACKAGE}[{extra}]"'
         todo += f" ({SIZES[extra]})" if extra in SIZES else ""
         missing = Row(name, "note", "not installed", todo)
-        rows.append(Row(name, "ok", found) if found else missing)
+        rows.append(Row(name, "ok", version) if version else missing)
     return rows
 
 

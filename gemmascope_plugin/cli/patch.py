@@ -195,11 +195,11 @@ def _record(question: Question, effects: Effects, top: int) -> dict[str, Any]:
     """The same as plain values."""
     from gemmascope_plugin.pages.effects_page import top_frame
 
-    known = ("task", "component", "method", "mode", "replacement", "metric", "logits", "sign")
+    texts = ("task", "component", "method", "mode", "replacement", "metric", "logits", "sign")
     numbers = ("n_prompts", "metric_clean", "metric_corrupt")
     return {
         "model": question.model,
-        **{name: effects.metadata[name] for name in (*known, *numbers)},
+        **{name: effects.metadata[name] for name in (*texts, *numbers)},
         "axes": list(effects.axes),
         "n_effects": effects.values.numel(),
         "effects": top_frame(effects, top).to_dict("records"),

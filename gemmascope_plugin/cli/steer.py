@@ -142,7 +142,7 @@ def steer_command(
         typer.echo(line)
 
 
-def _feature(spec: SaeSpec, given: str) -> tuple[int, str | None]:
+def _feature(spec: SaeSpec, text: str) -> tuple[int, str | None]:
     """Index and description of a feature given by index or label.
 
     Raises:
@@ -150,12 +150,12 @@ def _feature(spec: SaeSpec, given: str) -> tuple[int, str | None]:
         UnknownNameError: No such label, or a label for a dictionary without labels.
     """
     bundled = spec.model == _BUNDLED
-    index = int(given) if re.fullmatch(r"[+-]?[0-9]+", given) else None
+    index = int(text) if re.fullmatch(r"[+-]?[0-9]+", text) else None
     if index is not None:
         check_feature(index, spec.d_sae, spec.sae_id)
     elif not bundled:
         raise UnknownNameError(
-            f"--feature {given!r} is no number, and the features of {spec.model} have no labels here",
+            f"--feature {text!r} is no number, and the features of {spec.model} have no labels here",
             exists=f"features 0 to {spec.d_sae - 1}; labels for {_BUNDLED} only",
             fix="--feature 219",
         )
@@ -164,9 +164,9 @@ def _feature(spec: SaeSpec, given: str) -> tuple[int, str | None]:
     from gemmascope_plugin.demo import tiny
 
     suite = tiny()
-    index = suite.feature(spec, given) if index is None else index
-    found = suite.labels_of(spec).get(index)
-    return index, None if found is None else str(found)
+    index = suite.feature(spec, text) if index is None else index
+    label = suite.labels_of(spec).get(index)
+    return index, None if label is None else str(label)
 
 
 def _model(spec: SaeSpec, backend: Any) -> Any:

@@ -158,9 +158,9 @@ class Question:
         names = [n for n in ("clean", "corrupt", *reads) if n != optional or self._own(n)]
         counts = [len(self._own(name)) for name in names]
         if len(set(counts)) > 1:
-            found = ", ".join(f"{n} --{name}" for n, name in zip(counts, names, strict=True))
+            numbers = ", ".join(f"{n} --{name}" for n, name in zip(counts, names, strict=True))
             raise TaskError(
-                f"There are {found}", fix=f"one of each for every prompt: --{' --'.join(names)}"
+                f"There are {numbers}", fix=f"one of each for every prompt: --{' --'.join(names)}"
             )
 
     def _own(self, name: str) -> list[str]:
@@ -273,29 +273,29 @@ def _bundled_device(device: str) -> str:
     return "cpu" if device == "auto" else device
 
 
-def check_out(path: Path | None, what: str = "--out") -> None:
+def check_out(path: Path | None, option: str = "--out") -> None:
     """Refuses a place that cannot be written to, before any work is done.
 
     Args:
         path: The file or folder to be written; None for none.
-        what: The option.
+        option: The option.
 
     Raises:
         MissingFileError: It lies in a folder that does not exist.
     """
     if path is not None and not path.expanduser().parent.is_dir():
         raise MissingFileError(
-            f"There is no folder {str(path.parent)!r} for {what} {str(path)!r}",
-            fix=f"make the folder, or {what} {path.name}",
+            f"There is no folder {str(path.parent)!r} for {option} {str(path)!r}",
+            fix=f"make the folder, or {option} {path.name}",
         )
 
 
-def refuse_dictionaries(what: str, call: str) -> None:
+def refuse_dictionaries(option: str, call: str) -> None:
     """Says that features are for Python.
 
     Raises:
         TaskError: Always.
     """
     raise TaskError(
-        f"{what} needs dictionaries, which this command does not load", fix=f"in Python, {call}"
+        f"{option} needs dictionaries, which this command does not load", fix=f"in Python, {call}"
     )

@@ -176,13 +176,13 @@ def parse_targets(text: str | None) -> list[Any] | None:
     """
     if text is None:
         return None
-    found: list[Any] = []
+    targets: list[Any] = []
     for part in (each.strip() for each in text.split(",")):
         word, dash, other = (each.strip() for each in part.partition("-"))
         if not word or (dash and not other):
             raise TaskError(f"--targets {text!r} has a part without a word", fix="--targets a,b-c")
-        found.append((word, other) if dash else word)
-    return found
+        targets.append((word, other) if dash else word)
+    return targets
 
 
 def _check_prompt(prompt: str | None, task: str | None, row: int, model: str) -> None:
@@ -323,8 +323,8 @@ def _report(request: _Request, graph: Graph) -> list[str]:
 
 
 def _explained(graph: Graph) -> list[tuple[str, float]]:
-    own = graph.nodes.iloc[graph.targets]
-    return list(zip(own["label"], own["weight"], strict=True))
+    targets = graph.nodes.iloc[graph.targets]
+    return list(zip(targets["label"], targets["weight"], strict=True))
 
 
 def _write_json(path: Path, request: _Request, graph: Graph) -> None:

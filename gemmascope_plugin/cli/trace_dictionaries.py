@@ -29,13 +29,13 @@ _MAX_PATTERNS = 3
 """Of names that a command lists; beyond that one pattern for any L0."""
 
 
-def dictionaries(model: str, transcoders: str | None, **given: Any) -> list[SaeSpec]:
+def dictionaries(model: str, transcoders: str | None, **filters: Any) -> list[SaeSpec]:
     """One dictionary for every layer, or one of all.
 
     Args:
         model: Name of the model.
         transcoders: A release, or ``transcoder`` or ``clt``.
-        given: Other arguments of ``find``.
+        filters: Other arguments of ``find``.
 
     Raises:
         UnknownNameError: None that match.
@@ -43,14 +43,14 @@ def dictionaries(model: str, transcoders: str | None, **given: Any) -> list[SaeS
     """
     named = transcoders or _DEFAULTS.get(model, "transcoder")
     kind = {"kind" if named in _KINDS else "release": named}
-    specs = list(search(model=model, **kind, **given))
+    specs = list(search(model=model, **kind, **filters))
     clts = [spec for spec in specs if spec.kind == "clt"]
     first = [spec for spec in specs if spec.layer == specs[0].layer]
     several = clts if len(clts) > 1 else first if not clts and len(first) > 1 else []
     if several:
-        what = "as a CLT" if clts else f"for layer {first[0].layer}"
+        place = "as a CLT" if clts else f"for layer {first[0].layer}"
         raise AmbiguousSpecError(
-            f"{len(several)} dictionaries match {what}",
+            f"{len(several)} dictionaries match {place}",
             exists=shorten((f"{s.release} {s.sae_id}" for s in several), 4),
             fix=_narrower(specs),
         )

@@ -66,9 +66,9 @@ def train_command(
 
     A tree has --set levels=[64,256], a crosscoder or CLT --set layers=[0,1,2] and no --layer.
     """
-    given: dict[str, Any] = {"site": site, "layer": layer, "architecture": architecture}
-    given |= {"d_sae": d_sae, "steps": steps}
-    values = {name: value for name, value in given.items() if value is not None}
+    options: dict[str, Any] = {"site": site, "layer": layer, "architecture": architecture}
+    options |= {"d_sae": d_sae, "steps": steps}
+    values = {name: value for name, value in options.items() if value is not None}
     values |= _settings(settings or [])
     spec = _resumed(out, values, preset) if resume else _spec(model, values, preset)
     text = _text(corpus, model)
@@ -180,8 +180,8 @@ def _model(name: str, backend: str, device: str) -> Any:
 
 def _report(sae: Any, spec: TrainSpec, out: Path) -> list[str]:
     """What came out, and how to load it."""
-    known = sae.cfg.metadata
-    read, written = known.hook_name, known.hook_name_out or known.hook_name
+    metadata = sae.cfg.metadata
+    read, written = metadata.hook_name, metadata.hook_name_out or metadata.hook_name
     route = read if read == written else f"{read} -> {written}"
     if spec.layers:
         route += f" and the same of layers {', '.join(map(str, spec.layers[1:]))}"
@@ -190,7 +190,7 @@ def _report(sae: Any, spec: TrainSpec, out: Path) -> list[str]:
     exported = str(parameters[0].parent) if parameters else "no form in Gemma Scope's layout"
     pairs = [
         ("trained", f"{spec.architecture} of {spec.d_sae} features at {route}, {spec.steps} steps"),
-        ("measured", f"L0 {known.l0:.2f}, FVU {known.fvu:.4f}, excluded {excluded}"),
+        ("measured", f"L0 {metadata.l0:.2f}, FVU {metadata.fvu:.4f}, excluded {excluded}"),
         ("SAELens", str(out / "final")),
         ("export", exported),
         ("metrics", str(out / "metrics.jsonl")),

@@ -123,8 +123,8 @@ class TinySuite:
         Raises:
             UnknownNameError: No such site or layer.
         """
-        given = _SUITES.get(site, {"site": site, "kind": "sae", "variant": "plain"})
-        return load(find(model=MODEL, layer=layer, **given).one(), **self._place())
+        filters = _SUITES.get(site, {"site": site, "kind": "sae", "variant": "plain"})
+        return load(find(model=MODEL, layer=layer, **filters).one(), **self._place())
 
     def _place(self) -> dict[str, Any]:
         return {"device": self.device, "dtype": self.dtype}
@@ -157,13 +157,13 @@ class TinySuite:
         Raises:
             UnknownNameError: A dictionary is not one of this suite.
         """
-        found = {}
+        texts = {}
         for sae in saes:
             labels = self.labels_of(sae)
             metadata = sae.cfg.metadata
             hook = metadata.hook_name_out or metadata.hook_name
-            found[hook] = {feature: label.concept for feature, label in labels.items()}
-        return found
+            texts[hook] = {feature: label.concept for feature, label in labels.items()}
+        return texts
 
     def feature(self, sae: Any, concept: str) -> int:
         """The feature whose label is ``concept``, the best one if there are several.
@@ -176,16 +176,16 @@ class TinySuite:
                 f"{describe(concept)} is not a concept", fix="suite.feature(sae, concept)"
             )
         labels = self.labels_of(sae)
-        found = [i for i, label in labels.items() if label.concept == concept]
-        if not found:
-            known = sorted({label.concept for label in labels.values()})
+        features = [i for i, label in labels.items() if label.concept == concept]
+        if not features:
+            concepts = sorted({label.concept for label in labels.values()})
             raise UnknownNameError(
                 f"No feature is labelled {concept!r}",
-                exists=f"{len(known)} concepts",
-                nearest=nearest(concept, known),
+                exists=f"{len(concepts)} concepts",
+                nearest=nearest(concept, concepts),
                 fix="suite.labels_of(sae)",
             )
-        return max(found, key=lambda i: labels[i].f1)
+        return max(features, key=lambda i: labels[i].f1)
 
     def __repr__(self) -> str:
         tasks = ", ".join(TASK_NAMES)

@@ -234,8 +234,8 @@ def add_nodes(
     """One trace per kind; where nodes have weights, pointing at one says it."""
     against = np.zeros(len(labels), dtype=bool) if weights is None else weights < 0
     says = [""] * len(labels) if weights is None else [f": {weight:.4g}" for weight in weights]
-    known = list(dict.fromkeys(kinds))
-    for i, kind in enumerate(known):
+    distinct = list(dict.fromkeys(kinds))
+    for i, kind in enumerate(distinct):
         row = [int(node) for node in drawn if kinds[node] == kind]
         if not row:
             continue

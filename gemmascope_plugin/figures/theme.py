@@ -46,12 +46,12 @@ class FigureInputError(GemmaScopeError):
     """Values and labels that do not fit together."""
 
 
-def check_length(what: str, got: int, want: int, want_what: str) -> None:
+def check_length(noun: str, n: int, wanted: int, per: str) -> None:
     """Raise unless there is one of ``what`` for each ``want_what``."""
-    if got != want:
+    if n != wanted:
         raise FigureInputError(
-            f"{got} {what} were given for {want} {want_what}",
-            fix=f"give one of {what} for each of {want_what}",
+            f"{n} {noun} were given for {wanted} {per}",
+            fix=f"give one of {noun} for each of {per}",
         )
 
 

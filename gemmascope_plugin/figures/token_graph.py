@@ -97,8 +97,8 @@ def _places(
     centres = right - (widths + _GAP) / 2
     places = np.full((len(layers), 2), np.nan)
     for i in range(len(sizes)):
-        own = drawn[cell == i]
-        offset = np.arange(len(own)) - (len(own) - 1) / 2
-        places[own, 0] = centres[positions[own]] + offset
-        places[own, 1] = layers[own]
+        members = drawn[cell == i]
+        offset = np.arange(len(members)) - (len(members) - 1) / 2
+        places[members, 0] = centres[positions[members]] + offset
+        places[members, 1] = layers[members]
     return places, centres

@@ -43,13 +43,13 @@ def dictionary_scores(
     model: HookedModel, sae: Any, tokens: Int[torch.Tensor, "document pos"]
 ) -> dict[str, float]:
     """L0, FVU, share of the ablation loss, dead share of one dictionary."""
-    found = measure(model, sae, tokens, batch=128, n_positions=0)
+    measures = measure(model, sae, tokens, batch=128, n_positions=0)
     return {
-        "l0": found.l0,
-        "fvu": found.fvu,
-        "delta_loss_share": found.losses.share_of_zero,
-        "dead_share": found.dead_share,
-        "loss": found.losses.clean,
-        "loss_spliced": found.losses.spliced,
-        "loss_zeroed": found.losses.zeroed,
+        "l0": measures.l0,
+        "fvu": measures.fvu,
+        "delta_loss_share": measures.losses.share_of_zero,
+        "dead_share": measures.dead_share,
+        "loss": measures.losses.clean,
+        "loss_spliced": measures.losses.spliced,
+        "loss_zeroed": measures.losses.zeroed,
     }

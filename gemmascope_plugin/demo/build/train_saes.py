@@ -119,9 +119,9 @@ def train_dictionaries(
         specs.setdefault(spec.release, []).append(spec)
         key = f"{spec.release}/{spec.sae_id}"
         scores[key] = dictionary_scores(model, sae, held_out.tokens)
-        found = label_corpus(model, sae, held_out)
-        labels[key] = labels_to_json(found)
-        scores[key]["labelled_features"] = len(found)
+        rows = label_corpus(model, sae, held_out)
+        labels[key] = labels_to_json(rows)
+        scores[key]["labelled_features"] = len(rows)
         print(key, {name: round(value, 4) for name, value in scores[key].items()}, flush=True)
     for release in specs:
         tables.dump_release(specs[release])
@@ -138,9 +138,9 @@ def train_dictionaries(
 def _add_labels(path: Path, labels: dict[str, dict[str, list[Any]]]) -> None:
     """Puts labels beside those of the releases that were not trained now."""
     releases = {key.partition("/")[0] for key in labels}
-    known = read_json(path) if path.exists() else {}
-    kept = {key: rows for key, rows in known.items() if key.partition("/")[0] not in releases}
-    write_json(path, kept | labels)
+    rows_before = read_json(path) if path.exists() else {}
+    others = {key: rows for key, rows in rows_before.items() if key.partition("/")[0] not in releases}
+    write_json(path, others | labels)
 
 
 def _train_plain(
@@ -166,13 +166,13 @@ def _train_plain(
 def _train_further(
     model: HookedModel, train: torch.Tensor, held_out: Corpus, suite: SuiteRecipe, out: Path
 ) -> Iterator[Trained]:
-    given = {
+    specs = {
         (release, layer): preset_spec("quick", {"layer": layer, **suite.quick, **fields})
         for release, fields in suite.further.items()
         for layer in range(model.cfg.n_layers)
     }
-    saes = train_many(model, list(given.values()), train)
-    for ((release, layer), asked), sae in zip(given.items(), saes.values(), strict=True):
+    saes = train_many(model, list(specs.values()), train)
+    for ((release, layer), asked), sae in zip(specs.items(), saes.values(), strict=True):
         kind: Kind = "transcoder" if "transcoder" in asked.architecture else "sae"
         site: Site = "mlp" if kind == "transcoder" else "res"
         l0 = _held_out_l0(model, held_out, weights_of(sae), asked.hooks(kind)[0])
