@@ -11,13 +11,11 @@ import typer
 from typer.core import TyperGroup
 
 import gemmascope_plugin
+from gemmascope_plugin.cli.catalog_commands import find_command, info_command, refresh_command
 from gemmascope_plugin.cli.demo import demo_command
 from gemmascope_plugin.cli.discover_command import discover_command
 from gemmascope_plugin.cli.doctor import doctor_command
-from gemmascope_plugin.cli.find_command import find_command
-from gemmascope_plugin.cli.info import info_command
 from gemmascope_plugin.cli.patch import patch_command
-from gemmascope_plugin.cli.refresh_command import refresh_command
 from gemmascope_plugin.cli.steer import steer_command
 from gemmascope_plugin.cli.trace_command import trace_command
 from gemmascope_plugin.cli.train_command import train_command

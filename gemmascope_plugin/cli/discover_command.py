@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from gemmascope_plugin.cli.find_command import table
+from gemmascope_plugin.cli.catalog_commands import table
 from gemmascope_plugin.cli.task_options import (
     BUNDLED,
     Answer,

@@ -21,7 +21,7 @@ import typer
 
 from gemmascope_plugin.catalog.environment import asked_to_stay_offline
 from gemmascope_plugin.catalog.site_names import human_size
-from gemmascope_plugin.cli.find_command import table
+from gemmascope_plugin.cli.catalog_commands import table
 
 Status = Literal["ok", "note", "problem"]
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
-from gemmascope_plugin.cli.find_command import (
+from gemmascope_plugin.cli.catalog_commands import (
     Affine,
     Kind,
     Layer,

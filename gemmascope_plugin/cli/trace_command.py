@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from gemmascope_plugin.cli.find_command import Affine, Level, Width, table
+from gemmascope_plugin.cli.catalog_commands import Affine, Level, Width, table
 from gemmascope_plugin.cli.task_options import (
     BUNDLED,
     BackendName,

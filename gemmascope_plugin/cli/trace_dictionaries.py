@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gemmascope_plugin.catalog.site_names import human_size
-from gemmascope_plugin.cli.find_command import search
+from gemmascope_plugin.cli.catalog_commands import search
 from gemmascope_plugin.cli.task_options import BUNDLED
 from gemmascope_plugin.errors import AmbiguousSpecError, MissingFileError, shorten
 

@@ -22,7 +22,7 @@ from gemmascope_plugin.causes import (
     probability,
 )
 from gemmascope_plugin.circuits import Scores, discover, evaluate
-from gemmascope_plugin.demo.build.concept_labels import Label
+from gemmascope_plugin.demo.build.measure_suite import Label
 from gemmascope_plugin.demo.tasks import make_task
 from gemmascope_plugin.demo.tiny_suite import TinySuite
 from gemmascope_plugin.features import Features

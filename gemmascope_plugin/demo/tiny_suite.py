@@ -19,7 +19,7 @@ from gemmascope_plugin.demo.assets import (
     SUITE_FILE,
     read_json,
 )
-from gemmascope_plugin.demo.build.concept_labels import Label, labels_from_json
+from gemmascope_plugin.demo.build.measure_suite import Label, labels_from_json
 from gemmascope_plugin.demo.tasks import TASK_NAMES, make_task
 from gemmascope_plugin.dtypes import as_device, as_dtype
 from gemmascope_plugin.errors import (

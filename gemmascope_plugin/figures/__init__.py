@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from gemmascope_plugin.figures.bars import bars
-from gemmascope_plugin.figures.curves import curves
-from gemmascope_plugin.figures.heatmap import heatmap
+from gemmascope_plugin.figures.charts import bars, curves, heatmap
 from gemmascope_plugin.figures.page import figure_fragment, frame_html
 from gemmascope_plugin.figures.theme import PAGE_CSS, FigureInputError
 from gemmascope_plugin.figures.token_text import token_rows_html, tokens_html

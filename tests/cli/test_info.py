@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from gemmascope_plugin.catalog import find, get
 from gemmascope_plugin.cli.app import app
-from gemmascope_plugin.cli.info import card_lines
+from gemmascope_plugin.cli.catalog_commands import card_lines
 
 SKIP = ("gemma-scope-2-4b-it-transcoders-all", "layer_9_width_262k_l0_small_affine")
 

@@ -24,11 +24,17 @@ from typing import Any
 import torch
 
 from gemmascope_plugin.causes.builtin import SPLITS
-from gemmascope_plugin.demo.assets import ASSETS, MODEL_FOLDER, SUITE_FILE, read_json, write_json
+from gemmascope_plugin.demo.assets import (
+    ASSETS,
+    MODEL_FOLDER,
+    SUITE_FILE,
+    read_json,
+    save_tokenizer,
+    write_json,
+)
 from gemmascope_plugin.demo.build.measure_suite import task_scores
 from gemmascope_plugin.demo.build.train_model import ModelRecipe, save_model, train_model
 from gemmascope_plugin.demo.build.train_saes import train_dictionaries
-from gemmascope_plugin.demo.word_tokenizer import save_tokenizer
 from gemmascope_plugin.models import load_model
 
 COMMAND = "python -m gemmascope_plugin.demo.build"

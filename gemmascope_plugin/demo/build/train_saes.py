@@ -28,9 +28,14 @@ from gemmascope_plugin.catalog import site_names as sites
 from gemmascope_plugin.catalog.site_names import Gain
 from gemmascope_plugin.catalog.spec import BUNDLED_PREFIX
 from gemmascope_plugin.demo.assets import LABELS_FILE, MODEL_FOLDER, read_json, write_json
-from gemmascope_plugin.demo.build.concept_labels import Label, label_features, labels_to_json
 from gemmascope_plugin.demo.build.corpus import Corpus, make_corpus
-from gemmascope_plugin.demo.build.measure_suite import EXCLUDE, dictionary_scores
+from gemmascope_plugin.demo.build.measure_suite import (
+    EXCLUDE,
+    Label,
+    dictionary_scores,
+    label_features,
+    labels_to_json,
+)
 from gemmascope_plugin.loading import load
 from gemmascope_plugin.loading.export import export
 from gemmascope_plugin.loading.npz import write_npz
@@ -139,7 +144,9 @@ def _add_labels(path: Path, labels: dict[str, dict[str, list[Any]]]) -> None:
     """Puts labels beside those of the releases that were not trained now."""
     releases = {key.partition("/")[0] for key in labels}
     rows_before = read_json(path) if path.exists() else {}
-    others = {key: rows for key, rows in rows_before.items() if key.partition("/")[0] not in releases}
+    others = {
+        key: rows for key, rows in rows_before.items() if key.partition("/")[0] not in releases
+    }
     write_json(path, others | labels)
 
 

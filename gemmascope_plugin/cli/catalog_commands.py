@@ -1,6 +1,11 @@
-"""``gemmascope find``: the dictionaries that match, as an aligned table or as JSON.
+"""Commands that read the catalog: no torch, no pandas.
 
-Reads the catalog only: no torch, no pandas, no network. Cost: one pass over the catalog.
+``find``      the dictionaries that match, as an aligned table or as JSON
+``info``      everything that the catalog knows of one dictionary, and the line that loads it
+``refresh``   lists the repositories on the hub and corrects the catalog of this user; it needs a network,
+              downloads no file, and ``--clear`` goes back to the tables of the package
+
+Cost: one pass over the catalog.
 """
 
 from __future__ import annotations
@@ -133,3 +138,75 @@ def _number_or_word(text: str | None) -> str | float | tuple[float, float] | Non
         return float(low), float(high)
     except ValueError:
         return text
+
+
+def info_command(
+    release: Annotated[str | None, typer.Argument(help="Name of the release.")] = None,
+    sae_id: Annotated[str | None, typer.Argument(help="Id in the release.")] = None,
+    model: Model = None,
+    site: Site = None,
+    layer: Layer = None,
+    width: Width = None,
+    l0: Level = None,
+    kind: Kind = None,
+    affine: Affine = None,
+    variant: Variant = None,
+    provenance: Provenance = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show one dictionary: RELEASE SAE_ID, or arguments of find that match one."""
+    from gemmascope_plugin.catalog import get
+
+    if release is not None and sae_id is not None:
+        spec = get(release, sae_id)
+    else:
+        spec = search(
+            model=model,
+            site=site,
+            layer=layer,
+            width=width,
+            l0=l0,
+            kind=kind,
+            release=release,
+            affine=affine,
+            variant=variant,
+            provenance=provenance,
+        ).one()
+    if as_json:
+        typer.echo(json.dumps({**spec.to_dict(), "url": spec.url}, indent=2))
+        return
+    for line in card_lines(spec):
+        typer.echo(line)
+
+
+def card_lines(spec: SaeSpec) -> list[str]:
+    """The card of a dictionary as lines of text."""
+    pairs = [*spec.facts(), ("load with", load_line(spec))]
+    indent = max(len(name) for name, _ in pairs) + 2
+    title = f"{spec.release} {spec.sae_id}"
+    return [title, *(f"  {name.ljust(indent)}{text}" for name, text in pairs)]
+
+
+def load_line(spec: SaeSpec) -> str:
+    """The line of Python that loads a dictionary."""
+    return f'gemmascope_plugin.load(("{spec.release}", "{spec.sae_id}"))'
+
+
+def refresh_command(
+    repos: Annotated[
+        list[str] | None, typer.Argument(help="Repositories; all of the catalog by default.")
+    ] = None,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Forget what earlier runs found; needs no network.")
+    ] = False,
+) -> None:
+    """Confirm or correct the catalog by what the repositories hold."""
+    from gemmascope_plugin.catalog.refresh import COLUMNS, forget, refresh
+
+    if clear:
+        typer.echo("forgotten" if forget() else "there was nothing to forget")
+        return
+    report = refresh(repos=repos or None)
+    for line in table(COLUMNS, report.rows(), right=COLUMNS[1:]):
+        typer.echo(line)
+    typer.echo(f"\nwritten to {report.path}")
