@@ -45,8 +45,8 @@ class Block:
 def read_blocks(text: str) -> list[Block]:
     """All fenced blocks in order."""
     return [
-        Block(found["mark"] or "", found["language"], found["body"])
-        for found in _FENCE.finditer(text)
+        Block(fence["mark"] or "", fence["language"], fence["body"])
+        for fence in _FENCE.finditer(text)
     ]
 
 
@@ -63,8 +63,8 @@ def check_bash(blocks: list[Block]) -> list[str]:
     bash = [block for block in blocks if block.language in {"bash", "sh", "shell", "console"}]
     problems = []
     if sorted(block.mark for block in bash) != sorted(MARKS):
-        found = [block.mark or "no mark" for block in bash]
-        problems.append(f"want exactly two bash blocks marked {MARKS}, found {found}")
+        marks = [block.mark or "no mark" for block in bash]
+        problems.append(f"want exactly two bash blocks marked {MARKS}, found {marks}")
     for block in bash:
         if len(block.lines) != 1:
             problems.append(f"block {block.mark!r} has {len(block.lines)} command lines, want one")
