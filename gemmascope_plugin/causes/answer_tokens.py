@@ -26,15 +26,7 @@ Answers = str | SupportsIndex | Iterable[Any]
 
 
 def answer_list(what: str, answers: Any) -> list[Answer]:
-    """One entry per prompt, ids as plain integers; a single answer is that of one prompt.
-
-    Args:
-        what: ``answer`` or ``wrong``, for the error.
-        answers: Words, ids, sets of them, in lists, arrays or tensors.
-
-    Raises:
-        TaskError: Something that is neither a word nor an id.
-    """
+    """One entry per prompt, ids as plain integers; a single answer is that of one prompt."""
     single = _single(answers)
     if single is not None:
         return [single]
@@ -83,18 +75,7 @@ class TokenSets:
         entries: Sequence[Answer],
         prompts: Sequence[Any] | None = None,
     ) -> TokenSets:
-        """Words and ids as ids of this model.
-
-        Args:
-            model: The model.
-            entries: Words and ids of each prompt.
-            prompts: What stands before them, as text or ids.
-
-        Raises:
-            TaskError: A prompt has no answer.
-            UnknownNameError: A word is not a single token, or may be two of them; or an id is outside
-                the vocabulary.
-        """
+        """Words and ids as ids of this model."""
         sets = [[e] if isinstance(e, str | int) else list(e) for e in entries]
         width = max(len(choices) for choices in sets)
         ids = torch.zeros(len(sets), width, dtype=torch.long)

@@ -10,15 +10,7 @@ from gemmascope_plugin.models.check_model import describe, with_call
 
 
 def check_task(task: Any, call: str = "") -> None:
-    """Refuses what is not a task.
-
-    Args:
-        task: What was given.
-        call: How the function is called, for the error.
-
-    Raises:
-        InputError: Something else, with what to type.
-    """
+    """Refuses what is not a task."""
     if isinstance(task, Task):
         return
     if isinstance(task, str):

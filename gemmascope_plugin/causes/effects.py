@@ -205,11 +205,7 @@ class Effects(LabelledValues):
 
 
 def check_effects(effects: Any, call: str = "") -> None:
-    """Refuses what is not the result of patching nodes, exactly or by attribution.
-
-    Raises:
-        InputError: Something else, with what to type.
-    """
+    """Refuses what is not the result of patching nodes, exactly or by attribution."""
     if isinstance(effects, Effects) and effects.metadata.get("component") in COMPONENTS:
         return
     text = repr(effects) if isinstance(effects, Effects) else describe(effects)

@@ -107,11 +107,7 @@ def _plain(label: Any) -> Any:
 
 
 def _label(kind: str, entry: Any) -> Any:
-    """The inverse of ``_plain``.
-
-    Raises:
-        ValueError: Something else; also TypeError.
-    """
+    """The inverse of ``_plain``."""
     if kind in ("number", "text"):
         if type(entry) is not {"number": int, "text": str}[kind]:
             raise ValueError(f"the label {entry!r} is not a {kind}")

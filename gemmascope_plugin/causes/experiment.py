@@ -94,11 +94,7 @@ class Experiment:
 
 
 def _order(replacement: str, seed: int | None) -> int:
-    """The seed of the order in which prompts are resampled.
-
-    Raises:
-        TaskError: Nothing is drawn.
-    """
+    """The seed of the order in which prompts are resampled."""
     if seed is not None and replacement != "resample":
         raise TaskError(
             f"seed plays no part in replacement={replacement!r}, which draws nothing",
@@ -124,13 +120,6 @@ def experiment(
 
     ``choice`` says what is patched, and what separately; where no features are chosen, they are all that
     the replacement changes. Without a limit all prompts go in one pass.
-
-    Raises:
-        TaskError: Prompts that cannot be compared, a metric that does not tell them apart, or a
-            replacement that the component or the prompts do not allow.
-        GemmaScopeError: A memory budget that is too small.
-        UnknownNameError: An unknown component, mode, replacement, axis or coordinate, or features
-            without dictionaries.
     """
     check_choice("component", component, COMPONENTS)
     check_choice("mode", mode, get_args(Direction))
@@ -298,12 +287,6 @@ def _agree(
     """Makes two runs equal to the last bit where they must be: before their prompts differ.
 
     Rounding depends on the machine and on what else is in a batch; whether a node changes must not.
-
-    Args:
-        x: Activations of one run, changed in place.
-        here: Those of the other.
-        n_shared: Tokens that both have, by prompt.
-        axis: Of positions, in one prompt's.
     """
     for row, shared in enumerate(n_shared):
         x[row].narrow(axis, 0, shared).copy_(here[row].narrow(axis, 0, shared))
@@ -315,11 +298,7 @@ def _differing(
     other: Mapping[str, torch.Tensor],
     mask: Bool[torch.Tensor, "prompt pos"],
 ) -> list[FeatureId]:
-    """Features that the replacement changes at any token; all others have no effect.
-
-    Raises:
-        EmptySelectionError: No feature differs.
-    """
+    """Features that the replacement changes at any token; all others have no effect."""
     found = []
     for name in sites:
         hook = acts_hook(name)

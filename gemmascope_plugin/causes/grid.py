@@ -49,18 +49,16 @@ class Choice:
         return getattr(self, names[dim])
 
     def coordinates(self) -> dict[str, tuple[int, ...] | None]:
-        """What is chosen along the dimensions of the model, as plain numbers."""
+        """What is chosen along the dimensions of the model, as plain numbers.
+
+        ``noun`` says what they count, e.g. ``"layer"``, for errors.
+        """
         names = ("layers", "heads", "positions", "neurons")
         numbers = {name: as_indices(getattr(self, name)) for name in names}
         return {name: None if chosen is None else tuple(chosen) for name, chosen in numbers.items()}
 
     def axes_of(self, component: str) -> tuple[str, ...]:
-        """The named axes, checked.
-
-        Raises:
-            UnknownNameError: An axis that the component does not have, or one named twice.
-            EmptySelectionError: No axis.
-        """
+        """The named axes, checked."""
         known = COMPONENTS[component]
         if self.axes is None:
             axes = tuple(a for a in known.axes if a != "pos" or self.per_position)
@@ -90,11 +88,7 @@ class Choice:
         return axes
 
     def check(self, component: str) -> None:
-        """Refuses choices that the component has no use for.
-
-        Raises:
-            UnknownNameError: Heads, neurons, features or layers of a component that has none.
-        """
+        """Refuses choices that the component has no use for."""
         known = COMPONENTS[component]
         has_layers = known.place is not None
         offered = {
@@ -112,17 +106,7 @@ class Choice:
 
 
 def component_grid(component: str, choice: Choice, sizes: Mapping[str, int]) -> Grid:
-    """The patches of a component of the model itself.
-
-    Args:
-        component: Its name.
-        choice: What is patched separately, and what at all.
-        sizes: Number of layers, heads, positions and neurons.
-
-    Raises:
-        UnknownNameError: An axis, layer, head, position or neuron that does not exist.
-        EmptySelectionError: An empty list of them.
-    """
+    """The patches of a component of the model itself."""
     known = COMPONENTS[component]
     dims = (*([known.place] if known.place else []), *known.dims)
     labels = {dim: coordinates(_WORDS.get(dim, dim), choice.of(dim), sizes[dim]) for dim in dims}
@@ -137,18 +121,7 @@ def component_grid(component: str, choice: Choice, sizes: Mapping[str, int]) -> 
 
 
 def feature_grid(sites: Mapping[str, Any], choice: Choice, n_pos: int) -> Grid:
-    """The patches of features, each at all positions unless ``pos`` is an axis.
-
-    Args:
-        sites: Name to site, of the spliced dictionaries.
-        choice: Features, axes and positions.
-        n_pos: Length of the prompts.
-
-    Raises:
-        EmptySelectionError: No feature is named.
-        UnknownNameError: A site without a spliced dictionary, or a position that does not exist.
-        FeatureIndexError: An index outside its dictionary.
-    """
+    """The patches of features, each at all positions unless ``pos`` is an axis."""
     features = choice.features
     if features is None or not len(features):
         raise EmptySelectionError("No feature is named", fix="features=None for all that differ")
@@ -161,11 +134,7 @@ def feature_grid(sites: Mapping[str, Any], choice: Choice, n_pos: int) -> Grid:
 
 
 def error_grid(sites: Mapping[str, Any], choice: Choice, n_pos: int) -> Grid:
-    """The patches of whole reconstruction errors, one per dictionary site.
-
-    Raises:
-        UnknownNameError: An axis or a position that does not exist.
-    """
+    """The patches of whole reconstruction errors, one per dictionary site."""
     hook = COMPONENTS["error"].hook
 
     def hooks(at: Mapping[str, Any]) -> tuple[str, ...]:
@@ -204,17 +173,7 @@ def _entry(at: At | FeatureId) -> At:
 
 
 def coordinates(what: str, wanted: Sequence[int] | None, size: int) -> tuple[int, ...]:
-    """Coordinates in the given order; all of them when none are named.
-
-    Args:
-        what: What they count, e.g. ``"layer"``.
-        wanted: Which.
-        size: How many there are.
-
-    Raises:
-        EmptySelectionError: An empty list.
-        UnknownNameError: One outside the range, or one named twice.
-    """
+    """Coordinates in the given order; all of them when none are named."""
     if wanted is None:
         return tuple(range(size))
     numbers = as_indices(wanted)

@@ -22,12 +22,7 @@ NamedHooks = list[tuple[str, Callable[..., Any]]]
 
 
 def inserting(chunk: Sequence[Patch], other: Mapping[str, torch.Tensor]) -> NamedHooks:
-    """Hooks that give copy ``j`` of the prompts the patch ``chunk[j]``.
-
-    Args:
-        chunk: One patch per copy.
-        other: What is inserted, by hook name ``[prompt, ...]``.
-    """
+    """Hooks that give copy ``j`` of the prompts the patch ``chunk[j]``."""
     by_hook: dict[str, list[int]] = {}
     for copy, patch in enumerate(chunk):
         for hook in patch.hooks:
@@ -44,14 +39,7 @@ def inserted(
     indices: Sequence[tuple[At, ...]],
     other: Float[torch.Tensor, "prompt ..."],
 ) -> Float[torch.Tensor, "row ..."]:
-    """A copy of ``x`` with patches in some copies of the prompts.
-
-    Args:
-        x: Copies of the prompts, copy after copy.
-        copies: Which copies are patched.
-        indices: Index of each patch; all of them name the same dimensions.
-        other: What is inserted.
-    """
+    """A copy of ``x`` with patches in some copies of the prompts."""
     out = x.clone()
     named = [dim for dim, at in enumerate(indices[0]) if isinstance(at, int)]
     where = [torch.tensor([index[dim] for index in indices], device=x.device) for dim in named]

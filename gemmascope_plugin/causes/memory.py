@@ -39,15 +39,7 @@ STREAM, HEADS, SCORES, MLP, CODES, LOGITS = 8, 8, 4, 4, 3, 4
 
 @dataclass(frozen=True)
 class Limit:
-    """How large a forward pass may be.
-
-    Args:
-        max_rows: Most rows, whatever the memory.
-        memory: Bytes, a text such as ``"2 GB"``, or None for no limit.
-
-    Raises:
-        UnknownNameError: Not a positive number of rows, or no size.
-    """
+    """How large a forward pass may be: rows, and bytes, a text such as ``"2 GB"``, or None."""
 
     max_rows: int
     memory: int | str | None = None
@@ -60,11 +52,7 @@ class Limit:
             )
 
     def rows(self, need: Footprint) -> int:
-        """Rows of a pass.
-
-        Raises:
-            GemmaScopeError: The budget is too small for one row.
-        """
+        """Rows of a pass."""
         budget = parse_size(self.memory)
         if budget is None:
             return self.max_rows
@@ -96,15 +84,7 @@ def footprint(
     hooks: Sequence[str],
     sites: Mapping[str, Any],
 ) -> Footprint:
-    """What a sweep needs, estimated from the sizes of the model.
-
-    Args:
-        model: The model.
-        component: What is patched.
-        bound: The task.
-        hooks: Hooks that are patched.
-        sites: Dictionary sites among them.
-    """
+    """What a sweep needs, estimated from the sizes of the model."""
     cfg, (n_prompts, n_pos) = model.cfg, bound.clean.shape
     codes = [site.d_sae for site in sites.values()]
     patched = _entries(model, component, n_pos, sites)
@@ -126,9 +106,7 @@ def footprint(
 def logits_held(model: HookedModel, bound: BoundTask) -> int:
     """Logits of a row that are alive at once: all of them, in copies, or none that would count.
 
-    Args:
-        model: The model; somebody's hook at its logits is shown all of them.
-        bound: The task, whose metric says whether it reads all.
+    A hook at the logits is shown all of them.
     """
     unembed: Any = model.unembed  # pyright: ignore[reportAttributeAccessIssue]
     if bound.metric.metric.reads_all_logits or has_hooks(unembed.hook_out):

@@ -44,12 +44,7 @@ def table_of(*methods: type[M]) -> Mapping[str, type[M]]:
 
 
 def pick(table: Mapping[str, type[M]], name: str, **options: Any) -> M:
-    """The method of a name, with the options that were given; None stands for what was not.
-
-    Raises:
-        UnknownNameError: An unknown method.
-        TaskError: An option of other methods.
-    """
+    """The method of a name, with the options that were given; None stands for what was not."""
     check_choice("method", name, table)
     chosen = {option: value for option, value in options.items() if value is not None}
     for option in chosen:

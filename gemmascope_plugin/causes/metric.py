@@ -48,15 +48,8 @@ class Metric(ABC):
     ) -> BoundMetric:
         """Turns words into ids of this model.
 
-        Args:
-            model: The model.
-            n_prompts: Prompts of the task.
-            prompts: Their tokens up to where they are asked, which decide between a word with and
-                without a space in front.
-
-        Raises:
-            TaskError: The number of answers differs from the number of prompts.
-            UnknownNameError: A word is not a single token, or an id is outside the vocabulary.
+        The prompts' tokens up to where they are asked decide between a word with and without a space
+        in front.
         """
 
     @abstractmethod
@@ -68,14 +61,7 @@ class Metric(ABC):
         return replace(self, position=_taken(self.position, index))
 
     def positions(self, lengths: Int[torch.Tensor, " prompt"]) -> Int[torch.Tensor, " prompt"]:
-        """Where each prompt is asked, from its start.
-
-        Args:
-            lengths: Tokens of each prompt.
-
-        Raises:
-            TaskError: Not one position per prompt, or one outside its prompt.
-        """
+        """Where each prompt is asked, from its start."""
         given = self.position
         wanted = [given] * len(lengths) if isinstance(given, int) else list(given)
         if len(wanted) != len(lengths):
@@ -150,11 +136,7 @@ class BoundMetric:
     """Rows that a prompt has become, next to each other; their mean is the prompt's metric."""
 
     def places(self, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows and positions that are read.
-
-        Args:
-            n_rows: Rows of a run, copies of the prompts.
-        """
+        """Rows and positions that are read."""
         assert self.at is not None
         rows = torch.arange(n_rows, device=self.at.device)
         return rows, self.at[rows % len(self.at)]

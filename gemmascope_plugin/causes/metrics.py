@@ -125,11 +125,7 @@ class Custom(Metric):
         return BoundMetric(self, n_prompts)
 
     def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
-        """What the function says.
-
-        Raises:
-            TaskError: It does not give one number per prompt.
-        """
+        """What the function says."""
         logits = said.all().float()
         value = self.fn(logits, bound.prompts)
         if not isinstance(value, torch.Tensor) or value.shape != logits.shape[:1]:
@@ -246,11 +242,7 @@ def kl_divergence(*, position: Position = -1, before_cap: bool = False) -> KLDiv
 
 
 def _check_function(fn: Any, call: str = "") -> None:
-    """Refuses what cannot be called.
-
-    Raises:
-        TaskError: See above.
-    """
+    """Refuses what cannot be called."""
     if not callable(fn):
         raise TaskError(
             f"{describe(fn)} is not a function", fix=f"{call}, of logits [prompt, d_vocab]"

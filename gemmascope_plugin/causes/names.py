@@ -112,13 +112,7 @@ def reader_of(name: Named, edges: EdgeMap | None = None) -> Reader | Stream:
 def edges_of(pairs: Any, edges: EdgeMap) -> list[tuple[int, int]]:
     """Row and column of edges, each given as its two ends.
 
-    Args:
-        pairs: Writer and reader of each, by name or as nodes: ``("L1H3", "MLP2")``.
-        edges: Those of the model.
-
-    Raises:
-        InputError: Something that is not a sequence of pairs.
-        UnknownNameError: An end that does not exist, or two without an edge between them.
+    Each pair is a writer and a reader, by name or as nodes: ``("L1H3", "MLP2")``.
     """
     if isinstance(pairs, str) or not isinstance(pairs, Iterable):
         raise _not_edges(pairs)

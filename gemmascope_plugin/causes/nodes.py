@@ -66,11 +66,7 @@ class Grid:
     def sums(
         self, products: Mapping[str, Float[torch.Tensor, "prompt ..."]]
     ) -> Float[torch.Tensor, "patch prompt"]:
-        """Sum of a quantity per entry over what each patch covers, prompt by prompt.
-
-        Args:
-            products: Hook name to one number per entry of the activation there.
-        """
+        """Sum of a quantity per entry over what each patch covers, prompt by prompt."""
         sums = []
         for patch in self.patches:
             parts = [_row_sums(patch.entries(products[hook])) for hook in patch.hooks]
@@ -94,11 +90,7 @@ def needs_dictionaries(component: str) -> bool:
 
 @contextmanager
 def patchable(model: HookedModel, component: str, saes: Any) -> Iterator[Any]:
-    """The model itself, or spliced with the error kept when features or errors are to be patched.
-
-    Raises:
-        UnknownNameError: Features or errors are asked for without dictionaries.
-    """
+    """The model itself, or spliced with the error kept when features or errors are to be patched."""
     if not needs_dictionaries(component):
         yield model
         return

@@ -105,18 +105,8 @@ def replayed(
 ) -> Iterator[Part]:
     """The parts of a task, made one after the other.
 
-    Args:
-        runner: The model, or the model with dictionaries spliced in.
-        bound: The task.
-        base: Tokens of the run that will be run again.
-        other: Those of the other run.
-        rows: Prompts of a part at most.
-        here: Points whose activations in the base run are kept.
-        there: Points whose activations in the other run are kept, some of ``here``.
-        whole: Whether something else than the other tokens may differ before the first of them.
-
-    Raises:
-        HookNotFiredError: A point that no pass reaches.
+    Activations at ``here`` in the base run and at ``there``, some of them, in the other run are kept.
+    ``whole`` says that something else than the other tokens may differ before the first of them.
     """
     model = model_of(runner)
     plain = runner is model and replayable([*here, *there])
@@ -187,13 +177,7 @@ def first_differences(
 
 
 def together(starts: Sequence[int], lengths: Sequence[int], rows: int) -> list[list[int]]:
-    """Prompts that are run together.
-
-    Args:
-        starts: The first position of each that is run.
-        lengths: Where each ends.
-        rows: Prompts together at most.
-    """
+    """Prompts that are run together."""
     groups: list[list[int]] = []
     for i in sorted(range(len(starts)), key=lambda i: (starts[i], lengths[i], i)):
         if groups and len(groups[-1]) < rows:
@@ -214,13 +198,7 @@ def _positions(group: Sequence[int], starts: Sequence[int], lengths: Sequence[in
 def metric_of(
     bound: BoundTask, model: HookedModel, final: Float[torch.Tensor, "ask d_model"]
 ) -> Float[torch.Tensor, " row"]:
-    """The metric of rows, copies of the prompts, from what the unembedding reads.
-
-    Args:
-        bound: The task on these prompts.
-        model: The model.
-        final: Output of the final norm at the asked positions, copy after copy.
-    """
+    """The metric of rows, copies of the prompts, from what the unembedding reads."""
     metric = bound.metric
     out = unembedding(model, before_cap=metric.metric.before_cap)
     each = len(metric.places(len(bound))[0])

@@ -61,17 +61,7 @@ class SequenceLogprob(Metric):
         return replace(self, answer=answer, wrong=wrong)
 
     def rows(self, model: HookedModel, pair: tuple[Any, Any], lengths: Any) -> _Rows:
-        """Clean and corrupted prompts with answers behind them.
-
-        Args:
-            model: The model.
-            pair: Token ids of both, padded behind their ends.
-            lengths: Tokens of each prompt.
-
-        Raises:
-            TaskError: Another number of answers than of prompts, an empty one, or one that would run
-                into the last word of its prompt.
-        """
+        """Clean and corrupted prompts with answers behind them."""
         kinds = [self._ids(model, "answer", self.answer, pair[0], lengths)]
         if self.wrong is not None:
             kinds.append(self._ids(model, "wrong", self.wrong, pair[0], lengths))
@@ -120,11 +110,7 @@ class SequenceLogprob(Metric):
 
 
 def _check_texts(texts: Any, call: str = "") -> None:
-    """Refuses what is not one answer per prompt.
-
-    Raises:
-        TaskError: See above.
-    """
+    """Refuses what is not one answer per prompt."""
     if isinstance(texts, (str, Mapping)) or not isinstance(texts, Sequence):
         raise TaskError(
             f"{describe(texts)} is not one answer per prompt",

@@ -45,11 +45,7 @@ class PValues(NamedTuple):
 
 
 def standard_error(changes: Float[torch.Tensor, "*cell prompt"]) -> Float[torch.Tensor, "*cell"]:
-    """Standard error of the mean over prompts.
-
-    Raises:
-        TaskError: There is one prompt only.
-    """
+    """Standard error of the mean over prompts."""
     _check(changes)
     return changes.double().std(-1) / changes.shape[-1] ** 0.5
 
@@ -57,17 +53,7 @@ def standard_error(changes: Float[torch.Tensor, "*cell prompt"]) -> Float[torch.
 def bootstrap(
     changes: Float[torch.Tensor, "*cell prompt"], n: int, seed: int, level: float
 ) -> Interval:
-    """Percentile interval of the mean over prompts.
-
-    Args:
-        changes: One number per cell and prompt.
-        n: Draws.
-        seed: Of the draws, which are the same for all cells.
-        level: Probability between the bounds.
-
-    Raises:
-        TaskError: There is one prompt only, or the level is not between 0 and 1.
-    """
+    """Percentile interval of the mean over prompts."""
     _check(changes)
     if not 0 < level < 1:
         raise TaskError(f"The level {level} is no probability between 0 and 1", fix="level=0.95")
@@ -87,16 +73,7 @@ def bootstrap(
 
 
 def permutation_test(changes: Float[torch.Tensor, "*cell prompt"], n: int, seed: int) -> PValues:
-    """Sign-flip test that the mean over prompts is 0.
-
-    Args:
-        changes: One number per cell and prompt.
-        n: Sign patterns.
-        seed: Of the patterns, which are the same for all cells.
-
-    Raises:
-        TaskError: There is one prompt only.
-    """
+    """Sign-flip test that the mean over prompts is 0."""
     _check(changes)
     cells = _cells(changes)
     root = cells.pow(2).mean(-1).sqrt()

@@ -28,11 +28,7 @@ _WITHIN = {
 
 
 def written(hook: str) -> int:
-    """The half layer at which the tensor at a hook is complete and in the stream.
-
-    Raises:
-        ModelError: The tensor is not one that is added to the stream.
-    """
+    """The half layer at which the tensor at a hook is complete and in the stream."""
     if hook == "hook_embed":
         return -1
     match = _HOOK.fullmatch(hook)

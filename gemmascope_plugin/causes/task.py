@@ -405,16 +405,7 @@ class BoundTask:
         bwd_hooks: Hooks = (),
         **kwargs: Any,
     ) -> Readout:
-        """What a run with hooks says at the position, or positions, that each row is asked about.
-
-        Args:
-            runner: A model, or one with dictionaries spliced in.
-            tokens: Copies of the prompts, copy after copy, ``[row, pos]``; or what else the runner
-                starts from.
-            fwd_hooks: Functions by hook name.
-            bwd_hooks: The same, on the backward pass.
-            **kwargs: For the forward pass.
-        """
+        """What a run with hooks says at the position, or positions, that each row is asked about."""
         before_cap = self.metric.metric.before_cap
         with (
             hooking(runner, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks)),
@@ -450,11 +441,7 @@ class BoundTask:
         return replace(self, metric=replace(self.metric, reference=reference))
 
     def ends(self, runner: Any) -> dict[str, float]:
-        """Mean metric of both runs, checked to lie apart.
-
-        Raises:
-            TaskError: The metric hardly differs between clean and corrupted prompts.
-        """
+        """Mean metric of both runs, checked to lie apart."""
         with torch.no_grad():
             clean, corrupt = (
                 float(self.measure(runner, tokens).mean()) for tokens in (self.clean, self.corrupt)
@@ -462,17 +449,7 @@ class BoundTask:
         return self.metric_values(clean, corrupt, runner)
 
     def metric_values(self, clean: float, corrupt: float, runner: Any = None) -> dict[str, float]:
-        """Both ends of the scale, checked to be finite and to lie apart.
-
-        Args:
-            clean: Of the clean prompts.
-            corrupt: Of the others.
-            runner: What ran them, to be asked for the cause of a NaN.
-
-        Raises:
-            ModelError: An end is not finite.
-            TaskError: The metric hardly differs between clean and corrupted prompts.
-        """
+        """Both ends of the scale, checked to be finite and to lie apart."""
         check_finite(clean, "The metric of the clean prompts", runner)
         check_finite(corrupt, "The metric of the corrupted prompts", runner)
         if abs(clean - corrupt) < MIN_GAP:

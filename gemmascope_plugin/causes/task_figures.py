@@ -57,13 +57,7 @@ class TaskFigures:
 
 @torch.no_grad()
 def figures_of(model: HookedModel, task: Any, *, batch: int = BATCH) -> TaskFigures:
-    """Runs the clean prompts of a task.
-
-    Args:
-        model: The model.
-        task: The task.
-        batch: Rows in one forward pass.
-    """
+    """Runs the clean prompts of a task."""
     bound, metrics, first = task.bind(model), [], []
     for part in bound.parts(batch):
         said = part.said(model, part.clean)
@@ -77,11 +71,7 @@ def figures_of(model: HookedModel, task: Any, *, batch: int = BATCH) -> TaskFigu
 
 
 def right_prompts(model: HookedModel, task: Any) -> list[int]:
-    """The prompts that a model gets right.
-
-    Raises:
-        TaskError: The metric knows no right and wrong, or none is right.
-    """
+    """The prompts that a model gets right."""
     figures = figures_of(model, task)
     if figures.right is None:
         raise TaskError(

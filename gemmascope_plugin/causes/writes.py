@@ -99,14 +99,7 @@ class Writes:
 def write_deltas(
     anatomy: Anatomy, base: Writes, other: Writes, form: DeltaForm = "exact"
 ) -> Float[torch.Tensor, "row pos writer d_model"]:
-    """How the stream changes if one writer alone changes from the base run to the other.
-
-    Args:
-        anatomy: The model's.
-        base: The run that is patched.
-        other: Where the new values come from.
-        form: How a head's difference goes through the norm after attention.
-    """
+    """How the stream changes if one writer alone changes from the base run to the other."""
     edges = EdgeMap.of(anatomy)
     row, pos, d = base.embed.shape
     out = base.embed.new_empty(row, pos, len(edges.writers), d)
@@ -147,14 +140,8 @@ def replayed_writers(
 ) -> Iterator[tuple[Part, Writes]]:
     """The parts of a task, with what replaces the writers of each.
 
-    Args:
-        runner: The model.
-        bound: The task.
-        tokens: Those of the base run and of the other, of a part of the task.
-        n_layers: The model's layers.
-        replacement: What takes a writer's place.
-        rows: Prompts in one pass for means.
-        size: Prompts of a part at most.
+    ``tokens`` gives those of the base run and of the other, of a part of the task; ``rows`` are the
+    prompts of one pass for means, ``size`` those of a part at most.
     """
     check_choice("replacement", replacement, REPLACEMENTS)
     names, is_other = Writes.hooks(n_layers), replacement == "other"

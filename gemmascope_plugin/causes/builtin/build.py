@@ -85,20 +85,7 @@ class Built(NamedTuple):
 def build_from_template(
     template: Template, model: HookedModel, ask: Callable[..., Any], n: int | None, seed: int
 ) -> Built:
-    """Prompts and a metric from a sentence and lists.
-
-    Args:
-        template: The sentence.
-        model: The model that will be asked.
-        ask: Answers, and wrong ones, to a metric.
-        n: Prompts; None for as many as there are, up to 64.
-        seed: Of the draw.
-
-    Raises:
-        TaskError: Fewer prompts than that, or none, fit the tokenizer.
-        EmptySelectionError: No prompts are asked for.
-        ModelError: The model has no tokenizer.
-    """
+    """Prompts and a metric from a sentence and lists."""
     if n is not None and n < 1:
         raise EmptySelectionError(f"n={n} leaves no prompt", fix="n=64")
     wanted = _MOST if n is None else n
@@ -116,21 +103,7 @@ def build_from_template(
 
 
 def build(name: str, model: HookedModel, *, n: int, split: Split, seed: int) -> Built:
-    """Prompts and a metric of a built-in task.
-
-    Args:
-        name: One of ``TASKS``.
-        model: The model that will be asked.
-        n: Prompts.
-        split: ``train`` or ``held_out``.
-        seed: Of the draw.
-
-    Raises:
-        UnknownNameError: An unknown task or split, or one that the model has no prompts of.
-        EmptySelectionError: No prompts are asked for.
-        TaskError: Fewer prompts than that fit the tokenizer.
-        ModelError: The model has no tokenizer.
-    """
+    """Prompts and a metric of a built-in task."""
     check_choice("task", name, TASKS)
     check_choice("split", split, SPLITS)
     if n < 1:

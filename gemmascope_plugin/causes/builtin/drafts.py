@@ -89,9 +89,7 @@ class Fitted:
     def columns(self, ask: Callable[..., Any]) -> tuple[list[str], list[str], Any]:
         """Clean prompts, corrupted ones and a metric.
 
-        Args:
-            ask: Right and wrong answers of each prompt to a metric; without wrong ones where none has
-                any.
+        The metric gets no wrong answers where no draft has any.
         """
         answers, wrong = [p.answer for p in self.pairs], [p.wrong for p in self.pairs]
         metric = ask(answers, wrong) if any(wrong) else ask(answers)
@@ -99,17 +97,7 @@ class Fitted:
 
 
 def fit(model: HookedModel, drafts: Iterator[Draft], n: int, tries: int) -> Fitted:
-    """The first ``n`` different drafts that fit the tokenizer of a model.
-
-    Args:
-        model: Its tokenizer counts.
-        drafts: In the order in which they are tried.
-        n: How many are wanted.
-        tries: How many are tried at most.
-
-    Raises:
-        ModelError: The model has no tokenizer.
-    """
+    """The first ``n`` different drafts that fit the tokenizer of a model."""
     if model.tokenizer is None:
         raise ModelError(
             "The model has no tokenizer", fix="Task(clean, corrupt, metric) with token ids"
@@ -149,14 +137,7 @@ def _without_repeats(drafts: Iterator[Draft]) -> Iterator[Draft]:
 def too_few(
     fitting: Fitted, n: int, name: str, sides: Sequence[tuple[str, str | None]] = ()
 ) -> TaskError:
-    """What to say where fewer than ``n`` drafts fit.
-
-    Args:
-        fitting: Those that do.
-        n: How many were wanted.
-        name: Of the task, or its sentence.
-        sides: Names and texts of the answers of a template, whose blanks may be missing.
-    """
+    """What to say where fewer than ``n`` drafts fit."""
     reasons = ", ".join(f"{count} for {reason}" for reason, count in fitting.reasons.most_common())
     fix = f"n={len(fitting.pairs)}" if fitting.pairs else "Task.from_template(...), other words"
     bare = [(side, text) for side, text in sides if text and not text[0].isspace()]
@@ -201,13 +182,7 @@ def _is_letter(sign: str) -> bool:
 
 
 def _fitted(draft: Draft, rows: Sequence[list[int]], unknown: int | None) -> Pair | str:
-    """A draft with the ids of its answers, or why it does not fit.
-
-    Args:
-        draft: The draft.
-        rows: Token ids of the clean prompt, the corrupted one, and the clean one with each answer.
-        unknown: The token of unknown words, if there is one.
-    """
+    """A draft with the ids of its answers, or why it does not fit."""
     clean, corrupt, *longer = rows
     n = len(clean)
     if unknown in (*clean, *corrupt):

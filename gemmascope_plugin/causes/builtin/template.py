@@ -51,22 +51,7 @@ class Template:
         *,
         compares: bool = True,
     ) -> Template:
-        """Checks that slots and lists fit each other.
-
-        Args:
-            clean: The sentence.
-            answer: What follows it.
-            wrong: What to compare with; None for the answer to the corrupted prompt.
-            corrupt: Another template, or slots that change.
-            fill: What may stand in slots.
-            tokens: How many tokens an answer may have.
-            compares: Whether anything is compared with the answer.
-
-        Raises:
-            UnknownNameError: A slot without a list, a list without a slot, or a change of no slot.
-            TaskError: A list without entries, rows of another length than their slots, or nothing that
-                the corruption changes.
-        """
+        """Checks that slots and lists fit each other."""
         lists = _lists(fill)
         slots = tuple(slot for group in lists for slot in group)
         changes = {} if isinstance(corrupt, str) else dict(corrupt)
@@ -153,11 +138,7 @@ class Template:
 
 
 def slots_of(text: str) -> list[str]:
-    """The names in braces.
-
-    Raises:
-        TaskError: Braces that do not match.
-    """
+    """The names in braces."""
     try:
         return [name for _, name, _, _ in Formatter().parse(text) if name is not None]
     except ValueError as error:

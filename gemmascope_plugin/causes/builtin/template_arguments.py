@@ -21,11 +21,7 @@ _ASKS = f"{_WITH_WRONG}, margin, cross_entropy"
 
 
 def check_task_name(name: Any, call: str) -> None:
-    """Refuses what is not a text.
-
-    Raises:
-        InputError: See above.
-    """
+    """Refuses what is not a text."""
     if not isinstance(name, str):
         order = f'{call}: the name comes first: Task.builtin("ioi", model)'
         what = "The model stands where the name of a task belongs"
@@ -56,11 +52,7 @@ def check_text(what: str, example: str) -> Callable[[Any, str], None]:
 
 
 def check_corrupt(corrupt: Any, call: str) -> None:
-    """Refuses what is neither a template nor slots with what stands there instead.
-
-    Raises:
-        InputError: See above.
-    """
+    """Refuses what is neither a template nor slots with what stands there instead."""
     if isinstance(corrupt, str):
         return
     if not isinstance(corrupt, Mapping):
@@ -71,11 +63,7 @@ def check_corrupt(corrupt: Any, call: str) -> None:
 
 
 def check_fill(fill: Any, call: str) -> None:
-    """Refuses what is not slots with lists of texts.
-
-    Raises:
-        InputError: See above.
-    """
+    """Refuses what is not slots with lists of texts."""
     if not isinstance(fill, Mapping):
         raise InputError(f"fill={describe(fill)} has no slots with lists", fix=_FILL)
     for key, rows in fill.items():
@@ -97,11 +85,7 @@ def check_fill(fill: Any, call: str) -> None:
 
 
 def check_ask(metric: Any, call: str) -> None:
-    """Refuses what does not make a metric of answers.
-
-    Raises:
-        TaskError: See above.
-    """
+    """Refuses what does not make a metric of answers."""
     if isinstance(metric, str):
         raise TaskError(
             f"metric={metric!r} is a text", exists=_ASKS, fix=f"metric=gemmascope_plugin.{metric}"
@@ -134,11 +118,7 @@ def needs_wrong(ask: Callable[..., Any]) -> bool:
 
 
 def check_wrong(ask: Callable[..., Any], wrong: str | None) -> None:
-    """Refuses wrong answers that a metric would not look at.
-
-    Raises:
-        TaskError: See above.
-    """
+    """Refuses wrong answers that a metric would not look at."""
     if wrong is not None and not takes_wrong(ask):
         raise TaskError(
             f"wrong={wrong!r}, and {plain(ask).__name__} does not compare with wrong answers",

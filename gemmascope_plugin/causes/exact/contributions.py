@@ -49,11 +49,7 @@ class Contribution(NamedTuple):
 
 
 def asked(model: HookedModel, prompts: Task | Prompts, metric: LogitDiff | None) -> BoundTask:
-    """Prompts and a logit difference before the soft-cap, in the ids of the model.
-
-    Raises:
-        TaskError: No metric, or one that is no logit difference.
-    """
+    """Prompts and a logit difference before the soft-cap, in the ids of the model."""
     if isinstance(prompts, Task):
         task = prompts if metric is None else replace(prompts, metric=metric)
         _check(task.metric)

@@ -266,12 +266,7 @@ def _start_layers(edges: EdgeMap) -> Int[torch.Tensor, " reader"]:
 
 
 def edge_footprint(anatomy: Anatomy, bound: BoundTask) -> Footprint:
-    """Bytes per prompt: the writers' differences, and a row of a pass with one edge's change.
-
-    Args:
-        anatomy: The model's.
-        bound: The task.
-    """
+    """Bytes per prompt: the writers' differences, and a row of a pass with one edge's change."""
     cfg, d, n_pos = anatomy.model.cfg, anatomy.d_model, bound.clean.shape[1]
     writers = len(EdgeMap.of(anatomy).writers) + 4 * anatomy.n_heads
     d_mlp = int(getattr(cfg, "d_mlp", None) or 4 * d)

@@ -38,11 +38,7 @@ from gemmascope_plugin.splice.window import Window
 
 
 def site_hooks(model: HookedModel, spliced: Any) -> list[str]:
-    """What :func:`split` reads.
-
-    Raises:
-        ModelError: A dictionary that writes where no direct path to the logits begins.
-    """
+    """What :func:`split` reads."""
     for site in spliced.sites.values():
         written(site.hook_out)
     readings = [reading(model, site.hook_in) for site in spliced.sites.values()]
@@ -51,16 +47,7 @@ def site_hooks(model: HookedModel, spliced: Any) -> list[str]:
 
 
 def split(parts: list[Contribution], run: AnswerRun, spliced: Any) -> list[Contribution]:
-    """The parts, with those that dictionaries decompose replaced by features, error and bias.
-
-    Args:
-        parts: Of every head and component.
-        run: The run that they belong to.
-        spliced: The model with its dictionaries.
-
-    Raises:
-        ModelError: Two dictionaries decompose the same part.
-    """
+    """The parts, with those that dictionaries decompose replaced by features, error and bias."""
     where = {
         id(site): (dictionary, position)
         for dictionary in spliced.saes

@@ -43,12 +43,7 @@ _AT_ONCE = 1024
 
 @torch.no_grad()
 def sweep(run: Experiment, *, progress: bool = False) -> Float[torch.Tensor, "patch prompt"]:
-    """The metric of each prompt under each patch alone, on the CPU.
-
-    Args:
-        run: The experiment.
-        progress: Show a progress bar.
-    """
+    """The metric of each prompt under each patch alone, on the CPU."""
     from tqdm.auto import tqdm
 
     patches = run.grid.patches
@@ -220,12 +215,7 @@ def _entry(
 def starting_at(layer: int, names: set[str]) -> tuple[Stage, bool]:
     """Where in a layer a pass starts whose first changes are at these points.
 
-    Args:
-        layer: The layer.
-        names: All points that are changed.
-
-    Returns:
-        The stage, and whether a known value at the only point of the layer spares what lies before it.
+    Also whether a known value at the only point of the layer spares what lies before it.
     """
     prefix = f"blocks.{layer}."
     first = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}

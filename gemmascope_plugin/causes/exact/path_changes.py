@@ -44,18 +44,7 @@ def changes_of(
     base: Int[torch.Tensor, "prompt pos"],
     other: Int[torch.Tensor, "prompt pos"],
 ) -> list[Change]:
-    """The change that each set of senders makes.
-
-    Args:
-        runner: The model, or the model with dictionaries spliced in.
-        groups: Sets of senders.
-        base: Tokens of the run that is patched.
-        other: Tokens of the run that new values come from.
-
-    Raises:
-        UnknownNameError: A node that sends nothing, or a feature of no spliced dictionary.
-        TaskError: A set names a component and a part of it.
-    """
+    """The change that each set of senders makes."""
     check_senders(runner, groups)
     features = list(dict.fromkeys(s for group in groups for s in group if is_feature(s)))
     sent = _sent(runner, features, base, other) if features else {}
@@ -84,12 +73,7 @@ def hooks_of(runner: Any, groups: Sequence[tuple[Sender, ...]]) -> tuple[set[str
 
 
 def check_senders(runner: Any, groups: Sequence[tuple[Sender, ...]]) -> None:
-    """Refuses sets that cannot send.
-
-    Raises:
-        UnknownNameError: A node that sends nothing, or a feature of no spliced dictionary.
-        TaskError: A set names a component and a part of it.
-    """
+    """Refuses sets that cannot send."""
     for sender in (sender for group in groups for sender in group):
         check_sender(runner, sender)
     for group in groups:
@@ -102,12 +86,7 @@ def is_feature(node: Any) -> bool:
 
 
 def site_of(runner: Any, node: Node) -> HookedSite:
-    """The site of a feature.
-
-    Raises:
-        UnknownNameError: No such dictionary is spliced in.
-        FeatureIndexError: An index outside it.
-    """
+    """The site of a feature."""
     name = node.label.rpartition("/")[0]
     sites = getattr(runner, "sites", {})
     if not sites:
@@ -121,12 +100,7 @@ def site_of(runner: Any, node: Node) -> HookedSite:
 
 
 def check_sender(runner: Any, sender: Sender) -> None:
-    """Refuses what sends nothing to the stream.
-
-    Raises:
-        UnknownNameError: The logits, a key-value head, or a feature of no spliced dictionary.
-        ModelError: A feature of a dictionary whose output is not added to the stream.
-    """
+    """Refuses what sends nothing to the stream."""
     if is_feature(sender):
         assert isinstance(sender, Node)
         written(site_of(runner, sender).hook_out)
@@ -146,11 +120,7 @@ def first_written(runner: Any, sender: Sender) -> int:
 
 
 def _check_apart(runner: Any, group: tuple[Sender, ...]) -> None:
-    """Refuses a component beside features of what it writes: it would send them twice.
-
-    Raises:
-        TaskError: With both.
-    """
+    """Refuses a component beside features of what it writes: it would send them twice."""
     for node in group:
         if not is_feature(node):
             continue

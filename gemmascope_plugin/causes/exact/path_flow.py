@@ -41,12 +41,8 @@ def read_by_flow(
 ) -> tuple[list[str], list[str]]:
     """Hooks whose activation a flow needs, of the run that is patched and of the other.
 
-    Args:
-        anatomy: The model's.
-        replaced: Hooks at which any change takes the other run's value.
-        added: Hooks at which any change adds something.
-        streams: Hooks of all streams that will be asked for.
-        paths: What may carry the changes.
+    ``replaced`` are hooks at which any change takes the other run's value, ``added`` those at
+    which any adds something.
     """
     here = replaced | {hook for hook in added if is_z(hook)}
     if paths != "direct":
@@ -57,14 +53,7 @@ def read_by_flow(
 
 
 class Flow:
-    """How changes travel in the base run of a part.
-
-    Args:
-        anatomy: The model's.
-        part: The prompts, with what ``read_by_flow`` names of both runs.
-        window: The positions at which anything may differ.
-        paths: What may carry the changes.
-    """
+    """How changes travel in the base run of a part."""
 
     def __init__(self, anatomy: Anatomy, part: Part, window: slice, paths: Paths) -> None:
         self._anatomy, self._part, self._window, self._paths = anatomy, part, window, paths

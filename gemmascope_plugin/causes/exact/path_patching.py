@@ -172,11 +172,7 @@ class _Sweep:
 
     @torch.no_grad()
     def run(self, max_rows: int) -> Float[torch.Tensor, "sender receiver prompt"]:
-        """How far each pair moves the metric of each prompt; 0 where no path leads.
-
-        Raises:
-            EmptySelectionError: There is no path at all.
-        """
+        """How far each pair moves the metric of each prompt; 0 where no path leads."""
         check_senders(self.runner, self.senders)
         reached = self._reached()
         values = torch.zeros(len(self.senders), len(self.receivers), len(self.bound))
@@ -293,11 +289,7 @@ class _Sweep:
 
 
 def _groups(names: Any, joint: bool, read: Callable[[Any], Any]) -> list[tuple[Any, ...]]:
-    """What is named as sets, each once.
-
-    Raises:
-        EmptySelectionError: Nothing is named.
-    """
+    """What is named as sets, each once."""
     listed = list(names) if _is_list(names) else [names]
     named = [map(read, entry if _is_list(entry) else (entry,)) for entry in listed]
     groups = [tuple(dict.fromkeys(group)) for group in named]

@@ -57,11 +57,7 @@ class Delivery:
 
 
 def stream_of(runner: Any, anatomy: Anatomy, receiver: Receiver) -> str:
-    """Hook of the stream that a receiver reads.
-
-    Raises:
-        UnknownNameError: A feature whose dictionary does not read the stream.
-    """
+    """Hook of the stream that a receiver reads."""
     if isinstance(receiver, Stream):
         return receiver.hook
     node = receiver.node
@@ -84,11 +80,7 @@ def stream_of(runner: Any, anatomy: Anatomy, receiver: Receiver) -> str:
 
 
 def check_overlap(group: Sequence[Receiver]) -> None:
-    """Refuses two receivers of which one is a part of the other: its input would change twice.
-
-    Raises:
-        TaskError: With both.
-    """
+    """Refuses two receivers of which one is a part of the other: its input would change twice."""
     copies = [r for r in group if isinstance(r, Reader) and r.node.kind == "head" and r.port != "q"]
     whole = [r for r in group if isinstance(r, Reader) and r.node.kind == "kv"]
     for copy in copies:
@@ -112,14 +104,7 @@ def check_overlap(group: Sequence[Receiver]) -> None:
 def delivering(
     runner: Any, anatomy: Anatomy, deliveries: Sequence[Delivery], tokens: torch.Tensor
 ) -> list[tuple[str, Callable[..., Any]]]:
-    """Hooks for one forward pass over ``tokens`` in which all deliveries arrive.
-
-    Args:
-        runner: The model, or the model with dictionaries spliced in.
-        anatomy: The model's.
-        deliveries: What arrives where, in which rows.
-        tokens: Token ids ``[row, pos]``, for the passes that copies of keys need.
-    """
+    """Hooks for one forward pass over ``tokens`` in which all deliveries arrive."""
     patterns: dict[tuple[int, int, int], torch.Tensor] = {}
     copied = [(d, d.receiver.node) for d in deliveries if is_copy(d.receiver, "k")]
     for layer in sorted({node.layer for _, node in copied}):
@@ -160,9 +145,7 @@ class _Pass:
     def deliver(self, deliveries: Sequence[Delivery], shared_keys: int = -1) -> None:
         """Registers the edits.
 
-        Args:
-            deliveries: What arrives where.
-            shared_keys: A layer where copies of a key arrive at the whole group instead.
+        At the layer ``shared_keys`` copies of a key arrive at the whole group instead.
         """
         done: set[tuple[int, Reader]] = set()
         for d in deliveries:

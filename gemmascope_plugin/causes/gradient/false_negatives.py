@@ -120,10 +120,7 @@ def subset_effects(
 ) -> Float[torch.Tensor, " subset"]:
     """Mean change of the metric with all nodes of a subset patched.
 
-    Args:
-        run: The experiment.
-        places: The patches that the columns of ``inside`` stand for.
-        inside: Which of them each subset has.
+    The columns of ``inside`` stand for the patches at ``places``.
     """
     chosen = torch.zeros(len(inside), len(run.grid.patches) + 1, dtype=torch.bool)
     chosen[:, places] = inside
@@ -147,13 +144,7 @@ def upper_bounds(
     values: Float[torch.Tensor, " subset"],
     confidence: float,
 ) -> Float[torch.Tensor, " node"]:
-    """The largest effect of each node that Welch's one-sided test does not reject.
-
-    Args:
-        inside: Which nodes each subset has.
-        values: The effect of each subset.
-        confidence: One minus the level of the test.
-    """
+    """The largest effect of each node that Welch's one-sided test does not reject."""
     means, errors, degrees = [], [], []
     for group in (inside.double(), (~inside).double()):
         n = group.sum(0)

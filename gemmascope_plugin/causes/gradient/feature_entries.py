@@ -30,13 +30,7 @@ def slopes_of_entries(
     W_dec: Float[torch.Tensor, "d_sae width"],
     gradient: Float[torch.Tensor, "prompt pos width"],
 ) -> Float[torch.Tensor, " active"]:
-    """``<W_f, g>`` for every active entry, in its order.
-
-    Args:
-        acts: Which features are active at which tokens.
-        W_dec: Their decoder.
-        gradient: ``dm/dy`` at the site.
-    """
+    """``<W_f, g>`` for every active entry, in its order."""
     flat = gradient.flatten(0, -2).to(W_dec.device)
     found = []
     size = max(1, BLOCK // W_dec.shape[1])
@@ -58,9 +52,7 @@ class Tally:
     ) -> None:
         """Adds entries to the sums of their keys, which may be new ones.
 
-        Args:
-            keys: One each; may repeat.
-            values: Zero makes a key known and no more.
+        A value of zero makes a key known and no more.
         """
         every = torch.cat([self.keys, keys.cpu()])
         self.keys, place = every.unique(return_inverse=True)

@@ -42,12 +42,7 @@ Probe = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]
 
 
 def sources_of(sites: Sequence[Site], target: Site) -> list[Site]:
-    """The sites with direct paths to a target, in forward order.
-
-    Args:
-        sites: All sites, in forward order.
-        target: One of them.
-    """
+    """The sites with direct paths to a target, in forward order."""
     before = [site for site in sites if site.place < target.place]
     streams = [i for i, site in enumerate(before) if site.is_stream]
     return before[streams[-1] :] if streams else before
@@ -58,14 +53,8 @@ def direct_slopes(
 ) -> dict[str, Float[torch.Tensor, "copy prompt pos width"]]:
     """Gradients of what is asked at a target, at each site with a direct path to it.
 
-    Args:
-        part: Both runs of some prompts; parameters of the model are frozen.
-        target: The site.
-        probe: What is asked of each row; copy ``j`` of the prompts may ask for something of its own.
-        copies: How many copies.
-
-    Returns:
-        Gradients by the hook of the source, heads flattened; empty if there is none.
+    Copy ``j`` of the prompts may ask for something of its own. By the hook of the source, heads
+    flattened; empty if there is none.
     """
     runs = {run.site.hook: run for run in part.sites}
     sources = sources_of([run.site for run in part.sites], target)

@@ -87,12 +87,7 @@ def run_sites(
     limit: Limit,
     progress: bool = False,
 ) -> list[PartRun]:
-    """Runs a task and takes slopes at all sites.
-
-    Raises:
-        TaskError: The metric has no gradient.
-        GemmaScopeError: The model has hooks of its own, or the memory is too small.
-    """
+    """Runs a task and takes slopes at all sites."""
     from tqdm.auto import tqdm
 
     check_restartable(model, can_restart(model))
@@ -134,13 +129,7 @@ def _run_part(
 
 
 def site_footprint(model: HookedModel, bound: BoundTask, sites: Sequence[Site]) -> Footprint:
-    """Bytes of what is kept, and per row of a pass whose graph is kept for its backward pass.
-
-    Args:
-        model: The model.
-        bound: The task.
-        sites: The sites.
-    """
+    """Bytes of what is kept, and per row of a pass whose graph is kept for its backward pass."""
     cfg, (n_prompts, n_pos) = model.cfg, bound.clean.shape
     d, d_mlp = int(cfg.d_model), int(getattr(cfg, "d_mlp", None) or 4 * int(cfg.d_model))
     heads = n_heads(model)

@@ -58,12 +58,7 @@ class Ending:
     def measure(
         self, y: Float[torch.Tensor, "row pos ..."], clean: Float[torch.Tensor, "prompt pos ..."]
     ) -> Float[torch.Tensor, " row"]:
-        """The metric with ``y`` at the site, copies of the prompts one after the other.
-
-        Args:
-            y: What stands there.
-            clean: What stands there in the clean run.
-        """
+        """The metric with ``y`` at the site, copies of the prompts one after the other."""
         copies, start = len(y) // len(clean), start_of(self.site)
         hooks: Hooks = []
         if self.site.is_stream:

@@ -55,13 +55,7 @@ def written_by(site: Site, acts: SparseActs) -> Float[torch.Tensor, "*tokens wid
 def encoded(
     site: Site, x: Float[torch.Tensor, "row pos ..."], keep: Bool[torch.Tensor, "row pos"]
 ) -> SparseActs:
-    """The active features of the tensor that a dictionary reads, each times its token's scale.
-
-    Args:
-        site: The dictionary's site.
-        x: The tensor, heads as they come.
-        keep: False at tokens that the dictionary leaves alone.
-    """
+    """The active features of the tensor that a dictionary reads, each times its token's scale."""
     coder = site.coder
     flat = flatten_heads(x).to(coder.W_enc.device)
     hooked = site.hooked
@@ -89,14 +83,7 @@ def read_sites(
     tokens: Int[torch.Tensor, "prompt pos"],
     mask: Bool[torch.Tensor, "prompt pos"],
 ) -> dict[str, Values]:
-    """The values of one run, by the hook of the site.
-
-    Args:
-        model: The bare model.
-        sites: Its sites.
-        tokens: The prompts, in one pass.
-        mask: False at padding.
-    """
+    """The values of one run, by the hook of the site."""
     hooks = [site.hook for site in sites]
     hooks += [site.reads.hook for site in sites if site.reads is not None]
     found: Mapping[str, torch.Tensor] = record(model, tokens, list(dict.fromkeys(hooks)))

@@ -90,21 +90,7 @@ class Site:
 def sites_of(
     model: HookedModel, saes: Any, raw: Sequence[str] = (), *, level: int | None = None
 ) -> tuple[Site, ...]:
-    """The sites of dictionaries, and of heads and MLPs without one, in forward order.
-
-    Args:
-        model: ``HookedTransformer`` or ``TransformerBridge``.
-        saes: One dictionary or :class:`HookedSAE`, several, or a mapping whose values they are.
-        raw: ``head``, ``mlp`` or both: also these, in layers where no dictionary is at their place.
-        level: Prefix of nested dictionaries; a :class:`HookedSAE` keeps its own.
-
-    Raises:
-        UnknownNameError: No dictionary, two at one place, or no such level.
-        ModelError: A dictionary over several layers, one restricted to positions, or one of a tensor
-            that is not added to the stream.
-        MissingHookError: The model lacks a dictionary's hook, or its norms were folded.
-        WidthMismatchError: A dictionary of another width than the tensor at its site.
-    """
+    """The sites of dictionaries, and of heads and MLPs without one, in forward order."""
     if saes is None:
         raise UnknownNameError(
             'Circuits of features need dictionaries: nodes="features" without saes',
@@ -169,15 +155,7 @@ def _raw_site(model: HookedModel, kind: str, layer: int) -> Site:
 
 
 def check_restartable(model: HookedModel, free: bool) -> None:
-    """Refuses a model with hooks of its own: passes that start late would leave them out.
-
-    Args:
-        model: The model.
-        free: Whether it has none, see ``models/module_replay.py``.
-
-    Raises:
-        GemmaScopeError: It has some.
-    """
+    """Refuses a model with hooks of its own: passes that start late would leave them out."""
     if not free:
         raise GemmaScopeError(
             f"This {type(model).__name__} has hooks attached, and feature circuits start passes at "

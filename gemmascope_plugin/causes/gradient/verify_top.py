@@ -97,15 +97,7 @@ def verify_top(
 
 
 def ranking(effects: Effects, k: int) -> Int[torch.Tensor, " node"]:
-    """Places among the flattened values, largest magnitude first.
-
-    Args:
-        effects: The effects.
-        k: How many nodes somebody is going to take.
-
-    Raises:
-        TaskError: ``k`` is no number of nodes.
-    """
+    """Places among the flattened values, largest magnitude first."""
     n = effects.values.numel()
     if not 0 < k <= n:
         raise TaskError(f"k={k} nodes cannot be taken of {n}", fix=f"k from 1 to {n}")
@@ -116,18 +108,7 @@ def ranking(effects: Effects, k: int) -> Int[torch.Tensor, " node"]:
 def reopened(
     model: HookedModel, task: Task, effects: Effects, saes: Any, max_rows: int
 ) -> Iterator[Experiment]:
-    """The experiment that effects come from.
-
-    Args:
-        model: The model.
-        task: The task.
-        effects: The effects.
-        saes: Their dictionaries.
-        max_rows: Rows in one forward pass.
-
-    Raises:
-        TaskError: The effects are a part of a result along an axis that is gone, or of another task.
-    """
+    """The experiment that effects come from."""
     metadata = effects.metadata
     if "at" in metadata:
         raise TaskError(
@@ -173,12 +154,7 @@ def _agree(ends: Mapping[str, Any], other: Mapping[str, Any], dtype: torch.dtype
 def exact_effects(
     run: Experiment, places: Int[torch.Tensor, " node"]
 ) -> Float[torch.Tensor, "node prompt"]:
-    """Exact effects of some patches of an experiment.
-
-    Args:
-        run: The experiment.
-        places: Which patches.
-    """
+    """Exact effects of some patches of an experiment."""
     patches = tuple(run.grid.patches[place] for place in places.tolist())
     chosen = Grid(run.grid.component, ("node",), {"node": tuple(places.tolist())}, patches)
     return run.bound.fold(sweep(replace(run, grid=chosen)) - run.base_by_prompt)
