@@ -19,6 +19,7 @@ from typing import Any, get_args
 import torch
 from jaxtyping import Bool, Float, Int
 
+from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.components import COMPONENTS, layer_of, sizes_of
 from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.grid import (
@@ -32,7 +33,7 @@ from gemmascope_plugin.causes.memory import Limit, footprint
 from gemmascope_plugin.causes.nodes import Grid, Patch, acts_hook, needs_dictionaries, patchable
 from gemmascope_plugin.causes.replace import PatchReplacement, check_replacement, replaced
 from gemmascope_plugin.causes.replayed import Part, joined, replayed
-from gemmascope_plugin.causes.task import BoundTask, Task
+from gemmascope_plugin.causes.task import Task
 from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choice
 from gemmascope_plugin.graphs.node import FeatureId
 from gemmascope_plugin.models import token_strings

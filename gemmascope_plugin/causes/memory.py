@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemmascope_plugin.catalog.site_names import human_size
+from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.components import COMPONENTS, sizes_of
-from gemmascope_plugin.causes.task import BoundTask
 from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError
 from gemmascope_plugin.models.asked import has_hooks
 from gemmascope_plugin.models.points import n_heads, n_layers

@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 
-from gemmascope_plugin.causes.answer_tokens import Answers, answer_list
-from gemmascope_plugin.causes.metric import AnswerMetric, BoundMetric, Metric
+from gemmascope_plugin.causes.metric import AnswerMetric, Answers, BoundMetric, Metric, answer_list
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.check_model import describe
 from gemmascope_plugin.models.gate import gate

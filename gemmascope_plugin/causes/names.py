@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from gemmascope_plugin.causes.stream_time import layer_of
+from gemmascope_plugin.causes.components import layer_of
 from gemmascope_plugin.errors import InputError, UnknownNameError, check_choice, nearest
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.graphs.node import FeatureId, Node, Port, Reader

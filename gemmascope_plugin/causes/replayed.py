@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 
-from gemmascope_plugin.causes.task import BoundTask
+from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.models.arithmetic import Arithmetic
 from gemmascope_plugin.models.module_replay import ModuleReplay, model_of
 from gemmascope_plugin.models.protocol import HookedModel

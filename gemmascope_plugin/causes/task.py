@@ -4,21 +4,20 @@
    exchanged position by position. Shorter ones are padded **behind their end**, where a causal model does
    not look, so every number is that of the prompt alone and no attention mask is needed.
 2. Token ids that are padded in front come with ``mask=`` and are moved.
-3. ``BoundTask.measure`` runs the model and keeps the end of the residual stream at the positions that are
-   asked about; the metric makes the logits that it needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool
 
+from gemmascope_plugin.causes.bound_task import BoundTask, TaskFigures, figures_of, right_prompts
 from gemmascope_plugin.causes.builtin import Fill, Split, Template, build, build_from_template
 from gemmascope_plugin.causes.builtin.template_arguments import (
     check_ask,
@@ -32,27 +31,18 @@ from gemmascope_plugin.causes.builtin.template_arguments import (
     plain,
     takes_wrong,
 )
-from gemmascope_plugin.causes.metric import BoundMetric, Metric
+from gemmascope_plugin.causes.metric import Metric
 from gemmascope_plugin.causes.metrics import Custom, KLDivergence, logit_diff
-from gemmascope_plugin.causes.sequence import BoundSequences, SequenceLogprob, sequence_logprob
-from gemmascope_plugin.causes.task_figures import TaskFigures, figures_of, right_prompts
+from gemmascope_plugin.causes.sequence import SequenceLogprob, sequence_logprob
 from gemmascope_plugin.errors import InputError, TaskError
 from gemmascope_plugin.indices import as_index
-from gemmascope_plugin.models.asked import read_out
-from gemmascope_plugin.models.check_model import check_model, describe
-from gemmascope_plugin.models.finite import check_finite
+from gemmascope_plugin.models.check_model import check_model, describe, with_call
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.prompts import padded, refuse_bytes_and_sets, right_padded
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.readout import Readout
 from gemmascope_plugin.models.text_ids import is_chat
 
 Prompts = str | Sequence[str] | torch.Tensor
-Hooks = Sequence[tuple[str, Callable[..., Any]]]
-
-MIN_GAP = 1e-4
-"""Smallest difference between the clean and the corrupted metric that can be divided by."""
 
 N_SHOWN = 64
 """Prompts at most that the model runs when a task is printed."""
@@ -218,16 +208,16 @@ class Task:
         return cls(built.clean, built.corrupt, built.metric, name, origin=origin)
 
     def filtered(self, model: HookedModel) -> Task:
-        """The same task on the prompts that a model gets right (``task_figures.py``).
+        """The same task on the prompts that a model gets right (``bound_task.py``).
 
         Raises:
             TaskError: It gets none right, or the metric knows no right and wrong.
         """
-        return self.take(right_prompts(model, self))
+        return self.take(right_prompts(model, self.bind(model)))
 
     def figures(self, model: HookedModel) -> TaskFigures:
         """Mean metric and accuracy of a model on the clean prompts."""
-        return figures_of(model, self)
+        return figures_of(model, self.bind(model))
 
     @cached_property
     def _figures(self) -> tuple[TaskFigures, str] | None:
@@ -238,7 +228,7 @@ class Task:
         on = str(model.cfg.model_name)
         if len(few) < len(self):
             on += f" on its first {len(few)}"
-        return figures_of(model, few), on
+        return figures_of(model, few.bind(model)), on
 
     def __repr__(self) -> str:
         first = self.clean if isinstance(self.clean, str) else self.clean[0]
@@ -337,125 +327,18 @@ def _taken(prompts: Prompts, index: list[int]) -> Prompts:
     return prompts[index] if isinstance(prompts, torch.Tensor) else [prompts[i] for i in index]
 
 
-@dataclass(frozen=True)
-class BoundTask:
-    """A task in the ids of one model.
+def check_task(task: Any, call: str = "") -> None:
+    """Refuses what is not a task."""
+    if isinstance(task, Task):
+        return
+    if isinstance(task, str):
+        fix = f"task = gemmascope_plugin.Task.builtin({task!r}, model)"
+    else:
+        fix = "gemmascope_plugin.Task(clean, corrupt, logit_diff(answer, wrong))"
+    raise InputError(f"{describe(task)} is not a task", fix=with_call(fix, call))
 
-    Rows are prompts; of answers of several tokens a prompt has one row or two (``sequence.py``).
-    """
 
-    clean: Int[torch.Tensor, "prompt pos"]
-    corrupt: Int[torch.Tensor, "prompt pos"]
-    lengths: Int[torch.Tensor, " prompt"]
-    """Tokens of each prompt; what follows is padding."""
-    metric: BoundMetric
-    name: str
-
-    def __len__(self) -> int:
-        return len(self.clean)
-
-    @property
-    def n_prompts(self) -> int:
-        """Prompts of the task, whatever number of rows each has become."""
-        return len(self) // self.metric.rows_per_prompt
-
-    @property
-    def prompt_lengths(self) -> Int[torch.Tensor, " prompt"]:
-        """Tokens of each row without an answer that stands behind it."""
-        metric = self.metric
-        return metric.prompt_lengths if isinstance(metric, BoundSequences) else self.lengths
-
-    def fold(self, values: Shaped[torch.Tensor, "*any row"]) -> Shaped[torch.Tensor, "*any prompt"]:
-        """Values of rows, along the last dimension, as values of prompts."""
-        size = self.metric.rows_per_prompt
-        return values if size == 1 else values.unflatten(-1, (-1, size)).mean(-1)
-
-    @property
-    def logits(self) -> str:
-        """Which logits the metric reads, for metadata."""
-        return f"{'before' if self.metric.metric.before_cap else 'after'} the final soft-cap"
-
-    def answers(self, model: HookedModel) -> str | None:
-        """The right and wrong tokens of the first prompt, for metadata; None where there are none."""
-        sides = [side for side in (self.metric.right, self.metric.wrong) if side is not None]
-        return " against ".join(side.label(model) for side in sides) or None
-
-    @property
-    def mask(self) -> Bool[torch.Tensor, "prompt pos"]:
-        """True at the prompts' own tokens."""
-        at = torch.arange(self.clean.shape[1], device=self.clean.device)
-        return at < self.lengths[:, None]
-
-    def measure(self, runner: Any, tokens: Any, **kwargs: Any) -> Float[torch.Tensor, " row"]:
-        """The metric of each row of a run; arguments as for :meth:`said`."""
-        return self.metric.of_rows(self.said(runner, tokens, **kwargs))
-
-    def answer_logits(
-        self, runner: Any, tokens: Any, **kwargs: Any
-    ) -> Float[torch.Tensor, "ask d_vocab"]:
-        """All logits at what is asked of each row; arguments as for :meth:`said`."""
-        return self.said(runner, tokens, **kwargs).all()
-
-    def said(
-        self,
-        runner: Any,
-        tokens: Any,
-        *,
-        fwd_hooks: Hooks = (),
-        bwd_hooks: Hooks = (),
-        **kwargs: Any,
-    ) -> Readout:
-        """What a run with hooks says at the position, or positions, that each row is asked about."""
-        before_cap = self.metric.metric.before_cap
-        with (
-            hooking(runner, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks)),
-            read_out(runner, self.metric.places, before_cap=before_cap) as readouts,
-        ):
-            runner(tokens, **kwargs)
-        (readout,) = readouts
-        return readout
-
-    def parts(self, size: int) -> Iterator[BoundTask]:
-        """The task in parts of at most ``size`` prompts."""
-        for index in torch.arange(len(self), device=self.clean.device).split(size):
-            yield self.part(index)
-
-    def part(self, index: Int[torch.Tensor, " row"]) -> BoundTask:
-        """Some of its prompts."""
-        return BoundTask(
-            self.clean[index],
-            self.corrupt[index],
-            self.lengths[index],
-            self.metric.part(index),
-            self.name,
-        )
-
-    def cut(self, width: int) -> BoundTask:
-        """The same with prompts cut to a width that none of them exceeds."""
-        return replace(self, clean=self.clean[:, :width], corrupt=self.corrupt[:, :width])
-
-    @torch.no_grad()
-    def with_reference(self, model: HookedModel) -> BoundTask:
-        """The same with what the clean run says."""
-        reference = self.said(model, self.clean)
-        return replace(self, metric=replace(self.metric, reference=reference))
-
-    def ends(self, runner: Any) -> dict[str, float]:
-        """Mean metric of both runs, checked to lie apart."""
-        with torch.no_grad():
-            clean, corrupt = (
-                float(self.measure(runner, tokens).mean()) for tokens in (self.clean, self.corrupt)
-            )
-        return self.metric_values(clean, corrupt, runner)
-
-    def metric_values(self, clean: float, corrupt: float, runner: Any = None) -> dict[str, float]:
-        """Both ends of the scale, checked to be finite and to lie apart."""
-        check_finite(clean, "The metric of the clean prompts", runner)
-        check_finite(corrupt, "The metric of the corrupted prompts", runner)
-        if abs(clean - corrupt) < MIN_GAP:
-            raise TaskError(
-                f"The metric is {clean:.6f} on clean and {corrupt:.6f} on corrupted prompts; effects "
-                "cannot be put on a scale between them",
-                fix="a corruption that changes the answer, or another metric",
-            )
-        return {"metric_clean": clean, "metric_corrupt": corrupt}
+def check_tasks(tasks: Any, call: str = "") -> None:
+    """The same for one task or a sequence of them, of which there may be none."""
+    for task in tasks if isinstance(tasks, (list, tuple)) else [tasks]:
+        check_task(task, call)

@@ -30,9 +30,9 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int
 
+from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.replace import REPLACEMENTS, MaskedMean, Replacement
 from gemmascope_plugin.causes.replayed import Part, replayed
-from gemmascope_plugin.causes.task import BoundTask
 from gemmascope_plugin.errors import check_choice
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy

@@ -21,11 +21,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 
+from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.gradient.feature_entries import Tally, keys_of
-from gemmascope_plugin.causes.gradient.site_values import Values, kept_tokens, read_sites
-from gemmascope_plugin.causes.gradient.task_site import Site
+from gemmascope_plugin.causes.gradient.task_site import TaskSite, Values, kept_tokens, read_sites
 from gemmascope_plugin.causes.replace import MaskedMean, Replacement
-from gemmascope_plugin.causes.task import BoundTask
 from gemmascope_plugin.models import flatten_heads, restore_heads
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.saes import SparseActs
@@ -47,7 +46,7 @@ class AblationValue:
 def ablation_values(
     model: HookedModel,
     parts: Sequence[BoundTask],
-    sites: Sequence[Site],
+    sites: Sequence[TaskSite],
     replacement: Replacement,
 ) -> list[dict[str, AblationValue]]:
     """Of every part of a task, by hook.
@@ -95,7 +94,7 @@ def only(acts: SparseActs, chosen: Bool[torch.Tensor, " active"]) -> SparseActs:
     return SparseActs(offsets, acts.indices[chosen], acts.values[chosen], acts.shape)
 
 
-def _nothing(site: Site, values: Values) -> tuple[torch.Tensor, SparseActs | None]:
+def _nothing(site: TaskSite, values: Values) -> tuple[torch.Tensor, SparseActs | None]:
     if values.acts is None or values.x is None:
         return torch.zeros_like(values.y), None
     x = values.x.to(site.coder.W_enc.device)
@@ -107,7 +106,7 @@ def _nothing(site: Site, values: Values) -> tuple[torch.Tensor, SparseActs | Non
 
 
 def _means(
-    site: Site,
+    site: TaskSite,
     runs: Sequence[Values],
     keeps: Sequence[Bool[torch.Tensor, "prompt pos"]],
     *,
@@ -125,7 +124,7 @@ def _means(
 
 
 def _mean_acts(
-    site: Site,
+    site: TaskSite,
     runs: Sequence[Values],
     count: Float[torch.Tensor, " pos"],
     over_positions: bool,

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 
+from gemmascope_plugin.causes.bound_task import MIN_GAP, BoundTask
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.nodes import patchable
 from gemmascope_plugin.causes.replace import Replacement
-from gemmascope_plugin.causes.task import MIN_GAP, BoundTask
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
 from gemmascope_plugin.circuits.feature_ablation import Errors, feature_metric
 from gemmascope_plugin.circuits.feature_graphs import (

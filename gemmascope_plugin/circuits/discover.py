@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from gemmascope_plugin.causes import Task
-from gemmascope_plugin.causes.check_task import check_task
 from gemmascope_plugin.causes.replace import Replacement
+from gemmascope_plugin.causes.task import check_task
 from gemmascope_plugin.circuits.acdc import ACDC
 from gemmascope_plugin.circuits.circuit_methods import (
     COMPONENTS,

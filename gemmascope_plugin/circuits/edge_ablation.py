@@ -28,11 +28,11 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 
+from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.exact.edge_patching import edge_footprint
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.replace import Replacement
 from gemmascope_plugin.causes.replayed import Part
-from gemmascope_plugin.causes.task import BoundTask
 from gemmascope_plugin.causes.writes import Writes, replayed_writers
 from gemmascope_plugin.circuits.writer_changes import Written
 from gemmascope_plugin.graphs.edge_map import EdgeMap

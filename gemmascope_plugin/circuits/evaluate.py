@@ -23,12 +23,12 @@ import torch
 from jaxtyping import Bool, Float
 
 from gemmascope_plugin.causes import Task
-from gemmascope_plugin.causes.check_task import check_task
+from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.exact.activation_patching import MAX_ROWS
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.metrics import kl_divergence
 from gemmascope_plugin.causes.replace import REPLACEMENTS, Replacement
-from gemmascope_plugin.causes.task import BoundTask
+from gemmascope_plugin.causes.task import check_task
 from gemmascope_plugin.circuits.ablator import Ablator, ablator, metric_ends
 from gemmascope_plugin.circuits.feature_ablation import Errors
 from gemmascope_plugin.circuits.feature_graphs import is_feature_graph

@@ -26,9 +26,9 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float
 
+from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.gradient.feature_entries import keys_of
-from gemmascope_plugin.causes.gradient.site_values import encoded, kept_tokens, written_by
-from gemmascope_plugin.causes.gradient.task_site import Site
+from gemmascope_plugin.causes.gradient.task_site import TaskSite, encoded, kept_tokens, written_by
 from gemmascope_plugin.causes.memory import (
     CODES,
     HEADS,
@@ -40,7 +40,6 @@ from gemmascope_plugin.causes.memory import (
     logits_held,
 )
 from gemmascope_plugin.causes.replace import Replacement
-from gemmascope_plugin.causes.task import BoundTask
 from gemmascope_plugin.circuits.ablation_values import (
     AblationValue,
     ablation_values,
@@ -215,7 +214,9 @@ class _Run:
         return torch.where(known[place] == keys, kept, rest)
 
 
-def ablation_footprint(model: HookedModel, bound: BoundTask, sites: Sequence[Site]) -> Footprint:
+def ablation_footprint(
+    model: HookedModel, bound: BoundTask, sites: Sequence[TaskSite]
+) -> Footprint:
     """Bytes of the replacement values, and per row of a pass without gradients.
 
     Args:

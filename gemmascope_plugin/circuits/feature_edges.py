@@ -33,10 +33,9 @@ from jaxtyping import Bool, Float, Int64
 
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.causes.gradient.site_paths import direct_slopes
-from gemmascope_plugin.causes.gradient.site_runs import PartRun, SiteRun
-from gemmascope_plugin.causes.gradient.site_slopes import frozen_model
-from gemmascope_plugin.causes.gradient.site_values import Values
+from gemmascope_plugin.causes.gradient.site_runs import PartRun, SiteRun, frozen_model
 from gemmascope_plugin.causes.gradient.slopes import ignore_bridge_norm_warning
+from gemmascope_plugin.causes.gradient.task_site import Values
 from gemmascope_plugin.circuits.feature_layout import SiteNodes
 from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.protocol import HookedModel

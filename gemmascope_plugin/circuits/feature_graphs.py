@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.gradient.task_site import sites_of
-from gemmascope_plugin.causes.task import BoundTask
 from gemmascope_plugin.circuits.feature_layout import SiteNodes, layout_of
 from gemmascope_plugin.errors import TaskError, UnknownNameError, WidthMismatchError
 from gemmascope_plugin.graphs.graph import Graph

@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from jaxtyping import Int64
 
-from gemmascope_plugin.causes.gradient.task_site import Site
+from gemmascope_plugin.causes.gradient.task_site import TaskSite
 from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError
 from gemmascope_plugin.graphs.node import FeatureId, Node
 
@@ -25,7 +25,7 @@ from gemmascope_plugin.graphs.node import FeatureId, Node
 class SiteNodes:
     """The nodes of one site."""
 
-    site: Site
+    site: TaskSite
     n: int
     """Features, heads, or 1."""
     keys: Int64[torch.Tensor, " key"]
@@ -82,13 +82,13 @@ class SiteNodes:
         return Node.mlp(self.site.layer)
 
 
-def n_of(site: Site, n_heads: int) -> int:
+def n_of(site: TaskSite, n_heads: int) -> int:
     """How many nodes a site has at a position, errors aside."""
     return {"feature": site.d_sae, "head": n_heads, "mlp": 1}[site.kind]
 
 
 def layout_of(
-    nodes: Sequence[Node], sites: Sequence[Site], n_heads: int, per_position: bool
+    nodes: Sequence[Node], sites: Sequence[TaskSite], n_heads: int, per_position: bool
 ) -> tuple[SiteNodes, ...]:
     """The nodes of a graph by site, checked to be those of these sites.
 
@@ -122,7 +122,7 @@ def layout_of(
 
 
 def _site_nodes(
-    site: Site, nodes: Sequence[Node], n: int, per_position: bool, start: int
+    site: TaskSite, nodes: Sequence[Node], n: int, per_position: bool, start: int
 ) -> SiteNodes:
     own = [node for node in nodes if node.kind != "error"]
     if own and max(node.index for node in own) >= n:

@@ -3,7 +3,7 @@
 The method is that of sparse feature circuits (Marks et al., arXiv 2403.19647), with four differences:
 
 1. Integrated gradients at midpoints, one site at a time, of the raw tensor: features and errors write
-   it linearly, so no dictionary runs in the loop (``causes/gradient/site_slopes.py``).
+   it linearly, so no dictionary runs in the loop (``causes/gradient/site_runs.py``).
 2. Nothing is dense over a dictionary: nodes are the features that are active anywhere.
 3. Transcoders, and raw heads and MLPs where no dictionary is, are sites as SAEs are.
 4. What the scores of each site miss of its whole effect is in ``metadata["residual"]``.
@@ -22,17 +22,18 @@ from typing import Any
 import torch
 
 from gemmascope_plugin.causes import Task
+from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.gradient.site_runs import (
+    METHODS,
     PartRun,
+    SiteMethod,
     run_sites,
     site_footprint,
 )
-from gemmascope_plugin.causes.gradient.site_slopes import METHODS, SiteMethod
-from gemmascope_plugin.causes.gradient.task_site import Site, sites_of
+from gemmascope_plugin.causes.gradient.task_site import TaskSite, sites_of
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.method import pick
 from gemmascope_plugin.causes.metrics import KLDivergence
-from gemmascope_plugin.causes.task import BoundTask
 from gemmascope_plugin.circuits.circuit_methods import (
     COMPONENTS,
     MEMORY,
@@ -129,7 +130,7 @@ def refuse_lengths(bound: BoundTask) -> None:
 def _details(
     bound: BoundTask,
     parts: Sequence[PartRun],
-    sites: Sequence[Site],
+    sites: Sequence[TaskSite],
     method: SiteMethod,
     options: Options,
 ) -> dict[str, Any]:

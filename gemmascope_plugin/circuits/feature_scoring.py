@@ -5,7 +5,7 @@
 2. Its score is the sum over tokens, and the mean over prompts, of ``(a - a') <W_f, g>``; that of an
    error ``(e - e') . g``, one number a token; that of a head ``(z - z') . g_z``.
 3. Features that are active in the corrupted runs only are counted: their clean activation is 0, their
-   slope is that of any other (see ``causes/gradient/site_slopes.py``).
+   slope is that of any other (see ``causes/gradient/site_runs.py``).
 4. What the scores of a site sum to, and what replacing the whole site does, is in the metadata.
 
 Cost: ``2 * active * width`` operations; nothing of size ``d_sae``.
@@ -22,7 +22,7 @@ from jaxtyping import Float, Float32, Int64
 
 from gemmascope_plugin.causes.gradient.feature_entries import Tally, keys_of, slopes_of_entries
 from gemmascope_plugin.causes.gradient.site_runs import PartRun, SiteRun
-from gemmascope_plugin.causes.gradient.task_site import Site
+from gemmascope_plugin.causes.gradient.task_site import TaskSite
 from gemmascope_plugin.circuits.feature_layout import SiteNodes, n_of
 from gemmascope_plugin.errors import EmptySelectionError
 
@@ -149,6 +149,6 @@ def _missing(these: Int64[torch.Tensor, " n"], those: Int64[torch.Tensor, " m"])
     return int((~torch.isin(these, those)).sum())
 
 
-def site_summary(sites: Sequence[Site]) -> dict[str, Any]:
+def site_summary(sites: Sequence[TaskSite]) -> dict[str, Any]:
     """Sites as a circuit's metadata keep them: hook to kind and number of features."""
     return {site.hook: (site.kind, site.d_sae) for site in sites}

@@ -26,10 +26,10 @@ import torch
 
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.causes import Task
-from gemmascope_plugin.causes.check_task import check_task
 from gemmascope_plugin.causes.exact.activation_patching import MAX_ROWS
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.replace import Replacement
+from gemmascope_plugin.causes.task import check_task
 from gemmascope_plugin.circuits.ablator import ablator, metric_ends
 from gemmascope_plugin.circuits.select import top_n
 from gemmascope_plugin.graphs.dead_ends import prune

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 
+from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.components import layer_of
 from gemmascope_plugin.causes.replace import Replacement, replaced
 from gemmascope_plugin.causes.replayed import Part, joined, replayed
-from gemmascope_plugin.causes.task import BoundTask
 from gemmascope_plugin.graphs.node import Node
 from gemmascope_plugin.models.record import write
 

@@ -26,9 +26,9 @@ import torch
 from jaxtyping import Bool, Float
 
 from gemmascope_plugin.causes import Task
-from gemmascope_plugin.causes.check_task import check_task
 from gemmascope_plugin.causes.effects import Effects
-from gemmascope_plugin.causes.gradient.task_site import Site, sites_of
+from gemmascope_plugin.causes.gradient.task_site import TaskSite, sites_of
+from gemmascope_plugin.causes.task import check_task
 from gemmascope_plugin.circuits.discover import discover
 from gemmascope_plugin.circuits.evaluate import evaluate
 from gemmascope_plugin.circuits.feature_ablation import Errors
@@ -133,7 +133,7 @@ def overlap(own: Directions, other: Directions, cosine: float) -> float:
     return found / n if n else float("nan")
 
 
-def _directions(circuit: Circuit, sites: Sequence[Site]) -> Directions:
+def _directions(circuit: Circuit, sites: Sequence[TaskSite]) -> Directions:
     """Unit decoder rows of the kept features, each once."""
     by_site: Directions = {}
     for site in sites:

@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 
 import gemmascope_plugin.figures as figures
-from gemmascope_plugin.causes.task import MIN_GAP
+from gemmascope_plugin.causes.bound_task import MIN_GAP
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.graphs.frames import SHOWN
 from gemmascope_plugin.graphs.graph import Graph

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from gemmascope_plugin.causes import Task
-from gemmascope_plugin.causes.task import BoundTask
+from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.writes import Writes, write_deltas
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy

@@ -22,15 +22,14 @@ import torch
 
 import gemmascope_plugin as gs
 from gemmascope_plugin.causes import Task, logit_diff
-from gemmascope_plugin.causes.gradient.site_runs import run_sites
-from gemmascope_plugin.causes.gradient.site_slopes import (
+from gemmascope_plugin.causes.gradient.site_runs import (
     Ending,
     MeanSlopes,
     frozen_model,
     mean_slopes,
+    run_sites,
 )
-from gemmascope_plugin.causes.gradient.site_values import read_sites
-from gemmascope_plugin.causes.gradient.task_site import sites_of
+from gemmascope_plugin.causes.gradient.task_site import read_sites, sites_of
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.circuits import discover, evaluate
 from gemmascope_plugin.models.gradients import gradients_of

@@ -36,9 +36,9 @@ from unittest.mock import patch
 import torch
 
 import gemmascope_plugin as gs
+from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.exact.edge_patching import edge_patching
 from gemmascope_plugin.causes.replayed import replayed
-from gemmascope_plugin.causes.task import BoundTask
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy

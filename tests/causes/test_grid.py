@@ -7,8 +7,7 @@ import torch
 
 from gemmascope_plugin.causes.components import COMPONENTS, sizes_of
 from gemmascope_plugin.causes.grid import Choice, component_grid
-from gemmascope_plugin.causes.insert import inserted
-from gemmascope_plugin.causes.nodes import Grid, Patch
+from gemmascope_plugin.causes.nodes import Grid, Patch, inserted
 from gemmascope_plugin.errors import EmptySelectionError, UnknownNameError
 
 EVERY = slice(None)

@@ -12,15 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gemmascope_plugin.causes import Task, activation_patching, custom, kl_divergence, logit_diff
+from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.exact.edge_patching import edge_footprint
 from gemmascope_plugin.causes.exact.patch_sweep import sweep
 from gemmascope_plugin.causes.experiment import experiment
 from gemmascope_plugin.causes.gradient.edge_attribution import pass_bytes
 from gemmascope_plugin.causes.gradient.site_runs import site_footprint
-from gemmascope_plugin.causes.gradient.task_site import Site
+from gemmascope_plugin.causes.gradient.task_site import TaskSite
 from gemmascope_plugin.causes.memory import LOGITS, Footprint, Limit, footprint
 from gemmascope_plugin.causes.metric import Metric
-from gemmascope_plugin.causes.task import BoundTask
 from gemmascope_plugin.circuits.feature_ablation import ablation_footprint
 from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError
 from gemmascope_plugin.models.anatomy import Anatomy
@@ -93,7 +93,7 @@ def test_the_estimate_of_a_row_is_an_upper_bound(backend: str, shape: dict[str, 
 
 
 def test_logits_count_where_all_are_read(hooked2) -> None:
-    anatomy, sites = Anatomy(hooked2), [Site("blocks.0.hook_mlp_out", "mlp", 32)]
+    anatomy, sites = Anatomy(hooked2), [TaskSite("blocks.0.hook_mlp_out", "mlp", 32)]
     names = ["blocks.1.hook_attn_out"]
     needs: list[Callable[[BoundTask], int]] = [
         lambda bound: footprint(hooked2, "attn_out", bound, names, {}).row,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gemmascope_plugin.causes.gradient.task_site import Site, sites_of
+from gemmascope_plugin.causes.gradient.task_site import TaskSite, sites_of
 from gemmascope_plugin.models import flatten_heads, restore_heads
 from gemmascope_plugin.splice import splice
 from tests import factories
@@ -32,7 +32,7 @@ def metric(logits: torch.Tensor) -> torch.Tensor:
     return logits[rows, -1, RIGHT] - logits[rows, -1, WRONG]
 
 
-def dense(site: Site, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def dense(site: TaskSite, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """JumpReLU features, dense; none at special tokens."""
     coder: Any = site.coder
     pre = flatten_heads(x) @ coder.W_enc + coder.b_enc
@@ -40,7 +40,7 @@ def dense(site: Site, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return torch.where(keep & (pre > coder.threshold), pre, 0.0)
 
 
-def caches(model: Any, sites: Sequence[Site], tokens: torch.Tensor) -> dict[str, Any]:
+def caches(model: Any, sites: Sequence[TaskSite], tokens: torch.Tensor) -> dict[str, Any]:
     """Tensor, features and error of every dictionary's site."""
     found = {}
     names = {s.hook for s in sites} | {s.reads.hook for s in sites if s.reads}
@@ -61,11 +61,11 @@ def spliced_effects(
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Integrated gradients of features and errors with every dictionary spliced in.
 
-    Site by site, both are leaves that are moved from clean to corrupted values. What the dictionary
+    TaskSite by site, both are leaves that are moved from clean to corrupted values. What the dictionary
     writes besides features moves with the error.
 
     Returns:
-        Site to effects of features ``[prompt, pos, d_sae]`` and of errors ``[prompt, pos]``.
+        TaskSite to effects of features ``[prompt, pos, d_sae]`` and of errors ``[prompt, pos]``.
     """
     sites = sites_of(model, saes)
     here, there = (caches(model, sites, tokens) for tokens in (clean, corrupt))
@@ -94,7 +94,7 @@ def spliced_effects(
 
 def ablated_metric(
     model: Any,
-    sites: Sequence[Site],
+    sites: Sequence[TaskSite],
     clean: torch.Tensor,
     corrupt: torch.Tensor,
     features: dict[str, torch.Tensor],
@@ -107,8 +107,8 @@ def ablated_metric(
         sites: Its sites with dictionaries.
         clean: The prompts.
         corrupt: Those whose values stand in.
-        features: Site to what is kept, ``[pos, d_sae]``.
-        errors: Site to where the error is kept, ``[pos]``.
+        features: TaskSite to what is kept, ``[pos, d_sae]``.
+        errors: TaskSite to where the error is kept, ``[pos]``.
     """
     other, inputs, hooks = caches(model, sites, corrupt), {}, []
 

@@ -9,8 +9,7 @@ import torch
 
 from gemmascope_plugin.causes import Task, logit_diff
 from gemmascope_plugin.causes.gradient.site_paths import sources_of
-from gemmascope_plugin.causes.gradient.site_runs import run_sites
-from gemmascope_plugin.causes.gradient.site_slopes import METHODS
+from gemmascope_plugin.causes.gradient.site_runs import METHODS, run_sites
 from gemmascope_plugin.causes.gradient.task_site import sites_of
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.circuits import discover

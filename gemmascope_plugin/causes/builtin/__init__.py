@@ -1,7 +1,14 @@
 """Built-in causal questions for any tokenizer (``build.py``), and tasks from somebody's own sentence."""
 
-from gemmascope_plugin.causes.builtin.build import SPLITS, TASKS, Split, build, build_from_template
-from gemmascope_plugin.causes.builtin.model_tasks import ModelTasks, register_tasks
+from gemmascope_plugin.causes.builtin.build import (
+    SPLITS,
+    TASKS,
+    ModelTasks,
+    Split,
+    build,
+    build_from_template,
+    register_tasks,
+)
 from gemmascope_plugin.causes.builtin.template import Fill, Template
 
 __all__ = [

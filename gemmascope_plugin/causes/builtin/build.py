@@ -21,7 +21,8 @@ name            clean prompt ... answer                              corruption
 =============== ==================================================== ===============================
 
 Splits share no words and no templates (``drafts.py``). A model may bring its own prompts for these names:
-the bundled suite does, whose grammar is not English (``model_tasks.py``).
+a floor above registers them (``register_tasks``). The bundled suite, whose 462 words make no English
+sentence, does so when it is imported.
 
 Cost: the tokenizer, and, once somebody looks, one pass over the clean prompts.
 """
@@ -32,12 +33,10 @@ from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any, Literal, NamedTuple, get_args
 
-from gemmascope_plugin.causes.builtin.agreeing import agreement, agreement_es
 from gemmascope_plugin.causes.builtin.drafts import Draft, Half, fit, too_few
 from gemmascope_plugin.causes.builtin.facts import antonyms, capitals, city_state, two_hop
-from gemmascope_plugin.causes.builtin.model_tasks import tasks_of
+from gemmascope_plugin.causes.builtin.grammar import agreement, agreement_es, ioi, pronouns
 from gemmascope_plugin.causes.builtin.numbers import greater_than, induction, successors
-from gemmascope_plugin.causes.builtin.people import ioi, pronouns
 from gemmascope_plugin.causes.builtin.template import Template
 from gemmascope_plugin.causes.metric import Metric
 from gemmascope_plugin.causes.metrics import logit_diff, probability
@@ -118,3 +117,30 @@ def build(name: str, model: HookedModel, *, n: int, split: Split, seed: int) -> 
     if len(fitting.pairs) < n:
         raise too_few(fitting, n, name)
     return Built(*fitting.columns(recipe.ask), fitting.n_dropped)
+
+
+class ModelTasks(NamedTuple):
+    """Prompts of one model."""
+
+    model: str
+    """Its name."""
+    knows: Callable[[HookedModel], bool]
+    """Whether a model is that one."""
+    names: tuple[str, ...]
+    """The built-in tasks that it has."""
+    make: Callable[[str, int, str, int], tuple[list[str], list[str], Any]]
+    """Name, number, split, seed to clean prompts, corrupted ones and metric."""
+
+
+_REGISTERED: list[ModelTasks] = []
+
+
+def register_tasks(tasks: ModelTasks) -> None:
+    """Makes a model's own prompts known; the last of a name counts."""
+    _REGISTERED[:] = [entry for entry in _REGISTERED if entry.model != tasks.model]
+    _REGISTERED.append(tasks)
+
+
+def tasks_of(model: HookedModel) -> ModelTasks | None:
+    """The prompts that a model brings; None for all others."""
+    return next((entry for entry in _REGISTERED if entry.knows(model)), None)

@@ -14,14 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gemmascope_plugin.causes.check_task import check_task
 from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.exact.patch_sweep import sweep
 from gemmascope_plugin.causes.experiment import experiment
 from gemmascope_plugin.causes.grid import Choice
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.replace import PatchReplacement
-from gemmascope_plugin.causes.task import Task
+from gemmascope_plugin.causes.task import Task, check_task
 from gemmascope_plugin.graphs.node import FeatureId
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate

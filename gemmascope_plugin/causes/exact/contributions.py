@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 
-from gemmascope_plugin.causes.answer_tokens import TokenSets
+from gemmascope_plugin.causes.bound_task import BoundTask
+from gemmascope_plugin.causes.metric import TokenSets
 from gemmascope_plugin.causes.metrics import LogitDiff
-from gemmascope_plugin.causes.task import BoundTask, Prompts, Task
+from gemmascope_plugin.causes.task import Prompts, Task
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.finite import check_all, wide
@@ -42,7 +43,7 @@ class Contribution(NamedTuple):
     label: str
     hook: str
     """Where it is written."""
-    written: int
+    stream_time: int
     """When, in half layers: -1 for the embedding, ``2 L`` for attention, ``2 L + 1`` for the MLP."""
     value: PerPrompt
     of_dictionary: bool = False
@@ -196,13 +197,13 @@ def heads(run: AnswerRun) -> list[Contribution]:
 
 
 def _parts(run: AnswerRun, attention: Any) -> list[Contribution]:
-    def written(label: str, hook: str, when: int) -> Contribution:
+    def component(label: str, hook: str, when: int) -> Contribution:
         return Contribution(label, hook, when, (run.at[hook] * run.readout).sum(-1))
 
-    parts = [written("embed", "hook_embed", -1)]
+    parts = [component("embed", "hook_embed", -1)]
     for layer in range(run.anatomy.n_layers):
         parts += attention(run, layer)
-        parts.append(written(f"MLP{layer}", f"blocks.{layer}.hook_mlp_out", 2 * layer + 1))
+        parts.append(component(f"MLP{layer}", f"blocks.{layer}.hook_mlp_out", 2 * layer + 1))
     if bool(run.bias.any()):
         parts.append(Contribution("b_U", "unembed.hook_out", 2 * run.anatomy.n_layers, run.bias))
     return parts

@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.exact.contributions import (
     AnswerRun,
@@ -39,7 +40,7 @@ from gemmascope_plugin.causes.exact.contributions import (
 from gemmascope_plugin.causes.exact.feature_contributions import site_hooks, split
 from gemmascope_plugin.causes.metrics import LogitDiff
 from gemmascope_plugin.causes.nodes import patchable
-from gemmascope_plugin.causes.task import BoundTask, Prompts, Task
+from gemmascope_plugin.causes.task import Prompts, Task
 from gemmascope_plugin.errors import UnknownNameError, check_choice
 from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.anatomy import Anatomy

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 
+from gemmascope_plugin.causes.components import is_stream, is_z, layer_of, stream_time
 from gemmascope_plugin.causes.exact.contributions import AnswerRun, Contribution
-from gemmascope_plugin.causes.stream_time import is_stream, is_z, layer_of, written
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.graphs.node import FeatureId
 from gemmascope_plugin.models.finite import wide
@@ -40,7 +40,7 @@ from gemmascope_plugin.splice.window import Window
 def site_hooks(model: HookedModel, spliced: Any) -> list[str]:
     """What :func:`split` reads."""
     for site in spliced.sites.values():
-        written(site.hook_out)
+        stream_time(site.hook_out)
     readings = [reading(model, site.hook_in) for site in spliced.sites.values()]
     outputs = [site.hook_out for site in spliced.sites.values()]
     return [*(read.hook for read in readings), *outputs]
@@ -95,7 +95,7 @@ def _site_parts(
     sources: Sequence[tuple[HookedSite, SparseActs, torch.Tensor, torch.Tensor]],
 ) -> list[Contribution]:
     """Features, error and bias of what is written at one site."""
-    when, readout = written(site.hook_out), _readout(run, site.hook_out)
+    when, readout = stream_time(site.hook_out), _readout(run, site.hook_out)
     parts: list[Contribution] = []
 
     def add(label: str, value: torch.Tensor) -> None:
@@ -141,15 +141,15 @@ def _readout(run: AnswerRun, hook: str) -> Float[torch.Tensor, "prompt d_out"]:
 
 def _order(hook: str) -> tuple[int, bool, bool]:
     """By time, and at one time what contains the other last."""
-    return written(hook), hook.endswith("hook_attn_out"), is_stream(hook)
+    return stream_time(hook), hook.endswith("hook_attn_out"), is_stream(hook)
 
 
 def _covers(hook: str, part: Contribution) -> bool:
     """Whether what is at a hook contains a part."""
     if is_stream(hook):
-        return part.written <= written(hook)
+        return part.stream_time <= stream_time(hook)
     if hook.endswith("hook_attn_out"):
-        return part.written == written(hook)
+        return part.stream_time == stream_time(hook)
     return part.hook == hook
 
 

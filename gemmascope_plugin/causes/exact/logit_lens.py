@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int
 
-from gemmascope_plugin.causes.answer_tokens import Answers, TokenSets, answer_list
 from gemmascope_plugin.causes.effects import Effects
+from gemmascope_plugin.causes.metric import Answers, TokenSets, answer_list
 from gemmascope_plugin.errors import EmptySelectionError
 from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.anatomy import Anatomy

@@ -25,8 +25,7 @@ from jaxtyping import Bool, Float
 
 from gemmascope_plugin.causes.components import COMPONENTS, layer_of
 from gemmascope_plugin.causes.experiment import Experiment
-from gemmascope_plugin.causes.insert import inserting
-from gemmascope_plugin.causes.nodes import Patch
+from gemmascope_plugin.causes.nodes import Patch, inserting
 from gemmascope_plugin.causes.replayed import Part, inside
 from gemmascope_plugin.models.points import n_layers
 from gemmascope_plugin.models.replay import Entry, Replay, Stage

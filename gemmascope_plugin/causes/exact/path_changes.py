@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
+from gemmascope_plugin.causes.components import is_z, stream_time
 from gemmascope_plugin.causes.names import Stream
 from gemmascope_plugin.causes.nodes import acts_hook
-from gemmascope_plugin.causes.stream_time import is_z, written
 from gemmascope_plugin.errors import TaskError, UnknownNameError, check_choice, check_feature
 from gemmascope_plugin.graphs.node import Node
 from gemmascope_plugin.models.hooks import hooking
@@ -103,7 +103,7 @@ def check_sender(runner: Any, sender: Sender) -> None:
     """Refuses what sends nothing to the stream."""
     if is_feature(sender):
         assert isinstance(sender, Node)
-        written(site_of(runner, sender).hook_out)
+        stream_time(site_of(runner, sender).hook_out)
     elif isinstance(sender, Node) and sender.kind in ("logits", "kv"):
         raise UnknownNameError(
             f"{sender.label} writes nothing to the stream",
@@ -111,12 +111,12 @@ def check_sender(runner: Any, sender: Sender) -> None:
         )
 
 
-def first_written(runner: Any, sender: Sender) -> int:
+def first_time(runner: Any, sender: Sender) -> int:
     """When a sender first changes the stream, in half layers."""
     if is_feature(sender):
         assert isinstance(sender, Node)
-        return written(site_of(runner, sender).hook_out)
-    return written(sender.hook)
+        return stream_time(site_of(runner, sender).hook_out)
+    return stream_time(sender.hook)
 
 
 def _check_apart(runner: Any, group: tuple[Sender, ...]) -> None:

@@ -23,10 +23,9 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 
-from gemmascope_plugin.causes.components import layer_of
+from gemmascope_plugin.causes.components import is_stream, is_z, layer_of, stream_time
 from gemmascope_plugin.causes.exact.path_changes import Change
 from gemmascope_plugin.causes.replayed import Part
-from gemmascope_plugin.causes.stream_time import is_stream, is_z, written
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.protocol import dtype_of
@@ -69,15 +68,15 @@ class Flow:
 
     def _direct(self, change: Change, stream: str) -> Difference:
         """With everything else frozen."""
-        until = written(stream)
-        whole = [h for h in change.replaced if is_stream(h) and written(h) <= until]
-        start = max(whole, key=written, default=None)
-        since = -2 if start is None else written(start)
+        until = stream_time(stream)
+        whole = [h for h in change.replaced if is_stream(h) and stream_time(h) <= until]
+        start = max(whole, key=stream_time, default=None)
+        since = -2 if start is None else stream_time(start)
         difference = self._zero()
         if start is not None:
             difference = wide(self._there[start]) - wide(self._here[start])
         hooks = {*change.replaced, *change.added}
-        for hook in sorted(h for h in hooks if since < written(h) <= until):
+        for hook in sorted(h for h in hooks if since < stream_time(h) <= until):
             step = self._attention(change, hook) if is_z(hook) else self._added(change, hook)
             difference = difference + step.to(difference)
         return difference

@@ -28,13 +28,14 @@ from typing import Any, get_args
 import torch
 from jaxtyping import Float, Int
 
-from gemmascope_plugin.causes.check_task import check_task
+from gemmascope_plugin.causes.bound_task import BoundTask
+from gemmascope_plugin.causes.components import layer_of, stream_time
 from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.exact.path_changes import (
     Sender,
     changes_of,
     check_senders,
-    first_written,
+    first_time,
     hooks_of,
 )
 from gemmascope_plugin.causes.exact.path_flow import Flow, Paths, read_by_flow
@@ -49,8 +50,7 @@ from gemmascope_plugin.causes.exact.path_receivers import (
 from gemmascope_plugin.causes.names import Name, Named, node_of, reader_of
 from gemmascope_plugin.causes.nodes import patchable
 from gemmascope_plugin.causes.replayed import Part, replayed
-from gemmascope_plugin.causes.stream_time import layer_of, written
-from gemmascope_plugin.causes.task import BoundTask, Task
+from gemmascope_plugin.causes.task import Task, check_task
 from gemmascope_plugin.errors import EmptySelectionError, check_choice, shorten
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.graphs.node import FeatureId, Reader
@@ -262,11 +262,11 @@ class _Sweep:
 
     def _reached(self) -> dict[tuple[int, int], list[Receiver]]:
         """Sender and receiver sets to the receivers that anything reaches."""
-        first = [min(first_written(self.runner, s) for s in group) for group in self.senders]
+        first = [min(first_time(self.runner, s) for s in group) for group in self.senders]
         found = {}
         for i, start in enumerate(first):
             for k, group in enumerate(self.receivers):
-                receivers = [r for r in group if start <= written(self._stream(r))]
+                receivers = [r for r in group if start <= stream_time(self._stream(r))]
                 if receivers:
                     found[i, k] = receivers
         if not found:

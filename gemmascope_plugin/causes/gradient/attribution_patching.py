@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from gemmascope_plugin.causes.check_task import check_task
 from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.experiment import experiment
 from gemmascope_plugin.causes.gradient.atp_star import AtPStar
@@ -37,7 +36,7 @@ from gemmascope_plugin.causes.grid import Choice
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.method import pick, table_of
 from gemmascope_plugin.causes.replace import PatchReplacement
-from gemmascope_plugin.causes.task import Task
+from gemmascope_plugin.causes.task import Task, check_task
 from gemmascope_plugin.graphs.node import FeatureId
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate

@@ -3,8 +3,8 @@
 ``score(u -> v) = sum_pos <D_u, g_v>``: what the stream gets if writer ``u`` alone changes (through the
 norm after attention, which other implementations leave out), times the gradient at reader ``v``'s input.
 
-A method says which gradients (``METHODS``): those of the base run or of both (``eap.py``), or their mean
-along a line (``eap_ig.py``).
+A method says which gradients (``METHODS``, ``eap.py``): those of the base run or of both, or their mean
+along a line.
 
 Identities: with ``writer_delta="jacobian"`` the scores of all edges out of a writer sum to its node score
 ``<z' - z, dm/dz>``; with ``eap-ig`` the scores out of the embedding sum to the whole difference of the
@@ -26,10 +26,9 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Float
 
-from gemmascope_plugin.causes.check_task import check_tasks
+from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.effects import Effects
-from gemmascope_plugin.causes.gradient.eap import EAP, CleanCorrupted
-from gemmascope_plugin.causes.gradient.eap_ig import EapIg, EapIgActivations
+from gemmascope_plugin.causes.gradient.eap import EAP, CleanCorrupted, EapIg, EapIgActivations
 from gemmascope_plugin.causes.gradient.edge_runs import (
     EdgeMethod,
     EdgeRuns,
@@ -40,7 +39,7 @@ from gemmascope_plugin.causes.memory import logits_held
 from gemmascope_plugin.causes.method import pick, table_of
 from gemmascope_plugin.causes.replace import Replacement
 from gemmascope_plugin.causes.replayed import Part
-from gemmascope_plugin.causes.task import BoundTask, Task
+from gemmascope_plugin.causes.task import Task, check_tasks
 from gemmascope_plugin.causes.writes import DeltaForm, Writes, replayed_writers
 from gemmascope_plugin.errors import TaskError, check_choice
 from gemmascope_plugin.graphs.conservation import checked_share

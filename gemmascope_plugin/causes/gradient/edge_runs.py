@@ -3,7 +3,7 @@
 ``<D_u, g_v>`` of every edge: what a writer would add, times what a reader would make of it.
 
 1. ``EdgeRuns`` has the writers of the base run and of the other, and takes gradients of runs between.
-   A method says which (``eap.py``, ``eap_ig.py``): it gives *paths*, differences and the runs whose
+   A method says which (``eap.py``): it gives *paths*, differences and the runs whose
    gradients they are multiplied with.
 2. Tokens are taken in blocks whose ``tokens * writers * d_model`` numbers fit the budget.
 3. Per block the writers' differences are formed once and multiplied with the gradients of one layer's

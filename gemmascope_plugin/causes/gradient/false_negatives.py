@@ -22,14 +22,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 
-from gemmascope_plugin.causes.check_task import check_task
 from gemmascope_plugin.causes.effects import Effects, check_effects
 from gemmascope_plugin.causes.exact.activation_patching import MAX_ROWS
 from gemmascope_plugin.causes.experiment import Experiment
 from gemmascope_plugin.causes.gradient.slopes import ignore_bridge_norm_warning, parts_of
 from gemmascope_plugin.causes.gradient.verify_top import ranking, reopened
 from gemmascope_plugin.causes.nodes import At
-from gemmascope_plugin.causes.task import Task
+from gemmascope_plugin.causes.task import Task, check_task
 from gemmascope_plugin.errors import EmptySelectionError, TaskError
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate

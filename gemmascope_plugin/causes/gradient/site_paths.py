@@ -28,9 +28,8 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Float
 
-from gemmascope_plugin.causes.gradient.site_runs import PartRun, SiteRun
-from gemmascope_plugin.causes.gradient.site_slopes import Hooks, start_of
-from gemmascope_plugin.causes.gradient.task_site import Site
+from gemmascope_plugin.causes.gradient.site_runs import Hooks, PartRun, SiteRun, start_of
+from gemmascope_plugin.causes.gradient.task_site import TaskSite
 from gemmascope_plugin.models import flatten_heads
 from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.hooks import hooking
@@ -41,7 +40,7 @@ Probe = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]
 ``[row, pos, width]`` with heads flattened."""
 
 
-def sources_of(sites: Sequence[Site], target: Site) -> list[Site]:
+def sources_of(sites: Sequence[TaskSite], target: TaskSite) -> list[TaskSite]:
     """The sites with direct paths to a target, in forward order."""
     before = [site for site in sites if site.place < target.place]
     streams = [i for i, site in enumerate(before) if site.is_stream]
@@ -49,7 +48,7 @@ def sources_of(sites: Sequence[Site], target: Site) -> list[Site]:
 
 
 def direct_slopes(
-    part: PartRun, target: Site, probe: Probe, copies: int
+    part: PartRun, target: TaskSite, probe: Probe, copies: int
 ) -> dict[str, Float[torch.Tensor, "copy prompt pos width"]]:
     """Gradients of what is asked at a target, at each site with a direct path to it.
 
@@ -78,8 +77,8 @@ def _leaf(run: SiteRun, copies: int) -> Float[torch.Tensor, "row pos ..."]:
 
 def _passed(
     part: PartRun,
-    target: Site,
-    sources: Sequence[Site],
+    target: TaskSite,
+    sources: Sequence[TaskSite],
     leaves: dict[str, torch.Tensor],
     copies: int,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:

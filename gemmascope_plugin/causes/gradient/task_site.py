@@ -16,22 +16,35 @@ kind         hook                        nodes
 2. Only tensors that are added to the residual stream, and the stream itself, are sites, one at each
    place: ``hook_resid_post`` of a layer and ``hook_resid_pre`` of the next one are the same place.
 
-Cost: none; a list of names and references.
+What is at the sites of one run (``Values``):
+
+3. One forward pass keeps the tensor of every site and what its dictionary encodes.
+4. Features are encoded sparsely and exactly; special tokens and padding have none. Where a dictionary
+   has a scale for each token, a feature stands for ``scale * f``, which is what it writes.
+
+Cost: sites are names and references; values a forward pass and an encode per dictionary, 16 bytes an
+active feature, no ``d_sae`` numbers a token are ever kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from gemmascope_plugin.causes.stream_time import WRITTEN, is_stream, layer_of, written
+import torch
+from jaxtyping import Bool, Float, Int
+
+from gemmascope_plugin.causes.components import WRITTEN, is_stream, layer_of, stream_time
 from gemmascope_plugin.errors import GemmaScopeError, ModelError, UnknownNameError
-from gemmascope_plugin.models import special_ids
+from gemmascope_plugin.models import flatten_heads, special_ids
+from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.points import Reading, hook_points, n_layers, reading, width_at
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.saes import Coder
+from gemmascope_plugin.models.record import record
+from gemmascope_plugin.models.tokens import kept_positions
+from gemmascope_plugin.saes import Coder, SparseActs, write
 from gemmascope_plugin.splice import HookedCrossLayer, HookedSAE
 from gemmascope_plugin.splice.check_saes import as_list, check_sae
 from gemmascope_plugin.splice.splicing import check_site
@@ -42,7 +55,7 @@ _ALLOWED = tuple(name for name in WRITTEN if name not in ("hook_embed", "hook_re
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class TaskSite:
     """One tensor and what takes it apart."""
 
     hook: str
@@ -81,15 +94,15 @@ class Site:
     @cached_property
     def place(self) -> tuple[int, bool]:
         """When it is written; the stream after what was added to it."""
-        return written(self.hook), self.is_stream
+        return stream_time(self.hook), self.is_stream
 
     def __repr__(self) -> str:
-        return f"Site({self.hook}, {self.kind}, width {self.width}, d_sae {self.d_sae})"
+        return f"TaskSite({self.hook}, {self.kind}, width {self.width}, d_sae {self.d_sae})"
 
 
 def sites_of(
     model: HookedModel, saes: Any, raw: Sequence[str] = (), *, level: int | None = None
-) -> tuple[Site, ...]:
+) -> tuple[TaskSite, ...]:
     """The sites of dictionaries, and of heads and MLPs without one, in forward order."""
     if saes is None:
         raise UnknownNameError(
@@ -97,7 +110,7 @@ def sites_of(
             fix="saes=[gemmascope_plugin.load(spec)]",
         )
     found = [_dictionary_site(model, _hooked(sae, level)) for sae in as_list(saes)]
-    by_place: dict[tuple[int, bool], Site] = {}
+    by_place: dict[tuple[int, bool], TaskSite] = {}
     for site in found:
         other = by_place.setdefault(site.place, site)
         if other is not site:
@@ -129,7 +142,7 @@ def _hooked(sae: Any, level: int | None) -> HookedSAE:
     return sae
 
 
-def _dictionary_site(model: HookedModel, hooked: HookedSAE) -> Site:
+def _dictionary_site(model: HookedModel, hooked: HookedSAE) -> TaskSite:
     if not hooked.hook_out.endswith(_ALLOWED):
         raise ModelError(
             f"The dictionary for {hooked.hook_out} cannot be part of a circuit of features, which "
@@ -137,7 +150,7 @@ def _dictionary_site(model: HookedModel, hooked: HookedSAE) -> Site:
             exists=", ".join(_ALLOWED),
         )
     check_site(model, hooked, hook_points(model))
-    return Site(
+    return TaskSite(
         hooked.hook_out,
         "feature",
         hooked.widths[1],
@@ -147,11 +160,11 @@ def _dictionary_site(model: HookedModel, hooked: HookedSAE) -> Site:
     )
 
 
-def _raw_site(model: HookedModel, kind: str, layer: int) -> Site:
+def _raw_site(model: HookedModel, kind: str, layer: int) -> TaskSite:
     hook, which = _RAW[kind].format(layer), "head" if kind == "head" else "mlp"
     width = width_at(model, hook)
     assert width is not None
-    return Site(hook, which, width)
+    return TaskSite(hook, which, width)
 
 
 def check_restartable(model: HookedModel, free: bool) -> None:
@@ -162,3 +175,76 @@ def check_restartable(model: HookedModel, free: bool) -> None:
             "inner layers, where those would be left out",
             fix="model.reset_hooks(), or leave the splice block",
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """One run at one site."""
+
+    y: Float[torch.Tensor, "prompt pos ..."]
+    """The tensor, as its hook fires."""
+    acts: SparseActs | None = None
+    """Its active features, at a dictionary's site."""
+    x: Float[torch.Tensor, "prompt pos d_in"] | None = None
+    """What the dictionary encodes, heads flattened."""
+
+    @property
+    def flat(self) -> Float[torch.Tensor, "prompt pos width"]:
+        """The tensor, heads flattened, at least in float32."""
+        return wide(flatten_heads(self.y))
+
+    def error(self, site: TaskSite) -> Float[torch.Tensor, "prompt pos width"]:
+        """What is there besides features."""
+        assert self.acts is not None, "a site without a dictionary"
+        return self.flat - written_by(site, self.acts).to(self.y.device)
+
+
+def written_by(site: TaskSite, acts: SparseActs) -> Float[torch.Tensor, "*tokens width"]:
+    """``sum_f a_f W_f``, on the dictionary's device, at least in float32."""
+    return write(acts.with_values(wide(acts.values)), site.coder.W_dec)
+
+
+def encoded(
+    site: TaskSite, x: Float[torch.Tensor, "row pos ..."], keep: Bool[torch.Tensor, "row pos"]
+) -> SparseActs:
+    """The active features of the tensor that a dictionary reads, each times its token's scale."""
+    coder = site.coder
+    flat = flatten_heads(x).to(coder.W_enc.device)
+    hooked = site.hooked
+    assert hooked is not None
+    acts = coder.encode_sparse(flat, keep=keep.to(flat.device), two_stage=hooked.two_stage)
+    scale = coder.scale(flat)
+    if scale is None:
+        return acts
+    return acts.with_values(acts.values * scale.flatten()[acts.rows].to(acts.values))
+
+
+def kept_tokens(
+    site: TaskSite,
+    tokens: Int[torch.Tensor, "row pos"],
+    mask: Bool[torch.Tensor, "row pos"],
+) -> Bool[torch.Tensor, "row pos"]:
+    """False at padding and at tokens that the site's dictionary leaves alone."""
+    return kept_positions(tokens, site.special) & mask
+
+
+@torch.no_grad()
+def read_sites(
+    model: HookedModel,
+    sites: Sequence[TaskSite],
+    tokens: Int[torch.Tensor, "prompt pos"],
+    mask: Bool[torch.Tensor, "prompt pos"],
+) -> dict[str, Values]:
+    """The values of one run, by the hook of the site."""
+    hooks = [site.hook for site in sites]
+    hooks += [site.reads.hook for site in sites if site.reads is not None]
+    found: Mapping[str, torch.Tensor] = record(model, tokens, list(dict.fromkeys(hooks)))
+    values = {}
+    for site in sites:
+        if site.reads is None:
+            values[site.hook] = Values(found[site.hook])
+            continue
+        x = flatten_heads(site.reads(found[site.reads.hook]))
+        acts = encoded(site, x, kept_tokens(site, tokens, mask))
+        values[site.hook] = Values(found[site.hook], acts, x)
+    return values

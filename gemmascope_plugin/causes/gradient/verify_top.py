@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
-from gemmascope_plugin.causes.check_task import check_task
 from gemmascope_plugin.causes.effects import Effects, check_effects
 from gemmascope_plugin.causes.exact.activation_patching import MAX_ROWS
 from gemmascope_plugin.causes.exact.patch_sweep import sweep
@@ -28,7 +27,7 @@ from gemmascope_plugin.causes.experiment import Experiment, experiment
 from gemmascope_plugin.causes.grid import Choice
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.nodes import Grid
-from gemmascope_plugin.causes.task import Task
+from gemmascope_plugin.causes.task import Task, check_task
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
