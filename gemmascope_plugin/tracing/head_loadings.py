@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from jaxtyping import Bool, Float
 
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.errors import EmptySelectionError, ModelError, TaskError
-from gemmascope_plugin.graphs.frames import SHOWN
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
@@ -33,6 +31,7 @@ from gemmascope_plugin.tracing.linear.head_shares import loadings
 from gemmascope_plugin.tracing.linear.targets import Target
 from gemmascope_plugin.tracing.linear.trace_site import Exclude
 from gemmascope_plugin.tracing.trace import allowed_gap
+from gemmascope_plugin.tracing.trace_result import TraceResult
 from gemmascope_plugin.tracing.traced_prompt import TracedPrompt
 
 if TYPE_CHECKING:
@@ -40,8 +39,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class HeadLoadings:
+class HeadLoadings(TraceResult):
     """Loads of heads on edges, in the units of the edges."""
+
+    noun = "head loadings"
 
     edges: tuple[tuple[str, str], ...]
     """Ids of source and target."""
@@ -133,9 +134,6 @@ class HeadLoadings:
             f"HeadLoadings({len(self)} {noun}, {layers} layers of {heads} heads, "
             f"residual {self.metadata.get('residual', float('nan')):.1e})"
         )
-
-    def _repr_html_(self) -> str:
-        return f"<p>{escape(repr(self))}</p>{figures.frame_html(self.to_frame(), SHOWN)}"
 
 
 @gate(model=check_model, saes=check_saes)

@@ -43,6 +43,7 @@ from gemmascope_plugin.tracing.changed_run import (
     freeze_hooks,
     run_values,
 )
+from gemmascope_plugin.tracing.trace_result import TraceResult
 from gemmascope_plugin.tracing.traced_prompt import TracedPrompt
 
 if TYPE_CHECKING:
@@ -52,8 +53,10 @@ KINDS_CHANGED = ("feature", "error", "token")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Intervention:
+class Intervention(TraceResult):
     """Predicted and measured change of each target node."""
+
+    noun = "intervention"
 
     frame: pd.DataFrame
     """One row per explained node of the graph: ``id, kind, label, layer, pos, before, predicted,
@@ -80,6 +83,10 @@ class Intervention:
     def largest_gap(self) -> float:
         """Largest difference of predicted and actual change."""
         return float((self.frame["predicted"] - self.frame["actual"]).abs().max())
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per explained node: ``id, kind, label, layer, pos, before, predicted, actual``."""
+        return self.frame.copy()
 
     def plot(self) -> Any:
         """Predicted against actual changes, the largest ones, as bars."""

@@ -33,6 +33,7 @@ from gemmascope_plugin.models.tokens import token_strings
 from gemmascope_plugin.splice.check_saes import Saes, check_saes
 from gemmascope_plugin.tracing.linear.head_queries import Score, Side, ranked_pairs
 from gemmascope_plugin.tracing.linear.trace_site import Exclude
+from gemmascope_plugin.tracing.trace_result import TraceResult
 from gemmascope_plugin.tracing.traced_prompt import TracedPrompt
 
 if TYPE_CHECKING:
@@ -42,8 +43,10 @@ _SHOWN_COLUMNS = ["id", "label", "kind", "layer", "pos"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class QkAttribution:
+class QkAttribution(TraceResult):
     """One score of one head as a sum over nodes and over pairs of nodes."""
+
+    noun = "QK attribution"
 
     nodes: pd.DataFrame
     """All nodes below the layer, as in a graph; ``bias:b_Q_and_b_K`` are the head's own."""
@@ -74,6 +77,15 @@ class QkAttribution:
     def by_key(self) -> pd.DataFrame:
         """Nodes in the key by size, likewise."""
         return self._ranked(self.key_weights)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Nodes that bring something, the largest in the key first: ``id, label, kind, layer, pos, query,
+        key``.
+        """
+        order = np.argsort(-np.abs(self.key_weights), kind="stable")
+        order = order[(self.query_weights[order] != 0) | (self.key_weights[order] != 0)]
+        frame = self.nodes.iloc[order][_SHOWN_COLUMNS].reset_index(drop=True)
+        return frame.assign(query=self.query_weights[order], key=self.key_weights[order])
 
     def pairs(self, top: int = 20) -> pd.DataFrame:
         """The pairs that brought most, of either sign: ``query, query_label, key, key_label, weight``.

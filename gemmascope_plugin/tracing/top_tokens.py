@@ -11,21 +11,54 @@ Cost: one multiplication with the unembedding for all features of the graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 
+import gemmascope_plugin.figures as figures
 from gemmascope_plugin.errors import UnknownNameError
 from gemmascope_plugin.features.top_words import TopWords, top_words
+from gemmascope_plugin.graphs.frames import SHOWN
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.splice.check_saes import Saes
 from gemmascope_plugin.tracing.linear.trace_site import TraceSite, trace_sites
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-def top_tokens(graph: Graph, model: HookedModel, saes: Saes, k: int = 5) -> dict[str, TopWords]:
+
+class TopTokens(dict[str, TopWords]):
+    """Words of feature nodes, by the ids of the nodes."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a node: ``id, top, bottom``, the words in one text each, the strongest first."""
+        import pandas as pd
+
+        rows = [
+            (node, *(", ".join(map(repr, part)) for part in words)) for node, words in self.items()
+        ]
+        return pd.DataFrame(rows, columns=["id", "top", "bottom"])
+
+    def to_json(self) -> dict[str, dict[str, list[str]]]:
+        """From ids to words, as plain values."""
+        return {
+            node: {"top": list(words.top), "bottom": list(words.bottom)}
+            for node, words in self.items()
+        }
+
+    def __repr__(self) -> str:
+        return f"TopTokens({len(self)} features)"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>{figures.frame_html(self.to_frame(), SHOWN)}"
+
+
+def top_tokens(graph: Graph, model: HookedModel, saes: Saes, k: int = 5) -> TopTokens:
     """Words of every feature node.
 
     Args:
@@ -44,7 +77,7 @@ def top_tokens(graph: Graph, model: HookedModel, saes: Saes, k: int = 5) -> dict
     sites = trace_sites(model, saes, ())
     by_label = {site.label: site for site in sites}
     rows = graph.nodes[graph.where("feature")]
-    words: dict[str, TopWords] = {}
+    words = TopTokens()
     for label, nodes in rows.groupby("site"):
         label = str(label)
         if label not in by_label:
