@@ -1,9 +1,10 @@
 """Checks what linters do not: names of variables, names of files, and the drawing of the floors.
 
-1. No variable, argument or attribute is called by a determiner (``own``, ``found``, ``kept``, ...): it says
-   nothing about what it holds, and cannot be searched for.
+1. No variable, argument or attribute is called by a determiner (``own``, ``found``, ``kept``, ...): it
+   says nothing about what it holds, and cannot be searched for.
 2. No two files of the package share a name, ``__init__`` and ``__main__`` aside.
-3. The floors in CONTRIBUTING.md are those of the import contract in pyproject.toml; ``--draw`` prints them.
+3. The floors in CONTRIBUTING.md are those of the import contract in pyproject.toml; ``--draw`` prints
+   them.
 """
 
 from __future__ import annotations
