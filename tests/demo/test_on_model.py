@@ -14,6 +14,7 @@ import gemmascope_plugin as gs
 import gemmascope_plugin.demo.on_model as on_model
 from gemmascope_plugin.catalog import SaeSpec, SpecList
 from gemmascope_plugin.cli.app import app
+from gemmascope_plugin.demo import model_page
 from gemmascope_plugin.demo.on_model import ModelReport, run_on_model, splice_local
 from gemmascope_plugin.errors import UnknownNameError
 from gemmascope_plugin.loading.sources import locate
@@ -77,7 +78,7 @@ def test_saes_of_a_folder_are_spliced_in(report: ModelReport) -> None:
     assert 0 <= spliced.logit_difference < 1e-4
     assert list(spliced.features.fits) == [f"blocks.{i}.hook_resid_post" for i in (1, 2)]
     assert set(spliced.words) == {
-        (row.site, row.feature) for row in spliced.features.top(on_model.N_FEATURES).itertuples()
+        (row.site, row.feature) for row in spliced.features.top(model_page.N_FEATURES).itertuples()
     }
     page = report.path.read_text(encoding="utf-8")
     assert "<td>sae</td><td>res</td><td>3</td><td>3</td>" in page
@@ -111,9 +112,9 @@ def test_without_saes_the_page_says_so(model: Any, report: ModelReport) -> None:
     absent = gs.find(model=NAME, site="res", layer=9, width="16k")
     assert splice_local(model, absent, "today") is None
     assert splice_local(model, SpecList([]), "today") is None
-    section = on_model.saes_section(_without(report, absent))
+    section = model_page.saes_section(_without(report, absent))
     assert "None of their files is on this machine" in str(section.parts[-1])
-    section = on_model.saes_section(_without(report, SpecList([])))
+    section = model_page.saes_section(_without(report, SpecList([])))
     assert section.parts == ("The catalog has none for this model.",)
 
 
