@@ -11,7 +11,10 @@ from gemmascope_plugin.causes.exact.logit_lens import logit_lens
 from gemmascope_plugin.causes.exact.path_patching import path_patching
 from gemmascope_plugin.causes.gradient.attribution_patching import attribution_patching
 from gemmascope_plugin.causes.gradient.edge_attribution import edge_attribution
-from gemmascope_plugin.causes.gradient.false_negatives import MissedEffects, missed_effects
+from gemmascope_plugin.causes.gradient.false_negative_bound import (
+    FalseNegativeBound,
+    false_negative_bound,
+)
 from gemmascope_plugin.causes.gradient.relp import RelpRules
 from gemmascope_plugin.causes.gradient.verify_top import verify_top
 from gemmascope_plugin.causes.metrics import (
@@ -30,7 +33,7 @@ from gemmascope_plugin.graphs.node import FeatureId
 __all__ = [
     "Effects",
     "FeatureId",
-    "MissedEffects",
+    "FalseNegativeBound",
     "RelpRules",
     "Stream",
     "Task",
@@ -46,7 +49,7 @@ __all__ = [
     "logit_diff",
     "logit_lens",
     "margin",
-    "missed_effects",
+    "false_negative_bound",
     "node_of",
     "path_patching",
     "probability",

@@ -92,7 +92,7 @@ ARGUMENTS: dict[str, Callable[[Scene], Arguments]] = {
         "tokens": [30, 40],
     },
     "verify_top": lambda s: {**_asked(s), "effects": _effects(s), "k": 2},
-    "missed_effects": lambda s: {
+    "false_negative_bound": lambda s: {
         **_asked(s),
         "effects": _effects(s),
         "k": 2,

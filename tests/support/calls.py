@@ -284,7 +284,7 @@ CALLS["direct_logit_attribution/feature"] = lambda s: gs.direct_logit_attributio
 CALLS["accumulated_logit_diff"] = lambda s: gs.causes.accumulated_logit_diff(s.model, s.task)
 CALLS["logit_lens"] = lambda s: gs.logit_lens(s.model, s.prompt)
 CALLS["verify_top"] = lambda s: gs.causes.verify_top(s.model, s.task, _atp(s), 4)
-CALLS["missed_effects"] = lambda s: gs.causes.missed_effects(
+CALLS["false_negative_bound"] = lambda s: gs.causes.false_negative_bound(
     s.model, s.task, _atp(s), 4, n_subsets=10
 )
 

@@ -4,7 +4,7 @@
 2. The first ``k`` are patched exactly, batched as in :func:`gemmascope_plugin.activation_patching`.
 3. The result has exact numbers there and estimates elsewhere, and says how well both agree in rank.
 
-What an estimate may have missed outside the first ``k`` is bounded by ``false_negatives.py``.
+What an estimate may have missed outside the first ``k`` is bounded by ``false_negative_bound.py``.
 
 Cost: ``k`` exact patches.
 """

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from gemmascope_plugin.causes import Task, activation_patching, attribution_patching, logit_diff
-from gemmascope_plugin.causes.gradient.false_negatives import (
-    missed_effects,
+from gemmascope_plugin.causes.gradient.false_negative_bound import (
+    false_negative_bound,
     subset_effects,
     upper_bounds,
 )
@@ -134,8 +134,8 @@ def test_bounds_are_those_of_welch() -> None:
 def test_the_bound_covers_what_was_left_out_and_shrinks(hooked2) -> None:
     guess = attribution_patching(hooked2, TASK, "mlp_out")
     exact = activation_patching(hooked2, TASK, "mlp_out").values.flatten().abs()
-    wide = missed_effects(hooked2, TASK, guess, 5, n_subsets=50)
-    narrow = missed_effects(hooked2, TASK, guess, 5, n_subsets=800)
+    wide = false_negative_bound(hooked2, TASK, guess, 5, n_subsets=50)
+    narrow = false_negative_bound(hooked2, TASK, guess, 5, n_subsets=800)
     outside = guess.values.flatten().abs().argsort(descending=True)[5:]
     assert float(exact[outside].max()) * 0.5 < narrow.bound < wide.bound
     # a node changes where its token comes after the first that the prompts do not share, in any of them:
@@ -143,6 +143,6 @@ def test_the_bound_covers_what_was_left_out_and_shrinks(hooked2) -> None:
     first = int((CLEAN != CORRUPT).any(0).nonzero()[0])
     assert narrow.n_nodes == int((outside % CLEAN.shape[1] >= first).sum())
     assert "with 95% confidence" in repr(narrow) and "outside the top 5" in repr(narrow)
-    assert narrow == missed_effects(hooked2, TASK, guess, 5, n_subsets=800)
+    assert narrow == false_negative_bound(hooked2, TASK, guess, 5, n_subsets=800)
     with pytest.raises(TaskError, match="n_subsets=3"):
-        missed_effects(hooked2, TASK, guess, 5, n_subsets=3)
+        false_negative_bound(hooked2, TASK, guess, 5, n_subsets=3)

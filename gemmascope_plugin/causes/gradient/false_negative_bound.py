@@ -38,7 +38,7 @@ from gemmascope_plugin.splice.check_saes import check_saes
 
 
 @dataclass(frozen=True)
-class MissedEffects:
+class FalseNegativeBound:
     """How large an effect outside the top ``k`` can be."""
 
     bound: float
@@ -58,14 +58,14 @@ class MissedEffects:
 
     def __repr__(self) -> str:
         return (
-            f"MissedEffects(below {self.bound:.4g}, {self.share:.1%} of the gap, with "
+            f"FalseNegativeBound(below {self.bound:.4g}, {self.share:.1%} of the gap, with "
             f"{self.confidence:.0%} confidence, for {self.n_nodes} nodes outside the top {self.k}; "
             f"{self.n_subsets} random subsets)"
         )
 
 
 @gate(model=check_model, task=check_task, effects=check_effects, saes=check_saes)
-def missed_effects(
+def false_negative_bound(
     model: HookedModel,
     task: Task,
     effects: Effects,
@@ -76,7 +76,7 @@ def missed_effects(
     saes: Any = None,
     seed: int = 0,
     max_rows: int = MAX_ROWS,
-) -> MissedEffects:
+) -> FalseNegativeBound:
     """Bounds the effects of the nodes outside the top ``k``.
 
     Args:
@@ -108,7 +108,7 @@ def missed_effects(
         inside = torch.rand(n_subsets, len(live), generator=generator) < 0.5
         values = subset_effects(run, torch.tensor(live), inside)
     bound = float(upper_bounds(inside, values, confidence).max())
-    return MissedEffects(bound, confidence, k, len(live), n_subsets, effects.gap)
+    return FalseNegativeBound(bound, confidence, k, len(live), n_subsets, effects.gap)
 
 
 @torch.no_grad()
