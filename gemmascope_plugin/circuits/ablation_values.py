@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 
 from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.gradient.feature_entries import Tally, keys_of
@@ -63,19 +63,38 @@ def ablation_values(
             {hook: AblationValue(values.y, values.acts, None) for hook, values in run.items()}
             for run in runs
         ]
-    found: list[dict[str, AblationValue]] = [{} for _ in parts]
+    values: list[dict[str, AblationValue]] = [{} for _ in parts]
     for site in sites:
         keeps = [kept_tokens(site, part.corrupt, part.mask) for part in parts]
-        own = [run[site.hook] for run in runs]
-        made = (
-            [_nothing(site, values) for values in own]
+        at_site = [run[site.hook] for run in runs]
+        ends = (
+            [_nothing(site, run) for run in at_site]
             if replacement == "zero"
-            else _means(site, own, keeps, over_positions=replacement == "overall_mean")
+            else _means(site, at_site, keeps, over_positions=replacement == "overall_mean")
         )
-        for i, (part, (y, acts)) in enumerate(zip(parts, made, strict=True)):
+        for i, (part, (y, acts)) in enumerate(zip(parts, ends, strict=True)):
             alone = ~kept_tokens(site, part.clean, part.mask) if site.kind == "feature" else None
-            found[i][site.hook] = AblationValue(y, acts, alone)
-    return found
+            values[i][site.hook] = AblationValue(y, acts, alone)
+    return values
+
+
+def keep_units(
+    activation: Float[torch.Tensor, "row pos ..."],
+    replacement: Float[torch.Tensor, "prompt pos ..."],
+    is_kept: Bool[torch.Tensor, "circuit pos_or_one unit"],
+    index: Int64[torch.Tensor, " unit"] | None = None,
+) -> Float[torch.Tensor, "row pos ..."]:
+    """An activation of every circuit's copy of the prompts, replaced where a unit is not kept.
+
+    Units are heads or features on axis 2, those of ``index`` or all; or one, the tensor as a whole.
+    """
+    copies = activation.unflatten(0, (len(is_kept), -1))
+    keep = is_kept[:, None].to(activation.device)
+    keep = keep.reshape(*keep.shape, *[1] * (copies.ndim - 4))
+    if index is None:
+        return torch.where(keep, copies, replacement).flatten(0, 1)
+    old, new = copies.index_select(3, index), replacement.index_select(2, index)
+    return copies.index_copy(3, index, torch.where(keep, old, new)).flatten(0, 1)
 
 
 def repeated(acts: SparseActs, times: int) -> SparseActs:

@@ -1,35 +1,49 @@
 """The metric under any choice of a graph's units: edges are removed, or nodes replaced.
 
-Nodes of a circuit of features (``feature_circuits``) replace whole sites, errors among them; those of
-other graphs replace what they name and leave everything else alone.
+What a circuit does not keep gets, at every position, what it is in the corrupted run of the same prompt,
+zero, or a mean over that run. What is kept is computed anew in that context.
+
+1. Edges: what one reader sees of one writer is replaced (``edge_ablation.py``).
+2. Nodes of a circuit of features: whole sites are taken apart, errors too (``feature_ablation.py``).
+3. Nodes of other graphs: what they name, and nothing else; dictionaries are spliced in for features
+   among them, and reconstruction errors are kept.
+
+Cost: of nodes, one row per circuit and prompt, from the lowest replaced node and the first difference on;
+circuits ride on the batch axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 
 from gemmascope_plugin.causes.bound_task import MIN_GAP, BoundTask
+from gemmascope_plugin.causes.components import layer_of
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.nodes import patchable
-from gemmascope_plugin.causes.replace import Replacement
+from gemmascope_plugin.causes.replace import Replacement, replaced
+from gemmascope_plugin.causes.replayed import Part, joined, replayed
+from gemmascope_plugin.circuits.ablation_values import keep_units
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
 from gemmascope_plugin.circuits.feature_ablation import Errors, feature_metric
-from gemmascope_plugin.circuits.feature_graphs import (
+from gemmascope_plugin.circuits.feature_layout import (
     check_prompts,
     is_feature_graph,
     layout_of_graph,
 )
-from gemmascope_plugin.circuits.node_ablation import node_metric
 from gemmascope_plugin.errors import TaskError, UnknownNameError
 from gemmascope_plugin.graphs.edge_positions import places_in
 from gemmascope_plugin.graphs.graph import Graph
+from gemmascope_plugin.graphs.node import Node
 from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.record import write
+from gemmascope_plugin.splice.check_saes import Saes
 
 Ablator = Callable[
     [BoundTask, Bool[torch.Tensor, "circuit unit"], Bool[torch.Tensor, " circuit"]],
@@ -43,100 +57,125 @@ graph of features (elsewhere that is always kept), to the metric of every prompt
 def ablator(
     graph: Graph,
     model: HookedModel,
-    saes: Any = None,
+    saes: Saes = None,
     *,
     replacement: Replacement = "other",
     errors: Errors = "as-circuit",
     limit: Limit,
     progress: bool = False,
 ) -> Iterator[Ablator]:
-    """What runs circuits of a graph; dictionaries are spliced in as long as the block lasts.
-
-    Args:
-        graph: Its units.
-        model: The model.
-        saes: The dictionaries that features among the nodes belong to.
-        replacement: What stands in for what a circuit does not keep.
-        errors: Which reconstruction errors are kept, of circuits of features.
-        limit: How large a pass may be.
-        progress: Show a progress bar.
-
-    Raises:
-        UnknownNameError: The graph has features and no dictionaries were given, or edges that the model
-            does not have.
-    """
+    """What runs circuits of a graph; dictionaries are spliced in as long as the block lasts."""
     if graph.ranks_edges:
-        yield _of_edges(graph, model, replacement, limit, progress)
+
+        def of_edges(bound: BoundTask, is_kept: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+            ablation = EdgeAblation(model, bound, replacement, limit)
+            rows, columns = places_in(graph, ablation.edges)
+            masks = torch.zeros(len(is_kept), *ablation.edges.mask.shape, dtype=torch.bool)
+            masks[:, rows, columns] = is_kept
+            return ablation.metric(masks, progress)
+
+        yield of_edges
         return
     if is_feature_graph(graph):
-        yield _of_features(graph, model, saes, replacement, errors, limit, progress)
+        layout = layout_of_graph(graph, model, saes)
+
+        def of_sites(bound: BoundTask, is_kept: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+            check_prompts(graph, bound)
+            return feature_metric(
+                model,
+                bound,
+                layout,
+                is_kept,
+                rest,
+                errors=errors,
+                replacement=replacement,
+                limit=limit,
+                progress=progress,
+            )
+
+        yield of_sites
         return
-    features = any(node.kind == "feature" for node in graph.components)
-    if features and saes is None:
+    has_features = any(node.kind == "feature" for node in graph.components)
+    if has_features and saes is None:
         raise UnknownNameError(
             "The circuit has features", fix="evaluate(..., saes=[the same dictionaries])"
         )
+    with patchable(model, "feature", saes) if has_features else nullcontext(model) as runner:
 
-    def run(runner: Any) -> Ablator:
-        def of_nodes(bound: BoundTask, kept: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+        def of_nodes(bound: BoundTask, is_kept: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
             return node_metric(
                 runner,
                 bound,
                 graph.components,
-                kept,
+                is_kept,
                 replacement=replacement,
                 max_rows=limit.max_rows,
             )
 
-        return torch.no_grad()(of_nodes)
-
-    with patchable(model, "feature", saes) if features else nullcontext(model) as runner:
-        yield run(runner)
+        yield of_nodes
 
 
-def _of_edges(
-    graph: Graph,
-    model: HookedModel,
-    replacement: Replacement,
-    limit: Limit,
-    progress: bool,
-) -> Ablator:
-    def of_edges(bound: BoundTask, kept: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-        ablation = EdgeAblation(model, bound, replacement, limit)
-        rows, columns = places_in(graph, ablation.edges)
-        masks = torch.zeros(len(kept), *ablation.edges.mask.shape, dtype=torch.bool)
-        masks[:, rows, columns] = kept
-        return ablation.metric(masks, progress)
+@torch.no_grad()
+def node_metric(
+    runner: Any,
+    bound: BoundTask,
+    nodes: Sequence[Node],
+    is_kept: Bool[torch.Tensor, "circuit node"],
+    *,
+    replacement: Replacement = "other",
+    max_rows: int,
+) -> Float[torch.Tensor, "circuit prompt"]:
+    """The metric of every prompt with the nodes outside each circuit replaced.
 
-    return of_edges
+    ``runner`` is the model, or the model with dictionaries spliced in.
+    """
+    hooks = list(dict.fromkeys(node.hook for node in nodes))
+    rows = max(1, min(len(bound), max_rows))
+    options: dict[str, Any] = {"rows": rows, "here": hooks, "there": hooks}
+    options["whole"] = replacement != "other"
+    parts = tuple(replayed(runner, bound, bound.clean, bound.corrupt, **options))
+    corrupt = joined(parts, hooks, *bound.clean.shape, other=True)
+    other = {name: replaced(x, bound.mask, replacement) for name, x in corrupt.items()}
+    values = torch.zeros(len(is_kept), len(bound))
+    for part in parts:
+        size, window = max(1, max_rows // len(part.index)), part.replay.window(part.start)
+        of_part = {name: x[part.index][:, window] for name, x in other.items()}
+        for chunk in torch.arange(len(is_kept)).split(size):
+            measured = _measured(part, window, nodes, is_kept[chunk], of_part)
+            values[chunk[:, None], part.index.cpu()] = measured.to(values)
+    return values
 
 
-def _of_features(
-    graph: Graph,
-    model: HookedModel,
-    saes: Any,
-    replacement: Replacement,
-    errors: Errors,
-    limit: Limit,
-    progress: bool,
-) -> Ablator:
-    layout = layout_of_graph(graph, model, saes)
+def _measured(
+    part: Part,
+    window: slice,
+    nodes: Sequence[Node],
+    is_kept: Bool[torch.Tensor, "circuit node"],
+    other: Mapping[str, Float[torch.Tensor, "part pos ..."]],
+) -> Float[torch.Tensor, "circuit part"]:
+    """One pass from the lowest node that any of the circuits does not keep."""
+    is_whole = is_kept.all(0).tolist()
+    removed = [node for node, stays in zip(nodes, is_whole, strict=True) if not stays]
+    if not removed:
+        return part.base.expand(len(is_kept), -1)
+    hooks = [(name, _replace(name, nodes, is_kept, x)) for name, x in other.items()]
+    layer = 0 if part.replay.runs_whole else max(0, min(layer_of(n.hook) for n in removed))
+    return part.metric(layer, window, copies=len(is_kept), hooks=hooks)
 
-    def of_features(bound: BoundTask, kept: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-        check_prompts(graph, bound)
-        return feature_metric(
-            model,
-            bound,
-            layout,
-            kept,
-            rest,
-            errors=errors,
-            replacement=replacement,
-            limit=limit,
-            progress=progress,
-        )
 
-    return of_features
+def _replace(
+    name: str,
+    nodes: Sequence[Node],
+    is_kept: Bool[torch.Tensor, "circuit node"],
+    other: Float[torch.Tensor, "prompt pos ..."],
+) -> Callable[..., torch.Tensor]:
+    """Hook that replaces the nodes at ``name`` that each copy's circuit does not keep."""
+    columns = [i for i, node in enumerate(nodes) if node.hook == name]
+    index = None
+    if nodes[columns[0]].kind in ("head", "feature"):
+        index = torch.tensor([nodes[i].index for i in columns], device=other.device)
+    at_hook = is_kept[:, None, columns]
+    return write(partial(keep_units, replacement=other, is_kept=at_hook, index=index))
 
 
 def metric_ends(

@@ -31,7 +31,7 @@ from gemmascope_plugin.causes.replace import REPLACEMENTS, Replacement
 from gemmascope_plugin.causes.task import check_task
 from gemmascope_plugin.circuits.ablator import Ablator, ablator, metric_ends
 from gemmascope_plugin.circuits.feature_ablation import Errors
-from gemmascope_plugin.circuits.feature_graphs import is_feature_graph
+from gemmascope_plugin.circuits.feature_layout import is_feature_graph
 from gemmascope_plugin.circuits.scores import Scores
 from gemmascope_plugin.errors import TaskError, check_choice
 from gemmascope_plugin.graphs.circuit import Circuit, check_circuit

@@ -43,6 +43,7 @@ from gemmascope_plugin.causes.replace import Replacement
 from gemmascope_plugin.circuits.ablation_values import (
     AblationValue,
     ablation_values,
+    keep_units,
     only,
     repeated,
 )
@@ -62,7 +63,7 @@ def feature_metric(
     model: HookedModel,
     bound: BoundTask,
     layout: Sequence[SiteNodes],
-    kept: Bool[torch.Tensor, "circuit node"],
+    is_kept: Bool[torch.Tensor, "circuit node"],
     rest: Bool[torch.Tensor, " circuit"],
     *,
     errors: Errors = "as-circuit",
@@ -91,19 +92,19 @@ def feature_metric(
     sites = [nodes.site for nodes in layout]
     rows = limit.rows(ablation_footprint(model, bound, sites))
     parts = list(bound.parts(min(rows, len(bound))))
-    given = ablation_values(model, parts, sites, replacement)
-    found = []
-    with tqdm(total=len(kept) * len(parts), desc="circuits", disable=not progress) as bar:
-        for part, other in zip(parts, given, strict=True):
-            copies, values = max(1, rows // len(part)), []
-            for some, others in zip(kept.split(copies), rest.split(copies), strict=True):
-                run = _Run(part, layout, some, others, errors, other)
-                tokens = part.clean.repeat(len(some), 1)
+    replacements = ablation_values(model, parts, sites, replacement)
+    values = []
+    with tqdm(total=len(is_kept) * len(parts), desc="circuits", disable=not progress) as bar:
+        for part, other in zip(parts, replacements, strict=True):
+            copies, of_part = max(1, rows // len(part)), []
+            for chunk, rests in zip(is_kept.split(copies), rest.split(copies), strict=True):
+                run = _Run(part, layout, chunk, rests, errors, other)
+                tokens = part.clean.repeat(len(chunk), 1)
                 measured = part.measure(model, tokens, fwd_hooks=run.hooks())
-                values.append(measured.reshape(len(some), -1).cpu())
-                bar.update(len(some))
-            found.append(torch.cat(values))
-    return torch.cat(found, 1)
+                of_part.append(measured.reshape(len(chunk), -1).cpu())
+                bar.update(len(chunk))
+            values.append(torch.cat(of_part))
+    return torch.cat(values, 1)
 
 
 class _Run:
@@ -122,16 +123,16 @@ class _Run:
         self,
         bound: BoundTask,
         layout: Sequence[SiteNodes],
-        kept: Bool[torch.Tensor, "circuit node"],
+        is_kept: Bool[torch.Tensor, "circuit node"],
         rest: Bool[torch.Tensor, " circuit"],
         errors: Errors,
         other: dict[str, AblationValue],
     ) -> None:
         self.bound, self.layout, self.errors, self.other = bound, layout, errors, other
-        self.kept, self.rest = kept, rest
-        self.whole = kept.all(1) & rest
+        self.is_kept, self.rest = is_kept, rest
+        self.whole = is_kept.all(1) & rest
         """Circuits that keep everything."""
-        self.n = len(kept)
+        self.n = len(is_kept)
         self._inputs: dict[str, torch.Tensor] = {}
 
     def hooks(self) -> list[tuple[str, Callable[..., Any]]]:
@@ -150,14 +151,8 @@ class _Run:
 
     def _raw(self, nodes: SiteNodes, y: torch.Tensor) -> torch.Tensor:
         """Heads, or the MLP."""
-        copies = y.unflatten(0, (self.n, -1))
-        keep = self.kept[:, nodes.features].unflatten(1, (-1, nodes.n)).to(y.device)
-        if nodes.site.kind == "mlp":
-            keep = keep[..., 0]
-        keep = keep[:, None].reshape(
-            self.n, 1, *keep.shape[1:], *[1] * (copies.ndim - keep.ndim - 1)
-        )
-        return torch.where(keep, copies, self.other[nodes.site.hook].y.to(y)).flatten(0, 1)
+        is_kept = self.is_kept[:, nodes.features].unflatten(1, (-1, nodes.n))
+        return keep_units(y, self.other[nodes.site.hook].y.to(y), is_kept)
 
     def _features(self, nodes: SiteNodes, y: torch.Tensor) -> torch.Tensor:
         site, given = nodes.site, self.other[nodes.site.hook]
@@ -189,7 +184,7 @@ class _Run:
             return kept
         if not len(nodes.errors):
             return kept | self.rest[:, None]
-        return kept | self.kept[:, nodes.error_places]
+        return kept | self.is_kept[:, nodes.error_places]
 
     def _written(
         self, nodes: SiteNodes, live: SparseActs, other: SparseActs, *, inside: bool
@@ -210,7 +205,7 @@ class _Run:
             return rest
         keys = keys_of(acts, nodes.per_position)
         place = torch.searchsorted(known, keys).clamp(max=len(known) - 1)
-        kept = self.kept[:, nodes.features].to(device)[circuit, place]
+        kept = self.is_kept[:, nodes.features].to(device)[circuit, place]
         return torch.where(known[place] == keys, kept, rest)
 
 

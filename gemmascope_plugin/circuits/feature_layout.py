@@ -4,6 +4,10 @@ Nodes of a site lie side by side in the graph, those that are written first and 
 then its errors. A *key* numbers them within a site: ``index``, or ``position * n + index`` where
 positions are told apart, with ``n`` the number of features, heads, or 1.
 
+Of a graph of features ``metadata["sites"]`` says of every site its kind and how many features its
+dictionary has; ``metadata["per_position"]`` whether nodes have positions, ``metadata["level"]`` which
+prefix of nested dictionaries they are of.
+
 Cost: one small object per node.
 """
 
@@ -16,9 +20,19 @@ from functools import cached_property
 import torch
 from jaxtyping import Int64
 
-from gemmascope_plugin.causes.gradient.task_site import TaskSite
-from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError
+from gemmascope_plugin.causes.bound_task import BoundTask
+from gemmascope_plugin.causes.gradient.task_site import TaskSite, sites_of
+from gemmascope_plugin.errors import (
+    GemmaScopeError,
+    TaskError,
+    UnknownNameError,
+    WidthMismatchError,
+)
+from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.node import FeatureId, Node
+from gemmascope_plugin.models.points import n_heads
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.splice.check_saes import Saes
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,13 +78,12 @@ class SiteNodes:
     def nodes(self) -> list[Node]:
         """The nodes, in the order of the graph."""
         make = {"feature": self._feature, "head": self._head, "mlp": self._mlp}[self.site.kind]
-        own = [make(i) for i in self.index.tolist()] + [
-            Node.error(self.site.hook) for _ in range(len(self.errors))
-        ]
+        nodes = [make(i) for i in self.index.tolist()]
+        nodes += [Node.error(self.site.hook) for _ in range(len(self.errors))]
         if not self.per_position:
-            return own
-        places = [*self.pos.tolist(), *self.errors.tolist()]
-        return [node.at(pos) for node, pos in zip(own, places, strict=True)]
+            return nodes
+        positions = [*self.pos.tolist(), *self.errors.tolist()]
+        return [node.at(pos) for node, pos in zip(nodes, positions, strict=True)]
 
     def _feature(self, index: int) -> Node:
         return Node.of_feature(FeatureId(self.site.hook, index))
@@ -82,13 +95,13 @@ class SiteNodes:
         return Node.mlp(self.site.layer)
 
 
-def n_of(site: TaskSite, n_heads: int) -> int:
+def n_of(site: TaskSite, heads: int) -> int:
     """How many nodes a site has at a position, errors aside."""
-    return {"feature": site.d_sae, "head": n_heads, "mlp": 1}[site.kind]
+    return {"feature": site.d_sae, "head": heads, "mlp": 1}[site.kind]
 
 
 def layout_of(
-    nodes: Sequence[Node], sites: Sequence[TaskSite], n_heads: int, per_position: bool
+    nodes: Sequence[Node], sites: Sequence[TaskSite], heads: int, per_position: bool
 ) -> tuple[SiteNodes, ...]:
     """The nodes of a graph by site, checked to be those of these sites.
 
@@ -111,27 +124,87 @@ def layout_of(
                 fix="saes=[the dictionaries that the circuit was found with]",
             )
         by_hook[node.site].append(node)
-    found, start = [], 0
+    layout, start = [], 0
     for site in sites:
-        made = _site_nodes(site, by_hook[site.hook], n_of(site, n_heads), per_position, start)
-        start = made.stop
-        found.append(made)
-    ordered = [node for site in found for node in site.nodes()]
+        at_site = _site_nodes(site, by_hook[site.hook], n_of(site, heads), per_position, start)
+        start = at_site.stop
+        layout.append(at_site)
+    ordered = [node for at_site in layout for node in at_site.nodes()]
     assert ordered == list(nodes), "the nodes are in another order than the sites"
-    return tuple(found)
+    return tuple(layout)
 
 
 def _site_nodes(
     site: TaskSite, nodes: Sequence[Node], n: int, per_position: bool, start: int
 ) -> SiteNodes:
-    own = [node for node in nodes if node.kind != "error"]
-    if own and max(node.index for node in own) >= n:
+    units = [node for node in nodes if node.kind != "error"]
+    largest = max((node.index for node in units), default=-1)
+    if largest >= n:
         raise GemmaScopeError(
-            f"The circuit has feature {max(node.index for node in own)} of the dictionary for "
-            f"{site.hook}",
+            f"The circuit has feature {largest} of the dictionary for {site.hook}",
             exists=f"a dictionary of {n} features",
             fix="the dictionaries, and the level, that the circuit was found with",
         )
-    keys = torch.tensor([(node.pos or 0) * n + node.index for node in own], dtype=torch.int64)
+    keys = torch.tensor([(node.pos or 0) * n + node.index for node in units], dtype=torch.int64)
     errors = [node.pos or 0 for node in nodes if node.kind == "error"]
     return SiteNodes(site, n, keys, torch.tensor(errors, dtype=torch.int64), per_position, start)
+
+
+def is_feature_graph(graph: Graph) -> bool:
+    """Whether nodes are parts of sites, as ``discover(..., nodes="features")`` makes them."""
+    return "sites" in graph.metadata
+
+
+def layout_of_graph(graph: Graph, model: HookedModel, saes: Saes) -> tuple[SiteNodes, ...]:
+    """The nodes of a graph of features by site.
+
+    Args:
+        graph: The graph.
+        model: The model that it was found in.
+        saes: The dictionaries that it was found with.
+
+    Raises:
+        UnknownNameError: No dictionaries, or others than those of the graph's sites.
+        WidthMismatchError: A dictionary with another number of features than the graph's.
+    """
+    if saes is None:
+        raise UnknownNameError(
+            "The circuit has features", fix="evaluate(..., saes=[the same dictionaries])"
+        )
+    expected: Mapping[str, tuple[str, int]] = graph.metadata["sites"]
+    raw = sorted({kind for kind, _ in expected.values() if kind != "feature"})
+    sites = sites_of(model, saes, raw, level=graph.metadata["level"])
+    actual = {site.hook: (site.kind, site.d_sae) for site in sites}
+    same_hooks = actual.keys() == expected.keys()
+    if not same_hooks or any(actual[hook][0] != expected[hook][0] for hook in expected):
+        differing = set(actual.items()) ^ {(hook, tuple(site)) for hook, site in expected.items()}
+        raise UnknownNameError(
+            f"The dictionaries are not those of the circuit, which differ at {min(differing)[0]}",
+            exists=", ".join(hook for hook, (kind, _) in expected.items() if kind == "feature"),
+            fix="saes=[the dictionaries that the circuit was found with]",
+        )
+    for hook, (_, d_sae) in expected.items():
+        if actual[hook][1] != d_sae:
+            raise WidthMismatchError(
+                f"The dictionary for {hook} has {actual[hook][1]} features, the circuit's has {d_sae}",
+                fix="the dictionaries, and the level, that the circuit was found with",
+            )
+    return layout_of(graph.components, sites, n_heads(model), graph.metadata["per_position"])
+
+
+def check_prompts(graph: Graph, bound: BoundTask) -> None:
+    """Refuses prompts that the positions of a graph do not fit.
+
+    Raises:
+        TaskError: They are longer or shorter than those of the graph, or of several lengths.
+    """
+    if not graph.metadata["per_position"]:
+        return
+    lengths = bound.prompt_lengths.unique().tolist()
+    n_pos = graph.metadata["n_pos"]
+    if lengths != [n_pos]:
+        raise TaskError(
+            f"The nodes of the circuit have positions in prompts of {n_pos} tokens, and these have "
+            f"{' or '.join(map(str, lengths))}",
+            fix="prompts of the same template and length, or a circuit with per_position=False",
+        )

@@ -10,7 +10,7 @@ import torch
 from gemmascope_plugin.causes import FeatureId, Task, logit_diff
 from gemmascope_plugin.causes.nodes import patchable
 from gemmascope_plugin.circuits import discover, evaluate, top_n
-from gemmascope_plugin.circuits.node_ablation import node_metric
+from gemmascope_plugin.circuits.ablator import node_metric
 from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError
 from gemmascope_plugin.graphs import Circuit, Graph
 from gemmascope_plugin.graphs.node import Node
