@@ -49,14 +49,7 @@ def ablation_values(
     sites: Sequence[TaskSite],
     replacement: Replacement,
 ) -> list[dict[str, AblationValue]]:
-    """Of every part of a task, by hook.
-
-    Args:
-        model: The bare model.
-        parts: The task in parts.
-        sites: Its sites.
-        replacement: What takes their place.
-    """
+    """Of every part of a task, by hook."""
     runs = [read_sites(model, sites, part.corrupt, part.mask) for part in parts]
     if replacement == "other":
         return [

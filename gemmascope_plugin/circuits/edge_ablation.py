@@ -49,14 +49,7 @@ _PORTS = ("q", "k", "v")
 
 @dataclass(frozen=True)
 class EdgeAblation:
-    """A task on a model of which some edges are removed.
-
-    Args:
-        model: ``HookedTransformer`` or ``TransformerBridge``.
-        bound: The task.
-        replacement: What removed writers are replaced by; means are those of the corrupted run.
-        limit: How large a pass may be.
-    """
+    """A task on a model of which some edges are removed; means are those of the corrupted run."""
 
     model: HookedModel
     bound: BoundTask
@@ -88,21 +81,18 @@ class EdgeAblation:
 
     @torch.no_grad()
     def metric(
-        self, kept: Bool[torch.Tensor, "circuit writer reader"], progress: bool = False
+        self, is_kept: Bool[torch.Tensor, "circuit writer reader"], progress: bool = False
     ) -> Float[torch.Tensor, "circuit prompt"]:
-        """The metric of every prompt under every circuit.
-
-        Args:
-            kept: True where a circuit keeps an edge; what lies outside ``edges.mask`` does not matter.
-            progress: Show a progress bar.
-        """
+        """The metric of every prompt under every circuit; outside of ``edges.mask`` nothing matters."""
         from tqdm.auto import tqdm
 
-        with tqdm(total=len(kept) * len(self._parts), desc="circuits", disable=not progress) as bar:
-            values = torch.zeros(len(kept), len(self.bound))
+        with tqdm(
+            total=len(is_kept) * len(self._parts), desc="circuits", disable=not progress
+        ) as bar:
+            values = torch.zeros(len(is_kept), len(self.bound))
             for part, other in self._parts:
                 copies, done = max(1, self._rows // len(part.index)), 0
-                for chunk in kept.split(copies):
+                for chunk in is_kept.split(copies):
                     rows = torch.arange(done, done + len(chunk))[:, None]
                     values[rows, part.index.cpu()] = self._measure(part, other, chunk).to(values)
                     done += len(chunk)
@@ -110,12 +100,12 @@ class EdgeAblation:
         return values
 
     def _measure(
-        self, part: Part, other: Writes, kept: Bool[torch.Tensor, "circuit writer reader"]
+        self, part: Part, other: Writes, is_kept: Bool[torch.Tensor, "circuit writer reader"]
     ) -> Float[torch.Tensor, "circuit part"]:
-        removed = ~kept & self.edges.mask
+        removed = ~is_kept & self.edges.mask
         columns = removed.flatten(0, 1).any(0).nonzero().flatten()
         if not len(columns):
-            return part.base.expand(len(kept), -1)
+            return part.base.expand(len(is_kept), -1)
         first = self.edges.readers[int(columns[0])].node
         last = first.kind == "logits"
         layer = self.anatomy.n_layers - 1 if last else first.layer
@@ -123,7 +113,7 @@ class EdgeAblation:
         window = part.replay.window(part.start)
         run = _Run(self.anatomy, self.edges, removed.to(part.index.device), other.window(window))
         run.start(Writes.of(part.here, self.anatomy.n_layers).window(window), layer, stage)
-        values = part.metric(layer, window, stage=stage, copies=len(kept), hooks=run.hooks())
+        values = part.metric(layer, window, stage=stage, copies=len(is_kept), hooks=run.hooks())
         return values.cpu()
 
 
@@ -157,11 +147,11 @@ class _Run:
 
     def hooks(self) -> list[tuple[str, Callable[..., Any]]]:
         """Functions by hook name, in the order of the forward pass."""
-        n, found = self.anatomy.n_layers, [("hook_embed", self._wrote(0, self.other.embed))]
+        n, hooks = self.anatomy.n_layers, [("hook_embed", self._wrote(0, self.other.embed))]
         for layer in range(n):
             name = f"blocks.{layer}."
             row = self.edges.mlp(layer)
-            found += [
+            hooks += [
                 (f"{name}hook_resid_pre", keep(self.stream, "pre", self._by_circuit)),
                 *((f"{name}attn.hook_{port}", self._read_heads(layer, port)) for port in _PORTS),
                 (f"{name}attn.hook_z", self._attended(layer)),
@@ -169,7 +159,7 @@ class _Run:
                 (self.anatomy.mlp_input(layer).hook, self._read_mlp(layer)),
                 (f"{name}hook_mlp_out", self._wrote(row, self.other.mlp[layer])),
             ]
-        return [*found, (f"blocks.{n - 1}.hook_resid_post", write(self._read_logits))]
+        return [*hooks, (f"blocks.{n - 1}.hook_resid_post", write(self._read_logits))]
 
     def _write(
         self,

@@ -71,22 +71,7 @@ def feature_metric(
     limit: Limit,
     progress: bool = False,
 ) -> Float[torch.Tensor, "circuit prompt"]:
-    """The metric of every prompt under every circuit.
-
-    Args:
-        model: The bare model.
-        bound: The task.
-        layout: The nodes of the graph by site.
-        kept: True where a circuit keeps a node.
-        rest: Whether a circuit keeps what is not in the graph.
-        errors: Which errors are kept.
-        replacement: What takes the place of what is not kept.
-        limit: How large a pass may be.
-        progress: Show a progress bar.
-
-    Raises:
-        GemmaScopeError: The memory is too small for one prompt.
-    """
+    """The metric of every prompt under every circuit."""
     from tqdm.auto import tqdm
 
     sites = [nodes.site for nodes in layout]
@@ -108,16 +93,7 @@ def feature_metric(
 
 
 class _Run:
-    """One pass under some circuits.
-
-    Args:
-        bound: Some prompts.
-        layout: The nodes.
-        kept: Which of them each circuit keeps.
-        rest: Whether it keeps what is not in the graph.
-        errors: Which errors are kept.
-        other: What replaces them, by hook.
-    """
+    """One pass under some circuits."""
 
     def __init__(
         self,
@@ -137,13 +113,13 @@ class _Run:
 
     def hooks(self) -> list[tuple[str, Callable[..., Any]]]:
         """Functions by hook name: those that look at what a dictionary reads, and those that replace."""
-        found = []
+        hooks = []
         for nodes in self.layout:
             site = nodes.site
             if site.reads is not None and site.reads.hook != site.hook:
-                found.append((site.reads.hook, keep(self._inputs, site.hook, site.reads)))
-            found.append((site.hook, self._replace(nodes)))
-        return found
+                hooks.append((site.reads.hook, keep(self._inputs, site.hook, site.reads)))
+            hooks.append((site.hook, self._replace(nodes)))
+        return hooks
 
     def _replace(self, nodes: SiteNodes) -> Callable[..., torch.Tensor]:
         make = self._features if nodes.site.kind == "feature" else self._raw
@@ -155,36 +131,36 @@ class _Run:
         return keep_units(y, self.other[nodes.site.hook].y.to(y), is_kept)
 
     def _features(self, nodes: SiteNodes, y: torch.Tensor) -> torch.Tensor:
-        site, given = nodes.site, self.other[nodes.site.hook]
+        site, value = nodes.site, self.other[nodes.site.hook]
         keep = kept_tokens(site, self.bound.clean, self.bound.mask).repeat(self.n, 1)
         x = self._inputs.pop(site.hook, y)
         live = encoded(site, x, keep)
-        assert given.acts is not None
-        other = repeated(given.acts, self.n)
+        assert value.acts is not None
+        other = repeated(value.acts, self.n)
         flat = wide(flatten_heads(y))
         errors = self._errors(nodes).to(y.device)
         out = flat
         if bool(errors.any()):
             out = out - self._written(nodes, live, other, inside=False).to(y.device)
         if not bool(errors.all()):
-            base = wide(flatten_heads(given.y)).repeat(self.n, 1, 1)
+            base = wide(flatten_heads(value.y)).repeat(self.n, 1, 1)
             without = base + self._written(nodes, live, other, inside=True).to(y.device)
             by_row = errors.repeat_interleave(len(self.bound), 0)[..., None]
             out = torch.where(by_row, out, without)
-        if given.leaves is not None:
-            out = torch.where(given.leaves.repeat(self.n, 1)[..., None], flat, out)
+        if value.leaves is not None:
+            out = torch.where(value.leaves.repeat(self.n, 1)[..., None], flat, out)
         return restore_heads(out.to(y.dtype), y)
 
     def _errors(self, nodes: SiteNodes) -> Bool[torch.Tensor, "circuit pos"]:
         """Where each circuit keeps the site's error; one position stands for all."""
         if self.errors == "kept":
             return torch.ones(self.n, 1, dtype=torch.bool)
-        kept = self.whole[:, None]
+        is_kept = self.whole[:, None]
         if self.errors == "ablated":
-            return kept
+            return is_kept
         if not len(nodes.errors):
-            return kept | self.rest[:, None]
-        return kept | self.is_kept[:, nodes.error_places]
+            return is_kept | self.rest[:, None]
+        return is_kept | self.is_kept[:, nodes.error_places]
 
     def _written(
         self, nodes: SiteNodes, live: SparseActs, other: SparseActs, *, inside: bool
@@ -200,25 +176,19 @@ class _Run:
         """Whether the circuit of an entry's row keeps its feature."""
         circuit = acts.rows // (len(self.bound) * acts.shape[1])
         device = circuit.device
-        rest, known = self.rest.to(device)[circuit], nodes.keys.to(device)
-        if not len(known):
+        rest, node_keys = self.rest.to(device)[circuit], nodes.keys.to(device)
+        if not len(node_keys):
             return rest
         keys = keys_of(acts, nodes.per_position)
-        place = torch.searchsorted(known, keys).clamp(max=len(known) - 1)
-        kept = self.is_kept[:, nodes.features].to(device)[circuit, place]
-        return torch.where(known[place] == keys, kept, rest)
+        place = torch.searchsorted(node_keys, keys).clamp(max=len(node_keys) - 1)
+        is_kept = self.is_kept[:, nodes.features].to(device)[circuit, place]
+        return torch.where(node_keys[place] == keys, is_kept, rest)
 
 
 def ablation_footprint(
     model: HookedModel, bound: BoundTask, sites: Sequence[TaskSite]
 ) -> Footprint:
-    """Bytes of the replacement values, and per row of a pass without gradients.
-
-    Args:
-        model: The model.
-        bound: The task.
-        sites: The sites.
-    """
+    """Bytes of the replacement values, and per row of a pass without gradients."""
     cfg, heads, (n_prompts, n_pos) = model.cfg, n_heads(model), bound.clean.shape
     d, d_mlp = int(cfg.d_model), int(getattr(cfg, "d_mlp", None) or 4 * int(cfg.d_model))
     attention = HEADS * n_pos * heads * int(cfg.d_head) + SCORES * n_pos * n_pos * (heads + 1)

@@ -60,48 +60,42 @@ def find_edges(
     model: HookedModel,
     parts: Sequence[PartRun],
     layout: Sequence[SiteNodes],
-    kept: Bool[torch.Tensor, " node"],
+    is_kept: Bool[torch.Tensor, " node"],
     *,
     finite_differences: bool,
     rows: int,
 ) -> FeatureEdges:
-    """All edges between kept nodes that are not zero.
-
-    Args:
-        model: The model.
-        parts: Both runs of all prompts.
-        layout: The nodes.
-        kept: Which are kept.
-        finite_differences: Whether gates are these where one run alone has the feature active.
-        rows: Rows in one pass.
-    """
-    places = kept.nonzero().flatten()
-    column = torch.full((len(kept),), -1)
+    """All edges between kept nodes that are not zero."""
+    places = is_kept.nonzero().flatten()
+    column = torch.full((len(is_kept),), -1)
     column[places] = torch.arange(len(places))
     weights = torch.zeros(len(places), len(places), dtype=torch.float64)
-    is_unreachable = torch.ones(len(kept), dtype=torch.bool)
+    is_unreachable = torch.ones(len(is_kept), dtype=torch.bool)
     n_prompts = sum(len(part.bound) for part in parts)
     with ignore_bridge_norm_warning(), frozen_model(model):
         for part in parts:
             for i, nodes in enumerate(layout):
                 copies = max(1, rows // len(part.bound))
                 for targets in _targets(
-                    part.sites[i], nodes, kept, finite_differences, copies, is_unreachable
+                    part.sites[i], nodes, is_kept, finite_differences, copies, is_unreachable
                 ):
                     slopes = direct_slopes(part, nodes.site, targets.probe, len(targets.places))
                     for j, sources in enumerate(layout):
                         if sources.site.hook in slopes:
-                            found = _onto(part.sites[j], sources, kept, slopes[sources.site.hook])
-                            weights[column[found[0]][:, None], column[targets.places]] += found[1].T
+                            units, effects = _onto(
+                                part.sites[j], sources, is_kept, slopes[sources.site.hook]
+                            )
+                            cells = column[units][:, None], column[targets.places]
+                            weights[cells] += effects.T
     source, target = weights.nonzero(as_tuple=True)
-    features = torch.zeros(len(kept), dtype=torch.bool)
+    features = torch.zeros(len(is_kept), dtype=torch.bool)
     for nodes in layout:
         features[nodes.features] = nodes.site.kind == "feature"
     return FeatureEdges(
         places[source],
         places[target],
         (weights[source, target] / n_prompts).float(),
-        int((is_unreachable & kept & features).sum()),
+        int((is_unreachable & is_kept & features).sum()),
     )
 
 
@@ -141,14 +135,14 @@ class _Targets:
 def _targets(
     run: SiteRun,
     nodes: SiteNodes,
-    kept: Bool[torch.Tensor, " node"],
+    is_kept: Bool[torch.Tensor, " node"],
     finite_differences: bool,
     copies: int,
     is_unreachable: Bool[torch.Tensor, " node"],
 ) -> Iterator[_Targets]:
     """The kept nodes of a site, as many at a time as fit; those that can be reached are marked."""
-    own = kept[nodes.features].nonzero().flatten()
-    for some in own.split(copies) if len(own) else ():
+    features = is_kept[nodes.features].nonzero().flatten()
+    for some in features.split(copies) if len(features) else ():
         at = _at(nodes, some, run.slope.shape[1]).to(run.slope)
         places, index = some + nodes.start, nodes.index[some]
         if run.site.kind != "feature":
@@ -157,7 +151,7 @@ def _targets(
         factor = _slopes(run, index) * _gates(run, index, finite_differences) * at
         is_unreachable[places] &= ~factor.flatten(1).any(1).cpu()
         yield _Targets(run, places, None, factor, index)
-    errors = kept[nodes.error_places].nonzero().flatten()
+    errors = is_kept[nodes.error_places].nonzero().flatten()
     for some in errors.split(copies) if len(errors) else ():
         at = torch.ones(1, 1, run.slope.shape[1], device=run.slope.device)
         if nodes.per_position:
@@ -179,8 +173,8 @@ def _of_heads(
     run: SiteRun, n: int, index: Int64[torch.Tensor, " copy"]
 ) -> Float[torch.Tensor, "copy prompt pos width"]:
     """The slope at one head each, zero at the others; the MLP is one head."""
-    own = torch.nn.functional.one_hot(index, n).to(run.slope)[:, None, None, :, None]
-    return (run.slope.unflatten(2, (n, -1)) * own).flatten(3)
+    is_head = torch.nn.functional.one_hot(index, n).to(run.slope)[:, None, None, :, None]
+    return (run.slope.unflatten(2, (n, -1)) * is_head).flatten(3)
 
 
 def _slopes(
@@ -241,20 +235,20 @@ def _read(
 def _onto(
     run: SiteRun,
     nodes: SiteNodes,
-    kept: Bool[torch.Tensor, " node"],
+    is_kept: Bool[torch.Tensor, " node"],
     slopes: Float[torch.Tensor, "copy prompt pos width"],
 ) -> tuple[Int64[torch.Tensor, " source"], Float[torch.Tensor, "copy source"]]:
     """Kept nodes of a source site, and how far each moves what the copies ask for, over all prompts."""
-    own = kept[nodes.features].nonzero().flatten()
-    errors = kept[nodes.error_places].nonzero().flatten()
-    places = torch.cat([own + nodes.start, errors + nodes.error_places.start])
-    found = [_parts(run, nodes, own, slopes)]
+    units = is_kept[nodes.features].nonzero().flatten()
+    errors = is_kept[nodes.error_places].nonzero().flatten()
+    places = torch.cat([units + nodes.start, errors + nodes.error_places.start])
+    effects = [_parts(run, nodes, units, slopes)]
     if len(errors):
         product = torch.einsum("cbsd,bsd->cs", slopes, run.error_moved)
-        found.append(
+        effects.append(
             product[:, nodes.errors[errors]] if nodes.per_position else product.sum(1, True)
         )
-    return places, torch.cat([each.double().cpu() for each in found], 1)
+    return places, torch.cat([each.double().cpu() for each in effects], 1)
 
 
 def _parts(

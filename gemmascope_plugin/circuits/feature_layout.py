@@ -103,18 +103,7 @@ def n_of(site: TaskSite, heads: int) -> int:
 def layout_of(
     nodes: Sequence[Node], sites: Sequence[TaskSite], heads: int, per_position: bool
 ) -> tuple[SiteNodes, ...]:
-    """The nodes of a graph by site, checked to be those of these sites.
-
-    Args:
-        nodes: Nodes of a graph of features, in its order.
-        sites: Sites of a model with dictionaries, in forward order.
-        n_heads: Heads of a layer.
-        per_position: Whether the nodes have positions.
-
-    Raises:
-        UnknownNameError: Nodes at a place where there is no site.
-        GemmaScopeError: A feature outside its dictionary.
-    """
+    """The nodes of a graph by site, checked to be those of these sites."""
     by_hook: Mapping[str, list[Node]] = {site.hook: [] for site in sites}
     for node in nodes:
         if node.site not in by_hook:
@@ -156,17 +145,7 @@ def is_feature_graph(graph: Graph) -> bool:
 
 
 def layout_of_graph(graph: Graph, model: HookedModel, saes: Saes) -> tuple[SiteNodes, ...]:
-    """The nodes of a graph of features by site.
-
-    Args:
-        graph: The graph.
-        model: The model that it was found in.
-        saes: The dictionaries that it was found with.
-
-    Raises:
-        UnknownNameError: No dictionaries, or others than those of the graph's sites.
-        WidthMismatchError: A dictionary with another number of features than the graph's.
-    """
+    """The nodes of a graph of features by site."""
     if saes is None:
         raise UnknownNameError(
             "The circuit has features", fix="evaluate(..., saes=[the same dictionaries])"
@@ -193,11 +172,7 @@ def layout_of_graph(graph: Graph, model: HookedModel, saes: Saes) -> tuple[SiteN
 
 
 def check_prompts(graph: Graph, bound: BoundTask) -> None:
-    """Refuses prompts that the positions of a graph do not fit.
-
-    Raises:
-        TaskError: They are longer or shorter than those of the graph, or of several lengths.
-    """
+    """Refuses prompts that the positions of a graph do not fit."""
     if not graph.metadata["per_position"]:
         return
     lengths = bound.prompt_lengths.unique().tolist()

@@ -41,17 +41,7 @@ class ScoredNodes:
 def score_nodes(
     parts: Sequence[PartRun], *, n_heads: int, per_position: bool, errors: bool
 ) -> ScoredNodes:
-    """Every node with its score.
-
-    Args:
-        parts: Both runs of all prompts.
-        n_heads: Heads of a layer.
-        per_position: Whether positions are told apart.
-        errors: Whether errors are nodes.
-
-    Raises:
-        EmptySelectionError: No feature is active.
-    """
+    """Every node with its score."""
     n_prompts = sum(len(part.bound) for part in parts)
     layout, scores, start = [], [], 0
     counts = {"features": 0, "entries": 0}
@@ -77,20 +67,15 @@ def score_nodes(
 
 
 def residuals(parts: Sequence[PartRun], gap: float) -> dict[str, float]:
-    """By site: what the scores miss of the effect of replacing it whole, as a share of the gap.
-
-    Args:
-        parts: Both runs of all prompts.
-        gap: Clean minus corrupted metric.
-    """
-    found = {}
+    """By site: what the scores miss of the effect of replacing it whole, as a share of the gap."""
+    residual = {}
     for i, first in enumerate(parts[0].sites):
         runs = [part.sites[i] for part in parts]
         if first.whole is None:
             continue
         missing = [_whole(run) - run.whole for run in runs if run.whole is not None]
-        found[first.site.hook] = float(torch.cat(missing).mean()) / gap
-    return found
+        residual[first.site.hook] = float(torch.cat(missing).mean()) / gap
+    return residual
 
 
 def _whole(run: SiteRun) -> Float[torch.Tensor, " prompt"]:
@@ -130,23 +115,23 @@ def _errors(runs: Sequence[SiteRun], per_position: bool) -> Float[torch.Tensor, 
 
 def _corrupt_only(runs: Sequence[SiteRun]) -> dict[str, int]:
     """Features, and entries, that are active in corrupted runs and not in clean ones."""
-    entries, here, there = 0, [], []
+    entries, clean, corrupt = 0, [], []
     for run in runs:
         assert run.clean.acts is not None and run.corrupt.acts is not None
         tokens = [
             acts.rows * acts.d_sae + acts.indices for acts in (run.clean.acts, run.corrupt.acts)
         ]
         entries += _missing(tokens[1], tokens[0])
-        here.append(run.clean.acts.indices)
-        there.append(run.corrupt.acts.indices)
+        clean.append(run.clean.acts.indices)
+        corrupt.append(run.corrupt.acts.indices)
     return {
-        "features": _missing(torch.cat(there).unique(), torch.cat(here).unique()),
+        "features": _missing(torch.cat(corrupt).unique(), torch.cat(clean).unique()),
         "entries": entries,
     }
 
 
-def _missing(these: Int64[torch.Tensor, " n"], those: Int64[torch.Tensor, " m"]) -> int:
-    return int((~torch.isin(these, those)).sum())
+def _missing(indices: Int64[torch.Tensor, " n"], others: Int64[torch.Tensor, " m"]) -> int:
+    return int((~torch.isin(indices, others)).sum())
 
 
 def site_summary(sites: Sequence[TaskSite]) -> dict[str, Any]:

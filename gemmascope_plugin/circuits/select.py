@@ -76,14 +76,14 @@ def greedy(graph: Graph, n: int, *, rank: Rank = "absolute") -> Circuit:
             the logits can be reached; or there are no logits.
     """
     check_edges(graph, "Greedy circuits")
-    kept = torch.zeros_like(top_n(graph, n).is_kept)  # refuses numbers out of range
+    is_kept = torch.zeros_like(top_n(graph, n).is_kept)  # refuses numbers out of range
     grown = list(islice(_growth(graph, graph.order(rank)), n))
     if len(grown) < n:
         raise EmptySelectionError(
             f"A circuit of {n} edges was asked for", exists=f"{len(grown)} that lead to the logits"
         )
-    kept[torch.tensor(grown, dtype=torch.int64)] = True
-    return Circuit(graph, kept, rank)
+    is_kept[torch.tensor(grown, dtype=torch.int64)] = True
+    return Circuit(graph, is_kept, rank)
 
 
 def _growth(graph: Graph, order: Int64[torch.Tensor, " edge"]) -> Iterator[int]:

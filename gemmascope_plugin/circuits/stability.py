@@ -107,43 +107,37 @@ def stability(
             "size": scores.smallest(at_least),
             "faithfulness": scores.faithfulness,
         }
-    for name, own in best.items():
-        for other, theirs in best.items():
+    for name, directions in best.items():
+        for other, others in best.items():
             if other != name:
-                rows[name][f"overlap {other}"] = overlap(own, theirs, cosine)
+                rows[name][f"overlap {other}"] = overlap(directions, others, cosine)
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("set")
     frame["size"] = frame["size"].astype("Int64")
     return frame
 
 
-def overlap(own: Directions, other: Directions, cosine: float) -> float:
-    """Share of features that have a partner; NaN without features.
-
-    Args:
-        own: Unit decoder rows by site.
-        other: Those among which partners are sought.
-        cosine: From which on a row is a partner.
-    """
-    n = sum(len(rows) for rows in own.values())
-    found = sum(
-        int(((rows @ other[site].T) >= cosine).any(1).sum())
-        for site, rows in own.items()
-        if site in other and len(other[site])
+def overlap(directions: Directions, others: Directions, cosine: float) -> float:
+    """Share of features that have a partner; NaN without features."""
+    n = sum(len(rows) for rows in directions.values())
+    n_shared = sum(
+        int(((rows @ others[site].T) >= cosine).any(1).sum())
+        for site, rows in directions.items()
+        if site in others and len(others[site])
     )
-    return found / n if n else float("nan")
+    return n_shared / n if n else float("nan")
 
 
 def _directions(circuit: Circuit, sites: Sequence[TaskSite]) -> Directions:
     """Unit decoder rows of the kept features, each once."""
     by_site: Directions = {}
     for site in sites:
-        kept = {
+        features = {
             node.index
             for node in circuit.nodes
             if node.kind == "feature" and node.site == site.hook
         }
         W_dec = site.coder.W_dec
-        rows = wide(W_dec[torch.tensor(sorted(kept), dtype=torch.long, device=W_dec.device)])
+        rows = wide(W_dec[torch.tensor(sorted(features), dtype=torch.long, device=W_dec.device)])
         by_site[site.hook] = torch.nn.functional.normalize(rows, dim=1).cpu()
     return by_site
 

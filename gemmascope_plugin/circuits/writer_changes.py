@@ -23,14 +23,7 @@ from gemmascope_plugin.models.anatomy import Anatomy
 
 
 class Written:
-    """What has been written in one pass of several circuits.
-
-    Args:
-        anatomy: The model's.
-        edges: Its edges.
-        removed: True where a circuit lacks an edge.
-        like: The embedding of the prompts at the positions that run ``[prompt, pos, d_model]``.
-    """
+    """What has been written in one pass of several circuits."""
 
     def __init__(
         self,
@@ -49,12 +42,7 @@ class Written:
         """Layer to ``G`` of its heads ``[circuit, token, 1 + head, 1 + head]``."""
 
     def add(self, row: int, moved: Float[torch.Tensor, "some prompt pos d_model"]) -> None:
-        """The embedding or an MLP has written.
-
-        Args:
-            row: Its place among the writers.
-            moved: ``u' - u`` of each circuit, or one for all.
-        """
+        """The embedding or an MLP has written."""
         writer = self._edges.writers[row]
         place = row + (0 if writer.kind == "embed" else writer.layer + 1)
         self._table[:, :, :, place] = moved
@@ -66,13 +54,7 @@ class Written:
         a: Float[torch.Tensor, "some prompt pos d_model"],
         moved: Float[torch.Tensor, "some prompt pos head d_model"],
     ) -> None:
-        """The heads of a layer have written.
-
-        Args:
-            layer: The layer.
-            a: What they write together, before the norm behind them.
-            moved: ``dr`` of each.
-        """
+        """The heads of a layer have written."""
         vectors, places = torch.cat([a[..., None, :], moved], -2), self._places(layer)
         post = self._anatomy.norm(layer, "ln1_post")
         if post is not None:
@@ -84,11 +66,7 @@ class Written:
         self._stop = max(self._stop, places.stop)
 
     def change(self, readers: slice) -> Float[torch.Tensor, "circuit prompt pos reader d_model"]:
-        """What readers of one norm see beyond the live stream.
-
-        Args:
-            readers: Which, as columns of the edges.
-        """
+        """What readers of one norm see beyond the live stream."""
         removed, shape = self._removed[:, readers], self._table.shape[:3]
         n_tokens, n_readers = shape[1] * shape[2], removed.shape[1]
         share = removed.new_zeros(len(removed), n_tokens, n_readers, self._stop)

@@ -57,13 +57,7 @@ def token_counts(acts: SparseActs) -> Int64[torch.Tensor, " d_sae"]:
 def meetings(
     first: Int64[torch.Tensor, " entry"], count: Int64[torch.Tensor, " entry"], cells: int = CELLS
 ) -> Iterator[tuple[Int64[torch.Tensor, " meeting"], Int64[torch.Tensor, " meeting"]]]:
-    """Pairs ``(i, j)`` of entry ``i`` with each of ``first[i], ..., first[i] + count[i] - 1``.
-
-    Args:
-        first: The first entry that each one meets.
-        count: How many it meets.
-        cells: Meetings at a time, at least those of one entry.
-    """
+    """Pairs ``(i, j)`` of entry ``i`` with each of ``first[i], ..., first[i] + count[i] - 1``."""
     ends, start = count.cumsum(0), 0
     while start < len(count):
         before = int(ends[start - 1]) if start else 0
@@ -80,15 +74,8 @@ def joint_sums(
 ) -> Iterator[tuple[Int64[torch.Tensor, " block"], list[Float64[torch.Tensor, "block d_right"]]]]:
     """``sum_t u_i(t) * v_j(t)`` over the tokens where left feature ``i`` and right ``j`` are active.
 
-    Args:
-        left: Activations whose features are the rows of the tables.
-        right: Activations at the same tokens, whose features are the columns.
-        factors: ``u`` and ``v`` of each sum.
-        cells: Bound on a table, and on the meetings held at a time.
-
-    Yields:
-        The left features of a block, ascending, and a table for each of the factors. Features that
-        are active nowhere are in no block.
+    Blocks of left features, ascending, with a table for each of ``factors``; features that are active
+    nowhere are in no block. ``cells`` bounds a table, and the meetings held at a time.
     """
     assert left.n_tokens == right.n_tokens, "the records are of different tokens"
     order = left.indices.argsort(stable=True)
@@ -120,12 +107,7 @@ def joint_counts(
 def at_same_token(
     acts: SparseActs, others: Int64[torch.Tensor, " active"]
 ) -> Float[torch.Tensor, " active"]:
-    """For each active entry the activation of another feature at its token; 0 where that is silent.
-
-    Args:
-        acts: Activations.
-        others: The other feature of each entry; a negative one is active nowhere.
-    """
+    """For each active entry the activation of another feature at its token; 0 where that is silent."""
     if not len(acts.indices):
         return acts.values
     here = acts.rows * acts.d_sae

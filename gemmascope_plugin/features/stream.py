@@ -55,19 +55,7 @@ class Corpus:
 def corpus(
     model: HookedModel, tokens: Tokens, exclude: str | int | Sequence[str | int], batch: int
 ) -> Corpus:
-    """Token ids as batches on the model's device.
-
-    Args:
-        model: The model.
-        tokens: Token ids.
-        exclude: Special tokens to leave out.
-        batch: Documents per forward pass.
-
-    Raises:
-        EmptySelectionError: There is no token, or none that counts.
-        ModelError: Fewer than one document per pass.
-        UnknownNameError: An unknown special token.
-    """
+    """Token ids as batches on the model's device."""
     if batch < 1:
         raise ModelError(f"batch={batch} documents per pass is less than one", fix="batch=16")
     named = (exclude,) if isinstance(exclude, (str, int)) else tuple(exclude)
@@ -86,14 +74,7 @@ def corpus(
 def hooked_for(sae: Any, exclude: tuple[str | int, ...]) -> HookedSAE:
     """A dictionary, or its level, that drops the error and leaves the excluded tokens alone.
 
-    Args:
-        sae: A dictionary, or a :class:`HookedSAE` whose ``level`` counts and whose other options do
-            not.
-        exclude: Special tokens that are left alone.
-
-    Raises:
-        ModelError: Not a JumpReLU dictionary, or one that works at some positions only.
-        MissingHookError: The dictionary does not say which hooks it belongs to.
+    Of a :class:`HookedSAE` the level counts, and its other options do not.
     """
     if not isinstance(sae, HookedSAE):
         return HookedSAE(sae, error="drop", exclude=exclude)
@@ -109,13 +90,7 @@ def hooked_for(sae: Any, exclude: tuple[str | int, ...]) -> HookedSAE:
 def site_tensors(
     model: HookedModel, hooked: HookedSAE, text: Corpus
 ) -> Iterator[tuple[Float[torch.Tensor, "token d_in"], Float[torch.Tensor, "token d_out"]]]:
-    """Input and target of the dictionary at the tokens that count, one batch at a time.
-
-    Raises:
-        ModelError: The model was compiled.
-        MissingHookError: The model has no such tensor.
-        WidthMismatchError: A tensor is not as wide as the dictionary.
-    """
+    """Input and target of the dictionary at the tokens that count, one batch at a time."""
     refuse_compiled(model)
     read = reading(model, hooked.hook_in)
     write = reading(model, hooked.hook_out) if hooked.is_transcoder else read
@@ -147,24 +122,14 @@ def joined(parts: Sequence[SparseActs]) -> SparseActs:
 
 
 def encoded(model: HookedModel, hooked: HookedSAE, text: Corpus) -> SparseActs:
-    """The dictionary's activations at the tokens that count.
-
-    Raises:
-        ModelError: The model was compiled.
-        MissingHookError: The model has no such tensor.
-        WidthMismatchError: A tensor is not as wide as the dictionary.
-    """
+    """The dictionary's activations at the tokens that count."""
     return joined([hooked.weights.encode_sparse(x) for x, _ in site_tensors(model, hooked, text)])
 
 
 def kept_concepts(
     text: Corpus, concepts: Bool[torch.Tensor, "document pos concept"]
 ) -> Bool[torch.Tensor, "token concept"]:
-    """Known concepts at the tokens that count.
-
-    Raises:
-        ModelError: They are given for other documents than the corpus has.
-    """
+    """Known concepts at the tokens that count."""
     shapes = [tuple(part.shape) for part in text.batches]
     documents = sum(n for n, _ in shapes)
     if {(documents, pos) for _, pos in shapes} != {tuple(concepts.shape[:2])}:
@@ -178,11 +143,7 @@ def kept_concepts(
 
 
 def check_names(concepts: Bool[torch.Tensor, "*tokens concept"], names: Sequence[str]) -> None:
-    """Refuses names that do not fit the concepts.
-
-    Raises:
-        ModelError: They differ in number.
-    """
+    """Refuses names that do not fit the concepts."""
     if len(names) != concepts.shape[-1]:
         raise ModelError(
             f"{len(names)} names were given for {concepts.shape[-1]} concepts",
@@ -191,11 +152,7 @@ def check_names(concepts: Bool[torch.Tensor, "*tokens concept"], names: Sequence
 
 
 def check_concepts(concepts: torch.Tensor | None, names: Sequence[str] | None) -> None:
-    """Refuses concepts without names, names without concepts, and names that do not fit.
-
-    Raises:
-        ModelError: See above.
-    """
+    """Refuses concepts without names, names without concepts, and names that do not fit."""
     if (concepts is None) != (names is None):
         given, missing = ("names", "concepts") if concepts is None else ("concepts", "names")
         raise ModelError(

@@ -34,16 +34,7 @@ class TopWords(NamedTuple):
 def top_words(
     model: HookedModel, directions: Float[torch.Tensor, "some d_model"], k: int = 5
 ) -> list[TopWords]:
-    """Words of each direction.
-
-    Args:
-        model: The model.
-        directions: What is written to the stream.
-        k: How many of each.
-
-    Raises:
-        EmptySelectionError: ``k`` is no number of words.
-    """
+    """Words of each direction."""
     anatomy = Anatomy(model)
     W_U, gain = anatomy.W_U, anatomy.ln_final.gain
     if not 1 <= k <= W_U.shape[1]:

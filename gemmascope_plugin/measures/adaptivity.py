@@ -192,12 +192,7 @@ def adaptivity(
 
 
 def spearman(a: Num[torch.Tensor, " token"], b: Num[torch.Tensor, " token"]) -> float:
-    """Spearman's rank correlation; NaN where either is constant.
-
-    Args:
-        a: One number per token.
-        b: Another one.
-    """
+    """Spearman's rank correlation; NaN where either is constant."""
     x, y = (ranks(values) - (len(values) + 1) / 2 for values in (a, b))
     spread = float((x.square().sum() * y.square().sum()).sqrt())
     return float((x * y).sum()) / spread if spread > 0 else math.nan

@@ -142,11 +142,7 @@ def compare(
 
 
 def _check_frame(frame: Any, call: str = "") -> None:
-    """Refuses what is not a table.
-
-    Raises:
-        InputError: See above.
-    """
+    """Refuses what is not a table."""
     if not hasattr(frame, "columns"):
         raise InputError(
             f"{describe(frame)} is not a table of dictionaries",

@@ -91,11 +91,7 @@ class _Entries:
 
 
 def _check_active(active: Any, call: str = "") -> None:
-    """Refuses what does not say where features are active.
-
-    Raises:
-        InputError: See above.
-    """
+    """Refuses what does not say where features are active."""
     is_table = isinstance(active, torch.Tensor) and active.ndim == 2
     if not is_table and not isinstance(active, SparseActs):
         raise InputError(

@@ -135,12 +135,7 @@ def cost(
 
 
 def multiply_adds(hooked: HookedSAE, l0: float) -> tuple[int, float]:
-    """Multiply-adds per token of a full encode, and of a decode of ``l0`` features.
-
-    Args:
-        hooked: The dictionary.
-        l0: Mean number of active features.
-    """
+    """Multiply-adds per token of a full encode, and of a decode of ``l0`` features."""
     coder = hooked.weights
     d_in, d_out = hooked.widths
     networks = [part for part in hooked.sae.modules() if isinstance(part, torch.nn.Linear)]

@@ -71,13 +71,7 @@ def edge_frame(
 def add_concepts(
     edges: Any, order: ConceptOrder | None, stands: Int64[torch.Tensor, " d_sae"] | None
 ) -> None:
-    """Adds ``parent_concept``, ``child_concept`` (None for none) and ``is_ancestor`` (NA then).
-
-    Args:
-        edges: What ``edge_frame`` returned.
-        order: The known concepts; None if none are known.
-        stands: The concept of each feature, -1 for none.
-    """
+    """Adds ``parent_concept``, ``child_concept`` (None for none) and ``is_ancestor`` (NA then)."""
     import pandas as pd
 
     names: Sequence[str] = () if order is None else order.names
@@ -93,12 +87,7 @@ def add_concepts(
 
 
 def add_hits(edges: Any, probed: ProbedEdges | None) -> None:
-    """Adds ``hit``, whether an edge meets the reconstruction condition; NA where it was not probed.
-
-    Args:
-        edges: What ``edge_frame`` returned.
-        probed: The edges that were probed.
-    """
+    """Adds ``hit``, whether an edge meets the reconstruction condition; NA where it was not probed."""
     found: dict[int, bool] = {}
     if probed is not None:
         found = dict(zip(probed.child.tolist(), probed.hits.tolist(), strict=True))

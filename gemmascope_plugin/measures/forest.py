@@ -31,16 +31,7 @@ ROOT = -1
 
 
 def check_forest(parent: torch.Tensor, d_sae: int) -> None:
-    """Refuses what is not a forest.
-
-    Args:
-        parent: Parent of each feature, ``[d_sae]``.
-        d_sae: Number of features.
-
-    Raises:
-        WidthMismatchError: Not one parent for each feature.
-        ModelError: Not integers, a parent that does not exist, or a cycle.
-    """
+    """Refuses what is not a forest."""
     if tuple(parent.shape) != (d_sae,):
         raise WidthMismatchError(
             f"The forest has shape {list(parent.shape)}, the dictionary has {d_sae} features",

@@ -25,15 +25,7 @@ _VALUES = 1 << 24
 def max_cosines(
     W_dec: Float[torch.Tensor, "d_sae d_out"], *, chunk: int | None = None
 ) -> Float[torch.Tensor, " rows"]:
-    """Each row's largest cosine with another row, for the rows that are not zero.
-
-    Args:
-        W_dec: The decoder.
-        chunk: Rows compared with all at a time; None for as many as fit in 64 MB.
-
-    Returns:
-        One cosine per row; none if there are fewer than two rows.
-    """
+    """Each row's largest cosine with another row, for the rows that are not zero."""
     rows = W_dec.detach().float()
     norms = torch.linalg.vector_norm(rows, dim=-1)
     there = norms > 0

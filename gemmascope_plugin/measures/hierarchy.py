@@ -204,11 +204,7 @@ def _read(
 
 
 def _source(hooked: HookedSAE, forest: Forest) -> str:
-    """Where the forest is from.
-
-    Raises:
-        ModelError: The dictionary has none of its own.
-    """
+    """Where the forest is from."""
     if isinstance(forest, torch.Tensor):
         return "given"
     has_own = hasattr(hooked.weights, "parent")

@@ -42,14 +42,7 @@ from gemmascope_plugin.splice import HookedSAE
 def importance(
     model: HookedModel, hooked: HookedSAE, text: Corpus, n_positions: int
 ) -> tuple[float, int]:
-    """Mean ``r_L0``, and the number of tokens it was measured on; NaN for none.
-
-    Args:
-        model: The bare model.
-        hooked: The dictionary.
-        text: The corpus.
-        n_positions: Positions per document, evenly spaced over those where a loss can be read.
-    """
+    """Mean ``r_L0``, and the number of tokens it was measured on; NaN for none."""
     total, n = 0.0, 0
     for tokens in text.batches:
         mask = text.readable(tokens)
@@ -110,13 +103,7 @@ def uniformity(
     x: Float[torch.Tensor, "token d_in"],
     grad: Float[torch.Tensor, "token d_out"],
 ) -> Float[torch.Tensor, " measured"]:
-    """``r_L0`` of each token that has one.
-
-    Args:
-        coder: The dictionary's; a factor that it puts on all features of a token cancels.
-        x: What it reads.
-        grad: Gradient of the score with respect to what it writes.
-    """
+    """``r_L0`` of each token that has one; a factor on all features of a token cancels."""
     acts = coder.encode_sparse(x)
     toward = grad.to(coder.W_dec.device, torch.float32)[acts.rows]
     size = (acts.values.float() * (coder.W_dec[acts.indices].float() * toward).sum(-1)).abs()

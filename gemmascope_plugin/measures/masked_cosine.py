@@ -95,16 +95,7 @@ def candidate_rank(acts: SparseActs, levels: Sequence[int] | None) -> Int64[torc
 def parent_similarity(
     acts: SparseActs, parent: Int[torch.Tensor, " d_sae"], *, similarity: Similarity = "cosine"
 ) -> Float64[torch.Tensor, " d_sae"]:
-    """``MCS`` of each feature with its parent; 0 where they never meet, or there is no parent.
-
-    Args:
-        acts: Activations at all tokens.
-        parent: The forest.
-        similarity: Which MCS.
-
-    Raises:
-        UnknownNameError: There is no such similarity.
-    """
+    """``MCS`` of each feature with its parent; 0 where they never meet, or there is no parent."""
     acts = _compared(acts, similarity)
     above = at_same_token(acts, parent[acts.indices]).double()
     found = _cosine(_sums(acts, above * acts.values), _sums(acts, above.square()), _norms(acts))

@@ -120,12 +120,7 @@ def sample_edges(
 ) -> Int64[torch.Tensor, " edge"]:
     """The children of a sample of edges, ascending; step 1 at the top of this file.
 
-    Args:
-        parent: The forest.
-        acts: Active entries.
-        n: Number of parents, and of children of each.
-        min_tokens: Tokens on which a child must be active, and silent.
-        rng: On the CPU, so that the sample does not depend on the device.
+    ``rng`` is on the CPU, so that the sample does not depend on the device.
     """
     counts = token_counts(acts).cpu()
     above = parent.cpu().long()
@@ -159,14 +154,7 @@ def train_probes(
     steps: int,
     rng: torch.Generator,
 ) -> Float[torch.Tensor, "probe d"]:
-    """Directions of logistic probes, all trained at once with Adam from zero.
-
-    Args:
-        x: Tokens; centred and divided by one number first.
-        labels: What each probe tells, true somewhere and false somewhere.
-        steps: Steps, the learning rate falling from 1e-2 to 1e-5.
-        rng: Draws the tokens of each step, on the CPU.
-    """
+    """Directions of logistic probes, all trained at once with Adam from zero."""
     x = x.float() - x.float().mean(0)
     x = x / x.square().mean().sqrt().clamp(min=torch.finfo(x.dtype).tiny)
     positive = labels.sum(0)

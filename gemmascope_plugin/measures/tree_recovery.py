@@ -165,14 +165,7 @@ def redrawn(
     rank: Int64[torch.Tensor, " d_sae"],
     rng: torch.Generator,
 ) -> Int64[torch.Tensor, " d_sae"]:
-    """The forest with each judged edge's parent drawn from those of all that have a smaller rank.
-
-    Args:
-        parent: The forest.
-        judged: Children of the edges that are judged.
-        rank: Larger for a child than for its parent.
-        rng: On the CPU, so that draws do not depend on the device.
-    """
+    """The forest with each judged edge's parent drawn from those of all that have a smaller rank."""
     pool = parent[judged].long()
     pool = pool[rank[pool].argsort(stable=True)]
     possible = torch.searchsorted(rank[pool].contiguous(), rank[judged].contiguous())

@@ -42,18 +42,18 @@ def dense(site: TaskSite, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor
 
 def caches(model: Any, sites: Sequence[TaskSite], tokens: torch.Tensor) -> dict[str, Any]:
     """Tensor, features and error of every dictionary's site."""
-    found = {}
+    values = {}
     names = {s.hook for s in sites} | {s.reads.hook for s in sites if s.reads}
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens, names_filter=list(names))
     for site in sites:
         y = cache[site.hook]
         if site.reads is None:
-            found[site.hook] = (y, None, None)
+            values[site.hook] = (y, None, None)
             continue
         acts = dense(site, site.reads(cache[site.reads.hook]), tokens)
-        found[site.hook] = (y, acts, flatten_heads(y) - acts @ site.coder.W_dec)
-    return found
+        values[site.hook] = (y, acts, flatten_heads(y) - acts @ site.coder.W_dec)
+    return values
 
 
 def spliced_effects(
@@ -68,10 +68,10 @@ def spliced_effects(
         TaskSite to effects of features ``[prompt, pos, d_sae]`` and of errors ``[prompt, pos]``.
     """
     sites = sites_of(model, saes)
-    here, there = (caches(model, sites, tokens) for tokens in (clean, corrupt))
-    found = {}
+    base, corrupted = (caches(model, sites, tokens) for tokens in (clean, corrupt))
+    values = {}
     for site in sites:
-        (_, a, e), (_, a_new, e_new) = here[site.hook], there[site.hook]
+        (_, a, e), (_, a_new, e_new) = base[site.hook], corrupted[site.hook]
         slopes = [torch.zeros_like(a), torch.zeros_like(e)]
         for k in range(steps):
             alpha = (k + 0.5) / steps
@@ -88,8 +88,8 @@ def spliced_effects(
                 for i, grad in enumerate(torch.autograd.grad(value, leaves)):
                     slopes[i] += grad / steps
         effects = ((a - a_new) * slopes[0], ((e - e_new) * slopes[1]).sum(-1))
-        found[site.hook] = (effects[0].detach(), effects[1].detach())
-    return found
+        values[site.hook] = (effects[0].detach(), effects[1].detach())
+    return values
 
 
 def ablated_metric(

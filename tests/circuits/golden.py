@@ -99,29 +99,29 @@ class Golden:
 def golden(case: str) -> Golden:
     """One of ``CASES``."""
     tensors, words = _read()
-    own = _below(tensors, case)
+    arrays = _below(tensors, case)
     numbers = words["cases"][case]
     n = numbers["nodes"]
-    nonzero = _bits(own["adjacency_bits"], n * n).reshape(n, n)
+    nonzero = _bits(arrays["adjacency_bits"], n * n).reshape(n, n)
     adjacency = torch.zeros(n, n)
-    adjacency[nonzero] = own["adjacency_values"]
+    adjacency[nonzero] = arrays["adjacency_values"]
     pruned = []
     for i, (node_threshold, edge_threshold) in enumerate(words["thresholds"]):
         edges = torch.zeros(n, n, dtype=torch.bool)
-        edges[nonzero] = _bits(own[f"prune.{i}.edge_bits"], int(nonzero.sum()))
-        pruned.append(Pruned(node_threshold, edge_threshold, own[f"prune.{i}.node_mask"], edges))
+        edges[nonzero] = _bits(arrays[f"prune.{i}.edge_bits"], int(nonzero.sum()))
+        pruned.append(Pruned(node_threshold, edge_threshold, arrays[f"prune.{i}.node_mask"], edges))
     return Golden(
         model=_model(),
         transcoders=[_transcoder(case, layer) for layer in range(words["config"]["n_layers"])],
         tokens=tensors["tokens"],
         logits=tensors["logits"],
-        active_features=own["active_features"].long(),
-        activation_values=own["activation_values"],
-        logit_tokens=own["logit_tokens"],
-        logit_probabilities=own["logit_probabilities"],
+        active_features=arrays["active_features"].long(),
+        activation_values=arrays["activation_values"],
+        logit_tokens=arrays["logit_tokens"],
+        logit_probabilities=arrays["logit_probabilities"],
         adjacency=adjacency,
-        node_influence=own["node_influence"],
-        cumulative_scores=own["cumulative_scores"],
+        node_influence=arrays["node_influence"],
+        cumulative_scores=arrays["cumulative_scores"],
         pruned=tuple(pruned),
         replacement_score=numbers["replacement_score"],
         completeness_score=numbers["completeness_score"],

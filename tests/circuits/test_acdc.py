@@ -13,19 +13,19 @@ from tests.ground_truth.cases import CASES
 
 
 def one_by_one(ablation: EdgeAblation, tau: float) -> torch.Tensor:
-    kept = ablation.edges.mask.clone()
-    now = float(ablation.metric(kept[None]).mean())
-    for column in reversed(range(kept.shape[1])):
-        for row in reversed(range(kept.shape[0])):
+    is_kept = ablation.edges.mask.clone()
+    now = float(ablation.metric(is_kept[None]).mean())
+    for column in reversed(range(is_kept.shape[1])):
+        for row in reversed(range(is_kept.shape[0])):
             if not ablation.edges.mask[row, column]:
                 continue
-            kept[row, column] = False
-            value = float(ablation.metric(kept[None]).mean())
+            is_kept[row, column] = False
+            value = float(ablation.metric(is_kept[None]).mean())
             if now - value >= tau:
-                kept[row, column] = True
+                is_kept[row, column] = True
             else:
                 now = value
-    return kept
+    return is_kept
 
 
 def test_chains_are_one_by_one() -> None:

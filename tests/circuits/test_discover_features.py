@@ -92,7 +92,7 @@ def test_what_features_mean(circuit, hooked2) -> None:
     for labels in (
         {node.site: {node.index: "a <concept>"}},
         {node: "a <concept>"},
-        lambda one: "a <concept>" if one == node else None,
+        lambda each: "a <concept>" if each == node else None,
     ):
         named = circuit.with_labels(labels)
         frame = named.to_frame(12)
@@ -105,10 +105,10 @@ def test_what_features_mean(circuit, hooked2) -> None:
         assert named.to_networkx().nodes[node]["meaning"] == "a <concept>"
     again = named.with_labels({node: "another"})
     assert again.graph.meanings == {node: "another"}
-    found = discover(
+    named = discover(
         hooked2, TASK, saes=dictionaries(hooked2), labels={node: "x"}, edges=False, **FAST
     )
-    assert found.graph.meanings == {node: "x"}
+    assert named.graph.meanings == {node: "x"}
 
 
 def test_a_circuit_of_features_in_a_file(circuit, tmp_path: Path, hooked2) -> None:
@@ -149,14 +149,14 @@ def test_levels_of_nested_dictionaries() -> None:
     saes = [suite.load("matryoshka", layer) for layer in (1, 2)]
     task = suite.task("agreement", n=2)
     options = {"saes": saes, "method": "atp", "edges": False}
-    found = discover_levels(suite.model, task, levels=(0, -1), **options)
-    coarse, fine = found[0], found[-1]
+    levels = discover_levels(suite.model, task, levels=(0, -1), **options)
+    coarse, fine = levels[0], levels[-1]
     assert {size for _, size in coarse.metadata["sites"].values()} == {64}
     assert {size for _, size in fine.metadata["sites"].values()} == {512}
     assert max(node.index for node in coarse.graph.components) < 64
     assert coarse.n_units < fine.n_units
-    given = {"saes": saes, "n_random": 0, "sizes": []}
-    assert 0 < evaluate(coarse, suite.model, task, **given).metadata["n_prompts"] == 2
+    evaluation = {"saes": saes, "n_random": 0, "sizes": []}
+    assert 0 < evaluate(coarse, suite.model, task, **evaluation).metadata["n_prompts"] == 2
     with pytest.raises(EmptySelectionError, match="No level is named"):
         discover_levels(suite.model, task, levels=(), **options)
     with pytest.raises(UnknownNameError, match="has no level 3.*level 0: 64 features"):
@@ -164,16 +164,16 @@ def test_levels_of_nested_dictionaries() -> None:
 
 
 def test_the_same_task_in_several_dictionaries(hooked2) -> None:
-    one, other = (factories.residual(hooked2, 1, seed=seed) for seed in (1, 2))
+    first, second = (factories.residual(hooked2, 1, seed=seed) for seed in (1, 2))
     frame = stability(
-        hooked2, TASK, TASK, sets={"a": [one], "b": [one], "c": [other]}, n=10, method="atp"
+        hooked2, TASK, TASK, sets={"a": [first], "b": [first], "c": [second]}, n=10, method="atp"
     )
     assert frame.loc["a", "overlap b"] == 1 and frame.loc["b", "overlap a"] == 1
     assert 0 <= frame.loc["a", "overlap c"] < 0.5
     assert frame.loc["a", "faithfulness"] == frame.loc["b", "faithfulness"]
     assert frame.loc["c", "features"] == factories.D_SAE
     with pytest.raises(EmptySelectionError, match="There are 1 sets of dictionaries to compare"):
-        stability(hooked2, TASK, TASK, sets={"a": [one]})
+        stability(hooked2, TASK, TASK, sets={"a": [first]})
 
 
 # ------------------------------------------------------------------------------------------ bad input
@@ -205,9 +205,9 @@ def silent(model: Any) -> Any:
     ],
 )
 def test_what_is_refused(hooked2, options: dict, error, text: str) -> None:
-    given = {"nodes": "features", "saes": [factories.residual(hooked2, 0)], **options}
+    arguments = {"nodes": "features", "saes": [factories.residual(hooked2, 0)], **options}
     with pytest.raises(error, match=text):
-        unchecked(discover)(hooked2, TASK, **given)
+        unchecked(discover)(hooked2, TASK, **arguments)
 
 
 @pytest.mark.parametrize("option", ["steps", "max_rows", "size"])
@@ -294,12 +294,12 @@ def test_trees_are_dictionaries_too(hooked2) -> None:
     """Features in units of each token, encoders that gate one another: still an exact circuit."""
     sae = tree()
     saes = [sae, factories.attention(hooked2, 2)]
-    found = discover(hooked2, TASK, nodes="features", saes=saes, size=30)
-    assert found.metadata["residual_max"] < 0.05
+    circuit = discover(hooked2, TASK, nodes="features", saes=saes, size=30)
+    assert circuit.metadata["residual_max"] < 0.05
     options = {"saes": saes, "n_random": 0, "sizes": []}
-    whole = evaluate(found.top(found.n_units), hooked2, TASK, **options)
+    whole = evaluate(circuit.top(circuit.n_units), hooked2, TASK, **options)
     assert whole.faithfulness == pytest.approx(1, abs=1e-4)
-    edges = found.edges_to_frame()
+    edges = circuit.edges_to_frame()
     assert {"blocks.1.hook_resid_post", "blocks.2.attn.hook_z"} == {
         end.split("/")[0] for side in ("source", "target") for end in edges[side]
     }

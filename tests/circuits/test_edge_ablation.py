@@ -23,7 +23,7 @@ def random_circuits(ablation: EdgeAblation, n: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def slowly(model, kept: torch.Tensor) -> float:
+def slowly(model, is_kept: torch.Tensor) -> float:
     """One reader after the other, writer by writer, from the definition; the model runs once per reader.
 
     Readers are fixed from the first to the last, each by a pass in which those before it are fixed
@@ -38,7 +38,7 @@ def slowly(model, kept: torch.Tensor) -> float:
         removed = [
             node
             for row, node in enumerate(edges.writers)
-            if edges.mask[row, column] and not kept[row, column]
+            if edges.mask[row, column] and not is_kept[row, column]
         ]
         d = torch.zeros_like(cache["hook_embed"])
         for node in removed:
@@ -83,8 +83,8 @@ def test_circuits_are_what_the_definition_says(model) -> None:
     ablation = EdgeAblation(model, TASK.bind(model))
     circuits = random_circuits(ablation, 2)
     got = ablation.metric(circuits).mean(1)
-    for kept, value in zip(circuits, got.tolist(), strict=True):
-        assert value == pytest.approx(slowly(model, kept), abs=1e-5)
+    for is_kept, value in zip(circuits, got.tolist(), strict=True):
+        assert value == pytest.approx(slowly(model, is_kept), abs=1e-5)
 
 
 def test_all_is_clean_and_none_is_corrupt(model) -> None:
@@ -125,11 +125,13 @@ def test_batches_do_not_matter(hooked2) -> None:
 def test_the_true_edges_alone_do_the_task(case, backend: str) -> None:
     model = case.make(backend)
     ablation = EdgeAblation(model, case.task.bind(model))
-    kept = torch.zeros(ablation.edges.mask.shape, dtype=torch.bool)
+    is_kept = torch.zeros(ablation.edges.mask.shape, dtype=torch.bool)
     for writer, reader in case.true_edges:
-        kept[ablation.edges.writer(writer), ablation.edges.reader(reader)] = True
-    full = torch.ones_like(kept)
-    alone, whole, rest, none = ablation.metric(torch.stack([kept, full, ~kept, ~full])).mean(1)
+        is_kept[ablation.edges.writer(writer), ablation.edges.reader(reader)] = True
+    full = torch.ones_like(is_kept)
+    alone, whole, rest, none = ablation.metric(torch.stack([is_kept, full, ~is_kept, ~full])).mean(
+        1
+    )
     assert float(alone) == pytest.approx(float(whole), abs=1e-4)
     assert float(rest) == pytest.approx(float(none), abs=1e-4)
 

@@ -27,9 +27,9 @@ FEATURES = [Node.of_feature(FeatureId(SITE, i)) for i in range(0, 96, 3)]
 NODES = (*HEADS, *MLPS, *FEATURES)
 
 
-def slow(model, kept: list[Node], sae=None, nodes=NODES) -> float:
+def slow(model, members: list[Node], sae=None, nodes=NODES) -> float:
     """The metric on clean prompts with every other node at its corrupted value."""
-    out = [node for node in nodes if node not in kept]
+    out = [node for node in nodes if node not in members]
     hooks = {}
     for node in (node for node in out if node.kind != "feature"):
         corrupt = values_at(model, CORRUPT, node.hook)
@@ -67,10 +67,10 @@ def random_circuits(n: int) -> list[list[Node]]:
 def test_random_circuits_equal_one_pass_each(model) -> None:
     sae = factories.residual(model, 0)
     circuits = [[], list(NODES), list(FEATURES), [*HEADS, *MLPS], *random_circuits(4)]
-    masks = torch.tensor([[node in kept for node in NODES] for kept in circuits])
+    masks = torch.tensor([[node in members for node in NODES] for members in circuits])
     with torch.no_grad(), patchable(model, "feature", sae) as runner:
         got = node_metric(runner, TASK.bind(model), NODES, masks, max_rows=64).mean(1)
-    expected = [slow(model, kept, sae) for kept in circuits]
+    expected = [slow(model, members, sae) for members in circuits]
     assert got.tolist() == pytest.approx(expected, abs=1e-5)
     assert max(expected) - min(expected) > 0.05
 
@@ -100,25 +100,25 @@ def test_all_nodes_are_the_clean_run_and_none_is_measured_too(model) -> None:
 
 
 def test_random_circuits_are_reproducible(hooked2) -> None:
-    one, again, other = (
+    first, again, other = (
         evaluate(circuit((*HEADS, *MLPS), 5), hooked2, TASK, sizes=[5], seed=seed)
         for seed in (0, 0, 1)
     )
-    assert one.random == again.random
-    assert one.random != other.random
-    assert len(one.random) == 20
+    assert first.random == again.random
+    assert first.random != other.random
+    assert len(first.random) == 20
 
 
 def test_circuits_that_are_there_twice_run_once(hooked2, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[torch.Tensor] = []
 
-    def counted(runner, bound, nodes, kept, **options):
-        ran.append(kept)
-        return node_metric(runner, bound, nodes, kept, **options)
+    def counted(runner, bound, nodes, is_kept, **options):
+        ran.append(is_kept)
+        return node_metric(runner, bound, nodes, is_kept, **options)
 
     monkeypatch.setattr("gemmascope_plugin.circuits.ablator.node_metric", counted)
     scores = evaluate(circuit((*HEADS, *MLPS), 15), hooked2, TASK, sizes=[0, 15], n_random=3)
-    assert [len(kept) for kept in ran] == [2, 1]  # all and nothing; the divergence
+    assert [len(is_kept) for is_kept in ran] == [2, 1]  # all and nothing; the divergence
     assert scores.faithfulness_by_size == (0, 1)
     assert scores.random_by_size == ((0, 0, 0), (1, 1, 1))
 
@@ -126,7 +126,7 @@ def test_circuits_that_are_there_twice_run_once(hooked2, monkeypatch: pytest.Mon
 def test_both_classes_agree() -> None:
     nodes = (*HEADS, *MLPS, *FEATURES)
     sae = factories.residual(factories.tiny_model("gemma3", "hooked"), 0)
-    one, other = (
+    first, other = (
         evaluate(
             circuit(nodes, 9),
             factories.tiny_model("gemma3", backend),
@@ -137,7 +137,7 @@ def test_both_classes_agree() -> None:
         )
         for backend in ("hooked", "bridge")
     )
-    assert one.faithfulness_by_size == pytest.approx(other.faithfulness_by_size, abs=1e-4)
+    assert first.faithfulness_by_size == pytest.approx(other.faithfulness_by_size, abs=1e-4)
 
 
 def test_nothing_is_left_behind(model) -> None:
@@ -170,11 +170,11 @@ def test_completeness_divergence_minimality_and_an_interval(hooked2) -> None:
     full, empty = slow(hooked2, list(nodes), nodes=nodes), slow(hooked2, [], nodes=nodes)
     rest = (slow(hooked2, list(nodes[4:]), nodes=nodes) - empty) / (full - empty)
     assert scores.completeness == pytest.approx(rest, abs=1e-4)
-    own = slow(hooked2, list(nodes[:4]), nodes=nodes)
+    alone = slow(hooked2, list(nodes[:4]), nodes=nodes)
     without = [
         slow(hooked2, [n for n in nodes[:4] if n != node], nodes=nodes) for node in nodes[:4]
     ]
-    expected = [abs((value - own) / (full - empty)) for value in without]
+    expected = [abs((value - alone) / (full - empty)) for value in without]
     assert list(scores.minimality) == pytest.approx(expected, abs=1e-4)
     low, high = scores.interval(n=200)
     assert low <= scores.faithfulness <= high
@@ -197,34 +197,36 @@ def test_other_replacements(hooked2, replacement: str) -> None:
     scores = evaluate(circuit(nodes, 4), hooked2, TASK, sizes=[4], replacement=replacement)
     values = {name: values_at(hooked2, CORRUPT, name) for name in {n.hook for n in nodes}}
     axes = {"zero": None, "mean": (0,), "overall_mean": (0, 1)}[replacement]
-    given = {
+    means = {
         name: torch.zeros_like(x) if axes is None else x.mean(axes, keepdim=True).expand_as(x)
         for name, x in values.items()
     }
     hooks = {
         name: replacing([(node, x) for node in nodes[4:] if node.hook == name])
-        for name, x in given.items()
+        for name, x in means.items()
     }
-    own = metric_under(hooked2, CLEAN, {name: lambda x, fn=fn: fn(x) for name, fn in hooks.items()})
-    share = (own - scores.metric_empty) / (scores.metric_full - scores.metric_empty)
+    metric = metric_under(
+        hooked2, CLEAN, {name: lambda x, fn=fn: fn(x) for name, fn in hooks.items()}
+    )
+    share = (metric - scores.metric_empty) / (scores.metric_full - scores.metric_empty)
     assert scores.faithfulness == pytest.approx(share, abs=1e-4)
 
 
 def test_circuits_of_edges_are_evaluated_as_well(model) -> None:
-    found = discover(model, TASK, method="eap", size=40)
-    scores = evaluate(found, model, TASK, n_random=3)
+    edges = discover(model, TASK, method="eap", size=40)
+    scores = evaluate(edges, model, TASK, n_random=3)
     assert scores.sizes[0] == 0 and scores.sizes[-1] == 190 and 40 in scores.sizes
     assert scores.faithfulness_by_size[-1] == pytest.approx(1, abs=1e-4)
     assert scores.faithfulness_by_size[0] == pytest.approx(0, abs=1e-4)
     assert repr(scores).startswith("Scores(random, 40 of 190 edges, faithfulness")
-    pruned = evaluate(found.pruned(), model, TASK, sizes=[], n_random=0)
+    pruned = evaluate(edges.pruned(), model, TASK, sizes=[], n_random=0)
     assert pruned.faithfulness == pytest.approx(scores.faithfulness, abs=1e-4)
 
 
 def test_an_edge_circuit_of_another_model_is_an_error(hooked2) -> None:
     from tests.ground_truth.cases import CASES
 
-    found = discover(CASES[0].make("hooked"), CASES[0].task, method="eap", size=3)
+    edges = discover(CASES[0].make("hooked"), CASES[0].task, method="eap", size=3)
     other = CASES[1]
     with pytest.raises(UnknownNameError, match="The model has no edge.*discovered in"):
-        evaluate(found, other.make("hooked"), other.task)
+        evaluate(edges, other.make("hooked"), other.task)

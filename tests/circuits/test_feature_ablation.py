@@ -28,21 +28,23 @@ ALL = ("features", "head", "mlp")
 
 def found(model, **options) -> Circuit:
     """A circuit with every node that there is."""
-    given = {
+    arguments = {
         "nodes": "features",
         "saes": dictionaries(model),
         "steps": 2,
         "edges": False,
         **options,
     }
-    return discover(model, TASK, **given)
+    return discover(model, TASK, **arguments)
 
 
-def run(circuit: Circuit, model, kept, rest=None, *, max_rows: int = 64, **options) -> torch.Tensor:
-    rest = torch.zeros(len(kept), dtype=torch.bool) if rest is None else rest
+def run(
+    circuit: Circuit, model, is_kept, rest=None, *, max_rows: int = 64, **options
+) -> torch.Tensor:
+    rest = torch.zeros(len(is_kept), dtype=torch.bool) if rest is None else rest
     limit = Limit(max_rows, "2 GB")
     with ablator(circuit.graph, model, dictionaries(model), limit=limit, **options) as ablate:
-        return ablate(TASK.bind(model), kept, rest)
+        return ablate(TASK.bind(model), is_kept, rest)
 
 
 def masks(circuit: Circuit, n: int) -> torch.Tensor:
@@ -66,10 +68,10 @@ def test_everything_is_the_clean_run_and_nothing_the_corrupted_one(model) -> Non
 @pytest.mark.parametrize("per_position", [False, True])
 def test_any_circuit_is_what_the_definition_says(hooked2, per_position: bool) -> None:
     circuit = found(hooked2, per_position=per_position)
-    kept = masks(circuit, 3)
+    is_kept = masks(circuit, 3)
     sites = sites_of(hooked2, dictionaries(hooked2))
-    values = run(circuit, hooked2, kept)
-    for mask, value in zip(kept, values, strict=True):
+    values = run(circuit, hooked2, is_kept)
+    for mask, value in zip(is_kept, values, strict=True):
         features, errors = {}, {}
         for site in sites:
             features[site.hook] = torch.zeros(CLEAN.shape[1], site.d_sae, dtype=torch.bool)
@@ -82,61 +84,61 @@ def test_any_circuit_is_what_the_definition_says(hooked2, per_position: bool) ->
                 features[node.site][at, node.index] = keep
         expected = ablated_metric(hooked2, sites, CLEAN, CORRUPT, features, errors)
         assert torch.allclose(value, expected, atol=1e-5)
-    assert len(values.mean(1).unique()) == len(kept)
+    assert len(values.mean(1).unique()) == len(is_kept)
 
 
 def test_errors_kept_and_ablated(hooked2) -> None:
     circuit = found(hooked2, nodes=ALL)
     errors = torch.tensor([node.kind == "error" for node in circuit.graph.components])
-    kept = masks(circuit, 2)[2:]
+    is_kept = masks(circuit, 2)[2:]
     assert torch.allclose(
-        run(circuit, hooked2, kept, errors="kept"), run(circuit, hooked2, kept | errors)
+        run(circuit, hooked2, is_kept, errors="kept"), run(circuit, hooked2, is_kept | errors)
     )
     assert torch.allclose(
-        run(circuit, hooked2, kept, errors="ablated"), run(circuit, hooked2, kept & ~errors)
+        run(circuit, hooked2, is_kept, errors="ablated"), run(circuit, hooked2, is_kept & ~errors)
     )
     without = found(hooked2, nodes=ALL, errors=False)
     assert without.n_units == circuit.n_units - int(errors.sum())
     for treatment in ("as-circuit", "ablated"):
-        values = run(without, hooked2, kept[:, ~errors], errors=treatment)
-        assert torch.allclose(values, run(circuit, hooked2, kept & ~errors))
+        values = run(without, hooked2, is_kept[:, ~errors], errors=treatment)
+        assert torch.allclose(values, run(circuit, hooked2, is_kept & ~errors))
 
 
 def test_features_that_are_in_no_graph_are_outside_and_in_the_complement_inside(hooked2) -> None:
     """A graph that lost half of its features is the whole one with these never kept, or always."""
     circuit = found(hooked2)
-    there = torch.tensor(
+    is_left = torch.tensor(
         [node.kind == "error" or node.index % 2 == 0 for node in circuit.graph.components]
     )
     graph = circuit.graph
-    half = replace(graph, columns={n: c[there.numpy()] for n, c in graph.columns.items()})
+    half = replace(graph, columns={n: c[is_left.numpy()] for n, c in graph.columns.items()})
     part = Circuit(half, torch.ones(len(half), dtype=torch.bool))
-    kept = masks(circuit, 2)[2:]
+    is_kept = masks(circuit, 2)[2:]
     for rest in (False, True):
         others = torch.full((2,), rest)
-        values = run(part, hooked2, kept[:, there], others)
-        whole = (kept & there) | (~there if rest else torch.zeros_like(there))
+        values = run(part, hooked2, is_kept[:, is_left], others)
+        whole = (is_kept & is_left) | (~is_left if rest else torch.zeros_like(is_left))
         assert torch.allclose(values, run(circuit, hooked2, whole, others), atol=TINY)
 
 
 def test_rows_and_parts_do_not_matter(hooked2) -> None:
     circuit = found(hooked2, nodes=ALL)
-    kept = masks(circuit, 1)
+    is_kept = masks(circuit, 1)
     for replacement in ("other", "mean"):
-        at_once = run(circuit, hooked2, kept, replacement=replacement)
-        one = run(circuit, hooked2, kept, replacement=replacement, max_rows=1)
-        assert torch.allclose(one, at_once, atol=1e-5)
+        at_once = run(circuit, hooked2, is_kept, replacement=replacement)
+        row_by_row = run(circuit, hooked2, is_kept, replacement=replacement, max_rows=1)
+        assert torch.allclose(row_by_row, at_once, atol=1e-5)
 
 
 @pytest.mark.parametrize("replacement", ["zero", "mean", "overall_mean"])
 def test_what_stands_in(hooked2, replacement) -> None:
     """Features and errors sum to the tensor, and special tokens are left alone."""
     sites = sites_of(hooked2, dictionaries(hooked2), ("head", "mlp"))
-    (given,) = ablation_values(hooked2, [TASK.bind(hooked2)], sites, replacement)
+    (values,) = ablation_values(hooked2, [TASK.bind(hooked2)], sites, replacement)
     keep = CORRUPT >= FIRST_WORD_ID
     real = caches(hooked2, [site for site in sites if site.kind == "feature"], CORRUPT)
     for site in sites:
-        other = given[site.hook]
+        other = values[site.hook]
         if site.kind != "feature":
             continue
         y, acts, _ = real[site.hook]
@@ -150,10 +152,10 @@ def test_what_stands_in(hooked2, replacement) -> None:
         axes = (0,) if replacement == "mean" else (0, 1)
         weight = keep[..., None].float()
         count = weight.sum(axes, True).clamp(min=1)
-        for own, expected in ((other.y.flatten(2), y.flatten(2)), (other.acts.to_dense(), acts)):
-            mean = ((expected * weight).sum(axes, True) / count).expand_as(own)
+        for actual, expected in ((other.y.flatten(2), y.flatten(2)), (other.acts.to_dense(), acts)):
+            mean = ((expected * weight).sum(axes, True) / count).expand_as(actual)
             chosen = keep if replacement == "mean" else torch.ones_like(keep)
-            assert torch.allclose(own[chosen], mean[chosen], atol=1e-5)
+            assert torch.allclose(actual[chosen], mean[chosen], atol=1e-5)
 
 
 def test_evaluation(hooked2, tmp_path: Path) -> None:
@@ -193,7 +195,7 @@ def test_positions_of_a_template_hold_on_other_prompts(hooked2) -> None:
     circuit = found(hooked2, per_position=True, size=20)
     other = Task(CLEAN.flip(0), CORRUPT.flip(0), logit_diff(RIGHT[::-1], WRONG[::-1]))
     options = {"saes": dictionaries(hooked2), "n_random": 0, "sizes": []}
-    here, there = (evaluate(circuit, hooked2, task, **options) for task in (TASK, other))
-    assert here.faithfulness == pytest.approx(there.faithfulness, abs=1e-4)
+    first, second = (evaluate(circuit, hooked2, task, **options) for task in (TASK, other))
+    assert first.faithfulness == pytest.approx(second.faithfulness, abs=1e-4)
     layout = layout_of_graph(circuit.graph, hooked2, dictionaries(hooked2))
     assert [node for site in layout for node in site.nodes()] == list(circuit.graph.components)

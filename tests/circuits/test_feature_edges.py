@@ -26,9 +26,9 @@ SIZE = 24
 
 
 def found(model: Any, **options: Any) -> Circuit:
-    given = {"nodes": ("features", "head", "mlp"), "saes": dictionaries(model), **options}
+    arguments = {"nodes": ("features", "head", "mlp"), "saes": dictionaries(model), **options}
     steps = {} if options.get("method") == "atp" else {"steps": 2}
-    return discover(model, TASK, **{**steps, **given})
+    return discover(model, TASK, **{**steps, **arguments})
 
 
 def weights(circuit: Circuit) -> dict[tuple[Node, Node], float]:
@@ -61,9 +61,9 @@ class Slow:
         at = torch.zeros(CLEAN.shape[1])
         at[slice(None) if node.pos is None else node.pos] = 1
         if node.kind == "head":
-            own = torch.zeros(slope.shape[-1]).unflatten(0, (-1, y.shape[-1] // 4))
-            own[node.index] = 1
-            return (slope * own.flatten() * y * at[:, None]).sum((1, 2))
+            is_head = torch.zeros(slope.shape[-1]).unflatten(0, (-1, y.shape[-1] // 4))
+            is_head[node.index] = 1
+            return (slope * is_head.flatten() * y * at[:, None]).sum((1, 2))
         if node.kind == "mlp":
             return (slope * y * at[:, None]).sum((1, 2))
         assert site.reads is not None
@@ -86,9 +86,9 @@ class Slow:
                 _, cache = self.model.run_with_cache(tokens, names_filter=[site.reads.hook])
             x = flatten_heads(site.reads(cache[site.reads.hook]))
             pre.append(x @ site.coder.W_enc[:, node.index])
-        one = (ends[0] > 0) != (ends[1] > 0)
-        ratio = (ends[1] - ends[0]) / torch.where(one, pre[1] - pre[0], 1.0)
-        return torch.where(one, ratio.clamp(0, MAX_GATE), gate)
+        one_sided = (ends[0] > 0) != (ends[1] > 0)
+        ratio = (ends[1] - ends[0]) / torch.where(one_sided, pre[1] - pre[0], 1.0)
+        return torch.where(one_sided, ratio.clamp(0, MAX_GATE), gate)
 
     def moved(self, node: Node) -> torch.Tensor:
         """``u - u'`` as it is written at its site, ``[prompt, pos, width]``."""
@@ -155,8 +155,8 @@ def joined(sites: Any, source: Node, target: Node) -> bool:
 def test_edges_are_direct_paths(hooked2, method: str, per_position: bool) -> None:
     circuit = found(hooked2, method=method, per_position=per_position, size=SIZE)
     slow, edges = Slow(hooked2, method == "ig", method), weights(circuit)
-    kept = circuit.nodes
-    pairs = [(u, d) for u in kept for d in kept if joined(slow.sites, u, d)]
+    is_kept = circuit.nodes
+    pairs = [(u, d) for u in is_kept for d in is_kept if joined(slow.sites, u, d)]
     assert {pair for pair in edges} <= set(pairs)
     sizes = []
     for u, d in pairs[:: max(1, len(pairs) // 40)]:
@@ -185,7 +185,7 @@ def test_edges_are_finite_differences(double) -> None:
 def test_which_sites_are_joined(hooked2) -> None:
     """Back to the last stream that is a site, through everything that is none."""
     sites = sites_of(hooked2, dictionaries(hooked2), ("head",))
-    names = {site.hook: [one.hook for one in sources_of(sites, site)] for site in sites}
+    names = {site.hook: [first.hook for first in sources_of(sites, site)] for site in sites}
     assert names == {
         "blocks.0.attn.hook_z": [],
         "blocks.0.hook_resid_post": ["blocks.0.attn.hook_z"],
@@ -202,7 +202,7 @@ def test_which_sites_are_joined(hooked2) -> None:
 def test_without_a_stream_edges_reach_back_to_the_first_site(hooked2) -> None:
     saes = [dictionaries(hooked2)[i] for i in (1, 2, 4)]
     sites = sites_of(hooked2, saes)
-    assert [one.hook for one in sources_of(sites, sites[-1])] == [
+    assert [first.hook for first in sources_of(sites, sites[-1])] == [
         *("blocks.1.attn.hook_z", "blocks.1.hook_mlp_out"),
     ]
     circuit = discover(hooked2, TASK, nodes="features", saes=saes, steps=2, size=SIZE)
@@ -213,13 +213,13 @@ def test_without_a_stream_edges_reach_back_to_the_first_site(hooked2) -> None:
 def test_both_model_classes_give_the_same_circuit(family: str) -> None:
     """Scores and edges, and in batches of other sizes."""
     hooked, bridge = (factories.tiny_model(family, backend) for backend in ("hooked", "bridge"))
-    one = found(hooked, size=10)
+    first = found(hooked, size=10)
     other = found(bridge, size=10, saes=dictionaries(hooked), max_rows=6)
-    assert one.graph.components == other.graph.components and one.nodes == other.nodes
-    assert torch.allclose(one.graph.node_scores, other.graph.node_scores, atol=1e-5)
+    assert first.graph.components == other.graph.components and first.nodes == other.nodes
+    assert torch.allclose(first.graph.node_scores, other.graph.node_scores, atol=1e-5)
     found_there = weights(other)
     assert len(found_there) > 5
-    for pair, weight in weights(one).items():
+    for pair, weight in weights(first).items():
         assert found_there.get(pair, 0.0) == pytest.approx(weight, abs=1e-5)
 
 

@@ -33,10 +33,10 @@ def test_integrated_gradients_are_those_of_the_spliced_model(hooked2) -> None:
         largest = max(largest, abs(score))
     assert largest > 1e-3
     for site, (features, _) in expected.items():
-        found = sum(
+        total = sum(
             score for node, score in scores.items() if node.site == site and node.kind != "error"
         )
-        assert found == pytest.approx(float(features.mean(0).sum()), abs=1e-4)
+        assert total == pytest.approx(float(features.mean(0).sum()), abs=1e-4)
 
 
 def test_an_affine_skip_belongs_to_the_error() -> None:
@@ -46,19 +46,21 @@ def test_an_affine_skip_belongs_to_the_error() -> None:
     bound = task.bind(suite.model)
     circuit = discover(suite.model, task, saes=saes, steps=20, **OPTIONS)
     (site,) = sites_of(suite.model, saes)
-    here, there = (caches(suite.model, [site], x) for x in (bound.clean, bound.corrupt))
+    base, corrupted = (caches(suite.model, [site], x) for x in (bound.clean, bound.corrupt))
     assert (circuit.metadata["residual_max"]) < 0.01
     # features and error sum to the tensor, the skip of both runs included
-    for y, acts, error in (here[site.hook], there[site.hook]):
+    for y, acts, error in (base[site.hook], corrupted[site.hook]):
         assert torch.allclose(acts @ site.coder.W_dec + error, y, atol=1e-4)
     total = sum(by_node(circuit).values())
-    assert total == pytest.approx(_whole(suite.model, site, bound, there), abs=0.02 * abs(total))
+    assert total == pytest.approx(
+        _whole(suite.model, site, bound, corrupted), abs=0.02 * abs(total)
+    )
 
 
 @torch.no_grad()
-def _whole(model, site, bound, there) -> float:
+def _whole(model, site, bound, corrupted) -> float:
     """What replacing the whole tensor costs."""
-    hook = (site.hook, lambda y, hook: there[site.hook][0])
+    hook = (site.hook, lambda y, hook: corrupted[site.hook][0])
     clean = bound.measure(model, bound.clean)
     return float((clean - bound.measure(model, bound.clean, fwd_hooks=[hook])).mean())
 
@@ -89,10 +91,10 @@ def test_sites_conserve(family: str, method: str) -> None:
 def test_batches_do_not_matter(hooked2) -> None:
     saes = dictionaries(hooked2)
     whole = discover(hooked2, TASK, saes=saes, steps=4, **OPTIONS)
-    one = discover(hooked2, TASK, saes=saes, steps=4, max_rows=1, **OPTIONS)
-    assert one.graph.components == whole.graph.components
-    assert torch.allclose(one.graph.node_scores, whole.graph.node_scores, atol=1e-5)
-    assert one.metadata["corrupt_only"] == whole.metadata["corrupt_only"]
+    by_row = discover(hooked2, TASK, saes=saes, steps=4, max_rows=1, **OPTIONS)
+    assert by_row.graph.components == whole.graph.components
+    assert torch.allclose(by_row.graph.node_scores, whole.graph.node_scores, atol=1e-5)
+    assert by_row.metadata["corrupt_only"] == whole.metadata["corrupt_only"]
 
 
 def test_prompts_of_several_lengths(hooked2) -> None:
@@ -115,10 +117,10 @@ def test_prompts_of_several_lengths(hooked2) -> None:
 def test_features_of_corrupted_runs_are_counted_and_scored(hooked2) -> None:
     (sae,) = saes = [dictionaries(hooked2)[0]]
     (site,) = sites_of(hooked2, saes)
-    here, there = (caches(hooked2, [site], tokens)[site.hook][1] for tokens in (CLEAN, CORRUPT))
+    base, corrupted = (caches(hooked2, [site], tokens)[site.hook][1] for tokens in (CLEAN, CORRUPT))
     circuit = discover(hooked2, TASK, saes=saes, method="atp", **OPTIONS)
-    new = (there > 0) & (here == 0)
-    features = (there > 0).flatten(0, 1).any(0) & ~(here > 0).flatten(0, 1).any(0)
+    new = (corrupted > 0) & (base == 0)
+    features = (corrupted > 0).flatten(0, 1).any(0) & ~(base > 0).flatten(0, 1).any(0)
     assert circuit.metadata["corrupt_only"] == {
         "features": int(features.sum()),
         "entries": int(new.sum()),
@@ -129,7 +131,7 @@ def test_features_of_corrupted_runs_are_counted_and_scored(hooked2) -> None:
     # -a' <W, dm/dy> on the clean run, from a finite difference in the direction of the decoder row
     step, expected = 1e-2, torch.zeros(2)
     for row in range(2):
-        for pos in there[row, :, index].nonzero().flatten().tolist():
+        for pos in corrupted[row, :, index].nonzero().flatten().tolist():
             values = []
             for sign in (1, -1):
 
@@ -141,5 +143,5 @@ def test_features_of_corrupted_runs_are_counted_and_scored(hooked2) -> None:
                 with torch.no_grad(), hooked2.hooks(fwd_hooks=[(site.hook, nudge)]):
                     values.append(metric(hooked2(CLEAN))[row])
             slope = (values[0] - values[1]) / (2 * step)
-            expected[row] -= there[row, pos, index] * slope
+            expected[row] -= corrupted[row, pos, index] * slope
     assert by_node(circuit)[node] == pytest.approx(float(expected.mean()), abs=2e-4)

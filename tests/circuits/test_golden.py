@@ -33,13 +33,13 @@ def test_the_rebuilt_model_has_the_stored_logits(case: Golden) -> None:
 
 
 def test_the_same_features_are_active_with_the_same_values(case: Golden) -> None:
-    found, values = [], []
+    features, values = [], []
     for layer, (sae, x) in enumerate(zip(case.transcoders, reads(case), strict=True)):
         acts = encode_sparse(sae, x, keep=torch.arange(len(x)) > 0)
         layers = torch.full_like(acts.rows, layer)
-        found.append(torch.stack([layers, acts.rows, acts.indices], dim=1))
+        features.append(torch.stack([layers, acts.rows, acts.indices], dim=1))
         values.append(acts.values)
-    assert torch.equal(torch.cat(found), case.active_features)
+    assert torch.equal(torch.cat(features), case.active_features)
     assert_rounded(torch.cat(values), case.activation_values, TERMS)
 
 

@@ -17,12 +17,12 @@ from tests.graphs.graphs import ANY, EDGE_MAP, EDGES, Recipe, edge_graph, node_g
 
 def readers_of(graph: Graph, place: int) -> set[int]:
     """A node, and the key-value head of a head."""
-    node, found = graph.components[place], {place}
+    node, readers = graph.components[place], {place}
     if node.kind == "head":
         in_layer = [n for n in graph.components if n.kind != "logits" and n.layer == node.layer]
         n_heads, n_kv = (sum(n.kind == kind for n in in_layer) for kind in ("head", "kv"))
-        found.add(graph.components.index(Node.kv(node.layer, node.index // (n_heads // n_kv))))
-    return found
+        readers.add(graph.components.index(Node.kv(node.layer, node.index // (n_heads // n_kv))))
+    return readers
 
 
 def slow_greedy(graph: Graph, n: int) -> set[int]:
@@ -73,8 +73,8 @@ def test_the_best_are_as_many_as_asked_for_and_no_other_is_better(recipe: Recipe
         circuit = top_n(graph, n, rank=rank)
         scores = _by(rank, graph.unit_scores)
         assert circuit.size == n
-        kept, out = scores[circuit.is_kept].tolist(), scores[~circuit.is_kept].tolist()
-        assert min(kept, default=9.0) >= max(out, default=-9.0)
+        inside, out = scores[circuit.is_kept].tolist(), scores[~circuit.is_kept].tolist()
+        assert min(inside, default=9.0) >= max(out, default=-9.0)
         bigger = top_n(graph, min(n + 1, circuit.n_units), rank=rank)
         assert bool((circuit.is_kept <= bigger.is_kept).all())
         assert circuit.top(n).is_kept.equal(circuit.is_kept)

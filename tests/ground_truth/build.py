@@ -74,8 +74,8 @@ class Builder:
         self.positions, self.contents = positions, contents
         self.spaces: dict[str, slice] = {}
         width = 0
-        own = {"constant": 1, "position": positions, "content": contents}
-        for name, n in (own | dict(spaces)).items():
+        spaces_of_tokens = {"constant": 1, "position": positions, "content": contents}
+        for name, n in (spaces_of_tokens | dict(spaces)).items():
             self.spaces[name] = slice(width, width + n)
             width += n
         self.height = {"constant": CONSTANT, "position": 1.0, "content": 1.0}

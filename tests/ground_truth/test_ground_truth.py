@@ -64,8 +64,8 @@ def test_all_noise_at_once_has_no_effect_and_the_circuit_has_all(case: Case) -> 
 
 def check(effects: dict, true: frozenset) -> None:
     assert true < effects.keys()
-    for what, effect in effects.items():
-        assert abs(effect) > CLEAR if what in true else abs(effect) < NOTHING, (what, effect)
+    for unit, effect in effects.items():
+        assert abs(effect) > CLEAR if unit in true else abs(effect) < NOTHING, (unit, effect)
 
 
 def test_the_brake_has_the_other_sign() -> None:
