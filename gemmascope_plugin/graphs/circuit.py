@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Bool, Int64
 
 import gemmascope_plugin.figures as figures
-from gemmascope_plugin.errors import EmptySelectionError, GemmaScopeError
+from gemmascope_plugin.errors import BadFileError, EmptySelectionError, GemmaScopeError
+from gemmascope_plugin.graphs.components_json import components_to_json
 from gemmascope_plugin.graphs.conservation import conservation_text
 from gemmascope_plugin.graphs.dead_ends import prune
 from gemmascope_plugin.graphs.edge_map import EdgeMap
@@ -27,8 +28,9 @@ from gemmascope_plugin.graphs.edge_positions import places_in
 from gemmascope_plugin.graphs.frames import SHOWN, edge_frame
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.graph_arrays import Labels, Rank, wrong_type
-from gemmascope_plugin.graphs.graph_file import load_circuit, save_graph
+from gemmascope_plugin.graphs.graph_file import RANKS, load_circuit, save_graph
 from gemmascope_plugin.graphs.node import PORTS, Node, Reader
+from gemmascope_plugin.graphs.read_json import read_graph
 from gemmascope_plugin.graphs.to_networkx import units_to_networkx
 from gemmascope_plugin.models.gate import gate
 
@@ -191,7 +193,37 @@ class Circuit:
             BadFileError: It is damaged, contradicts itself, or is of another version.
         """
         parts, is_kept, rank = load_circuit(path)
-        return cls(Graph(*parts), torch.from_numpy(is_kept), rank)
+        return cls(Graph.of_parts(parts), torch.from_numpy(is_kept), rank)
+
+    def to_json(self, slug: str = "circuit") -> dict[str, Any]:
+        """Graph and selection as JSON for other programs; see ``components_json.py``.
+
+        Args:
+            slug: Name of its file, without ``.json``.
+
+        Raises:
+            UnknownNameError: The slug is not a file name.
+            GemmaScopeError: The metadata do not fit into JSON.
+        """
+        return components_to_json(self.graph, slug, (self.is_kept.numpy(), self.rank))
+
+    @classmethod
+    @gate()
+    def from_json(cls, source: str | Path | Mapping[str, Any]) -> Circuit:
+        """Reads what :meth:`to_json` gives, from a file or as it is.
+
+        Raises:
+            MissingFileError: There is no such file.
+            BadFileError: It is damaged, or a graph without a selection.
+        """
+        parts, selection = read_graph(source)
+        if selection is None or selection[1] not in RANKS:
+            raise BadFileError(
+                "The JSON has a graph without a selection",
+                fix="Graph.from_json, or circuit.to_json()",
+            )
+        rank: Any = selection[1]
+        return cls(Graph(*parts), torch.from_numpy(selection[0]), rank)
 
     def to_networkx(self) -> Any:
         """A ``networkx.MultiDiGraph``; see ``to_networkx.py``.

@@ -59,7 +59,7 @@ def find_defect(parts: Parts) -> str | None:
         return defect
     n_nodes, edges = len(parts.columns["kind"]), parts.edges
     if isinstance(edges, EdgeList):
-        return list_defect(n_nodes, edges) or _rank_defect(parts)
+        return list_defect(n_nodes, edges) or rank_defect(parts)
     if edges.n_nodes != n_nodes:
         return f"the rows have {edges.n_nodes} columns, and there are {n_nodes} nodes"
     return row_defect(
@@ -72,7 +72,10 @@ def find_defect(parts: Parts) -> str | None:
     )
 
 
-def _rank_defect(parts: Parts) -> str | None:
+def rank_defect(parts: Parts) -> str | None:
+    """Whether what is ranked is missing."""
+    if isinstance(parts.edges, Adjacency):
+        return None
     n_edges, has_scores = parts.edges.n_edges, "score" in parts.columns
     if parts.ranked == "edge" and not n_edges:
         return "there are no edges to rank"

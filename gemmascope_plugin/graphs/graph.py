@@ -44,6 +44,7 @@ from gemmascope_plugin.errors import (
     UnknownNameError,
 )
 from gemmascope_plugin.graphs.adjacency import Adjacency, EdgeList
+from gemmascope_plugin.graphs.components_json import components_to_json
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.graphs.frames import (
     SHOWN,
@@ -349,17 +350,26 @@ class Graph(GraphArrays):
             MissingFileError: There is no such file.
             BadFileError: It is damaged, contradicts itself, or is of another version.
         """
-        return cls(*load_graph(path))
+        return cls.of_parts(load_graph(path))
 
     def to_json(self, slug: str, **options: Any) -> dict[str, Any]:
-        """What circuit-tracer's viewer and Neuronpedia show; for options see ``write_json.to_json``."""
+        """What circuit-tracer's viewer and Neuronpedia show of a trace; for options see
+        ``write_json.to_json``. Graphs of components are for other programs, see ``components_json.py``.
+        """
+        if not self.is_trace:
+            return components_to_json(self, slug, **options)
         return to_json(self, self.scores, self.shares, slug=slug, **options)
 
     @classmethod
     @gate()
     def from_json(cls, source: str | Path | Mapping[str, Any]) -> Graph:
-        """Reads such JSON from a file or as it is; circuit-tracer's own too, which has no biases."""
-        return cls(*read_graph(source))
+        """Reads such JSON from a file or as it is; circuit-tracer's own too, which has no biases.
+
+        Raises:
+            MissingFileError: There is no such file.
+            BadFileError: It is damaged, or has kinds of nodes that are no part of a trace.
+        """
+        return cls(*read_graph(source)[0])
 
     def __repr__(self) -> str:
         return graph_text(self)

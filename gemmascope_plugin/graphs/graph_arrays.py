@@ -76,6 +76,14 @@ class GraphArrays:
             defect = find_defect(self.parts)
             assert defect is None, defect
 
+    @classmethod
+    def of_parts(cls, parts: Parts) -> Self:
+        """A graph of parts that were checked."""
+        graph = cls.__new__(cls)
+        for name, value in parts._asdict().items():
+            object.__setattr__(graph, name, value)
+        return graph
+
     @property
     def parts(self) -> Parts:
         """All fields."""

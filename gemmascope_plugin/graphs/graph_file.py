@@ -31,7 +31,14 @@ from gemmascope_plugin.files.bundle import (
 )
 from gemmascope_plugin.files.json_file import Record
 from gemmascope_plugin.graphs.adjacency import Adjacency, EdgeList
-from gemmascope_plugin.graphs.defects import Parts, find_defect, row_defect
+from gemmascope_plugin.graphs.defects import (
+    Parts,
+    find_defect,
+    list_defect,
+    node_defect,
+    rank_defect,
+    row_defect,
+)
 from gemmascope_plugin.graphs.node import PORTS
 
 FORMAT, VERSION = "gemmascope_plugin graph", 1
@@ -157,9 +164,11 @@ def _decoded(content: Record, arrays: Arrays) -> Parts:
         raise ValueError("the metadata are not an object")
     columns = _columns(content, arrays)
     n_nodes = len(next(iter(columns.values())))
+    if (defect := node_defect(columns, len(tokens))) is not None:
+        raise ValueError(defect)
     edges = _edges(n_nodes, arrays, is_grouped="supernodes" in metadata)
     parts = Parts(columns, edges, tuple(tokens), metadata, ranked)
-    if (defect := find_defect(parts)) is not None:
+    if (defect := rank_defect(parts)) is not None:
         raise ValueError(defect)
     for name, count in {"n_nodes": n_nodes, "n_edges": edges.n_edges}.items():
         if content.get(name, int) != count:
@@ -199,7 +208,10 @@ def _edges(n_nodes: int, arrays: Arrays, is_grouped: bool) -> Adjacency | EdgeLi
     if "edge.rows" not in arrays:
         source, target, weight = (_array(arrays, name) for name in _LIST)
         port, pos = (arrays.get(name) for name in _OPTIONAL)
-        return EdgeList.of(source, target, weight, port=port, pos=pos)
+        edges = EdgeList.of(source, target, weight, port=port, pos=pos)
+        if (defect := list_defect(n_nodes, edges)) is not None:
+            raise ValueError(defect)
+        return edges
     rows, indptr, source, weight = (_array(arrays, name) for name in _ROWS)
     # scipy makes no matrix of what is none
     defect = row_defect(n_nodes, rows, indptr, source, weight, grouped=is_grouped)

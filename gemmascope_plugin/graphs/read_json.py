@@ -31,6 +31,11 @@ from gemmascope_plugin.errors import BadFileError, MissingFileError
 from gemmascope_plugin.files.bundle import from_json_value
 from gemmascope_plugin.files.json_file import bad_file, parse_json, read_json
 from gemmascope_plugin.graphs.adjacency import Adjacency
+from gemmascope_plugin.graphs.components_json import (
+    Selection,
+    components_from_json,
+    is_of_components,
+)
 from gemmascope_plugin.graphs.defects import TRACE_COLUMNS, Parts, node_defect
 from gemmascope_plugin.graphs.write_json import (
     CLICKED,
@@ -56,8 +61,8 @@ MAX_SIZE, FIX = 1 << 30, "write the graph again"
 _ORDER = {"token": 0, "feature": 1, "error": 2, "target": 3}
 
 
-def read_graph(source: str | Path | Mapping[str, Any]) -> Parts:
-    """A graph from a file, or from its content.
+def read_graph(source: str | Path | Mapping[str, Any]) -> tuple[Parts, Selection | None]:
+    """A graph from a file, or from its content; of a circuit also what is kept.
 
     Raises:
         MissingFileError: There is no such file.
@@ -73,10 +78,12 @@ def read_graph(source: str | Path | Mapping[str, Any]) -> Parts:
             raise MissingFileError(f"There is no graph at {name}", fix="graph.to_json(...)")
         content = read_json(path, max_size=MAX_SIZE, fix=FIX)
     try:
-        return _decoded(content)
+        if is_of_components(content):
+            return components_from_json(content)
+        return _decoded(content), None
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as fault:
         raise BadFileError(
-            f"{name} is no attribution graph: {_shown(fault)}",
+            f"{name} is not a graph: {_shown(fault)}",
             exists="the JSON of circuit-tracer and of graph.to_json(...)",
         ) from fault
 

@@ -127,12 +127,12 @@ def _links(graph: GraphArrays, names: np.ndarray, is_shown: np.ndarray) -> list[
     """Links from some nodes."""
     edges = graph.rows
     entries = np.flatnonzero(is_shown[edges.source])
-    weights = _shortest(edges.weight[entries]).tolist()
+    weights = shortest(edges.weight[entries]).tolist()
     ends = names[edges.source[entries]], names[edges.target[entries]]
     return [{"source": s, "target": t, "weight": w} for s, t, w in zip(*ends, weights, strict=True)]
 
 
-def _shortest(weights: np.ndarray) -> np.ndarray:
+def shortest(weights: np.ndarray) -> np.ndarray:
     """Numbers whose shortest text gives the same number in the weights' own type.
 
     Of float32 those with the fewest digits from six on: a whole number of at most nine digits times or

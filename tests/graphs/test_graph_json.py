@@ -21,7 +21,7 @@ from gemmascope_plugin.errors import (
 from gemmascope_plugin.graphs import Graph
 from gemmascope_plugin.graphs.json_folder import INDEX, add_to_folder, write_json
 from gemmascope_plugin.graphs.read_json import from_cantor
-from gemmascope_plugin.graphs.write_json import _shortest, cantor
+from gemmascope_plugin.graphs.write_json import cantor, shortest
 from tests.graphs.graph_rules import check_rules, scores_from_file
 from tests.tracing.peer_graph import peer_file
 from tests.tracing.traces import same, traced
@@ -80,7 +80,7 @@ def test_a_file_without_biases_does_not_say_that_rows_sum() -> None:
         (lambda b: b["nodes"].pop(0), "which is no node"),
         (lambda b: b["links"].append(b["links"][0]), "is there twice"),
         (lambda b: b.pop("nodes"), "'nodes' is missing"),
-        (lambda b: b.update(nodes=3), "no attribution graph"),
+        (lambda b: b.update(nodes=3), "is not a graph"),
     ],
 )
 def test_damaged_biases_are_refused(change: Any, message: str) -> None:
@@ -130,7 +130,7 @@ def test_biases_are_sums_in_the_metadata() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_weights_have_their_shortest_text(dtype: Any) -> None:
+def test_weights_have_theirshortest_text(dtype: Any) -> None:
     rng = np.random.default_rng(0)
     sizes = 10 ** rng.uniform(-15, 15, 3000)
     some = [0.0, 0.1, -3.5, 1e12, 1e-12, 123456789, 2**-20, np.finfo(dtype).tiny]
@@ -138,7 +138,7 @@ def test_weights_have_their_shortest_text(dtype: Any) -> None:
         weights = np.concatenate([rng.standard_normal(3000) * sizes, some]).astype(dtype)
     weights = weights[np.isfinite(weights)]
     expected = [float(str(weight)) for weight in weights]
-    assert _shortest(weights).tolist() == expected
+    assert shortest(weights).tolist() == expected
 
 
 def test_names_of_nodes() -> None:
