@@ -1,22 +1,26 @@
-"""The page of the demo on a real model: its SAEs, where the answer is decided, heads, the circuit.
+"""What the demo on a real model measured, and the page of it: SAEs, positions, heads, the circuit.
 
 Cost: that of its figures.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup
 
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.catalog import SaeSpec, SpecList
-from gemmascope_plugin.causes import Task
+from gemmascope_plugin.causes import Effects, Task
+from gemmascope_plugin.circuits import Scores
 from gemmascope_plugin.demo.progress import versions
+from gemmascope_plugin.features import Features
 from gemmascope_plugin.figures.theme import visible
 from gemmascope_plugin.pages.report_page import Section, write_page
 from gemmascope_plugin.pages.sections import (
+    Comparison,
     agreement,
     circuit_section,
     heads_section,
@@ -24,11 +28,80 @@ from gemmascope_plugin.pages.sections import (
     site_name,
 )
 
-if TYPE_CHECKING:
-    from gemmascope_plugin.demo.on_model import ModelReport, SplicedSaes
-
 N_FEATURES = 8
 """Features of spliced SAEs that are shown."""
+
+
+@dataclass(frozen=True)
+class SplicedSaes:
+    """SAEs whose files are on this machine, spliced into the model."""
+
+    names: tuple[str, ...]
+    logit_difference: float
+    """Largest change of a logit, error kept."""
+    features: Features
+    """What they see in the first prompt."""
+    words: dict[tuple[str, int], tuple[str, ...]]
+    """Site and feature to the words that it writes towards."""
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What was measured on a model, and where its page is."""
+
+    path: Path
+    model: str
+    source: str
+    """Where the weights come from."""
+    specs: SpecList
+    """SAEs that the catalog has for the model."""
+    spliced: SplicedSaes | None
+    """Those on this machine; None where there are none."""
+    task: Task
+    """Held-out prompts: what is patched, and what the circuit is evaluated on."""
+    positions: Effects
+    heads: Comparison
+    scores: Scores
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def best_random(self) -> float:
+        """Faithfulness of the best random circuit of the same size."""
+        return max(self.scores.random)
+
+    @property
+    def mean_random(self) -> float:
+        """Mean faithfulness of the random circuits; a single one may hold all that matters."""
+        return sum(self.scores.random) / len(self.scores.random)
+
+    def summary(self) -> str:
+        """The main figures, one per line."""
+        circuit = self.scores.circuit
+        rows = [
+            ("model", f"{self.model}, weights from {self.source}"),
+            ("SAEs", f"{len(self.specs)} in the catalog, {self._local()}"),
+            ("task", repr(self.task)),
+            ("attribution vs exact, heads", f"Spearman {self.heads.spearman:.3f}"),
+            (
+                f"circuit, {circuit.size} of {circuit.n_units} edges",
+                f"faithfulness {self.scores.faithfulness:.3f} held out; {len(self.scores.random)} "
+                f"random ones {self.mean_random:.3f} on average, {self.best_random:.3f} at best",
+            ),
+            ("time", f"{self.seconds:.0f} s"),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+
+    def _local(self) -> str:
+        if self.spliced is None:
+            return "none of them on this machine"
+        return (
+            f"{len(self.spliced.names)} of those on this machine spliced in: "
+            f"logits change by at most {self.spliced.logit_difference:.2g}"
+        )
+
+    def __repr__(self) -> str:
+        return f"ModelReport({str(self.path)!r})\n{self.summary()}"
 
 
 def write(report: ModelReport) -> Path:
