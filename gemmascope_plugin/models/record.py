@@ -10,6 +10,7 @@ Cost: none beside the pass; activations are kept as they are, not copied.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -55,7 +56,7 @@ def record(
     with hooking(runner, fwd_hooks=[*fwd_hooks, *readers]):
         try:
             if names:
-                with torch.no_grad(), no_logits(runner):
+                with torch.no_grad(), nullcontext() if ends_early else no_logits(runner):
                     runner(tokens)
         except _Enough:
             pass

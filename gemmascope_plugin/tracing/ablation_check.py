@@ -269,7 +269,7 @@ def _rebuilt(
         flat = y.flatten(2)
         out = weights.bias(inputs[site].to(weights.W_enc.dtype)).to(dtype)
         out = out + kept_parts[site].errors[..., None] * activity.rest
-        for source in layout.heard(site):
+        for source in layout.source_sites(site):
             place = layout.activities[source].site.place
             W_dec = activity.site.hooked.decoder_from(place).detach()
             out = out + acts[source] @ W_dec[kept_parts[source].features].to(out)

@@ -200,7 +200,7 @@ def _changed_features(
         return write(moved)
 
     hooks: Hooks = [(read.hook, keep(changes, "acts", change))]
-    for index in traced.layout.hearing(site):
+    for index in traced.layout.output_sites(site):
         hooked = traced.layout.activities[index].site.hooked
         W_dec = hooked.decoder_from(activity.site.place)
         hooks.append((hook_of(traced, hooked.hook_out), writes(W_dec)))

@@ -103,7 +103,7 @@ def stream_writes(
     """
     parts = []
     for writer in sites:
-        if not writer.hears(site):
+        if not writer.receives(site):
             continue
         W_dec = writer.hooked.decoder_from(site.place).detach()
         rows = W_dec.index_select(0, features.to(W_dec.device)).float()

@@ -190,7 +190,7 @@ def _needed(n_layers: int) -> list[str]:
     return names
 
 
-def _bias_O(attn: Any, post: Norm | None, dtype: torch.dtype) -> torch.Tensor | None:
+def _bias_O(attn: torch.nn.Module, post: Norm | None, dtype: torch.dtype) -> torch.Tensor | None:
     bias = _bias(attn, "b_O", dtype)
     if bias is None or post is None or post.gain is None:
         return bias
@@ -198,7 +198,7 @@ def _bias_O(attn: Any, post: Norm | None, dtype: torch.dtype) -> torch.Tensor | 
 
 
 def _bias_V(
-    attn: Any, W_O: Float[torch.Tensor, "head d_head d_model"]
+    attn: torch.nn.Module, W_O: Float[torch.Tensor, "head d_head d_model"]
 ) -> Float[torch.Tensor, " d_model"] | None:
     bias = _bias(attn, "b_V", W_O.dtype)
     if bias is None:
@@ -207,7 +207,7 @@ def _bias_V(
     return torch.einsum("hd,hdm->m", heads.repeat_interleave(len(W_O) // len(heads), 0), W_O)
 
 
-def _bias(attn: Any, name: str, dtype: torch.dtype) -> torch.Tensor | None:
+def _bias(attn: torch.nn.Module, name: str, dtype: torch.dtype) -> torch.Tensor | None:
     bias = getattr(attn, name, None)
     if bias is None or not bool(bias.detach().any()):
         return None

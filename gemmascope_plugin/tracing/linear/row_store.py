@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ class Store:
     Entries that are a smaller share than ``min_share`` of their row's absolute sum are dropped.
     """
 
-    def __init__(self, room: np.ndarray, dtype: Any, min_share: float = 0.0) -> None:
+    def __init__(self, room: np.ndarray, dtype: np.dtype, min_share: float = 0.0) -> None:
         self._starts = np.concatenate([[0], np.cumsum(room, dtype=np.int64)])
         self._data = np.empty(self._starts[-1], dtype)
         self._columns = np.empty(self._starts[-1], np.int32)

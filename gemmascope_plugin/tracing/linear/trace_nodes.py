@@ -86,7 +86,7 @@ class Layout:
 
     @property
     def n_nodes(self) -> int:
-        """All nodes but targets that are no features."""
+        """All nodes but non-feature targets."""
         return self.starts[-1]
 
     @cached_property
@@ -98,15 +98,15 @@ class Layout:
         """The sites that nodes of features and errors belong to."""
         return np.searchsorted(self.starts, nodes, side="right") - 1
 
-    def heard(self, site: int) -> list[int]:
+    def source_sites(self, site: int) -> list[int]:
         """The sites whose features write at a site: itself, and earlier ones of its dictionary."""
         reader = self.activities[site].site
-        return [i for i, source in enumerate(self.activities) if reader.hears(source.site)]
+        return [i for i, source in enumerate(self.activities) if reader.receives(source.site)]
 
-    def hearing(self, site: int) -> list[int]:
+    def output_sites(self, site: int) -> list[int]:
         """The sites where the features of a site write, its own first."""
         source = self.activities[site].site
-        return [i for i, reader in enumerate(self.activities) if reader.site.hears(source)]
+        return [i for i, reader in enumerate(self.activities) if reader.site.receives(source)]
 
     def features(self, site: int) -> slice:
         """The features of a site."""

@@ -37,10 +37,11 @@ from gemmascope_plugin.saes import Coder, Weights
 from gemmascope_plugin.saes.coder import cross_layer_of
 from gemmascope_plugin.saes.cross_layer import CrossLayerDictionary
 from gemmascope_plugin.saes.sparse import SparseActs, write
-from gemmascope_plugin.splice.check_saes import as_list
+from gemmascope_plugin.splice.check_saes import Saes, as_list
 from gemmascope_plugin.splice.hooked_sae import HookedCrossLayer, HookedSAE
 from gemmascope_plugin.splice.hooked_site import HookedSite
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
+from gemmascope_plugin.types import SAE
 
 Kind = Literal["transcoder", "mlp", "attention", "resid"]
 STAGES: dict[Kind, int] = {"attention": 0, "transcoder": 1, "mlp": 1, "resid": 2}
@@ -83,7 +84,7 @@ class TraceSite:
         """The cross-layer dictionary that it belongs to; None for others."""
         return getattr(self.hooked, "dictionary", None)
 
-    def hears(self, other: TraceSite) -> bool:
+    def receives(self, other: TraceSite) -> bool:
         """Whether features that read at another site write here."""
         if other is self:
             return True
@@ -183,7 +184,7 @@ def site_of(hooked: HookedSite, place: int) -> TraceSite:
     return TraceSite(hooked, kind, int(match[1]), place)
 
 
-def trace_sites(model: HookedModel, saes: Any, exclude: Exclude) -> list[TraceSite]:
+def trace_sites(model: HookedModel, saes: Saes, exclude: Exclude) -> list[TraceSite]:
     """The sites of all SAEs, in the order of the forward pass, checked."""
     sites: list[TraceSite] = []
     for sae in as_list(saes):
@@ -207,7 +208,9 @@ def trace_sites(model: HookedModel, saes: Any, exclude: Exclude) -> list[TraceSi
     return sites
 
 
-def hooked_of(sae: Any, exclude: Exclude) -> HookedSAE | HookedCrossLayer:
+def hooked_of(
+    sae: SAE | HookedSAE | HookedCrossLayer, exclude: Exclude
+) -> HookedSAE | HookedCrossLayer:
     """A dictionary with its sites."""
     if isinstance(sae, (HookedSAE, HookedCrossLayer)):
         return sae
@@ -257,7 +260,7 @@ def _activity(
 ) -> Activity:
     dtype = frozen.dtype
     y = frozen.tensor(site.hooked.hook_out).to(dtype)
-    sources = [(source.site.place, source.acts) for source in earlier if site.hears(source.site)]
+    sources = [(source.site.place, source.acts) for source in earlier if site.receives(source.site)]
     decoded = torch.zeros_like(y)
     for place, active in (*sources, (site.place, acts)):
         wide = active.with_values(active.values.to(dtype))

@@ -43,7 +43,7 @@ class DecoderWrites:
 
     def __init__(self, layout: Layout, site: int, budget: int) -> None:
         self._activity = layout.activities[site]
-        sites = layout.heard(site)
+        sites = layout.source_sites(site)
         self._sources = [layout.activities[i] for i in sites]
         self._starts = [layout.starts[i] for i in sites]
         self._offsets = [source.acts.offsets.tolist() for source in self._sources]
@@ -128,7 +128,7 @@ def _feature_writes(frozen: FrozenPass, layout: Layout, site: int, entry: int) -
     source = layout.activities[site]
     at, feature = source.acts.rows[[entry]], int(source.acts.indices[entry])
     writes = []
-    for index in layout.hearing(site):
+    for index in layout.output_sites(site):
         activity = layout.activities[index]
         row = activity.site.hooked.decoder_from(source.site.place)[feature].detach()
         vectors = row.to(source.acts.values) * source.acts.values[[entry], None]
