@@ -38,4 +38,6 @@ class SAE(Protocol):
 
     if TYPE_CHECKING:
 
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
         def __getattr__(self, name: str) -> Any: ...

@@ -46,19 +46,7 @@ Sources = list[tuple[PassFeatures, torch.Tensor]]
 
 
 class HookedSite(torch.nn.Module, ABC):
-    """Hook points of a dictionary at one output hook of the model, and what it does there.
-
-    Args:
-        hook_in: Name of the tensor that is read.
-        hook_out: Name of the tensor that is written.
-        error: What becomes of the reconstruction error.
-        exclude: Special tokens that are left alone.
-        positions: Positions outside which every token is left alone.
-        two_stage: A faster exact encoder.
-
-    Raises:
-        UnknownNameError: An unknown error mode.
-    """
+    """Hook points of a dictionary at one output hook of the model, and what it does there."""
 
     def __init__(
         self,
@@ -134,11 +122,7 @@ class HookedSite(torch.nn.Module, ABC):
         window: Window,
         edits: Sequence[Edit] = (),
     ) -> PassFeatures:
-        """The features of a tensor at the input hook, in one pass.
-
-        Raises:
-            WidthMismatchError: ``x`` has another width than the dictionary.
-        """
+        """The features of a tensor at the input hook, in one pass."""
         flat = flatten_heads(x)
         self._check_width(flat, self.hook_in, self.widths[0])
         return PassFeatures(
@@ -151,17 +135,7 @@ class HookedSite(torch.nn.Module, ABC):
         features: PassFeatures,
         earlier: Sequence[PassFeatures] = (),
     ) -> Float[torch.Tensor, "batch pos ..."]:
-        """The tensor that takes the place of ``y``.
-
-        Args:
-            y: Tensor at the output hook.
-            features: Features of this site.
-            earlier: Features of earlier layers that also write here.
-
-        Raises:
-            WidthMismatchError: ``y`` has another width than the dictionary.
-            ModelError: What is written is not finite, as where a narrow type overflows.
-        """
+        """The tensor that takes the place of ``y``."""
         flat = flatten_heads(y)
         self._check_width(flat, self.hook_out, self.widths[1])
         if self.points.listened(*FEATURE_HOOKS):

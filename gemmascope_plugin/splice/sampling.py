@@ -68,11 +68,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a continuation is drawn.
-
-    Raises:
-        SteeringError: A value out of range, or an option that would have no effect beside the others.
-    """
+    """How a continuation is drawn."""
 
     max_new_tokens: int = 20
     temperature: float = 0.0
@@ -126,11 +122,7 @@ class Sampling:
 
     @contextmanager
     def seeded(self, device: torch.device) -> Iterator[None]:
-        """Inside the block, draws on this device follow from the seed alone.
-
-        Args:
-            device: Where the model samples.
-        """
+        """Inside the block, draws on this device follow from the seed alone."""
         with ExitStack() as stack:
             sources: list[Any] = [torch.random]
             if device.type != "cpu":

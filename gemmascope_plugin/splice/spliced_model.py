@@ -178,8 +178,8 @@ class SplicedModel:
 
     def _reading(self, name: str) -> Reading:
         """Hooks as they fire; a tensor that this model class has no hook for, from its neighbour."""
-        known = name in self.sub_hooks or name in self._points or ".hook_sae_" in name
-        return Reading(name, name) if known else reading(self.model, name, self._points)
+        is_hook = name in self.sub_hooks or name in self._points or ".hook_sae_" in name
+        return Reading(name, name) if is_hook else reading(self.model, name, self._points)
 
     def _fires(self, name: str) -> bool:
         try:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -66,12 +65,7 @@ class Window:
         return len(self.keep) if self.n_rows is None else self.n_rows
 
     def select(self, positions: Positions, rows: Rows = None) -> Bool[torch.Tensor, "batch pos"]:
-        """True at the tokens of this pass at the given positions and batch rows, kept or not.
-
-        Raises:
-            EmptySelectionError: A position or row that does not exist, a mask of another size,
-                nothing is selected, or positions count from the end of a prompt that is not known.
-        """
+        """True at the tokens of this pass at the given positions and batch rows, kept or not."""
         if isinstance(positions, np.ndarray):
             positions = torch.from_numpy(positions)
         if self.grown and _from_the_end(positions):
@@ -100,7 +94,7 @@ def _from_the_end(positions: Positions) -> bool:
     return any(position < 0 for position in _numbers(positions))
 
 
-def _numbers(positions: Any) -> list[int]:
+def _numbers(positions: Positions) -> list[int]:
     numbers = as_indices(positions)
     if numbers is None:
         raise EmptySelectionError(
@@ -110,7 +104,7 @@ def _numbers(positions: Any) -> list[int]:
     return numbers
 
 
-def _numbered(window: Window, positions: Any) -> Bool[torch.Tensor, "batch pos"]:
+def _numbered(window: Window, positions: Positions) -> Bool[torch.Tensor, "batch pos"]:
     """What integers or a slice select; negative ones count from the end of each row's own prompt."""
     if window.ends is None or not _from_the_end(positions):
         return torch.tensor(_listed(window, positions), dtype=torch.bool)[None]
@@ -118,25 +112,25 @@ def _numbered(window: Window, positions: Any) -> Bool[torch.Tensor, "batch pos"]
     return torch.tensor(rows, dtype=torch.bool)
 
 
-def _listed(window: Window, positions: Any) -> list[bool]:
+def _listed(window: Window, positions: Positions) -> list[bool]:
     """Which tokens of the pass integers or a slice select."""
     here = range(window.start, window.stop)
     last = max(window.stop, window.horizon or 0)
     if isinstance(positions, slice):
-        wanted = _sliced(positions, window.end, last)
+        selected = _sliced(positions, window.end, last)
     else:
-        given = _numbers(positions)
-        wrong = [p for p in given if not -window.end <= p < last]
+        numbers = _numbers(positions)
+        wrong = [p for p in numbers if not -window.end <= p < last]
         if wrong:
             raise EmptySelectionError(
                 f"Positions {wrong} lie outside the prompt", exists=f"positions 0 to {last - 1}"
             )
-        wanted = [p + window.end if p < 0 else p for p in given]
-    if not wanted:
+        selected = [p + window.end if p < 0 else p for p in numbers]
+    if not selected:
         raise EmptySelectionError(
             f"positions={positions} selects no token", exists=f"positions 0 to {last - 1}"
         )
-    chosen = set(wanted)
+    chosen = set(selected)
     return [position in chosen for position in here]
 
 
@@ -154,7 +148,7 @@ def _mask(window: Window, mask: torch.Tensor) -> torch.Tensor:
     n_batch = window.batch
     if mask.dtype != torch.bool:
         raise EmptySelectionError(
-            f"A tensor of {mask.dtype} is no mask of positions",
+            f"A tensor of {mask.dtype} is not a mask of positions",
             fix="positions=tensor.tolist() for indices, positions=tensor.bool() for a mask",
         )
     if mask.ndim == 1:

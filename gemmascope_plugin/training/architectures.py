@@ -4,17 +4,33 @@ A training class is any ``TrainingSAE`` of SAELens whose state lies in its param
 entry says how it is built, which fields of the spec only some architectures read (setting one that this
 one does not read is an error), and whether it reconstructs what it reads. Further architectures are
 further entries, with a function in ``builders.py`` each.
+
+Presets are specs by name, the published recipes and one for small models:
+
+1. ``gemma-scope`` (arXiv 2408.05147, section 3): one squared norm for all inputs, the L0 penalty with a
+   warm-up of 10,000 steps, bandwidth and first thresholds 0.001, unit decoder rows without a gradient
+   along them, Adam (0, 0.999) at 7e-5 after a cosine warm-up, batches of 4,096 out of buckets of a
+   million, no loss on dead features. The penalty's coefficients are not published: set
+   ``sparsity_coefficient`` for the L0 that you want. Gradients are clipped, which the papers do not
+   mention and ``max_grad_norm`` sets.
+2. ``gemma-scope-2`` (its technical paper): the same with the quadratic penalty around ``target_l0``, a
+   penalty on frequent features, transcoders that read the norm's output with its gain, and Gemma Scope
+   2's files. With ``levels``, whose sizes are not published, a Matryoshka.
+3. ``quick``: minutes on a CPU, for small models; close to what trained the bundled suite.
+
+Values that the chosen architecture does not read are left out, the scale of activations is the one its
+settings are meant for, and what the user says goes before the preset.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import gemmascope_plugin.training.builders as builders
 from gemmascope_plugin.errors import GemmaScopeError, check_choice
-from gemmascope_plugin.training.train_spec import Scale, TrainSpec
+from gemmascope_plugin.training.train_spec import Scale, TrainSpec, check_keys
 from gemmascope_plugin.types import Kind
 
 if TYPE_CHECKING:
@@ -48,18 +64,13 @@ class Architecture:
 
 
 def architecture(spec: TrainSpec) -> Architecture:
-    """The entry of a spec, whose fields it all reads.
-
-    Raises:
-        UnknownNameError: There is no such architecture.
-        GemmaScopeError: A field is set that it does not read, or a combination that cannot be.
-    """
+    """The entry of a spec, whose fields it all reads."""
     check_choice("architecture", spec.architecture, ARCHITECTURES)
     entry = ARCHITECTURES[spec.architecture]
     unset = TrainSpec(d_sae=spec.d_sae, layer=0)
     for name in sorted(set(SELECTIVE) - entry.uses):
         if getattr(spec, name) != getattr(unset, name):
-            readers = [key for key, other in ARCHITECTURES.items() if name in other.uses]
+            readers = [key for key, item in ARCHITECTURES.items() if name in item.uses]
             raise GemmaScopeError(
                 f"{name}={getattr(spec, name)!r} means nothing to the architecture "
                 f"{spec.architecture!r}",
@@ -67,7 +78,7 @@ def architecture(spec: TrainSpec) -> Architecture:
                 fix=f"leave {name} out",
             )
     if spec.scale == "layer_norm" and not entry.layer_norm:
-        names = [name for name, other in ARCHITECTURES.items() if other.layer_norm]
+        names = [name for name, item in ARCHITECTURES.items() if item.layer_norm]
         raise GemmaScopeError(
             f"A {spec.architecture!r} cannot be trained on layer-normed input",
             exists="scale='sqrt_d' or 'unit'; scale='layer_norm' for " + ", ".join(names),
@@ -81,17 +92,7 @@ def architecture(spec: TrainSpec) -> Architecture:
 
 
 def build(spec: TrainSpec, d_in: int, d_out: int, metadata: dict[str, Any]) -> TrainingSAE[Any]:
-    """The dictionary of a spec, freshly initialised from torch's random state.
-
-    Args:
-        spec: What to build.
-        d_in: Width of what is read.
-        d_out: Width of what is reconstructed.
-        metadata: What SAELens' metadata shall say.
-
-    Raises:
-        GemmaScopeError: The architecture refuses the values.
-    """
+    """The dictionary of a spec, freshly initialised from torch's random state."""
     from sae_lens.saes.sae import SAEMetadata
 
     entry = architecture(spec)
@@ -155,3 +156,92 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 """Name to how it is built."""
+
+
+def preset_spec(name: str, values: Mapping[str, Any]) -> TrainSpec:
+    """A preset with some fields chosen.
+
+    Args:
+        name: One of ``PRESETS``.
+        values: Fields that go before those of the preset, at least the site.
+
+    Raises:
+        UnknownNameError: No such preset, architecture or field.
+        GemmaScopeError: A value of another type or out of range.
+    """
+    check_choice("preset", name, PRESETS)
+    check_keys(values)
+    recipe: dict[str, Any] = PRESETS[name](dict(values))
+    architecture = values.get("architecture", recipe.get("architecture", "jumprelu"))
+    check_choice("architecture", architecture, ARCHITECTURES)
+    entry = ARCHITECTURES[architecture]
+    unread = set(SELECTIVE) - entry.uses
+    usable = {key: value for key, value in recipe.items() if key not in unread}
+    options = {**recipe.get("options", {}), **values.get("options", {})}
+    chosen = {"options": options} if options else {}
+    return TrainSpec.from_dict({"scale": entry.scale, **usable, **values, **chosen})
+
+
+def _quick(values: dict[str, Any]) -> dict[str, Any]:
+    steps, lr = values.get("steps", 2000), values.get("lr", 2e-3)
+    whole = isinstance(steps, int)
+    selects = any(word in values.get("architecture", "") for word in ("topk", "soft"))
+    return {
+        "d_sae": 512,
+        "steps": steps,
+        "lr": lr,
+        "lr_end": lr / 50 if isinstance(lr, float) else None,
+        "lr_warm_up": steps // 50 if whole else 0,
+        "sparsity_warm_up": steps // 4 if whole else 0,
+        "context": 64,
+        "rows": 128,
+        # Features that lose the competition in a short run have no time to come back by themselves.
+        "dead_after": max(1, steps // 20) if whole else 100,
+        "dead_coefficient": 1.0 if selects else None,
+    }
+
+
+def _gemma_scope(_: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "architecture": "gemma_scope_jumprelu",
+        "d_sae": 1 << 14,
+        "scale": "unit",
+        "sparsity": "step",
+        "target_l0": 71.0,
+        "sparsity_coefficient": 1e-3,
+        "sparsity_warm_up": 10_000,
+        "bandwidth": 0.001,
+        "init_threshold": 0.001,
+        "subtract_b_dec": True,
+        "lr": 7e-5,
+        "lr_warm_up": 1000,
+        "beta1": 0.0,
+        "batch": 4096,
+        "steps": 977_000,
+        "bucket": 1_000_000,
+        "dead_features": "none",
+        "dead_after": 2500,
+    }
+
+
+def _gemma_scope_2(values: dict[str, Any]) -> dict[str, Any]:
+    usual = "matryoshka_prefix_jumprelu" if values.get("levels") else "gemma_scope_jumprelu"
+    coefficient = values.get("sparsity_coefficient", 1e-3)
+    penalised = values.get("architecture", usual) == usual
+    return _gemma_scope(values) | {
+        "architecture": usual,
+        "options": {"frequency_coefficient": coefficient} if penalised else {},
+        "sparsity": "quadratic",
+        "target_l0": 60.0,
+        "sparsity_warm_up": 50_000,
+        "gain": "with",
+        "layout": "gemma-scope-2",
+    }
+
+
+PRESETS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "quick": _quick,
+    "gemma-scope": _gemma_scope,
+    "gemma-scope-2": _gemma_scope_2,
+}
+"""Name to what it sets, given what the user has set."""

@@ -31,22 +31,12 @@ _ROOT_SHARE = 0.8
 def make_config(
     config_class: type[Any], spec: TrainSpec, values: Values, usual: Values | None = None
 ) -> Any:
-    """A config of SAELens with the spec's ``options`` in it.
-
-    Args:
-        config_class: The architecture's.
-        spec: Its options.
-        values: What other fields of the spec say; an option cannot change it.
-        usual: What holds unless an option says otherwise.
-
-    Raises:
-        UnknownNameError: An option that the config does not have, or that a field of the spec sets.
-    """
+    """A config of SAELens with the spec's ``options`` in it, which cannot change ``values``."""
     free = {field.name for field in fields(config_class)} - set(values) - {"dtype", "device"}
     for name in spec.options:
         if name not in free:
             raise UnknownNameError(
-                f"{name!r} is no option of the architecture {spec.architecture!r}",
+                f"{name!r} is not an option of the architecture {spec.architecture!r}",
                 exists=", ".join(sorted(free)),
                 nearest=nearest(name, free),
             )
@@ -80,29 +70,21 @@ def _topk_values(spec: TrainSpec, common: Values) -> Values:
 
 
 def _whole_k(spec: TrainSpec) -> int:
-    """``target_l0`` as a number of features.
-
-    Raises:
-        GemmaScopeError: It is none.
-    """
+    """``target_l0`` as a number of features."""
     if spec.target_l0 != int(spec.target_l0):
         raise GemmaScopeError(
-            f"target_l0={spec.target_l0} is no number of features",
+            f"target_l0={spec.target_l0} is not a number of features",
             exists=f"whole numbers for {spec.architecture!r}",
             fix="architecture='batchtopk', whose k is a mean over the batch",
         )
     return int(spec.target_l0)
 
 
-def _levels(spec: TrainSpec, what: str) -> tuple[int, ...]:
-    """The prefix sizes, of which there must be several.
-
-    Raises:
-        GemmaScopeError: Fewer than two.
-    """
+def _levels(spec: TrainSpec, noun: str) -> tuple[int, ...]:
+    """The prefix sizes, of which there must be several."""
     if len(spec.levels) < 2:
         raise GemmaScopeError(
-            f"levels={spec.levels} make no {what}",
+            f"levels={spec.levels} do not make a {noun}",
             fix=f"levels=({max(1, spec.d_sae // 8)}, {spec.d_sae})",
         )
     return spec.levels

@@ -6,7 +6,7 @@
 3. With ``run_dir`` everything goes into a folder (``run_folder.py``), checkpoints included, which is
    locked meanwhile; ``resume=True`` goes on from the newest one, bit by bit on the same machine.
 4. At the end scales are folded, the result is measured on raw activations, saved by SAELens and exported
-   in Gemma Scope's layout (``finish.py``, ``loading/export.py``).
+   in Gemma Scope's layout (``run.py``, ``loading/export.py``).
 
 Cost: per step, ``batch / tokens per row`` rows of text through the model and one step of every trainer;
 per checkpoint, three times the weights on disk.
@@ -26,9 +26,8 @@ from gemmascope_plugin.errors import GemmaScopeError, InputError, ModelError
 from gemmascope_plugin.models.check_model import check_model, describe, with_call
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, device_of
-from gemmascope_plugin.training.architectures import architecture
+from gemmascope_plugin.training.architectures import architecture, preset_spec
 from gemmascope_plugin.training.forward_reader import ForwardReader
-from gemmascope_plugin.training.presets import preset_spec
 from gemmascope_plugin.training.run import Run
 from gemmascope_plugin.training.run_folder import (
     RunFolder,
@@ -39,25 +38,21 @@ from gemmascope_plugin.training.run_folder import (
 from gemmascope_plugin.training.run_metrics import Journal
 from gemmascope_plugin.training.shuffle import Reader, ShuffledActivations
 from gemmascope_plugin.training.store import ActivationStore, StoreReader
-from gemmascope_plugin.training.text_batches import TokenStream
+from gemmascope_plugin.training.text_batches import Corpus, TokenStream
 from gemmascope_plugin.training.train_spec import TrainSpec
 
 SHARED = ("model", "context", "rows", "bucket", "exclude", "steps", "batch", "seed")
 """Fields that dictionaries trained together must agree on."""
 
 
-def _check_optional_model(model: Any, call: str) -> None:
+def _check_optional_model(model: object, call: str) -> None:
     """None is for stored activations."""
     if model is not None:
         check_model(model, call)
 
 
-def _check_spec(spec: Any, call: str = "") -> None:
-    """Refuses what is neither a spec nor fields of one.
-
-    Raises:
-        InputError: Something else, with what to type.
-    """
+def _check_spec(spec: object, call: str = "") -> None:
+    """Refuses what is neither a spec nor fields of one."""
     if not isinstance(spec, TrainSpec | Mapping):
         fix = '{"architecture": "jumprelu", "site": "res", "layer": 9, "d_sae": 4096}'
         raise InputError(
@@ -71,7 +66,7 @@ def _check_spec(spec: Any, call: str = "") -> None:
 def train(
     model: HookedModel | None,
     spec: TrainSpec | Mapping[str, Any],
-    corpus: Any,
+    corpus: Corpus | ActivationStore,
     *,
     preset: str | None = None,
     run_dir: str | Path | None = None,
@@ -132,7 +127,7 @@ def train(
 def train_many(
     model: HookedModel | None,
     specs: Sequence[TrainSpec | Mapping[str, Any]],
-    corpus: Any,
+    corpus: Corpus | ActivationStore,
     *,
     preset: str | None = None,
     run_dir: str | Path | None = None,
@@ -203,15 +198,7 @@ def train_many(
 
 
 def whole_spec(spec: TrainSpec | Mapping[str, Any], preset: str | None) -> TrainSpec:
-    """A spec that can be trained, from a whole one or some of its fields.
-
-    Args:
-        spec: Either.
-        preset: Where the other fields come from; ``quick`` when None.
-
-    Raises:
-        GemmaScopeError: A preset beside a whole spec, or fields that cannot be.
-    """
+    """A spec that can be trained, from a whole one or some of its fields and a preset (``quick``)."""
     _check_spec(spec)
     if not isinstance(spec, TrainSpec):
         return _checked(preset_spec(preset or "quick", spec))
@@ -245,12 +232,12 @@ def _check_agreement(specs: Mapping[str, TrainSpec]) -> None:
 def _source(
     model: HookedModel | None,
     specs: Mapping[str, TrainSpec],
-    corpus: Any,
+    corpus: Corpus | ActivationStore,
     device: str | torch.device | None,
 ) -> tuple[ShuffledActivations, str, torch.device]:
     """Where activations come from, the name of the model, and the device to train on."""
     spec = next(iter(specs.values()))
-    sites = [one.sites(architecture(one).kind) for one in specs.values()]
+    sites = [each.sites(architecture(each).kind) for each in specs.values()]
     hooks = sorted({hook for site in sites for names in site for hook in names})
     if isinstance(corpus, ActivationStore):
         reader: Reader = StoreReader(corpus, hooks, seed=spec.seed)
@@ -271,5 +258,5 @@ def _source(
     return source, name, home if device is None else as_device(device)
 
 
-def _kind_of(corpus: Any) -> str:
+def _kind_of(corpus: object) -> str:
     return "stored activations" if isinstance(corpus, ActivationStore) else "text"

@@ -6,6 +6,8 @@
 3. A corpus that fits into one bucket goes through the model once only.
 4. The place of a bucket is that of its first row in the corpus.
 
+``collect_activations`` reads all tokens of some documents at once, in memory.
+
 Cost: one partial forward pass per row of text; memory ``bucket * sum of widths`` in the model's type.
 """
 
@@ -15,30 +17,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.errors import BadFileError, EmptySelectionError
-from gemmascope_plugin.models import special_ids
-from gemmascope_plugin.models.points import reading
+from gemmascope_plugin.models import flatten_heads, special_ids, to_tokens
+from gemmascope_plugin.models.check_model import check_model
+from gemmascope_plugin.models.gate import gate
+from gemmascope_plugin.models.points import Reading, reading
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.record import record
 from gemmascope_plugin.models.tokens import kept_positions
-from gemmascope_plugin.training.activations import read_activations
 from gemmascope_plugin.training.shuffle import Bucket
 from gemmascope_plugin.training.text_batches import Rows, TokenStream
 
 
 class ForwardReader:
-    """Buckets of activations from a model and a corpus.
-
-    Args:
-        model: ``HookedTransformer`` or ``TransformerBridge``.
-        stream: The text.
-        hooks: Names of the tensors.
-        exclude: Special tokens to leave out.
-        bucket: Activations per bucket, at least.
-
-    Raises:
-        MissingHookError: The model has no such tensor.
-    """
+    """Buckets of at least ``bucket`` activations from a model and a corpus."""
 
     def __init__(
         self,
@@ -56,12 +50,7 @@ class ForwardReader:
         self._whole: Bucket | None = None
 
     def next_bucket(self) -> Bucket:
-        """The next activations.
-
-        Raises:
-            EmptySelectionError: The corpus is empty, has excluded tokens only, or has ended for good.
-            BadFileError: Activations that are not finite.
-        """
+        """The next activations."""
         if self._whole is not None:
             return self._whole
         first, parts, n = self._stream.read_batches == 0, [], 0
@@ -100,10 +89,50 @@ class ForwardReader:
         return here if self._whole is None else {"whole": here["checksum"]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes to a place.
-
-        Raises:
-            EmptySelectionError: The corpus ends before it.
-        """
+        """Goes to a place."""
         if "whole" not in state:
             self._stream.restore(state)
+
+
+@gate(model=check_model)
+@torch.no_grad()
+def collect_activations(
+    model: HookedModel,
+    tokens: Int[torch.Tensor, "document pos"],
+    hooks: Sequence[str],
+    *,
+    exclude: Sequence[str | int] = ("bos", "eos", "pad"),
+    batch: int = 128,
+) -> dict[str, Float[torch.Tensor, "token width"]]:
+    """Activations of every token that is not excluded, heads flattened.
+
+    Args:
+        model: Any supported model.
+        tokens: Token ids.
+        hooks: Hook names.
+        exclude: Special tokens to leave out.
+        batch: Documents per forward pass.
+
+    Raises:
+        MissingHookError: The model has no such hook.
+    """
+    points = model.hook_dict
+    readings = [reading(model, name, points) for name in hooks]
+    excluded = special_ids(model, exclude)
+    parts = [
+        read_activations(model, readings, chunk, kept_positions(chunk, excluded))
+        for chunk in to_tokens(model, tokens).split(batch)
+    ]
+    return {name: torch.cat([part[name] for part in parts]) for name in hooks}
+
+
+@torch.no_grad()
+def read_activations(
+    model: HookedModel,
+    readings: Sequence[Reading],
+    tokens: Int[torch.Tensor, "row pos"],
+    keep: Bool[torch.Tensor, "row pos"],
+) -> dict[str, Float[torch.Tensor, "token width"]]:
+    """Activations of some tokens of one forward pass."""
+    cache = record(model, tokens, [read.hook for read in readings])
+    return {read.name: flatten_heads(read(cache[read.hook]))[keep] for read in readings}

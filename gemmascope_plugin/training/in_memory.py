@@ -136,7 +136,7 @@ def _batches(
 
 
 @torch.no_grad()
-def _in_raw_units(sae: Any, scale_in: float, scale_out: float) -> Params:
+def _in_raw_units(sae: SAE, scale_in: float, scale_out: float) -> Params:
     """Folds the scales: latents shrink by ``scale_out``, the encoder grows by ``scale_in``."""
     params = {
         "W_enc": sae.W_enc * (scale_in / scale_out),

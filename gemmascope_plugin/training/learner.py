@@ -40,18 +40,7 @@ _NUMBERS = (
 
 
 class Learner:
-    """A dictionary with everything that trains it.
-
-    Args:
-        spec: What to train.
-        bucket: First activations, for widths and scales.
-        model_name: For the metadata.
-        device: Where it is trained.
-
-    Raises:
-        BadFileError: The activations are all zero.
-        GemmaScopeError: The spec cannot be trained.
-    """
+    """A dictionary with everything that trains it."""
 
     def __init__(
         self, spec: TrainSpec, bucket: Bucket, *, model_name: str, device: torch.device
@@ -60,9 +49,9 @@ class Learner:
         self.kind = architecture(spec).kind
         self.hooks_in, self.hooks_out = spec.sites(self.kind)
         self.has_targets = self.hooks_in != self.hooks_out
-        d_in, d_out = (sum(bucket[h].shape[1] for h in own) for own in self._sides)
+        d_in, d_out = (sum(bucket[h].shape[1] for h in hooks) for hooks in self._sides)
         self.scales: list[list[float]] = [
-            [self._scale(bucket, hook) for hook in own] for own in self._sides
+            [self._scale(bucket, hook) for hook in hooks] for hooks in self._sides
         ]
         metadata = {"model_name": model_name, "hook_name": self.hooks_in[0], "prepend_bos": True}
         if self.has_targets:
@@ -115,18 +104,13 @@ class Learner:
     def tensors_of(
         self, bucket: Bucket, *, scaled: bool = False
     ) -> list[Float[torch.Tensor, "token _"]]:
-        """What is read and what is reconstructed, each with all layers side by side.
-
-        Args:
-            bucket: Raw activations by hook.
-            scaled: Whether to scale every layer's tensor.
-        """
+        """What is read and what is reconstructed, each with all layers side by side."""
         sides = []
         for hooks, scales in zip(self._sides, self.scales, strict=True):
-            own = [bucket[hook].to(self.device, torch.float32) for hook in hooks]
+            tensors = [bucket[hook].to(self.device, torch.float32) for hook in hooks]
             if scaled:
-                own = [scale * x for scale, x in zip(scales, own, strict=True)]
-            sides.append(own[0] if len(own) == 1 else torch.cat(own, dim=-1))
+                tensors = [scale * x for scale, x in zip(scales, tensors, strict=True)]
+            sides.append(tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=-1))
         return sides
 
     def inputs(self, bucket: Bucket) -> Float[torch.Tensor, "token width"]:
@@ -135,11 +119,7 @@ class Learner:
         return torch.cat([read, written], dim=-1) if self.has_targets else read
 
     def step(self, batch: Bucket) -> TrainStepOutput:
-        """One step.
-
-        Raises:
-            NotFiniteError: A loss or gradient is not finite.
-        """
+        """One step."""
         with self._own_random():
             self.trainer.maybe_reset_sparsity()
             output = self.trainer.step(self.inputs(batch))
@@ -162,14 +142,14 @@ class Learner:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Weights, buffers, Adam's averages, firing counts and random states, by name."""
-        found = {f"sae.{name}": value.detach() for name, value in self._own().items()}
+        tensors = {f"sae.{name}": value.detach() for name, value in self._state().items()}
         for name, parameter in self.sae.named_parameters():
             state = self.trainer.optimizer.state[parameter]
-            found |= {f"adam.{name}.{key}": value for key, value in state.items()}
-        found |= {f"count.{name}": getattr(self.trainer, name) for name in _COUNTS}
-        return found | {f"random.{name}": value for name, value in self._random.items()}
+            tensors |= {f"adam.{name}.{key}": value for key, value in state.items()}
+        tensors |= {f"count.{name}": getattr(self.trainer, name) for name in _COUNTS}
+        return tensors | {f"random.{name}": value for name, value in self._random.items()}
 
-    def _own(self) -> dict[str, torch.Tensor]:
+    def _state(self) -> dict[str, torch.Tensor]:
         return dict(self.sae.named_parameters()) | dict(self.sae.named_buffers())
 
     def numbers(self) -> dict[str, Any]:
@@ -189,27 +169,22 @@ class Learner:
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
-        """Puts back what ``tensors`` and ``numbers`` gave.
-
-        Raises:
-            BadFileError: They are of another dictionary.
-            ValueError: Numbers of another form; also KeyError, TypeError and the like.
-        """
-        own = self._own()
+        """Puts back what ``tensors`` and ``numbers`` gave."""
+        state = self._state()
         names = {name.removeprefix("sae.") for name in tensors if name.startswith("sae.")}
-        shapes = all(tensors[f"sae.{n}"].shape == own[n].shape for n in names & set(own))
-        if names != set(own) or not shapes:
+        shapes = all(tensors[f"sae.{n}"].shape == state[n].shape for n in names & set(state))
+        if names != set(state) or not shapes:
             raise BadFileError("The checkpoint holds a dictionary of other tensors or shapes")
-        for name, value in own.items():
+        for name, value in state.items():
             value.copy_(tensors[f"sae.{name}"])
         trainer = self.trainer
         for name, parameter in self.sae.named_parameters():
             prefix = f"adam.{name}."
-            state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            moments = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
             # Adam counts its steps on the CPU.
             trainer.optimizer.state[parameter] = {
                 key: value.clone() if key == "step" else value.to(parameter, copy=True)
-                for key, value in state.items()
+                for key, value in moments.items()
             }
         for group, saved in zip(trainer.optimizer.param_groups, numbers["groups"], strict=True):
             group.update(saved)
@@ -231,12 +206,7 @@ class Learner:
 
 
 def lr_share(spec: TrainSpec, step: int) -> float:
-    """Share of ``lr`` at a step: half a cosine from 0.1 to 1, then one from 1 to ``lr_end / lr``.
-
-    Args:
-        spec: Steps and rates.
-        step: From 0.
-    """
+    """Share of ``lr`` at a step: half a cosine from 0.1 to 1, then one from 1 to ``lr_end / lr``."""
     if step < spec.lr_warm_up:
         return 0.1 + 0.9 * (1 - math.cos(math.pi * step / spec.lr_warm_up)) / 2
     if spec.lr_end is None:

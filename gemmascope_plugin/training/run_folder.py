@@ -2,7 +2,7 @@
 
     config.json         specs, versions, model, where the activations come from
     metrics.jsonl       a row per dictionary and logged step
-    checkpoints/step_N  from which training goes on (``checkpoint.py``)
+    checkpoints/step_N  from which training goes on (see below)
     final/              SAELens' format
     export/             Gemma Scope's layout
 
@@ -10,24 +10,37 @@ With several dictionaries ``final/`` and ``export/`` hold a folder for each. A r
 specs, versions and model that it began with: anything else is an error that names the keys. While it goes
 on the folder is locked (``.lock``): a second run in it is refused.
 
-Costs nothing beyond the files.
+A checkpoint, from which training goes on as if it had never stopped, bit by bit, has
+``NAME.safetensors`` per dictionary (weights, buffers, Adam's averages, firing counts, random states) and
+``state.json`` (the step, the place in the activations, schedules, counters, scales). It is written under
+a temporary name and renamed when all of it is on the disk: a folder called ``step_N`` is whole.
+``state.json`` has the checksums of the others and one of itself, so that a checkpoint that was damaged
+later is found out. The last few are kept. No pickle; JSON keeps floats exactly.
+
+Cost: per checkpoint, three times the weights on disk; seconds per gigabyte.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, MissingFileError
-from gemmascope_plugin.files.json_file import read_json
+from gemmascope_plugin.files.json_file import Record, bad_file, read_json
 from gemmascope_plugin.files.lock import LOCK, folder_lock
-from gemmascope_plugin.files.whole import write_text_whole
-from gemmascope_plugin.training.checkpoint import checkpoints
+from gemmascope_plugin.files.whole import discard, sha256_of, whole_folder, write_text_whole
 from gemmascope_plugin.training.train_spec import TrainSpec
 
 CONFIG = "config.json"
@@ -36,13 +49,7 @@ _PACKAGES = ("gemmascope_plugin", "sae-lens", "transformer-lens", "torch")
 
 
 def run_config(specs: Mapping[str, TrainSpec], model: str, corpus: str) -> dict[str, Any]:
-    """Everything that the numbers of a run depend on, apart from the text and the weights.
-
-    Args:
-        specs: Name to spec.
-        model: Name of the model.
-        corpus: What kind of corpus it is.
-    """
+    """Everything that the numbers of a run depend on, apart from the text and the weights."""
     return {
         "format": FORMAT,
         "specs": {name: spec.to_dict() for name, spec in specs.items()},
@@ -53,26 +60,17 @@ def run_config(specs: Mapping[str, TrainSpec], model: str, corpus: str) -> dict[
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:  # used from a source tree that was never installed
-            found[name] = "source"
-    return found
+            versions[name] = "source"
+    return versions
 
 
 def run_lock(path: str | Path | None, *, resume: bool) -> AbstractContextManager[None]:
-    """Keeps other runs out of a folder.
-
-    Args:
-        path: The folder; None for none.
-        resume: Whether a run in it goes on.
-
-    Raises:
-        MissingFileError: There is no run to go on with.
-        FolderInUseError: Another process trains into it; says which. Raised on entry.
-    """
+    """Keeps other runs out of a folder, in which there must be one if it is to go on."""
     if path is None:
         return nullcontext()
     if resume and not (Path(path) / CONFIG).is_file():
@@ -84,17 +82,7 @@ def run_lock(path: str | Path | None, *, resume: bool) -> AbstractContextManager
 
 
 class RunFolder:
-    """The files of a run; to be used under ``run_lock``.
-
-    Args:
-        path: The folder.
-        config: From ``run_config``.
-        resume: Whether a run in it goes on.
-
-    Raises:
-        GemmaScopeError: There is a run already, or the one that is there is another one.
-        BadFileError: Its config is damaged.
-    """
+    """The files of a run; to be used under ``run_lock``."""
 
     def __init__(self, path: str | Path, config: dict[str, Any], *, resume: bool) -> None:
         self.path = Path(path)
@@ -116,11 +104,7 @@ class RunFolder:
             )
 
     def begin(self) -> None:
-        """Writes the config, once nothing is left that could refuse the run.
-
-        Raises:
-            GemmaScopeError: The folder cannot be written.
-        """
+        """Writes the config, once nothing is left that could refuse the run."""
         write_text_whole(self.path / CONFIG, json.dumps(self._config, indent=1) + "\n")
 
     @property
@@ -138,17 +122,12 @@ class RunFolder:
         """The newest whole checkpoint; None if there is none."""
         return next(iter(checkpoints(self.checkpoints)[::-1]), None)
 
-    def result(self, what: str, name: str) -> Path:
-        """Folder of a finished dictionary.
-
-        Args:
-            what: ``final`` or ``export``.
-            name: The dictionary's.
-        """
-        return self.path / what / name if self.several else self.path / what
+    def result(self, kind: str, name: str) -> Path:
+        """Folder of a finished dictionary, ``final`` or ``export``."""
+        return self.path / kind / name if self.several else self.path / kind
 
 
-def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+def _differences(old: object, new: object, key: str = "") -> list[str]:
     """``key: old, now new`` for everything that differs."""
     if isinstance(old, dict) and isinstance(new, dict):
         names = sorted(set(old) | set(new))
@@ -157,7 +136,7 @@ def _differences(old: Any, new: Any, key: str = "") -> list[str]:
     return [] if old == new else [f"{key} was {_shown(old)} and is {_shown(new)}"]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
 
@@ -169,3 +148,92 @@ def unique_names(specs: Sequence[TrainSpec]) -> dict[str, TrainSpec]:
         taken = sum(name == spec.name or name.startswith(f"{spec.name}-") for name in names)
         names[spec.name if not taken else f"{spec.name}-{taken + 1}"] = spec
     return names
+
+
+STATE = "state.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """All that training depends on, between two steps."""
+
+    step: int
+    """Steps done."""
+    source: dict[str, Any]
+    """Place in the activations."""
+    numbers: dict[str, dict[str, Any]]
+    """Plain values of every dictionary."""
+    tensors: dict[str, dict[str, torch.Tensor]]
+    """Tensors of every dictionary."""
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Writes a checkpoint and removes the oldest beyond ``keep``."""
+    final = folder / f"step_{checkpoint.step}"
+    fix = "free space or mend the permissions, then resume=True"
+    with whole_folder(final, "a checkpoint", fix=fix) as part:
+        sums = {}
+        for name, tensors in checkpoint.tensors.items():
+            file = part / f"{name}.safetensors"
+            plain = {key: value.contiguous() for key, value in tensors.items()}
+            try:
+                save_file(plain, file)
+            except SafetensorError as fault:
+                raise GemmaScopeError(f"cannot write {str(final)!r}: {fault}", fix=fix) from fault
+            sums[name] = sha256_of(file)
+        content = {
+            "step": checkpoint.step,
+            "source": checkpoint.source,
+            "numbers": checkpoint.numbers,
+            "sha256": sums,
+        }
+        content["digest"] = _digest(content)
+        (part / STATE).write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+    for old in checkpoints(folder)[:-keep]:
+        try:
+            discard(old)
+        except OSError as fault:
+            raise GemmaScopeError(f"cannot delete {str(old)!r}: {fault}", fix=fix) from fault
+    return final
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first."""
+    matches = {path: re.fullmatch(r"step_(\d+)", path.name) for path in folder.glob("step_*")}
+    steps = {path: int(match[1]) for path, match in matches.items() if match}
+    return sorted(steps, key=lambda path: steps[path])
+
+
+def load_checkpoint(path: Path, names: Iterable[str]) -> Checkpoint:
+    """Reads a checkpoint."""
+    fix = "delete this folder and resume from the one before"
+    state = Record(read_json(path / STATE, fix=fix), path / STATE, fix)
+    names = tuple(names)
+    if state.get("digest", str) != _digest(state.content):
+        state.bad("it is not as it was written")
+    sums, numbers = state.dict_of("sha256", str), state.dict_of("numbers", dict)
+    if path.name != f"step_{state.size('step')}" or {*names} != {*sums} or {*names} != {*numbers}:
+        state.bad("it is the state of another checkpoint")
+    return Checkpoint(
+        step=state.size("step"),
+        source=state.get("source", dict),
+        numbers={name: numbers[name] for name in names},
+        tensors={name: _tensors(path / f"{name}.safetensors", sums[name], fix) for name in names},
+    )
+
+
+def _tensors(path: Path, checksum: str, fix: str) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise bad_file(path, "it is not there, or not a plain file", fix)
+    try:
+        if sha256_of(path) != checksum:
+            raise bad_file(path, f"it is not the file that {STATE} was written with", fix)
+        return load_file(path)
+    except (OSError, SafetensorError) as fault:
+        raise bad_file(path, str(fault), fix) from fault
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """Checksum of everything but itself."""
+    rest = {name: value for name, value in content.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -48,17 +48,7 @@ def row(name: str, learner: Learner, output: TrainStepOutput) -> dict[str, Any]:
 class Journal:
     """Writes rows, moves the bar, and tells wandb.
 
-    Args:
-        path: The file of rows; None for none.
-        start: Steps that are done; rows beyond, of a run that was killed, are removed.
-        steps: All steps.
-        progress: Whether to show the bar.
-        wandb: Name of the wandb project; None for none.
-        config: What wandb shall know of the run.
-
-    Raises:
-        MissingExtraError: wandb was asked for and is not installed.
-        BadFileError: The file of rows is damaged.
+    Rows beyond step ``start``, of a run that was killed, are removed.
     """
 
     def __init__(
@@ -92,7 +82,7 @@ class Journal:
         elapsed = max(time.monotonic() - self._since, 1e-9)
         speed = round(self._tokens / elapsed, 1)
         self._since, self._tokens = time.monotonic(), 0
-        rows = [{**one, "tokens_per_second": speed} for one in rows]
+        rows = [{**row, "tokens_per_second": speed} for row in rows]
         mean = {key: sum(r[key] for r in rows) / len(rows) for key in ("loss", "l0", "dead_share")}
         self._bar.set_postfix_str(
             f"loss {mean['loss']:.4g}, L0 {mean['l0']:.3g}, dead {mean['dead_share']:.1%}"
@@ -101,7 +91,7 @@ class Journal:
 
     def finish(self, rows: list[dict[str, Any]]) -> None:
         """Writes the rows of the finished dictionaries."""
-        self._put([{**one, "final": True} for one in rows])
+        self._put([{**row, "final": True} for row in rows])
 
     def close(self) -> None:
         """Closes bar and wandb."""
@@ -111,7 +101,7 @@ class Journal:
 
     def _put(self, rows: list[dict[str, Any]]) -> None:
         if self._path is not None:
-            lines = [json.dumps(_plain(one), allow_nan=False) + "\n" for one in rows]
+            lines = [json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows]
             try:
                 with self._path.open("a", encoding="utf-8") as file:
                     file.writelines(lines)
@@ -122,19 +112,15 @@ class Journal:
                 ) from fault
         if self._wandb is None:
             return
-        for one in rows:
-            flat = {k: v for k, v in one.items() if k not in ("dictionary", "losses", "step")}
-            flat |= one.get("losses", {})
-            named = {f"{one['dictionary']}/{key}": value for key, value in flat.items()}
-            self._wandb.log(named, step=one["step"])
+        for row in rows:
+            flat = {k: v for k, v in row.items() if k not in ("dictionary", "losses", "step")}
+            flat |= row.get("losses", {})
+            named = {f"{row['dictionary']}/{key}": value for key, value in flat.items()}
+            self._wandb.log(named, step=row["step"])
 
 
 def _rows_until(path: Path, start: int) -> Iterator[str]:
-    """The lines up to a step.
-
-    Raises:
-        BadFileError: A line is damaged.
-    """
+    """The lines up to a step."""
     fix = "delete that line, or the file: nothing but the curve depends on it"
     for line, content in read_json_lines(path, fix=fix):
         step = Record(content, path, fix).size("step")
@@ -143,8 +129,8 @@ def _rows_until(path: Path, start: int) -> Iterator[str]:
             yield line
 
 
-def _plain(value: Any) -> Any:
-    """None for numbers that JSON has not: the variance explained of a constant, say."""
+def _plain(value: object) -> Any:
+    """None for numbers that JSON does not have: the variance explained of a constant, say."""
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

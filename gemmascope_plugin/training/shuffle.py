@@ -45,13 +45,7 @@ class Reader(Protocol):
 
 
 class ShuffledActivations:
-    """Endless random batches, the same tokens at every hook.
-
-    Args:
-        reader: Where buckets come from.
-        batch: Tokens per batch.
-        seed: Of the order within buckets.
-    """
+    """Endless random batches, the same tokens at every hook."""
 
     def __init__(self, reader: Reader, *, batch: int, seed: int) -> None:
         self._reader, self._batch, self._seed = reader, batch, seed
@@ -62,21 +56,13 @@ class ShuffledActivations:
         self._order: Int[torch.Tensor, " token"] = torch.empty(0, dtype=torch.int64)
 
     def bucket(self) -> Bucket:
-        """The bucket that batches are dealt from, in the reader's order.
-
-        Raises:
-            EmptySelectionError: The activations are fewer than one batch.
-        """
+        """The bucket that batches are dealt from, in the reader's order."""
         if not self._bucket:
             self._open()
         return self._bucket
 
     def next_batch(self) -> Bucket:
-        """Activations ``[batch, width]`` by hook.
-
-        Raises:
-            EmptySelectionError: The activations are fewer than one batch, or have ended.
-        """
+        """Activations ``[batch, width]`` by hook."""
         if self._batch * (self._served + 1) > len(self._order):
             self._open()
         chosen = self._order[self._batch * self._served : self._batch * (self._served + 1)]
@@ -109,12 +95,7 @@ class ShuffledActivations:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes to a place; nothing may have been read yet.
-
-        Raises:
-            BadFileError: The activations come from other text or another folder.
-            ValueError: There is no such place; also KeyError and TypeError.
-        """
+        """Goes to a place; nothing may have been read yet."""
         assert self._number == -1, "activations have been read"
         if state["bucket"] < 0:
             return

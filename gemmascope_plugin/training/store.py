@@ -39,7 +39,7 @@ from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.training.forward_reader import ForwardReader
 from gemmascope_plugin.training.shuffle import Bucket
-from gemmascope_plugin.training.text_batches import TokenStream
+from gemmascope_plugin.training.text_batches import Corpus, TokenStream
 
 INDEX, FORMAT = "index.json", 1
 DTYPES: dict[str, torch.dtype] = {
@@ -52,7 +52,7 @@ DTYPES: dict[str, torch.dtype] = {
 @gate(model=check_model)
 def store_activations(
     model: HookedModel,
-    corpus: Any,
+    corpus: Corpus,
     hooks: Sequence[str],
     folder: str | Path,
     *,
@@ -121,16 +121,16 @@ def _write_shards(
 ) -> tuple[list[int], dict[str, int]]:
     """Writes all files; returns their sizes and the widths of the tensors."""
     sizes: list[int] = []
-    held: Bucket = {name: torch.empty(0) for name in hooks}
+    rest: Bucket = {name: torch.empty(0) for name in hooks}
     while sum(sizes) < tokens:
         bucket = reader.next_bucket()
-        held = {n: torch.cat([held[n], b]) if len(held[n]) else b for n, b in bucket.items()}
-        while sum(sizes) < tokens and len(next(iter(held.values()))) >= shard:
-            part = {name: values[:shard].to(dtype) for name, values in held.items()}
+        rest = {n: torch.cat([rest[n], b]) if len(rest[n]) else b for n, b in bucket.items()}
+        while sum(sizes) < tokens and len(next(iter(rest.values()))) >= shard:
+            part = {name: values[:shard].to(dtype) for name, values in rest.items()}
             _write_shard(folder / _name(len(sizes)), part)
             sizes.append(shard)
-            held = {name: values[shard:] for name, values in held.items()}
-    return sizes, {name: values.shape[1] for name, values in held.items()}
+            rest = {name: values[shard:] for name, values in rest.items()}
+    return sizes, {name: values.shape[1] for name, values in rest.items()}
 
 
 def _write_shard(path: Path, part: Bucket) -> None:
@@ -177,7 +177,7 @@ class ActivationStore:
         if not all(type(token) in (int, str) for token in self.exclude):
             index.bad(f"'exclude' is {list(self.exclude)!r}, not token ids and names")
         if index.get("dtype", str) not in DTYPES:
-            index.bad(f"'dtype' is {index.content['dtype']!r}, none of {', '.join(DTYPES)}")
+            index.bad(f"'dtype' is {index.content['dtype']!r}, not one of {', '.join(DTYPES)}")
         self._dtype = DTYPES[index.content["dtype"]]
         self._files = [self._open(i) for i in range(len(self.shards))]
 
@@ -224,24 +224,14 @@ class ActivationStore:
 
 
 class StoreReader:
-    """The shards of a store in a random order, epoch after epoch.
-
-    Args:
-        store: The folder.
-        hooks: Which of its tensors.
-        seed: Of the order.
-    """
+    """The shards of a store in a random order, epoch after epoch."""
 
     def __init__(self, store: ActivationStore, hooks: Sequence[str], *, seed: int) -> None:
         self._store, self._hooks, self._seed = store, tuple(hooks), seed
         self._read = 0
 
     def next_bucket(self) -> Bucket:
-        """The next shard.
-
-        Raises:
-            BadFileError: Activations that are not finite.
-        """
+        """The next shard."""
         epoch, place = divmod(self._read, len(self._store.shards))
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
         number = int(torch.randperm(len(self._store.shards), generator=generator)[place])

@@ -27,7 +27,7 @@ from gemmascope_plugin.models.prompts import pad_id, read_prompts
 from gemmascope_plugin.models.protocol import HookedModel, device_of
 from gemmascope_plugin.models.text_ids import text_ids
 
-Corpus = str | Sequence[str] | torch.Tensor | Iterable[torch.Tensor]
+Corpus = str | Iterable[Any]
 """One text, texts, token ids ``[row, pos]`` of any kind, conversations, or batches of ids."""
 
 _EXISTS = "texts, token ids [row, pos], or an iterable of batches of token ids"
@@ -41,25 +41,10 @@ class Rows(NamedTuple):
 
 
 class TokenStream:
-    """Batches of token ids from a corpus.
-
-    Args:
-        model: Whose tokenizer and device count.
-        corpus: Texts or token ids.
-        context: Longest row made of texts, BOS included.
-        rows: Rows per batch, where batches are not given.
-        seed: Of the order of rows.
-
-    Raises:
-        EmptySelectionError: There is no text.
-        InputError: A list holds something that is neither text nor ids.
-        ModelError: Something that is not a corpus, text without a tokenizer, or a row of ids that is
-            longer than the model's context.
-        UnknownNameError: An id outside the vocabulary.
-    """
+    """Batches of token ids from a corpus."""
 
     def __init__(
-        self, model: HookedModel, corpus: Any, *, context: int, rows: int, seed: int
+        self, model: HookedModel, corpus: Corpus, *, context: int, rows: int, seed: int
     ) -> None:
         self._model = model
         _check_kind(corpus)
@@ -70,28 +55,23 @@ class TokenStream:
             self._batches: Any = _Padded(pieces, order, rows, pad_id(model))
         else:
             self._batches = corpus
-        self._given: Iterator[Any] | None = iter(self._batches)
-        self.can_repeat = self._given is not self._batches
+        self._items: Iterator[Any] | None = iter(self._batches)
+        self.can_repeat = self._items is not self._batches
         self.read_batches = 0
         self._checksum = 0
 
     def read(self) -> Rows | None:
-        """The next batch; None where the corpus ends, after which it begins again.
-
-        Raises:
-            EmptySelectionError: The corpus can be read only once and has ended.
-            InputError: An item is not a batch of token ids.
-        """
-        if self._given is None:
+        """The next batch; None where the corpus ends, after which it begins again."""
+        if self._items is None:
             if not self.can_repeat:
                 raise EmptySelectionError(
                     f"The corpus ended after {self.read_batches} batches of text",
                     fix="something that can be iterated again, more text, or fewer steps",
                 )
-            self._given = iter(self._batches)
-        item = next(self._given, None)
+            self._items = iter(self._batches)
+        item = next(self._items, None)
         if item is None:
-            self._given = None
+            self._items = None
             return None
         batch = _batch(self._model, item)
         self.read_batches += 1
@@ -104,20 +84,16 @@ class TokenStream:
         return {
             "batches": self.read_batches,
             "checksum": self._checksum,
-            "between_epochs": self._given is None,
+            "between_epochs": self._items is None,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes to a place; the stream must be at its beginning.
-
-        Raises:
-            EmptySelectionError: The corpus ends before it.
-        """
+        """Goes to a place; the stream must be at its beginning."""
         assert self.read_batches == 0, "the stream has been read from"
         while self.read_batches < state["batches"]:
             self.read()
         if state["between_epochs"]:
-            self._given = None
+            self._items = None
 
 
 class _Padded:
@@ -130,18 +106,14 @@ class _Padded:
 
     def __iter__(self) -> Iterator[Rows]:
         for start in range(0, len(self.order), self.rows):
-            own = [self.pieces[i] for i in self.order[start : start + self.rows]]
-            tokens = torch.nn.utils.rnn.pad_sequence(own, True, self.filler)
-            length = torch.tensor([len(piece) for piece in own])
+            pieces = [self.pieces[i] for i in self.order[start : start + self.rows]]
+            tokens = torch.nn.utils.rnn.pad_sequence(pieces, True, self.filler)
+            length = torch.tensor([len(piece) for piece in pieces])
             yield Rows(tokens, torch.arange(tokens.shape[1]) < length[:, None])
 
 
-def _check_kind(corpus: Any) -> None:
-    """Refuses what is not a corpus, and the name of a file.
-
-    Raises:
-        ModelError: Something else.
-    """
+def _check_kind(corpus: object) -> None:
+    """Refuses what is not a corpus, and the name of a file."""
     is_file = isinstance(corpus, str) and _is_file(corpus)
     if is_file or isinstance(corpus, Path):
         raise ModelError(
@@ -161,23 +133,23 @@ def _is_file(text: str) -> bool:
         return False
 
 
-def _are_texts(corpus: Any) -> bool:
+def _are_texts(corpus: object) -> bool:
     return isinstance(corpus, Sequence) and all(isinstance(item, str) for item in corpus)
 
 
-def _are_rows(corpus: Any) -> bool:
+def _are_rows(corpus: object) -> bool:
     """Whether it is ids or conversations, all of them at hand, and not batches of ids."""
     if isinstance(corpus, Mapping) or hasattr(corpus, "__array__"):
         return True
     return isinstance(corpus, Sequence) and not any(map(_is_batch, corpus))
 
 
-def _is_batch(item: Any) -> bool:
+def _is_batch(item: object) -> bool:
     """An array or a tokenizer's output."""
     return hasattr(item, "__array__") or (isinstance(item, Mapping) and "input_ids" in item)
 
 
-def _pieces(model: HookedModel, corpus: Any, context: int) -> Sequence[torch.Tensor]:
+def _pieces(model: HookedModel, corpus: Corpus, context: int) -> Sequence[torch.Tensor]:
     """What is read as one piece: rows of ids as they are, texts cut to the context."""
     if not isinstance(corpus, str) and not _are_texts(corpus):
         return [row.cpu() for row in read_prompts(model, corpus).rows()]
@@ -193,15 +165,8 @@ def _pieces(model: HookedModel, corpus: Any, context: int) -> Sequence[torch.Ten
     return pieces
 
 
-def _batch(model: HookedModel, item: Any) -> Rows:
-    """A batch of token ids with a row axis, padding behind the end.
-
-    Raises:
-        EmptySelectionError: It has no tokens.
-        InputError: It holds something else.
-        ModelError: A row is longer than the model's context.
-        UnknownNameError: An id outside the vocabulary.
-    """
+def _batch(model: HookedModel, item: object) -> Rows:
+    """A batch of token ids with a row axis, padding behind the end."""
     if isinstance(item, Rows):
         return item
     if not _is_batch(item):

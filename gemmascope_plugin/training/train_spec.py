@@ -105,7 +105,7 @@ class TrainSpec:
     max_grad_norm: int | float = 1.0
     dead_features: DeadFeatures = "auxiliary"
     """What pulls features back that do not fire: the architecture's own loss, ghost gradients (kept for
-    comparison, see ``ghost.py``) or nothing."""
+    comparison, see ``objective.py``) or nothing."""
     dead_coefficient: int | float | None = None
     """Of that loss; None for the usual one of the architecture."""
     dead_after: int = 300
@@ -239,23 +239,19 @@ class TrainSpec:
 
 
 def check_keys(values: Mapping[str, Any]) -> None:
-    """Refuses keys that a spec does not have.
-
-    Raises:
-        UnknownNameError: With the nearest key.
-    """
+    """Refuses keys that a spec does not have."""
     if not isinstance(values, Mapping):
         raise InputError(
             f"{describe(values)} is not a training spec",
             fix='TrainSpec(d_sae=512, layer=12), or {"d_sae": 512, "layer": 12}',
         )
-    known = [f.name for f in fields(TrainSpec)]
+    keys = [f.name for f in fields(TrainSpec)]
     for key in values:
-        if key not in known:
+        if key not in keys:
             raise UnknownNameError(
                 f"A training spec has no key {key!r}",
-                exists=", ".join(known),
-                nearest=nearest(str(key), known),
+                exists=", ".join(keys),
+                nearest=nearest(str(key), keys),
                 fix="options={...} for further fields of the architecture's own config",
             )
 

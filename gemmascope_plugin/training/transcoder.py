@@ -57,11 +57,7 @@ class SkipTranscoderConfig(TranscoderConfig):
 
 
 class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
-    """A transcoder in training; with ``SkipTranscoderConfig`` it has an affine skip.
-
-    Args:
-        cfg: Its config.
-    """
+    """A transcoder in training; with ``SkipTranscoderConfig`` it has an affine skip."""
 
     cfg: TranscoderConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     W_skip: nn.Parameter | None

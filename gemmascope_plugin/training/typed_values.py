@@ -1,7 +1,7 @@
 """Are the values of a mapping of the types that a dataclass declares?
 
 1. Literals, numbers, text, booleans, tuples and mappings are compared with the annotation; an integer is
-   a float, as in Python, a boolean is no number.
+   a float, as in Python, a boolean is not a number.
 2. Lists become tuples, which is what JSON made of them.
 3. Text from a command line is read as JSON where it is JSON, else kept.
 
@@ -19,15 +19,7 @@ from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError, nearest,
 
 
 def check_types(owner: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, lists as tuples, integers as floats where only a float is declared.
-
-    Args:
-        owner: The dataclass.
-        values: Field name to value.
-
-    Raises:
-        GemmaScopeError: A value of another type; says which are possible.
-    """
+    """The values, lists as tuples, integers as floats where only a float is declared."""
     hints = get_type_hints(owner)
     result = {}
     for name, value in values.items():
@@ -48,14 +40,14 @@ def read_text(text: str) -> Any:
         return text
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _fits(value: object, hint: Any) -> bool:
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
         return value in inner
     if origin in (Union, types.UnionType):
-        return any(_fits(value, one) for one in inner)
+        return any(_fits(value, each) for each in inner)
     if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(one, inner[0]) for one in value)
+        return isinstance(value, tuple) and all(_fits(item, inner[0]) for item in value)
     plain = origin or hint
     if plain is int or plain is float:
         return type(value) is plain
@@ -70,5 +62,5 @@ def _wrong(name: str, value: object, hint: Any) -> GemmaScopeError:
             exists=shorten(options),
             nearest=nearest(str(value), options),
         )
-    wanted = str(hint).removeprefix("<class '").removesuffix("'>")
-    return GemmaScopeError(f"{name}={value!r} is of type {type(value).__name__}, not {wanted}")
+    type_name = str(hint).removeprefix("<class '").removesuffix("'>")
+    return GemmaScopeError(f"{name}={value!r} is of type {type(value).__name__}, not {type_name}")

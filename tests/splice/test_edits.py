@@ -324,7 +324,7 @@ def test_an_edit_that_only_touches_excluded_tokens_is_an_error(hooked2) -> None:
             torch.ones(7, dtype=torch.bool),
             r"mask of positions has shape \[1, 7\].*batch of 2 with 20",
         ),
-        (torch.ones(20), "float32 is no mask of positions"),
+        (torch.ones(20), "float32 is not a mask of positions"),
     ],
 )
 def test_positions_that_select_nothing_are_an_error(hooked2, positions, said: str) -> None:

@@ -16,7 +16,7 @@ from gemmascope_plugin.demo.build.corpus import make_corpus
 from gemmascope_plugin.errors import BadFileError, UnknownNameError
 from gemmascope_plugin.loading import load
 from gemmascope_plugin.splice import splice
-from gemmascope_plugin.training.activations import read_activations
+from gemmascope_plugin.training.forward_reader import read_activations
 from gemmascope_plugin.training.learner import Learner
 from tests.support.rounding import assert_rounded
 from tests.tiny_models import PAD_ID

@@ -15,9 +15,9 @@ import torch
 
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, MissingFileError
 from gemmascope_plugin.training import train_many
-from gemmascope_plugin.training.checkpoint import checkpoints
 from gemmascope_plugin.training.learner import Learner
 from gemmascope_plugin.training.objective import Objective
+from gemmascope_plugin.training.run_folder import checkpoints
 from tests.training.cases import corpus, run, same, spec
 
 ARCHITECTURES: list[dict[str, Any]] = [

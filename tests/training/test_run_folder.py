@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError
 from gemmascope_plugin.files.lock import FolderInUseError, folder_lock
 from gemmascope_plugin.training import ActivationStore, store_activations
-from gemmascope_plugin.training.checkpoint import _digest, load_checkpoint, save_checkpoint
 from gemmascope_plugin.training.run import Run
+from gemmascope_plugin.training.run_folder import _digest, load_checkpoint, save_checkpoint
 from tests.training.cases import corpus, run, same
 
 HOOK = "blocks.1.hook_resid_post"

@@ -264,15 +264,18 @@ def test_layer_norm_stays_in_the_dictionary_and_has_no_gemma_scope_form(hooked2,
     ("changes", "message"),
     [
         ({"options": {"jumprelu_tanh_scal": 2.0}}, "Did you mean 'jumprelu_tanh_scale'"),
-        ({"options": {"l0_coefficient": 2.0}}, "'l0_coefficient' is no option of"),
-        ({"architecture": "topk", "target_l0": 2.5}, "target_l0=2.5 is no number of features"),
-        ({"architecture": "matryoshka_batchtopk"}, r"levels=\(\) make no Matryoshka"),
-        ({"architecture": "tree"}, r"levels=\(\) make no tree"),
+        ({"options": {"l0_coefficient": 2.0}}, "'l0_coefficient' is not an option of"),
+        ({"architecture": "topk", "target_l0": 2.5}, "target_l0=2.5 is not a number of features"),
+        ({"architecture": "matryoshka_batchtopk"}, r"levels=\(\) do not make a Matryoshka"),
+        ({"architecture": "tree"}, r"levels=\(\) do not make a tree"),
         (
             {"architecture": "tree", "levels": [8, 24], "target_l0": 1},
             "target_l0=1 is too little for 2 layers",
         ),
-        ({"architecture": "soft_topk", "target_l0": 2.5}, "target_l0=2.5 is no number of features"),
+        (
+            {"architecture": "soft_topk", "target_l0": 2.5},
+            "target_l0=2.5 is not a number of features",
+        ),
         ({"architecture": "softsae", "target_l0": 13}, "k is 13.0, for 24 features"),
     ],
 )
@@ -399,6 +402,6 @@ def test_mistakes_come_before_work(hooked2, tmp_path) -> None:
         run(hooked2, spec(architecture="gatd"), run_dir=tmp_path / "r")
     with pytest.raises(EmptySelectionError, match="fewer than one batch of 1000"):
         run(hooked2, spec(batch=1000, bucket=1000), run_dir=tmp_path / "r")
-    with pytest.raises(UnknownNameError, match="is no option of"):
+    with pytest.raises(UnknownNameError, match="is not an option of"):
         run(hooked2, spec(options={"x": 1}), run_dir=tmp_path / "r")
     assert not (tmp_path / "r").exists()

@@ -93,7 +93,7 @@ def test_it_goes_on_bit_by_bit(hooked2, tmp_path, changes: dict) -> None:
         ({"dead_features": "ghost"}, "no pre-activations that ghost gradients"),
         ({"options": {"affine": True}}, "A crosscoder has no affine skip"),
         ({"site": "att"}, "A crosscoder reads the residual stream, not site='att'"),
-        ({"options": {"afine": True}}, "'afine' is no option.*Did you mean 'affine'"),
+        ({"options": {"afine": True}}, "'afine' is not an option.*Did you mean 'affine'"),
     ],
 )
 def test_what_cannot_be(hooked2, changes: dict, message: str) -> None:
