@@ -230,14 +230,14 @@ def refuse_bytes_and_sets(prompts: Any) -> None:
 
 def _rows(model: HookedModel, prompts: Any) -> list[Int[torch.Tensor, " _"]]:
     """The ids of every prompt, on the CPU."""
+    if getattr(prompts, "ndim", 0) or hasattr(prompts, "__array__"):
+        matrix = _integers(prompts)
+        return list(matrix if matrix.ndim == 2 else matrix[None])
     if isinstance(prompts, str) or is_chat(prompts):
         ids = text_ids(model, prompts)
         refuse_unknown_words(model, prompts, ids)
         return [ids]
     refuse_bytes_and_sets(prompts)
-    if getattr(prompts, "ndim", 0) or hasattr(prompts, "__array__"):
-        matrix = _integers(prompts)
-        return list(matrix if matrix.ndim == 2 else matrix[None])
     if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable) or prompts is model:
         raise _not_a_prompt(prompts)
     listed = list(prompts)

@@ -22,6 +22,7 @@ from jaxtyping import Float
 
 from gemmascope_plugin.errors import BadFileError, EmptySelectionError
 from gemmascope_plugin.training.transcoder import JumpReLUTrainingTranscoder, TranscoderConfig
+from gemmascope_plugin.types import SAE
 
 Params = dict[str, torch.Tensor]
 """``W_enc, W_dec, b_enc, b_dec, threshold`` in Gemma Scope's shapes and raw units."""
