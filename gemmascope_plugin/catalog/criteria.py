@@ -87,7 +87,7 @@ def _site_test(word: str, several: bool) -> Test:
 def layer(value: Any) -> Criterion:
     """A layer that the dictionary reads."""
     tests: list[tuple[object, Test]]
-    if isinstance(value, range):  # an interval: the part beyond the last layer is no mistake
+    if isinstance(value, range):  # an interval: the part beyond the last layer is not a mistake
         tests = [(value, lambda s: any(n in value for n in s.all_layers))]
     else:
         numbers = as_indices(value)

@@ -155,7 +155,7 @@ def _feature(spec: SaeSpec, text: str) -> tuple[int, str | None]:
         check_feature(index, spec.d_sae, spec.sae_id)
     elif not bundled:
         raise UnknownNameError(
-            f"--feature {text!r} is no number, and the features of {spec.model} have no labels here",
+            f"--feature {text!r} is not a number, and the features of {spec.model} have no labels here",
             exists=f"features 0 to {spec.d_sae - 1}; labels for {_BUNDLED} only",
             fix="--feature 219",
         )

@@ -237,7 +237,7 @@ def split_of(text: str | None, builtin: bool) -> Any:
     """The split that was typed, ``held_out`` by default; blanks may be of any kind.
 
     Raises:
-        TaskError: A split of prompts that are no built-in task.
+        TaskError: A split of prompts that are not a built-in task.
         UnknownNameError: No such split.
     """
     from gemmascope_plugin.causes.builtin import SPLITS

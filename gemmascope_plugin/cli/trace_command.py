@@ -229,7 +229,7 @@ def _options(targets: str | None, max_features: int | None, memory_budget: str) 
     Raises:
         EmptySelectionError: No features.
         TaskError: Targets that cannot be read.
-        UnknownNameError: The budget is no size.
+        UnknownNameError: The budget is not a size.
     """
     from gemmascope_plugin.sizes import parse_size
 
@@ -249,7 +249,7 @@ def _check_shares(thresholds: dict[str, float]) -> None:
         if not 0 < value <= 1:
             option = f"--{name.replace('_', '-')}"
             raise EmptySelectionError(
-                f"{option} {value} is no share", exists="shares above 0, up to 1"
+                f"{option} {value} is not a share", exists="shares above 0, up to 1"
             )
 
 

@@ -97,7 +97,7 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, sign, text = pair.partition("=")
         if not sign or not key:
-            raise GemmaScopeError(f"--set {pair!r} is no key=value", fix="--set lr=0.001")
+            raise GemmaScopeError(f"--set {pair!r} is not key=value", fix="--set lr=0.001")
         head, dot, option = key.partition(".")
         if head == "options" and dot:
             values.setdefault("options", {})[option] = read_text(text)

@@ -45,7 +45,7 @@ _SUITES: dict[str, dict[str, Any]] = {
     "skip-transcoder": {"site": "transcoder", "affine": True},
     "matryoshka": {"site": "res", "variant": "matryoshka"},
 }
-"""Words of ``TinySuite.load`` that are no site, as arguments of ``find``."""
+"""Words of ``TinySuite.load`` that are not sites, as arguments of ``find``."""
 
 
 class _Tasks(dict[str, Task]):

@@ -111,7 +111,7 @@ def probe_absorption(
 
     check_names(concepts, names)
     if not 0 <= min_probe_f1 <= 1:
-        raise ModelError(f"min_probe_f1={min_probe_f1} is no F1", exists="numbers from 0 to 1")
+        raise ModelError(f"min_probe_f1={min_probe_f1} is not an F1", exists="numbers from 0 to 1")
     text = corpus(model, tokens, exclude, batch)
     holds = kept_concepts(text, concepts)
     n = holds.sum(0)

@@ -4,7 +4,7 @@
    feature ends there.
 2. An edge is judged where the child is active on at least ``min_tokens`` tokens.
 3. Overlap of siblings (Tree SAE, arXiv 2605.07922, section 6.3): ``|A & B| / |A | B|`` of their token
-   sets, the mean over all pairs of children of one feature; children of the root are no siblings.
+   sets, the mean over all pairs of children of one feature; children of the root are not siblings.
 
 Cost: a pass over the features per level of depth; the overlap the meetings of siblings.
 """

@@ -3,7 +3,7 @@
 1. How to read a number: what was replaced by what, in which run.
 2. A heatmap of two axes; ranked bars of the largest effects of any other number.
 3. What came out, in two sentences, and the largest effects as a table, with standard errors over prompts
-   where the effects are no estimates.
+   where the effects are not estimates.
 4. The metadata.
 
 One file, as ``report_page.py`` makes them. Cost: about 5 MB per page, for the plotting library.
@@ -30,7 +30,7 @@ from gemmascope_plugin.pages.report_page import (
 MAX_BARS = 20
 """Bars of a figure."""
 NUMBERS = ("effect", "share", "se")
-"""Columns of ``top_frame`` that are no coordinates."""
+"""Columns of ``top_frame`` that are not coordinates."""
 _OTHER_RUN = {"noising": "corrupted", "denoising": "clean"}
 _INSERTED = {
     "other": "its value in the {} run",

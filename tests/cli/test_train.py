@@ -97,7 +97,7 @@ def test_the_example_of_the_help_works(tmp_path) -> None:
     ("arguments", "message"),
     [
         (("--set", "lrr=1"), "Did you mean 'lr'"),
-        (("--set", "lr"), "'lr' is no key=value"),
+        (("--set", "lr"), "'lr' is not key=value"),
         (("--set", "target_l0=65"), "target_l0=65 is out of range. There is: 64 features"),
         (("--architecture", "jumprelo"), "Did you mean 'jumprelu'"),
         (("--preset", "quik"), "Did you mean 'quick'"),
