@@ -108,7 +108,9 @@ def test_refusals(hooked2) -> None:
     sae = factories.residual(hooked2, 1)
     with pytest.raises(ModelError, match="2 names were given for 3 concepts"):
         probe_absorption(hooked2, sae, TOKENS, CONCEPTS, NAMES[:2])
-    with pytest.raises(ModelError, match="min_probe_f1=2 is not an F1. There is: numbers from 0 to 1"):
+    with pytest.raises(
+        ModelError, match="min_probe_f1=2 is not an F1. There is: numbers from 0 to 1"
+    ):
         probe_absorption(hooked2, sae, TOKENS, CONCEPTS, NAMES, min_probe_f1=2)
     with pytest.raises(EmptySelectionError, match="No concept holds on 9999 tokens"):
         probe_absorption(hooked2, sae, TOKENS, CONCEPTS, NAMES, min_tokens=9999)
