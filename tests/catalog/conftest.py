@@ -16,9 +16,9 @@ import yaml
 @pytest.fixture(scope="session")
 def saelens() -> dict[str, Any]:
     """Release to what SAELens' file says of it, read without importing SAELens."""
-    found = find_spec("sae_lens")
-    assert found is not None and found.submodule_search_locations
-    path = Path(found.submodule_search_locations[0]) / "pretrained_saes.yaml"
+    package = find_spec("sae_lens")
+    assert package is not None and package.submodule_search_locations
+    path = Path(package.submodule_search_locations[0]) / "pretrained_saes.yaml"
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
 

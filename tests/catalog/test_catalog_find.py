@@ -54,8 +54,8 @@ def test_l0_exact_canonical_nearest_and_range() -> None:
 
 
 def test_nearest_l0_takes_one_per_layer_and_width_and_the_sparser_of_a_tie() -> None:
-    found = find(model="2b", site="att", width="16k", l0="nearest:80")
-    assert [s.layer for s in found] == list(range(26))
+    specs = find(model="2b", site="att", width="16k", l0="nearest:80")
+    assert [s.layer for s in specs] == list(range(26))
     assert find(**RES_20, width="16k", l0="nearest:30").one().l0 == 22
 
 
@@ -91,9 +91,9 @@ def test_gemma_scope_2_by_label_affine_variant_and_provenance() -> None:
 
 
 def test_a_crosscoder_has_all_of_its_layers_and_hooks() -> None:
-    found = find(model="1b-it", kind="crosscoder", layer=17)
-    assert found == find(model="1b-it", site="crosscoders", hook_in="blocks.22.hook_resid_post")
-    assert found == find(layers=(7, 13, 17, 22), model="1b-it") and len(found) == 8
+    specs = find(model="1b-it", kind="crosscoder", layer=17)
+    assert specs == find(model="1b-it", site="crosscoders", hook_in="blocks.22.hook_resid_post")
+    assert specs == find(layers=(7, 13, 17, 22), model="1b-it") and len(specs) == 8
     with pytest.raises(UnknownNameError, match=r"layer 7, 13, 17, 22 \(the rest as given\)"):
         find(model="1b-it", kind="crosscoder", layer=8)
 
@@ -127,13 +127,13 @@ def test_gemma_scope_comes_first_and_residual_before_attention_mlp_transcoders()
 def test_canonical_is_one_per_layer_and_width(model: str) -> None:
     for site, affine in (("res", None), ("att", None), ("mlp", None), ("transcoder", False)):
         try:
-            found = find(model=model, site=site, l0="canonical", kind=_kind(site), affine=affine)
+            specs = find(model=model, site=site, l0="canonical", kind=_kind(site), affine=affine)
         except UnknownNameError:
             assert model in ("2b", "9b", "9b-it")  # no canonical ones at this site
             continue
-        assert len({(s.layer, s.width) for s in found}) == len(found)
-        assert all("gemma-scope" in s.release for s in found)
-        assert [s.layer for s in found] == sorted(s.layer for s in found)
+        assert len({(s.layer, s.width) for s in specs}) == len(specs)
+        assert all("gemma-scope" in s.release for s in specs)
+        assert [s.layer for s in specs] == sorted(s.layer for s in specs)
 
 
 def _kind(site: str) -> str:
@@ -141,15 +141,15 @@ def _kind(site: str) -> str:
 
 
 def test_canonical_prefers_the_suite_of_the_chosen_layers() -> None:
-    found = find(model="1b", site="res", width="16k", l0="canonical")
-    assert [s.layer for s in found] == list(range(26))
-    assert [s.layer for s in found if s.variant is None] == [7, 13, 17, 22]
+    specs = find(model="1b", site="res", width="16k", l0="canonical")
+    assert [s.layer for s in specs] == list(range(26))
+    assert [s.layer for s in specs if s.variant is None] == [7, 13, 17, 22]
     everything = find(model="1b", site="res", width="16k", l0="canonical", variant=["plain", "all"])
     assert len(everything) == 30
 
 
 @pytest.mark.parametrize(
-    ("given", "model"),
+    ("text", "model"),
     [
         ("gemma-3-4b-it", "gemma-3-4b-it"),
         ("4b-it", "gemma-3-4b-it"),
@@ -165,8 +165,8 @@ def test_canonical_prefers_the_suite_of_the_chosen_layers() -> None:
         ("openai-community/gpt2", "gpt2-small"),
     ],
 )
-def test_models_by_their_names(given: str, model: str) -> None:
-    assert {s.model for s in find(model=given)} == {model}
+def test_models_by_their_names(text: str, model: str) -> None:
+    assert {s.model for s in find(model=text)} == {model}
 
 
 @pytest.mark.parametrize("word", ["27b", "27b-pt"])
@@ -315,18 +315,18 @@ def test_one_says_which_argument_tells_the_matches_apart() -> None:
 
 
 def test_a_list_shows_itself_as_text_html_and_frame() -> None:
-    found = find(**RES_20)
-    assert isinstance(found[:3], SpecList) and len(found[:3]) == 3
-    assert found[:3] == SpecList(list(found)[:3]) and hash(found[:3]) == hash(SpecList(found[:3]))
-    lines = repr(found).splitlines()
+    specs = find(**RES_20)
+    assert isinstance(specs[:3], SpecList) and len(specs[:3]) == 3
+    assert specs[:3] == SpecList(list(specs)[:3]) and hash(specs[:3]) == hash(SpecList(specs[:3]))
+    lines = repr(specs).splitlines()
     assert lines[0].split() == [
         *("release", "id", "kind", "site", "layer", "width", "l0", "canonical", "size"),
         "provenance",
     ]
     assert lines[3].split()[-5:] == ["71", "*", "302.1", "MB", "listed"]
     assert repr(find(model="2b")).endswith(" dictionaries, 902 more not shown")
-    frame = found.to_frame()
-    assert list(frame["l0"])[:5] == [22, 38, 71, 139, 294] and frame.shape[0] == len(found)
+    frame = specs.to_frame()
+    assert list(frame["l0"])[:5] == [22, 38, 71, 139, 294] and frame.shape[0] == len(specs)
     html = find(model="2b")._repr_html_()
     assert len(html) < 100_000 and "912 dictionaries, 862 more not shown" in html
     assert "<script" not in html and "http" not in html

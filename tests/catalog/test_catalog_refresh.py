@@ -61,8 +61,8 @@ def test_what_is_there_becomes_listed(hub: dict[str, object], home: Path) -> Non
     assert all(s.provenance == "listed" for s in find(model="gemma-3-27b-pt"))
     assert len(find(model="gemma-3-27b-pt")) == 1444
     assert "653" in repr(report) and "653" in report._repr_html_()
-    kept = json.loads(report.path.read_text())["repositories"][PT_27B]
-    assert (kept["missing"], kept["added"]) == ([], [])
+    row = json.loads(report.path.read_text())["repositories"][PT_27B]
+    assert (row["missing"], row["added"]) == ([], [])
     assert report.path.stat().st_size < 1000
 
 
@@ -139,9 +139,9 @@ def test_what_another_process_lists_meanwhile_is_kept(
     other = manifest.Listing(listed_at="2026-01-01T00:00:00+00:00", missing=("x",))
     at_once = manifest.update
 
-    def late(found: dict[str, manifest.Listing]) -> Path:
+    def late(additions: dict[str, manifest.Listing]) -> Path:
         at_once({PT_27B: other})  # the other one was quicker
-        return at_once(found)
+        return at_once(additions)
 
     monkeypatch.setattr(manifest, "update", late)
     refresh(repos=[IT_270M], progress=False)

@@ -8,12 +8,12 @@ from gemmascope_plugin.catalog.community import MATRYOSHKAS, TREE_RELEASE
 
 @pytest.mark.parametrize("release", MATRYOSHKAS)
 def test_matryoshka_rows_are_those_of_saelens(release: str, saelens: dict) -> None:
-    theirs, specs = saelens[release], tables.specs_of(release)
-    assert [s.repo_id for s in specs] == [theirs["repo_id"]] * len(theirs["saes"])
-    assert {s.model for s in specs} == {theirs["model"].removeprefix("google/")}
-    for spec, row in zip(specs, theirs["saes"], strict=True):
-        ours = (spec.sae_id, spec.path, spec.l0, spec.neuronpedia_id)
-        assert ours == (row["id"], row["path"], row["l0"], row.get("neuronpedia"))
+    listing, specs = saelens[release], tables.specs_of(release)
+    assert [s.repo_id for s in specs] == [listing["repo_id"]] * len(listing["saes"])
+    assert {s.model for s in specs} == {listing["model"].removeprefix("google/")}
+    for spec, row in zip(specs, listing["saes"], strict=True):
+        values = (spec.sae_id, spec.path, spec.l0, spec.neuronpedia_id)
+        assert values == (row["id"], row["path"], row["l0"], row.get("neuronpedia"))
 
 
 def test_matryoshkas_know_their_prefixes_and_layout() -> None:

@@ -55,15 +55,15 @@ def test_the_suite_is_complete() -> None:
 
 @pytest.mark.parametrize("release", COUNTS)
 def test_rows_are_those_of_saelens_with_its_faults_corrected(release: str, saelens: dict) -> None:
-    theirs, specs = saelens[release], tables.specs_of(release)
-    ours = {s.sae_id: s for s in specs}
-    assert {i: s.path for i, s in ours.items()} == {r["id"]: r["path"] for r in theirs["saes"]}
-    assert {s.repo_id for s in specs} == {theirs["repo_id"]}
+    listing, specs = saelens[release], tables.specs_of(release)
+    by_id = {s.sae_id: s for s in specs}
+    assert {i: s.path for i, s in by_id.items()} == {r["id"]: r["path"] for r in listing["saes"]}
+    assert {s.repo_id for s in specs} == {listing["repo_id"]}
     # SAELens calls the model of the instruction-tuned residual release gemma-2-9b.
-    model = "gemma-2-9b-it" if "9b-it" in release else theirs["model"]
+    model = "gemma-2-9b-it" if "9b-it" in release else listing["model"]
     assert {s.model for s in specs} == {model}
-    for row in theirs["saes"]:
-        spec = ours[row["id"]]
+    for row in listing["saes"]:
+        spec = by_id[row["id"]]
         if (release, row["id"]) != (
             "gemma-scope-9b-pt-res-canonical",
             "layer_20/width_524k/canonical",
@@ -82,12 +82,12 @@ def test_rows_are_those_of_saelens_with_its_faults_corrected(release: str, saele
 
 def test_as_many_pages_as_saelens_has_but_for_the_wrong_ones(saelens: dict) -> None:
     pages = {s.neuronpedia_id for r in COUNTS for s in tables.specs_of(r) if s.neuronpedia_id}
-    theirs = {row.get("neuronpedia") for r in COUNTS for row in saelens[r]["saes"]} - {None}
-    assert theirs - pages == {
+    listing = {row.get("neuronpedia") for r in COUNTS for row in saelens[r]["saes"]} - {None}
+    assert listing - pages == {
         "gemma-2-9b/20-gemmascope-res-131k__l0-10",
         "gemma-2-9b/20-gemmascope-res-131k__l0-12",
     }
-    assert pages <= theirs
+    assert pages <= listing
 
 
 def by_layer_and_width() -> dict[tuple[object, ...], list[SaeSpec]]:

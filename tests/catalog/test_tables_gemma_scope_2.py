@@ -51,20 +51,20 @@ def test_the_suite_is_complete() -> None:
 
 
 def test_ids_paths_l0_and_pages_are_those_of_saelens(saelens: dict) -> None:
-    theirs = {name: row for name, row in saelens.items() if name.startswith("gemma-scope-2-")}
-    assert len(theirs) == 75 and set(theirs) <= set(releases())
+    listings = {name: row for name, row in saelens.items() if name.startswith("gemma-scope-2-")}
+    assert len(listings) == 75 and set(listings) <= set(releases())
     seen = 0
-    for release, row in theirs.items():
-        ours = {s.sae_id: s for s in tables.specs_of(release)}
-        assert {s.repo_id for s in ours.values()} == {row["repo_id"]}
-        assert {f"google/{s.model}" for s in ours.values()} == {row["model"]}
+    for release, row in listings.items():
+        by_id = {s.sae_id: s for s in tables.specs_of(release)}
+        assert {s.repo_id for s in by_id.values()} == {row["repo_id"]}
+        assert {f"google/{s.model}" for s in by_id.values()} == {row["model"]}
         for entry in row["saes"]:
-            spec = ours.pop(entry["id"])
+            spec = by_id.pop(entry["id"])
             assert spec.path == entry["path"] and spec.provenance == "listed"
             assert spec.l0 == entry["l0"] and spec.l0_is == "target"
             assert spec.neuronpedia_id == entry.get("neuronpedia")
             seen += 1
-        assert {s.provenance for s in ours.values()} <= {"derived"}
+        assert {s.provenance for s in by_id.values()} <= {"derived"}
     assert seen == 8784
 
 

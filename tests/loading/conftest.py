@@ -22,8 +22,8 @@ class Suite:
     specs: dict[str, SaeSpec]
 
     def file(self, name: str) -> Path:
-        found = self.specs[name]
-        return self.assets / found.release / found.filename
+        sae_spec = self.specs[name]
+        return self.assets / sae_spec.release / sae_spec.filename
 
 
 @pytest.fixture(autouse=True)

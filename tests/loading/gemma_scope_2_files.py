@@ -41,35 +41,35 @@ HF_HOOKS = {
 }
 
 
-def single_config(one: SaeSpec) -> dict:
-    read, written = HF_HOOKS["transcoder" if one.kind == "transcoder" else one.site]
+def single_config(sae_spec: SaeSpec) -> dict:
+    read, written = HF_HOOKS["transcoder" if sae_spec.kind == "transcoder" else sae_spec.site]
     return {
-        "hf_hook_point_in": f"model.layers.{one.layer}.{read}",
-        "hf_hook_point_out": f"model.layers.{one.layer}.{written}",
-        "width": one.d_sae,
-        "model_name": one.model.replace("gemma-3", "gemma-v3"),
+        "hf_hook_point_in": f"model.layers.{sae_spec.layer}.{read}",
+        "hf_hook_point_out": f"model.layers.{sae_spec.layer}.{written}",
+        "width": sae_spec.d_sae,
+        "model_name": sae_spec.model.replace("gemma-3", "gemma-v3"),
         "architecture": "jump_relu",
         "l0": 10,
-        "affine_connection": one.affine,
-        "type": one.kind,
+        "affine_connection": sae_spec.affine,
+        "type": sae_spec.kind,
     }
 
 
-def put(folder: Path, one: SaeSpec, values: dict, config: dict | None) -> Path:
+def put(folder: Path, sae_spec: SaeSpec, values: dict, config: dict | None) -> Path:
     """Write one parameter file and its config where a mirror of the repository has them."""
-    path = folder / one.filename
+    path = folder / sae_spec.filename
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: np.ascontiguousarray(v) for k, v in values.items()}, path)
     if config is not None:
-        (folder / one.config_filename).write_text(json.dumps(config))
+        (folder / sae_spec.config_filename).write_text(json.dumps(config))
     return path
 
 
-def put_single(folder: Path, one: SaeSpec, **changes) -> Path:
-    values = lower(arrays(one.d_in, one.d_sae, one.d_out))
-    if one.affine:
-        values["affine_skip_connection"] = skip(one.d_in)
-    return put(folder, one, values, {**single_config(one), **changes})
+def put_single(folder: Path, sae_spec: SaeSpec, **changes) -> Path:
+    values = lower(arrays(sae_spec.d_in, sae_spec.d_sae, sae_spec.d_out))
+    if sae_spec.affine:
+        values["affine_skip_connection"] = skip(sae_spec.d_in)
+    return put(folder, sae_spec, values, {**single_config(sae_spec), **changes})
 
 
 N_LAYERS, D, F = 3, 6, 10
@@ -114,21 +114,25 @@ def multi_arrays(position: int, affine: bool = False) -> dict[str, np.ndarray]:
     return {k: v.astype(np.float32) for k, v in values.items()}
 
 
-def put_multi(folder: Path, one: SaeSpec, **changes) -> list[dict[str, np.ndarray]]:
+def put_multi(folder: Path, sae_spec: SaeSpec, **changes) -> list[dict[str, np.ndarray]]:
     """Write all files of a crosscoder or CLT; gives back their arrays."""
-    ends = ("output", "output") if one.kind == "crosscoder" else HF_HOOKS["transcoder"]
-    layers = "{" + ",".join(map(str, one.layers)) + "}" if one.kind == "crosscoder" else "{all}"
+    ends = ("output", "output") if sae_spec.kind == "crosscoder" else HF_HOOKS["transcoder"]
+    layers = (
+        "{" + ",".join(map(str, sae_spec.layers)) + "}"
+        if sae_spec.kind == "crosscoder"
+        else "{all}"
+    )
     config = {
-        **single_config(replace(one, kind="sae", site="res")),
+        **single_config(replace(sae_spec, kind="sae", site="res")),
         "hf_hook_point_in": f"model.layers.{layers}.{ends[0]}",
         "hf_hook_point_out": f"model.layers.{layers}.{ends[1]}",
-        "type": one.kind,
+        "type": sae_spec.kind,
         **changes,
     }
-    every = [multi_arrays(position, one.affine) for position in range(N_LAYERS)]
-    (folder / one.path).mkdir(parents=True, exist_ok=True)
-    (folder / one.config_filename).write_text(json.dumps(config))
-    for name, values in zip(one.filenames, every, strict=True):
+    every = [multi_arrays(position, sae_spec.affine) for position in range(N_LAYERS)]
+    (folder / sae_spec.path).mkdir(parents=True, exist_ok=True)
+    (folder / sae_spec.config_filename).write_text(json.dumps(config))
+    for name, values in zip(sae_spec.filenames, every, strict=True):
         save_file(values, folder / name)
     return every
 
@@ -161,15 +165,15 @@ def tree_arrays() -> dict[str, np.ndarray]:
     }
 
 
-def put_tree(folder: Path, one: SaeSpec, *, values: dict | None = None, **changes) -> Path:
+def put_tree(folder: Path, sae_spec: SaeSpec, *, values: dict | None = None, **changes) -> Path:
     config = {
         "type": "tree_sae",
         "d_in": D_IN,
-        "hook_name": one.hook_in,
+        "hook_name": sae_spec.hook_in,
         "features_per_layer": list(TREE_SIZES),
         "k_per_layer": list(TREE_K),
         "dead_threshold": 10_000_000,
         "standardize": True,
         **changes,
     }
-    return put(folder, one, tree_arrays() if values is None else values, config)
+    return put(folder, sae_spec, tree_arrays() if values is None else values, config)

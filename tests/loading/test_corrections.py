@@ -37,12 +37,12 @@ def cached(hub_cache, tmp_path, monkeypatch):
     from sae_lens.loading import pretrained_sae_loaders
 
     def put(release: str, sae_id: str, *, header: bool = True):
-        one = next(spec for spec in find(release=release) if spec.sae_id == sae_id)
+        sae_spec = next(spec for spec in find(release=release) if spec.sae_id == sae_id)
         commit = f"{4:040d}"
-        repo = tmp_path / "hub" / f"models--{one.repo_id.replace('/', '--')}"
+        repo = tmp_path / "hub" / f"models--{sae_spec.repo_id.replace('/', '--')}"
         (repo / "refs").mkdir(parents=True, exist_ok=True)
         (repo / "refs" / "main").write_text(commit)
-        path = put_single(repo / "snapshots" / commit, one)
+        path = put_single(repo / "snapshots" / commit, sae_spec)
 
         def shapes(repo_id, filename):
             assert filename.endswith("params.safetensors")
@@ -50,7 +50,7 @@ def cached(hub_cache, tmp_path, monkeypatch):
 
         if header:
             monkeypatch.setattr(pretrained_sae_loaders, "get_safetensors_tensor_shapes", shapes)
-        return one
+        return sae_spec
 
     return put
 
@@ -66,13 +66,13 @@ def from_pretrained(release: str, sae_id: str):
 
 
 def test_transcoders_read_the_norms_output_and_not_the_residual_stream(stock, cached) -> None:
-    one = cached(*AFFINE)
+    sae_spec = cached(*AFFINE)
     before = from_pretrained(*AFFINE).cfg.metadata
     assert before.hook_name == "blocks.3.hook_mlp_in"  # un-normalised, and off by default
     assert before.model_from_pretrained_kwargs is None
     register()
     after = from_pretrained(*AFFINE).cfg.metadata
-    assert (after.hook_name, after.hook_name_out) == ("blocks.3.mlp.hook_in", one.hook_out)
+    assert (after.hook_name, after.hook_name_out) == ("blocks.3.mlp.hook_in", sae_spec.hook_out)
     assert after.model_from_pretrained_kwargs == {"fold_ln": False}
 
 
@@ -89,30 +89,35 @@ def test_every_transcoder_that_saelens_lists_gets_its_hook(stock) -> None:
     ]
     assert len(rows) == 3576
     for key in rows:
-        one = specs[key]
-        assert one.hook_in == f"blocks.{one.layer}.mlp.hook_in" and one.gain == "with"
+        sae_spec = specs[key]
+        assert (
+            sae_spec.hook_in == f"blocks.{sae_spec.layer}.mlp.hook_in" and sae_spec.gain == "with"
+        )
 
 
 def test_the_skip_keeps_its_orientation(stock, cached) -> None:
-    one = cached(*AFFINE)
+    sae_spec = cached(*AFFINE)
     register()
-    sae, ours = from_pretrained(*AFFINE), load(one)
-    a = torch.from_numpy(skip(one.d_in))
-    x = torch.randn(4, one.d_in, generator=torch.Generator().manual_seed(0))
-    p = {n: torch.from_numpy(v) for n, v in arrays(one.d_in, one.d_sae, one.d_out).items()}
+    sae, sliced = from_pretrained(*AFFINE), load(sae_spec)
+    a = torch.from_numpy(skip(sae_spec.d_in))
+    x = torch.randn(4, sae_spec.d_in, generator=torch.Generator().manual_seed(0))
+    p = {
+        n: torch.from_numpy(v)
+        for n, v in arrays(sae_spec.d_in, sae_spec.d_sae, sae_spec.d_out).items()
+    }
     pre = x @ p["W_enc"] + p["b_enc"]
     plain = (pre * (pre > p["threshold"])) @ p["W_dec"] + p["b_dec"]
-    for each in (sae, ours):
+    for each in (sae, sliced):
         torch.testing.assert_close(each(x), plain + x @ a, rtol=1e-3, atol=1e-2)
         assert not torch.allclose(each(x), plain + x @ a.T, rtol=1e-3, atol=1)
         # encode and decode alone, which is what SAELens' splice calls, lose the skip
         torch.testing.assert_close(each.decode(each.encode(x)), plain, rtol=1e-3, atol=1e-2)
-    assert sae.W_skip.is_contiguous() and spec_of(sae) == one
+    assert sae.W_skip.is_contiguous() and spec_of(sae) == sae_spec
 
 
 def test_attention_dictionaries_take_the_heads_of_hook_z(stock, cached) -> None:
-    one = cached(*ATTENTION)
-    z = torch.randn(1, 3, 4, one.d_in // 4, generator=torch.Generator().manual_seed(0))
+    sae_spec = cached(*ATTENTION)
+    z = torch.randn(1, 3, 4, sae_spec.d_in // 4, generator=torch.Generator().manual_seed(0))
     before = from_pretrained(*ATTENTION)
     with pytest.raises(RuntimeError, match="size of tensor a"):
         before.encode(z)
@@ -130,11 +135,11 @@ def test_cached_files_load_offline(stock, cached, monkeypatch) -> None:
         raise requests.ConnectionError("no network in tests")
 
     monkeypatch.setattr(pretrained_sae_loaders, "_get_with_rate_limit_retry", no_network)
-    one = cached(*ATTENTION, header=False)
+    sae_spec = cached(*ATTENTION, header=False)
     with pytest.raises(requests.ConnectionError):
         from_pretrained(*ATTENTION)
     register()
-    assert spec_of(from_pretrained(*ATTENTION)) == one
+    assert spec_of(from_pretrained(*ATTENTION)) == sae_spec
 
 
 def test_crosscoders_and_clts_are_listed_and_say_how_to_load_them(stock) -> None:
@@ -150,16 +155,18 @@ def test_saelens_cannot_reconstruct_with_a_clt_and_we_can(tmp_path) -> None:
     """SAELens' branch for CLT files adds the decoders of all output layers up."""
     from gemma_scope_2_files import multi_spec, put_multi
 
-    one = multi_spec("clt")
-    files = put_multi(tmp_path, one)
-    clt = load(one, local_dir=tmp_path)
-    x = [torch.randn(2, one.d_in, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    sae_spec = multi_spec("clt")
+    files = put_multi(tmp_path, sae_spec)
+    clt = load(sae_spec, local_dir=tmp_path)
+    x = [
+        torch.randn(2, sae_spec.d_in, generator=torch.Generator().manual_seed(i)) for i in range(3)
+    ]
     f = clt.encode_layer(0, x[0])
     w_dec = torch.from_numpy(files[0]["w_dec"])
-    theirs = f @ w_dec.sum(dim=1) + torch.from_numpy(files[0]["b_dec"])
-    ours = f @ w_dec[:, 0] + torch.from_numpy(files[0]["b_dec"])
-    torch.testing.assert_close(clt(x)[0], ours)
-    assert not torch.allclose(theirs, ours, atol=0.1)
+    summed = f @ w_dec.sum(dim=1) + torch.from_numpy(files[0]["b_dec"])
+    sliced = f @ w_dec[:, 0] + torch.from_numpy(files[0]["b_dec"])
+    torch.testing.assert_close(clt(x)[0], sliced)
+    assert not torch.allclose(summed, sliced, atol=0.1)
 
 
 def test_a_moved_field_is_named(monkeypatch) -> None:
@@ -181,11 +188,11 @@ def test_a_moved_field_is_named(monkeypatch) -> None:
 def test_the_specs_of_folders_survive(tmp_path) -> None:
     from gemma_scope_2_files import single_spec
 
-    one = single_spec("transcoder", "mlp", l0=None, levels=(8, 24))
-    put_single(tmp_path, one)
-    sae = load(one, local_dir=tmp_path)
-    assert spec_of(sae) == one and list(sae.cfg.metadata.levels) == [8, 24]
-    assert spec_of(sae) != replace(one, levels=())
+    sae_spec = single_spec("transcoder", "mlp", l0=None, levels=(8, 24))
+    put_single(tmp_path, sae_spec)
+    sae = load(sae_spec, local_dir=tmp_path)
+    assert spec_of(sae) == sae_spec and list(sae.cfg.metadata.levels) == [8, 24]
+    assert spec_of(sae) != replace(sae_spec, levels=())
 
 
 def test_every_row_of_the_readme_has_its_test() -> None:

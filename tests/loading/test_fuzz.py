@@ -30,8 +30,8 @@ MEMORY = 8_000_000
 """More than any of these files; the buffer for checking values is in it."""
 
 
-def put_npz(folder, one) -> None:
-    save(folder / one.filename, compress=True, **arrays())
+def put_npz(folder, sae_spec) -> None:
+    save(folder / sae_spec.filename, compress=True, **arrays())
 
 
 LAYOUTS = {
@@ -46,9 +46,9 @@ LAYOUTS = {
 def libraries(tmp_path_factory) -> None:
     """Everything is imported before memory is watched: modules are not what a file costs."""
     for name, (make, put) in LAYOUTS.items():
-        folder, one = tmp_path_factory.mktemp(name), make()
-        put(folder, one)
-        load(one, local_dir=folder)
+        folder, sae_spec = tmp_path_factory.mktemp(name), make()
+        put(folder, sae_spec)
+        load(sae_spec, local_dir=folder)
 
 
 def damage(path, how) -> None:
@@ -59,11 +59,11 @@ def damage(path, how) -> None:
     path.write_bytes(data if cut is None else data[: int(cut * len(data))])
 
 
-def attempt(one, folder):
+def attempt(sae_spec, folder):
     """The dictionary or None; anything but our errors is a failure."""
     tracemalloc.start()
     try:
-        made = load(one, local_dir=folder, check=True)
+        made = load(sae_spec, local_dir=folder, check=True)
     except GemmaScopeError:
         made = None
     finally:
@@ -78,12 +78,12 @@ def attempt(one, folder):
 @given(how=DAMAGE)
 def test_damaged_parameters(tmp_path, layout: str, how) -> None:
     make, put = LAYOUTS[layout]
-    one = make()
-    put(tmp_path, one)
-    damage(tmp_path / one.filename, how)
-    made = attempt(one, tmp_path)
+    sae_spec = make()
+    put(tmp_path, sae_spec)
+    damage(tmp_path / sae_spec.filename, how)
+    made = attempt(sae_spec, tmp_path)
     if made is not None and layout in ("npz", "single"):
-        assert tuple(made.W_enc.shape) == (one.d_in, one.d_sae)
+        assert tuple(made.W_enc.shape) == (sae_spec.d_in, sae_spec.d_sae)
         assert all(bool(torch.isfinite(p).all()) for p in made.parameters())
 
 
@@ -92,10 +92,10 @@ def test_damaged_parameters(tmp_path, layout: str, how) -> None:
 @given(how=DAMAGE)
 def test_damaged_configs(tmp_path, layout: str, how) -> None:
     make, put = LAYOUTS[layout]
-    one = make()
-    put(tmp_path, one)
-    damage(tmp_path / one.config_filename, how)
-    attempt(one, tmp_path)
+    sae_spec = make()
+    put(tmp_path, sae_spec)
+    damage(tmp_path / sae_spec.config_filename, how)
+    attempt(sae_spec, tmp_path)
 
 
 JSON = st.recursive(
@@ -110,13 +110,13 @@ JSON = st.recursive(
 @given(data=st.data())
 def test_configs_of_the_wrong_types(tmp_path, layout: str, data) -> None:
     make, put = LAYOUTS[layout]
-    one = make()
-    put(tmp_path, one)
-    path = tmp_path / one.config_filename
+    sae_spec = make()
+    put(tmp_path, sae_spec)
+    path = tmp_path / sae_spec.config_filename
     content = json.loads(path.read_text())
     content[data.draw(st.sampled_from(sorted(content)))] = data.draw(JSON)
     path.write_text(json.dumps(content))
-    attempt(one, tmp_path)
+    attempt(sae_spec, tmp_path)
 
 
 ARRAYS = st.tuples(
@@ -128,12 +128,12 @@ ARRAYS = st.tuples(
 @FAST
 @given(name=st.sampled_from(["w_enc", "w_dec", "b_enc", "threshold", "other"]), array=ARRAYS)
 def test_wrong_types_and_ranks(tmp_path, name: str, array) -> None:
-    one = single_spec()
-    path = put_single(tmp_path, one)
+    sae_spec = single_spec()
+    path = put_single(tmp_path, sae_spec)
     values = {("w" + k[1:] if k[:2] == "W_" else k): v for k, v in arrays().items()}
     values[name] = np.ones(array[1], array[0])
     save_file(values, path)
-    assert attempt(one, tmp_path) is None
+    assert attempt(sae_spec, tmp_path) is None
 
 
 def test_objects_are_never_unpickled(tmp_path) -> None:
@@ -143,10 +143,10 @@ def test_objects_are_never_unpickled(tmp_path) -> None:
         def __reduce__(self):
             return open, (str(ran), "w")
 
-    one = spec(repo_id="google/x")
-    path = tmp_path / one.filename
+    sae_spec = spec(repo_id="google/x")
+    path = tmp_path / sae_spec.filename
     path.parent.mkdir(parents=True)
     for compress in (np.savez, np.savez_compressed):
         compress(path, **{**arrays(), "W_enc": np.array([Evil()], dtype=object)})
-        assert attempt(one, tmp_path) is None
+        assert attempt(sae_spec, tmp_path) is None
     assert not ran.exists()

@@ -29,22 +29,22 @@ def formula(inputs: torch.Tensor, affine: bool = False) -> tuple[torch.Tensor, t
 def test_it_computes_jumprelu(tmp_path, kind: str) -> None:
     from sae_lens import JumpReLUSAE, JumpReLUTranscoder
 
-    one = single_spec(kind, "mlp")
-    put_single(tmp_path, one)
-    sae = load(one, local_dir=tmp_path)
+    sae_spec = single_spec(kind, "mlp")
+    put_single(tmp_path, sae_spec)
+    sae = load(sae_spec, local_dir=tmp_path)
     assert type(sae) is {"sae": JumpReLUSAE, "transcoder": JumpReLUTranscoder}[kind]
     acts, out = formula(x(5, D_IN))
     torch.testing.assert_close(sae.encode(x(5, D_IN)), acts)
     torch.testing.assert_close(sae(x(5, D_IN)), out)
-    assert spec_of(sae) == one and not any(p.requires_grad for p in sae.parameters())
+    assert spec_of(sae) == sae_spec and not any(p.requires_grad for p in sae.parameters())
 
 
 def test_the_skip_is_x_times_the_stored_matrix_and_not_its_transpose(tmp_path) -> None:
     from sae_lens import SAE, JumpReLUSkipTranscoder
 
-    one = single_spec("transcoder", "mlp", affine=True)
-    put_single(tmp_path, one)
-    sae = load(one, local_dir=tmp_path)
+    sae_spec = single_spec("transcoder", "mlp", affine=True)
+    put_single(tmp_path, sae_spec)
+    sae = load(sae_spec, local_dir=tmp_path)
     assert type(sae) is JumpReLUSkipTranscoder
     _, out = formula(x(5, D_IN), affine=True)
     torch.testing.assert_close(sae(x(5, D_IN)), out)
@@ -80,9 +80,9 @@ def test_metadata_says_where_it_belongs(tmp_path) -> None:
 
 
 def test_bfloat16_and_a_folder_of_ones_own(tmp_path) -> None:
-    one = single_spec()
-    path = put_single(tmp_path, one)
-    half = load(one, local_dir=tmp_path, dtype=torch.bfloat16)
+    sae_spec = single_spec()
+    path = put_single(tmp_path, sae_spec)
+    half = load(sae_spec, local_dir=tmp_path, dtype=torch.bfloat16)
     assert torch.equal(half.W_enc, torch.from_numpy(arrays()["W_enc"]).bfloat16())
     path.with_name("config.json").unlink()  # some folders were published without
     made = SaeSpec.from_folder(path.parent, model="mine", site="res", layer=3)
@@ -102,10 +102,10 @@ def test_bfloat16_and_a_folder_of_ones_own(tmp_path) -> None:
     ],
 )
 def test_a_config_that_contradicts_the_spec(tmp_path, field, value, message) -> None:
-    one = single_spec()
-    put_single(tmp_path, one, **{field: value})
+    sae_spec = single_spec()
+    put_single(tmp_path, sae_spec, **{field: value})
     with pytest.raises(BadFileError) as error:
-        load(one, local_dir=tmp_path)
+        load(sae_spec, local_dir=tmp_path)
     assert f"config.json' says {field} {value!r}, but gemma-2-test-res sae/" in str(error.value)
     assert message in str(error.value)
 
@@ -116,16 +116,16 @@ def test_names_of_models_are_compared_loosely(tmp_path) -> None:
         ("gemma-3-270m", "gemma-v3-270m-pt"),
         ("gemma-3-1b-pt", "gemma-3-1b-pt"),
     ):
-        one = single_spec(model=model)
-        put_single(tmp_path, one, model_name=name)
-        assert load(one, local_dir=tmp_path).cfg.metadata.model_name == model
+        sae_spec = single_spec(model=model)
+        put_single(tmp_path, sae_spec, model_name=name)
+        assert load(sae_spec, local_dir=tmp_path).cfg.metadata.model_name == model
 
 
 def test_arrays_that_are_not_the_specs(tmp_path) -> None:
-    one = single_spec("transcoder", "mlp")
-    put_single(tmp_path, one)
+    sae_spec = single_spec("transcoder", "mlp")
+    put_single(tmp_path, sae_spec)
     with pytest.raises(WidthMismatchError, match="has d_in 8, but .* has d_in 9"):
-        load(replace(one, d_in=9), local_dir=tmp_path)
+        load(replace(sae_spec, d_in=9), local_dir=tmp_path)
     affine = single_spec("transcoder", "mlp", affine=True)
     put_single(tmp_path, replace(affine, affine=False), affine_connection=True)
     with pytest.raises(BadFileError, match="wrong arrays: missing A"):
@@ -133,29 +133,31 @@ def test_arrays_that_are_not_the_specs(tmp_path) -> None:
 
 
 def test_a_config_that_is_no_json(tmp_path) -> None:
-    one = single_spec()
-    path = put_single(tmp_path, one).with_name("config.json")
+    sae_spec = single_spec()
+    path = put_single(tmp_path, sae_spec).with_name("config.json")
     for text in ("", "[1]", "[" * 100_000, '{"type": "sae"'):
         path.write_text(text)
         with pytest.raises(BadFileError, match="config.json'"):
-            load(one, local_dir=tmp_path)
+            load(sae_spec, local_dir=tmp_path)
 
 
 def test_nothing_but_parameters_and_config_is_fetched(hub_cache, tmp_path, monkeypatch, capsys):
     import huggingface_hub
 
-    one, asked = single_spec(), []
+    sae_spec, asked = single_spec(), []
     mirror = tmp_path / "hub-mirror"
-    put_single(mirror, one)
+    put_single(mirror, sae_spec)
 
     def download(repo_id, filename, **kwargs):
         asked.append(filename)
         return str(mirror / filename)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert load(one, offline=False).cfg.d_sae == D_SAE
-    assert asked == [f"{one.path}/config.json", f"{one.path}/params.safetensors"]
-    assert capsys.readouterr().err.startswith(f"downloading {one.release} {one.sae_id}, 1.8 kB")
+    assert load(sae_spec, offline=False).cfg.d_sae == D_SAE
+    assert asked == [f"{sae_spec.path}/config.json", f"{sae_spec.path}/params.safetensors"]
+    assert capsys.readouterr().err.startswith(
+        f"downloading {sae_spec.release} {sae_spec.sae_id}, 1.8 kB"
+    )
 
 
 def test_offline_names_the_command(hub_cache) -> None:
@@ -171,13 +173,13 @@ def test_offline_names_the_command(hub_cache) -> None:
 def test_a_matrix_of_zeros_and_a_nan(tmp_path) -> None:
     from safetensors.numpy import load_file, save_file
 
-    one = single_spec()
-    path = put_single(tmp_path, one)
+    sae_spec = single_spec()
+    path = put_single(tmp_path, sae_spec)
     good = load_file(path)
     save_file({**good, "w_dec": np.zeros_like(good["w_dec"])}, path)
     with pytest.raises(BadFileError, match="W_dec of .* is all zero"):
-        load(one, local_dir=tmp_path)
+        load(sae_spec, local_dir=tmp_path)
     good["b_enc"][3] = np.nan
     save_file(good, path)
     with pytest.raises(BadFileError, match="b_enc of .* has 1 of 24 values that are NaN or inf"):
-        load(one, local_dir=tmp_path)
+        load(sae_spec, local_dir=tmp_path)

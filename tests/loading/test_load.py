@@ -94,12 +94,12 @@ def test_an_sae_from_elsewhere_has_no_spec() -> None:
 
 
 def test_dtype_device_and_a_pair_of_names(suite) -> None:
-    one = suite.specs["res"]
-    half = load((one.release, one.sae_id), dtype=torch.bfloat16)
+    sae_spec = suite.specs["res"]
+    half = load((sae_spec.release, sae_spec.sae_id), dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and half.dtype == torch.bfloat16
     assert half.cfg.dtype == "bfloat16"
-    assert torch.equal(half.W_enc, load(one).W_enc.bfloat16())
-    assert load(one, device=torch.device("cpu")).cfg.device == "cpu"
+    assert torch.equal(half.W_enc, load(sae_spec).W_enc.bfloat16())
+    assert load(sae_spec, device=torch.device("cpu")).cfg.device == "cpu"
 
 
 def test_a_wrong_argument_and_unknown_names(suite) -> None:
@@ -137,15 +137,15 @@ def test_state_equals_saelens_own_gemma_2_loaders(hub_cache) -> None:
         width = {"d_in": D_IN, "d_out": D_IN, "d_sae": D_SAE}
         ours_spec = replace(listed, **width)
         hub_cache(ours_spec, **arrays())
-        cfg, theirs, _ = theirs_loader(listed.repo_id, listed.path)
-        ours = load(ours_spec)
-        assert {k: v.shape for k, v in ours.state_dict().items()} == {
-            k: v.shape for k, v in theirs.items()
+        cfg, saelens_state, _ = theirs_loader(listed.repo_id, listed.path)
+        loaded = load(ours_spec)
+        assert {k: v.shape for k, v in loaded.state_dict().items()} == {
+            k: v.shape for k, v in saelens_state.items()
         }
-        for name, value in theirs.items():
-            assert torch.equal(ours.state_dict()[name], value)
+        for name, value in saelens_state.items():
+            assert torch.equal(loaded.state_dict()[name], value)
         for key in ("model_name", "hook_name", "prepend_bos", "context_size", "dataset_path"):
-            assert ours.cfg.metadata[key] == cfg[key], key
+            assert loaded.cfg.metadata[key] == cfg[key], key
         assert cfg["d_in"] == listed.d_in and cfg["d_sae"] == listed.d_sae
 
 
@@ -155,11 +155,11 @@ def test_embedding_saes_are_scaled_with_their_bias(hub_cache) -> None:
     listed = replace(find(model="2b", site="embedding", l0=44).one(), d_sae=D_SAE)
     raw = arrays(d_in=2304, d_out=2304)
     hub_cache(listed, **raw)
-    _, theirs, _ = gemma_2_sae_huggingface_loader(listed.repo_id, listed.path)
+    _, saelens_state, _ = gemma_2_sae_huggingface_loader(listed.repo_id, listed.path)
     sae = load(listed)
-    torch.testing.assert_close(sae.W_enc.data, theirs["W_enc"])
-    torch.testing.assert_close(sae.W_dec.data, theirs["W_dec"])
-    torch.testing.assert_close(sae.b_dec.data, theirs["b_dec"] * 48)  # sqrt(2304)
+    torch.testing.assert_close(sae.W_enc.data, saelens_state["W_enc"])
+    torch.testing.assert_close(sae.W_dec.data, saelens_state["W_dec"])
+    torch.testing.assert_close(sae.b_dec.data, saelens_state["b_dec"] * 48)  # sqrt(2304)
     # On scaled embeddings the reconstruction is the scaled one of the raw dictionary.
     p = {name: torch.from_numpy(value) for name, value in raw.items()}
     e = torch.randn(3, 2304, generator=torch.Generator().manual_seed(0)) / 48
@@ -265,6 +265,6 @@ def test_a_folder_of_ones_own(tmp_path) -> None:
 
 
 def test_a_folder_that_mirrors_a_repository(tmp_path) -> None:
-    one = spec(repo_id="google/somewhere")
-    save(tmp_path / one.filename, **arrays())
-    assert load(one, local_dir=tmp_path).cfg.d_in == D_IN
+    sae_spec = spec(repo_id="google/somewhere")
+    save(tmp_path / sae_spec.filename, **arrays())
+    assert load(sae_spec, local_dir=tmp_path).cfg.d_in == D_IN

@@ -24,10 +24,10 @@ def test_saelens_loads_a_bundled_release(suite, name: str) -> None:
     register()
     wanted = suite.specs[name]
     sae = SAE.from_pretrained(wanted.release, wanted.sae_id)
-    ours = load(wanted)
-    assert type(sae) is type(ours) and spec_of(sae) == wanted
-    assert sae.cfg.to_dict() == ours.cfg.to_dict()
-    for key, value in ours.state_dict().items():
+    loaded = load(wanted)
+    assert type(sae) is type(loaded) and spec_of(sae) == wanted
+    assert sae.cfg.to_dict() == loaded.cfg.to_dict()
+    for key, value in loaded.state_dict().items():
         assert torch.equal(sae.state_dict()[key], value)
 
 

@@ -48,13 +48,13 @@ def saved(tmp_path):
 def test_it_computes_what_saelens_computes(saved, tmp_path) -> None:
     from sae_lens import SAE, JumpReLUSAE
 
-    theirs = SAE.load_from_disk(saved.parent)
-    ours = load(matryoshka_spec(), local_dir=tmp_path)
-    assert type(theirs) is JumpReLUSAE and type(ours) is MatryoshkaSAE
-    assert theirs.cfg.apply_b_dec_to_input and not ours.cfg.apply_b_dec_to_input
-    torch.testing.assert_close(ours.encode(x()), theirs.encode(x()))
-    torch.testing.assert_close(ours(x()), theirs(x()))
-    assert not any(p.requires_grad for p in ours.parameters())
+    plain = SAE.load_from_disk(saved.parent)
+    matryoshka = load(matryoshka_spec(), local_dir=tmp_path)
+    assert type(plain) is JumpReLUSAE and type(matryoshka) is MatryoshkaSAE
+    assert plain.cfg.apply_b_dec_to_input and not matryoshka.cfg.apply_b_dec_to_input
+    torch.testing.assert_close(matryoshka.encode(x()), plain.encode(x()))
+    torch.testing.assert_close(matryoshka(x()), plain(x()))
+    assert not any(p.requires_grad for p in matryoshka.parameters())
     half = load(matryoshka_spec(), local_dir=tmp_path, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16 and half.cfg.dtype == "bfloat16"
 
@@ -98,8 +98,8 @@ def test_a_dictionary_without_levels_stays_plain(saved, tmp_path) -> None:
 def test_what_we_save_is_read_again(saved, tmp_path) -> None:
     sae = load(matryoshka_spec(), local_dir=tmp_path)
     sae.save_model(saved.parent)
-    for one in (matryoshka_spec(), matryoshka_spec(levels=())):
-        again = load(one, local_dir=tmp_path)
+    for sae_spec in (matryoshka_spec(), matryoshka_spec(levels=())):
+        again = load(sae_spec, local_dir=tmp_path)
         assert type(again) is MatryoshkaSAE and again.cfg.levels == LEVELS
         assert torch.equal(again.encode(x(), 0), sae.encode(x(), 0))
     change(saved, lvels=[24])
@@ -148,12 +148,12 @@ def test_configs_of_before_version_6(saved, tmp_path) -> None:
 def test_refusals(saved, tmp_path) -> None:
     good = saved.read_text()
 
-    def refused(match: str, one=None, **changes) -> None:
+    def refused(match: str, sae_spec=None, **changes) -> None:
         change(saved, **changes)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with pytest.raises(BadFileError, match=match):
-                load(one or matryoshka_spec(), local_dir=tmp_path)
+                load(sae_spec or matryoshka_spec(), local_dir=tmp_path)
         saved.write_text(good)
 
     refused("says d_in 8, but .* has 9", replace(matryoshka_spec(), d_in=9))

@@ -91,8 +91,8 @@ def test_only_the_needed_file_is_asked_for(hub_cache, monkeypatch, tmp_path) -> 
         return str(tmp_path / "x")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    found = locate(spec(**REMOTE), revision="v2", offline=False)
-    assert found == {FILE: tmp_path / "x"}
+    paths = locate(spec(**REMOTE), revision="v2", offline=False)
+    assert paths == {FILE: tmp_path / "x"}
     assert asked == [
         (
             "google/gemma-scope-test",
@@ -123,9 +123,9 @@ def test_an_interrupted_download_goes_on_with_what_is_missing(hub_cache, tmp_pat
     import huggingface_hub
     from gemma_scope_2_files import multi_spec, put_multi
 
-    one, asked, broken = multi_spec("clt"), [], ["params_layer_1.safetensors"]
-    put_multi(tmp_path / "mirror", one)
-    cache = tmp_path / "hub" / f"models--{one.repo_id.replace('/', '--')}"
+    sae_spec, asked, broken = multi_spec("clt"), [], ["params_layer_1.safetensors"]
+    put_multi(tmp_path / "mirror", sae_spec)
+    cache = tmp_path / "hub" / f"models--{sae_spec.repo_id.replace('/', '--')}"
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text("0" * 40)
 
@@ -139,12 +139,12 @@ def test_an_interrupted_download_goes_on_with_what_is_missing(hub_cache, tmp_pat
         return str(target)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    text = message(one, offline=False)
+    text = message(sae_spec, offline=False)
     assert "No space left on device" in text and "x.incomplete'" in text
-    assert "; 2 of its 3 files are missing" in message(one)
+    assert "; 2 of its 3 files are missing" in message(sae_spec)
     broken.clear()
     asked.clear()
-    assert set(locate(one, offline=False)) == {*one.filenames, one.config_filename}
+    assert set(locate(sae_spec, offline=False)) == {*sae_spec.filenames, sae_spec.config_filename}
     assert asked == ["params_layer_1.safetensors", "params_layer_2.safetensors"]
 
 
@@ -202,8 +202,8 @@ def test_links_lead_out_of_a_folder_into_caches_only(tmp_path, monkeypatch) -> N
     inside = tmp_path / "models--x" / "snapshots" / "main" / FILE
     inside.parent.mkdir(parents=True)
     inside.symlink_to(blob)
-    found = locate(spec(**REMOTE), local_dir=tmp_path / "models--x" / "snapshots" / "main")
-    assert found == {FILE: inside}
+    paths = locate(spec(**REMOTE), local_dir=tmp_path / "models--x" / "snapshots" / "main")
+    assert paths == {FILE: inside}
     whole = tmp_path / "link"
     whole.symlink_to(tmp_path / "models--x" / "snapshots" / "main")
     assert locate(spec(**REMOTE), local_dir=whole) == {FILE: whole / FILE}

@@ -20,8 +20,8 @@ SIZE = spec().nbytes
 @pytest.fixture
 def specs(tmp_path):
     made = [spec(layer=layer, repo_id=str(tmp_path)) for layer in range(4)]
-    for one in made:
-        save(tmp_path / one.filename, **arrays())
+    for sae_spec in made:
+        save(tmp_path / sae_spec.filename, **arrays())
     return made
 
 
@@ -29,9 +29,9 @@ def specs(tmp_path):
 def opened(monkeypatch) -> list:
     layers, real = [], suite_module.load
 
-    def counted(one, **options):
-        layers.append(one.layer)
-        return real(one, **options)
+    def counted(sae_spec, **options):
+        layers.append(sae_spec.layer)
+        return real(sae_spec, **options)
 
     monkeypatch.setattr(suite_module, "load", counted)
     return layers
@@ -98,19 +98,19 @@ def test_published_sizes_of_models() -> None:
 
 
 def test_a_footprint() -> None:
-    one = find(model="2b", site="res", layer=20, width="16k", l0="canonical").one()
-    made = footprint("google/gemma-2-2b", [one, one], torch.bfloat16, 100)
-    assert made.dictionaries == 2 * one.nbytes // 2
+    sae_spec = find(model="2b", site="res", layer=20, width="16k", l0="canonical").one()
+    made = footprint("google/gemma-2-2b", [sae_spec, sae_spec], torch.bfloat16, 100)
+    assert made.dictionaries == 2 * sae_spec.nbytes // 2
     assert made.activations == 100 * 2 * 2 * (2 * 16384 + 2 * 2304)
     assert made.model == 2 * (2_614_341_888 + 256_000 * 2304)
     assert made.logits == 100 * 256_000 * 4
     assert made.total == made.model + made.dictionaries + made.activations + made.logits
     assert repr(made).splitlines()[0] == "Footprint in bfloat16"
     assert repr(made).splitlines()[2].split() == ["2", "dictionaries", "302.1", "MB"]
-    alone = footprint(None, one)
+    alone = footprint(None, sae_spec)
     assert alone.total == alone.dictionaries + alone.activations
     with pytest.raises(UnknownNameError, match="Did you mean 'gemma-2-2b'"):
-        footprint("gemma-2-2c", one)
+        footprint("gemma-2-2c", sae_spec)
 
 
 def test_a_loaded_model_is_measured() -> None:

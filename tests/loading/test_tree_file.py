@@ -15,17 +15,17 @@ from gemmascope_plugin.saes import TreeSAE
 
 
 def test_parents_and_weights(tmp_path) -> None:
-    one = tree_spec()
-    put_tree(tmp_path, one)
-    sae = load(one, local_dir=tmp_path)
-    assert type(sae) is TreeSAE and spec_of(sae) == one
+    sae_spec = tree_spec()
+    put_tree(tmp_path, sae_spec)
+    sae = load(sae_spec, local_dir=tmp_path)
+    assert type(sae) is TreeSAE and spec_of(sae) == sae_spec
     values = tree_arrays()
     np.testing.assert_array_equal(sae.W_enc.numpy(), values["encoder.weight"].T)
     np.testing.assert_array_equal(sae.W_dec.numpy(), values["decoder.weight"].T)
-    own = sae.parent[TREE_SIZES[0] :].numpy()
+    layer_parents = sae.parent[TREE_SIZES[0] :].numpy()
     stored = values["parent_index_1"]
     assert (sae.parent[: TREE_SIZES[0]] == -1).all() and (stored == TREE_SIZES[0]).any()
-    np.testing.assert_array_equal(own, np.where(stored == TREE_SIZES[0], -1, stored))
+    np.testing.assert_array_equal(layer_parents, np.where(stored == TREE_SIZES[0], -1, stored))
     assert sae.cfg.hook_name == "blocks.5.hook_resid_pre" and sae.cfg.standardize
     x = torch.randn(6, D_IN, generator=torch.Generator().manual_seed(0))
     assert sae(x).shape == x.shape
@@ -33,10 +33,10 @@ def test_parents_and_weights(tmp_path) -> None:
 
 @pytest.mark.parametrize("kind", ["topk", "matryoshka_4layer"])
 def test_flat_baselines_are_trees_of_one_layer(tmp_path, kind: str) -> None:
-    one = tree_spec()
+    sae_spec = tree_spec()
     values = {k: v for k, v in tree_arrays().items() if not k.startswith("parent")}
-    put_tree(tmp_path, one, values=values, type=kind)
-    sae = load(one, local_dir=tmp_path)
+    put_tree(tmp_path, sae_spec, values=values, type=kind)
+    sae = load(sae_spec, local_dir=tmp_path)
     assert sae.cfg.features_per_layer == (D_SAE,) and sae.cfg.k_per_layer == (5,)
 
 
@@ -80,15 +80,15 @@ def test_saved_by_saelens_and_loaded_by_both(tmp_path) -> None:
 
     put_tree(tmp_path / "theirs", tree_spec())
     sae = load(tree_spec(), local_dir=tmp_path / "theirs")
-    one = tree_spec(format="sae_lens", path="saved")
+    sae_spec = tree_spec(format="sae_lens", path="saved")
     sae.save_model(tmp_path / "saved")
     x = torch.randn(6, D_IN, generator=torch.Generator().manual_seed(0))
-    for again in (load(one, local_dir=tmp_path), SAE.load_from_disk(tmp_path / "saved")):
+    for again in (load(sae_spec, local_dir=tmp_path), SAE.load_from_disk(tmp_path / "saved")):
         assert type(again) is TreeSAE and torch.equal(again.parent, sae.parent)
         for name, value in sae.state_dict().items():
             assert torch.equal(again.state_dict()[name], value)
         torch.testing.assert_close(again(x), sae(x))
-    assert load(one, local_dir=tmp_path, dtype=torch.bfloat16).parent.dtype == torch.int64
+    assert load(sae_spec, local_dir=tmp_path, dtype=torch.bfloat16).parent.dtype == torch.int64
 
 
 def test_other_types_keep_the_parents(tmp_path) -> None:
@@ -112,15 +112,15 @@ def test_saelens_loads_a_tree_of_the_catalog(tmp_path, monkeypatch) -> None:
 
     register_module = importlib.import_module("gemmascope_plugin.loading.register")
 
-    one = tree_spec()
-    put_tree(tmp_path, one)
-    files = locate(one, local_dir=tmp_path)
+    sae_spec = tree_spec()
+    put_tree(tmp_path, sae_spec)
+    files = locate(sae_spec, local_dir=tmp_path)
     register_module.register()
-    monkeypatch.setattr(register_module, "_spec", lambda *_: one)
+    monkeypatch.setattr(register_module, "_spec", lambda *_: sae_spec)
     monkeypatch.setattr(register_module, "locate", lambda *_, **__: files)
     names = ("tree-sae", "gpt2-small/tree_sae_2layer_6k")
-    sae, ours = SAE.from_pretrained(*names), load(one, local_dir=tmp_path)
-    assert type(sae) is TreeSAE and spec_of(sae) == one
-    for name, value in ours.state_dict().items():
+    sae, loaded = SAE.from_pretrained(*names), load(sae_spec, local_dir=tmp_path)
+    assert type(sae) is TreeSAE and spec_of(sae) == sae_spec
+    for name, value in loaded.state_dict().items():
         assert torch.equal(sae.state_dict()[name], value)
     assert load_sae_config_from_huggingface(*names)["k_per_layer"] == TREE_K

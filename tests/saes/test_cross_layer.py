@@ -57,13 +57,13 @@ def dense(made: CrossLayerTranscoder, acts, inputs) -> list[torch.Tensor]:
 def test_gathered_decoding_equals_dense_decoding(affine: bool, monkeypatch) -> None:
     made, inputs = clt(affine), x(4)
     acts = made.encode(inputs)
-    for given, wanted in zip(made.decode(acts, inputs), dense(made, acts, inputs), strict=True):
-        torch.testing.assert_close(given, wanted)
+    for actual, expected in zip(made.decode(acts, inputs), dense(made, acts, inputs), strict=True):
+        torch.testing.assert_close(actual, expected)
     nothing = [torch.zeros_like(a) for a in acts]
-    for given, wanted in zip(
+    for actual, expected in zip(
         made.decode(nothing, inputs), dense(made, nothing, inputs), strict=True
     ):
-        torch.testing.assert_close(given, wanted.expand_as(given))
+        torch.testing.assert_close(actual, expected.expand_as(actual))
 
 
 def test_an_edit_reaches_its_own_and_all_later_layers() -> None:
@@ -81,9 +81,9 @@ def test_an_edit_reaches_its_own_and_all_later_layers() -> None:
 
 def test_gradients_reach_inputs_through_active_features() -> None:
     made, inputs = clt(True), x(3)
-    leaf = [one.clone().requires_grad_(True) for one in inputs]
+    leaf = [x_i.clone().requires_grad_(True) for x_i in inputs]
     sum(out.square().sum() for out in made(leaf)).backward()
-    again = [one.clone().requires_grad_(True) for one in inputs]
+    again = [x_i.clone().requires_grad_(True) for x_i in inputs]
     sum(out.square().sum() for out in dense(made, made.encode(again), again)).backward()
     for a, b in zip(leaf, again, strict=True):
         torch.testing.assert_close(a.grad, b.grad)

@@ -55,7 +55,7 @@ def batch(kind: str, seed: int, tokens: int = BATCH) -> torch.Tensor:
         return torch.cat(y, -1)
     x = [codes[i] @ READ[i] for i in range(N)]
     if kind == "skip clt":
-        y = [one + SKIP * x_i for one, x_i in zip(y, x, strict=True)]
+        y = [y_i + SKIP * x_i for y_i, x_i in zip(y, x, strict=True)]
     return torch.cat([*x, *y], -1)
 
 
@@ -67,8 +67,8 @@ def trained(kind: str, steps: int = 600) -> Any:
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
     for step in range(steps):
         adam.zero_grad()
-        given = step_input(batch(kind, step), l0=0.3 * min(1.0, 4 * step / steps))
-        sae.training_forward_pass(given).loss.backward()
+        batch_input = step_input(batch(kind, step), l0=0.3 * min(1.0, 4 * step / steps))
+        sae.training_forward_pass(batch_input).loss.backward()
         adam.step()
         decay.step()
     return sae
@@ -77,8 +77,8 @@ def trained(kind: str, steps: int = 600) -> Any:
 def likeness(sae: Any, layer: int, first: int) -> float:
     """Mean over a layer's planted features of the best cosine of what is written from ``first`` on."""
     planted = torch.cat([WRITTEN[layer, j] for j in range(first, N)], -1)
-    found = sae.W_dec.detach()[layer * BLOCK : (layer + 1) * BLOCK, first * WIDTH :]
-    cosines = torch.nn.functional.cosine_similarity(planted[:, None], found[None], dim=-1)
+    written = sae.W_dec.detach()[layer * BLOCK : (layer + 1) * BLOCK, first * WIDTH :]
+    cosines = torch.nn.functional.cosine_similarity(planted[:, None], written[None], dim=-1)
     return float(cosines.max(1).values.mean())
 
 
@@ -99,13 +99,13 @@ def test_planted_features_are_found_in_their_layer(kind: str) -> None:
 @KINDS
 def test_how_it_begins(kind: str) -> None:
     sae = built(kind, decoder_init_norm=0.5, jumprelu_init_threshold=0.25)
-    own = torch.cat(
+    layer_rows = torch.cat(
         [sae.W_dec[i * BLOCK : (i + 1) * BLOCK, i * WIDTH : (i + 1) * WIDTH] for i in range(N)]
     )
-    torch.testing.assert_close(own.norm(dim=1), torch.full((N * BLOCK,), 0.5))
-    torch.testing.assert_close(sae.W_dec.norm(dim=1), own.norm(dim=1))
-    torch.testing.assert_close(sae.W_enc.norm(dim=0), own.norm(dim=1))
-    assert torch.allclose(sae.W_enc.T, own, atol=1e-6) == (kind == "crosscoder")
+    torch.testing.assert_close(layer_rows.norm(dim=1), torch.full((N * BLOCK,), 0.5))
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), layer_rows.norm(dim=1))
+    torch.testing.assert_close(sae.W_enc.norm(dim=0), layer_rows.norm(dim=1))
+    assert torch.allclose(sae.W_enc.T, layer_rows, atol=1e-6) == (kind == "crosscoder")
     assert torch.equal(sae.threshold, torch.full((N * BLOCK,), 0.25))
     assert not sae.b_enc.any() and not sae.b_dec.any()
     assert (sae.W_skip is None) == (kind != "skip clt")
@@ -143,9 +143,17 @@ def test_what_is_spliced_are_views(tmp_path) -> None:
     assert sae.threshold.min() == 0 and training.threshold.min() < 0
     opened = sae.dictionary()
     for i in range(N):
-        own = opened.weights(i)
-        assert own.A is not None and sae.W_skip is not None
-        pairs = [(own.W_enc, sae.W_enc), (own.W_dec, sae.W_dec), (own.A, sae.W_skip)]
-        pairs += [(own.b_enc, sae.b_enc), (own.threshold, sae.threshold), (own.b_dec, sae.b_dec)]
+        layer = opened.weights(i)
+        assert layer.A is not None and sae.W_skip is not None
+        pairs = [
+            (layer.W_enc, sae.W_enc),
+            (layer.W_dec, sae.W_dec),
+            (layer.A, sae.W_skip),
+        ]
+        pairs += [
+            (layer.b_enc, sae.b_enc),
+            (layer.threshold, sae.threshold),
+            (layer.b_dec, sae.b_dec),
+        ]
         for view, whole in pairs:
             assert view.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()

@@ -36,9 +36,9 @@ TRAINING: dict[str, Any] = {
 
 def values(kind: str, **changes: Any) -> dict[str, Any]:
     d_out = D_IN if kind == "crosscoder" else D_OUT
-    given = {"d_in": N * D_IN, "d_out": N * d_out, "d_sae": N * BLOCK, "layers": [1, 2, 4]}
+    settings = {"d_in": N * D_IN, "d_out": N * d_out, "d_sae": N * BLOCK, "layers": [1, 2, 4]}
     hooks = {"hooks_in": ["a", "b", "c"], "hooks_out": ["d", "e", "f"]}
-    return {**given, **hooks, "affine": kind == "skip clt", **changes}
+    return {**settings, **hooks, "affine": kind == "skip clt", **changes}
 
 
 def inference(kind: str, seed: int = 0) -> Any:
@@ -73,9 +73,9 @@ def slow(sae: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     d_in, d_out = sae.cfg.widths
     acts, out = [], []
     for i in range(N):
-        own = slice(i * BLOCK, (i + 1) * BLOCK)
-        pre = x[:, i * d_in : (i + 1) * d_in] @ sae.W_enc[:, own] + sae.b_enc[own]
-        acts.append(torch.where((pre > sae.threshold[own]) & (pre > 0), pre, 0))
+        block = slice(i * BLOCK, (i + 1) * BLOCK)
+        pre = x[:, i * d_in : (i + 1) * d_in] @ sae.W_enc[:, block] + sae.b_enc[block]
+        acts.append(torch.where((pre > sae.threshold[block]) & (pre > 0), pre, 0))
     for j in range(N):
         here = slice(j * d_out, (j + 1) * d_out)
         y = sae.b_dec[here] + torch.zeros(len(x), d_out)
@@ -118,10 +118,10 @@ def test_nothing_is_ever_written_below_a_features_layer(kind: str) -> None:
     dead = torch.zeros(N * BLOCK, dtype=torch.bool)
     dead[::3] = True
     for _ in range(5):
-        given = step_input(tokens(64, width), l0=0.1)
-        given.dead_neuron_mask = dead
+        settings = step_input(tokens(64, width), l0=0.1)
+        settings.dead_neuron_mask = dead
         adam.zero_grad()
-        sae.training_forward_pass(given).loss.backward()
+        sae.training_forward_pass(settings).loss.backward()
         for i in range(N):
             below = (slice(i * BLOCK, (i + 1) * BLOCK), slice(0, i * d_out))
             assert not sae.W_dec.grad[below].any() and not sae.W_dec[below].any()

@@ -221,11 +221,11 @@ def test_tokens_that_are_not_kept(two: bool) -> None:
     wanted = encode(sae, torch.where(keep[..., None], x, 0.0)) * keep[..., None]
     torch.testing.assert_close(made.to_dense(), wanted)
     weight = inputs(2, 5, 60, seed=5)
-    given, reference = (
+    actual, reference = (
         torch.autograd.grad((acts * weight).sum(), x)[0] for acts in (made.to_dense(), wanted)
     )
-    torch.testing.assert_close(given, reference)
-    assert bool((given[~keep] == 0).all())
+    torch.testing.assert_close(actual, reference)
+    assert bool((actual[~keep] == 0).all())
     assert encode_sparse(sae, x, keep=keep & False, two_stage=stage).l0 == 0
 
 

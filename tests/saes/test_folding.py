@@ -18,8 +18,8 @@ def params(seed: int = 0, d_in: int = 5, d_sae: int = 9) -> dict[str, torch.Tens
         "b_dec": (d_in,),
         "threshold": (d_sae,),
     }
-    found = {n: torch.randn(s, generator=rng, dtype=torch.float64) for n, s in shapes.items()}
-    return {**found, "threshold": found["threshold"].abs()}
+    tensors = {n: torch.randn(s, generator=rng, dtype=torch.float64) for n, s in shapes.items()}
+    return {**tensors, "threshold": tensors["threshold"].abs()}
 
 
 def run(
@@ -47,10 +47,10 @@ def test_unit_rows_keep_directions_and_zeros() -> None:
 def test_tangent_removes_the_part_along_each_row() -> None:
     W, gradient = unit_rows(params()["W_dec"]), params(2)["W_dec"]
     slow = torch.stack([g - (g @ w) * w for g, w in zip(gradient, W, strict=True)])
-    found = tangent(gradient, W)
-    torch.testing.assert_close(found, slow)
-    assert (found * W).sum(-1).abs().max() < 1e-12
-    torch.testing.assert_close(tangent(found, W), found)
+    projected = tangent(gradient, W)
+    torch.testing.assert_close(projected, slow)
+    assert (projected * W).sum(-1).abs().max() < 1e-12
+    torch.testing.assert_close(tangent(projected, W), projected)
 
 
 @settings(deadline=None)

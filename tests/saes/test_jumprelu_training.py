@@ -20,8 +20,8 @@ BANDWIDTH = 0.2
 
 
 def config(**changes: Any) -> GemmaScopeConfig:
-    given = {"d_in": D_IN, "d_sae": D_SAE, "jumprelu_bandwidth": BANDWIDTH}
-    return GemmaScopeConfig(**{**given, **changes})
+    settings = {"d_in": D_IN, "d_sae": D_SAE, "jumprelu_bandwidth": BANDWIDTH}
+    return GemmaScopeConfig(**{**settings, **changes})
 
 
 def batch() -> torch.Tensor:
@@ -42,21 +42,29 @@ def test_the_defaults_are_gemma_scope_s() -> None:
 @pytest.mark.parametrize("mode", ["step", "quadratic"])
 def test_the_loss_is_saelens_on_unit_rows(mode: str) -> None:
     changes = {"jumprelu_sparsity_loss_mode": mode, "target_l0": 3.0}
-    ours = randomised(GemmaScopeTrainingSAE(config(**changes)))
+    gemma_scope = randomised(GemmaScopeTrainingSAE(config(**changes)))
     peer = JumpReLUTrainingSAE(
         JumpReLUTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, jumprelu_bandwidth=BANDWIDTH, **changes)
     )
-    peer.load_state_dict({**ours.state_dict(), "W_dec": unit_rows(ours.W_dec.detach())})
-    given = step_input(batch(), l0=0.7, frequency=0.0)
-    mine, theirs = ours.training_forward_pass(given), peer.training_forward_pass(given)
-    assert torch.equal(mine.loss, theirs.loss) and mine.losses.keys() == theirs.losses.keys()
-    mine.loss.backward()
-    theirs.loss.backward()
+    peer.load_state_dict(
+        {**gemma_scope.state_dict(), "W_dec": unit_rows(gemma_scope.W_dec.detach())}
+    )
+    batch_input = step_input(batch(), l0=0.7, frequency=0.0)
+    output, peer_output = (
+        gemma_scope.training_forward_pass(batch_input),
+        peer.training_forward_pass(batch_input),
+    )
+    assert (
+        torch.equal(output.loss, peer_output.loss)
+        and output.losses.keys() == peer_output.losses.keys()
+    )
+    output.loss.backward()
+    peer_output.loss.backward()
     for name in ("W_enc", "b_enc", "b_dec", "threshold"):
-        torch.testing.assert_close(getattr(ours, name).grad, getattr(peer, name).grad)
+        torch.testing.assert_close(getattr(gemma_scope, name).grad, getattr(peer, name).grad)
     along = (peer.W_dec.grad * peer.W_dec).sum(-1, keepdim=True) * peer.W_dec
-    torch.testing.assert_close(ours.W_dec.grad, peer.W_dec.grad - along)
-    assert (ours.W_dec.grad * ours.W_dec).sum(-1).abs().max() < 1e-4
+    torch.testing.assert_close(gemma_scope.W_dec.grad, peer.W_dec.grad - along)
+    assert (gemma_scope.W_dec.grad * gemma_scope.W_dec).sum(-1).abs().max() < 1e-4
 
 
 def test_the_projection_survives_copies_and_new_parameters() -> None:
@@ -106,8 +114,8 @@ def test_the_penalty_thins_out_frequent_features() -> None:
         optimiser = torch.optim.Adam(sae.parameters(), lr=3e-3, betas=(0.0, 0.999))
         for _, x in zip(range(300), planted_batches(), strict=False):
             optimiser.zero_grad()
-            given = step_input(x / 7, l0=0.003, frequency=coefficient)
-            sae.training_forward_pass(given).loss.backward()
+            batch_input = step_input(x / 7, l0=0.003, frequency=coefficient)
+            sae.training_forward_pass(batch_input).loss.backward()
             optimiser.step()
         return (sae.encode(batch()) > 0).float().mean(0)
 
@@ -121,9 +129,9 @@ def test_saved_dictionaries_are_plain_and_compute_the_same(tmp_path) -> None:
     x = batch()
     with torch.no_grad():
         before = sae(x)
-    kept = {name: value.clone() for name, value in sae.state_dict().items()}
+    saved_state = {name: value.clone() for name, value in sae.state_dict().items()}
     sae.save_inference_model(tmp_path)
-    assert all(torch.equal(value, kept[name]) for name, value in sae.state_dict().items())
+    assert all(torch.equal(value, saved_state[name]) for name, value in sae.state_dict().items())
     saved = SAE.load_from_disk(tmp_path)
     assert type(saved) is JumpReLUSAE and l0(saved.encode(x)) > 1
     saes.check_architecture(saved)

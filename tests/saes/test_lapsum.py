@@ -206,13 +206,13 @@ def test_a_larger_budget_takes_from_nobody(problem, share: float) -> None:
 def test_keep_top_equals_sorting_and_passes_its_gradient() -> None:
     x, k = some_scores(4, 5, 12), torch.arange(20).reshape(4, 5) % 13
     x.requires_grad_()
-    kept = keep_top(x, k)
-    for row, out, n in zip(x.reshape(20, 12), kept.reshape(20, 12), k.flatten(), strict=True):
+    top = keep_top(x, k)
+    for row, out, n in zip(x.reshape(20, 12), top.reshape(20, 12), k.flatten(), strict=True):
         chosen = set(row.argsort(descending=True)[:n].tolist())
         assert out.tolist() == [v if i in chosen else 0.0 for i, v in enumerate(row.tolist())]
     torch.testing.assert_close(keep_top(x, 3), keep_top(x, torch.full((4, 5), 3)))
-    kept.sum().backward()
-    assert torch.equal(x.grad, (kept != 0).double())
+    top.sum().backward()
+    assert torch.equal(x.grad, (top != 0).double())
 
 
 def test_no_rows_are_no_mistake() -> None:

@@ -71,11 +71,13 @@ def test_prefixes_add_up_and_end_with_the_whole(
     acts = torch.rand(*tokens, levels[-1], generator=rng, dtype=torch.float64)
     W_dec = torch.randn(levels[-1], 5, generator=rng, dtype=torch.float64)
     b_dec = torch.randn(5, generator=rng, dtype=torch.float64)
-    found = prefix_reconstructions(acts, W_dec, b_dec, levels)
-    assert len(found) == len(levels)
-    for level, reconstruction in zip(levels, found, strict=True):
+    reconstructions = prefix_reconstructions(acts, W_dec, b_dec, levels)
+    assert len(reconstructions) == len(levels)
+    for level, reconstruction in zip(levels, reconstructions, strict=True):
         slow = acts[..., :level] @ W_dec[:level] + b_dec
         torch.testing.assert_close(reconstruction, slow.expand_as(reconstruction))
     for i in range(len(levels) - 1):
         between = slice(levels[i], levels[i + 1])
-        torch.testing.assert_close(found[i + 1] - found[i], acts[..., between] @ W_dec[between])
+        torch.testing.assert_close(
+            reconstructions[i + 1] - reconstructions[i], acts[..., between] @ W_dec[between]
+        )

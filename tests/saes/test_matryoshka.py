@@ -27,8 +27,8 @@ SITE = "blocks.1.hook_resid_post"
 
 
 def config(**changes: Any) -> MatryoshkaSAEConfig:
-    given = {"d_in": D, "d_sae": LEVELS[-1], "levels": LEVELS, "apply_b_dec_to_input": False}
-    return MatryoshkaSAEConfig(**{**given, **changes})
+    fields = {"d_in": D, "d_sae": LEVELS[-1], "levels": LEVELS, "apply_b_dec_to_input": False}
+    return MatryoshkaSAEConfig(**{**fields, **changes})
 
 
 def matryoshka(**changes: Any) -> MatryoshkaSAE:

@@ -32,15 +32,17 @@ def saelens_folder(tmp_path):
 
 
 def test_saelens_checkpoints_with_their_levels(saelens_folder) -> None:
-    theirs = SAE.load_from_disk(saelens_folder)
-    assert type(theirs) is JumpReLUSAE
-    ours, x = with_levels(theirs), next(planted_batches())
-    assert type(ours) is MatryoshkaSAE and ours.cfg.levels == tuple(LEVELS)
-    assert torch.equal(ours.encode(x), theirs.encode(x)) and torch.equal(ours(x), theirs(x))
-    assert ours.W_enc is theirs.W_enc and ours.device == theirs.device
-    assert theirs.cfg.metadata.levels is None
+    plain = SAE.load_from_disk(saelens_folder)
+    assert type(plain) is JumpReLUSAE
+    matryoshka, x = with_levels(plain), next(planted_batches())
+    assert type(matryoshka) is MatryoshkaSAE and matryoshka.cfg.levels == tuple(LEVELS)
+    assert torch.equal(matryoshka.encode(x), plain.encode(x)) and torch.equal(
+        matryoshka(x), plain(x)
+    )
+    assert matryoshka.W_enc is plain.W_enc and matryoshka.device == plain.device
+    assert plain.cfg.metadata.levels is None
     with pytest.raises(ModelError, match=r"given are \[4, 32\], .* trained with \[4, 12, 32\]"):
-        with_levels(theirs, [4, 32])
+        with_levels(plain, [4, 32])
 
 
 def test_saelens_checkpoints_that_lost_their_levels(saelens_folder) -> None:
@@ -48,12 +50,12 @@ def test_saelens_checkpoints_that_lost_their_levels(saelens_folder) -> None:
     cfg = json.loads(path.read_text())
     del cfg["metadata"]["training_architecture_details"]
     path.write_text(json.dumps(cfg))
-    theirs = SAE.load_from_disk(saelens_folder)
+    plain = SAE.load_from_disk(saelens_folder)
     with pytest.raises(ModelError, match="does not say which levels .* before 6.54"):
-        with_levels(theirs)
-    assert with_levels(theirs, LEVELS).truncate(0).cfg.d_sae == 4
+        with_levels(plain)
+    assert with_levels(plain, LEVELS).truncate(0).cfg.d_sae == 4
     with pytest.raises(ModelError, match="last level is 12"):
-        with_levels(theirs, [4, 12])
+        with_levels(plain, [4, 12])
 
 
 def dictionary_learning_state() -> dict[str, torch.Tensor]:

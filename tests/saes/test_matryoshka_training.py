@@ -40,80 +40,90 @@ KINDS = [
 ]
 
 
-def built(sae_class: Any, config_class: Any, own: dict[str, Any], **changes: Any) -> Any:
-    values = {"d_in": D_IN, "d_sae": D_SAE, "levels": LEVELS, **own, **changes}
+def built(sae_class: Any, config_class: Any, settings: dict[str, Any], **changes: Any) -> Any:
+    values = {"d_in": D_IN, "d_sae": D_SAE, "levels": LEVELS, **settings, **changes}
     return randomised(sae_class(config_class(**values)))
 
 
 def given(dead: torch.Tensor | None = None) -> Any:
-    found = step_input(next(planted_batches()) / 7, l0=0.3, frequency=0.0)
-    found.dead_neuron_mask = dead
-    return found
+    batch_input = step_input(next(planted_batches()) / 7, l0=0.3, frequency=0.0)
+    batch_input.dead_neuron_mask = dead
+    return batch_input
 
 
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("some_dead", [True, False])
 def test_equal_weights_are_saelens_loss_and_gradients(rescale: bool, some_dead: bool) -> None:
-    own = {"k": 3.0, "rescale_acts_by_decoder_norm": rescale}
-    ours = built(MatryoshkaBatchTopK, MatryoshkaBatchTopKConfig, own)
-    shared = {"d_in": D_IN, "d_sae": D_SAE, "aux_loss_coefficient": 1 / 32, **own}
-    theirs = TheirSAE(TheirConfig(matryoshka_widths=list(LEVELS), **shared))
-    theirs.load_state_dict(ours.state_dict())
+    settings = {"k": 3.0, "rescale_acts_by_decoder_norm": rescale}
+    prefix_sae = built(MatryoshkaBatchTopK, MatryoshkaBatchTopKConfig, settings)
+    shared = {"d_in": D_IN, "d_sae": D_SAE, "aux_loss_coefficient": 1 / 32, **settings}
+    reference = TheirSAE(TheirConfig(matryoshka_widths=list(LEVELS), **shared))
+    reference.load_state_dict(prefix_sae.state_dict())
     dead = torch.arange(D_SAE) % 3 == 0 if some_dead else None
-    mine, peer = ours.training_forward_pass(given(dead)), theirs.training_forward_pass(given(dead))
-    torch.testing.assert_close(mine.loss, peer.loss)
-    assert mine.losses.keys() == peer.losses.keys()
+    prefix_output, peer = (
+        prefix_sae.training_forward_pass(given(dead)),
+        reference.training_forward_pass(given(dead)),
+    )
+    torch.testing.assert_close(prefix_output.loss, peer.loss)
+    assert prefix_output.losses.keys() == peer.losses.keys()
     for name, value in peer.losses.items():
-        torch.testing.assert_close(mine.losses[name], value)
-    assert (mine.losses["auxiliary_reconstruction_loss"] > 0) == some_dead
-    torch.testing.assert_close(mine.sae_out, peer.sae_out)
-    torch.testing.assert_close(ours.topk_threshold, theirs.topk_threshold)
-    mine.loss.backward()
+        torch.testing.assert_close(prefix_output.losses[name], value)
+    assert (prefix_output.losses["auxiliary_reconstruction_loss"] > 0) == some_dead
+    torch.testing.assert_close(prefix_output.sae_out, peer.sae_out)
+    torch.testing.assert_close(prefix_sae.topk_threshold, reference.topk_threshold)
+    prefix_output.loss.backward()
     peer.loss.backward()
-    for name, parameter in theirs.named_parameters():
-        torch.testing.assert_close(getattr(ours, name).grad, parameter.grad, rtol=1e-4, atol=1e-5)
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(
+            getattr(prefix_sae, name).grad, parameter.grad, rtol=1e-4, atol=1e-5
+        )
 
 
-@pytest.mark.parametrize(("sae_class", "config_class", "own"), KINDS)
+@pytest.mark.parametrize(("sae_class", "config_class", "settings"), KINDS)
 @pytest.mark.parametrize("weights", [None, (0.5, 0.0, 2.0)])
 def test_the_loss_is_the_sum_over_levels(
-    sae_class: Any, config_class: Any, own: dict[str, Any], weights: Any
+    sae_class: Any, config_class: Any, settings: dict[str, Any], weights: Any
 ) -> None:
-    sae = built(sae_class, config_class, own, level_weights=weights)
-    found = sae.training_forward_pass(given())
+    sae = built(sae_class, config_class, settings, level_weights=weights)
+    output = sae.training_forward_pass(given())
     x = given().sae_in
-    acts = sae.in_decoder_units(found.feature_acts)
+    acts = sae.in_decoder_units(output.feature_acts)
     slow = torch.zeros(())
     for level, weight in zip(LEVELS, weights or (1.0, 1.0, 1.0), strict=True):
         for token, f in zip(x, acts, strict=True):
             prefix = sum((f[i] * sae.W_dec[i] for i in range(level)), start=sae.b_dec)
             slow = slow + weight * (token - prefix).pow(2).sum() / len(x)
-    errors = sum(value for name, value in found.losses.items() if "mse_loss" in name)
+    errors = sum(value for name, value in output.losses.items() if "mse_loss" in name)
     torch.testing.assert_close(errors, slow, rtol=1e-4, atol=1e-4)
-    others = sum(value for name, value in found.losses.items() if "mse_loss" not in name)
-    torch.testing.assert_close(found.loss, errors + others)
-    torch.testing.assert_close(found.sae_out, sae.decode(found.feature_acts), rtol=1e-4, atol=1e-4)
+    others = sum(value for name, value in output.losses.items() if "mse_loss" not in name)
+    torch.testing.assert_close(output.loss, errors + others)
+    torch.testing.assert_close(
+        output.sae_out, sae.decode(output.feature_acts), rtol=1e-4, atol=1e-4
+    )
 
 
-@pytest.mark.parametrize(("sae_class", "config_class", "own"), KINDS)
+@pytest.mark.parametrize(("sae_class", "config_class", "settings"), KINDS)
 def test_one_level_is_the_class_without_levels(
-    sae_class: Any, config_class: Any, own: dict[str, Any]
+    sae_class: Any, config_class: Any, settings: dict[str, Any]
 ) -> None:
-    sae = built(sae_class, config_class, own, levels=(D_SAE,))
+    sae = built(sae_class, config_class, settings, levels=(D_SAE,))
     flat_class = sae_class.__bases__[0]
     flat_config = config_class.__bases__[1]
-    flat = flat_class(flat_config(d_in=D_IN, d_sae=D_SAE, **own))
+    flat = flat_class(flat_config(d_in=D_IN, d_sae=D_SAE, **settings))
     flat.load_state_dict(sae.state_dict())
-    mine, theirs = sae.training_forward_pass(given()), flat.training_forward_pass(given())
-    torch.testing.assert_close(mine.loss, theirs.loss)
-    assert mine.losses.keys() == theirs.losses.keys()
+    prefix_output, reference = (
+        sae.training_forward_pass(given()),
+        flat.training_forward_pass(given()),
+    )
+    torch.testing.assert_close(prefix_output.loss, reference.loss)
+    assert prefix_output.losses.keys() == reference.losses.keys()
 
 
-@pytest.mark.parametrize(("sae_class", "config_class", "own"), KINDS)
+@pytest.mark.parametrize(("sae_class", "config_class", "settings"), KINDS)
 def test_saving_keeps_levels_and_reconstructions(
-    tmp_path, sae_class: Any, config_class: Any, own: dict[str, Any]
+    tmp_path, sae_class: Any, config_class: Any, settings: dict[str, Any]
 ) -> None:
-    sae = built(sae_class, config_class, own, level_weights=(1.0, 1.0, 3.0))
+    sae = built(sae_class, config_class, settings, level_weights=(1.0, 1.0, 3.0))
     x = given().sae_in
     if sae_class is MatryoshkaBatchTopK:
         sae.topk_threshold.fill_(0.4)
@@ -137,11 +147,11 @@ def test_saving_keeps_levels_and_reconstructions(
         )
 
 
-@pytest.mark.parametrize(("sae_class", "config_class", "own"), KINDS)
+@pytest.mark.parametrize(("sae_class", "config_class", "settings"), KINDS)
 def test_checkpoints_of_training_come_back(
-    tmp_path, sae_class: Any, config_class: Any, own: dict[str, Any]
+    tmp_path, sae_class: Any, config_class: Any, settings: dict[str, Any]
 ) -> None:
-    sae = built(sae_class, config_class, own)
+    sae = built(sae_class, config_class, settings)
     sae.save_model(tmp_path)
     again = TrainingSAE.load_from_disk(tmp_path)
     assert type(again) is sae_class and again.cfg.levels == LEVELS
@@ -151,17 +161,19 @@ def test_checkpoints_of_training_come_back(
     assert type(anew) is sae_class and anew.cfg.levels == LEVELS
 
 
-@pytest.mark.parametrize(("sae_class", "config_class", "own"), KINDS)
-def test_settings_that_cannot_be(sae_class: Any, config_class: Any, own: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("sae_class", "config_class", "settings"), KINDS)
+def test_settings_that_cannot_be(
+    sae_class: Any, config_class: Any, settings: dict[str, Any]
+) -> None:
     with pytest.raises(ModelError, match="do not increase"):
-        built(sae_class, config_class, own, levels=(12, 4, D_SAE))
+        built(sae_class, config_class, settings, levels=(12, 4, D_SAE))
     with pytest.raises(ModelError, match=r"Level 64 exceeds the 32 features"):
-        built(sae_class, config_class, own, levels=(4, 64))
+        built(sae_class, config_class, settings, levels=(4, 64))
     with pytest.raises(ModelError, match="2 level weights for 3 levels"):
-        built(sae_class, config_class, own, level_weights=(1.0, 1.0))
+        built(sae_class, config_class, settings, level_weights=(1.0, 1.0))
     with pytest.raises(ModelError, match="depends on the token"):
-        built(sae_class, config_class, own, normalize_activations="layer_norm")
-    values = built(sae_class, config_class, own).cfg.to_dict()
+        built(sae_class, config_class, settings, normalize_activations="layer_norm")
+    values = built(sae_class, config_class, settings).cfg.to_dict()
     with pytest.raises(UnknownNameError, match="no setting 'matryoshka_widths'"):
         config_class.from_dict({**values, "matryoshka_widths": [4]})
 

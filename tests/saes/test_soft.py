@@ -43,9 +43,9 @@ def soft_sae(**changes: Any) -> SoftSAE:
 
 
 def training_config(cls: type = SoftTrainingSAEConfig, **changes: Any) -> Any:
-    given = {"d_in": D_IN, "d_sae": D_SAE, "k": K, "total_steps": STEPS}
+    settings = {"d_in": D_IN, "d_sae": D_SAE, "k": K, "total_steps": STEPS}
     phases = {"alpha_steps": STEPS // 4, "hard_steps": STEPS // 10}
-    return cls(**{**given, **phases, **changes})
+    return cls(**{**settings, **phases, **changes})
 
 
 def planted(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,16 +80,16 @@ def test_it_equals_a_loop_over_tokens() -> None:
     sae, x = soft_sae(), tokens(30)
     acts, budget = sae.encode(x), sae.budget(x)
     first, _, last, _ = sae.k_estimator
-    for token, own, k_hat in zip(x, acts, budget, strict=True):
+    for token, row, k_hat in zip(x, acts, budget, strict=True):
         centred = token - sae.b_dec
         hidden = (first.weight @ centred + first.bias).relu()
         by_hand = (2 * K * torch.sigmoid(last.weight @ hidden + last.bias)).clamp(1, D_SAE)
         torch.testing.assert_close(k_hat, by_hand[0])
         z = (centred @ sae.W_enc + sae.b_enc).relu()
-        kept = z.argsort(descending=True)[: int(by_hand)]
+        best = z.argsort(descending=True)[: int(by_hand)]
         expected = torch.zeros_like(z)
-        expected[kept] = z[kept]
-        torch.testing.assert_close(own, expected)
+        expected[best] = z[best]
+        torch.testing.assert_close(row, expected)
     assert budget.min() >= 1 and budget.max() <= 2 * K and budget.std() > 0.5
     torch.testing.assert_close(sae.decode(acts), acts @ sae.W_dec + sae.b_dec)
     torch.testing.assert_close(sae(x), sae.decode(acts))
@@ -217,8 +217,8 @@ def test_geometric_median_is_where_the_unit_vectors_cancel() -> None:
 
 def test_auxk_of_a_constant_residual_is_zero_not_nan() -> None:
     dead = torch.ones(D_SAE, dtype=torch.bool)
-    one = auxk_loss(torch.ones(1, D_IN), torch.ones(1, D_SAE), dead, torch.ones(D_SAE, D_IN))
-    assert one == 0
+    single = auxk_loss(torch.ones(1, D_IN), torch.ones(1, D_SAE), dead, torch.ones(D_SAE, D_IN))
+    assert single == 0
 
 
 # Training
@@ -378,10 +378,10 @@ def test_losses_of_standardised_tokens_weigh_all_tokens_alike() -> None:
 
 def test_unknown_keys_are_refused_by_the_configs_and_the_class(tmp_path) -> None:
     for config in (soft_sae().cfg, training_config(), training_config(SoftTopKTrainingSAEConfig)):
-        given = config.to_dict()
-        assert type(config).from_dict(given) == config
+        settings = config.to_dict()
+        assert type(config).from_dict(settings) == config
         with pytest.raises(UnknownNameError, match=r"no setting 'd_sea'.*Did you mean 'd_sae'"):
-            type(config).from_dict({**given, "d_sea": 3})
+            type(config).from_dict({**settings, "d_sea": 3})
     soft_sae().save_model(tmp_path)
     path = tmp_path / "cfg.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "budget": 3}))

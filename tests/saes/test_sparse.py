@@ -45,9 +45,9 @@ def test_gradients_flow_through_the_values() -> None:
         (acts[..., chosen], SparseActs.from_dense(acts).columns(chosen)),
     ):
         scale = weight[..., : dense.shape[-1]]
-        (wanted,) = torch.autograd.grad((dense * scale).sum(), acts)
-        (given,) = torch.autograd.grad((made * scale).sum(), acts)
-        torch.testing.assert_close(given, wanted * (acts != 0))
+        (expected,) = torch.autograd.grad((dense * scale).sum(), acts)
+        (actual,) = torch.autograd.grad((made * scale).sum(), acts)
+        torch.testing.assert_close(actual, expected * (acts != 0))
     assert not SparseActs.from_dense(acts).detach().values.requires_grad
 
 
@@ -93,10 +93,10 @@ def test_writing_equals_a_dense_product(
     acts = random_acts(4, 5, 40, density=density).to(kind)
     W_dec = layout(name, dtype)
     made = SparseActs.from_dense(acts)
-    given, wanted = write(made, W_dec), acts.double() @ W_dec.double()
-    assert given.dtype == kind and given.shape == wanted.shape
+    actual, expected = write(made, W_dec), acts.double() @ W_dec.double()
+    assert actual.dtype == kind and actual.shape == expected.shape
     close = 3e-2 if kind == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(given.double(), wanted, rtol=close, atol=close)
+    torch.testing.assert_close(actual.double(), expected, rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("name", ["contiguous", "strided", "transposed"])
@@ -105,12 +105,12 @@ def test_gradients_equal_those_of_a_dense_product(name: str, density: float) -> 
     acts = random_acts(4, 5, 40, density=density).requires_grad_()
     W_dec = layout(name, torch.float64).requires_grad_()
     weight = torch.rand(4, 5, 6, dtype=torch.float64)
-    wanted = torch.autograd.grad(((acts @ W_dec) * weight).sum(), (acts, W_dec))
-    given = torch.autograd.grad(
+    expected = torch.autograd.grad(((acts @ W_dec) * weight).sum(), (acts, W_dec))
+    actual = torch.autograd.grad(
         (write(SparseActs.from_dense(acts), W_dec) * weight).sum(), (acts, W_dec)
     )
-    torch.testing.assert_close(given[0], wanted[0] * (acts != 0))
-    torch.testing.assert_close(given[1], wanted[1])
+    torch.testing.assert_close(actual[0], expected[0] * (acts != 0))
+    torch.testing.assert_close(actual[1], expected[1])
 
 
 def test_a_strided_decoder_is_never_copied_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ def test_the_heap_is_the_greedy_rule_and_the_rule_is_optimal(capacity, n: int) -
     counts = tuple(given_to.count(p) for p in range(len(capacity)))
     assert counts == tuple(slow)
     every = product(range(n + 1), repeat=len(capacity))
-    best = max(worst(capacity, one) for one in every if sum(one) == n)
+    best = max(worst(capacity, split) for split in every if sum(split) == n)
     assert worst(capacity, counts) == pytest.approx(best)
 
 

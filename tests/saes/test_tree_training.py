@@ -222,8 +222,8 @@ def test_a_planted_hierarchy_is_recovered_by_saelens_own_trainer(tmp_path) -> No
         for above in sae.ancestors(child):
             assert (acts[:, above][acts[:, child] > 0] > 1e-3).all()
     right, counted = 0, 0
-    found = torch.nn.functional.normalize(sae.W_dec.detach(), dim=-1)
-    to_parent, to_child = found @ parents.T, found @ children.T
+    rows = torch.nn.functional.normalize(sae.W_dec.detach(), dim=-1)
+    to_parent, to_child = rows @ parents.T, rows @ children.T
     for child in range(6, 24):
         best, which = to_child[child].max(0)
         if best > 0.7 and (acts[:, child] > 0).any() and sae.parent_of(child) != -1:

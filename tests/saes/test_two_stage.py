@@ -54,11 +54,11 @@ def test_the_first_stage_keeps_all_that_exceed_their_limit(n: int, seed: int) ->
     for token in range(len(x)):  # limits a hair below what one token has
         limit = exact[token] - 1e-12 * exact[token].abs()
         rows, features = two.candidates(x, limit, rounding.row_norms(x))
-        found = torch.zeros_like(exact, dtype=torch.bool)
-        found[rows, features] = True
-        assert bool(found[exact > limit].all())
-        given = two.products(x, rows, features).double()
-        torch.testing.assert_close(given, exact[rows, features], rtol=1e-4, atol=1e-2)
+        is_candidate = torch.zeros_like(exact, dtype=torch.bool)
+        is_candidate[rows, features] = True
+        assert bool(is_candidate[exact > limit].all())
+        actual = two.products(x, rows, features).double()
+        torch.testing.assert_close(actual, exact[rows, features], rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("inexact", ["x", "W"])
@@ -91,9 +91,9 @@ def test_may_exceed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = rounding.may_exceed(product, limit, tokens, columns)
     sure = product > limit - tokens[:, None] * columns
     for made in (whole, pieces):
-        found = torch.zeros_like(sure)
-        found[made] = True
-        assert torch.equal(found, sure)
+        is_candidate = torch.zeros_like(sure)
+        is_candidate[made] = True
+        assert torch.equal(is_candidate, sure)
 
 
 def test_norms_are_never_too_small() -> None:
@@ -107,18 +107,18 @@ def test_norms_are_never_too_small() -> None:
 
 
 def test_settings_widen_the_bound() -> None:
-    here, there = torch.device("cpu"), torch.device("cuda")
-    exact = rounding.product_slope(100, here)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    exact = rounding.product_slope(100, cpu)
     assert exact == pytest.approx(101 * 2.0**-24, rel=1e-4)
     try:
         torch.set_float32_matmul_precision("high")
-        high = rounding.product_slope(100, here), rounding.product_slope(100, there)
+        high = rounding.product_slope(100, cpu), rounding.product_slope(100, gpu)
         torch.set_float32_matmul_precision("medium")
-        medium = rounding.product_slope(100, here)
+        medium = rounding.product_slope(100, cpu)
     finally:
         torch.set_float32_matmul_precision("highest")
     assert high[1] > high[0] > 2 * 2.0**-11 and medium > 2 * 2.0**-8
-    assert rounding.product_slope(100, here) == exact
+    assert rounding.product_slope(100, cpu) == exact
     with pytest.raises(AssertionError, match="no bound"):
         rounding.gamma(2**24, rounding.FLOAT32)
 
@@ -167,13 +167,13 @@ def test_norms_are_remembered_until_the_tensor_changes() -> None:
     with torch.inference_mode():
         inside = inputs(8, 5)
         assert rounding.column_norms(inside) is not rounding.column_norms(inside)
-        kept = rounding.column_norms(W)
-    assert rounding.column_norms(W) is kept and not kept.is_inference()
+        cached_norms = rounding.column_norms(W)
+    assert rounding.column_norms(W) is cached_norms and not cached_norms.is_inference()
     gc.collect()
-    known = len(rounding._NORMS)
+    n_cached = len(rounding._NORMS)
     del W
     gc.collect()
-    assert len(rounding._NORMS) == known - 1
+    assert len(rounding._NORMS) == n_cached - 1
 
 
 def test_a_changed_encoder_is_encoded_as_it_is_now() -> None:
@@ -182,8 +182,8 @@ def test_a_changed_encoder_is_encoded_as_it_is_now() -> None:
     sae.W_enc *= 50
     sae.threshold = (x @ sae.W_enc + sae.b_enc)[2]
     fresh = SimpleNamespace(**{name: value.clone() for name, value in vars(sae).items()})
-    given, wanted = encode_sparse(sae, x), encode_sparse(fresh, x)
-    assert torch.equal(given.indices, wanted.indices)
+    actual, expected = encode_sparse(sae, x), encode_sparse(fresh, x)
+    assert torch.equal(actual.indices, expected.indices)
 
 
 def test_another_dictionary_is_refused() -> None:
