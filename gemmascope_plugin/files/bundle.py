@@ -102,7 +102,7 @@ def digest(content: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     return checksum.hexdigest()
 
 
-def as_json(value: Any, where: str = "metadata") -> Any:
+def as_json(value: object, where: str = "metadata") -> Any:
     """Metadata as what JSON can hold; ``nan`` and infinities as text, which every reader takes."""
     if where.count("[") > MAX_DEPTH:
         raise GemmaScopeError(f"{where[:80]}... is nested more than {MAX_DEPTH} deep")
@@ -124,7 +124,7 @@ def as_json(value: Any, where: str = "metadata") -> Any:
     )
 
 
-def from_json_value(value: Any) -> Any:
+def from_json_value(value: object) -> Any:
     """The inverse of :func:`as_json`; sequences are tuples."""
     if isinstance(value, dict):
         if _FLOAT in value:

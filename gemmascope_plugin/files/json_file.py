@@ -134,7 +134,7 @@ class Record:
             self.bad(f"{name!r} is {_shown(value)}, not within {low} and {high}")
         return value
 
-    def _typed(self, value: Any, of: type[T], where: str) -> T:
+    def _typed(self, value: object, of: type[T], where: str) -> T:
         if of is float and type(value) is int:
             return of(value)  # type: ignore[call-arg]
         if type(value) is not of:
@@ -152,7 +152,7 @@ _KINDS: dict[type, str] = {
 }
 
 
-def check_plain(content: Any, noun: str) -> None:
+def check_plain(content: object, noun: str) -> None:
     """Refuses to write what this module would not read; errors call it ``noun``."""
     try:
         _check_depth(content)
@@ -167,7 +167,7 @@ def bad_file(path: Path | str, why: str, fix: str = FIX) -> BadFileError:
     return BadFileError(f"cannot read {str(path)!r}: {why}", fix=fix)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 128:
         return f"a number of {value.bit_length()} bits"
     text = repr(value)
@@ -194,7 +194,7 @@ def _number(text: str) -> float:
     return value
 
 
-def _check_depth(content: Any) -> None:
+def _check_depth(content: object) -> None:
     """Level by level, so that depth costs no stack."""
     kinds = (dict, list, tuple)
     level = [content] if isinstance(content, kinds) else []
@@ -209,7 +209,7 @@ def _check_depth(content: Any) -> None:
         raise RecursionError
 
 
-def _check_text(text: str, content: Any) -> None:
+def _check_text(text: str, content: object) -> None:
     """Halves of surrogate pairs are no text, and cannot be written again."""
     if _SURROGATE.search(text):
         json.dumps(content, ensure_ascii=False).encode()

@@ -28,7 +28,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -42,10 +42,14 @@ from gemmascope_plugin.loading.arrays import write_safetensors
 from gemmascope_plugin.loading.config_json import MODULES, hf_hooks
 from gemmascope_plugin.loading.npz import write_npz
 from gemmascope_plugin.saes.jumprelu import ARCHITECTURES
-from gemmascope_plugin.types import Kind, Site
+from gemmascope_plugin.types import SAE, Kind, Site
+
+if TYPE_CHECKING:
+    from gemmascope_plugin.saes import CLTSAE, CrossCoderSAE
+    from gemmascope_plugin.saes.cross_layer_sae_config import CrossLayerSAEConfig
 
 
-def why_not_exported(sae: Any, layout: Format, gain: Gain = "without") -> str | None:
+def why_not_exported(sae: SAE, layout: Format, gain: Gain = "without") -> str | None:
     """Why a dictionary has no form in a layout; None if it has."""
     architecture = sae.cfg.architecture()
     if architecture not in ARCHITECTURES:
@@ -60,7 +64,7 @@ def why_not_exported(sae: Any, layout: Format, gain: Gain = "without") -> str | 
 
 
 def export(
-    sae: Any,
+    sae: SAE,
     folder: str | Path,
     *,
     layout: Format,
@@ -133,7 +137,9 @@ def _config(spec: SaeSpec, l0: float) -> dict[str, Any]:
     }
 
 
-def export_layers(sae: Any, folder: str | Path, *, l0: float, gain: Gain = "with") -> Path:
+def export_layers(
+    sae: CLTSAE | CrossCoderSAE, folder: str | Path, *, l0: float, gain: Gain = "with"
+) -> Path:
     """Writes a ``CrossCoderSAE`` or ``CLTSAE`` in Gemma Scope 2's layout; returns its folder.
 
     ``gain`` says whether a CLT reads the norm's output with its gain, as Gemma Scope 2's do; where it
@@ -163,7 +169,7 @@ def export_layers(sae: Any, folder: str | Path, *, l0: float, gain: Gain = "with
     return target
 
 
-def _layers_config(cfg: Any, l0: float, gain: Gain) -> dict[str, Any]:
+def _layers_config(cfg: CrossLayerSAEConfig, l0: float, gain: Gain) -> dict[str, Any]:
     content = {
         "width": cfg.d_sae,
         "model_name": str(cfg.metadata.model_name),

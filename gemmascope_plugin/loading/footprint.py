@@ -138,7 +138,7 @@ def footprint(
     )
 
 
-def _tokens(n: Any) -> int:
+def _tokens(n: object) -> int:
     number = as_index(n)
     if number is None or number < 0:
         raise InputError(f"n_tokens={n!r} is not a number of tokens", fix="n_tokens=1024")

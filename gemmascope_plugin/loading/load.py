@@ -45,6 +45,7 @@ from gemmascope_plugin.saes.cross_layer import (
     CrossLayerTranscoder,
     LayerWeights,
 )
+from gemmascope_plugin.types import SAE
 
 _CROSS_LAYER_CLASSES = {cls.kind: cls for cls in (CrossCoder, CrossLayerTranscoder)}
 
@@ -164,21 +165,22 @@ def load(
     return fill(sae, tensors, device=device, dtype=dtype)
 
 
-def _pair(value: Any) -> tuple[str, str]:
-    is_pair = isinstance(value, (tuple, list)) and len(value) == 2
-    if is_pair and all(isinstance(name, str) for name in value):
-        return str(value[0]), str(value[1])
-    several = not isinstance(value, str) and isinstance(value, Sequence)
-    shown = f"{len(value)} entries" if several else repr(value)
+def _pair(value: object) -> tuple[str, str]:
+    pair = list(value) if isinstance(value, (tuple, list)) else []
+    if len(pair) == 2 and all(isinstance(name, str) for name in pair):
+        return str(pair[0]), str(pair[1])
+    shown = repr(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        shown = f"{type(value).__name__} with {len(value)} entries"
     raise GemmaScopeError(
-        f"load() got {type(value).__name__} with {shown}" if several else f"load() got {shown}",
+        f"load() got {shown}",
         exists="a SaeSpec or a pair (release, sae_id)",
         fix="load(find(model='2b', site='res', layer=20, width='16k', l0='canonical').one()), or "
         "load_suite(specs) for several",
     )
 
 
-def spec_of(sae: Any) -> SaeSpec | None:
+def spec_of(sae: SAE) -> SaeSpec | None:
     """The spec that a dictionary was loaded from; None when it did not come from this package.
 
     Args:

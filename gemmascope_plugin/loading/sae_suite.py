@@ -178,9 +178,10 @@ def as_specs(specs: Any) -> list[SaeSpec]:
     return [spec if isinstance(spec, SaeSpec) else get(*spec) for spec in listed]
 
 
-def _is_spec(spec: Any) -> bool:
-    is_pair = isinstance(spec, (tuple, list)) and len(spec) == 2
-    return isinstance(spec, SaeSpec) or (is_pair and all(isinstance(name, str) for name in spec))
+def _is_spec(spec: object) -> bool:
+    if isinstance(spec, (tuple, list)):
+        return len(spec) == 2 and all(isinstance(name, str) for name in spec)
+    return isinstance(spec, SaeSpec)
 
 
 def load_suite(

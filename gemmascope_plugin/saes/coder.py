@@ -18,7 +18,7 @@ rows of ``W_dec`` with the shared ``b_dec``. All tensors are views; nothing is c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -37,6 +37,7 @@ from gemmascope_plugin.saes.jumprelu import (
 )
 from gemmascope_plugin.saes.sparse import SparseActs, write
 from gemmascope_plugin.saes.two_stage import Bf16Prefilter
+from gemmascope_plugin.types import SAE
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +103,7 @@ class Weights:
         return Bf16Prefilter(self)
 
 
-def weights_of(sae: Any, level: int | None = None) -> Weights:
+def weights_of(sae: SAE, level: int | None = None) -> Weights:
     """The tensors of a SAELens JumpReLU dictionary.
 
     Args:
@@ -124,7 +125,7 @@ def weights_of(sae: Any, level: int | None = None) -> Weights:
     )
 
 
-def level_width(sae: Any, level: int) -> int:
+def level_width(sae: SAE, level: int) -> int:
     """Number of features in a level of a Matryoshka dictionary.
 
     Raises:
@@ -253,7 +254,7 @@ def reconstruct(
     return (written if scale is None else written * scale) + coder.bias(x)
 
 
-def coder_of(sae: Any, level: int | None = None) -> Coder:
+def coder_of(sae: SAE, level: int | None = None) -> Coder:
     """Encoder and decoder of a dictionary with one site.
 
     Args:
@@ -275,7 +276,7 @@ def coder_of(sae: Any, level: int | None = None) -> Coder:
     return weights_of(sae, level)
 
 
-def cross_layer_of(sae: Any) -> CrossLayerDictionary | None:
+def cross_layer_of(sae: object) -> CrossLayerDictionary | None:
     """The dictionary over several layers that this is, or that SAELens' class of it gives; else None."""
     if isinstance(sae, CrossLayerDictionary):
         return sae

@@ -31,7 +31,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -41,6 +40,7 @@ from gemmascope_plugin.errors import ModelError, UnknownNameError, WidthMismatch
 from gemmascope_plugin.saes.lapsum import keep_top
 from gemmascope_plugin.saes.sparse import SparseActs
 from gemmascope_plugin.saes.two_stage import Bf16Prefilter
+from gemmascope_plugin.types import SAE
 
 EPS = 1e-5
 _UNITS = "_gemmascope_token_units"
@@ -233,7 +233,7 @@ class RankCoder(DenseEncoder):
         )
 
 
-def rank_coder(sae: Any, k: int | Budget, level: int | None) -> RankCoder:
+def rank_coder(sae: SAE, k: int | Budget, level: int | None) -> RankCoder:
     """The coder of a dictionary with ``W_enc, b_enc, W_dec, b_dec``."""
     if level is not None:
         raise UnknownNameError(
@@ -257,7 +257,7 @@ def rank_coder(sae: Any, k: int | Budget, level: int | None) -> RankCoder:
     )
 
 
-def topk_coder(sae: Any, level: int | None) -> RankCoder:
+def topk_coder(sae: SAE, level: int | None) -> RankCoder:
     """The coder of SAELens' ``TopKSAE``."""
     if sae.cfg.rescale_acts_by_decoder_norm:
         raise ModelError(

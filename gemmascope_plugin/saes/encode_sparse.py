@@ -29,7 +29,7 @@ besides the result; the backward pass keeps entries and weights only.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
@@ -47,6 +47,9 @@ from gemmascope_plugin.saes.rounding import (
 from gemmascope_plugin.saes.sparse import BLOCK_BYTES, SparseActs, offsets_of, write
 from gemmascope_plugin.saes.two_stage import Bf16Prefilter
 
+if TYPE_CHECKING:
+    from gemmascope_plugin.saes.jumprelu import JumpReLUEncoder
+
 GATHERED = 2048
 """Encoder columns that are gathered at a time; sorted, so that memory is read in order."""
 PIECE = 256
@@ -54,7 +57,7 @@ PIECE = 256
 
 
 def encode_sparse(
-    sae: Any,
+    sae: JumpReLUEncoder,
     x: Float[torch.Tensor, "*tokens d_in"],
     *,
     keep: Bool[torch.Tensor, "*tokens"] | None = None,
@@ -101,7 +104,9 @@ def encode_sparse(
 
 
 def _check_shapes(
-    sae: Any, x: Float[torch.Tensor, "*tokens d_in"], keep: Bool[torch.Tensor, "*others"] | None
+    sae: JumpReLUEncoder,
+    x: Float[torch.Tensor, "*tokens d_in"],
+    keep: Bool[torch.Tensor, "*others"] | None,
 ) -> None:
     if x.shape[-1] != sae.W_enc.shape[0]:
         raise WidthMismatchError(
@@ -126,7 +131,10 @@ def _check_finite(x: Float[torch.Tensor, "n d_in"]) -> None:
 
 
 def _encode_blocks(
-    sae: Any, x: Float[torch.Tensor, "n d_in"], two_stage: Bf16Prefilter | None, block_bytes: int
+    sae: JumpReLUEncoder,
+    x: Float[torch.Tensor, "n d_in"],
+    two_stage: Bf16Prefilter | None,
+    block_bytes: int,
 ) -> SparseActs:
     d_sae = sae.W_enc.shape[1]
     if not len(x):
@@ -149,7 +157,7 @@ def _encode_blocks(
 
 
 def _encode_exactly(
-    sae: Any, x: Float[torch.Tensor, "n d_in"], two_stage: Bf16Prefilter | None
+    sae: JumpReLUEncoder, x: Float[torch.Tensor, "n d_in"], two_stage: Bf16Prefilter | None
 ) -> SparseActs:
     """The exact active set of a block; see the module for the steps."""
     bias, floor = sae.b_enc.float(), sae.threshold.float().clamp(min=0)
@@ -179,7 +187,7 @@ def _encode_exactly(
 
 
 def _settle(
-    sae: Any,
+    sae: JumpReLUEncoder,
     x: Float[torch.Tensor, "n d_in"],
     two_stage: Bf16Prefilter | None,
     rows: Int64[torch.Tensor, " undecided"],

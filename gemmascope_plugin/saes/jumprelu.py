@@ -16,12 +16,50 @@ features.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.errors import ModelError
+from gemmascope_plugin.types import SAE
+
+if TYPE_CHECKING:
+
+    class JumpReLUEncoder(Protocol):
+        """Anything with the tensors of an encoder.
+
+        Not there at run time: ``isinstance`` of a protocol does not see a module's parameters.
+        """
+
+        @property
+        def W_enc(self) -> torch.Tensor:
+            """One column a feature."""
+            ...
+
+        @property
+        def b_enc(self) -> torch.Tensor:
+            """One bias a feature."""
+            ...
+
+        @property
+        def threshold(self) -> torch.Tensor:
+            """What a pre-activation must exceed."""
+            ...
+
+    class JumpReLUTensors(JumpReLUEncoder, Protocol):
+        """Anything with the tensors of an encoder and a decoder."""
+
+        @property
+        def W_dec(self) -> torch.Tensor:
+            """One row a feature."""
+            ...
+
+        @property
+        def b_dec(self) -> torch.Tensor:
+            """What is written whatever the features."""
+            ...
+
 
 ARCHITECTURES = (
     "jumprelu",
@@ -32,7 +70,7 @@ ARCHITECTURES = (
 """SAELens architectures, and ours beside them, that these functions compute exactly."""
 
 
-def check_architecture(sae: Any) -> None:
+def check_architecture(sae: SAE) -> None:
     """Refuses dictionaries that are not plain JumpReLU.
 
     Raises:
@@ -53,7 +91,7 @@ def check_architecture(sae: Any) -> None:
 
 
 def pre_activations(
-    sae: Any, x: Float[torch.Tensor, "*tokens d_in"]
+    sae: JumpReLUEncoder, x: Float[torch.Tensor, "*tokens d_in"]
 ) -> Float[torch.Tensor, "*tokens d_sae"]:
     """``x @ W_enc + b_enc`` in the dictionary's type."""
     return x.to(sae.W_enc.dtype) @ sae.W_enc + sae.b_enc
@@ -67,14 +105,14 @@ def jump(
 
 
 def encode(
-    sae: Any, x: Float[torch.Tensor, "*tokens d_in"]
+    sae: JumpReLUEncoder, x: Float[torch.Tensor, "*tokens d_in"]
 ) -> Float[torch.Tensor, "*tokens d_sae"]:
     """All features of ``x``."""
     return jump(pre_activations(sae, x), sae.threshold)
 
 
 def encode_features(
-    sae: Any, x: Float[torch.Tensor, "*tokens d_in"], features: Int[torch.Tensor, " k"]
+    sae: JumpReLUEncoder, x: Float[torch.Tensor, "*tokens d_in"], features: Int[torch.Tensor, " k"]
 ) -> Float[torch.Tensor, "*tokens k"]:
     """The chosen features of ``x``; reads ``k`` encoder columns.
 
@@ -89,13 +127,13 @@ def encode_features(
     return torch.where((pre > threshold) & (pre > 0), pre, 0).to(dtype)
 
 
-def has_skip(sae: Any) -> bool:
+def has_skip(sae: object) -> bool:
     """Whether the dictionary adds a linear map of its input to what its features write."""
     return getattr(sae, "W_skip", None) is not None
 
 
 def decode(
-    sae: Any,
+    sae: JumpReLUTensors,
     acts: Float[torch.Tensor, "*tokens d_sae"],
     x: Float[torch.Tensor, "*tokens d_in"] | None = None,
 ) -> Float[torch.Tensor, "*tokens d_out"]:
@@ -135,8 +173,11 @@ def write_features(
     return amounts @ rows.to(amounts.device, amounts.dtype)
 
 
-def bias(sae: Any, x: Float[torch.Tensor, "*tokens d_in"]) -> Float[torch.Tensor, "*#tokens d_out"]:
+def bias(
+    sae: JumpReLUTensors, x: Float[torch.Tensor, "*tokens d_in"]
+) -> Float[torch.Tensor, "*#tokens d_out"]:
     """What a dictionary writes whatever its features: ``b_dec``, plus ``x @ W_skip.T`` with a skip."""
-    if not has_skip(sae):
+    W_skip: torch.Tensor | None = getattr(sae, "W_skip", None)
+    if W_skip is None:
         return sae.b_dec.expand(*[1] * (x.ndim - 1), -1)
-    return x.to(sae.W_skip.dtype) @ sae.W_skip.T + sae.b_dec
+    return x.to(W_skip.dtype) @ W_skip.T + sae.b_dec

@@ -19,7 +19,7 @@ tokens there takes a third of the time of one float32 product on two cores with 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -36,6 +36,9 @@ from gemmascope_plugin.saes.rounding import (
     row_norms,
 )
 from gemmascope_plugin.saes.sparse import offsets_of
+
+if TYPE_CHECKING:
+    from gemmascope_plugin.saes.jumprelu import JumpReLUEncoder
 
 OUTPUT = 2.0**-8
 """Relative error of rounding a sum to bfloat16, with a bit to spare."""
@@ -59,7 +62,7 @@ class Bf16Prefilter:
         ModelError: The dictionary is not float32, or its encoder not finite.
     """
 
-    def __init__(self, sae: Any) -> None:
+    def __init__(self, sae: JumpReLUEncoder) -> None:
         W_enc = sae.W_enc.detach()
         if W_enc.dtype != torch.float32:
             raise ModelError(
@@ -85,7 +88,7 @@ class Bf16Prefilter:
         d_sae, d_in = self.transposed.shape
         return f"Bf16Prefilter(d_in={d_in}, d_sae={d_sae}, {self.nbytes / 1e6:.3g} MB)"
 
-    def check(self, sae: Any) -> None:
+    def check(self, sae: JumpReLUEncoder) -> None:
         """Refuses a dictionary that this was not made from.
 
         Raises:

@@ -23,11 +23,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+
+from gemmascope_plugin.types import SAE
 
 Params = Mapping[str, Float[torch.Tensor, "*_"]]
 """``W_enc, b_enc, W_dec, b_dec, threshold`` in SAELens' shapes."""
@@ -86,7 +87,7 @@ def geometric_median(
 
 
 def paired_step(
-    sae: Any,
+    sae: SAE,
     step_input: TrainStepInput,
     x: Float[torch.Tensor, "batch d_in"],
     target: Float[torch.Tensor, "batch d_out"],
