@@ -156,8 +156,8 @@ def _title(effects: LabelledValues) -> str:
     places = dict(meta.get("at", {}))
     if is_lens(effects):
         token = str(places.pop("token", "#1"))
-        what = "the most likely token" if token == "#1" else repr(token)
-        title = f"logit lens: probability of {what}"
+        subject = "the most likely token" if token == "#1" else repr(token)
+        title = f"logit lens: probability of {subject}"
     else:
         title = f"{meta['component']}: {meta['method']}, {meta['mode']}"
     return title + "".join(f", {axis} {_text(value)}" for axis, value in places.items())

@@ -215,9 +215,13 @@ def _parts(
     rows: int,
 ) -> tuple[Part, ...]:
     """The task, ready to be run again."""
-    there = list(dict.fromkeys(_places(component, hooks).values()))
-    here = list(dict.fromkeys([*hooks, *there]))
-    return tuple(replayed(runner, bound, *tokens, rows=rows, here=here, there=there))
+    other_points = list(dict.fromkeys(_places(component, hooks).values()))
+    base_points = list(dict.fromkeys([*hooks, *other_points]))
+    return tuple(
+        replayed(
+            runner, bound, *tokens, rows=rows, base_points=base_points, other_points=other_points
+        )
+    )
 
 
 def _joined_metric(parts: Sequence[Part], is_other: bool) -> Float[torch.Tensor, " prompt"]:
@@ -233,9 +237,9 @@ class _Reads:
 
     at: Mapping[str, str]
     """Hook that is written to, to where it is read."""
-    here: Mapping[str, torch.Tensor]
+    base: Mapping[str, torch.Tensor]
     """Those of the base run, at both."""
-    there: Mapping[str, torch.Tensor]
+    other: Mapping[str, torch.Tensor]
     """Those of the other run, where they are read."""
 
     @classmethod
@@ -250,33 +254,33 @@ class _Reads:
         at = _places(component, hooks)
         n, n_pos = tokens[0].shape
         names = list(dict.fromkeys(at.values()))
-        here = joined(parts, list(dict.fromkeys([*hooks, *names])), n, n_pos, False)
-        there = joined(parts, names, n, n_pos, True)
+        base = joined(parts, list(dict.fromkeys([*hooks, *names])), n, n_pos, False)
+        other = joined(parts, names, n, n_pos, True)
         for part in parts:  # one copy is enough
-            part.here, part.there = {}, {}
+            part.base_acts, part.other_acts = {}, {}
         axis = COMPONENTS[component].dims.index("pos")
         for name in names:
-            _agree(there[name], here[name], _n_shared(*tokens), axis)
-        return cls(at, here, there)
+            _agree(other[name], base[name], _n_shared(*tokens), axis)
+        return cls(at, base, other)
 
     def inserted(
         self, insert: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """What is at the hooks in the base run, and what is inserted there."""
-        written = {hook: self.here[hook] for hook in self.at}
-        other = {hook: insert(self.there[name]) for hook, name in self.at.items()}
+        before = {hook: self.base[hook] for hook in self.at}
+        after = {hook: insert(self.other[name]) for hook, name in self.at.items()}
         for hook, name in self.at.items():
             if name != hook:
-                # what to write so that the stream is the wanted one, beside what the base run has there
-                other[hook] = written[hook] + (other[hook] - self.here[name])
-        return written, other
+                # what to write so that the stream is as wanted, beside what the base run has there
+                after[hook] = before[hook] + (after[hook] - self.base[name])
+        return before, after
 
 
 def _n_shared(
-    one: Int[torch.Tensor, "prompt pos"], other: Int[torch.Tensor, "prompt pos"]
+    tokens: Int[torch.Tensor, "prompt pos"], other: Int[torch.Tensor, "prompt pos"]
 ) -> list[int]:
     """Tokens of each prompt before the first that differs."""
-    return (one == other).int().cumprod(1).sum(1).tolist()
+    return (tokens == other).int().cumprod(1).sum(1).tolist()
 
 
 def _agree(
@@ -300,16 +304,16 @@ def _differing(
     mask: Bool[torch.Tensor, "prompt pos"],
 ) -> list[FeatureId]:
     """Features that the replacement changes at any token; all others have no effect."""
-    found = []
+    features = []
     for name in sites:
         hook = acts_hook(name)
         changed = (here[hook] != other[hook]) & mask.to(here[hook].device)[..., None]
-        found += [
+        features += [
             FeatureId(name, i) for i in changed.flatten(0, 1).any(0).nonzero().flatten().tolist()
         ]
-    if not found:
+    if not features:
         raise EmptySelectionError("No feature differs between clean and corrupted prompts")
-    return found
+    return features
 
 
 def _describe(model: HookedModel, runner: Any, bound: BoundTask, component: str) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Choice:
         names = {"layer": "layers", "head": "heads", "pos": "positions", "neuron": "neurons"}
         return getattr(self, names[dim])
 
-    def coordinates(self) -> dict[str, tuple[int, ...] | None]:
+    def indices(self) -> dict[str, tuple[int, ...] | None]:
         """What is chosen along the dimensions of the model, as plain numbers.
 
         ``noun`` says what they count, e.g. ``"layer"``, for errors.
@@ -59,21 +59,21 @@ class Choice:
 
     def axes_of(self, component: str) -> tuple[str, ...]:
         """The named axes, checked."""
-        known = COMPONENTS[component]
+        kind = COMPONENTS[component]
         if self.axes is None:
-            axes = tuple(a for a in known.axes if a != "pos" or self.per_position)
+            axes = tuple(a for a in kind.axes if a != "pos" or self.per_position)
         else:
             axes = (self.axes,) if isinstance(self.axes, str) else tuple(self.axes)
         for axis in axes:
-            check_choice(f"axis of {component}", axis, known.all_axes)
+            check_choice(f"axis of {component}", axis, kind.all_axes)
         if not axes:
             raise EmptySelectionError(
-                f"The effects of {component} have no axis", exists=", ".join(known.all_axes)
+                f"The effects of {component} have no axis", exists=", ".join(kind.all_axes)
             )
         if len(set(axes)) < len(axes):
             raise UnknownNameError(f"An axis is named twice in {axes}")
         if (
-            known.reads is not None
+            kind.reads is not None
             and "layer" not in axes
             and len(as_indices(self.layers) or ()) != 1
         ):
@@ -81,7 +81,7 @@ class Choice:
                 f"{component} is written through another hook, one layer at a time",
                 fix='axes=("layer", "pos")',
             )
-        if known.place == "feature" and "feature" not in axes:
+        if kind.place == "feature" and "feature" not in axes:
             raise UnknownNameError(
                 f"The axes {axes} do not tell features apart", fix='axes=("feature", "pos")'
             )
@@ -89,33 +89,34 @@ class Choice:
 
     def check(self, component: str) -> None:
         """Refuses choices that the component has no use for."""
-        known = COMPONENTS[component]
-        has_layers = known.place is not None
+        kind = COMPONENTS[component]
+        has_layers = kind.place is not None
         offered = {
             "layers": has_layers,
-            "heads": "head" in known.dims,
-            "neurons": "neuron" in known.dims,
-            "features": "feature" in known.dims,
+            "heads": "head" in kind.dims,
+            "neurons": "neuron" in kind.dims,
+            "features": "feature" in kind.dims,
         }
-        for name, has in offered.items():
-            if getattr(self, name) is not None and not has:
+        for name, is_offered in offered.items():
+            if getattr(self, name) is not None and not is_offered:
                 raise UnknownNameError(
                     f"{component} has no {name} to choose from",
-                    exists=", ".join(n for n, there in offered.items() if there) or "positions",
+                    exists=", ".join(n for n, is_there in offered.items() if is_there)
+                    or "positions",
                 )
 
 
 def component_grid(component: str, choice: Choice, sizes: Mapping[str, int]) -> Grid:
     """The patches of a component of the model itself."""
-    known = COMPONENTS[component]
-    dims = (*([known.place] if known.place else []), *known.dims)
+    kind = COMPONENTS[component]
+    dims = (*([kind.place] if kind.place else []), *kind.dims)
     labels = {dim: coordinates(_WORDS.get(dim, dim), choice.of(dim), sizes[dim]) for dim in dims}
 
     def hooks(at: Mapping[str, Any]) -> tuple[str, ...]:
-        if known.place is None:
-            return (known.hook,)
+        if kind.place is None:
+            return (kind.hook,)
         chosen = [at["layer"]] if "layer" in at else labels["layer"]
-        return tuple(known.hook.format(layer=layer) for layer in chosen)
+        return tuple(kind.hook.format(layer=layer) for layer in chosen)
 
     return _grid(component, choice, labels, hooks)
 
@@ -172,22 +173,22 @@ def _entry(at: At | FeatureId) -> At:
     return at.feature if isinstance(at, FeatureId) else at
 
 
-def coordinates(what: str, wanted: Sequence[int] | None, size: int) -> tuple[int, ...]:
+def coordinates(noun: str, chosen: Sequence[int] | None, size: int) -> tuple[int, ...]:
     """Coordinates in the given order; all of them when none are named."""
-    if wanted is None:
+    if chosen is None:
         return tuple(range(size))
-    numbers = as_indices(wanted)
+    numbers = as_indices(chosen)
     if numbers is None:
         raise InputError(
-            f"{what}s={wanted!r} are not numbers", fix=f"{what}s=[0, 1], a range, or {what}s=None"
+            f"{noun}s={chosen!r} are not numbers", fix=f"{noun}s=[0, 1], a range, or {noun}s=None"
         )
     if not numbers:
-        raise EmptySelectionError(f"No {what} is named", fix=f"{what}s=None for all")
+        raise EmptySelectionError(f"No {noun} is named", fix=f"{noun}s=None for all")
     for index in numbers:
         if not 0 <= index < size:
             raise UnknownNameError(
-                f"{what.capitalize()} {index} does not exist", exists=f"{what}s 0 to {size - 1}"
+                f"{noun.capitalize()} {index} does not exist", exists=f"{noun}s 0 to {size - 1}"
             )
     if len(set(numbers)) < len(numbers):
-        raise UnknownNameError(f"A {what} is named twice in {numbers}")
+        raise UnknownNameError(f"A {noun} is named twice in {numbers}")
     return tuple(numbers)

@@ -119,10 +119,10 @@ def _entries(model: HookedModel, component: str, n_pos: int, sites: Mapping[str,
     if sites:
         features = "feature" in COMPONENTS[component].dims
         return [n_pos * (s.d_sae if features else s.widths[1]) for s in sites.values()]
-    known = COMPONENTS[component]
+    kind = COMPONENTS[component]
     n = 1
     sizes = sizes_of(model, component, n_pos)
-    for dim in known.dims:
+    for dim in kind.dims:
         n *= sizes[dim]
     widths = {"pos": n_pos, "d_model": model.cfg.d_model, "d_head": model.cfg.d_head, None: 1}
-    return [n * int(widths[known.width])]
+    return [n * int(widths[kind.width])]

@@ -66,20 +66,20 @@ class Metric(ABC):
 
     def positions(self, lengths: Int[torch.Tensor, " prompt"]) -> Int[torch.Tensor, " prompt"]:
         """Where each prompt is asked, from its start."""
-        given = self.position
-        wanted = [given] * len(lengths) if isinstance(given, int) else list(given)
-        if len(wanted) != len(lengths):
+        position = self.position
+        places = [position] * len(lengths) if isinstance(position, int) else list(position)
+        if len(places) != len(lengths):
             raise TaskError(
-                f"{self.name} has {len(wanted)} positions for {len(lengths)} prompts",
+                f"{self.name} has {len(places)} positions for {len(lengths)} prompts",
                 fix="position=-1, or [one per prompt]",
             )
-        for row, (position, length) in enumerate(zip(wanted, lengths.tolist(), strict=True)):
-            if not -length <= position < length:
+        for row, (place, length) in enumerate(zip(places, lengths.tolist(), strict=True)):
+            if not -length <= place < length:
                 raise TaskError(
-                    f"Answer position {position} lies outside prompt {row} of {length} tokens",
+                    f"Answer position {place} lies outside prompt {row} of {length} tokens",
                     exists=f"positions 0 to {length - 1}, or {-length} to -1 from the end",
                 )
-        at = torch.tensor(wanted, device=lengths.device)
+        at = torch.tensor(places, device=lengths.device)
         return torch.where(at < 0, at + lengths, at)
 
 
@@ -182,21 +182,21 @@ Answers = str | SupportsIndex | Iterable[Any]
 """Answers as people give them: one per prompt, ids of any library, in a list, an array or a tensor."""
 
 
-def answer_list(what: str, answers: Any) -> list[Answer]:
+def answer_list(noun: str, answers: Any) -> list[Answer]:
     """One entry per prompt, ids as plain integers; a single answer is that of one prompt."""
     single = _single(answers)
     if single is not None:
         return [single]
-    return [_entry(what, entry) for entry in _listed(what, answers)]
+    return [_entry(noun, entry) for entry in _listed(noun, answers)]
 
 
-def _entry(what: str, entry: Any) -> Answer:
+def _entry(noun: str, entry: Any) -> Answer:
     single = _single(entry)
     if single is not None:
         return single
-    choices = [_single(choice) for choice in _listed(what, entry)]
+    choices = [_single(choice) for choice in _listed(noun, entry)]
     if None in choices:
-        raise _no_answer(what, entry)
+        raise _no_answer(noun, entry)
     return [choice for choice in choices if choice is not None]
 
 
@@ -204,16 +204,16 @@ def _single(value: Any) -> str | int | None:
     return value if isinstance(value, str) else as_index(value)
 
 
-def _listed(what: str, value: Any) -> list[Any]:
+def _listed(noun: str, value: Any) -> list[Any]:
     if isinstance(value, Mapping | bytes) or not isinstance(value, Iterable):
-        raise _no_answer(what, value)
+        raise _no_answer(noun, value)
     return list(value)
 
 
-def _no_answer(what: str, value: Any) -> TaskError:
+def _no_answer(noun: str, value: Any) -> TaskError:
     return TaskError(
-        f"{what} has {value!r}, which is neither a word nor a token id",
-        fix=f'{what}=[" Paris", " Rome"], one per prompt, or token ids',
+        f"{noun} has {value!r}, which is neither a word nor a token id",
+        fix=f'{noun}=[" Paris", " Rome"], one per prompt, or token ids',
     )
 
 

@@ -67,14 +67,14 @@ def node_of(name: Name, edges: EdgeMap | None = None) -> Node | Stream:
         InputError: Neither a name nor a node.
     """
     if isinstance(name, (Node, Stream)):
-        found = name
+        node = name
     elif isinstance(name, FeatureId):
-        found = Node.of_feature(name)
+        node = Node.of_feature(name)
     else:
-        found = _parsed(name)
+        node = _parsed(name)
     if edges is not None:
-        _check_inside(found, edges)
-    return found
+        _check_inside(node, edges)
+    return node
 
 
 def reader_of(name: Named, edges: EdgeMap | None = None) -> Reader | Stream:
@@ -137,9 +137,9 @@ def _place(pair: Any, edges: EdgeMap) -> tuple[int, int]:
     )
 
 
-def _not_edges(given: Any) -> InputError:
+def _not_edges(value: Any) -> InputError:
     return InputError(
-        f"{describe(given)} is not an edge",
+        f"{describe(value)} is not an edge",
         fix='edges=[("L1H3", "MLP2"), ("embed", "L2H0.q")], each a writer and a reader',
     )
 
@@ -163,10 +163,11 @@ def _parsed(name: Any) -> Node | Stream:
 
 def _like(name: str) -> str | None:
     """The names with the numbers of this one that resemble it most."""
-    one, two = [*re.findall(r"\d+", name), "0", "0"][:2]
-    streams = (f"blocks.{one}.hook_resid_{point}" for point in ("pre", "post"))
+    layer, index = [*re.findall(r"\d+", name), "0", "0"][:2]
+    streams = (f"blocks.{layer}.hook_resid_{point}" for point in ("pre", "post"))
     return nearest(
-        name, ["embed", "logits", f"L{one}H{two}", f"L{one}KV{two}", f"MLP{one}", *streams]
+        name,
+        ["embed", "logits", f"L{layer}H{index}", f"L{layer}KV{index}", f"MLP{layer}", *streams],
     )
 
 

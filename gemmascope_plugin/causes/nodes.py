@@ -110,11 +110,11 @@ def patchable(model: HookedModel, component: str, saes: Any) -> Iterator[Any]:
             fix="saes=[gemmascope_plugin.load(spec)]",
         )
     # A dictionary that was wrapped for another error mode is wrapped again: here the error is kept.
-    kept = [
+    hooked = [
         sae.with_error("keep") if isinstance(sae, (HookedSAE, HookedCrossLayer)) else sae
         for sae in as_list(saes)
     ]
-    with splice(model, kept) as spliced:
+    with splice(model, hooked) as spliced:
         yield spliced
 
 

@@ -52,9 +52,9 @@ class Part:
     """The metric of the base run, from the same arithmetic, on the CPU."""
     other: Float[torch.Tensor, " part"]
     """That of the other run."""
-    here: Mapping[str, torch.Tensor]
+    base_acts: Mapping[str, torch.Tensor]
     """Activations of the base run ``[part, pos, ...]``."""
-    there: Mapping[str, torch.Tensor]
+    other_acts: Mapping[str, torch.Tensor]
     """Those of the other run."""
 
     def metric(
@@ -99,17 +99,18 @@ def replayed(
     other: Int[torch.Tensor, "prompt pos"],
     *,
     rows: int,
-    here: Sequence[str] = (),
-    there: Sequence[str] = (),
+    base_points: Sequence[str] = (),
+    other_points: Sequence[str] = (),
     whole: bool = False,
 ) -> Iterator[Part]:
     """The parts of a task, made one after the other.
 
-    Activations at ``here`` in the base run and at ``there``, some of them, in the other run are kept.
+    Activations at ``base_points`` in the base run and at ``other_points``, some of them, in the other run
+    are kept.
     ``whole`` says that something else than the other tokens may differ before the first of them.
     """
-    model = model_of(runner)
-    plain = runner is model and replayable([*here, *there])
+    model, points = model_of(runner), (base_points, other_points)
+    plain = runner is model and replayable([*base_points, *other_points])
     arithmetic = Arithmetic.of(model, base) if plain else None
     if arithmetic is None:
         groups = [index.tolist() for index in torch.arange(len(base)).split(rows)]
@@ -120,15 +121,15 @@ def replayed(
     for group in groups:
         index = torch.tensor(group, device=base.device)
         width = base.shape[1] if arithmetic is None else int(bound.lengths[index].max())
-        some = bound.part(index).cut(width)
-        row, at = some.metric.places(len(some))
+        task = bound.part(index).cut(width)
+        row, at = task.metric.places(len(task))
         tokens = base[index, :width]
         if arithmetic is None:
             replay = ModuleReplay(runner, tokens, at, row)
         else:
-            replay = Replay(arithmetic, tokens, at, None if len(at) == len(some) else row)
+            replay = Replay(arithmetic, tokens, at, None if len(at) == len(task) else row)
         start = min(starts[i] for i in group)
-        yield _part(index, start, some, replay, other[index, :width], (here, there), whole)
+        yield _part(index, start, task, replay, other[index, :width], points, whole)
 
 
 def _part(
@@ -137,20 +138,20 @@ def _part(
     bound: BoundTask,
     replay: Replay | ModuleReplay,
     other: torch.Tensor,
-    names: tuple[Sequence[str], Sequence[str]],
+    points: tuple[Sequence[str], Sequence[str]],
     whole: bool,
 ) -> Part:
-    here, there = names
-    kept: dict[str, torch.Tensor] = {}
+    names = [*points[0], *points[1]]
+    acts: dict[str, torch.Tensor] = {}
     changed: dict[str, torch.Tensor] = {}
-    end = replay.record(keeping(kept, [*here, *there]))
-    away = replay.variant(other, start, keeping(changed, there))
-    check_reached(kept, [*here, *there])
+    end = replay.record(keeping(acts, names))
+    away = replay.variant(other, start, keeping(changed, points[1]))
+    check_reached(acts, names)
     for name, x in changed.items():
         axis = position_axis(name)
-        changed[name] = torch.cat([kept[name].narrow(axis, 0, start), x], axis)
+        changed[name] = torch.cat([acts[name].narrow(axis, 0, start), x], axis)
     before, after = (metric_of(bound, replay.model, final).cpu() for final in (end, away))
-    return Part(index, 0 if whole else start, bound, replay, before, after, kept, changed)
+    return Part(index, 0 if whole else start, bound, replay, before, after, acts, changed)
 
 
 def position_axis(name: str) -> int:
@@ -213,7 +214,7 @@ def joined(
     out: dict[str, torch.Tensor] = {}
     for name in names:
         for part in parts:
-            x = (part.there if other else part.here)[name]
+            x = (part.other_acts if other else part.base_acts)[name]
             is_pattern = name.endswith("hook_pattern")
             shape = (x.shape[1], n_pos, n_pos) if is_pattern else (n_pos, *x.shape[2:])
             whole = out.setdefault(name, x.new_zeros(n_prompts, *shape))

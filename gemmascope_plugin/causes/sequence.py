@@ -95,16 +95,16 @@ class SequenceLogprob(Metric):
         )
 
     def _ids(
-        self, model: HookedModel, what: str, texts: Sequence[Text], prompts: Any, lengths: Any
+        self, model: HookedModel, noun: str, texts: Sequence[Text], prompts: Any, lengths: Any
     ) -> list[list[int]]:
         if len(texts) != len(lengths):
             raise TaskError(
-                f"{self.name} has {len(texts)} entries in {what} for {len(lengths)} prompts",
-                fix=f"{what}=[one text per prompt]",
+                f"{self.name} has {len(texts)} entries in {noun} for {len(lengths)} prompts",
+                fix=f"{noun}=[one text per prompt]",
             )
         ends = [int(prompts[i, int(n) - 1]) for i, n in enumerate(lengths)]
         return [
-            answer_ids(model, text, end, f"{what} {i}")
+            answer_ids(model, text, end, f"{noun} {i}")
             for i, (text, end) in enumerate(zip(texts, ends, strict=True))
         ]
 

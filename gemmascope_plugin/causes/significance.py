@@ -79,14 +79,14 @@ def permutation_test(changes: Float[torch.Tensor, "*cell prompt"], n: int, seed:
     root = cells.pow(2).mean(-1).sqrt()
     scaled = torch.where(root[:, None] > 0, cells / root[:, None], 0) / cells.shape[1]
     # a pattern that only rounding tells from the given one counts as it
-    found = scaled.sum(-1).abs() * (1 - 1e-9)
-    single, corrected = torch.zeros_like(found), torch.zeros_like(found)
+    sizes = scaled.sum(-1).abs() * (1 - 1e-9)
+    single, corrected = torch.zeros_like(sizes), torch.zeros_like(sizes)
     total, exact = 0, 2 ** cells.shape[1] <= n
     for signs in _patterns(cells.shape[1], n, seed, max(1, _AT_ONCE // len(cells))):
         flipped = (scaled @ signs.T).abs()
-        single += (flipped >= found[:, None]).sum(-1)
+        single += (flipped >= sizes[:, None]).sum(-1)
         # most extreme cell per pattern, compared with every cell
-        corrected += _at_least(flipped.amax(0), found)
+        corrected += _at_least(flipped.amax(0), sizes)
         total += len(signs)
     if not exact:  # the given pattern is one of them
         single, corrected, total = single + 1, corrected + 1, total + 1

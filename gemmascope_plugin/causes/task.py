@@ -292,9 +292,9 @@ class Task:
         if self.mask is None:
             return padded(model, prompts)
         if not isinstance(prompts, torch.Tensor) or prompts.shape != self.mask.shape:
-            given = tuple(prompts.shape) if isinstance(prompts, torch.Tensor) else "texts"
+            shape = tuple(prompts.shape) if isinstance(prompts, torch.Tensor) else "texts"
             raise TaskError(
-                f"mask has shape {tuple(self.mask.shape)}, the prompts are {given}",
+                f"mask has shape {tuple(self.mask.shape)}, the prompts are {shape}",
                 fix="token ids [prompt, pos] and a mask of the same shape",
             )
         return right_padded(model, prompts, self.mask)

@@ -154,15 +154,15 @@ def replayed_writers(
         bound,
         *tokens(bound),
         rows=size,
-        here=names,
-        there=names if is_other else (),
+        base_points=names,
+        other_points=names if is_other else (),
         whole=not is_other,
     )
     for part in parts:
         if is_other:
-            yield part, Writes.of(part.there, n_layers)
+            yield part, Writes.of(part.other_acts, n_layers)
         elif means is None:
-            yield part, Writes.of(part.here, n_layers).map(torch.zeros_like)
+            yield part, Writes.of(part.base_acts, n_layers).map(torch.zeros_like)
         else:
             yield part, means.repeated(*part.bound.clean.shape)
 

@@ -112,7 +112,7 @@ class EdgeAblation:
         stage: Stage = "post" if last else "mid" if first.kind == "mlp" else "pre"
         window = part.replay.window(part.start)
         run = _Run(self.anatomy, self.edges, removed.to(part.index.device), other.window(window))
-        run.start(Writes.of(part.here, self.anatomy.n_layers).window(window), layer, stage)
+        run.start(Writes.of(part.base_acts, self.anatomy.n_layers).window(window), layer, stage)
         values = part.metric(layer, window, stage=stage, copies=len(is_kept), hooks=run.hooks())
         return values.cpu()
 

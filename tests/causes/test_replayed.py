@@ -45,11 +45,13 @@ def test_each_part_starts_where_its_prompts_differ(model) -> None:
     with torch.no_grad():
         whole = [model.run_with_cache(x, names_filter=names)[1][names[0]] for x in (CLEAN, CORRUPT)]
     seen = []
-    for part in replayed(model, bound, CLEAN, CORRUPT, rows=2, here=names, there=names):
+    for part in replayed(
+        model, bound, CLEAN, CORRUPT, rows=2, base_points=names, other_points=names
+    ):
         index, width = part.index, part.bound.clean.shape[1]
         seen += index.tolist()
         assert part.start == min(STARTS[i] for i in index)
-        for found, expected in zip((part.here, part.there), whole, strict=True):
+        for found, expected in zip((part.base_acts, part.other_acts), whole, strict=True):
             inside = MASK[index, :width]
             difference = found[names[0]] - expected[index, :width]
             assert float(difference[inside].abs().max()) < 1e-5

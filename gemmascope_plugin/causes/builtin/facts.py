@@ -48,7 +48,7 @@ def antonyms(rng: Random, half: Half) -> Iterator[Draft]:
         for pair in line.split("|")
         if pair.strip()
     ]
-    both = [(a, b) for one, other in half(pairs) for a, b in ((one, other), (other, one))]
+    both = [(a, b) for first, second in half(pairs) for a, b in ((first, second), (second, first))]
     return _asked(rng, both, half(OPPOSITE))
 
 

@@ -24,25 +24,25 @@ def check_task_name(name: Any, call: str) -> None:
     """Refuses what is not a text."""
     if not isinstance(name, str):
         order = f'{call}: the name comes first: Task.builtin("ioi", model)'
-        what = "The model stands where the name of a task belongs"
+        problem = "The model stands where the name of a task belongs"
         raise InputError(
-            what if is_model(name) else f"{describe(name)} is not the name of a task", fix=order
+            problem if is_model(name) else f"{describe(name)} is not the name of a task", fix=order
         )
 
 
-def check_needed_text(what: str, example: str) -> Callable[[Any, str], None]:
+def check_needed_text(name: str, example: str) -> Callable[[Any, str], None]:
     """A check for an argument that is a text."""
 
     def check(value: Any, call: str) -> None:
         if not isinstance(value, str):
-            raise InputError(f"{what}={describe(value)} is not a text", fix=f"{what}={example}")
+            raise InputError(f"{name}={describe(value)} is not a text", fix=f"{name}={example}")
 
     return check
 
 
-def check_text(what: str, example: str) -> Callable[[Any, str], None]:
+def check_text(name: str, example: str) -> Callable[[Any, str], None]:
     """The same for one that may be left out, where it is None."""
-    needed = check_needed_text(what, example)
+    needed = check_needed_text(name, example)
 
     def check(value: Any, call: str) -> None:
         if value is not None:

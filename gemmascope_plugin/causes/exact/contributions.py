@@ -70,9 +70,9 @@ def asked(model: HookedModel, prompts: Task | Prompts, metric: LogitDiff | None)
 def _check(metric: Any) -> None:
     if isinstance(metric, LogitDiff):
         return
-    given = "No metric was given" if metric is None else f"The metric is {metric!r}"
+    problem = "No metric was given" if metric is None else f"The metric is {metric!r}"
     raise TaskError(
-        f"{given}, and only a difference of logits is a sum over components",
+        f"{problem}, and only a difference of logits is a sum over components",
         fix="metric=logit_diff(answer, wrong)",
     )
 

@@ -109,14 +109,14 @@ def direct_logit_attribution(
     hooks, sums = component_hooks(n_layers(model)), _Sums()
     pieces: dict[str, torch.Tensor] = {}
     with patchable(model, "feature", saes) if by == "feature" else nullcontext() as spliced:
-        for part in bound.parts(batch):
+        for chunk in bound.parts(batch):
             more = [] if spliced is None else site_hooks(model, spliced)
-            run = AnswerRun.of(model, part, [*hooks, *more])
-            found = components(run) if by == "component" else heads(run)
+            run = AnswerRun.of(model, chunk, [*hooks, *more])
+            parts = components(run) if by == "component" else heads(run)
             if spliced is not None:
-                found = split(found, run, spliced)
-            _collect(pieces, found, sums.n_prompts, len(bound))
-            sums.add(run, sum((piece.value for piece in found), torch.zeros_like(run.bias)))
+                parts = split(parts, run, spliced)
+            _collect(pieces, parts, sums.n_prompts, len(bound))
+            sums.add(run, sum((piece.value for piece in parts), torch.zeros_like(run.bias)))
         exclude = () if spliced is None else _excluded(spliced.sites.values())
     each = torch.stack(list(pieces.values()))
     metadata = {**sums.metadata(model, bound), "component": by, "exclude": exclude}
@@ -157,16 +157,16 @@ def accumulated_logit_diff(
     bound = asked(model, prompts, metric)
     layers, points = tuple(range(n_layers(model))), ("pre", "mid", "post")
     names = [f"blocks.{layer}.hook_resid_{point}" for layer in layers for point in points]
-    sums, found = _Sums(), []
+    sums, curves = _Sums(), []
     for part in bound.parts(batch):
         run = AnswerRun.of(model, part, names)
         ln = run.anatomy.ln_final
         streams = (run.at[name] for name in names)
         normed = [ln(x) if scale == "own" else ln.frozen(run.end, x) for x in streams]
         values = torch.stack([(x * run.question).sum(-1) + run.bias for x in normed])
-        found.append(values.cpu())
+        curves.append(values.cpu())
         sums.add(run, values[-1])
-    each = torch.cat(found, -1).unflatten(0, (len(layers), len(points)))
+    each = torch.cat(curves, -1).unflatten(0, (len(layers), len(points)))
     method = "logit lens" if scale == "own" else "final norm frozen"
     metadata = sums.metadata(model, bound) | {"component": "stream", "method": method}
     metadata |= {"mode": "accumulated", "exclude": ()}
@@ -217,10 +217,10 @@ class _Sums:
 
 
 def _collect(
-    pieces: dict[str, torch.Tensor], found: Iterable[Contribution], start: int, n: int
+    pieces: dict[str, torch.Tensor], parts: Iterable[Contribution], start: int, n: int
 ) -> None:
     """Puts contributions in their prompts' places; those of a feature with several outputs add up."""
-    for piece in found:
+    for piece in parts:
         value = piece.value.cpu()
         place = pieces.setdefault(piece.label, value.new_zeros(n))
         place[start : start + len(value)] += value

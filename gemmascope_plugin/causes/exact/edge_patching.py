@@ -184,7 +184,7 @@ class _Patches:
         self.anatomy, self.part, self.edges = anatomy, part, EdgeMap.of(anatomy)
         self.starts = _start_layers(self.edges)
         self.window = part.replay.window(part.start)
-        base = Writes.of(part.here, anatomy.n_layers)
+        base = Writes.of(part.base_acts, anatomy.n_layers)
         self.deltas = write_deltas(anatomy, base.window(self.window), other.window(self.window))
 
     def effects(self, edges: Int[torch.Tensor, "edge two"]) -> Float[torch.Tensor, "edge prompt"]:

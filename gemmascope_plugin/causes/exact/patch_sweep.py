@@ -203,12 +203,12 @@ def _entry(
     other = {name: inside(run.other[name][part.index], name, window) for name in names}
     hooks = inserting([_shifted(run, patch, window) for patch in patches], other)
     stage, spares = starting_at(layer, names)
-    known = {}
+    values = {}
     if spares:
         (name,) = (name for name in names if name.startswith(f"blocks.{layer}."))
         value = run.here[name][part.index][:, window]
-        known[name] = value.repeat(len(patches), *[1] * (value.ndim - 1))
-    return Entry(layer, stage, len(patches), hooks, known)
+        values[name] = value.repeat(len(patches), *[1] * (value.ndim - 1))
+    return Entry(layer, stage, len(patches), hooks, values)
 
 
 def starting_at(layer: int, names: set[str]) -> tuple[Stage, bool]:

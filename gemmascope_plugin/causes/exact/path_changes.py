@@ -143,8 +143,8 @@ def _outputs(runner: Any, node: Node) -> set[str]:
 def _decoders(runner: Any, site: HookedSite) -> list[tuple[HookedSite, int]]:
     """Where the features of a site write: sites, and the position of theirs in the dictionary."""
     for dictionary in runner.saes:
-        for position, own in enumerate(dictionary.sites):
-            if own is site:
+        for position, output in enumerate(dictionary.sites):
+            if output is site:
                 return [(later, position) for later in dictionary.sites[position:]]
     raise AssertionError(f"{site.name} belongs to no dictionary")
 
@@ -169,9 +169,9 @@ def _sent(
     runner: Any, features: Sequence[Any], base: torch.Tensor, other: torch.Tensor
 ) -> dict[Any, Float[torch.Tensor, "prompt pos"]]:
     """``s * (a' - a)`` of each feature."""
-    here, scales = _columns(runner, features, base)
-    there, _ = _columns(runner, features, other)
-    return {node: (there[node] - here[node]) * scales[node] for node in features}
+    base_acts, scales = _columns(runner, features, base)
+    other_acts, _ = _columns(runner, features, other)
+    return {node: (other_acts[node] - base_acts[node]) * scales[node] for node in features}
 
 
 @torch.no_grad()
@@ -195,8 +195,8 @@ def _columns(
     def measure(nodes: list[Node]) -> Any:
         def hook_fn(x: torch.Tensor, hook: Any) -> None:
             scale = site_of(runner, nodes[0]).weights.scale(x)
-            one = torch.ones_like(x[..., 0])
-            scales.update(dict.fromkeys(nodes, one if scale is None else scale[..., 0]))
+            ones = torch.ones_like(x[..., 0])
+            scales.update(dict.fromkeys(nodes, ones if scale is None else scale[..., 0]))
 
         return hook_fn
 

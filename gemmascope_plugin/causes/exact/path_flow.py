@@ -56,7 +56,7 @@ class Flow:
 
     def __init__(self, anatomy: Anatomy, part: Part, window: slice, paths: Paths) -> None:
         self._anatomy, self._part, self._window, self._paths = anatomy, part, window, paths
-        self._here, self._there = part.here, part.there
+        self._base_acts, self._other_acts = part.base_acts, part.other_acts
 
     def differences(
         self, changes: Sequence[Change], streams: Sequence[str]
@@ -74,7 +74,7 @@ class Flow:
         since = -2 if start is None else stream_time(start)
         difference = self._zero()
         if start is not None:
-            difference = wide(self._there[start]) - wide(self._here[start])
+            difference = wide(self._other_acts[start]) - wide(self._base_acts[start])
         hooks = {*change.replaced, *change.added}
         for hook in sorted(h for h in hooks if since < stream_time(h) <= until):
             step = self._attention(change, hook) if is_z(hook) else self._added(change, hook)
@@ -94,7 +94,7 @@ class Flow:
             assert fixed is not None
             return fixed
         heads = change.replaced[hook]
-        step = wide(self._there[hook]) - wide(self._here[hook])
+        step = wide(self._other_acts[hook]) - wide(self._base_acts[hook])
         if heads is not None:
             others = [h for h in range(step.shape[2]) if h not in heads]
             step[:, :, others] = 0
@@ -102,7 +102,7 @@ class Flow:
 
     def _attention(self, change: Change, hook: str) -> Difference:
         """What the heads of a layer change together, after the norm."""
-        layer, z = layer_of(hook), self._here[hook]
+        layer, z = layer_of(hook), self._base_acts[hook]
         dz = wide(self._added(change, hook)).to(z.device)
         post = self._anatomy.norm(layer, "ln1_post")
         a, da = self._anatomy.head_sum(layer, z), self._anatomy.head_sum(layer, dz)
@@ -118,20 +118,20 @@ class Flow:
         replay, window, n = self._part.replay, self._window, len(self._part.index)
         first = min(layer_of(hook) for c in changes for hook in (*c.replaced, *c.added))
         hooks: dict[str, list[Callable[[torch.Tensor], None]]] = {}
-        known: dict[str, torch.Tensor] = {}
+        values: dict[str, torch.Tensor] = {}
         if self._paths == "mlps":
             for layer in range(max(0, first), self._anatomy.n_layers):
                 name = f"blocks.{layer}.attn.hook_z"
-                known[name] = self._here[name][:, window].repeat(len(changes), 1, 1, 1)
-                hooks[name] = [_freeze(known[name])]
+                values[name] = self._base_acts[name][:, window].repeat(len(changes), 1, 1, 1)
+                hooks[name] = [_freeze(values[name])]
         for j, change in enumerate(changes):
             rows = slice(j * n, (j + 1) * n)
             for name in change.replaced:
                 hooks.setdefault(name, []).append(self._replace(name, change.replaced[name], rows))
             for name, value in change.added.items():
                 # the two model classes disagree about what is returned from the middle of a layer
-                there = name.replace("hook_resid_mid", "hook_attn_out")
-                hooks.setdefault(there, []).append(_add(value[:, window], rows))
+                place = name.replace("hook_resid_mid", "hook_attn_out")
+                hooks.setdefault(place, []).append(_add(value[:, window], rows))
         edits = [(name, _clone_and(edit)) for name, edit in hooks.items()]
         seen: dict[str, torch.Tensor] = {}
         replay.run(
@@ -139,7 +139,7 @@ class Flow:
             window,
             copies=len(changes),
             hooks=[*edits, *keeping(seen, streams)],
-            values=known,
+            values=values,
         )
         return [
             {hook: self._placed(x[j * n : (j + 1) * n], hook) for hook, x in seen.items()}
@@ -149,13 +149,13 @@ class Flow:
     def _placed(self, x: Float[torch.Tensor, "prompt some d_model"], hook: str) -> Difference:
         """How a stream differs at all positions, from what it is at those that ran."""
         whole = self._zero()
-        whole[:, self._window] = wide(x) - wide(self._here[hook][:, self._window])
+        whole[:, self._window] = wide(x) - wide(self._base_acts[hook][:, self._window])
         return whole
 
     def _replace(
         self, name: str, heads: tuple[int, ...] | None, rows: slice
     ) -> Callable[[torch.Tensor], None]:
-        value = self._there[name][:, self._window]
+        value = self._other_acts[name][:, self._window]
 
         def edit(x: torch.Tensor) -> None:
             if heads is None:

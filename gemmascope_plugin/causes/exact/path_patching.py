@@ -179,8 +179,15 @@ class _Sweep:
         rows = max(1, min(len(self.bound), max_rows))
         streams = sorted({self._stream(r) for pair in reached.values() for r in pair})
         hooks = hooks_of(self.runner, self.senders)
-        here, there = read_by_flow(self.anatomy, *hooks, streams, self.paths)
-        parts = replayed(self.runner, self.bound, *self.tokens, rows=rows, here=here, there=there)
+        base_points, other_points = read_by_flow(self.anatomy, *hooks, streams, self.paths)
+        parts = replayed(
+            self.runner,
+            self.bound,
+            *self.tokens,
+            rows=rows,
+            base_points=base_points,
+            other_points=other_points,
+        )
         for part in parts:
             width = part.bound.clean.shape[1]
             tokens = tuple(x[part.index, :width] for x in self.tokens)
@@ -198,10 +205,10 @@ class _Sweep:
         flow = Flow(self.anatomy, part, window, self.paths)
         copies = max(1, max_rows // len(self.bound))
         values = torch.zeros(len(self.senders), len(self.receivers), len(self.bound))
-        for some in torch.arange(len(changes)).split(max(1, copies // len(streams))):
-            mine = some.tolist()
-            found = flow.differences([changes[i] for i in mine], streams)
-            differences = dict(zip(mine, found, strict=True))
+        for senders in torch.arange(len(changes)).split(max(1, copies // len(streams))):
+            chosen = senders.tolist()
+            streamed = flow.differences([changes[i] for i in chosen], streams)
+            differences = dict(zip(chosen, streamed, strict=True))
             pairs = [pair for pair in reached if pair[0] in differences]
             for chunk in self._chunks(pairs, reached, copies, together=part.replay.runs_whole):
                 metric = self._measure(chunk, reached, differences, part)
@@ -263,19 +270,19 @@ class _Sweep:
     def _reached(self) -> dict[tuple[int, int], list[Receiver]]:
         """Sender and receiver sets to the receivers that anything reaches."""
         first = [min(first_time(self.runner, s) for s in group) for group in self.senders]
-        found = {}
+        reached = {}
         for i, start in enumerate(first):
             for k, group in enumerate(self.receivers):
                 receivers = [r for r in group if start <= stream_time(self._stream(r))]
                 if receivers:
-                    found[i, k] = receivers
-        if not found:
+                    reached[i, k] = receivers
+        if not reached:
             raise EmptySelectionError(
                 f"No path leads from {shorten(_labels(self.senders))} to "
                 f"{shorten(_labels(self.receivers))}",
                 fix="receivers that lie behind the senders",
             )
-        return found
+        return reached
 
     def _first_layer(self, receivers: Sequence[Receiver]) -> int:
         """The first layer in which a set of receivers lies; the number of layers for the end."""
@@ -306,4 +313,4 @@ def _is_list(names: Any) -> bool:
 
 
 def _labels(groups: Sequence[tuple[Any, ...]]) -> tuple[str, ...]:
-    return tuple(" + ".join(one.label for one in group) for group in groups)
+    return tuple(" + ".join(name.label for name in group) for group in groups)

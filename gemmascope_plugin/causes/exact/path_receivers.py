@@ -258,16 +258,16 @@ class _Pass:
         assert isinstance(d.receiver, Reader)
         node = d.receiver.node
         site = site_of(self.runner, node)
-        given, stream = (
+        input_hook, stream = (
             f"{site.name}.hook_sae_input",
             stream_of(self.runner, self.anatomy, d.receiver),
         )
-        self.watch(given)
+        self.watch(input_hook)
         self.watch(stream)
         weights, index = site.weights, torch.tensor([node.index], device=d.difference.device)
 
         def edit(acts: torch.Tensor) -> None:
-            before = self.live[given][d.rows]
+            before = self.live[input_hook][d.rows]
             x = wide(self.live[stream][d.rows]) + d.difference
             after = self._read_by(site.hook_in, x).to(before)
             new, old = (weights.encode_features(x, index)[..., 0] for x in (after, before))

@@ -146,5 +146,5 @@ def attribution_patching(
         each = estimate.by_prompt
         effects = run.effects(each.mean(1), chosen.title, by_prompt=each)
     details = chosen.details(estimate, effects.gap)
-    options = {**choice.coordinates(), "replacement": replacement, "seed": seed}
+    options = {**choice.indices(), "replacement": replacement, "seed": seed}
     return replace(effects, metadata={**effects.metadata, **details, "options": options})

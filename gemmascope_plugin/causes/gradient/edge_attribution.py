@@ -226,7 +226,7 @@ class _Scorer:
 
     def _edge_runs(self, part: Part, other: Writes, copies: int) -> EdgeRuns:
         window = part.replay.window(part.start)
-        base = Writes.of(part.here, self.anatomy.n_layers).window(window)
+        base = Writes.of(part.base_acts, self.anatomy.n_layers).window(window)
         other, tokens = other.window(window), self._runs(part.bound)[1]
         return EdgeRuns(self.anatomy, part, window, base, other, tokens, self.writer_delta, copies)
 

@@ -124,18 +124,18 @@ def subset_effects(
     chosen = torch.zeros(len(inside), len(run.grid.patches) + 1, dtype=torch.bool)
     chosen[:, places] = inside
     owners = {name: _owners(run, name) for name in run.grid.hooks}
-    found = []
+    effects = []
     for prompts in parts_of(run, run.rows):
         values = []
-        for some in chosen.split(max(1, run.rows // len(prompts.base))):
+        for sets in chosen.split(max(1, run.rows // len(prompts.base))):
             hooks = [
-                (name, _insert(some[:, at], prompts.other[name])) for name, at in owners.items()
+                (name, _insert(sets[:, at], prompts.other[name])) for name, at in owners.items()
             ]
-            tokens = prompts.base.repeat(len(some), 1)
+            tokens = prompts.base.repeat(len(sets), 1)
             rows = prompts.bound.measure(run.runner, tokens, fwd_hooks=hooks)
-            values.append(rows.reshape(len(some), -1).cpu())
-        found.append(torch.cat(values) - prompts.base_by_prompt)
-    return torch.cat(found, 1).mean(1)
+            values.append(rows.reshape(len(sets), -1).cpu())
+        effects.append(torch.cat(values) - prompts.base_by_prompt)
+    return torch.cat(effects, 1).mean(1)
 
 
 def upper_bounds(

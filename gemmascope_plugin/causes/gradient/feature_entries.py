@@ -32,11 +32,11 @@ def slopes_of_entries(
 ) -> Float[torch.Tensor, " active"]:
     """``<W_f, g>`` for every active entry, in its order."""
     flat = gradient.flatten(0, -2).to(W_dec.device)
-    found = []
+    slopes = []
     size = max(1, BLOCK // W_dec.shape[1])
     for rows, features in zip(acts.rows.split(size), acts.indices.split(size), strict=True):
-        found.append((W_dec[features].to(flat.dtype) * flat[rows]).sum(-1))
-    return torch.cat(found) if found else flat.new_zeros(0)
+        slopes.append((W_dec[features].to(flat.dtype) * flat[rows]).sum(-1))
+    return torch.cat(slopes) if slopes else flat.new_zeros(0)
 
 
 @dataclass
@@ -56,8 +56,8 @@ class Tally:
         """
         every = torch.cat([self.keys, keys.cpu()])
         self.keys, place = every.unique(return_inverse=True)
-        found = torch.cat([self.sums, values.detach().double().cpu()])
-        self.sums = torch.zeros(len(self.keys), dtype=torch.float64).index_add(0, place, found)
+        entries = torch.cat([self.sums, values.detach().double().cpu()])
+        self.sums = torch.zeros(len(self.keys), dtype=torch.float64).index_add(0, place, entries)
 
 
 def keys_of(acts: SparseActs, per_position: bool) -> Int64[torch.Tensor, " active"]:

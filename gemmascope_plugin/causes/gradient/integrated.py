@@ -218,14 +218,14 @@ def _part_inputs(
     window, names = part.replay.window(part.start), list(dict.fromkeys([*run.grid.hooks, EMBED]))
     denoising = run.metadata["mode"] == "denoising"
     away = part.bound.clean if denoising else part.bound.corrupt
-    here, there = _embeddings(run, part, away, window)
+    base, other = _embeddings(run, part, away, window)
     mean: dict[str, torch.Tensor] = {}
     for alphas in _chunks(steps, max_rows // len(part.index)):
-        points = _way(here, there - here, alphas)
+        points = _way(base, other - base, alphas)
         for name, slope in _slopes(run, part, window, points, names).items():
             by_step = slope.unflatten(0, (len(alphas), -1))
             mean[name] = mean.get(name, 0) + wide(by_step).sum(0) / steps
-    return window, mean, _sums(mean[EMBED] * (wide(there) - wide(here)))
+    return window, mean, _sums(mean[EMBED] * (wide(other) - wide(base)))
 
 
 def _embeddings(
@@ -235,8 +235,8 @@ def _embeddings(
     replay = part.replay
     if isinstance(replay, Replay):
         return replay.pre[0][:, window], replay.arithmetic.embedded(away[:, window])
-    here, there = (record(run.runner, tokens, [EMBED])[EMBED] for tokens in (replay.tokens, away))
-    return here, there
+    base, other = (record(run.runner, tokens, [EMBED])[EMBED] for tokens in (replay.tokens, away))
+    return base, other
 
 
 def _slopes(

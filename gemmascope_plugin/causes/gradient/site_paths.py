@@ -63,11 +63,11 @@ def direct_slopes(
         leaves = {site.hook: _leaf(runs[site.hook], copies) for site in sources}
         value = probe(*_passed(part, target, sources, leaves, copies)).sum()
         grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    found = {}
+    slopes = {}
     for (hook, leaf), grad in zip(leaves.items(), grads, strict=True):
         whole = torch.zeros_like(leaf) if grad is None else grad
-        found[hook] = wide(flatten_heads(whole)).unflatten(0, (copies, -1)).detach()
-    return found
+        slopes[hook] = wide(flatten_heads(whole)).unflatten(0, (copies, -1)).detach()
+    return slopes
 
 
 def _leaf(run: SiteRun, copies: int) -> Float[torch.Tensor, "row pos ..."]:

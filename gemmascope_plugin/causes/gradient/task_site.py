@@ -109,9 +109,9 @@ def sites_of(
             'Circuits of features need dictionaries: nodes="features" without saes',
             fix="saes=[gemmascope_plugin.load(spec)]",
         )
-    found = [_dictionary_site(model, _hooked(sae, level)) for sae in as_list(saes)]
+    sites = [_dictionary_site(model, _hooked(sae, level)) for sae in as_list(saes)]
     by_place: dict[tuple[int, bool], TaskSite] = {}
-    for site in found:
+    for site in sites:
         other = by_place.setdefault(site.place, site)
         if other is not site:
             raise UnknownNameError(
@@ -238,13 +238,13 @@ def read_sites(
     """The values of one run, by the hook of the site."""
     hooks = [site.hook for site in sites]
     hooks += [site.reads.hook for site in sites if site.reads is not None]
-    found: Mapping[str, torch.Tensor] = record(model, tokens, list(dict.fromkeys(hooks)))
+    acts: Mapping[str, torch.Tensor] = record(model, tokens, list(dict.fromkeys(hooks)))
     values = {}
     for site in sites:
         if site.reads is None:
-            values[site.hook] = Values(found[site.hook])
+            values[site.hook] = Values(acts[site.hook])
             continue
-        x = flatten_heads(site.reads(found[site.reads.hook]))
-        acts = encoded(site, x, kept_tokens(site, tokens, mask))
-        values[site.hook] = Values(found[site.hook], acts, x)
+        x = flatten_heads(site.reads(acts[site.reads.hook]))
+        features = encoded(site, x, kept_tokens(site, tokens, mask))
+        values[site.hook] = Values(acts[site.hook], features, x)
     return values

@@ -167,10 +167,10 @@ def _agreement(
         return None
     magnitudes = effects.metadata.get("magnitudes", False)
     labels = {"node": tuple(range(len(exact)))}
-    one, other = (
+    first, second = (
         Effects(x, ("node",), labels) for x in (estimates, exact.abs() if magnitudes else exact)
     )
-    return one.spearman(other)
+    return first.spearman(second)
 
 
 def _with_exact(
