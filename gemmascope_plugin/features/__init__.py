@@ -1,7 +1,7 @@
 """What is active on a text."""
 
 from gemmascope_plugin.features.analyze import Features, analyze
-from gemmascope_plugin.features.labels import best_concepts
+from gemmascope_plugin.features.cooccurrence import best_concepts
 
 __all__ = [
     "Features",

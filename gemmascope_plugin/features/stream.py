@@ -154,9 +154,9 @@ def check_names(concepts: Bool[torch.Tensor, "*tokens concept"], names: Sequence
 def check_concepts(concepts: torch.Tensor | None, names: Sequence[str] | None) -> None:
     """Refuses concepts without names, names without concepts, and names that do not fit."""
     if (concepts is None) != (names is None):
-        given, missing = ("names", "concepts") if concepts is None else ("concepts", "names")
+        present, missing = ("names", "concepts") if concepts is None else ("concepts", "names")
         raise ModelError(
-            f"There are {given} and no {missing}",
+            f"There are {present} and no {missing}",
             fix="both concepts= and names=, or neither of them",
         )
     if concepts is not None and names is not None:

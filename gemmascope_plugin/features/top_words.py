@@ -38,15 +38,15 @@ def top_words(
     anatomy = Anatomy(model)
     W_U, gain = anatomy.W_U, anatomy.ln_final.gain
     if not 1 <= k <= W_U.shape[1]:
-        raise EmptySelectionError(f"k={k} is no number of words", exists=f"1 to {W_U.shape[1]}")
-    found = []
+        raise EmptySelectionError(f"k={k} is not a number of words", exists=f"1 to {W_U.shape[1]}")
+    pairs = []
     for part in directions.split(max(1, CHUNK // W_U.shape[1])):
         read = part.to(W_U) if gain is None else part.to(W_U) * gain.to(W_U)
         logits = read @ W_U
         best, worst = logits.topk(k).indices.tolist(), (-logits).topk(k).indices.tolist()
-        found += list(zip(best, worst, strict=True))
+        pairs += list(zip(best, worst, strict=True))
     used = torch.tensor(
-        sorted({i for pair in found for ids in pair for i in ids}), dtype=torch.long
+        sorted({i for pair in pairs for ids in pair for i in ids}), dtype=torch.long
     )
     names = dict(zip(used.tolist(), token_strings(model, used), strict=True))
-    return [TopWords(*(tuple(names[i] for i in ids) for ids in pair)) for pair in found]
+    return [TopWords(*(tuple(names[i] for i in ids) for ids in pair)) for pair in pairs]

@@ -5,12 +5,11 @@ from gemmascope_plugin.measures.adaptivity import Adaptivity, adaptivity
 from gemmascope_plugin.measures.compare import compare, plot_comparison
 from gemmascope_plugin.measures.concepts import concept_scores, concept_scores_of
 from gemmascope_plugin.measures.cost import Cost, cost
-from gemmascope_plugin.measures.edge_table import edge_frame
 from gemmascope_plugin.measures.forest import sibling_overlap
+from gemmascope_plugin.measures.forest_edges import edge_frame, mcs_parents
 from gemmascope_plugin.measures.hierarchy import hierarchy
-from gemmascope_plugin.measures.hierarchy_scores import Hierarchy
-from gemmascope_plugin.measures.masked_cosine import mcs_parents
-from gemmascope_plugin.measures.measure import Measures, measure
+from gemmascope_plugin.measures.measure import measure
+from gemmascope_plugin.measures.measure_results import Hierarchy, Measures
 from gemmascope_plugin.measures.probe import probe_edges
 from gemmascope_plugin.measures.tree_recovery import (
     Recovery,

@@ -115,27 +115,27 @@ def probe_absorption(
     text = corpus(model, tokens, exclude, batch)
     holds = kept_concepts(text, concepts)
     n = holds.sum(0)
-    known = (n >= max(min_tokens, 1)) & (len(holds) - n >= max(min_tokens, 1))
-    if not bool(known.any()):
+    is_scored = (n >= max(min_tokens, 1)) & (len(holds) - n >= max(min_tokens, 1))
+    if not bool(is_scored.any()):
         raise EmptySelectionError(
             f"No concept holds on {min_tokens} tokens and not on as many others",
             fix="more documents, or a smaller min_tokens",
         )
     hooked = hooked_for(sae, text.exclude)
     acts, y, scale = _read(model, hooked, text)
-    columns = known.nonzero()[:, 0].tolist()
+    columns = is_scored.nonzero()[:, 0].tolist()
     rng = torch.Generator().manual_seed(seed)
-    probes = train_probes(y, holds[:, known].to(y.device), steps=steps, rng=rng)
+    probes = train_probes(y, holds[:, is_scored].to(y.device), steps=steps, rng=rng)
     mains = concept_scores(acts, holds, names)["split_features"]
     rows = {}
     for column, probe in zip(columns, probes, strict=True):
         along = _along(acts, y - y.mean(0), scale, hooked.weights.W_dec, probe)
-        own = holds[:, column].to(y.device)
-        rows[column] = _scores(along, own, mains[column], min_probe_f1)
+        holds_here = holds[:, column].to(y.device)
+        rows[column] = _scores(along, holds_here, mains[column], min_probe_f1)
     nothing = (math.nan, 0, math.nan, math.nan)
-    found = [(names[c], int(n[c]), *rows.get(c, nothing)) for c in range(len(names))]
+    table = [(names[c], int(n[c]), *rows.get(c, nothing)) for c in range(len(names))]
     titles = ["concept", "n_tokens", "probe_f1", "n_right", "full_absorption"]
-    return pd.DataFrame(found, columns=[*titles, "absorption_fraction"])
+    return pd.DataFrame(table, columns=[*titles, "absorption_fraction"])
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from gemmascope_plugin.features.stream import (
     kept_concepts,
     site_tensors,
 )
-from gemmascope_plugin.measures.measured import Measured
+from gemmascope_plugin.measures.measure_results import Measured
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
@@ -99,8 +99,8 @@ class Adaptivity(Measured):
             return pd.DataFrame({name: [] for name in names})
         rows = []
         for n in self.n_concepts.unique().tolist():
-            own = self.k[self.n_concepts == n].double()
-            rows.append((n, len(own), float(own.mean()), float(own.std(correction=0))))
+            values = self.k[self.n_concepts == n].double()
+            rows.append((n, len(values), float(values.mean()), float(values.std(correction=0))))
         return pd.DataFrame(rows, columns=names)
 
     def plot(self, *, title: str = "") -> Any:

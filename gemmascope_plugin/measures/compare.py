@@ -124,19 +124,19 @@ def compare(
     _check_named(saes)
     check_concepts(concepts, names)
     options: dict[str, Any] = {"exclude": exclude, "batch": batch}
-    known = {} if concepts is None else {"concepts": concepts, "names": names}
+    labels = {} if concepts is None else {"concepts": concepts, "names": names}
     limits = {"min_tokens": min_tokens, "n_parents": n_parents}
     rows = []
     for name in saes:
-        given = (model, saes[name], tokens)
-        rows.append({"name": name, **measure(*given, n_positions=n_positions, **options).row()})
-        if known:
-            rows[-1] |= _of_concepts(given, min_tokens, {**known, **options})
-        if known or n_parents:
-            found = hierarchy(*given, **known, **limits, **options).row()
-            rows[-1] |= {column: found[column] for column in _of_trees(bool(known), n_parents)}
+        subject = (model, saes[name], tokens)
+        rows.append({"name": name, **measure(*subject, n_positions=n_positions, **options).row()})
+        if labels:
+            rows[-1] |= _of_concepts(subject, min_tokens, {**labels, **options})
+        if labels or n_parents:
+            figures = hierarchy(*subject, **labels, **limits, **options).row()
+            rows[-1] |= {column: figures[column] for column in _of_trees(bool(labels), n_parents)}
         if cost:
-            rows[-1] |= measure_cost(*given, **options).costs()
+            rows[-1] |= measure_cost(*subject, **options).costs()
     frame = pd.DataFrame(rows)
     return frame.astype({"level": "Int64"})
 
@@ -192,24 +192,28 @@ def plot_comparison(frame: Any, *, y: str = "fvu", title: str = "") -> Any:
 
 
 def _of_concepts(
-    given: tuple[HookedModel, Any, Tokens], min_tokens: int, options: dict[str, Any]
+    subject: tuple[HookedModel, Any, Tokens], min_tokens: int, options: dict[str, Any]
 ) -> dict[str, float]:
     """Means over known concepts, and how the number of active features follows them."""
-    scores = concept_scores_of(*given, **options)
+    scores = concept_scores_of(*subject, **options)
     scores = scores[scores["n_tokens"] >= max(min_tokens, 1)]
-    found = scores[scores["feature"].notna()]
+    with_feature = scores[scores["feature"].notna()]
     return {
         "concept_f1": float(scores["f1"].mean()),
-        "splitting": float(found["splitting"].mean()),
-        "absorption": float(found["absorption"].mean()),
-        "k_spearman": adaptivity(*given, **options).k_spearman,
+        "splitting": float(with_feature["splitting"].mean()),
+        "absorption": float(with_feature["absorption"].mean()),
+        "k_spearman": adaptivity(*subject, **options).k_spearman,
     }
 
 
-def _of_trees(known: bool, n_parents: int) -> list[str]:
+def _of_trees(has_concepts: bool, n_parents: int) -> list[str]:
     """The figures of the forest that were asked for."""
     probed = ["s_res"] if n_parents else []
-    return ["coverage", *probed, *(["tree_precision", "tree_recall", "tree_f1"] if known else [])]
+    return [
+        "coverage",
+        *probed,
+        *(["tree_precision", "tree_recall", "tree_f1"] if has_concepts else []),
+    ]
 
 
 def _check_named(saes: object) -> None:

@@ -208,16 +208,16 @@ def _split(
 ) -> tuple[int, ...]:
     """Features until recall stops rising; ``inside`` are the entries of the concept."""
     allowed = inside.counts().double() / fires.clamp(min=1) >= rules.min_precision
-    left, found = inside, [main]
+    left, mains = inside, [main]
     while True:
         chosen = torch.zeros_like(allowed)
-        chosen[found[-1]] = True
+        chosen[mains[-1]] = True
         left = left.at(~left.of(chosen))
         gain = left.counts() * allowed
         best = int(gain.argmax())
         if not int(gain[best]) or int(gain[best]) / n < rules.min_gain:
-            return tuple(found)
-        found.append(best)
+            return tuple(mains)
+        mains.append(best)
 
 
 def _absorption(
@@ -241,8 +241,10 @@ def _absorption(
 
 def _entries(active: torch.Tensor | SparseActs) -> _Entries:
     if isinstance(active, SparseActs):
-        there = active.values > 0
-        return _Entries(active.rows[there], active.indices[there], active.n_tokens, active.d_sae)
+        is_active = active.values > 0
+        return _Entries(
+            active.rows[is_active], active.indices[is_active], active.n_tokens, active.d_sae
+        )
     tokens, features = active.nonzero(as_tuple=True)
     return _Entries(tokens, features, *active.shape)
 

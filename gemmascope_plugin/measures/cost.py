@@ -27,7 +27,7 @@ from typing_extensions import override
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.features.stream import Corpus, Tokens, corpus, hooked_for, site_tensors
-from gemmascope_plugin.measures.measured import Measured
+from gemmascope_plugin.measures.measure_results import Measured
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
@@ -148,13 +148,13 @@ def _inputs(
     model: HookedModel, hooked: HookedSAE, text: Corpus, n: int
 ) -> Float[torch.Tensor, "token d_in"]:
     """What the dictionary reads at the first ``n`` tokens that count."""
-    found, left = [], n
+    inputs, left = [], n
     for x, _ in site_tensors(model, hooked, text):
-        found.append(x[:left])
-        left -= len(found[-1])
+        inputs.append(x[:left])
+        left -= len(inputs[-1])
         if not left:
             break
-    return torch.cat(found)
+    return torch.cat(inputs)
 
 
 def _tensors(hooked: HookedSAE) -> list[torch.Tensor]:

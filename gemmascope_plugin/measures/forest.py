@@ -56,11 +56,11 @@ def check_forest(parent: torch.Tensor, d_sae: int) -> None:
 
 def depth(parent: Int[torch.Tensor, " d_sae"]) -> Int64[torch.Tensor, " d_sae"]:
     """Number of ancestors of each feature of a forest."""
-    line, found = parent.long(), torch.zeros_like(parent, dtype=torch.long)
+    line, ancestors = parent.long(), torch.zeros_like(parent, dtype=torch.long)
     while bool((line != ROOT).any()):
-        found += line != ROOT
+        ancestors += line != ROOT
         line = torch.where(line == ROOT, ROOT, parent[line])
-    return found
+    return ancestors
 
 
 def judged_edges(
@@ -77,7 +77,7 @@ def sibling_overlap(
     min_tokens: int = 20,
     cells: int = CELLS,
 ) -> float:
-    """Mean overlap of the token sets of siblings, step 4 at the top of this file.
+    """Mean overlap of the token sets of siblings, step 3 at the top of this file.
 
     Args:
         acts: Activations at all tokens.
@@ -113,11 +113,11 @@ def _joint_siblings(
     _, size = families[order].unique_consecutive(return_counts=True)
     place = torch.arange(len(order), device=order.device)
     later = size.cumsum(0).repeat_interleave(size) - place - 1
-    features, found = acts.indices[order], [place.new_zeros(0, 2)]
+    features, tables = acts.indices[order], [place.new_zeros(0, 2)]
     for i, j in meetings(place + 1, later, cells):
         keys, both = (features[i] * acts.d_sae + features[j]).unique(return_counts=True)
-        found.append(torch.stack([keys, both], dim=1))
-    keys, both = torch.cat(found).unbind(1)
+        tables.append(torch.stack([keys, both], dim=1))
+    keys, both = torch.cat(tables).unbind(1)
     keys, index = keys.unique(return_inverse=True)
     both = torch.zeros_like(keys).index_add_(0, index, both)
     return keys // acts.d_sae, keys % acts.d_sae, both

@@ -1,9 +1,10 @@
 """How hierarchical a dictionary is: its forest of features, measured on a corpus and known concepts.
 
 1. The forest is the dictionary's own (Tree SAE), one that is given, or read from activations by masked
-   cosine similarity (``masked_cosine.py``); in a Matryoshka dictionary a feature has its parent in an
+   cosine similarity (``forest_edges.py``); in a Matryoshka dictionary a feature has its parent in an
    earlier level then.
-2. Along its edges: coverage and similarity (``edge_table.py``), and overlap of siblings (``forest.py``).
+2. Along its edges: coverage and similarity (``forest_edges.py``), and overlap of siblings
+   (``forest.py``).
 3. ``s_res``, the share of edges that meet the reconstruction condition (``probe.py``). The probes read
    the *output* site, whose space the decoder rows live in: for an SAE the tensor that it encodes, for a
    transcoder the one that it predicts. So probe and rows have one width for every dictionary.
@@ -25,8 +26,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 
 from gemmascope_plugin.errors import ModelError, check_choice
-from gemmascope_plugin.features.cooccurrence import at_tokens
-from gemmascope_plugin.features.labels import MIN_F1, best_concepts
+from gemmascope_plugin.features.cooccurrence import MIN_F1, at_tokens, best_concepts
 from gemmascope_plugin.features.stream import (
     Corpus,
     Tokens,
@@ -37,15 +37,17 @@ from gemmascope_plugin.features.stream import (
     kept_concepts,
     site_tensors,
 )
-from gemmascope_plugin.measures.edge_table import add_concepts, add_hits, edge_frame
 from gemmascope_plugin.measures.forest import check_forest, depth, sibling_overlap
-from gemmascope_plugin.measures.hierarchy_scores import Hierarchy
-from gemmascope_plugin.measures.masked_cosine import (
+from gemmascope_plugin.measures.forest_edges import (
     SIMILARITIES,
     Similarity,
+    add_concepts,
+    add_hits,
     candidate_rank,
+    edge_frame,
     mcs_parents,
 )
+from gemmascope_plugin.measures.measure_results import Hierarchy
 from gemmascope_plugin.measures.probe import ProbedEdges, probe_edges
 from gemmascope_plugin.measures.tree_recovery import (
     Recovery,
@@ -146,8 +148,8 @@ def hierarchy(
         seed=seed,
     )
     text = corpus(model, tokens, exclude, batch)
-    known = None if concepts is None else kept_concepts(text, concepts)
-    return _hierarchy(model, hooked_for(sae, text.exclude), text, known, names or (), forest, rules)
+    holds = None if concepts is None else kept_concepts(text, concepts)
+    return _hierarchy(model, hooked_for(sae, text.exclude), text, holds, names or (), forest, rules)
 
 
 @torch.no_grad()
@@ -155,7 +157,7 @@ def _hierarchy(
     model: HookedModel,
     hooked: HookedSAE,
     text: Corpus,
-    known: Bool[torch.Tensor, "token concept"] | None,
+    concepts: Bool[torch.Tensor, "token concept"] | None,
     names: Sequence[str],
     forest: Forest,
     rules: _Rules,
@@ -164,7 +166,7 @@ def _hierarchy(
     acts, y, seen = _read(model, hooked, text, rules)
     parent, rank = _forest(hooked, acts, forest, source, rules)
     edges = edge_frame(acts, parent, similarity=rules.similarity, min_tokens=rules.min_tokens)
-    recovery, chance = _recover(edges, acts, parent, rank, known, names, rules)
+    recovery, chance = _recover(edges, acts, parent, rank, concepts, names, rules)
     probed = _probe(y, at_tokens(acts, seen), hooked.weights.W_dec, parent, rules)
     add_hits(edges, probed)
     return Hierarchy(
@@ -199,8 +201,8 @@ def _read(
         here = seen[(seen >= start) & (seen < start + len(y))] - start
         outputs.append(y[here.to(y.device)])
         start += len(y)
-    found = joined(acts)
-    return found, torch.cat(outputs), seen.to(found.indices.device)
+    active = joined(acts)
+    return active, torch.cat(outputs), seen.to(active.indices.device)
 
 
 def _source(hooked: HookedSAE, forest: Forest) -> str:
@@ -274,15 +276,15 @@ def _recover(
     acts: SparseActs,
     parent: Int64[torch.Tensor, " d_sae"],
     rank: Int64[torch.Tensor, " d_sae"],
-    known: Bool[torch.Tensor, "token concept"] | None,
+    concepts: Bool[torch.Tensor, "token concept"] | None,
     names: Sequence[str],
     rules: _Rules,
 ) -> tuple[Recovery | None, Recovery | None]:
     """Agreement with known concepts, and what chance gives; the edges learn their concepts."""
-    if known is None:
+    if concepts is None:
         add_concepts(edges, None, None)
         return None, None
-    order = concept_order(known.to(parent.device), names, min_tokens=rules.min_tokens)
+    order = concept_order(concepts.to(parent.device), names, min_tokens=rules.min_tokens)
     stands = best_concepts(acts, order.holds).at_least(rules.min_f1)
     judged = torch.tensor(edges["child"].tolist(), dtype=torch.long, device=parent.device)
     add_concepts(edges, order, stands)

@@ -78,13 +78,13 @@ def _batch(
         model(tokens)
         (normed,) = end.normed
         device = hooked.weights.W_dec.device
-        x, found = flatten_heads(read(seen["x"])).to(device), []
+        x, values = flatten_heads(read(seen["x"])).to(device), []
         for pos in positions:
             rows = mask[:, pos]
             score = _scores(model, normed[rows, pos], tokens[rows, pos + 1]).sum()
             (grad,) = torch.autograd.grad(score, seen["y"], retain_graph=True)
-            found.append(uniformity(hooked.weights, x[rows, pos], flatten_heads(grad)[rows, pos]))
-    return found
+            values.append(uniformity(hooked.weights, x[rows, pos], flatten_heads(grad)[rows, pos]))
+    return values
 
 
 def _scores(

@@ -4,119 +4,43 @@
    are encoded sparsely and only counts and sums are kept, so that the corpus may be of any size. The
    target is the tensor at the *output* site; an affine skip is part of the reconstruction.
 2. ``l0``, ``fvu`` (about the mean of the same tokens) and the loss measures: arXiv 2408.05147,
-   section 4; see ``splice_loss.py``.
+   section 4; see ``splice/losses.py``. They are read and changed at the same tokens.
 3. ``dead_share``, ``dense_share`` (features active on more than a tenth of the tokens) and the
    histogram of firing frequencies in half decades, from the same counts.
-4. ``r_l0``, evenness of importance (``importance.py``), and ``max_cosine`` of the decoder
-   (``geometry.py``).
+4. ``r_l0``, evenness of importance (``importance.py``).
+5. ``max_cosine`` of the decoder: for each row the largest cosine with any *other* row, the mean over the
+   rows that are not zero. High values mean that features are compositions or copies of one another (the
+   composition measure of Matryoshka SAEs, arXiv 2503.17547). Signed: opposite rows are not alike.
 
 Cost: six forward passes over the corpus, one encode and sparse decode of it and one more in the
-spliced pass, ``n_positions`` backward passes a batch, and the decoder times itself.
+spliced pass, ``n_positions`` backward passes a batch, and ``2 * d_sae ** 2 * d_out`` operations for the
+cosines, of which ``_VALUES`` are held and never ``d_sae ** 2``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from typing_extensions import override
+from jaxtyping import Float, Int
 
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.features.stream import Corpus, Tokens, corpus, hooked_for, site_tensors
-from gemmascope_plugin.measures.geometry import mean_max_cosine
 from gemmascope_plugin.measures.importance import importance
-from gemmascope_plugin.measures.measured import Measured
-from gemmascope_plugin.measures.splice_loss import splice_loss
+from gemmascope_plugin.measures.measure_results import Measures
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
+from gemmascope_plugin.models.hooks import hooking
+from gemmascope_plugin.models.next_token_losses import NextTokenLosses
+from gemmascope_plugin.models.points import lowest_layer
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.saes import Coder
-from gemmascope_plugin.splice import HookedSAE
+from gemmascope_plugin.splice import HookedSAE, splice
 from gemmascope_plugin.splice.check_saes import check_sae
-from gemmascope_plugin.splice.losses import SpliceLoss
-
-DENSE = 0.1
-"""A feature active on a larger share of the tokens is dense."""
-BIN_EDGES = tuple(10 ** (k / 2) for k in range(-10, 1))
-"""Upper edges of the frequency bins: half decades from 1e-5 to 1. Each bin holds its upper edge."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Measures(Measured):
-    """What was measured of one dictionary; ``to_frame`` has it as a row."""
-
-    l0: float
-    """Mean number of active features per token."""
-    fvu: float
-    """Squared error over squared distance from the mean; NaN where the tokens do not vary."""
-    losses: SpliceLoss
-    frequencies: Float[torch.Tensor, " d_sae"]
-    """Share of the tokens on which each feature is active."""
-    r_l0: float
-    """Uniformity of active features' importance, between 1 / L0 and 1."""
-    r_l0_tokens: int
-    """Number of tokens behind ``r_l0``."""
-    max_cosine: float
-    """Mean over decoder rows of the largest cosine with another row."""
-
-    @property
-    def delta_loss(self) -> float:
-        """Rise of the next-token loss, in nats, with the reconstruction in place of its site."""
-        return self.losses.delta
-
-    @property
-    def dead_share(self) -> float:
-        """Share of the features that are active on none of these tokens."""
-        return float((self.frequencies == 0).float().mean())
-
-    @property
-    def dense_share(self) -> float:
-        """Share of the features that are active on more than a tenth of these tokens."""
-        return float((self.frequencies > DENSE).float().mean())
-
-    def histogram(self) -> Any:
-        """A DataFrame, one row per bin of firing frequency: ``above``, ``up_to``, ``n_features``.
-
-        The first row, ``up_to`` 0, counts the features that never fire. Bins are half decades; a
-        frequency on an edge belongs to the bin below it.
-        """
-        import pandas as pd
-
-        edges = torch.tensor(BIN_EDGES, dtype=torch.float64)
-        alive = self.frequencies[self.frequencies > 0].double().cpu()
-        counts = torch.bincount(torch.bucketize(alive, edges), minlength=len(edges)).tolist()
-        rows = [(0.0, 0.0, self.d_sae - len(alive))]
-        rows += zip((0.0, *BIN_EDGES[:-1]), BIN_EDGES, counts, strict=True)
-        return pd.DataFrame(rows, columns=["above", "up_to", "n_features"])
-
-    @override
-    def row(self) -> dict[str, Any]:
-        """Every figure by name."""
-        return {
-            **self._what(),
-            "l0": self.l0,
-            "fvu": self.fvu,
-            "delta_loss": self.delta_loss,
-            "share_of_zero": self.losses.share_of_zero,
-            "share_of_mean": self.losses.share_of_mean,
-            "dead_share": self.dead_share,
-            "dense_share": self.dense_share,
-            "r_l0": self.r_l0,
-            "max_cosine": self.max_cosine,
-        }
-
-    def __repr__(self) -> str:
-        return (
-            f"Measures({self._head()}: L0 {self.l0:.1f}, FVU {self.fvu:.3f}, delta loss "
-            f"{self.delta_loss:.4f} ({self.losses.share_of_zero:.1%} of zeros, "
-            f"{self.losses.share_of_mean:.1%} of the mean), dead {self.dead_share:.1%}, dense "
-            f"{self.dense_share:.1%}, r_L0 {self.r_l0:.3f}, max cosine {self.max_cosine:.3f})"
-        )
+from gemmascope_plugin.splice.losses import SpliceLoss, mean_losses, putting
 
 
 class _Sums:
@@ -219,3 +143,58 @@ def _measure(model: HookedModel, hooked: HookedSAE, text: Corpus, n_positions: i
         r_l0_tokens=r_l0_tokens,
         max_cosine=mean_max_cosine(coder.W_dec),
     )
+
+
+def splice_loss(
+    model: HookedModel, hooked: HookedSAE, text: Corpus, mean: Float[torch.Tensor, " d_out"]
+) -> SpliceLoss:
+    """The losses of a dictionary whose error is dropped; ``mean`` is that of its output site."""
+    assert hooked.error == "drop", "the reconstruction alone must flow"
+
+    def passes(
+        read: NextTokenLosses, tokens: Int[torch.Tensor, "batch pos"]
+    ) -> Iterator[tuple[str, Float[torch.Tensor, " read"]]]:
+        yield "clean", read(model)
+        with splice(model, hooked) as run:
+            yield "spliced", read(run)
+        for name, value in (("zeroed", torch.zeros_like(mean)), ("mean-ablated", mean)):
+            hook_fn = putting(text.kept(tokens), value)
+            with hooking(model, fwd_hooks=[(hooked.hook_out, hook_fn)]):
+                yield name, read(model)
+
+    batches = ((tokens, text.readable(tokens)) for tokens in text.batches)
+    layer = lowest_layer(hooked.hook_in, hooked.hook_out)
+    means = mean_losses(model, batches, layer, passes)
+    return SpliceLoss(**{name.replace("-", "_"): value for name, value in means.items()})
+
+
+_VALUES = 1 << 24
+"""Cosines held at a time: 64 MB, 64 rows of 262,144 features."""
+
+
+@torch.no_grad()
+def max_cosines(
+    W_dec: Float[torch.Tensor, "d_sae d_out"], *, chunk: int | None = None
+) -> Float[torch.Tensor, " rows"]:
+    """Each row's largest cosine with another row, for the rows that are not zero."""
+    rows = W_dec.detach().float()
+    norms = torch.linalg.vector_norm(rows, dim=-1)
+    is_direction = norms > 0
+    if int(is_direction.sum()) < 2:
+        return norms.new_zeros(0)
+    size = chunk or max(1, _VALUES // len(rows))
+    largest = []
+    for start in range(0, len(rows), size):
+        block = slice(start, start + size)
+        cosines = (rows[block] @ rows.T).div_(norms[block, None]).div_(norms)
+        cosines[:, ~is_direction] = -math.inf
+        here = torch.arange(len(cosines), device=rows.device)
+        cosines[here, here + start] = -math.inf
+        largest.append(cosines.amax(-1)[is_direction[block]])
+    return torch.cat(largest)
+
+
+def mean_max_cosine(W_dec: Float[torch.Tensor, "d_sae d_out"]) -> float:
+    """Mean over rows of the largest cosine with another row; NaN for fewer than two rows."""
+    cosines = max_cosines(W_dec)
+    return float(cosines.mean()) if len(cosines) else math.nan

@@ -141,9 +141,9 @@ def activity(
     """Where each of some features, named once each, is active."""
     column = torch.full((acts.d_sae,), -1, device=acts.indices.device)
     column[features] = torch.arange(len(features), device=column.device)
-    found = column[acts.indices]
-    fires = torch.zeros(acts.n_tokens, len(features), dtype=torch.bool, device=found.device)
-    fires[acts.rows[found >= 0], found[found >= 0]] = True
+    columns = column[acts.indices]
+    fires = torch.zeros(acts.n_tokens, len(features), dtype=torch.bool, device=columns.device)
+    fires[acts.rows[columns >= 0], columns[columns >= 0]] = True
     return fires
 
 
@@ -168,11 +168,11 @@ def train_probes(
         some = slice(None)
         if len(x) > _BATCH:
             some = torch.randint(len(x), (_BATCH,), generator=rng).to(x.device)
-        own, true = x[some], labels[some].to(x.dtype)
-        error = (own @ weights.detach().T + bias.detach()).sigmoid()
+        inputs, true = x[some], labels[some].to(x.dtype)
+        error = (inputs @ weights.detach().T + bias.detach()).sigmoid()
         # the gradient of the weighted cross-entropy: labels are many, and autograd would keep copies
-        error = torch.where(true > 0, (error - 1) * balance, error) / len(own)
-        weights.grad, bias.grad = error.T @ own, error.sum(0)
+        error = torch.where(true > 0, (error - 1) * balance, error) / len(inputs)
+        weights.grad, bias.grad = error.T @ inputs, error.sum(0)
         adam.step()
         decay.step()
     return weights.detach()
@@ -186,8 +186,8 @@ def _ranks(
     """Cosine of a feature's decoder row with each direction, and how many rows have a larger one."""
     rows = torch.nn.functional.normalize(W_dec.detach().float(), dim=-1)
     height, cosines, ranks = max(1, CELLS // len(rows)), [], []
-    for own, of in zip(directions.split(height), features.split(height), strict=True):
-        all_of_them = torch.nn.functional.normalize(own, dim=-1) @ rows.T
+    for block, of in zip(directions.split(height), features.split(height), strict=True):
+        all_of_them = torch.nn.functional.normalize(block, dim=-1) @ rows.T
         cosine = all_of_them.gather(1, of[:, None])
         cosines.append(cosine[:, 0])
         ranks.append((all_of_them > cosine).sum(1))

@@ -2,7 +2,8 @@
 
 1. Known concepts: those that hold on at least ``min_tokens`` tokens, concepts with the same tokens taken
    as one. ``P`` is above ``C`` where every token of ``C`` is one of ``P`` and ``P`` has more tokens.
-2. A feature stands for the concept with the best F1, if that is at least ``min_f1`` (``labels.py``).
+2. A feature stands for the concept with the best F1, if that is at least ``min_f1``
+   (``features/cooccurrence.py``).
 3. Precision: of the judged edges with a concept at both ends, the share whose parent's concept is above
    the child's. ``edge_recovery``: of all judged edges, an end without a concept counting as a miss.
 4. Recall: of the concepts that some feature stands for and that have a concept above them that some
@@ -82,10 +83,10 @@ def concept_order(
     n = both.diagonal()
     within = both == n  # [P, C]: all tokens of C are tokens of P
     first = (within & within.T).long().argmax(0)
-    known = (n >= max(min_tokens, 1)) & (first == torch.arange(len(n), device=n.device))
-    above = (within & (n[:, None] > n))[known][:, known]
-    kept = [name for name, there in zip(names, known.tolist(), strict=True) if there]
-    return ConceptOrder(tuple(kept), concepts[:, known], above)
+    is_first = (n >= max(min_tokens, 1)) & (first == torch.arange(len(n), device=n.device))
+    above = (within & (n[:, None] > n))[is_first][:, is_first]
+    labels = [name for name, stays in zip(names, is_first.tolist(), strict=True) if stays]
+    return ConceptOrder(tuple(labels), concepts[:, is_first], above)
 
 
 def tree_recovery(
@@ -107,11 +108,11 @@ def tree_recovery(
     stands = stands[stands >= 0]
     wanted = torch.zeros(len(above), dtype=torch.bool, device=above.device)
     wanted[stands] = above[stands][:, stands].any(0)
-    found = _found(parent, concept, above) & wanted
+    is_found = _found(parent, concept, above) & wanted
     n_right, n_labelled = int(right.sum()), int(labelled.sum())
     return Recovery(
         precision=_share(n_right, n_labelled),
-        recall=_share(int(found.sum()), int(wanted.sum())),
+        recall=_share(int(is_found.sum()), int(wanted.sum())),
         edge_recovery=_share(n_right, len(judged)),
         n_labelled=n_labelled,
         n_children=int(wanted.sum()),
@@ -147,8 +148,8 @@ def chance_recovery(
 
     def mean(name: str) -> float:
         values: list[float] = [getattr(draw, name) for draw in draws]
-        there = [value for value in values if not math.isnan(value)]
-        return sum(there) / len(there) if there else math.nan
+        numbers = [value for value in values if not math.isnan(value)]
+        return sum(numbers) / len(numbers) if numbers else math.nan
 
     return Recovery(
         precision=mean("precision"),
@@ -196,15 +197,15 @@ def _found(
     above: Bool[torch.Tensor, "concept concept"],
 ) -> Bool[torch.Tensor, " concept"]:
     """Concepts with a feature that has an ancestor whose concept is above them."""
-    found = torch.zeros(len(above), dtype=torch.bool, device=above.device)
+    is_found = torch.zeros(len(above), dtype=torch.bool, device=above.device)
     line = parent.long()
     while bool((line != ROOT).any()):
         feature = ((line != ROOT) & (concept >= 0)).nonzero()[:, 0]
         high, low = concept[line[feature]], concept[feature]
         low, high = low[high >= 0], high[high >= 0]
-        found[low[above[high, low]]] = True
+        is_found[low[above[high, low]]] = True
         line = torch.where(line == ROOT, ROOT, parent[line])
-    return found
+    return is_found
 
 
 def _share(part: int, whole: int) -> float:

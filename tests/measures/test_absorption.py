@@ -31,21 +31,21 @@ def along(n: int = 300, d_sae: int = 9, seed: int = 0) -> _Along:
 
 @pytest.mark.parametrize("mains", [(2,), (0, 5, 7)])
 def test_every_token_follows_the_definition(mains: tuple[int, ...]) -> None:
-    given = along()
-    dense = given.acts.to_dense()
-    added = dense * given.cosine
-    full, fraction = _full(given, mains), _fraction(given, mains)
-    for token, whole in enumerate(given.whole.tolist()):
-        own = added[token].tolist()
+    line = along()
+    dense = line.acts.to_dense()
+    added = dense * line.cosine
+    full, fraction = _full(line, mains), _fraction(line, mains)
+    for token, whole in enumerate(line.whole.tolist()):
+        added_here = added[token].tolist()
         active = [i for i, a in enumerate(dense[token].tolist()) if a > 0]
         others = [i for i in active if i not in mains]
         expected = False
         if active and len(others) == len(active) and whole > 0:
-            top = max(active, key=lambda i: own[i])
-            expected = bool(given.cosine[top] >= 0.025 and own[top] >= 0.4 * whole)
+            top = max(active, key=lambda i: added_here[i])
+            expected = bool(line.cosine[top] >= 0.025 and added_here[top] >= 0.4 * whole)
         assert bool(full[token]) == expected
-        main = sum(own[i] for i in active if i in mains)
-        parts = sorted((own[i] for i in others if given.cosine[i] >= 0.1), reverse=True)[:3]
+        main = sum(added_here[i] for i in active if i in mains)
+        parts = sorted((added_here[i] for i in others if line.cosine[i] >= 0.1), reverse=True)[:3]
         b = sum(part for part in parts if part > 0)
         if main >= whole or b < 0.4 * whole or whole <= 0:
             share = 0.0

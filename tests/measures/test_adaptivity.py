@@ -45,19 +45,19 @@ def slow_spearman(a: list[float], b: list[float]) -> float:
 @pytest.mark.parametrize("make", [factories.residual, factories.attention, factories.transcoder])
 def test_counts_equal_a_slow_count(model, make) -> None:
     sae = make(model, 1)
-    found = adaptivity(model, sae, TOKENS, CONCEPTS, NAMES, batch=4)
+    result = adaptivity(model, sae, TOKENS, CONCEPTS, NAMES, batch=4)
     x = activations(model, TOKENS, sae.cfg.metadata.hook_name)[KEEP]
     expected = [int((row > 0).sum()) for row in features(sae, x)]
-    assert found.k.tolist() == expected and found.n_tokens == len(expected)
+    assert result.k.tolist() == expected and result.n_tokens == len(expected)
     mean = sum(expected) / len(expected)
-    assert found.mean == pytest.approx(mean)
-    assert found.std == pytest.approx(
+    assert result.mean == pytest.approx(mean)
+    assert result.std == pytest.approx(
         math.sqrt(sum((k - mean) ** 2 for k in expected) / len(expected))
     )
-    row = found.row()
+    row = result.row()
     assert (row["k_min"], row["k_max"]) == (min(expected), max(expected))
     holds = [int(marks.sum()) for marks in CONCEPTS[KEEP]]
-    assert found.n_concepts is not None and found.n_concepts.tolist() == holds
+    assert result.n_concepts is not None and result.n_concepts.tolist() == holds
     assert row["k_spearman"] == pytest.approx(slow_spearman(expected, holds))
     assert math.isnan(row["budget_mean"]) and math.isnan(row["budget_spearman"])
 
@@ -78,15 +78,15 @@ def test_ranks_by_hand() -> None:
 def test_a_fixed_number_has_no_spread_and_no_correlation(hooked2) -> None:
     sae = copy.deepcopy(dictionary("topk"))
     sae.b_enc.data.fill_(99)  # all are positive, so that the largest K are active everywhere
-    found = adaptivity(hooked2, sae, TOKENS, CONCEPTS, NAMES)
-    assert found.std == 0 and found.mean == TOP_K
-    assert math.isnan(found.k_spearman)
+    result = adaptivity(hooked2, sae, TOKENS, CONCEPTS, NAMES)
+    assert result.std == 0 and result.mean == TOP_K
+    assert math.isnan(result.k_spearman)
 
 
 def test_a_tree_has_at_most_the_k_of_its_layers(hooked2) -> None:
-    found = adaptivity(hooked2, tree(), TOKENS)
-    assert found.k.max() <= sum(TREE_K) and found.std > 0
-    assert math.isnan(found.k_spearman) and found.n_concepts is None
+    result = adaptivity(hooked2, tree(), TOKENS)
+    assert result.k.max() <= sum(TREE_K) and result.std > 0
+    assert math.isnan(result.k_spearman) and result.n_concepts is None
 
 
 def soft_at_heads(d_in: int) -> SoftSAE:
@@ -103,49 +103,49 @@ def soft_at_heads(d_in: int) -> SoftSAE:
 def test_a_soft_dictionary_says_its_budget(hooked2, name: str) -> None:
     sae = soft_at_heads(48) if name == "heads" else dictionary(name)
     x = activations(hooked2, TOKENS, sae.cfg.metadata.hook_name)[KEEP]
-    found = adaptivity(hooked2, sae, TOKENS, CONCEPTS, NAMES, batch=4)
+    result = adaptivity(hooked2, sae, TOKENS, CONCEPTS, NAMES, batch=4)
     mean, std = units(sae, x)
     seen = (x - mean) / std - sae.b_dec * sae.cfg.apply_b_dec_to_input
     expected = (2 * TOP_K * sae.k_estimator(seen)[:, 0]).clamp(min=1)
-    assert found.budget is not None
-    assert torch.allclose(found.budget, expected, atol=1e-3)
-    assert (found.k <= found.budget).all() and found.k.unique().numel() > 2
-    row = found.row()
-    assert row["budget_mean"] == pytest.approx(float(found.budget.mean()), rel=1e-5)
+    assert result.budget is not None
+    assert torch.allclose(result.budget, expected, atol=1e-3)
+    assert (result.k <= result.budget).all() and result.k.unique().numel() > 2
+    row = result.row()
+    assert row["budget_mean"] == pytest.approx(float(result.budget.mean()), rel=1e-5)
     holds = [int(marks.sum()) for marks in CONCEPTS[KEEP]]
-    assert row["budget_spearman"] == pytest.approx(slow_spearman(found.budget.tolist(), holds))
-    assert "budget" in repr(found)
+    assert row["budget_spearman"] == pytest.approx(slow_spearman(result.budget.tolist(), holds))
+    assert "budget" in repr(result)
 
 
 def by_hand(**fields: Any) -> Adaptivity:
-    what = {"hook_in": "a", "hook_out": "a", "d_sae": 9, "level": None, "exclude": ("bos",)}
+    subject = {"hook_in": "a", "hook_out": "a", "d_sae": 9, "level": None, "exclude": ("bos",)}
     k = torch.tensor([2, 4, 5, 5])
     return Adaptivity(
-        **{**what, "n_tokens": 4, "k": k, "budget": None, "n_concepts": None, **fields}
+        **{**subject, "n_tokens": 4, "k": k, "budget": None, "n_concepts": None, **fields}
     )
 
 
 def test_means_by_number_of_concepts_and_their_picture() -> None:
-    found = by_hand(n_concepts=torch.tensor([0, 2, 2, 3]))
-    frame = found.by_concepts()
+    result = by_hand(n_concepts=torch.tensor([0, 2, 2, 3]))
+    frame = result.by_concepts()
     assert frame.to_dict("list") == {
         **{"n_concepts": [0, 2, 3], "n_tokens": [1, 2, 1]},
         **{"mean": [2.0, 4.5, 5.0], "std": [0.0, 0.5, 0.0]},
     }
-    low, high, mean = found.plot(title="k").data
+    low, high, mean = result.plot(title="k").data
     assert (list(low.y), list(high.y)) == ([2.0, 4.0, 5.0], [2.0, 5.0, 5.0])
     assert (list(mean.x), list(mean.y)) == ([0, 2, 3], [2.0, 4.5, 5.0])
-    assert found.k_spearman == pytest.approx(slow_spearman([2, 4, 5, 5], [0, 2, 2, 3]))
+    assert result.k_spearman == pytest.approx(slow_spearman([2, 4, 5, 5], [0, 2, 2, 3]))
 
 
 def test_without_concepts_the_picture_is_a_histogram() -> None:
-    found = by_hand()
-    (line,) = found.plot().data
+    result = by_hand()
+    (line,) = result.plot().data
     assert (list(line.x), list(line.y)) == ([2, 4, 5], [0.25, 0.25, 0.5])
-    assert len(found.by_concepts()) == 0
-    assert "<table" in found._repr_html_() and len(found.to_frame()) == 1
+    assert len(result.by_concepts()) == 0
+    assert "<table" in result._repr_html_() and len(result.to_frame()) == 1
     assert "9 features, 4 tokens, excluded ('bos',): 4.0 active, deviation 1.2, 2 to 5)" in repr(
-        found
+        result
     )
 
 

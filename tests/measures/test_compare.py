@@ -57,38 +57,38 @@ COSTS += ["encode_seconds", "round_trip_seconds"]
 def test_what_was_asked_for_is_added_as_measured_alone(hooked2, frame) -> None:
     tokens = random_tokens(batch=12)
     concepts = torch.stack([tokens < 200, tokens < 130, tokens % 2 == 0, tokens < 6], -1)
-    known = {"concepts": concepts, "names": ["low", "lower", "even", "rare"]}
+    labels = {"concepts": concepts, "names": ["low", "lower", "even", "rare"]}
     saes = {"residual": factories.residual(hooked2, 1), "tree": tree()}
     options = {"min_tokens": 10, "n_parents": 4}
-    found = compare(hooked2, saes, tokens, n_positions=0, cost=True, **known, **options)
-    assert list(found.columns) == [*frame.columns, *EXTRA, *TREES, *COSTS]
+    table = compare(hooked2, saes, tokens, n_positions=0, cost=True, **labels, **options)
+    assert list(table.columns) == [*frame.columns, *EXTRA, *TREES, *COSTS]
     for name, sae in saes.items():
-        row = found.set_index("name").loc[name]
-        scores = concept_scores_of(hooked2, sae, tokens, *known.values())
+        row = table.set_index("name").loc[name]
+        scores = concept_scores_of(hooked2, sae, tokens, *labels.values())
         assert scores["n_tokens"][3] < 10
         scores = scores[:3]
         assert row["concept_f1"] == pytest.approx(scores["f1"].mean())
         assert row["splitting"] == scores["splitting"].mean()
         assert row["absorption"] == pytest.approx(scores["absorption"].mean())
-        assert row["k_spearman"] == adaptivity(hooked2, sae, tokens, **known).k_spearman
-        trees = hierarchy(hooked2, sae, tokens, **known, **options).row()
+        assert row["k_spearman"] == adaptivity(hooked2, sae, tokens, **labels).k_spearman
+        trees = hierarchy(hooked2, sae, tokens, **labels, **options).row()
         assert [row[column] for column in TREES] == pytest.approx(
             [trees[column] for column in TREES], nan_ok=True
         )
         costs = cost(hooked2, sae, tokens, repeats=1).costs()
         assert [row[column] for column in COSTS[:4]] == [costs[column] for column in COSTS[:4]]
-    assert found["coverage"][1] == 1 and (found["round_trip_seconds"] > 0).all()
-    figure = plot_comparison(found, y="k_spearman")
-    assert figure.data[1].y[1] == found["k_spearman"][1]
+    assert table["coverage"][1] == 1 and (table["round_trip_seconds"] > 0).all()
+    figure = plot_comparison(table, y="k_spearman")
+    assert figure.data[1].y[1] == table["k_spearman"][1]
     for column in (*EXTRA, *TREES, *COSTS):
-        plot_comparison(found, y=column)
+        plot_comparison(table, y=column)
 
 
 def test_probes_without_concepts_add_the_forest_alone(hooked2, frame) -> None:
     saes = {"tree": tree()}
-    found = compare(hooked2, saes, TOKENS, n_positions=0, n_parents=4, min_tokens=3)
-    assert list(found.columns) == [*frame.columns, "coverage", "s_res"]
-    assert found["s_res"].notna().all()
+    table = compare(hooked2, saes, TOKENS, n_positions=0, n_parents=4, min_tokens=3)
+    assert list(table.columns) == [*frame.columns, "coverage", "s_res"]
+    assert table["s_res"].notna().all()
 
 
 def test_each_dictionary_is_a_point_of_fit_against_sparsity(frame) -> None:

@@ -140,11 +140,11 @@ def test_a_dictionary_is_scored_at_the_tokens_that_count(model) -> None:
     keep = tokens > 2
     concepts = torch.stack([tokens < 128, tokens % 3 == 0, tokens == PAD_ID], -1)
     names = ["low", "third", "pad"]
-    found = concept_scores_of(model, sae, tokens, concepts, names, batch=2, min_tokens=1)
+    table = concept_scores_of(model, sae, tokens, concepts, names, batch=2, min_tokens=1)
     x = activations(model, tokens, sae.cfg.metadata.hook_name)[keep]
     expected = concept_scores(features(sae, x) > 0, concepts[keep], names, min_tokens=1)
-    assert found.equals(expected)
-    assert found["n_tokens"][2] == 0
+    assert table.equals(expected)
+    assert table["n_tokens"][2] == 0
 
 
 def test_a_level_has_its_own_features(hooked2) -> None:

@@ -16,9 +16,13 @@ from gemmascope_plugin.features.cooccurrence import (
     joint_counts,
     joint_sums,
 )
-from gemmascope_plugin.measures.edge_table import edge_frame
 from gemmascope_plugin.measures.forest import check_forest, depth, sibling_overlap
-from gemmascope_plugin.measures.masked_cosine import SIMILARITIES, candidate_rank, mcs_parents
+from gemmascope_plugin.measures.forest_edges import (
+    SIMILARITIES,
+    candidate_rank,
+    edge_frame,
+    mcs_parents,
+)
 from gemmascope_plugin.saes import SparseActs
 from tests.factories import unchecked
 
@@ -45,9 +49,9 @@ def slow_mcs(acts: torch.Tensor, p: int, c: int, similarity: str) -> float:
     power = sum(a * a for a, _ in pairs)
     if not power:
         return 0.0
-    found = sum(a * b for a, b in pairs) / math.sqrt(power * sum(b * b for _, b in pairs))
+    result = sum(a * b for a, b in pairs) / math.sqrt(power * sum(b * b for _, b in pairs))
     largest = [float(acts[:, i].max()) for i in (p, c)]
-    return found * min(largest) / largest[0] if similarity == "scaled" else found
+    return result * min(largest) / largest[0] if similarity == "scaled" else result
 
 
 def slow_parent(
@@ -71,7 +75,7 @@ def slow_parent(
 def test_parents_equal_the_definition(similarity, levels: list[int], cells: int) -> None:
     acts = random_acts()
     expected = [slow_parent(acts, c, levels, similarity, 5, 0.55) for c in range(D_SAE)]
-    found = mcs_parents(
+    result = mcs_parents(
         sparse(acts),
         levels=levels or None,
         similarity=similarity,
@@ -79,7 +83,7 @@ def test_parents_equal_the_definition(similarity, levels: list[int], cells: int)
         min_mcs=0.55,
         cells=cells,
     )
-    assert found.tolist() == expected
+    assert result.tolist() == expected
     assert len(set(expected)) > 3 and -1 in expected[3:]
 
 
@@ -109,8 +113,8 @@ def test_overlap_of_siblings_equals_sets(cells: int) -> None:
     children = [c for c in range(D_SAE) if parent[c] >= 0 and len(sets[c]) >= 6]
     pairs = [(a, b) for a in children for b in children if a < b and parent[a] == parent[b]]
     expected = sum(len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for a, b in pairs) / len(pairs)
-    found = sibling_overlap(sparse(acts), parent, min_tokens=6, cells=cells)
-    assert found == pytest.approx(expected) and len(pairs) > 3
+    result = sibling_overlap(sparse(acts), parent, min_tokens=6, cells=cells)
+    assert result == pytest.approx(expected) and len(pairs) > 3
     assert math.isnan(sibling_overlap(sparse(acts), torch.full((D_SAE,), -1)))
 
 
@@ -179,9 +183,9 @@ def test_sums_over_joint_tokens_equal_products() -> None:
 def test_look_ups_equal_the_dense_tensor() -> None:
     acts = random_acts(5)
     others = torch.tensor([3, 3, -1, 0, 11, 2, 9, 9, 1, 0, 8, 7])
-    found = at_same_token(sparse(acts), others[sparse(acts).indices])
+    result = at_same_token(sparse(acts), others[sparse(acts).indices])
     dense = torch.where(others >= 0, acts[:, others], 0)
-    assert torch.equal(found, dense[acts > 0])
+    assert torch.equal(result, dense[acts > 0])
     some = torch.tensor([0, 3, 4, 59])
     assert torch.equal(at_tokens(sparse(acts), some).to_dense(), acts[some])
     nothing = sparse(torch.zeros(3, 4))

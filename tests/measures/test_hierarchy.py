@@ -16,8 +16,7 @@ from gemmascope_plugin.errors import (
     WidthMismatchError,
 )
 from gemmascope_plugin.measures import Hierarchy, hierarchy
-from gemmascope_plugin.measures.edge_table import edge_frame
-from gemmascope_plugin.measures.masked_cosine import mcs_parents
+from gemmascope_plugin.measures.forest_edges import edge_frame, mcs_parents
 from gemmascope_plugin.measures.probe import probe_edges
 from gemmascope_plugin.saes import SparseActs
 from gemmascope_plugin.splice import HookedSAE
@@ -45,45 +44,45 @@ def acts_of(model: Any, sae: Any) -> SparseActs:
 @TWO_KINDS
 def test_a_forest_from_activations_of_the_tokens_that_count(model) -> None:
     sae = factories.residual(model, 1)
-    found = hierarchy(model, sae, TOKENS, n_parents=0, batch=3, **RULES)
+    result = hierarchy(model, sae, TOKENS, n_parents=0, batch=3, **RULES)
     acts = acts_of(model, sae)
-    assert found.forest == "mcs" and found.n_tokens == acts.n_tokens == int(KEEP.sum())
-    assert torch.equal(found.parent, mcs_parents(acts, min_tokens=8, min_mcs=0.2))
-    expected = edge_frame(acts, found.parent, min_tokens=8)
-    assert found.n_edges == len(expected) > 20
-    pd.testing.assert_frame_equal(found.edges[list(expected.columns)], expected, rtol=1e-5)
-    assert found.coverage == pytest.approx(expected["coverage"].mean())
-    assert found.binary_mcs == pytest.approx((expected["coverage"] ** 0.5).mean())
-    assert math.isnan(found.s_res) and found.edges["hit"].isna().all()
-    assert found.recovery is None and found.edges["is_ancestor"].isna().all()
+    assert result.forest == "mcs" and result.n_tokens == acts.n_tokens == int(KEEP.sum())
+    assert torch.equal(result.parent, mcs_parents(acts, min_tokens=8, min_mcs=0.2))
+    expected = edge_frame(acts, result.parent, min_tokens=8)
+    assert result.n_edges == len(expected) > 20
+    pd.testing.assert_frame_equal(result.edges[list(expected.columns)], expected, rtol=1e-5)
+    assert result.coverage == pytest.approx(expected["coverage"].mean())
+    assert result.binary_mcs == pytest.approx((expected["coverage"] ** 0.5).mean())
+    assert math.isnan(result.s_res) and result.edges["hit"].isna().all()
+    assert result.recovery is None and result.edges["is_ancestor"].isna().all()
 
 
 def test_a_tree_has_its_own_forest_and_covers_it(hooked2) -> None:
     sae = tree()
-    found = hierarchy(hooked2, sae, TOKENS, **RULES)
-    assert found.forest == "own" and torch.equal(found.parent, sae.parent)
-    assert (found.edges["coverage"] == 1).all() and found.binary_mcs == 1
-    assert found.n_edges > 5 and 0 <= found.sibling_iou <= 1
-    assert (found.edges["child"] >= 8).all() and (found.edges["parent"] < 8).all()
+    result = hierarchy(hooked2, sae, TOKENS, **RULES)
+    assert result.forest == "own" and torch.equal(result.parent, sae.parent)
+    assert (result.edges["coverage"] == 1).all() and result.binary_mcs == 1
+    assert result.n_edges > 5 and 0 <= result.sibling_iou <= 1
+    assert (result.edges["child"] >= 8).all() and (result.edges["parent"] < 8).all()
     other = hierarchy(hooked2, sae, TOKENS, forest="mcs", n_parents=0, **RULES)
     assert other.forest == "mcs" and (other.parent[:8] == -1).all()  # its layers are levels
-    assert other.parent.max() < 8 and not torch.equal(other.parent, found.parent)
+    assert other.parent.max() < 8 and not torch.equal(other.parent, result.parent)
 
 
 def test_the_first_level_of_a_tree_has_no_edges(hooked2) -> None:
-    found = hierarchy(hooked2, HookedSAE(tree(), level=0), TOKENS, CONCEPTS, NAMES, **RULES)
-    assert (found.level, found.d_sae, found.n_edges, found.n_probed) == (0, 8, 0, 0)
-    row = found.row()
+    result = hierarchy(hooked2, HookedSAE(tree(), level=0), TOKENS, CONCEPTS, NAMES, **RULES)
+    assert (result.level, result.d_sae, result.n_edges, result.n_probed) == (0, 8, 0, 0)
+    row = result.row()
     assert all(math.isnan(row[name]) for name in ("coverage", "mcs", "s_res", "tree_precision"))
     assert all(math.isnan(row[name]) for name in ("sibling_iou", "chance_precision"))
-    assert "0 edges" in repr(found)
+    assert "0 edges" in repr(result)
 
 
 def test_parents_of_a_matryoshka_are_in_earlier_levels(hooked2) -> None:
-    found = hierarchy(hooked2, matryoshka(hooked2), TOKENS, n_parents=0, **RULES)
+    result = hierarchy(hooked2, matryoshka(hooked2), TOKENS, n_parents=0, **RULES)
     level = torch.bucketize(torch.arange(LEVELS[-1]), torch.tensor(LEVELS), right=True)
-    child = torch.tensor(found.edges["child"].tolist())
-    assert len(child) > 20 and (level[found.parent[child]] < level[child]).all()
+    child = torch.tensor(result.edges["child"].tolist())
+    assert len(child) > 20 and (level[result.parent[child]] < level[child]).all()
     middle = hierarchy(
         hooked2, HookedSAE(matryoshka(hooked2), level=1), TOKENS, n_parents=0, **RULES
     )
@@ -97,13 +96,13 @@ def test_parents_of_a_matryoshka_are_in_earlier_levels(hooked2) -> None:
 @TWO_KINDS
 def test_probes_of_a_transcoder_read_what_it_predicts(model) -> None:
     sae = factories.transcoder(model, 1)
-    found = hierarchy(model, sae, TOKENS, n_parents=9, max_children=2, **RULES)
+    result = hierarchy(model, sae, TOKENS, n_parents=9, max_children=2, **RULES)
     y = activations(model, TOKENS, sae.cfg.metadata.hook_name_out)[KEEP]
     rules = {"n_parents": 9, "max_children": 2, "min_tokens": 8, "steps": 30}
-    probed = probe_edges(y, acts_of(model, sae), sae.W_dec, found.parent, **rules)
-    assert found.n_probed == len(probed.child) > 5
-    assert found.s_res == probed.score
-    hits = found.edges.dropna(subset="hit")
+    probed = probe_edges(y, acts_of(model, sae), sae.W_dec, result.parent, **rules)
+    assert result.n_probed == len(probed.child) > 5
+    assert result.s_res == probed.score
+    hits = result.edges.dropna(subset="hit")
     assert list(hits["child"]) == probed.child.tolist()
     assert list(hits["hit"]) == probed.hits.tolist()
 
@@ -129,45 +128,45 @@ def test_a_planted_forest_of_known_concepts(hooked2) -> None:
     parent[chosen[2]], parent[chosen[1]] = chosen[1], chosen[0]
     names = ["all", "two", "one", "all again"]
     options = {"forest": parent, "n_parents": 0, "min_tokens": 3, "min_f1": 0.3}
-    found = hierarchy(hooked2, sae, TOKENS, marks, names, **options)
-    assert found.forest == "given" and found.recovery is not None and found.chance is not None
-    rows = found.edges.set_index("child")
-    assert list(found.edges["child"]) == sorted(chosen[1:])
+    result = hierarchy(hooked2, sae, TOKENS, marks, names, **options)
+    assert result.forest == "given" and result.recovery is not None and result.chance is not None
+    rows = result.edges.set_index("child")
+    assert list(result.edges["child"]) == sorted(chosen[1:])
     for child, row in rows.iterrows():
         sets = {
             name: set(marks[KEEP][:, i].nonzero()[:, 0].tolist()) for i, name in enumerate(names)
         }
         for end, feature in (("parent_concept", row["parent"]), ("child_concept", child)):
-            own = set(acts[:, feature].nonzero()[:, 0].tolist())
-            f1 = {n: 2 * len(own & s) / (len(own) + len(s)) for n, s in sets.items()}
+            tokens = set(acts[:, feature].nonzero()[:, 0].tolist())
+            f1 = {n: 2 * len(tokens & s) / (len(tokens) + len(s)) for n, s in sets.items()}
             assert row[end] == max(f1, key=lambda n: f1[n]) and row[end] != "all again"
         assert row["is_ancestor"] == (sets[row["parent_concept"]] > sets[row["child_concept"]])
-    assert found.recovery.precision == rows["is_ancestor"].mean()
-    assert found.row()["tree_f1"] == found.recovery.f1
+    assert result.recovery.precision == rows["is_ancestor"].mean()
+    assert result.row()["tree_f1"] == result.recovery.f1
 
 
 def test_concepts_of_a_corpus_are_read_where_tokens_count(hooked2) -> None:
     sae = factories.residual(hooked2, 1)
-    found = hierarchy(hooked2, sae, TOKENS, CONCEPTS, NAMES, n_parents=0, **RULES)
-    assert found.recovery is not None
-    marked = found.edges["parent_concept"].notna() & found.edges["child_concept"].notna()
-    assert marked.sum() == found.recovery.n_labelled
-    assert (found.edges["is_ancestor"].notna() == marked).all()
+    result = hierarchy(hooked2, sae, TOKENS, CONCEPTS, NAMES, n_parents=0, **RULES)
+    assert result.recovery is not None
+    marked = result.edges["parent_concept"].notna() & result.edges["child_concept"].notna()
+    assert marked.sum() == result.recovery.n_labelled
+    assert (result.edges["is_ancestor"].notna() == marked).all()
     wrong = CONCEPTS.clone()
     wrong[~KEEP] = ~wrong[~KEEP]
     again = hierarchy(hooked2, sae, TOKENS, wrong, NAMES, n_parents=0, **RULES)
-    assert again.row() == pytest.approx(found.row(), nan_ok=True)
+    assert again.row() == pytest.approx(result.row(), nan_ok=True)
 
 
 def test_a_row_and_a_sentence(hooked2) -> None:
-    found = hierarchy(hooked2, factories.transcoder(hooked2, 1), TOKENS, CONCEPTS, NAMES, **RULES)
-    frame = found.to_frame()
-    assert isinstance(found, Hierarchy) and len(frame) == 1
-    assert frame["n_edges"][0] == found.n_edges and "chance_f1" in frame
-    text = repr(found)
+    result = hierarchy(hooked2, factories.transcoder(hooked2, 1), TOKENS, CONCEPTS, NAMES, **RULES)
+    frame = result.to_frame()
+    assert isinstance(result, Hierarchy) and len(frame) == 1
+    assert frame["n_edges"][0] == result.n_edges and "chance_f1" in frame
+    text = repr(result)
     assert "blocks.1.ln2.hook_normalized -> blocks.1.hook_mlp_out, 96 features" in text
     assert "forest 'mcs'" in text and "tree precision" in text and "(chance" in text
-    assert "<table" in found._repr_html_()
+    assert "<table" in result._repr_html_()
 
 
 def test_what_cannot_be_measured_is_an_error(hooked2) -> None:

@@ -18,8 +18,8 @@ from gemmascope_plugin.errors import (
     WidthMismatchError,
 )
 from gemmascope_plugin.measures import Measures, measure
-from gemmascope_plugin.measures.geometry import max_cosines, mean_max_cosine
 from gemmascope_plugin.measures.importance import uniformity
+from gemmascope_plugin.measures.measure import max_cosines, mean_max_cosine
 from gemmascope_plugin.models import flatten_heads, restore_heads
 from gemmascope_plugin.saes import weights_of
 from gemmascope_plugin.splice import HookedSAE
@@ -42,8 +42,8 @@ def sites(model: Any, sae: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return activations(model, TOKENS, hook_in)[KEEP], activations(model, TOKENS, hook_out)[KEEP]
 
 
-def figures_of(found: Measures) -> dict[str, float]:
-    return {name: x for name, x in found.row().items() if isinstance(x, (int, float))}
+def figures_of(measures: Measures) -> dict[str, float]:
+    return {name: x for name, x in measures.row().items() if isinstance(x, (int, float))}
 
 
 def slow_loss(logits: torch.Tensor) -> float:
@@ -68,20 +68,20 @@ def constant(sae: Any, value: torch.Tensor) -> Any:
 @pytest.mark.parametrize("make", KINDS)
 def test_sparsity_and_fit_equal_a_slow_count(model, make) -> None:
     sae = make(model, 1)
-    found = measure(model, sae, TOKENS, batch=2, n_positions=0)
+    measures = measure(model, sae, TOKENS, batch=2, n_positions=0)
     x, y = sites(model, sae)
     active = features(sae, x) > 0
     error = (y - reconstruction(sae, x)).pow(2).sum()
-    assert found.n_tokens == len(x) == int(KEEP.sum())
-    assert found.l0 == pytest.approx(sum(int(row.sum()) for row in active) / len(x))
-    assert found.fvu == pytest.approx(float(error / (y - y.mean(0)).pow(2).sum()), rel=1e-4)
+    assert measures.n_tokens == len(x) == int(KEEP.sum())
+    assert measures.l0 == pytest.approx(sum(int(row.sum()) for row in active) / len(x))
+    assert measures.fvu == pytest.approx(float(error / (y - y.mean(0)).pow(2).sum()), rel=1e-4)
     for feature in range(active.shape[1]):
-        assert float(found.frequencies[feature]) == int(active[:, feature].sum()) / len(x)
+        assert float(measures.frequencies[feature]) == int(active[:, feature].sum()) / len(x)
     dead = [f for f in range(active.shape[1]) if not active[:, f].any()]
     dense = [f for f in range(active.shape[1]) if int(active[:, f].sum()) > 0.1 * len(x)]
-    assert found.dead_share == pytest.approx(len(dead) / active.shape[1])
-    assert found.dense_share == pytest.approx(len(dense) / active.shape[1])
-    assert 0 < found.dense_share < 1
+    assert measures.dead_share == pytest.approx(len(dead) / active.shape[1])
+    assert measures.dense_share == pytest.approx(len(dense) / active.shape[1])
+    assert 0 < measures.dense_share < 1
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def test_sparsity_and_fit_equal_a_slow_count(model, make) -> None:
 def test_losses_are_those_of_the_transformers_model(model, hf, make) -> None:
     """Zeros and means are written there by a dictionary that knows nothing else."""
     sae = make(model, 1)
-    found = measure(model, sae, TOKENS, batch=2, n_positions=0)
+    measures = measure(model, sae, TOKENS, batch=2, n_positions=0)
     _, y = sites(model, sae)
     with reconstructed(hf, [sae], TOKENS):
         spliced = slow_loss(hf(TOKENS).logits)
@@ -98,12 +98,12 @@ def test_losses_are_those_of_the_transformers_model(model, hf, make) -> None:
     with reconstructed(hf, [constant(sae, y.mean(0))], TOKENS):
         mean = slow_loss(hf(TOKENS).logits)
     clean = slow_loss(hf(TOKENS).logits)
-    losses = found.losses
+    losses = measures.losses
     assert losses.clean == pytest.approx(clean, abs=1e-5)
     assert losses.spliced == pytest.approx(spliced, abs=1e-5)
     assert losses.zeroed == pytest.approx(zeroed, abs=1e-5)
     assert losses.mean_ablated == pytest.approx(mean, abs=1e-5)
-    assert found.delta_loss == losses.spliced - losses.clean
+    assert measures.delta_loss == losses.spliced - losses.clean
     delta = losses.spliced - losses.clean
     assert losses.share_of_zero == pytest.approx(delta / (losses.zeroed - losses.clean))
     assert losses.share_of_mean == pytest.approx(delta / (losses.mean_ablated - losses.clean))
@@ -141,9 +141,9 @@ def test_evenness_equals_finite_differences(double, make) -> None:
                 shares = [effect / sum(effects) for effect in effects]
                 entropy = -sum(p * math.log(p) for p in shares)
                 expected.append(math.exp(entropy) / len(active))
-    found = measure(double, sae, tokens, n_positions=20)
-    assert found.r_l0_tokens == len(expected) > 2
-    assert found.r_l0 == pytest.approx(sum(expected) / len(expected), rel=1e-3)
+    measures = measure(double, sae, tokens, n_positions=20)
+    assert measures.r_l0_tokens == len(expected) > 2
+    assert measures.r_l0 == pytest.approx(sum(expected) / len(expected), rel=1e-3)
 
 
 def test_evenness_is_between_one_over_l0_and_one(hooked2) -> None:
@@ -183,20 +183,20 @@ def test_the_affine_skip_is_part_of_the_reconstruction(hooked2) -> None:
     # what the features leave over, as far as a linear map of the input can give it
     A = torch.linalg.lstsq(x, y - reconstruction(plain, x)).solution
     skip.W_skip.data = A.T.contiguous()
-    found = measure(hooked2, skip, TOKENS, n_positions=0)
+    measures = measure(hooked2, skip, TOKENS, n_positions=0)
     error = (y - reconstruction(plain, x) - x @ A).pow(2).sum()
-    assert found.fvu == pytest.approx(float(error / (y - y.mean(0)).pow(2).sum()), rel=1e-3)
-    assert found.fvu < 0.9 * measure(hooked2, plain, TOKENS, n_positions=0).fvu
+    assert measures.fvu == pytest.approx(float(error / (y - y.mean(0)).pow(2).sum()), rel=1e-3)
+    assert measures.fvu < 0.9 * measure(hooked2, plain, TOKENS, n_positions=0).fvu
 
 
 @pytest.mark.parametrize("level", [0, 1])
 def test_a_level_is_measured_as_the_dictionary_of_its_first_features(hooked2, level) -> None:
     sae = matryoshka(hooked2)
     width = sae.cfg.metadata.levels[level]
-    found = measure(hooked2, HookedSAE(sae, level=level, error="keep", exclude=()), TOKENS)
+    measures = measure(hooked2, HookedSAE(sae, level=level, error="keep", exclude=()), TOKENS)
     expected = measure(hooked2, prefix(sae, width), TOKENS)
-    assert (found.level, found.d_sae) == (level, width)
-    row = figures_of(found)
+    assert (measures.level, measures.d_sae) == (level, width)
+    row = figures_of(measures)
     assert row.pop("level") == level
     assert row == pytest.approx(figures_of(expected))
 
@@ -216,20 +216,20 @@ def test_neither_batches_nor_lengths_matter(hooked2) -> None:
 
 def test_every_token_counts_when_none_is_excluded(hooked2) -> None:
     sae = factories.residual(hooked2, 1)
-    found = measure(hooked2, sae, TOKENS, exclude=(), n_positions=0)
-    assert found.n_tokens == TOKENS.numel() and found.exclude == ()
+    measures = measure(hooked2, sae, TOKENS, exclude=(), n_positions=0)
+    assert measures.n_tokens == TOKENS.numel() and measures.exclude == ()
     assert measure(hooked2, sae, TOKENS, exclude="pad", n_positions=0).n_tokens == int(
         (TOKENS != PAD_ID).sum()
     )
 
 
 def test_the_histogram_counts_every_feature_once(hooked2) -> None:
-    found = measure(hooked2, factories.residual(hooked2, 1), TOKENS, n_positions=0)
-    frame = found.histogram()
+    measures = measure(hooked2, factories.residual(hooked2, 1), TOKENS, n_positions=0)
+    frame = measures.histogram()
     assert list(frame.columns) == ["above", "up_to", "n_features"]
-    assert frame["n_features"].sum() == found.d_sae
-    assert frame["n_features"][0] == round(found.dead_share * found.d_sae)
-    frequencies = found.frequencies.tolist()
+    assert frame["n_features"].sum() == measures.d_sae
+    assert frame["n_features"][0] == round(measures.dead_share * measures.d_sae)
+    frequencies = measures.frequencies.tolist()
     for row in frame.iloc[1:].itertuples():
         assert row.n_features == sum(row.above < f <= row.up_to for f in frequencies)
     assert frame["up_to"].iloc[-1] == 1.0
@@ -249,20 +249,20 @@ def test_maximum_cosines_in_blocks_equal_the_whole_matrix() -> None:
         if i != 4:
             expected.append(max(cosines))
     for chunk in (None, 1, 7, 23):
-        found = max_cosines(W_dec, chunk=chunk)
-        assert found.tolist() == pytest.approx(expected, abs=1e-6)
+        measures = max_cosines(W_dec, chunk=chunk)
+        assert measures.tolist() == pytest.approx(expected, abs=1e-6)
     assert mean_max_cosine(W_dec.bfloat16()) == pytest.approx(sum(expected) / 22, abs=1e-2)
     assert math.isnan(mean_max_cosine(W_dec[4:6]))
 
 
 def test_a_row_and_a_sentence(hooked2) -> None:
-    found = measure(hooked2, factories.transcoder(hooked2, 1), TOKENS, n_positions=2)
-    frame = found.to_frame()
-    assert len(frame) == 1 and frame["l0"][0] == found.l0
-    text = repr(found)
+    measures = measure(hooked2, factories.transcoder(hooked2, 1), TOKENS, n_positions=2)
+    frame = measures.to_frame()
+    assert len(frame) == 1 and frame["l0"][0] == measures.l0
+    text = repr(measures)
     assert "blocks.1.ln2.hook_normalized -> blocks.1.hook_mlp_out, 96 features" in text
     assert "excluded ('bos', 'eos', 'pad')" in text
-    assert "<table" in found._repr_html_()
+    assert "<table" in measures._repr_html_()
 
 
 def test_the_model_is_left_alone(model) -> None:
@@ -273,8 +273,10 @@ def test_the_model_is_left_alone(model) -> None:
 
 
 def test_one_token_has_neither_variance_nor_loss(hooked2) -> None:
-    found = measure(hooked2, factories.residual(hooked2, 1), TOKENS[:1, 1:2])
-    assert math.isnan(found.fvu) and math.isnan(found.delta_loss) and math.isnan(found.r_l0)
+    measures = measure(hooked2, factories.residual(hooked2, 1), TOKENS[:1, 1:2])
+    assert (
+        math.isnan(measures.fvu) and math.isnan(measures.delta_loss) and math.isnan(measures.r_l0)
+    )
 
 
 def test_what_cannot_be_measured_is_an_error(hooked2) -> None:

@@ -47,12 +47,12 @@ def test_known_concepts_are_found_again(suite) -> None:
 
 def test_forests_of_trained_dictionaries_are_no_chance(suite) -> None:
     names, concepts = DOCUMENTS.concept_matrix()
-    found = gs.measures.hierarchy(
+    result = gs.measures.hierarchy(
         *(suite.model, suite.load("res", 1), DOCUMENTS.tokens, concepts, names), n_parents=0
     )
-    assert found.recovery is not None and found.chance is not None
-    assert found.recovery.f1 > 3 * found.chance.f1 > 0
-    assert found.recovery.n_children > 5 and found.n_edges > 100
+    assert result.recovery is not None and result.chance is not None
+    assert result.recovery.f1 > 3 * result.chance.f1 > 0
+    assert result.recovery.n_children > 5 and result.n_edges > 100
     follows = gs.measures.adaptivity(
         suite.model, suite.load("res", 1), DOCUMENTS.tokens, concepts, names
     )

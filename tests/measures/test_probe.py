@@ -40,7 +40,7 @@ def slow_probes(x: torch.Tensor, labels: torch.Tensor, steps: int) -> torch.Tens
     """Logistic regression by PyTorch's own loss and gradients, one probe at a time."""
     x = x - x.mean(0)
     x = x / x.pow(2).mean().sqrt()
-    found = []
+    probes = []
     for label in labels.T.float():
         probe = torch.nn.Linear(x.shape[1], 1)
         torch.nn.init.zeros_(probe.weight)
@@ -54,19 +54,19 @@ def slow_probes(x: torch.Tensor, labels: torch.Tensor, steps: int) -> torch.Tens
             loss(probe(x)[:, 0], label).backward()
             adam.step()
             decay.step()
-        found.append(probe.weight[0].detach())
-    return torch.stack(found)
+        probes.append(probe.weight[0].detach())
+    return torch.stack(probes)
 
 
 def test_a_planted_tree_meets_the_condition() -> None:
     x, acts, W_dec = planted()
-    found = probe_edges(x, acts, W_dec, PARENT, steps=300)
-    assert found.score == 1.0
-    assert found.child.tolist() == list(range(N_PARENTS, D_SAE))
-    assert torch.equal(found.parent, PARENT[found.child])
-    assert (found.child_cosine > found.parent_cosine).all() and (found.parent_cosine > 0.1).all()
-    assert (found.child_rank == 0).all() and (found.parent_rank == 1).all()
-    assert found.hits.all()
+    probes = probe_edges(x, acts, W_dec, PARENT, steps=300)
+    assert probes.score == 1.0
+    assert probes.child.tolist() == list(range(N_PARENTS, D_SAE))
+    assert torch.equal(probes.parent, PARENT[probes.child])
+    assert (probes.child_cosine > probes.parent_cosine).all() and (probes.parent_cosine > 0.1).all()
+    assert (probes.child_rank == 0).all() and (probes.parent_rank == 1).all()
+    assert probes.hits.all()
 
 
 def test_wrong_parents_do_not() -> None:
@@ -78,11 +78,11 @@ def test_wrong_parents_do_not() -> None:
 def test_probes_equal_plain_logistic_regression() -> None:
     x, acts, _ = planted(200)
     labels = activity(acts, torch.tensor([9, 2, 7]))
-    found = train_probes(x, labels, steps=40, rng=torch.Generator())
+    probes = train_probes(x, labels, steps=40, rng=torch.Generator())
     expected = slow_probes(x, labels, 40)
     # the first gradient of the balanced bias is rounding alone, which Adam makes a step of
-    assert torch.allclose(found, expected, atol=2e-3) and expected.abs().mean() > 0.05
-    assert (torch.nn.functional.cosine_similarity(found, expected) > 1 - 1e-5).all()
+    assert torch.allclose(probes, expected, atol=2e-3) and expected.abs().mean() > 0.05
+    assert (torch.nn.functional.cosine_similarity(probes, expected) > 1 - 1e-5).all()
 
 
 def test_ranks_are_positions_by_cosine(monkeypatch) -> None:
@@ -90,19 +90,19 @@ def test_ranks_are_positions_by_cosine(monkeypatch) -> None:
 
     x, acts, W_dec = planted(400)
     W_dec = W_dec * torch.linspace(0.1, 9, D_SAE)[:, None] + 0.05
-    found = probe_edges(x, acts, W_dec, PARENT, steps=20)
+    probes = probe_edges(x, acts, W_dec, PARENT, steps=20)
     weights = train_probes(
-        x, activity(acts, found.child), steps=20, rng=torch.Generator().manual_seed(0)
+        x, activity(acts, probes.child), steps=20, rng=torch.Generator().manual_seed(0)
     )
-    for i, (p, c) in enumerate(zip(found.parent.tolist(), found.child.tolist(), strict=True)):
+    for i, (p, c) in enumerate(zip(probes.parent.tolist(), probes.child.tolist(), strict=True)):
         cosines = torch.nn.functional.cosine_similarity(weights[i], W_dec, dim=-1)
         order = cosines.argsort(descending=True).tolist()
-        assert (found.parent_rank[i], found.child_rank[i]) == (order.index(p), order.index(c))
-        assert found.parent_cosine[i] == pytest.approx(float(cosines[p]), abs=1e-5)
-        assert bool(found.hits[i]) == (p in order[:5] and c in order[:5])
+        assert (probes.parent_rank[i], probes.child_rank[i]) == (order.index(p), order.index(c))
+        assert probes.parent_cosine[i] == pytest.approx(float(cosines[p]), abs=1e-5)
+        assert bool(probes.hits[i]) == (p in order[:5] and c in order[:5])
     monkeypatch.setattr(probe, "CELLS", 2 * D_SAE)  # two directions at a time
     again = probe_edges(x, acts, W_dec, PARENT, steps=20)
-    assert torch.equal(again.parent_rank, found.parent_rank)
+    assert torch.equal(again.parent_rank, probes.parent_rank)
 
 
 def sample(acts: SparseActs, parent: torch.Tensor, n: tuple[int, int], **rules: Any) -> list[int]:
@@ -151,8 +151,8 @@ def test_many_tokens_are_seen_in_batches(monkeypatch) -> None:
 
 def test_without_edges_there_is_no_score() -> None:
     x, acts, W_dec = planted(50)
-    found = probe_edges(x, acts, W_dec, torch.full((D_SAE,), -1))
-    assert math.isnan(found.score) and len(found.hits) == 0
+    probes = probe_edges(x, acts, W_dec, torch.full((D_SAE,), -1))
+    assert math.isnan(probes.score) and len(probes.hits) == 0
 
 
 def test_what_cannot_be_probed_is_an_error() -> None:

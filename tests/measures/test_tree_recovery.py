@@ -9,7 +9,7 @@ import torch
 
 from gemmascope_plugin.demo.build.measure_suite import label_features
 from gemmascope_plugin.errors import ModelError
-from gemmascope_plugin.features.labels import best_concepts
+from gemmascope_plugin.features.cooccurrence import best_concepts
 from gemmascope_plugin.measures.forest import check_forest
 from gemmascope_plugin.measures.tree_recovery import (
     Recovery,
@@ -66,17 +66,17 @@ def slow_recovery(
     right = [c for c in labelled if is_above(concept[parent[c]], concept[c])]
     stands = {c for c in concept if c >= 0}
     wanted = {c for c in stands if any(is_above(p, c) for p in stands)}
-    found = set()
+    recovery = set()
     for feature in range(len(parent)):
         ancestor = parent[feature]
         while ancestor >= 0:
             if is_above(concept[ancestor], concept[feature]):
-                found.add(concept[feature])
+                recovery.add(concept[feature])
             ancestor = parent[ancestor]
     return {
         "precision": len(right) / len(labelled) if labelled else math.nan,
         "edge_recovery": len(right) / len(judged) if judged else math.nan,
-        "recall": len(found) / len(wanted) if wanted else math.nan,
+        "recall": len(recovery) / len(wanted) if wanted else math.nan,
         "n_labelled": len(labelled),
         "n_children": len(wanted),
     }
@@ -86,11 +86,11 @@ def slow_recovery(
 def test_the_order_of_concepts_is_that_of_their_sets(seed: int) -> None:
     marks = nested(seed)
     sets = sets_of(marks)
-    kept = [i for i, s in enumerate(sets) if len(s) >= 8 and sets.index(s) == i]
+    frequent = [i for i, s in enumerate(sets) if len(s) >= 8 and sets.index(s) == i]
     order = concept_order(marks, [f"c{i}" for i in range(10)], min_tokens=8)
-    assert order.names == tuple(f"c{i}" for i in kept) and "c4" not in order.names
-    assert torch.equal(order.holds, marks[:, kept])
-    expected = [[sets[p] > sets[c] for c in kept] for p in kept]
+    assert order.names == tuple(f"c{i}" for i in frequent) and "c4" not in order.names
+    assert torch.equal(order.holds, marks[:, frequent])
+    expected = [[sets[p] > sets[c] for c in frequent] for p in frequent]
     assert order.above.tolist() == expected and any(map(any, expected))
 
 
@@ -104,11 +104,13 @@ def test_recovery_equals_loops_over_sets(seed: int) -> None:
     parent[0] = -1
     concept = torch.randint(-1, len(order.names), (n,), generator=rng)
     judged = (parent >= 0).nonzero()[:, 0][::2]
-    found = tree_recovery(parent, judged, concept, order.above)
+    recovery = tree_recovery(parent, judged, concept, order.above)
     lists = (parent.tolist(), judged.tolist(), concept.tolist())
     expected = slow_recovery(*lists, sets_of(order.holds))
-    assert {name: getattr(found, name) for name in expected} == pytest.approx(expected, nan_ok=True)
-    assert found.n_labelled and found.n_children
+    assert {name: getattr(recovery, name) for name in expected} == pytest.approx(
+        expected, nan_ok=True
+    )
+    assert recovery.n_labelled and recovery.n_children
 
 
 def test_a_planted_tree_is_recovered_and_chance_is_far_below() -> None:
@@ -118,9 +120,14 @@ def test_a_planted_tree_is_recovered_and_chance_is_far_below() -> None:
     stands = best_concepts(SparseActs.from_dense(marks.float()), order.holds).at_least(0.5)
     assert stands.tolist() == list(range(31))
     judged = torch.arange(1, 31)
-    found = tree_recovery(parent, judged, stands, order.above)
-    assert (found.precision, found.recall, found.edge_recovery, found.f1) == (1, 1, 1, 1)
-    assert found.n_children == 30
+    recovery = tree_recovery(parent, judged, stands, order.above)
+    assert (recovery.precision, recovery.recall, recovery.edge_recovery, recovery.f1) == (
+        1,
+        1,
+        1,
+        1,
+    )
+    assert recovery.n_children == 30
     rank = marks.sum(0).neg().unique(return_inverse=True)[1]
     chance = chance_recovery(parent, judged, stands, order.above, rank, seed=3)
     assert chance.precision < 0.4 and chance.f1 < 0.6 and chance.n_children == 30
@@ -133,9 +140,9 @@ def test_ancestors_at_any_distance_count_for_recall_alone() -> None:
     above = torch.zeros(3, 3, dtype=torch.bool)
     above[0, 1] = above[0, 2] = above[1, 2] = True
     concept = torch.tensor([0, 1, 2, -1])
-    found = tree_recovery(torch.tensor([-1, -1, 3, 0]), torch.tensor([2, 3]), concept, above)
-    assert math.isnan(found.precision) and found.edge_recovery == 0
-    assert found.recall == 0.5 and found.f1 == 0  # 2 is found below 0, and 1 below nothing
+    recovery = tree_recovery(torch.tensor([-1, -1, 3, 0]), torch.tensor([2, 3]), concept, above)
+    assert math.isnan(recovery.precision) and recovery.edge_recovery == 0
+    assert recovery.recall == 0.5 and recovery.f1 == 0  # 2 is found below 0, and 1 below nothing
 
 
 def test_f1_is_the_harmonic_mean() -> None:
@@ -174,23 +181,23 @@ def test_best_concepts_equal_sets(seed: int) -> None:
     active = torch.rand(N_TOKENS, 14, generator=rng) < torch.linspace(0, 1, 14)
     active[:, :6] = marks[:, :6] & (torch.rand(N_TOKENS, 6, generator=rng) < 0.8)
     active[:, 13] = False
-    found = best_concepts(SparseActs.from_dense(active.float()), marks)
+    recovery = best_concepts(SparseActs.from_dense(active.float()), marks)
     concepts, names = sets_of(marks), [f"c{i}" for i in range(10)]
     labels = label_features(active, marks, names)
-    for i, own in enumerate(sets_of(active)):
-        f1 = [2 * len(own & s) / max(len(own) + len(s), 1) for s in concepts]
+    for i, tokens in enumerate(sets_of(active)):
+        f1 = [2 * len(tokens & s) / max(len(tokens) + len(s), 1) for s in concepts]
         best = f1.index(max(f1))
         if not max(f1):
-            assert found.concept[i] == -1 and found.f1[i] == 0 and i not in labels
+            assert recovery.concept[i] == -1 and recovery.f1[i] == 0 and i not in labels
             continue
-        assert found.concept[i] == best and found.f1[i] == pytest.approx(max(f1))
-        shares = [len(own & concepts[best]) / len(s) for s in (own, concepts[best])]
-        assert [float(found.precision[i]), float(found.recall[i])] == pytest.approx(shares)
+        assert recovery.concept[i] == best and recovery.f1[i] == pytest.approx(max(f1))
+        shares = [len(tokens & concepts[best]) / len(s) for s in (tokens, concepts[best])]
+        assert [float(recovery.precision[i]), float(recovery.recall[i])] == pytest.approx(shares)
         assert (i in labels) == (max(f1) >= 0.5)
         if i in labels:
             assert labels[i].concept == names[best]
             assert labels[i].precision == pytest.approx(shares[0], abs=1e-4)
-    assert found.at_least(0.5).tolist() == [
+    assert recovery.at_least(0.5).tolist() == [
         names.index(labels[i].concept) if i in labels else -1 for i in range(14)
     ]
     assert 3 < len(labels) < 14
@@ -202,8 +209,8 @@ def test_without_concepts_nothing_stands_for_anything() -> None:
     order = concept_order(torch.zeros(5, 2, dtype=torch.bool), ["a", "b"])
     assert order.names == () and order.above.shape == (0, 0)
     nothing = torch.full((3,), -1)
-    found = tree_recovery(torch.tensor([-1, 0, 0]), torch.tensor([1, 2]), nothing, order.above)
-    assert math.isnan(found.recall) and math.isnan(found.f1) and found.edge_recovery == 0
+    recovery = tree_recovery(torch.tensor([-1, 0, 0]), torch.tensor([1, 2]), nothing, order.above)
+    assert math.isnan(recovery.recall) and math.isnan(recovery.f1) and recovery.edge_recovery == 0
 
 
 def test_names_must_fit() -> None:

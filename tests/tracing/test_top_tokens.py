@@ -63,5 +63,5 @@ def test_mistakes() -> None:
     graph = trace(model, TOKENS, [*saes, factories.residual(model, 1)])
     with pytest.raises(UnknownNameError, match="features of blocks.1.hook_resid_post, and no dict"):
         top_tokens(graph, model, saes)
-    with pytest.raises(EmptySelectionError, match="k=0 is no number of words"):
+    with pytest.raises(EmptySelectionError, match="k=0 is not a number of words"):
         top_tokens(trace(model, TOKENS, saes), model, saes, k=0)

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int
 from gemmascope_plugin.causes import Task
 from gemmascope_plugin.causes.builtin import Split
 from gemmascope_plugin.demo.tasks import TASK_NAMES, make_task
-from gemmascope_plugin.features.labels import MIN_F1, best_concepts
+from gemmascope_plugin.features.cooccurrence import MIN_F1, best_concepts
 from gemmascope_plugin.measures import measure
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.saes import SparseActs

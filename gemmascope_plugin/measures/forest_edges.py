@@ -12,14 +12,22 @@ Sources: Tree SAE, arXiv 2605.07922, appendix I; the scaled form is that of Matr
 
 The paper lists the best children of each parent; here each child has one parent, as in its trees.
 
-Cost: the meetings and tables of ``joint_sums`` (``cooccurrence.py``).
+**The table of edges** of a forest: what holds along them, what they stand for, which were hit.
+
+1. Activation coverage ``S_cov(p, c) = n_pc / n_c`` (Tree SAE, arXiv 2605.07922, equation 4): the share of
+   the child's tokens on which the parent is active; exactly 1 where the parent gates the child.
+2. Masked cosine similarity.
+3. Where known, the concepts at both ends (``tree_recovery.py``) and the probes' hits (``probe.py``).
+
+Cost: the meetings and tables of ``joint_sums`` (``cooccurrence.py``). The table: a few
+look-ups in the active entries per active entry.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float64, Int, Int64
@@ -33,7 +41,9 @@ from gemmascope_plugin.features.cooccurrence import (
     joint_sums,
     token_counts,
 )
-from gemmascope_plugin.measures.forest import ROOT
+from gemmascope_plugin.measures.forest import ROOT, check_forest, judged_edges
+from gemmascope_plugin.measures.probe import ProbedEdges
+from gemmascope_plugin.measures.tree_recovery import ConceptOrder
 from gemmascope_plugin.saes import SparseActs
 
 Similarity = Literal["cosine", "scaled", "binary"]
@@ -72,14 +82,14 @@ def mcs_parents(
     mask = torch.ones_like(children.values)
     factors = [(children.values, acts.values), (mask, acts.values.double().square())]
     parent = torch.full_like(counts, ROOT)
-    for own, (dot, power) in joint_sums(children, acts, factors, cells=cells):
-        score = _cosine(dot, power, norms[own, None])
+    for block, (dot, power) in joint_sums(children, acts, factors, cells=cells):
+        score = _cosine(dot, power, norms[block, None])
         if similarity == "scaled":
-            score *= _shrink(largest[own, None], largest)
-        score.masked_fill_(rank >= rank[own, None], -math.inf)
+            score *= _shrink(largest[block, None], largest)
+        score.masked_fill_(rank >= rank[block, None], -math.inf)
         best = score.max(-1)
-        found = (best.values >= min_mcs) & (best.values > 0)
-        parent[own] = torch.where(found, best.indices, ROOT)
+        is_similar = (best.values >= min_mcs) & (best.values > 0)
+        parent[block] = torch.where(is_similar, best.indices, ROOT)
     return parent
 
 
@@ -98,11 +108,11 @@ def parent_similarity(
     """``MCS`` of each feature with its parent; 0 where they never meet, or there is no parent."""
     acts = _compared(acts, similarity)
     above = at_same_token(acts, parent[acts.indices]).double()
-    found = _cosine(_sums(acts, above * acts.values), _sums(acts, above.square()), _norms(acts))
+    similar = _cosine(_sums(acts, above * acts.values), _sums(acts, above.square()), _norms(acts))
     if similarity == "scaled":
         largest = _largest(acts)
-        found *= _shrink(largest, largest[parent])
-    return found
+        similar *= _shrink(largest, largest[parent])
+    return similar
 
 
 def _compared(acts: SparseActs, similarity: str) -> SparseActs:
@@ -142,3 +152,80 @@ def _sums(
 ) -> Float64[torch.Tensor, " d_sae"]:
     """Sums over the entries of each feature."""
     return values.new_zeros(acts.d_sae).index_add_(0, acts.indices, values)
+
+
+def edge_frame(
+    acts: SparseActs,
+    parent: Int[torch.Tensor, " d_sae"],
+    *,
+    similarity: Similarity = "cosine",
+    min_tokens: int = 20,
+) -> Any:
+    """What holds along the edges of a forest; the table at the top of this file.
+
+    Args:
+        acts: Activations at all tokens.
+        parent: The forest.
+        similarity: Which masked cosine similarity.
+        min_tokens: Tokens on which the child must be active.
+
+    Returns:
+        A DataFrame, one row per judged edge, by child: ``parent``, ``child``, ``n_parent`` and
+        ``n_child`` (tokens on which they are active), ``coverage`` (``S_cov``) and ``mcs``.
+
+    Raises:
+        UnknownNameError: There is no such similarity.
+        WidthMismatchError: Not one parent for each feature.
+        ModelError: Not a forest.
+    """
+    import pandas as pd
+
+    check_forest(parent, acts.d_sae)
+    acts, parent = active_only(acts), parent.long()
+    counts = token_counts(acts)
+    is_covered = at_same_token(acts, parent[acts.indices]) > 0
+    covered = torch.zeros_like(counts).index_add_(0, acts.indices, is_covered.long())
+    child = judged_edges(parent, counts, min_tokens)
+    parents = parent[child]
+    columns = {
+        "parent": parents,
+        "child": child,
+        "n_parent": counts[parents],
+        "n_child": counts[child],
+        "coverage": covered[child].double() / counts[child],
+        "mcs": parent_similarity(acts, parent, similarity=similarity)[child],
+    }
+    return pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
+
+
+def add_concepts(
+    edges: Any, order: ConceptOrder | None, stands: Int64[torch.Tensor, " d_sae"] | None
+) -> None:
+    """Adds ``parent_concept``, ``child_concept`` (None for none) and ``is_ancestor`` (NA then)."""
+    import pandas as pd
+
+    names: Sequence[str] = () if order is None else order.names
+    above: list[list[bool]] = [] if order is None else order.above.tolist()
+    of = {} if stands is None else dict(enumerate(stands.tolist()))
+    pairs = [
+        (of.get(p, -1), of.get(c, -1)) for p, c in zip(edges["parent"], edges["child"], strict=True)
+    ]
+    for place, column in enumerate(("parent_concept", "child_concept")):
+        values = [names[pair[place]] if pair[place] >= 0 else None for pair in pairs]
+        edges[column] = pd.Series(values, dtype=object)
+    edges["is_ancestor"] = _booleans([above[p][c] if min(p, c) >= 0 else None for p, c in pairs])
+
+
+def add_hits(edges: Any, probed: ProbedEdges | None) -> None:
+    """Adds ``hit``, whether an edge meets the reconstruction condition; NA where it was not probed."""
+    hits: dict[int, bool] = {}
+    if probed is not None:
+        hits = dict(zip(probed.child.tolist(), probed.hits.tolist(), strict=True))
+    edges["hit"] = _booleans([hits.get(child) for child in edges["child"]])
+
+
+def _booleans(values: Sequence[bool | None]) -> Any:
+    """A column of Booleans, some of them NA."""
+    import pandas as pd
+
+    return pd.array(list(values), dtype="boolean")
