@@ -37,7 +37,7 @@ from gemmascope_plugin.circuits.feature_layout import (
     layout_of_graph,
 )
 from gemmascope_plugin.errors import TaskError, UnknownNameError
-from gemmascope_plugin.graphs.edge_positions import places_in
+from gemmascope_plugin.graphs.edge_map import places_in
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.node import Node
 from gemmascope_plugin.models.finite import check_finite

@@ -30,8 +30,7 @@ from gemmascope_plugin.causes.metrics import kl_divergence
 from gemmascope_plugin.circuits.circuit_methods import MEMORY, CircuitMethod, Options
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
 from gemmascope_plugin.graphs.circuit import Circuit
-from gemmascope_plugin.graphs.edge_map import EdgeMap
-from gemmascope_plugin.graphs.edge_positions import places_in
+from gemmascope_plugin.graphs.edge_map import EdgeMap, places_in
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.models.protocol import HookedModel, weights_of
 

@@ -94,7 +94,7 @@ class Adjacency:
     pos: ClassVar[None] = None
 
     @classmethod
-    def in_any_order(cls, matrix: Any, nodes: np.ndarray) -> Adjacency:
+    def in_any_order(cls, matrix: sp.csr_array, nodes: np.ndarray) -> Adjacency:
         """Rows whose sources may stand behind their targets; looks whether they do."""
         targets = np.repeat(nodes, np.diff(matrix.indptr))
         return cls(matrix, nodes, bool((matrix.indices < targets).all()))

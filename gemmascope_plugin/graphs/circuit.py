@@ -23,8 +23,7 @@ from gemmascope_plugin.errors import BadFileError, EmptySelectionError, GemmaSco
 from gemmascope_plugin.graphs.components_json import components_to_json
 from gemmascope_plugin.graphs.conservation import conservation_text
 from gemmascope_plugin.graphs.dead_ends import prune
-from gemmascope_plugin.graphs.edge_map import EdgeMap
-from gemmascope_plugin.graphs.edge_positions import places_in
+from gemmascope_plugin.graphs.edge_map import EdgeMap, places_in
 from gemmascope_plugin.graphs.frames import SHOWN, edge_frame
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.graph_arrays import Labels, Rank, wrong_type
@@ -114,17 +113,19 @@ class Circuit:
     @cached_property
     def nodes(self) -> tuple[Node, ...]:
         """The kept nodes, most important first; of edges, all their ends in the order of the graph."""
-        kept = self.kept_order
+        places = self.kept_order
         if self.graph.ranks_edges:
-            ends = torch.cat([self.graph.source[kept], self.graph.target[kept]])
-            kept = ends.unique()
-        return tuple(self.graph.components[i] for i in kept.tolist())
+            ends = torch.cat([self.graph.source[places], self.graph.target[places]])
+            places = ends.unique()
+        return tuple(self.graph.components[i] for i in places.tolist())
 
     @cached_property
     def edges(self) -> tuple[tuple[Node, Reader], ...]:
         """The kept edges, most important first; where nodes are ranked, all edges between kept ones."""
-        graph, kept = self.graph, self.kept_edges
-        ends = torch.stack([graph.source[kept], graph.target[kept], graph.port[kept].long()], 1)
+        graph, places = self.graph, self.kept_edges
+        ends = torch.stack(
+            [graph.source[places], graph.target[places], graph.port[places].long()], 1
+        )
         nodes = graph.components
         return tuple((nodes[s], Reader(nodes[t], PORTS[p])) for s, t, p in ends.tolist())
 
@@ -159,9 +160,9 @@ class Circuit:
             raise EmptySelectionError(
                 f"A circuit of {n} {unit}s was asked for", exists=f"{self.n_units} {unit}s"
             )
-        kept = torch.zeros(self.n_units, dtype=torch.bool)
-        kept[self.order[:n]] = True
-        return replace(self, is_kept=kept)
+        is_kept = torch.zeros(self.n_units, dtype=torch.bool)
+        is_kept[self.order[:n]] = True
+        return replace(self, is_kept=is_kept)
 
     def pruned(self) -> Circuit:
         """Without dead ends; see :func:`~gemmascope_plugin.graphs.dead_ends.prune`.
@@ -324,7 +325,7 @@ class Circuit:
         return f"<p>{escape(repr(self))}</p>{figures.frame_html(frame, SHOWN)}"
 
 
-def check_circuit(circuit: Any, call: str = "") -> None:
+def check_circuit(circuit: object, call: str = "") -> None:
     """Refuses what is not a circuit, with what to type."""
     if not isinstance(circuit, Circuit):
         fix = "circuit = gemmascope_plugin.discover(model, task)"

@@ -74,10 +74,10 @@ def collapse(
     stands = np.arange(len(graph.nodes))
     for places in members.values():
         stands[places] = places[importance[places].argmax()]
-    kept = stands == np.arange(len(stands))
-    at = (np.cumsum(kept) - 1)[stands]
+    is_left = stands == np.arange(len(stands))
+    at = (np.cumsum(is_left) - 1)[stands]
     matrix = _matrix(graph, at, importance, edges)
-    nodes = _table(graph, members, stands).loc[kept].reset_index(drop=True)
+    nodes = _table(graph, members, stands).loc[is_left].reset_index(drop=True)
     named = {name: tuple(ids) for name, ids in groups.items()}
     details = {**graph.metadata, "supernodes": named, "group_edges": edges}
     return replace(graph, columns=table_columns(nodes), edges=matrix, metadata=details)
@@ -94,21 +94,22 @@ def check_members(graph: Graph, name: str, places: np.ndarray) -> None:
     Raises:
         GemmaScopeError: Tokens, biases, targets; or nodes of different sorts.
     """
-    own, kinds = graph.nodes.iloc[places], set(graph.nodes["kind"].iloc[places])
-    for node, kind, weight in zip(own["id"], own["kind"], own["weight"], strict=True):
+    rows, kinds = graph.nodes.iloc[places], set(graph.nodes["kind"].iloc[places])
+    for node, kind, weight in zip(rows["id"], rows["kind"], rows["weight"], strict=True):
         if kind not in GROUPABLE or weight:
             sort = "target" if weight else kind
             raise GemmaScopeError(
                 f"The group {name!r} has the {sort} {node!r}",
-                exists="groups of features, or of errors, that are no targets",
+                exists="groups of features, or of errors, that are not targets",
             )
     if len(kinds) > 1:
         raise GemmaScopeError(f"The group {name!r} has features and errors", fix="a group of each")
-    known = graph.rows.row_of[places] >= 0
-    if known.any() and not known.all():
+    is_explained = graph.rows.row_of[places] >= 0
+    if is_explained.any() and not is_explained.all():
+        missing = rows["id"].iloc[int(is_explained.argmin())]
         raise GemmaScopeError(
-            f"The group {name!r} has {int(known.sum())} nodes that the graph explains and "
-            f"{int((~known).sum())} that it does not, such as {own['id'].iloc[int(known.argmin())]!r}",
+            f"The group {name!r} has {int(is_explained.sum())} nodes that the graph explains and "
+            f"{int((~is_explained).sum())} that it does not, such as {missing!r}",
             fix="a group of each, or trace(..., max_feature_nodes=None)",
         )
 
@@ -132,8 +133,8 @@ def _matrix(graph: Graph, at: np.ndarray, importance: np.ndarray, edges: Edges) 
     else:
         values = _flows(graph, at, importance, effects, place, len(cells), cells // n)
     row, column = cells // n, cells % n
-    there = (row != column) & (values != 0)
-    row, column, values = row[there], column[there], values[there]
+    is_edge = (row != column) & (values != 0)
+    row, column, values = row[is_edge], column[is_edge], values[is_edge]
     rows = np.unique(at[explained])
     ends = np.searchsorted(row, np.append(rows, n))
     data = values.astype(matrix.dtype)
@@ -184,12 +185,12 @@ def _table(graph: Graph, members: Mapping[str, np.ndarray], stands: np.ndarray) 
     nodes = graph.nodes.assign(members=1)
     for name, places in members.items():
         first = nodes.index[stands[places[0]]]
-        own = graph.nodes.iloc[places]
+        rows = graph.nodes.iloc[places]
         new = {"id": f"group:{name}", "label": name, "members": len(places)}
-        new |= {column: own[column].sum(skipna=False) for column in activations_of(graph)}
-        if "influence" in own:
+        new |= {column: rows[column].sum(skipna=False) for column in activations_of(graph)}
+        if "influence" in rows:
             # it is small for what is important
-            new["influence"] = own["influence"].min()
+            new["influence"] = rows["influence"].min()
         for column, value in new.items():
             nodes.at[first, column] = value
     return nodes

@@ -24,6 +24,7 @@ from gemmascope_plugin.graphs.write_json import site_word
 
 if TYPE_CHECKING:
     import pandas as pd
+    import scipy.sparse as sp
 
 _STAGES = {"att": 0, "mlp": 1, "res": 2}
 """Order of the sites of a layer in a pass."""
@@ -137,7 +138,7 @@ class GraphSum:
 
         return pd.concat([frame for frame in self._frames if len(frame)], ignore_index=True)
 
-    def edges(self, matrix: Any, is_explained: np.ndarray, order: np.ndarray) -> Adjacency:
+    def edges(self, matrix: sp.csr_array, is_explained: np.ndarray, order: np.ndarray) -> Adjacency:
         """Rows of explained nodes, all nodes put in an order; those that it lacks are left out."""
         cut = matrix[order[is_explained[order]]][:, order]
         cut.eliminate_zeros()
@@ -164,7 +165,7 @@ def pass_order(nodes: pd.DataFrame) -> np.ndarray:
     """Places of the nodes of a table in the order of the pass, ``[node]``.
 
     Raises:
-        GemmaScopeError: A site that is no place of a trace.
+        GemmaScopeError: A site that no trace has.
     """
     kinds = nodes["kind"].map({"token": 0, "bias": 1, "feature": 2, "error": 2, "target": 3})
     inner = (kinds == 2).to_numpy()

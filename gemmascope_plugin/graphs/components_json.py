@@ -14,7 +14,7 @@ Cost: a loop over nodes and edges.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,7 @@ def _links(graph: GraphArrays) -> list[dict[str, Any]]:
     return links
 
 
-def is_of_components(content: Any) -> bool:
+def is_of_components(content: Mapping[str, Any]) -> bool:
     """Whether JSON is that of components."""
     return "ranked" in (content["metadata"].get("gemmascope") or {})
 
@@ -126,11 +126,11 @@ def components_from_json(content: Mapping[str, Any]) -> tuple[Parts, Selection |
     if "kept" not in details:
         return parts, None
     n_units = parts.edges.n_edges if parts.ranked == "edge" else len(nodes)
-    kept = _integers(details["kept"])
-    if len(kept) and not (kept.min() >= 0 and kept.max() < n_units):
+    units = _integers(details["kept"])
+    if len(units) and not (units.min() >= 0 and units.max() < n_units):
         raise ValueError(f"a unit that is kept is not among the {n_units}")
     is_kept = np.zeros(n_units, dtype=bool)
-    is_kept[kept] = True
+    is_kept[units] = True
     return parts, (is_kept, details["rank"])
 
 
@@ -150,7 +150,7 @@ def _edges(links: Sequence[Mapping[str, Any]], places: Mapping[str, int]) -> Edg
     )
 
 
-def _texts(values: Any) -> np.ndarray:
+def _texts(values: Iterable[object]) -> np.ndarray:
     texts = list(values)
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a node has an entry that is not text")

@@ -23,12 +23,12 @@ from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.node import NodeKind
 
 
-def prune(graph: Graph, kept: Bool[torch.Tensor, " edge"]) -> Bool[torch.Tensor, " edge"]:
+def prune(graph: Graph, is_kept: Bool[torch.Tensor, " edge"]) -> Bool[torch.Tensor, " edge"]:
     """The kept edges that lie on a path from the embedding to the logits.
 
     Args:
         graph: A graph with edges.
-        kept: Which are kept.
+        is_kept: Which are kept.
 
     Raises:
         GemmaScopeError: The graph has no edges.
@@ -37,26 +37,26 @@ def prune(graph: Graph, kept: Bool[torch.Tensor, " edge"]) -> Bool[torch.Tensor,
     check_edges(graph, "Dead ends")
     begin, end = ends(graph, "embed"), ends(graph, "logits")
     feeding, fed = graph.feeds.unbind(1)
-    source = torch.cat([graph.source[kept], feeding])
-    target = torch.cat([graph.target[kept], fed])
+    source = torch.cat([graph.source[is_kept], feeding])
+    target = torch.cat([graph.target[is_kept], fed])
     forward = _reached(begin, source, target)
     backward = _reached(end, target, source)
-    return kept & forward[graph.source] & backward[graph.target]
+    return is_kept & forward[graph.source] & backward[graph.target]
 
 
-def check_edges(graph: Graph, what: str) -> None:
+def check_edges(graph: Graph, purpose: str) -> None:
     """Refuses a graph that ranks nodes.
 
     Args:
         graph: The graph.
-        what: What needs edges.
+        purpose: What needs edges.
 
     Raises:
         GemmaScopeError: It has no edges, or does not rank them.
     """
     if not graph.ranks_edges:
         has = "ranks nodes" if graph.has_edges else "has none"
-        raise GemmaScopeError(f"{what} need edges, and {graph!r} {has}", fix="Graph.of_edges")
+        raise GemmaScopeError(f"{purpose} need edges, and {graph!r} {has}", fix="Graph.of_edges")
 
 
 def ends(graph: Graph, kind: NodeKind) -> Bool[torch.Tensor, " node"]:
@@ -65,10 +65,10 @@ def ends(graph: Graph, kind: NodeKind) -> Bool[torch.Tensor, " node"]:
     Raises:
         EmptySelectionError: There are none.
     """
-    found = torch.from_numpy(graph.where(kind))
-    if not bool(found.any()):
+    is_end = torch.from_numpy(graph.where(kind))
+    if not bool(is_end.any()):
         raise EmptySelectionError(f"{graph!r} has no node of kind {kind!r}")
-    return found
+    return is_end
 
 
 def _reached(

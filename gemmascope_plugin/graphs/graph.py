@@ -367,7 +367,7 @@ class Graph(GraphArrays):
 
         Raises:
             MissingFileError: There is no such file.
-            BadFileError: It is damaged, or has kinds of nodes that are no part of a trace.
+            BadFileError: It is damaged, or has kinds of nodes that a trace does not have.
         """
         return cls(*read_graph(source)[0])
 

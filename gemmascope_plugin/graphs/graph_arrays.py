@@ -312,20 +312,20 @@ class GraphArrays:
         return {}
 
 
-def check_graph(graph: Any, call: str = "") -> None:
+def check_graph(graph: object, call: str = "") -> None:
     """Refuses what is not the graph of a prompt, with what to type."""
     if not isinstance(graph, GraphArrays) or not graph.is_trace:
         fix = "graph = gemmascope_plugin.trace(model, prompt, saes)"
         raise wrong_type(graph, call, "attribution graph", fix)
 
 
-def check_ranking(graph: Any, call: str = "") -> None:
+def check_ranking(graph: object, call: str = "") -> None:
     """Refuses what is not a graph of components or features."""
     if not isinstance(graph, GraphArrays) or graph.is_trace:
         raise wrong_type(graph, call, "graph", "circuit.graph")
 
 
-def wrong_type(value: Any, call: str, noun: str, fix: str) -> InputError:
+def wrong_type(value: object, call: str, noun: str, fix: str) -> InputError:
     """An error that says what a value is, and what was expected."""
     article = "an" if noun[0] in "aeiou" else "a"
     problem = "The model" if is_model(value) else describe(value)
@@ -337,7 +337,7 @@ def table_columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
     return {str(name): _column(table[name]) for name in table}
 
 
-def _column(values: Any) -> np.ndarray:
+def _column(values: np.ndarray | pd.Series) -> np.ndarray:
     """An array; texts as objects."""
     array = np.asarray(values)
     return array.astype(object) if array.dtype.kind in "UT" else array

@@ -8,7 +8,7 @@ With ``Abar`` the absolute matrix, each row divided by its sum, ``w`` the weight
    ``Abar_ij (I_i + w_i)``.
 3. Features without inputs or outputs and errors without outputs go, until nothing changes.
 4. Replacement score: the share of tokens in the influence of tokens and errors. Completeness score: the
-   share of inputs that are no errors, over all nodes by ``I + w``.
+   share of inputs other than errors, over all nodes by ``I + w``.
 
 Both scores are structural. Whether the pruned graph computes what the model does is for
 ``check_by_ablation`` to say.
@@ -35,7 +35,7 @@ class TraceScores(NamedTuple):
     replacement: float
     """Influence of tokens over that of tokens and errors."""
     completeness: float
-    """Share of inputs that are no errors, weighted by influence."""
+    """Share of inputs other than errors, weighted by influence."""
 
 
 class Pruned(NamedTuple):
@@ -92,11 +92,11 @@ def prune_masks(
     """
     always = where("token") | (weights > 0) | where("target")
     nodes = (influence >= _bar(influence, node_threshold)) & ~where("bias") | always
-    left = edges.subset(nodes)
-    scores = _edge_scores(left, weights)
-    kept = left.entries(scores >= _bar(scores, edge_threshold))
-    nodes, kept = _without_dead_ends(kept, nodes, where("feature"), where("error"), always)
-    return Pruned(nodes, kept, cumulative(influence))
+    among = edges.subset(nodes)
+    scores = _edge_scores(among, weights)
+    entries = among.entries(scores >= _bar(scores, edge_threshold))
+    nodes, entries = _without_dead_ends(entries, nodes, where("feature"), where("error"), always)
+    return Pruned(nodes, entries, cumulative(influence))
 
 
 def cumulative(influence: np.ndarray) -> np.ndarray:

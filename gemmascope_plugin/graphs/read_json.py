@@ -9,7 +9,7 @@
    ``metadata["ambiguous_links"]``.
    Their labels of tokens and targets are taken out of the words that the viewers put around them.
 3. A link to or from no node, and one that leads backwards, make the file a damaged one, and so does all
-   that makes no graph (``defects.py``): numbers that are not finite, positions beyond the prompt.
+   that does not make a graph (``defects.py``): numbers that are not finite, positions beyond the prompt.
 4. The saved view of the viewers, ``qParams``, becomes part of the metadata.
 
 Cost: a loop over nodes and links.
@@ -21,9 +21,9 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -49,6 +49,9 @@ from gemmascope_plugin.graphs.write_json import (
     has_word,
 )
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 _KINDS = {EMBEDDING: "token", FEATURE: "feature", LOGIT: "target"}
 _TYPES = {"layer": "int64", "pos": "int64", "index": "int64"}
 _WORDS = {
@@ -66,7 +69,7 @@ def read_graph(source: str | Path | Mapping[str, Any]) -> tuple[Parts, Selection
 
     Raises:
         MissingFileError: There is no such file.
-        BadFileError: It is damaged, or has kinds of nodes that are no part of a trace.
+        BadFileError: It is damaged, or has kinds of nodes that a trace does not have.
     """
     if isinstance(source, Mapping):
         name = "the graph"
@@ -106,7 +109,7 @@ def _shown(fault: Exception) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def _decoded(content: Any) -> Parts:
+def _decoded(content: Mapping[str, Any]) -> Parts:
     """The graph.
 
     Raises:
@@ -217,7 +220,7 @@ def _layer(node: Mapping[str, Any]) -> int:
     return -1 if node["layer"] == "E" else _whole(node["layer"], "layer")
 
 
-def _whole(value: Any, name: str) -> int:
+def _whole(value: object, name: str) -> int:
     """A whole number that is one, or a text of its digits.
 
     Raises:
@@ -246,7 +249,9 @@ def _index(node: Mapping[str, Any], version: int) -> int:
     return from_cantor(number)[1]
 
 
-def _edges(nodes: Any, links: Any, dtype: str) -> tuple[Adjacency, int]:
+def _edges(
+    nodes: pd.DataFrame, links: Iterable[Mapping[str, Any]], dtype: str
+) -> tuple[Adjacency, int]:
     """The matrix, and how many links could begin at two nodes.
 
     Raises:
@@ -263,7 +268,7 @@ def _edges(nodes: Any, links: Any, dtype: str) -> tuple[Adjacency, int]:
     for link in links:
         for end in (link["source"], link["target"]):
             if end not in places:
-                raise ValueError(f"a link ends at {end!r}, which is no node")
+                raise ValueError(f"a link ends at {end!r}, which is not a node")
         target = next((p for p in places[link["target"]] if explained[p]), -1)
         sources = [p for p in places[link["source"]] if p < target]
         if not sources:

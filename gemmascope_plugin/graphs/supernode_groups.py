@@ -45,8 +45,8 @@ class Supernodes(Mapping[str, tuple[str, ...]]):
     def __init__(
         self, groups: Mapping[str, Sequence[str]] | Iterable[tuple[str, Sequence[str]]] = ()
     ) -> None:
-        given: Any = groups.items() if isinstance(groups, Mapping) else groups
-        pairs: Iterable[tuple[str, Sequence[str]]] = given
+        items: Any = groups.items() if isinstance(groups, Mapping) else groups
+        pairs: Iterable[tuple[str, Sequence[str]]] = items
         self._groups: dict[str, tuple[str, ...]] = {}
         self._group_of: dict[str, str] = {}
         for name, ids in pairs:
@@ -158,10 +158,10 @@ class Supernodes(Mapping[str, tuple[str, ...]]):
                 f"{len(nodes)} of {len(self[name])} nodes of {name!r} leave nothing to split",
                 fix=f".rename({name!r}, {new!r}), or some of the nodes",
             )
-        found: list[tuple[str, Sequence[str]]] = []
+        groups: list[tuple[str, Sequence[str]]] = []
         for each, ids in self.items():
-            found += [(each, left), (new, tuple(nodes))] if each == name else [(each, ids)]
-        return Supernodes(found)
+            groups += [(each, left), (new, tuple(nodes))] if each == name else [(each, ids)]
+        return Supernodes(groups)
 
     def without(self, *names: str) -> Supernodes:
         """The same without some groups, or without some nodes.

@@ -43,7 +43,7 @@ def units_to_networkx(graph: GraphArrays, is_kept: Bool[torch.Tensor, " unit"]) 
     Nodes are :class:`Node` objects with ``kind``, ``label``, ``layer`` (not the logits), and ``score``,
     ``pos`` and ``meaning`` where they have one. Edges have ``port`` and ``score``, and ``pos`` at a
     position of their own. A key-value head leads to the heads that it feeds by edges with port
-    ``"feeds"`` and score 0, which are no edges of the circuit but make its paths walkable.
+    ``"feeds"`` and score 0, which the circuit does not have: they make its paths walkable.
     """
     result = _networkx("A circuit was asked for as a graph of networkx").MultiDiGraph()
     is_node, edges = is_kept, graph.joins(is_kept) if not graph.ranks_edges else None

@@ -7,8 +7,8 @@
 3. Graphs come one by one: what is kept is the sum so far. The mean of contrasts is the contrast of the
    means, so ``union(contrast(a, b) for ...)`` averages contrasts over a data set.
 
-Each graph has the attention patterns and norm scales of its own prompt: the mean is no graph of a mean
-prompt. Opposite effects in different prompts cancel each other.
+Each graph has the attention patterns and norm scales of its own prompt: the mean is not the graph of a
+mean prompt. Opposite effects in different prompts cancel each other.
 
 Cost: per graph one pass over its entries and those of the sum; memory for the sum and one graph.
 """

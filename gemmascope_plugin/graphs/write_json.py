@@ -14,11 +14,11 @@ The keys are those of circuit-tracer's ``frontend/graph_models.py`` and of Neuro
 ``graph-schema.json`` 1.0.0.
 
 1. The Cantor pair is of layer and index; dictionaries beside the MLPs' shift their index by ``SHIFT``
-   each, so that no two features share a number. Targets that are no token are virtual ones, numbered from
+   each, so that no two features share a number. Targets other than tokens are virtual ones, numbered from
    ``VIRTUAL``, which no vocabulary reaches. ``token_prob`` is a target's weight, from which the viewers
    compute the same scores as we; on graphs with transcoders only they are ours.
-2. Biases are no nodes, as viewers would take them for targets. Without them rows do not sum to what they
-   explain, so a record of each with its place among all nodes, and their links, stand in
+2. Biases are not among the nodes, as viewers would take them for targets. Without them rows do not sum to
+   what they explain, so a record of each with its place among all nodes, and their links, stand in
    ``metadata.gemmascope``, beside all else that the format has no place for, and what a viewer will not
    show (``limits``).
 3. The view that a viewer has saved (``qParams``: pins, supernodes, the rest) is in the metadata, under

@@ -121,11 +121,11 @@ def ranked(circuit: Circuit, n: int | None = None) -> Any:
 
 def _key_figures(circuit: Circuit, scores: Scores | None) -> list[tuple[str, str]]:
     unit = circuit.graph.unit
-    kept = f"{unit}s kept of {circuit.n_units} ({circuit.share:.2%})"
+    size = f"{unit}s kept of {circuit.n_units} ({circuit.share:.2%})"
     if circuit.graph.ranks_edges:
-        kept += f", {len(circuit.nodes)} nodes of {len(circuit.graph)} touched"
-    kept += f", {circuit.n_against} against the metric" if circuit.n_against else ""
-    pairs = [(str(circuit.size), kept)]
+        size += f", {len(circuit.nodes)} nodes of {len(circuit.graph)} touched"
+    size += f", {circuit.n_against} against the metric" if circuit.n_against else ""
+    pairs = [(str(circuit.size), size)]
     if scores is None:
         return pairs
     smallest = scores.smallest(FAITHFUL)

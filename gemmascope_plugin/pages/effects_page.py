@@ -12,7 +12,7 @@ One file, as ``report_page.py`` makes them. Cost: about 5 MB per page, for the p
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.causes import Effects
@@ -26,6 +26,9 @@ from gemmascope_plugin.pages.report_page import (
     page_html,
     write_html,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MAX_BARS = 20
 """Bars of a figure."""
@@ -54,7 +57,7 @@ def effects_html(effects: Effects, *, title: str | None = None, n: int = MAX_TAB
     """
     meta = effects.metadata
     hidden = {"tokens", "options", "metric_clean", "metric_corrupt"}
-    known = {name: value for name, value in meta.items() if name not in hidden}
+    shown = {name: value for name, value in meta.items() if name not in hidden}
     tokens = [("first prompt", " ".join(meta["tokens"]))] if meta.get("tokens") else []
     return page_html(
         title or f"Effects of {meta.get('component')} on {meta.get('task')}",
@@ -63,7 +66,7 @@ def effects_html(effects: Effects, *, title: str | None = None, n: int = MAX_TAB
             Section("The largest effects", meaning(effects), (_table(effects, n),)),
         ],
         key_figures=_key_figures(effects),
-        footer=[*facts(known), *tokens],
+        footer=[*facts(shown), *tokens],
     )
 
 
@@ -127,11 +130,11 @@ def how_to_read(effects: Effects) -> str:
         return f"Each number is by how much one entry raises the {metric}; {meta.get('method')}."
     base = "clean" if meta["mode"] == "noising" else "corrupted"
     inserted = _INSERTED[meta.get("replacement", "other")].format(_OTHER_RUN[meta["mode"]])
-    what = meta.get("component", "one path")
+    part = meta.get("component", "one path")
     if effects.axes:
         *some, last = ("position" if axis == "pos" else axis for axis in effects.axes)
-        what += f" of one {', '.join(some)} and {last}" if some else f" of one {last}"
-    how = f"if {what}, alone, is replaced by {inserted}"
+        part += f" of one {', '.join(some)} and {last}" if some else f" of one {last}"
+    how = f"if {part}, alone, is replaced by {inserted}"
     text = (
         f"Each number is the change of the {metric} of the {base} run {how}, and all that follows is "
         "computed again."
@@ -178,10 +181,10 @@ def _way(effects: Effects, value: float) -> str:
     meta = effects.metadata
     if meta.get("mode") not in _OTHER_RUN or meta.get("magnitudes"):
         return ""
-    here, there = meta["metric_corrupt"], meta["metric_clean"]
+    begin, end = meta["metric_corrupt"], meta["metric_clean"]
     if meta["mode"] == "noising":
-        here, there = there, here
-    return f", {value / (there - here):.0%} of the way from {here:.3f} to {there:.3f}"
+        begin, end = end, begin
+    return f", {value / (end - begin):.0%} of the way from {begin:.3f} to {end:.3f}"
 
 
 def _key_figures(effects: Effects) -> list[tuple[str, str]]:
@@ -213,7 +216,7 @@ def _figure(effects: Effects) -> Any:
     )
 
 
-def _names(effects: Effects, frame: Any) -> list[str]:
+def _names(effects: Effects, frame: pd.DataFrame) -> list[str]:
     """``layer 1, head 3`` for every row; features and senders have names of their own."""
     columns = [column for column in frame.columns if column not in NUMBERS]
     rows = frame[columns].itertuples(index=False, name=None)

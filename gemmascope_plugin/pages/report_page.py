@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
@@ -25,6 +25,11 @@ from markupsafe import Markup
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.files.whole import write_text_whole
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from gemmascope_plugin.figures.layered_graph import Figure
 
 TEMPLATE = "report.html.jinja"
 MAX_TABLE_ROWS = 50
@@ -149,7 +154,7 @@ def facts(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(str(name), _fact(value)) for name, value in metadata.items() if value is not None]
 
 
-def even_digits(frame: Any, names: Iterable[str]) -> Any:
+def even_digits(frame: pd.DataFrame, names: Iterable[str]) -> Any:
     """The frame with columns of numbers as text: all as precise as the largest with four digits.
 
     Args:
@@ -194,7 +199,7 @@ class _Renderer:
         assert hasattr(part, "itertuples"), f"a page cannot show {type(part).__name__}"
         return Markup(figures.frame_html(part, MAX_TABLE_ROWS))
 
-    def _figure(self, figure: Any) -> Markup:
+    def _figure(self, figure: Figure) -> Markup:
         self._figures += 1
         first, name = self._figures == 1, f"figure-{self._figures}"
         return Markup(figures.figure_fragment(figure, first, div_id=name))

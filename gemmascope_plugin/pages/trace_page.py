@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
@@ -27,6 +27,9 @@ from gemmascope_plugin.figures.theme import visible
 from gemmascope_plugin.graphs import Graph
 from gemmascope_plugin.graphs.write_json import site_word
 from gemmascope_plugin.pages.report_page import facts, template, write_html
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TEMPLATE = "trace.html.jinja"
 SCRIPTS = ("model.js", "layout.js", "draw.js", "panel.js", "main.js")
@@ -122,11 +125,11 @@ def _data(
     graph: Graph, words: Words, groups: Mapping[str, Any], selected: str | None
 ) -> dict[str, Any]:
     """What the scripts read."""
-    kept = ~graph.where("bias")
-    place = np.cumsum(kept) - 1
-    nodes, influence = graph.nodes.loc[kept], graph.influence[kept]
+    is_shown = ~graph.where("bias")
+    place = np.cumsum(is_shown) - 1
+    nodes, influence = graph.nodes.loc[is_shown], graph.influence[is_shown]
     sites = [site for site in dict.fromkeys(nodes["site"]) if site]
-    targets = graph.weights[kept].nonzero()[0]
+    targets = graph.weights[is_shown].nonzero()[0]
     return {
         "tokens": [visible(token, blanks=False) for token in graph.tokens],
         "n_layers": _n_layers(nodes),
@@ -143,16 +146,16 @@ def _data(
             **{name: nodes[name].tolist() for name in ("layer", "pos", "index", "label")},
             **{name: _short(nodes[name]) for name in ("activation", "weight")},
             "influence": _short(influence),
-            "share": _short(graph.shares[kept]),
+            "share": _short(graph.shares[is_shown]),
             "words": [_words(words.get(name)) for name in nodes["id"]],
         },
-        "edges": _edges(graph, kept, place),
+        "edges": _edges(graph, is_shown, place),
     }
 
 
-def _edges(graph: Graph, kept: np.ndarray, place: np.ndarray) -> dict[str, list[Any]]:
+def _edges(graph: Graph, is_shown: np.ndarray, place: np.ndarray) -> dict[str, list[Any]]:
     """The strongest edges, the strongest first."""
-    edges = graph.rows.restricted(kept)
+    edges = graph.rows.restricted(is_shown)
     source, target, weight = edges.source, edges.target, edges.weight
     share = edges.normalised.matrix.data
     score = share * (graph.influence + graph.weights)[target]
@@ -174,7 +177,7 @@ def _groups(
     Raises:
         UnknownNameError: A node that is not there or in two groups, or a group of none.
     """
-    found: list[tuple[str, list[int]]] = []
+    members_of: list[tuple[str, list[int]]] = []
     taken: set[str] = set()
     for name, ids in groups.items():
         members = list(ids)
@@ -184,8 +187,8 @@ def _groups(
             if node in taken:
                 raise UnknownNameError(f"The node {node!r} is in two groups", fix="one of them")
             taken.add(node)
-        found.append((name, [int(place[graph.find(node)]) for node in members]))
-    return found
+        members_of.append((name, [int(place[graph.find(node)]) for node in members]))
+    return members_of
 
 
 def _site(site: str) -> dict[str, str]:
@@ -193,20 +196,20 @@ def _site(site: str) -> dict[str, str]:
     return {"kind": word, "word": _WORDS[word]}
 
 
-def _n_layers(nodes: Any) -> int:
+def _n_layers(nodes: pd.DataFrame) -> int:
     """The row of the targets."""
     of_target = nodes["kind"] == "target"
     inner = int(nodes.loc[~of_target, "layer"].max()) + 1
     return max([inner, *nodes.loc[of_target, "layer"]])
 
 
-def _short(values: Any) -> list[float | None]:
+def _short(values: Iterable[float]) -> list[float | None]:
     """Four digits; None for what is unknown."""
     return [float(f"{x:.4g}") if math.isfinite(x) else None for x in map(float, values)]
 
 
-def _words(found: Sequence[Sequence[str]] | None) -> list[list[str]] | None:
-    return None if found is None else [[visible(word) for word in words] for words in found]
+def _words(lists: Sequence[Sequence[str]] | None) -> list[list[str]] | None:
+    return None if lists is None else [[visible(word) for word in words] for words in lists]
 
 
 def _legend(graph: Graph) -> list[tuple[str, str, str]]:
@@ -221,27 +224,27 @@ def _legend(graph: Graph) -> list[tuple[str, str, str]]:
 
 def _sizes(graph: Graph) -> list[tuple[str, str]]:
     """Sizes and scores, and what they were before pruning."""
-    kept = ~graph.where("bias")
-    n_nodes, n_edges = int(kept.sum()), graph.rows.restricted(kept).n_edges
+    is_shown = ~graph.where("bias")
+    n_nodes, n_edges = int(is_shown.sum()), graph.rows.restricted(is_shown).n_edges
     whole, scores = graph.metadata.get("whole"), graph.scores
     sizes = [("nodes", f"{n_nodes:,}"), ("edges", f"{n_edges:,}")]
     pairs = [("replacement", scores.replacement), ("completeness", scores.completeness)]
-    found = [(name, f"{value:.3f}") for name, value in pairs]
+    measures = [(name, f"{value:.3f}") for name, value in pairs]
     if whole is not None:
         sizes = [(name, f"{text} of {whole[f'n_{name}']:,}") for name, text in sizes]
-        found = [(name, f"{text} ({whole[name]:.3f} unpruned)") for name, text in found]
+        measures = [(name, f"{text} ({whole[name]:.3f} unpruned)") for name, text in measures]
     if n_edges > MAX_EDGES:
         sizes[1] = ("edges", f"{sizes[1][1]} (the strongest {MAX_EDGES:,} are here)")
     residual = graph.metadata.get("residual", math.nan)
     if math.isfinite(residual):
-        found.append(("largest residual of a row", f"{residual:.1g}"))
-    return sizes + found
+        measures.append(("largest residual of a row", f"{residual:.1g}"))
+    return sizes + measures
 
 
 def _about(graph: Graph) -> dict[str, Any]:
     """Metadata in words, but for what stands above."""
     left = ("prompt", "token_ids", "whole", "residual")
-    found = {name: value for name, value in graph.metadata.items() if name not in left}
-    if isinstance(found.get("dictionaries"), Mapping):
-        found["dictionaries"] = tuple(found["dictionaries"].values())
-    return {name.replace("_", " "): value for name, value in found.items()}
+    details = {name: value for name, value in graph.metadata.items() if name not in left}
+    if isinstance(details.get("dictionaries"), Mapping):
+        details["dictionaries"] = tuple(details["dictionaries"].values())
+    return {name.replace("_", " "): value for name, value in details.items()}

@@ -77,7 +77,7 @@ def test_a_file_without_biases_does_not_say_that_rows_sum() -> None:
         (lambda b: b["nodes"][0].update(layer="1"), "layer of 'bias:.*' is not a whole number"),
         (lambda b: b["nodes"][0].update(weight="1"), "weight of 'bias:.*' is not a number"),
         (lambda b: b["nodes"].append(b["nodes"][0]), "is there twice"),
-        (lambda b: b["nodes"].pop(0), "which is no node"),
+        (lambda b: b["nodes"].pop(0), "which is not a node"),
         (lambda b: b["links"].append(b["links"][0]), "is there twice"),
         (lambda b: b.pop("nodes"), "'nodes' is missing"),
         (lambda b: b.update(nodes=3), "is not a graph"),
@@ -264,7 +264,7 @@ def test_old_files_have_the_index_in_the_name() -> None:
     [
         (lambda c: c.pop("links"), "'links'"),
         (lambda c: c["nodes"][0].update(feature_type="bias"), "'0_1_1' is of the type 'bias'"),
-        (lambda c: c["links"][0].update(source="E_5_1"), "ends at 'E_5_1', which is no node"),
+        (lambda c: c["links"][0].update(source="E_5_1"), "ends at 'E_5_1', which is not a node"),
         (lambda c: c["links"].append(c["links"][0]), "from 'E_4_1' to '0_1_1' is there twice"),
         (
             lambda c: c["links"][0].update(source="3_9_1"),

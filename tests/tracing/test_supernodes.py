@@ -442,7 +442,7 @@ def test_what_cannot_be_collapsed() -> None:
     with pytest.raises(UnknownNameError, match=rf"no node '{feature}0'.*{feature}.*nodes.id"):
         Supernodes({"a": [f"{feature}0"]}).collapse(found)
     for node, kind in (("token@1", "token"), (found.nodes["id"].iloc[-1], "target")):
-        with pytest.raises(GemmaScopeError, match=rf"'a' has the {kind} .*that are no targets"):
+        with pytest.raises(GemmaScopeError, match=rf"'a' has the {kind} .*that are not targets"):
             Supernodes({"a": [feature, node]}).collapse(found)
     with pytest.raises(GemmaScopeError, match=r"'a' has features and errors.*group of each"):
         Supernodes({"a": [feature, error]}).collapse(found)
