@@ -130,10 +130,17 @@ def node_metric(
     ``runner`` is the model, or the model with dictionaries spliced in.
     """
     hooks = list(dict.fromkeys(node.hook for node in nodes))
-    rows = max(1, min(len(bound), max_rows))
-    options: dict[str, Any] = {"rows": rows, "here": hooks, "there": hooks}
-    options["whole"] = replacement != "other"
-    parts = tuple(replayed(runner, bound, bound.clean, bound.corrupt, **options))
+    runs = replayed(
+        runner,
+        bound,
+        bound.clean,
+        bound.corrupt,
+        rows=max(1, min(len(bound), max_rows)),
+        base_points=hooks,
+        other_points=hooks,
+        whole=replacement != "other",
+    )
+    parts = tuple(runs)
     corrupt = joined(parts, hooks, *bound.clean.shape, other=True)
     other = {name: replaced(x, bound.mask, replacement) for name, x in corrupt.items()}
     values = torch.zeros(len(is_kept), len(bound))

@@ -31,7 +31,7 @@ from gemmascope_plugin.models.prompts import PromptLike, read_prompts
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.splice import splice
-from gemmascope_plugin.splice.check_saes import as_list, check_saes
+from gemmascope_plugin.splice.check_saes import Saes, as_list, check_saes
 
 Exclude = str | int | Sequence[str | int]
 _PARTS = ("hook_sae_acts_post", "hook_sae_recons", "hook_sae_error")
@@ -141,13 +141,13 @@ class Features:
 
 @overload
 def analyze(
-    model: HookedModel, saes: Any, text: str, *, top_k: int = ..., exclude: Exclude = ...
+    model: HookedModel, saes: Saes, text: str, *, top_k: int = ..., exclude: Exclude = ...
 ) -> Features: ...
 
 
 @overload
 def analyze(
-    model: HookedModel, saes: Any, text: PromptLike, *, top_k: int = ..., exclude: Exclude = ...
+    model: HookedModel, saes: Saes, text: PromptLike, *, top_k: int = ..., exclude: Exclude = ...
 ) -> Any: ...
 
 
@@ -155,7 +155,7 @@ def analyze(
 @torch.no_grad()
 def analyze(
     model: HookedModel,
-    saes: Any,
+    saes: Saes,
     text: PromptLike,
     *,
     top_k: int = 5,
@@ -197,7 +197,7 @@ def analyze(
 
 def _analyze(
     model: HookedModel,
-    saes: Any,
+    saes: Saes,
     tokens: Int[torch.Tensor, "1 pos"],
     top_k: int,
     exclude: tuple[str | int, ...],

@@ -28,6 +28,7 @@ from gemmascope_plugin.models.record import record
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.saes import SparseActs
 from gemmascope_plugin.splice import HookedSAE
+from gemmascope_plugin.types import SAE
 
 Tokens = Any
 """Token ids ``[document, pos]``, several such tensors for documents of several lengths, or texts."""
@@ -71,7 +72,7 @@ def corpus(
     return Corpus(tuple(parts), excluded, padding, named)
 
 
-def hooked_for(sae: Any, exclude: tuple[str | int, ...]) -> HookedSAE:
+def hooked_for(sae: SAE | HookedSAE, exclude: tuple[str | int, ...]) -> HookedSAE:
     """A dictionary, or its level, that drops the error and leaves the excluded tokens alone.
 
     Of a :class:`HookedSAE` the level counts, and its other options do not.

@@ -32,6 +32,7 @@ from jaxtyping import Bool, Float
 
 from gemmascope_plugin.errors import EmptySelectionError, ModelError
 from gemmascope_plugin.features.stream import (
+    Corpus,
     Tokens,
     check_names,
     corpus,
@@ -46,7 +47,9 @@ from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.saes import SparseActs
+from gemmascope_plugin.splice import HookedSAE
 from gemmascope_plugin.splice.check_saes import check_sae
+from gemmascope_plugin.types import SAE
 
 FULL_COSINE, FRACTION_COSINE = 0.025, 0.1
 """Least cosine of an absorber with the probe, for full absorption and for the fraction."""
@@ -71,7 +74,7 @@ class _Along:
 @gate(model=check_model, sae=check_sae)
 def probe_absorption(
     model: HookedModel,
-    sae: Any,
+    sae: SAE | HookedSAE,
     tokens: Tokens,
     concepts: Bool[torch.Tensor, "document pos concept"],
     names: Sequence[str],
@@ -140,7 +143,7 @@ def probe_absorption(
 
 @torch.no_grad()
 def _read(
-    model: HookedModel, hooked: Any, text: Any
+    model: HookedModel, hooked: HookedSAE, text: Corpus
 ) -> tuple[SparseActs, Float[torch.Tensor, "token d_out"], Float[torch.Tensor, " token"]]:
     """Activations, the output site, and the scale of every token that counts."""
     acts, outputs, scales = [], [], []

@@ -36,6 +36,7 @@ from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.splice import HookedSAE
 from gemmascope_plugin.splice.check_saes import check_sae
+from gemmascope_plugin.types import SAE
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -144,7 +145,7 @@ class Adaptivity(Measured):
 @torch.no_grad()
 def adaptivity(
     model: HookedModel,
-    sae: Any,
+    sae: SAE | HookedSAE,
     tokens: Tokens,
     concepts: Bool[torch.Tensor, "document pos concept"] | None = None,
     names: Sequence[str] | None = None,

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool
@@ -39,6 +39,9 @@ from gemmascope_plugin.models.check_model import check_model, describe
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.splice.check_saes import check_saes
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 _TITLES = {
     "fvu": "fraction of variance unexplained",
@@ -141,7 +144,7 @@ def compare(
     return frame.astype({"level": "Int64"})
 
 
-def _check_frame(frame: Any, call: str = "") -> None:
+def _check_frame(frame: DataFrame, call: str = "") -> None:
     """Refuses what is not a table."""
     if not hasattr(frame, "columns"):
         raise InputError(
@@ -151,7 +154,7 @@ def _check_frame(frame: Any, call: str = "") -> None:
 
 
 @gate(frame=_check_frame)
-def plot_comparison(frame: Any, *, y: str = "fvu", title: str = "") -> Any:
+def plot_comparison(frame: DataFrame, *, y: str = "fvu", title: str = "") -> Any:
     """Draws one point per dictionary of :func:`compare`: FVU, or another figure, against L0.
 
     Args:

@@ -47,7 +47,9 @@ from gemmascope_plugin.models.check_model import check_model, describe
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.saes import SparseActs
+from gemmascope_plugin.splice import HookedSAE
 from gemmascope_plugin.splice.check_saes import check_sae
+from gemmascope_plugin.types import SAE
 
 COLUMNS = (
     *("concept", "n_tokens", "feature", "precision", "recall", "f1"),
@@ -152,7 +154,7 @@ def concept_scores(
 @torch.no_grad()
 def concept_scores_of(
     model: HookedModel,
-    sae: Any,
+    sae: SAE | HookedSAE,
     tokens: Tokens,
     concepts: Bool[torch.Tensor, "document pos concept"],
     names: Sequence[str],

@@ -34,6 +34,7 @@ from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.saes import Coder
 from gemmascope_plugin.splice import HookedSAE
 from gemmascope_plugin.splice.check_saes import check_sae
+from gemmascope_plugin.types import SAE
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -82,7 +83,7 @@ class Cost(Measured):
 @torch.no_grad()
 def cost(
     model: HookedModel,
-    sae: Any,
+    sae: SAE | HookedSAE,
     tokens: Tokens,
     *,
     n_tokens: int = 1024,

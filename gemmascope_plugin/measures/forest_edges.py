@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float64, Int, Int64
@@ -45,6 +45,9 @@ from gemmascope_plugin.measures.forest import ROOT, check_forest, judged_edges
 from gemmascope_plugin.measures.probe import ProbedEdges
 from gemmascope_plugin.measures.tree_recovery import ConceptOrder
 from gemmascope_plugin.saes import SparseActs
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Similarity = Literal["cosine", "scaled", "binary"]
 SIMILARITIES = ("cosine", "scaled", "binary")
@@ -199,7 +202,7 @@ def edge_frame(
 
 
 def add_concepts(
-    edges: Any, order: ConceptOrder | None, stands: Int64[torch.Tensor, " d_sae"] | None
+    edges: DataFrame, order: ConceptOrder | None, stands: Int64[torch.Tensor, " d_sae"] | None
 ) -> None:
     """Adds ``parent_concept``, ``child_concept`` (None for none) and ``is_ancestor`` (NA then)."""
     import pandas as pd
@@ -216,7 +219,7 @@ def add_concepts(
     edges["is_ancestor"] = _booleans([above[p][c] if min(p, c) >= 0 else None for p, c in pairs])
 
 
-def add_hits(edges: Any, probed: ProbedEdges | None) -> None:
+def add_hits(edges: DataFrame, probed: ProbedEdges | None) -> None:
     """Adds ``hit``, whether an edge meets the reconstruction condition; NA where it was not probed."""
     hits: dict[int, bool] = {}
     if probed is not None:

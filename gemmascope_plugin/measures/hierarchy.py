@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int, Int64
@@ -61,6 +61,10 @@ from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.saes import SparseActs
 from gemmascope_plugin.splice import HookedSAE
 from gemmascope_plugin.splice.check_saes import check_sae
+from gemmascope_plugin.types import SAE
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Forest: TypeAlias = Literal["auto", "own", "mcs"] | Int[torch.Tensor, " d_sae"]
 """``"own"``: the dictionary's; ``"mcs"``: from activations; ``"auto"``: its own if it has one; or the
@@ -85,7 +89,7 @@ class _Rules:
 @gate(model=check_model, sae=check_sae)
 def hierarchy(
     model: HookedModel,
-    sae: Any,
+    sae: SAE | HookedSAE,
     tokens: Tokens,
     concepts: Bool[torch.Tensor, "document pos concept"] | None = None,
     names: Sequence[str] | None = None,
@@ -272,7 +276,7 @@ def _probe(
 
 
 def _recover(
-    edges: Any,
+    edges: DataFrame,
     acts: SparseActs,
     parent: Int64[torch.Tensor, " d_sae"],
     rank: Int64[torch.Tensor, " d_sae"],

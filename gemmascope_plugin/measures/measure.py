@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -41,6 +40,7 @@ from gemmascope_plugin.saes import Coder
 from gemmascope_plugin.splice import HookedSAE, splice
 from gemmascope_plugin.splice.check_saes import check_sae
 from gemmascope_plugin.splice.losses import SpliceLoss, mean_losses, putting
+from gemmascope_plugin.types import SAE
 
 
 class _Sums:
@@ -80,7 +80,7 @@ class _Sums:
 @gate(model=check_model, sae=check_sae)
 def measure(
     model: HookedModel,
-    sae: Any,
+    sae: SAE | HookedSAE,
     tokens: Tokens,
     *,
     exclude: str | int | Sequence[str | int] = ("bos", "eos", "pad"),
