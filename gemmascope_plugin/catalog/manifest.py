@@ -49,7 +49,7 @@ _GEMMA_SCOPE_2 = re.compile(
 
 
 @cache
-def releases_of_repositories() -> dict[str, tuple[str, ...]]:
+def repositories() -> dict[str, tuple[str, ...]]:
     """Repository to its releases, canonical ones not among them."""
     by_repository: dict[str, list[str]] = {}
     for release in gemma_scope_1.heads():
@@ -65,7 +65,7 @@ def releases_of_repositories() -> dict[str, tuple[str, ...]]:
 
 def spec_of_folder(repo_id: str, path: str) -> SaeSpec | None:
     """The derived spec of a folder, by its name; None where repository or pattern is unknown."""
-    releases = releases_of_repositories().get(repo_id, ())
+    releases = repositories().get(repo_id, ())
     if not releases:
         return None
     if match := _GEMMA_SCOPE_1.fullmatch(path):

@@ -103,7 +103,7 @@ def refresh(*, repos: Sequence[str] | None = None, progress: bool = True) -> Ref
     Example:
         >>> gs.refresh()  # doctest: +SKIP
     """
-    repositories = tables.repositories()
+    repositories = manifest.repositories()
     names = list(repositories) if repos is None else list(repos)
     for repo_id in names:
         if repo_id not in repositories:

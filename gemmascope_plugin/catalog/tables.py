@@ -39,7 +39,7 @@ import gemmascope_plugin.catalog.community as community
 import gemmascope_plugin.catalog.gemma_scope_1 as gemma_scope_1
 import gemmascope_plugin.catalog.gemma_scope_2 as gemma_scope_2
 import gemmascope_plugin.catalog.manifest as manifest
-from gemmascope_plugin.catalog.manifest import releases_of_repositories, spec_of_folder
+from gemmascope_plugin.catalog.manifest import spec_of_folder
 from gemmascope_plugin.catalog.site_names import at_layer, path_template, raw_nbytes
 from gemmascope_plugin.catalog.spec import DEFAULTS, SaeSpec
 from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError, nearest, shorten
@@ -50,12 +50,6 @@ TABLES = Path(__file__).with_name("tables")
 _SHARED = ("kind", "site", "d_in", "d_out", "affine", "levels", "provenance")
 _USUAL = ("format", "gain", "variant")
 """Fields that only stand in a table where they are not the usual ones."""
-
-
-def read_tables(folder: Path) -> dict[str, dict[str, Any]]:
-    """Release to its table, for all files of a folder."""
-    texts = (file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.json")))
-    return {table["release"]: table for table in map(json.loads, texts)}
 
 
 def parse_release(file: dict[str, Any]) -> tuple[SaeSpec, ...]:
@@ -92,8 +86,14 @@ def _parse_row(shared: dict[str, Any], group: dict[str, Any], row: list[Any]) ->
     )
 
 
-def write_table(specs: Sequence[SaeSpec], *, canonical_release: str | None, folder: Path) -> Path:
-    """Write the table of one release; ``tables.dump_release`` is the public form."""
+def dump_release(
+    specs: Sequence[SaeSpec], *, canonical_release: str | None = None, folder: Path = TABLES
+) -> Path:
+    """Writes the table of one bundled release, to a temporary name that is then renamed.
+
+    Ids must equal paths, and paths follow Gemma Scope's ``layer_{L}/width_{W}/average_l0_{N}`` (or
+    ``embedding/...``) with ``l0`` rounded. ``canonical_release`` lists the canonical rows again.
+    """
     if len({(s.release, s.repo_id, s.model) for s in specs}) != 1:
         raise GemmaScopeError("a table needs specs of exactly one release, repository and model")
     first = specs[0]
@@ -116,7 +116,9 @@ def write_table(specs: Sequence[SaeSpec], *, canonical_release: str | None, fold
             f"specs of {first.release!r} cannot be written as a table",
             exists="the same order of groups, ids equal to paths, paths in Gemma Scope's pattern",
         )
-    return write_text_whole(folder / f"{first.release}.json", _one_row_per_line(file))
+    target = write_text_whole(folder / f"{first.release}.json", _one_row_per_line(file))
+    clear_caches()
+    return target
 
 
 def _group_head(spec: SaeSpec) -> dict[str, Any]:
@@ -152,7 +154,9 @@ _ORDER = ("res", "att", "mlp", "transcoders")
 
 @cache
 def _files() -> dict[str, dict[str, Any]]:
-    return read_tables(TABLES)
+    """Release to its table, for all bundled dictionaries."""
+    texts = (file.read_text(encoding="utf-8") for file in sorted(TABLES.glob("*.json")))
+    return {table["release"]: table for table in map(json.loads, texts)}
 
 
 @cache
@@ -234,11 +238,6 @@ def releases() -> tuple[str, ...]:
     return tuple(models())
 
 
-def repositories() -> dict[str, tuple[str, ...]]:
-    """Repository on the hub to its releases, canonical ones not among them."""
-    return releases_of_repositories()
-
-
 def get(release: str, sae_id: str) -> SaeSpec:
     """The spec with this id.
 
@@ -292,16 +291,3 @@ def derive(release: str, path: str) -> SaeSpec:
         exists=shorten(sorted({s.width for s in specs})) + " as widths",
         nearest=nearest(path, (s.path for s in specs)),
     )
-
-
-def dump_release(
-    specs: Sequence[SaeSpec], *, canonical_release: str | None = None, folder: Path = TABLES
-) -> Path:
-    """Writes the table of one bundled release, to a temporary name that is then renamed.
-
-    Ids must equal paths, and paths follow Gemma Scope's ``layer_{L}/width_{W}/average_l0_{N}`` (or
-    ``embedding/...``) with ``l0`` rounded. ``canonical_release`` lists the canonical rows again.
-    """
-    target = write_table(specs, canonical_release=canonical_release, folder=folder)
-    clear_caches()
-    return target

@@ -210,6 +210,6 @@ def _check_depth(content: object) -> None:
 
 
 def _check_text(text: str, content: object) -> None:
-    """Halves of surrogate pairs are no text, and cannot be written again."""
+    """Halves of surrogate pairs are not text, and cannot be written again."""
     if _SURROGATE.search(text):
         json.dumps(content, ensure_ascii=False).encode()

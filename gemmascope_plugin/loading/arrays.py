@@ -172,7 +172,7 @@ def safetensors_arrays(path: Path) -> dict[str, StoredArray]:
     except (OSError, ValueError, RecursionError) as fault:
         raise _bad(path, f"it is truncated or not a safetensors file ({fault})") from fault
     if not isinstance(entries, dict):
-        raise _bad(path, "its header is no table of arrays")
+        raise _bad(path, "its header is not a table of arrays")
     entries.pop("__metadata__", None)
     arrays = {name: _entry(path, name, entry, 8 + length) for name, entry in entries.items()}
     _check_cover(path, sorted(arrays.values(), key=_start), 8 + length, size)

@@ -53,7 +53,7 @@ def why_not_exported(sae: SAE, layout: Format, gain: Gain = "without") -> str | 
     """Why a dictionary has no form in a layout; None if it has."""
     architecture = sae.cfg.architecture()
     if architecture not in ARCHITECTURES:
-        return f"a {architecture!r} is no JumpReLU dictionary"
+        return f"a {architecture!r} is not a JumpReLU dictionary"
     if sae.cfg.normalize_activations != "none" or sae.cfg.apply_b_dec_to_input:
         return "it normalises its input or subtracts b_dec from it"
     if saes.has_skip(sae) and layout == "npz":

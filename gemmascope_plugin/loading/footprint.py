@@ -108,7 +108,7 @@ def footprint(
         The estimate by part.
 
     Raises:
-        UnknownNameError: A name that is no Gemma model.
+        UnknownNameError: A name that is not a Gemma model.
         InputError: Something that is neither a model nor specs.
 
     Example:

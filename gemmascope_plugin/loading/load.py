@@ -34,10 +34,9 @@ from gemmascope_plugin.loading.convert import (
     state,
 )
 from gemmascope_plugin.loading.integrity import check_causal, check_file, open_checked
+from gemmascope_plugin.loading.other_formats import open_saelens, open_tree
 from gemmascope_plugin.loading.register import renew
-from gemmascope_plugin.loading.saelens_format import open_saelens
 from gemmascope_plugin.loading.sources import locate
-from gemmascope_plugin.loading.tree_file import open_tree
 from gemmascope_plugin.saes.cross_layer import (
     CrossCoder,
     CrossLayerConfig,

@@ -40,8 +40,8 @@ from gemmascope_plugin.catalog.manifest import spec_of_folder
 from gemmascope_plugin.catalog.tables import derive, models, specs_of
 from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError
 from gemmascope_plugin.loading.convert import SINGLE_LAYER, config, state
+from gemmascope_plugin.loading.other_formats import tree_config, tree_state
 from gemmascope_plugin.loading.sources import locate
-from gemmascope_plugin.loading.tree_file import tree_config, tree_state
 
 NAME = "gemmascope"
 RELEASE_KEY = "gemmascope_release"

@@ -209,7 +209,7 @@ def load_suite(
         The mapping; ``suite["blocks.20.hook_resid_post"]`` or ``suite[20]`` opens one.
 
     Raises:
-        UnknownNameError: A pair, a device or a type that does not exist, or a budget that is no size.
+        UnknownNameError: A pair, a device or a type that does not exist, or a budget that is not a size.
         InputError: Something that does not hold specs.
         EmptySelectionError: No specs.
         GemmaScopeError: One dictionary alone is larger than the budget.

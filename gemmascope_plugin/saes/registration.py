@@ -56,7 +56,7 @@ def check_keys(config_class: type[Any], keys: Iterable[str]) -> None:
 
 
 _READERS = ("architecture", "finetuning_scaling_factor")
-"""Keys that SAELens' reader of ``cfg.json`` needs or adds, and that are no settings."""
+"""Keys that SAELens' reader of ``cfg.json`` needs or adds, and that are not settings."""
 
 
 class StrictConfig(_Config):

@@ -27,7 +27,7 @@ TRANSCODERS = "google/gemma-scope-2b-pt-transcoders"
 
 def files_of(repo_id: str, but: Callable[[str], bool] = lambda path: False) -> list[str]:
     """What a repository that holds everything but some folders would list."""
-    specs = [s for r in tables.repositories()[repo_id] for s in tables.built_in(r)]
+    specs = [s for r in manifest.repositories()[repo_id] for s in tables.built_in(r)]
     names = [name for s in specs if not but(s.path) for name in s.filenames]
     return ["README.md", ".gitattributes", *names]
 
@@ -106,7 +106,7 @@ def test_new_folders_of_a_known_pattern_are_added(hub: dict[str, object]) -> Non
 def test_everything_is_listed_by_default(
     hub: dict[str, object], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hub.update({repo_id: files_of(repo_id) for repo_id in tables.repositories()})
+    hub.update({repo_id: files_of(repo_id) for repo_id in manifest.repositories()})
     report = refresh()
     assert len(report.repositories) == 9 + 10 + 3 + 1
     assert sum(r.confirmed for r in report.repositories) == 720 + 112

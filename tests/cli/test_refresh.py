@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
-from gemmascope_plugin.catalog import tables
+from gemmascope_plugin.catalog import manifest, tables
 from gemmascope_plugin.cli.app import app
 
 REPO = "google/gemma-scope-2-270m-it"
@@ -27,7 +27,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_report_per_repository_and_clear(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Stub:
         def list_repo_files(self, repo_id: str) -> list[str]:
-            specs = [s for r in tables.repositories()[repo_id] for s in tables.built_in(r)]
+            specs = [s for r in manifest.repositories()[repo_id] for s in tables.built_in(r)]
             return [name for spec in specs for name in spec.filenames]
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)

@@ -74,7 +74,7 @@ def test_no_file(tmp_path) -> None:
     ("header", "message"),
     [
         ({}, "it holds no arrays"),
-        ([1], "its header is no table"),
+        ([1], "its header is not a table"),
         (b"{", "it is truncated or not a safetensors file"),
         (b"[" * 200_000, "it is truncated or not a safetensors file"),
         (b"\xff\xfe", "it is truncated or not a safetensors file"),

@@ -250,7 +250,7 @@ def test_layer_norm_stays_in_the_dictionary_and_has_no_gemma_scope_form(hooked2,
     with pytest.raises(GemmaScopeError, match="cannot be written.*it normalises its input"):
         export(sae, tmp_path / "e", layout="npz", site="res", layer=1, l0=1.0)
     topk = run(hooked2, spec(architecture="topk"))
-    with pytest.raises(GemmaScopeError, match="a 'topk' is no JumpReLU dictionary"):
+    with pytest.raises(GemmaScopeError, match="a 'topk' is not a JumpReLU dictionary"):
         export(topk, tmp_path / "e", layout="npz", site="res", layer=1, l0=1.0)
     skip = run(hooked2, spec(architecture="jumprelu_skip_transcoder"), run_dir=tmp_path / "s")
     with pytest.raises(GemmaScopeError, match="has no affine skip; layout='gemma-scope-2' has"):

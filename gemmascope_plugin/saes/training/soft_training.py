@@ -92,7 +92,7 @@ class SoftTopKTrainingSAEConfig(StrictConfig, TrainingSAEConfig):
     """A fixed budget of ``k`` features, softly selected; saved for inference as SAELens' top-k SAE.
 
     Raises:
-        ModelError: ``k`` is no number of features, or the phases do not fit into ``total_steps``.
+        ModelError: ``k`` is not a number of features, or the phases do not fit into ``total_steps``.
     """
 
     k: int | float
@@ -120,7 +120,7 @@ class SoftTopKTrainingSAEConfig(StrictConfig, TrainingSAEConfig):
         )
 
     def check_k(self) -> None:
-        """Refuses budgets that are no number of features."""
+        """Refuses budgets that are not a number of features."""
         if not isinstance(self.k, int) or not 1 <= self.k < self.d_sae:
             raise ModelError(
                 f"k is {self.k}, for {self.d_sae} features",

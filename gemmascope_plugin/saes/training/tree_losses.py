@@ -4,7 +4,7 @@
    ``sum_l MSE(x, x_hat_{<=l}) / Var(x)``, ``Var`` over all entries of the batch.
 2. AuxK, per layer: the ``k_aux`` largest open pre-activations of the layer's dead features reconstruct
    what the living ones left over; the squared error over the residual's variance, token by token.
-   Without dead features it is 0: the bias is no part of it, since the residual is free of it already
+   Without dead features it is 0: the bias is not part of it, since the residual is free of it already
    (as in arXiv 2406.04093, appendix A.2).
 3. Sum consistency, off by default: a parent equals the sum of its children, as numbers
    ``(a_p - sum_c a_c)^2`` or as contributions ``|| a_p d_p - sum_c a_c d_c ||^2``; mean over tokens and
