@@ -204,7 +204,7 @@ class Effects(LabelledValues):
         return f"<p>{escape(repr(self))}</p>{figures.frame_html(self.top(SHOWN), SHOWN)}"
 
 
-def check_effects(effects: Any, call: str = "") -> None:
+def check_effects(effects: object, call: str = "") -> None:
     """Refuses what is not the result of patching nodes, exactly or by attribution."""
     if isinstance(effects, Effects) and effects.metadata.get("component") in COMPONENTS:
         return

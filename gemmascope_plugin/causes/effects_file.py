@@ -91,7 +91,7 @@ def _encoded(axis: str, labels: Sequence[Any]) -> dict[str, Any]:
     return {"kind": kinds.pop() if kinds else "number", "entries": [_plain(x) for x in labels]}
 
 
-def _kind_of(axis: str, label: Any) -> str:
+def _kind_of(axis: str, label: object) -> str:
     kinds = {FeatureId: "feature", Node: "node", Reader: "reader", str: "text", int: "number"}
     if type(label) not in kinds:
         raise GemmaScopeError(f"The label {label!r} of {axis!r} cannot be saved")

@@ -163,7 +163,7 @@ def _title(effects: LabelledValues) -> str:
     return title + "".join(f", {axis} {_text(value)}" for axis, value in places.items())
 
 
-def _text(label: Any) -> str:
+def _text(label: object) -> str:
     return label.label if isinstance(label, Node | Reader) else str(label)
 
 

@@ -30,7 +30,15 @@ from gemmascope_plugin.causes.grid import (
     feature_grid,
 )
 from gemmascope_plugin.causes.memory import Limit, footprint
-from gemmascope_plugin.causes.nodes import Grid, Patch, acts_hook, needs_dictionaries, patchable
+from gemmascope_plugin.causes.nodes import (
+    Grid,
+    Patch,
+    Runner,
+    acts_hook,
+    needs_dictionaries,
+    patchable,
+    sites_in,
+)
 from gemmascope_plugin.causes.replace import PatchReplacement, check_replacement, replaced
 from gemmascope_plugin.causes.replayed import Part, joined, replayed
 from gemmascope_plugin.causes.task import Task
@@ -39,6 +47,7 @@ from gemmascope_plugin.graphs.node import FeatureId
 from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.protocol import HookedModel, weights_of
+from gemmascope_plugin.splice.check_saes import Saes
 from gemmascope_plugin.splice.hooked_site import HookedSite
 from gemmascope_plugin.types import Direction
 
@@ -48,7 +57,7 @@ class Experiment:
     """A task on a model, ready to be patched."""
 
     model: HookedModel
-    runner: Any
+    runner: Runner
     """The model, or the model with dictionaries spliced in."""
     bound: BoundTask
     grid: Grid
@@ -112,7 +121,7 @@ def experiment(
     choice: Choice | None = None,
     *,
     mode: Direction,
-    saes: Any = None,
+    saes: Saes = None,
     replacement: PatchReplacement = "other",
     seed: int | None = None,
     limit: Limit | None = None,
@@ -169,18 +178,18 @@ def experiment(
 
 
 def _sites(
-    runner: Any, component: str, layers: Sequence[int] | None, n_layers: int
+    runner: Runner, component: str, layers: Sequence[int] | None, n_layers: int
 ) -> dict[str, HookedSite]:
     """Dictionary sites of the chosen layers; none for components of the model itself."""
     if not needs_dictionaries(component):
         return {}
     if layers is None:
-        return dict(runner.sites)
+        return dict(sites_in(runner))
     wanted = coordinates("layer", layers, n_layers)
-    sites = {name: site for name, site in runner.sites.items() if layer_of(name) in wanted}
+    sites = {name: site for name, site in sites_in(runner).items() if layer_of(name) in wanted}
     if not sites:
         raise EmptySelectionError(
-            f"No dictionary lies in layers {list(wanted)}", exists=", ".join(runner.sites)
+            f"No dictionary lies in layers {list(wanted)}", exists=", ".join(sites_in(runner))
         )
     return sites
 
@@ -207,7 +216,7 @@ def _places(component: str, hooks: Sequence[str]) -> dict[str, str]:
 
 
 def _parts(
-    runner: Any,
+    runner: Runner,
     bound: BoundTask,
     component: str,
     hooks: Sequence[str],
@@ -316,7 +325,9 @@ def _differing(
     return features
 
 
-def _describe(model: HookedModel, runner: Any, bound: BoundTask, component: str) -> dict[str, Any]:
+def _describe(
+    model: HookedModel, runner: Runner, bound: BoundTask, component: str
+) -> dict[str, Any]:
     spliced = needs_dictionaries(component)
     return {
         "component": component,
@@ -328,7 +339,7 @@ def _describe(model: HookedModel, runner: Any, bound: BoundTask, component: str)
         "n_prompts": bound.n_prompts,
         "weights": weights_of(model),
         "tokens": token_strings(model, bound.clean[0]),
-        "exclude": _excluded(runner.sites.values()) if spliced else (),
+        "exclude": _excluded(sites_in(runner).values()) if spliced else (),
         "error": "keep" if spliced else None,
     }
 

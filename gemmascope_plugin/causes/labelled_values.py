@@ -147,13 +147,18 @@ class LabelledValues:
             effects = effects._taken(axis, index if is_list else index[0])
         return effects
 
-    def _index(self, axis: str, label: Any) -> int:
+    def _index(self, axis: str, label: object) -> int:
         """Where a coordinate is along an axis."""
         labels = self.labels[axis]
         if label in labels:
             return labels.index(label)
-        if axis == "pos" and "token" in self.axes and label in range(-len(labels), 0):
-            return label % len(labels)
+        if (
+            isinstance(label, int)
+            and axis == "pos"
+            and "token" in self.axes
+            and label in range(-len(labels), 0)
+        ):
+            return len(labels) + label
         texts = [str(getattr(entry, "label", entry)) for entry in labels]
         if isinstance(label, str):
             for place, text in enumerate(texts):

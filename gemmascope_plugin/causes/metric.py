@@ -200,7 +200,7 @@ def _entry(noun: str, entry: Any) -> Answer:
     return [choice for choice in choices if choice is not None]
 
 
-def _single(value: Any) -> str | int | None:
+def _single(value: object) -> str | int | None:
     return value if isinstance(value, str) else as_index(value)
 
 
@@ -210,7 +210,7 @@ def _listed(noun: str, value: Any) -> list[Any]:
     return list(value)
 
 
-def _no_answer(noun: str, value: Any) -> TaskError:
+def _no_answer(noun: str, value: object) -> TaskError:
     return TaskError(
         f"{noun} has {value!r}, which is neither a word nor a token id",
         fix=f'{noun}=[" Paris", " Rome"], one per prompt, or token ids',

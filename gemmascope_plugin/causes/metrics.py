@@ -240,7 +240,7 @@ def kl_divergence(*, position: Position = -1, before_cap: bool = False) -> KLDiv
     return KLDivergence(position=position, before_cap=before_cap)
 
 
-def _check_function(fn: Any, call: str = "") -> None:
+def _check_function(fn: object, call: str = "") -> None:
     """Refuses what cannot be called."""
     if not callable(fn):
         raise TaskError(

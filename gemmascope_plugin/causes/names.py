@@ -119,7 +119,7 @@ def edges_of(pairs: Any, edges: EdgeMap) -> list[tuple[int, int]]:
     return [_place(pair, edges) for pair in pairs]
 
 
-def _place(pair: Any, edges: EdgeMap) -> tuple[int, int]:
+def _place(pair: object, edges: EdgeMap) -> tuple[int, int]:
     if isinstance(pair, (str, Node, Reader)) or not isinstance(pair, Iterable):
         raise _not_edges(pair)
     ends = list(pair)
@@ -137,14 +137,14 @@ def _place(pair: Any, edges: EdgeMap) -> tuple[int, int]:
     )
 
 
-def _not_edges(value: Any) -> InputError:
+def _not_edges(value: object) -> InputError:
     return InputError(
         f"{describe(value)} is not an edge",
         fix='edges=[("L1H3", "MLP2"), ("embed", "L2H0.q")], each a writer and a reader',
     )
 
 
-def _parsed(name: Any) -> Node | Stream:
+def _parsed(name: object) -> Node | Stream:
     if not isinstance(name, str):
         raise InputError(f"{describe(name)} is not a node", exists=_FORMS)
     if name in ("embed", "logits"):

@@ -24,8 +24,12 @@ from gemmascope_plugin.errors import UnknownNameError
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.record import write
 from gemmascope_plugin.splice import HookedCrossLayer, HookedSAE, splice
-from gemmascope_plugin.splice.check_saes import as_list
+from gemmascope_plugin.splice.check_saes import Saes, as_list
+from gemmascope_plugin.splice.hooked_site import HookedSite
+from gemmascope_plugin.splice.spliced_model import SplicedModel
 
+Runner = HookedModel | SplicedModel
+"""A model, or one with dictionaries spliced in."""
 At = int | slice | tuple[int, ...]
 """One coordinate, all of them, or some."""
 
@@ -98,8 +102,13 @@ def needs_dictionaries(component: str) -> bool:
     return "{site}" in COMPONENTS[component].hook
 
 
+def sites_in(runner: Runner) -> Mapping[str, HookedSite]:
+    """The sites of the dictionaries that are spliced in, by name."""
+    return runner.sites if isinstance(runner, SplicedModel) else {}
+
+
 @contextmanager
-def patchable(model: HookedModel, component: str, saes: Any) -> Iterator[Any]:
+def patchable(model: HookedModel, component: str, saes: Saes) -> Iterator[Runner]:
     """The model itself, or spliced with the error kept when features or errors are to be patched."""
     if not needs_dictionaries(component):
         yield model

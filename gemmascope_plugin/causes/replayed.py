@@ -15,21 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.causes.bound_task import BoundTask
+from gemmascope_plugin.causes.nodes import Runner
 from gemmascope_plugin.models.arithmetic import Arithmetic
 from gemmascope_plugin.models.module_replay import ModuleReplay, model_of
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.readout import OfResiduals
 from gemmascope_plugin.models.record import check_reached, keeping
-from gemmascope_plugin.models.replay import Replay, Stage
+from gemmascope_plugin.models.replay import Replay
 from gemmascope_plugin.models.replay_points import replayable
 from gemmascope_plugin.models.unembed import unembedding
-from gemmascope_plugin.types import Hooks
 
 _ROWS = 128
 """Rows whose logits are all formed at once."""
@@ -57,29 +56,6 @@ class Part:
     other_acts: Mapping[str, torch.Tensor]
     """Those of the other run."""
 
-    def metric(
-        self,
-        layer: int,
-        window: slice,
-        *,
-        stage: Stage = "pre",
-        copies: int = 1,
-        hooks: Hooks = (),
-        values: Mapping[str, torch.Tensor] | None = None,
-        stream: torch.Tensor | None = None,
-    ) -> Float[torch.Tensor, "copy part"]:
-        """The metric of copies of the prompts that are run again; arguments as for ``Replay.run``."""
-        final = self.replay.run(
-            layer,
-            window,
-            stage=stage,
-            copies=copies,
-            hooks=hooks,
-            values=values,
-            stream=stream,
-        )
-        return self.metric_of(final)
-
     def before_asked(self) -> Bool[torch.Tensor, "part pos"]:
         """True up to the last position that each prompt is asked about; what is behind has no effect."""
         row, at = self.bound.metric.places(len(self.bound))
@@ -87,13 +63,13 @@ class Part:
         positions = torch.arange(self.bound.clean.shape[1], device=last.device)
         return positions <= last[:, None]
 
-    def metric_of(self, final: Float[torch.Tensor, "ask d_model"]) -> torch.Tensor:
-        """The metric of copies of the prompts, ``[copy, part]``, from what the unembedding reads."""
+    def metric(self, final: Float[torch.Tensor, "ask d_model"]) -> torch.Tensor:
+        """The metric of copies of the prompts, ``[copy, part]``, from what a pass of ``replay`` gives."""
         return metric_of(self.bound, self.replay.model, final).unflatten(0, (-1, len(self.bound)))
 
 
 def replayed(
-    runner: Any,
+    runner: Runner,
     bound: BoundTask,
     base: Int[torch.Tensor, "prompt pos"],
     other: Int[torch.Tensor, "prompt pos"],

@@ -109,7 +109,7 @@ class SequenceLogprob(Metric):
         ]
 
 
-def _check_texts(texts: Any, call: str = "") -> None:
+def _check_texts(texts: object, call: str = "") -> None:
     """Refuses what is not one answer per prompt."""
     if isinstance(texts, (str, Mapping)) or not isinstance(texts, Sequence):
         raise TaskError(
@@ -118,7 +118,7 @@ def _check_texts(texts: Any, call: str = "") -> None:
         )
 
 
-def _check_wrong(texts: Any, call: str = "") -> None:
+def _check_wrong(texts: object, call: str = "") -> None:
     """The same where there may be none."""
     if texts is not None:
         _check_texts(texts, call)

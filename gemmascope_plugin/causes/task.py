@@ -327,7 +327,7 @@ def _taken(prompts: Prompts, index: list[int]) -> Prompts:
     return prompts[index] if isinstance(prompts, torch.Tensor) else [prompts[i] for i in index]
 
 
-def check_task(task: Any, call: str = "") -> None:
+def check_task(task: object, call: str = "") -> None:
     """Refuses what is not a task."""
     if isinstance(task, Task):
         return
@@ -338,7 +338,7 @@ def check_task(task: Any, call: str = "") -> None:
     raise InputError(f"{describe(task)} is not a task", fix=with_call(fix, call))
 
 
-def check_tasks(tasks: Any, call: str = "") -> None:
+def check_tasks(tasks: object, call: str = "") -> None:
     """The same for one task or a sequence of them, of which there may be none."""
     for task in tasks if isinstance(tasks, (list, tuple)) else [tasks]:
         check_task(task, call)

@@ -167,7 +167,7 @@ def _measured(
         return part.base.expand(len(is_kept), -1)
     hooks = [(name, _replace(name, nodes, is_kept, x)) for name, x in other.items()]
     layer = 0 if part.replay.runs_whole else max(0, min(layer_of(n.hook) for n in removed))
-    return part.metric(layer, window, copies=len(is_kept), hooks=hooks)
+    return part.metric(part.replay.run(layer, window, copies=len(is_kept), hooks=hooks))
 
 
 def _replace(

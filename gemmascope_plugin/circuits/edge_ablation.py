@@ -113,7 +113,9 @@ class EdgeAblation:
         window = part.replay.window(part.start)
         run = _Run(self.anatomy, self.edges, removed.to(part.index.device), other.window(window))
         run.start(Writes.of(part.base_acts, self.anatomy.n_layers).window(window), layer, stage)
-        values = part.metric(layer, window, stage=stage, copies=len(is_kept), hooks=run.hooks())
+        values = part.metric(
+            part.replay.run(layer, window, stage=stage, copies=len(is_kept), hooks=run.hooks())
+        )
         return values.cpu()
 
 

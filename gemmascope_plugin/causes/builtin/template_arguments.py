@@ -20,7 +20,7 @@ _WITH_WRONG = "logit_diff, probability, sequence_logprob"
 _ASKS = f"{_WITH_WRONG}, margin, cross_entropy"
 
 
-def check_task_name(name: Any, call: str) -> None:
+def check_task_name(name: object, call: str) -> None:
     """Refuses what is not a text."""
     if not isinstance(name, str):
         order = f'{call}: the name comes first: Task.builtin("ioi", model)'
@@ -33,7 +33,7 @@ def check_task_name(name: Any, call: str) -> None:
 def check_needed_text(name: str, example: str) -> Callable[[Any, str], None]:
     """A check for an argument that is a text."""
 
-    def check(value: Any, call: str) -> None:
+    def check(value: object, call: str) -> None:
         if not isinstance(value, str):
             raise InputError(f"{name}={describe(value)} is not a text", fix=f"{name}={example}")
 
@@ -44,14 +44,14 @@ def check_text(name: str, example: str) -> Callable[[Any, str], None]:
     """The same for one that may be left out, where it is None."""
     needed = check_needed_text(name, example)
 
-    def check(value: Any, call: str) -> None:
+    def check(value: object, call: str) -> None:
         if value is not None:
             needed(value, call)
 
     return check
 
 
-def check_corrupt(corrupt: Any, call: str) -> None:
+def check_corrupt(corrupt: object, call: str) -> None:
     """Refuses what is neither a template nor slots with what stands there instead."""
     if isinstance(corrupt, str):
         return
@@ -62,7 +62,7 @@ def check_corrupt(corrupt: Any, call: str) -> None:
             raise InputError(f"corrupt has {slot!r}: {source!r}", fix=_CORRUPT)
 
 
-def check_fill(fill: Any, call: str) -> None:
+def check_fill(fill: object, call: str) -> None:
     """Refuses what is not slots with lists of texts."""
     if not isinstance(fill, Mapping):
         raise InputError(f"fill={describe(fill)} has no slots with lists", fix=_FILL)
@@ -84,7 +84,7 @@ def check_fill(fill: Any, call: str) -> None:
                 )
 
 
-def check_ask(metric: Any, call: str) -> None:
+def check_ask(metric: object, call: str) -> None:
     """Refuses what does not make a metric of answers."""
     if isinstance(metric, str):
         raise TaskError(

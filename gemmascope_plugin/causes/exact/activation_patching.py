@@ -12,7 +12,6 @@ Cost: four forward passes, and ``patches * prompts / rows`` passes that start at
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.exact.patch_sweep import sweep
@@ -25,7 +24,7 @@ from gemmascope_plugin.graphs.node import FeatureId
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.splice.check_saes import check_saes
+from gemmascope_plugin.splice.check_saes import Saes, check_saes
 from gemmascope_plugin.types import Direction
 
 MAX_ROWS = 512
@@ -45,7 +44,7 @@ def activation_patching(
     positions: Sequence[int] | None = None,
     neurons: Sequence[int] | None = None,
     per_position: bool = True,
-    saes: Any = None,
+    saes: Saes = None,
     features: Sequence[FeatureId] | None = None,
     replacement: PatchReplacement = "other",
     seed: int | None = None,

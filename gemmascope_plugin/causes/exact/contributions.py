@@ -67,7 +67,7 @@ def asked(model: HookedModel, prompts: Task | Prompts, metric: LogitDiff | None)
     return replace(bound, metric=replace(bound.metric, metric=linear))
 
 
-def _check(metric: Any) -> None:
+def _check(metric: object) -> None:
     if isinstance(metric, LogitDiff):
         return
     problem = "No metric was given" if metric is None else f"The metric is {metric!r}"

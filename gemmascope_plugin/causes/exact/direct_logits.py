@@ -39,7 +39,7 @@ from gemmascope_plugin.causes.exact.contributions import (
 )
 from gemmascope_plugin.causes.exact.feature_contributions import site_hooks, split
 from gemmascope_plugin.causes.metrics import LogitDiff
-from gemmascope_plugin.causes.nodes import patchable
+from gemmascope_plugin.causes.nodes import patchable, sites_in
 from gemmascope_plugin.causes.task import Prompts, Task
 from gemmascope_plugin.errors import UnknownNameError, check_choice
 from gemmascope_plugin.models import token_strings
@@ -49,7 +49,7 @@ from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.points import n_layers
 from gemmascope_plugin.models.protocol import HookedModel, weights_of
-from gemmascope_plugin.splice.check_saes import check_saes
+from gemmascope_plugin.splice.check_saes import Saes, check_saes
 
 Parts = Literal["component", "head", "feature"]
 Scale = Literal["own", "final"]
@@ -65,7 +65,7 @@ def direct_logit_attribution(
     *,
     by: Parts = "component",
     metric: LogitDiff | None = None,
-    saes: Any = None,
+    saes: Saes = None,
     batch: int = BATCH,
 ) -> Effects:
     """What each component adds to ``logit(answer) - logit(wrong)``, before the final soft-cap.
@@ -117,7 +117,7 @@ def direct_logit_attribution(
                 parts = split(parts, run, spliced)
             _collect(pieces, parts, sums.n_prompts, len(bound))
             sums.add(run, sum((piece.value for piece in parts), torch.zeros_like(run.bias)))
-        exclude = () if spliced is None else _excluded(spliced.sites.values())
+        exclude = () if spliced is None else _excluded(sites_in(spliced).values())
     each = torch.stack(list(pieces.values()))
     metadata = {**sums.metadata(model, bound), "component": by, "exclude": exclude}
     metadata |= {"method": "direct logit attribution", "mode": "norms frozen"}

@@ -199,7 +199,9 @@ class _Patches:
             readers = [self.edges.readers[i] for i in edges[:, 1].tolist()]
             stage = "mid" if all(reader.node.kind == "mlp" for reader in readers) else "pre"
         values = self.part.metric(
-            start, self.window, stage=stage, copies=len(edges), hooks=hooks, stream=stream
+            self.part.replay.run(
+                start, self.window, stage=stage, copies=len(edges), hooks=hooks, stream=stream
+            )
         )
         return values.cpu() - self.part.base
 

@@ -176,19 +176,21 @@ def _chunk_metric(
         patches = [run.grid.patches[live.index] for live in group]
         entries.append(_entry(run, part, layer, patches, window))
     if isinstance(part.replay, Replay) and not several and entries[-1].layer < last:
-        return part.metric_of(part.replay.climb(window, entries))
+        return part.metric(part.replay.climb(window, entries))
     if part.replay.runs_whole:
         patches = [run.grid.patches[live.index] for live in chunk]
         entries = [_entry(run, part, 0, patches, window)]
     return torch.cat(
         [
             part.metric(
-                entry.layer,
-                window,
-                stage=entry.stage,
-                copies=entry.copies,
-                hooks=entry.hooks,
-                values=entry.values,
+                part.replay.run(
+                    entry.layer,
+                    window,
+                    stage=entry.stage,
+                    copies=entry.copies,
+                    hooks=entry.hooks,
+                    values=entry.values,
+                )
             )
             for entry in entries
         ]

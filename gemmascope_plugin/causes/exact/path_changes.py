@@ -11,19 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.causes.components import is_z, stream_time
 from gemmascope_plugin.causes.names import Stream
-from gemmascope_plugin.causes.nodes import acts_hook
+from gemmascope_plugin.causes.nodes import Runner, acts_hook, sites_in
 from gemmascope_plugin.errors import TaskError, UnknownNameError, check_choice, check_feature
 from gemmascope_plugin.graphs.node import Node
+from gemmascope_plugin.models.asked import model_of
 from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.points import restore_heads
 from gemmascope_plugin.splice.hooked_site import HookedSite
+from gemmascope_plugin.splice.spliced_model import SplicedModel
 
 Sender = Node | Stream
 
@@ -39,7 +41,7 @@ class Change:
 
 
 def changes_of(
-    runner: Any,
+    runner: Runner,
     groups: Sequence[tuple[Sender, ...]],
     base: Int[torch.Tensor, "prompt pos"],
     other: Int[torch.Tensor, "prompt pos"],
@@ -64,7 +66,7 @@ def changes_of(
     return changes
 
 
-def hooks_of(runner: Any, groups: Sequence[tuple[Sender, ...]]) -> tuple[set[str], set[str]]:
+def hooks_of(runner: Runner, groups: Sequence[tuple[Sender, ...]]) -> tuple[set[str], set[str]]:
     """Hooks that sets of senders replace, and those that their features add to."""
     senders = [sender for group in groups for sender in group]
     replaced = {sender.hook for sender in senders if not is_feature(sender)}
@@ -72,7 +74,7 @@ def hooks_of(runner: Any, groups: Sequence[tuple[Sender, ...]]) -> tuple[set[str
     return replaced, set().union(*outputs)
 
 
-def check_senders(runner: Any, groups: Sequence[tuple[Sender, ...]]) -> None:
+def check_senders(runner: Runner, groups: Sequence[tuple[Sender, ...]]) -> None:
     """Refuses sets that cannot send."""
     for sender in (sender for group in groups for sender in group):
         check_sender(runner, sender)
@@ -80,15 +82,15 @@ def check_senders(runner: Any, groups: Sequence[tuple[Sender, ...]]) -> None:
         _check_apart(runner, group)
 
 
-def is_feature(node: Any) -> bool:
+def is_feature(node: object) -> TypeGuard[Node]:
     """Whether a sender or a reader's node is a feature."""
     return isinstance(node, Node) and node.kind == "feature"
 
 
-def site_of(runner: Any, node: Node) -> HookedSite:
+def site_of(runner: Runner, node: Node) -> HookedSite:
     """The site of a feature."""
     name = node.label.rpartition("/")[0]
-    sites = getattr(runner, "sites", {})
+    sites = sites_in(runner)
     if not sites:
         raise UnknownNameError(
             f"{node.label} is a feature and no dictionary was given",
@@ -99,10 +101,9 @@ def site_of(runner: Any, node: Node) -> HookedSite:
     return sites[name]
 
 
-def check_sender(runner: Any, sender: Sender) -> None:
+def check_sender(runner: Runner, sender: Sender) -> None:
     """Refuses what sends nothing to the stream."""
     if is_feature(sender):
-        assert isinstance(sender, Node)
         stream_time(site_of(runner, sender).hook_out)
     elif isinstance(sender, Node) and sender.kind in ("logits", "kv"):
         raise UnknownNameError(
@@ -111,20 +112,18 @@ def check_sender(runner: Any, sender: Sender) -> None:
         )
 
 
-def first_time(runner: Any, sender: Sender) -> int:
+def first_time(runner: Runner, sender: Sender) -> int:
     """When a sender first changes the stream, in half layers."""
     if is_feature(sender):
-        assert isinstance(sender, Node)
         return stream_time(site_of(runner, sender).hook_out)
     return stream_time(sender.hook)
 
 
-def _check_apart(runner: Any, group: tuple[Sender, ...]) -> None:
+def _check_apart(runner: Runner, group: tuple[Sender, ...]) -> None:
     """Refuses a component beside features of what it writes: it would send them twice."""
     for node in group:
         if not is_feature(node):
             continue
-        assert isinstance(node, Node)
         hooks = _outputs(runner, node)
         hooks |= {h.replace("hook_attn_out", "attn.hook_z") for h in hooks}
         whole = next((s for s in group if not is_feature(s) and s.hook in hooks), None)
@@ -135,13 +134,14 @@ def _check_apart(runner: Any, group: tuple[Sender, ...]) -> None:
             )
 
 
-def _outputs(runner: Any, node: Node) -> set[str]:
+def _outputs(runner: Runner, node: Node) -> set[str]:
     """Output hooks of a feature."""
     return {site.hook_out for site, _ in _decoders(runner, site_of(runner, node))}
 
 
-def _decoders(runner: Any, site: HookedSite) -> list[tuple[HookedSite, int]]:
+def _decoders(runner: Runner, site: HookedSite) -> list[tuple[HookedSite, int]]:
     """Where the features of a site write: sites, and the position of theirs in the dictionary."""
+    assert isinstance(runner, SplicedModel), "a feature has a dictionary"
     for dictionary in runner.saes:
         for position, output in enumerate(dictionary.sites):
             if output is site:
@@ -150,7 +150,7 @@ def _decoders(runner: Any, site: HookedSite) -> list[tuple[HookedSite, int]]:
 
 
 def _written_by(
-    runner: Any, node: Node, amount: Float[torch.Tensor, "prompt pos"]
+    runner: Runner, node: Node, amount: Float[torch.Tensor, "prompt pos"]
 ) -> dict[str, torch.Tensor]:
     """Hook to what a feature writes there when it changes by ``amount``."""
     out: dict[str, torch.Tensor] = {}
@@ -158,7 +158,7 @@ def _written_by(
         row = site.decoder_from(position)[node.index].detach().to(amount.device, amount.dtype)
         value = amount[..., None] * row
         if is_z(site.hook_out):
-            cfg = runner.model.cfg
+            cfg = model_of(runner).cfg
             like = value.new_empty(*amount.shape, int(cfg.n_heads), int(cfg.d_head))
             value = restore_heads(value, like)
         out[site.hook_out] = value
@@ -166,7 +166,7 @@ def _written_by(
 
 
 def _sent(
-    runner: Any, features: Sequence[Any], base: torch.Tensor, other: torch.Tensor
+    runner: Runner, features: Sequence[Any], base: torch.Tensor, other: torch.Tensor
 ) -> dict[Any, Float[torch.Tensor, "prompt pos"]]:
     """``s * (a' - a)`` of each feature."""
     base_acts, scales = _columns(runner, features, base)
@@ -176,7 +176,7 @@ def _sent(
 
 @torch.no_grad()
 def _columns(
-    runner: Any, features: Sequence[Node], tokens: torch.Tensor
+    runner: Runner, features: Sequence[Node], tokens: torch.Tensor
 ) -> tuple[dict[Node, torch.Tensor], dict[Node, torch.Tensor]]:
     """Activations of some features, and the scales of their tokens; nothing else is kept."""
     acts: dict[Node, torch.Tensor] = {}
@@ -186,14 +186,14 @@ def _columns(
         by_site.setdefault(site_of(runner, node).name, []).append(node)
 
     def keep(nodes: list[Node]) -> Any:
-        def hook_fn(x: torch.Tensor, hook: Any) -> None:
+        def hook_fn(x: torch.Tensor, hook: object) -> None:
             for node in nodes:
                 acts[node] = x[..., node.index].clone()
 
         return hook_fn
 
     def measure(nodes: list[Node]) -> Any:
-        def hook_fn(x: torch.Tensor, hook: Any) -> None:
+        def hook_fn(x: torch.Tensor, hook: object) -> None:
             scale = site_of(runner, nodes[0]).weights.scale(x)
             ones = torch.ones_like(x[..., 0])
             scales.update(dict.fromkeys(nodes, ones if scale is None else scale[..., 0]))

@@ -48,7 +48,7 @@ from gemmascope_plugin.causes.exact.path_receivers import (
     stream_of,
 )
 from gemmascope_plugin.causes.names import Name, Named, node_of, reader_of
-from gemmascope_plugin.causes.nodes import patchable
+from gemmascope_plugin.causes.nodes import Runner, patchable, sites_in
 from gemmascope_plugin.causes.replayed import Part, replayed
 from gemmascope_plugin.causes.task import Task, check_task
 from gemmascope_plugin.errors import EmptySelectionError, check_choice, shorten
@@ -59,7 +59,7 @@ from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, weights_of
-from gemmascope_plugin.splice.check_saes import check_saes
+from gemmascope_plugin.splice.check_saes import Saes, check_saes
 from gemmascope_plugin.types import Direction
 
 MAX_ROWS = 512
@@ -76,7 +76,7 @@ def path_patching(
     paths: Paths = "direct",
     mode: Direction = "denoising",
     joint: bool = False,
-    saes: Any = None,
+    saes: Saes = None,
     max_rows: int = MAX_ROWS,
 ) -> Effects:
     """The effect on the metric of senders through the inputs of receivers, and on no other way.
@@ -139,9 +139,11 @@ def path_patching(
     return Effects(each.mean(-1), ("sender", "receiver"), labels, metadata, bound.fold(each))
 
 
-def _described(model: HookedModel, runner: Any, bound: BoundTask, spliced: bool) -> dict[str, Any]:
+def _described(
+    model: HookedModel, runner: Runner, bound: BoundTask, spliced: bool
+) -> dict[str, Any]:
     """What the result says of model and task."""
-    sites = runner.sites.values() if spliced else ()
+    sites = sites_in(runner).values() if spliced else ()
     return {
         "component": "path",
         "task": bound.name,
@@ -161,7 +163,7 @@ def _described(model: HookedModel, runner: Any, bound: BoundTask, spliced: bool)
 class _Sweep:
     """All pairs of one call."""
 
-    runner: Any
+    runner: Runner
     anatomy: Anatomy
     bound: BoundTask
     tokens: tuple[Int[torch.Tensor, "prompt pos"], Int[torch.Tensor, "prompt pos"]]
@@ -265,7 +267,9 @@ class _Sweep:
             for d in deliveries:
                 stream[d.rows] += d.difference.to(stream)
         layer = 0 if part.replay.runs_whole else start
-        return part.metric(layer, window, copies=len(pairs), hooks=hooks, stream=stream).cpu()
+        return part.metric(
+            part.replay.run(layer, window, copies=len(pairs), hooks=hooks, stream=stream)
+        ).cpu()
 
     def _reached(self) -> dict[tuple[int, int], list[Receiver]]:
         """Sender and receiver sets to the receivers that anything reaches."""
@@ -307,7 +311,7 @@ def _groups(names: Any, joint: bool, read: Callable[[Any], Any]) -> list[tuple[A
     return groups
 
 
-def _is_list(names: Any) -> bool:
+def _is_list(names: object) -> bool:
     # features and readers are tuples too
     return isinstance(names, (list, tuple)) and not isinstance(names, (FeatureId, Reader))
 

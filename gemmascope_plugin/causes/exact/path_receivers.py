@@ -33,7 +33,7 @@ from jaxtyping import Float
 from gemmascope_plugin.causes.components import is_stream, layer_of
 from gemmascope_plugin.causes.exact.path_changes import is_feature, site_of
 from gemmascope_plugin.causes.names import Stream
-from gemmascope_plugin.causes.nodes import acts_hook
+from gemmascope_plugin.causes.nodes import Runner, acts_hook
 from gemmascope_plugin.errors import TaskError, UnknownNameError
 from gemmascope_plugin.graphs.node import Node, Reader
 from gemmascope_plugin.models.anatomy import Anatomy
@@ -56,7 +56,7 @@ class Delivery:
     """``d``."""
 
 
-def stream_of(runner: Any, anatomy: Anatomy, receiver: Receiver) -> str:
+def stream_of(runner: Runner, anatomy: Anatomy, receiver: Receiver) -> str:
     """Hook of the stream that a receiver reads."""
     if isinstance(receiver, Stream):
         return receiver.hook
@@ -102,7 +102,7 @@ def check_overlap(group: Sequence[Receiver]) -> None:
 
 
 def delivering(
-    runner: Any, anatomy: Anatomy, deliveries: Sequence[Delivery], tokens: torch.Tensor
+    runner: Runner, anatomy: Anatomy, deliveries: Sequence[Delivery], tokens: torch.Tensor
 ) -> list[tuple[str, Callable[..., Any]]]:
     """Hooks for one forward pass over ``tokens`` in which all deliveries arrive."""
     patterns: dict[tuple[int, int, int], torch.Tensor] = {}
@@ -131,7 +131,7 @@ def is_copy(receiver: Receiver, port: str) -> TypeGuard[Reader]:
 class _Pass:
     """The edits of one forward pass, by hook, and the tensors that they need from it."""
 
-    runner: Any
+    runner: Runner
     anatomy: Anatomy
     patterns: Mapping[tuple[int, int, int], torch.Tensor]
     """Layer, first row and head to the pattern of a head whose copy of the key has changed."""
@@ -171,7 +171,7 @@ class _Pass:
         return [(name, self._hook(name, edits)) for name, edits in self.edits.items()]
 
     def _hook(self, name: str, edits: list[Edit]) -> Callable[..., Any]:
-        def hook_fn(x: torch.Tensor, hook: Any) -> torch.Tensor | None:
+        def hook_fn(x: torch.Tensor, hook: object) -> torch.Tensor | None:
             if not edits:
                 self.live[name] = x
                 return None

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.experiment import experiment
@@ -41,7 +41,7 @@ from gemmascope_plugin.graphs.node import FeatureId
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.splice.check_saes import check_saes
+from gemmascope_plugin.splice.check_saes import Saes, check_saes
 from gemmascope_plugin.types import Direction
 
 NodeMethodName = Literal["atp", "ig", "ig-inputs", "atp*", "relp"]
@@ -61,7 +61,7 @@ def attribution_patching(
     steps: int | None = None,
     rules: RelpRules | None = None,
     mode: Direction = "denoising",
-    saes: Any = None,
+    saes: Saes = None,
     features: Sequence[FeatureId] | None = None,
     per_position: bool = True,
     axes: Sequence[str] | None = None,

@@ -34,7 +34,7 @@ from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.record import write
-from gemmascope_plugin.splice.check_saes import check_saes
+from gemmascope_plugin.splice.check_saes import Saes, check_saes
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def false_negative_bound(
     *,
     n_subsets: int = 200,
     confidence: float = 0.95,
-    saes: Any = None,
+    saes: Saes = None,
     seed: int = 0,
     max_rows: int = MAX_ROWS,
 ) -> FalseNegativeBound:

@@ -186,12 +186,14 @@ class _Line:
         layer = 0 if self.part.replay.runs_whole else min(max(layer_of(self.name), 0), last)
         stage, spares = starting_at(layer, {self.name})
         return self.part.metric(
-            layer,
-            self.window,
-            stage=stage,
-            copies=len(points) // len(self.part.index),
-            hooks=[(self.name, put(points))],
-            values={self.name: points} if spares else {},
+            self.part.replay.run(
+                layer,
+                self.window,
+                stage=stage,
+                copies=len(points) // len(self.part.index),
+                hooks=[(self.name, put(points))],
+                values={self.name: points} if spares else {},
+            )
         )
 
 

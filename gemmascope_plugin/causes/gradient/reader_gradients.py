@@ -27,6 +27,7 @@ from jaxtyping import Float
 
 from gemmascope_plugin.causes.components import layer_of
 from gemmascope_plugin.causes.gradient.slopes import EMBED, late_slopes
+from gemmascope_plugin.causes.nodes import Runner
 from gemmascope_plugin.causes.replayed import Part
 from gemmascope_plugin.causes.writes import Writes
 from gemmascope_plugin.models.anatomy import Anatomy
@@ -100,7 +101,7 @@ class ReaderGradients:
 
 def read_gradients(
     anatomy: Anatomy,
-    runner: Any,
+    runner: Runner,
     run: Callable[[], Float[torch.Tensor, " row"]],
     fwd_hooks: Sequence[tuple[str, Callable[..., Any]]] = (),
 ) -> ReaderGradients:

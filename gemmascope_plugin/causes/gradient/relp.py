@@ -33,6 +33,7 @@ import torch
 
 from gemmascope_plugin.causes.experiment import Experiment
 from gemmascope_plugin.causes.gradient.slopes import Estimate, FwdHooks, NodeMethod, at_base
+from gemmascope_plugin.causes.nodes import Runner
 from gemmascope_plugin.errors import ModelError, TaskError
 from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.norm import Norm, gain_of
@@ -53,7 +54,7 @@ class RelpRules:
     """Soft-caps pass relevance on as a whole."""
 
     @contextmanager
-    def on(self, runner: Any, model: HookedModel, *, before_cap: bool = False) -> Iterator[None]:
+    def on(self, runner: Runner, model: HookedModel, *, before_cap: bool = False) -> Iterator[None]:
         """Gradients follow the rules inside the block.
 
         Args:

@@ -197,7 +197,7 @@ def late_slopes(
     points: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> tuple[str, Callable[..., torch.Tensor]]:
-        def hook_fn(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        def hook_fn(x: torch.Tensor, hook: object) -> torch.Tensor:
             # what passes this point alone: the stream goes past it too where a half layer reads it
             points[name] = x.view_as(x)
             return points[name]
@@ -228,11 +228,18 @@ def _late_metric(
 ) -> Float[torch.Tensor, "copy part"]:
     copies = len(leaf) // len(part.index)
     if hook == EMBED:
-        return part.metric(0, window, copies=copies, hooks=hooks, stream=leaf)
+        return part.metric(part.replay.run(0, window, copies=copies, hooks=hooks, stream=leaf))
     layer = layer_of(hook)
     stage, spares = starting_at(layer, {hook})
 
     values = {hook: leaf} if spares else {}
     return part.metric(
-        layer, window, stage=stage, copies=copies, hooks=[(hook, put(leaf)), *hooks], values=values
+        part.replay.run(
+            layer,
+            window,
+            stage=stage,
+            copies=copies,
+            hooks=[(hook, put(leaf)), *hooks],
+            values=values,
+        )
     )

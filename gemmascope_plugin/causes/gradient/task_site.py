@@ -46,7 +46,7 @@ from gemmascope_plugin.models.record import record
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.saes import Coder, SparseActs, write
 from gemmascope_plugin.splice import HookedCrossLayer, HookedSAE
-from gemmascope_plugin.splice.check_saes import as_list, check_sae
+from gemmascope_plugin.splice.check_saes import Saes, as_list, check_sae
 from gemmascope_plugin.splice.splicing import check_site
 
 SiteKind = Literal["feature", "head", "mlp"]
@@ -101,7 +101,7 @@ class TaskSite:
 
 
 def sites_of(
-    model: HookedModel, saes: Any, raw: Sequence[str] = (), *, level: int | None = None
+    model: HookedModel, saes: Saes, raw: Sequence[str] = (), *, level: int | None = None
 ) -> tuple[TaskSite, ...]:
     """The sites of dictionaries, and of heads and MLPs without one, in forward order."""
     if saes is None:

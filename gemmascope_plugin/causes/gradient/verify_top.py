@@ -32,7 +32,7 @@ from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, dtype_of
-from gemmascope_plugin.splice.check_saes import check_saes
+from gemmascope_plugin.splice.check_saes import Saes, check_saes
 
 _CHOICES = {
     "layer": "layers",
@@ -51,7 +51,7 @@ def verify_top(
     effects: Effects,
     k: int,
     *,
-    saes: Any = None,
+    saes: Saes = None,
     max_rows: int = MAX_ROWS,
 ) -> Effects:
     """Replaces the ``k`` largest estimates by exact effects.
@@ -105,7 +105,7 @@ def ranking(effects: Effects, k: int) -> Int[torch.Tensor, " node"]:
 
 @contextmanager
 def reopened(
-    model: HookedModel, task: Task, effects: Effects, saes: Any, max_rows: int
+    model: HookedModel, task: Task, effects: Effects, saes: Saes, max_rows: int
 ) -> Iterator[Experiment]:
     """The experiment that effects come from."""
     metadata = effects.metadata
