@@ -263,8 +263,8 @@ def nothing_together(criteria: Sequence[Criterion], pool: Sequence[SaeSpec]) -> 
     arguments = ", ".join(f"{c.name}={c.value!r}" for c in criteria)
     possible, close = [], None
     for criterion in sorted(criteria, key=lambda c: c.name != "l0"):
-        others = [s for s in pool if all(c.matches(s) for c in criteria if c is not criterion)]
-        if values := _values(criterion, others):
+        remaining = [s for s in pool if all(c.matches(s) for c in criteria if c is not criterion)]
+        if values := _values(criterion, remaining):
             possible.append(f"{criterion.name} {_shown(values)} (the rest as given)")
             number = _closest(criterion.value, values)
             close = close or (f"{criterion.name}={number}" if number else None)

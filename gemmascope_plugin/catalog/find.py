@@ -194,9 +194,9 @@ def _pool(release: _Words | None, model: _Words | None) -> tuple[list[SaeSpec], 
     plain = {name: of for name, of in models().items() if name not in skipped}
     if model is None:
         return [s for name in plain for s in specs_of(name)], ""
-    wanted = _models(model)
-    where = f" of {', '.join(wanted)}"
-    return [s for name, of in plain.items() if of in wanted for s in specs_of(name)], where
+    meant = _models(model)
+    where = f" of {', '.join(meant)}"
+    return [s for name, of in plain.items() if of in meant for s in specs_of(name)], where
 
 
 def _models(words: _Words) -> list[str]:
@@ -214,8 +214,8 @@ def _models(words: _Words) -> list[str]:
 def _criteria(arguments: dict[str, Any], several: bool) -> Iterator[Criterion]:
     for name, value in arguments.items():
         if name == "model":
-            wanted = _models(value)
-            tests = [(value, lambda s, wanted=wanted: s.model in wanted)]
+            meant = _models(value)
+            tests = [(value, lambda s, meant=meant: s.model in meant)]
             yield Criterion("model", value, tests, lambda s: [s.model])
         elif name == "site":
             yield criteria.site(value, several=several)

@@ -66,22 +66,24 @@ def build(release: str) -> tuple[SaeSpec, ...]:
     specs: list[SaeSpec] = []
     for layer in layers:
         hook_in, hook_out = hooks(row["kind"], row["site"], layer)
-        here = {**shared, "layer": layer, "hook_in": hook_in, "hook_out": hook_out}
+        fields = {**shared, "layer": layer, "hook_in": hook_in, "hook_out": hook_out}
         for width, ladder in row["ladders"].items():
             if str(layer) in ladder:
-                specs += _ladder(row, here, width, ladder[str(layer)])
+                specs += _ladder(row, fields, width, ladder[str(layer)])
     return (*specs, *_embeddings(row, shared))
 
 
-def _ladder(row: dict[str, Any], here: dict[str, Any], width: str, l0s: list[int]) -> list[SaeSpec]:
+def _ladder(
+    row: dict[str, Any], fields: dict[str, Any], width: str, l0s: list[int]
+) -> list[SaeSpec]:
     """All L0s of one layer and width."""
-    layer, d_sae = here["layer"], WIDTHS[width]
-    here = {**here, "width": width, "d_sae": d_sae}
-    here["nbytes"] = raw_nbytes(row["d_in"], row["d_in"], d_sae)
-    chosen = None if row["kind"] == "transcoder" else nearest_to_100(l0s)
-    for other_layer, other_width, other in row["canonical_against_the_rule"]:
+    layer, d_sae = fields["layer"], WIDTHS[width]
+    fields = {**fields, "width": width, "d_sae": d_sae}
+    fields["nbytes"] = raw_nbytes(row["d_in"], row["d_in"], d_sae)
+    canonical = None if row["kind"] == "transcoder" else nearest_to_100(l0s)
+    for other_layer, other_width, exception in row["canonical_against_the_rule"]:
         if (other_layer, other_width) == (layer, width):
-            chosen = other
+            canonical = exception
     own_pages = row["pages"].get(width, {}).get(str(layer), ())
     specs = []
     for l0 in l0s:
@@ -89,10 +91,10 @@ def _ladder(row: dict[str, Any], here: dict[str, Any], width: str, l0s: list[int
         page = None
         if l0 in own_pages:
             page = _page(row, layer, width) + f"__l0-{l0}"
-        elif row["kind"] == "transcoder" or _in_canonical_release(row, width, l0, chosen):
+        elif row["kind"] == "transcoder" or _in_canonical_release(row, width, l0, canonical):
             page = _page(row, layer, width)
-        values = {"sae_id": path, "path": path, "l0": float(l0), "canonical": l0 == chosen}
-        specs.append(unchecked({**here, **values, "neuronpedia_id": page}))
+        values = {"sae_id": path, "path": path, "l0": float(l0), "canonical": l0 == canonical}
+        specs.append(unchecked({**fields, **values, "neuronpedia_id": page}))
     return specs
 
 
@@ -101,14 +103,14 @@ def _page(row: dict[str, Any], layer: int, width: str) -> str:
     return f"{row['model']}/{layer}-gemmascope-{site}-{width}"
 
 
-def _in_canonical_release(row: dict[str, Any], width: str, l0: int, chosen: int | None) -> bool:
-    return l0 == chosen and width not in row["not_in_canonical_release"]
+def _in_canonical_release(row: dict[str, Any], width: str, l0: int, canonical: int | None) -> bool:
+    return l0 == canonical and width not in row["not_in_canonical_release"]
 
 
 def _embeddings(row: dict[str, Any], shared: dict[str, Any]) -> list[SaeSpec]:
     width, d = "4k", row["d_in"]
     hook_in, hook_out = hooks("sae", "embedding", 0)
-    here = {
+    fields = {
         **shared,
         **{"site": "embedding", "layer": 0, "hook_in": hook_in, "hook_out": hook_out},
         **{"width": width, "d_sae": WIDTHS[width], "nbytes": raw_nbytes(d, d, WIDTHS[width])},
@@ -116,7 +118,7 @@ def _embeddings(row: dict[str, Any], shared: dict[str, Any]) -> list[SaeSpec]:
     specs = []
     for l0 in row["embedding"]:
         path = EMBEDDING_PATH.format(width=width, l0=l0)
-        specs.append(unchecked({**here, "sae_id": path, "path": path, "l0": float(l0)}))
+        specs.append(unchecked({**fields, "sae_id": path, "path": path, "l0": float(l0)}))
     return specs
 
 

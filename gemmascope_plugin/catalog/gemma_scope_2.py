@@ -44,7 +44,7 @@ class Size:
     d_model: int
     d_heads: int
     """Width of the attention head outputs together."""
-    chosen: tuple[int, ...]
+    full_layers: tuple[int, ...]
     """The four layers, at 25, 50, 65 and 85 % of the depth, that have all widths."""
 
 
@@ -160,7 +160,7 @@ def n_layers(release: str) -> int:
     return SIZES[split_release(release)[0]].n_layers
 
 
-def listed(release: str, layer: int, width: str, label: str, ending: str) -> bool:
+def is_listed(release: str, layer: int, width: str, label: str, ending: str) -> bool:
     """Whether SAELens names the path."""
     size, tuning, family = split_release(release)
     if family.suffix in UNLISTED_FAMILIES.get((size, tuning), ()):
@@ -216,18 +216,18 @@ def build(release: str) -> tuple[SaeSpec, ...]:
     return tuple(_single_layer(release, size, tuning, family))
 
 
-def one(release: str, layer: int, width: str, label: str, ending: str) -> SaeSpec:
+def unlisted_spec(release: str, layer: int, width: str, label: str, ending: str) -> SaeSpec:
     """A single-layer entry that the rules need not have, ``provenance="derived"``.
 
     ``ending`` follows in the folder's name: empty, ``_affine``, ``_seed_1``...
     """
     size, tuning, family = split_release(release)
-    here = _at_layer(_shared(release, size, tuning, family), family, layer)
+    at_layer = _at_layer(_shared(release, size, tuning, family), family, layer)
     every = family.every_layer
     target = target_l0(label, layer, SIZES[size].n_layers, every_layer=every)
-    fields = _fields(here["d_in"], width, label, ending)
+    fields = _fields(at_layer["d_in"], width, label, ending)
     names = _names(family, layer, width, label, ending)
-    return unchecked({**here, **fields, **names, "l0": float(target), "provenance": "derived"})
+    return unchecked({**at_layer, **fields, **names, "l0": float(target), "provenance": "derived"})
 
 
 def _shared(release: str, size: str, tuning: str, family: Family) -> dict[str, Any]:
@@ -253,10 +253,10 @@ def _shared(release: str, size: str, tuning: str, family: Family) -> dict[str, A
 def _at_layer(shared: dict[str, Any], family: Family, layer: int) -> dict[str, Any]:
     """The shared fields and those of a layer."""
     if family.kind in ("transcoder", "clt"):
-        read, written = GAINED_HOOK, HOOKS["transcoder", "mlp"][1]
+        read, write = GAINED_HOOK, HOOKS["transcoder", "mlp"][1]
     else:
-        read, written = HOOKS["sae", family.site]
-    hooks = {"hook_in": read.format(layer=layer), "hook_out": written.format(layer=layer)}
+        read, write = HOOKS["sae", family.site]
+    hooks = {"hook_in": read.format(layer=layer), "hook_out": write.format(layer=layer)}
     return {**shared, "layer": layer, **hooks}
 
 
@@ -275,20 +275,20 @@ def _single_layer(release: str, size: str, tuning: str, family: Family) -> Itera
         for width in widths
         for label, ending in _endings(family, width)
     ]
-    is_listed, shown = all_listed(release), has_pages(release)
-    for layer in range(facts.n_layers) if family.every_layer else facts.chosen:
+    all_are_listed, has_any_page = all_listed(release), has_pages(release)
+    for layer in range(facts.n_layers) if family.every_layer else facts.full_layers:
         at_layer = _at_layer(shared, family, layer)
         targets = _targets(size, family, layer)
-        chosen = min(
+        canonical_label = min(
             targets, key=lambda label: (abs(targets[label] - CANONICAL_L0), targets[label])
         )
         for width, label, ending, fields in slots:
             values = {**at_layer, **fields, **_names(family, layer, width, label, ending)}
             values["l0"] = float(targets[label])
-            values["canonical"] = label == chosen and "seed" not in ending
-            if shown:
+            values["canonical"] = label == canonical_label and "seed" not in ending
+            if has_any_page:
                 values["neuronpedia_id"] = page(release, layer, width, label, ending)
-            if not is_listed and not listed(release, layer, width, label, ending):
+            if not all_are_listed and not is_listed(release, layer, width, label, ending):
                 values["provenance"] = "derived"
             yield unchecked(values)
 
@@ -329,10 +329,10 @@ def _endings(family: Family, width: str) -> Iterator[tuple[str, str]]:
 
 def _multi_layer(release: str, size: str, tuning: str, family: Family) -> Iterator[SaeSpec]:
     facts = SIZES[size]
-    layers = tuple(range(facts.n_layers)) if family.every_layer else facts.chosen
+    layers = tuple(range(facts.n_layers)) if family.every_layer else facts.full_layers
     head = "" if family.every_layer else f"layer_{'_'.join(map(str, layers))}_"
-    here = _at_layer(_shared(release, size, tuning, family), family, layers[0])
-    here |= {"layers": layers, "l0": None, "provenance": "derived"}
+    at_layer = _at_layer(_shared(release, size, tuning, family), family, layers[0])
+    at_layer |= {"layers": layers, "l0": None, "provenance": "derived"}
     for width in family.widths:
         d_sae = CLT_WIDTHS[width] if family.kind == "clt" else WIDTHS[width]
         for label, ending in _endings(family, width):
@@ -345,6 +345,6 @@ def _multi_layer(release: str, size: str, tuning: str, family: Family) -> Iterat
                 "d_sae": d_sae,
                 "l0_label": label,
                 "affine": affine,
-                "nbytes": multi_layer_nbytes(here["d_in"], d_sae, len(layers), affine=affine),
+                "nbytes": multi_layer_nbytes(at_layer["d_in"], d_sae, len(layers), affine=affine),
             }
-            yield unchecked({**here, **values})
+            yield unchecked({**at_layer, **values})

@@ -79,7 +79,7 @@ def spec_of_folder(repo_id: str, path: str) -> SaeSpec | None:
                 is_layer = int(layer) < gemma_scope_2.n_layers(release)
                 is_kind = "_affine" not in ending or folder.startswith("transcoder")
                 if is_layer and is_kind:
-                    return gemma_scope_2.one(release, int(layer), width, label, ending)
+                    return gemma_scope_2.unlisted_spec(release, int(layer), width, label, ending)
     return None
 
 

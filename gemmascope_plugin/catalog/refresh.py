@@ -149,15 +149,15 @@ def compare(repo_id: str, specs: Iterable[SaeSpec], files: Iterable[str]) -> Rep
     folders = {
         PurePosixPath(p).parent.as_posix() for p in paths if PurePosixPath(p).name in _PARAMETERS
     }
-    other = sorted(folders - expected)
-    added = [path for path in other if spec_of_folder(repo_id, path) is not None]
+    unexpected = sorted(folders - expected)
+    added = [path for path in unexpected if spec_of_folder(repo_id, path) is not None]
     return RepositoryReport(
         repo_id=repo_id,
         present=len(present) + len(added),
         confirmed=sum(spec.provenance == "derived" for spec in complete),
         missing=tuple(sorted(expected - present)),
         added=tuple(added),
-        unknown=tuple(sorted(set(other) - set(added))),
+        unknown=tuple(sorted(set(unexpected) - set(added))),
     )
 
 

@@ -121,13 +121,13 @@ def width_label(d_sae: int) -> str:
 
 def hooks(kind: Kind, site: Site, layer: int) -> tuple[str, str]:
     """TransformerLens names of the tensor read and the tensor reconstructed, of single layers."""
-    read, written = HOOKS[kind, site]
-    return read.format(layer=layer), written.format(layer=layer)
+    read, write = HOOKS[kind, site]
+    return read.format(layer=layer), write.format(layer=layer)
 
 
-def at_layer(hook: str, layer: int, other: int | str) -> str:
+def at_layer(hook: str, layer: int, new_layer: int | str) -> str:
     """The same hook at another layer; hooks without a layer stay as they are."""
-    return hook.replace(f"blocks.{layer}.", f"blocks.{other}.")
+    return hook.replace(f"blocks.{layer}.", f"blocks.{new_layer}.")
 
 
 def raw_nbytes(d_in: int, d_out: int, d_sae: int, *, affine: bool = False) -> int:

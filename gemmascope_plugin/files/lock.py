@@ -102,7 +102,7 @@ def holder(folder: str | Path) -> str | None:
 
 
 def _take(path: Path, target: Path, wait: float, on_wait: Callable[[str], object] | None) -> int:
-    deadline, told = time.monotonic() + wait, False
+    deadline, is_told = time.monotonic() + wait, False
     while True:
         try:
             handle = _try(path)
@@ -116,9 +116,9 @@ def _take(path: Path, target: Path, wait: float, on_wait: Callable[[str], object
                 f"{str(target)!r} is being written to by {_who(path)}",
                 fix="wait for its end, or another folder",
             )
-        if on_wait is not None and not told:
+        if on_wait is not None and not is_told:
             on_wait(f"waiting for {_who(path)}, which writes to {str(target)!r}")
-            told = True
+            is_told = True
         time.sleep(PAUSE)
 
 

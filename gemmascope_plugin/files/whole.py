@@ -153,10 +153,10 @@ def _check_same_kind(path: Path, part: Path) -> None:
         raise GemmaScopeError(f"{str(path)!r} is not a folder", fix="another path, or delete it")
     if not path.is_dir():
         return
-    others = sorted({p.name for p in path.iterdir()} - {p.name for p in part.iterdir()})
-    if others:
+    names = sorted({p.name for p in path.iterdir()} - {p.name for p in part.iterdir()})
+    if names:
         raise GemmaScopeError(
-            f"{str(path)!r} holds other files, which would be lost: {shorten(others)}",
+            f"{str(path)!r} holds other files, which would be lost: {shorten(names)}",
             fix="another folder, or delete it",
         )
 

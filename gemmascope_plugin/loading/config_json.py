@@ -40,8 +40,8 @@ def hf_hooks(spec: SaeSpec) -> tuple[str, str] | None:
     if modules is None:
         return None
     stem = "model.language_model" if _NESTED.match(spec.model) else "model"
-    read, written = (f"{stem}.layers.{spec.layer}.{module}" for module in modules)
-    return read, written
+    read, write = (f"{stem}.layers.{spec.layer}.{module}" for module in modules)
+    return read, write
 
 
 def check_config(path: Path, spec: SaeSpec) -> None:
@@ -96,5 +96,7 @@ def _names(hooks: object, layers: tuple[int, ...], module: str) -> bool:
     match = re.fullmatch(r".*?layers\.(\d+|\{[\d, ]+\}|\{all\})\.(.+)", str(hooks)[:500])
     if match is None or match[2] != module:
         return False
-    named = match[1].strip("{}")
-    return named == "all" or tuple(int(n) for n in named.split(",") if n.strip()) == layers
+    layer_text = match[1].strip("{}")
+    return (
+        layer_text == "all" or tuple(int(n) for n in layer_text.split(",") if n.strip()) == layers
+    )

@@ -114,16 +114,16 @@ def export(
 
 def write_params(path: Path, tensors: Mapping[str, Float[torch.Tensor, "*_"]]) -> None:
     """Writes ``W_enc`` and so on under Gemma Scope 2's names, in float32."""
-    named = {
+    lower_case = {
         name.replace("W_", "w_"): value.to("cpu", torch.float32) for name, value in tensors.items()
     }
-    write_whole(path, lambda file: write_safetensors(file, named))
+    write_whole(path, lambda file: write_safetensors(file, lower_case))
 
 
 def _config(spec: SaeSpec, l0: float) -> dict[str, Any]:
     # Gemma Scope 2 has no name for the norm's output without its gain.
-    named = spec.kind == "sae" or spec.gain == "with"
-    paths = hf_hooks(spec) if named else None
+    has_name = spec.kind == "sae" or spec.gain == "with"
+    paths = hf_hooks(spec) if has_name else None
     hooks = {} if paths is None else {"hf_hook_point_in": paths[0], "hf_hook_point_out": paths[1]}
     return {
         **hooks,
@@ -181,8 +181,8 @@ def _layers_config(cfg: CrossLayerSAEConfig, l0: float, gain: Gain) -> dict[str,
         "gain": gain if cfg.kind == "clt" else "without",
     }
     if cfg.kind == "crosscoder" or gain == "with":
-        listed = "{" + ",".join(map(str, cfg.layers)) + "}"
-        read, written = MODULES[cfg.kind, "res" if cfg.kind == "crosscoder" else "mlp"]
-        content["hf_hook_point_in"] = f"model.layers.{listed}.{read}"
-        content["hf_hook_point_out"] = f"model.layers.{listed}.{written}"
+        layers = "{" + ",".join(map(str, cfg.layers)) + "}"
+        read, write = MODULES[cfg.kind, "res" if cfg.kind == "crosscoder" else "mlp"]
+        content["hf_hook_point_in"] = f"model.layers.{layers}.{read}"
+        content["hf_hook_point_out"] = f"model.layers.{layers}.{write}"
     return content

@@ -121,18 +121,18 @@ def footprint(
           logits                              236.5 kB
           total                                 6.2 MB
     """
-    chosen, n_tokens = as_specs(specs), _tokens(n_tokens)
+    listed_specs, n_tokens = as_specs(specs), _tokens(n_tokens)
     dtype = as_dtype(dtype)
     size = dtype.itemsize
     weights, vocabulary = _model(model, size)
-    acts = sum(2 * s.d_sae + len(s.all_layers) * (s.d_in + s.d_out) for s in chosen)
+    acts = sum(2 * s.d_sae + len(s.all_layers) * (s.d_in + s.d_out) for s in listed_specs)
     return Footprint(
         model=weights,
-        dictionaries=sum(s.nbytes // 4 * size for s in chosen),
+        dictionaries=sum(s.nbytes // 4 * size for s in listed_specs),
         activations=n_tokens * acts * size,
         # Logits are computed or compared in float32 wherever a loss is taken.
         logits=n_tokens * vocabulary * max(4, size),
-        n_dictionaries=len(chosen),
+        n_dictionaries=len(listed_specs),
         n_tokens=n_tokens,
         dtype=dtype,
     )

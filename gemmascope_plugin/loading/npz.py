@@ -83,13 +83,13 @@ def _bad(path: Path, member: Member, fault: BaseException) -> BadFileError:
 def _inflate(archive: zipfile.ZipFile, member: Member, file: BinaryIO) -> None:
     with archive.open(member.entry) as stream:
         stream.read(member.header_size)
-        left = member.nbytes
-        while left:
-            chunk = stream.read(min(CHUNK, left))
+        n_left = member.nbytes
+        while n_left:
+            chunk = stream.read(min(CHUNK, n_left))
             if not chunk:
-                raise EOFError(f"{left} of {member.nbytes} bytes are missing")
+                raise EOFError(f"{n_left} of {member.nbytes} bytes are missing")
             file.write(chunk)
-            left -= len(chunk)
+            n_left -= len(chunk)
         if stream.read(1):  # also makes zipfile compare the checksum
             raise zipfile.BadZipFile("longer than declared")
 

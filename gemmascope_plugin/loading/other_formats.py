@@ -185,11 +185,11 @@ def tree_config(
             f"{spec.release} {spec.sae_id} is a matching-pursuit dictionary, which is not read",
             exists="Tree, Matryoshka and top-k checkpoints of the same repository",
         )
-    for name, wanted in (("d_in", spec.d_in), ("hook_name", spec.hook_in)):
-        if content.get(name, wanted) != wanted:
+    for name, expected in (("d_in", spec.d_in), ("hook_name", spec.hook_in)):
+        if content.get(name, expected) != expected:
             raise BadFileError(
                 f"{str(path)!r} says {name} {content[name]!r}, but {spec.release} {spec.sae_id} "
-                f"has {wanted!r}",
+                f"has {expected!r}",
                 fix="the folder of another dictionary lies here; check the folder and the spec",
             )
     sizes, ks = _layers(path, content, spec, flat="tree" not in kind)

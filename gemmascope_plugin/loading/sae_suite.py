@@ -165,17 +165,17 @@ def _means(key: object, spec: SaeSpec) -> bool:
 def as_specs(specs: Any) -> list[SaeSpec]:
     """One spec or several, given as specs or as pairs of release and id."""
     is_several = isinstance(specs, Iterable) and not isinstance(specs, (str, Mapping))
-    listed = [] if not is_several else list(specs)
+    entries = [] if not is_several else list(specs)
     if isinstance(specs, SaeSpec):
-        listed = [specs]
-    elif not is_several or not all(map(_is_spec, listed)):
+        entries = [specs]
+    elif not is_several or not all(map(_is_spec, entries)):
         shown = type(specs).__name__ if specs is not None else "None"
         raise InputError(
             f"{shown} does not hold specs",
             exists="a SaeSpec, several, or pairs (release, sae_id)",
             fix="specs = gemmascope_plugin.find(model='2b', site='res', layer=20)",
         )
-    return [spec if isinstance(spec, SaeSpec) else get(*spec) for spec in listed]
+    return [spec if isinstance(spec, SaeSpec) else get(*spec) for spec in entries]
 
 
 def _is_spec(spec: object) -> bool:

@@ -250,8 +250,8 @@ def reconstruct(
         x: What was encoded.
     """
     sparse = isinstance(acts, SparseActs)
-    written, scale = write(acts, coder.W_dec) if sparse else acts @ coder.W_dec, coder.scale(x)
-    return (written if scale is None else written * scale) + coder.bias(x)
+    out, scale = write(acts, coder.W_dec) if sparse else acts @ coder.W_dec, coder.scale(x)
+    return (out if scale is None else out * scale) + coder.bias(x)
 
 
 def coder_of(sae: SAE, level: int | None = None) -> Coder:

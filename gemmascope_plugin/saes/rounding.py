@@ -104,10 +104,10 @@ def measure_columns(
     """Upper bounds of ``|w_i|``, or of ``|rounded_i - w_i|``, a few rows of ``W`` at a time."""
     total = torch.zeros(W.shape[1], dtype=torch.float64, device=W.device)
     height = max(1, CACHED // max(1, W.shape[1]))
-    others = repeat(None) if rounded is None else rounded.split(height)
-    for piece, other in zip(W.split(height), others, strict=False):
+    rounded_pieces = repeat(None) if rounded is None else rounded.split(height)
+    for piece, rounded_piece in zip(W.split(height), rounded_pieces, strict=False):
         wide = piece.double()
-        total += (wide if other is None else other.double() - wide).square().sum(0)
+        total += (wide if rounded_piece is None else rounded_piece.double() - wide).square().sum(0)
     return inflate(total.sqrt())
 
 

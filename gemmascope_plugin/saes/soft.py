@@ -165,8 +165,8 @@ class SoftSAE(SAE[SoftSAEConfig]):
         """
         return rank_coder(self, self._limits, level)
 
-    def _limits(self, seen: Float[torch.Tensor, "*tokens d_in"]) -> Int[torch.Tensor, "*tokens"]:
-        return predict_budget(self.k_estimator, seen, self.cfg.k).long()
+    def _limits(self, sae_in: Float[torch.Tensor, "*tokens d_in"]) -> Int[torch.Tensor, "*tokens"]:
+        return predict_budget(self.k_estimator, sae_in, self.cfg.k).long()
 
     @override
     @torch.no_grad()

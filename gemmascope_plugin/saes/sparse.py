@@ -104,12 +104,12 @@ class SparseActs:
         """
         for extreme in features.aminmax() if len(features) else ():
             check_feature(int(extreme), self.d_sae, f"{self!r}")
-        chosen, place = features.to(self.indices.device).unique(return_inverse=True)
+        distinct, place = features.to(self.indices.device).unique(return_inverse=True)
         column = torch.full((self.d_sae,), -1, device=self.indices.device)
-        column[chosen.long()] = torch.arange(len(chosen), device=self.indices.device)
+        column[distinct.long()] = torch.arange(len(distinct), device=self.indices.device)
         places = column[self.indices]
         is_chosen = places >= 0
-        flat = self.values.new_zeros(self.n_tokens, len(chosen))
+        flat = self.values.new_zeros(self.n_tokens, len(distinct))
         flat = flat.index_put((self.rows[is_chosen], places[is_chosen]), self.values[is_chosen])
         return flat[:, place].reshape(*self.shape[:-1], len(features))
 

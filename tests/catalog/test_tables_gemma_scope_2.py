@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from gemmascope_plugin.catalog import SaeSpec, find, get, releases, tables
-from gemmascope_plugin.catalog.gemma_scope_2 import SIZES, heads, one, target_l0
+from gemmascope_plugin.catalog.gemma_scope_2 import SIZES, heads, target_l0, unlisted_spec
 
 EXPECTED = {"270m": 556, "1b": 728, "4b": 876, "12b": 1156, "27b": 1436}
 """Single-layer dictionaries per repository."""
@@ -182,6 +182,6 @@ def test_every_spec_is_what_the_constructor_would_make() -> None:
 
 def test_an_entry_made_from_its_name_is_the_one_of_the_rules() -> None:
     spec = get("gemma-scope-2-4b-it-transcoders", "transcoder/layer_29_width_16k_l0_big_affine")
-    made = one("gemma-scope-2-4b-it-transcoders", 29, "16k", "big", "_affine")
+    made = unlisted_spec("gemma-scope-2-4b-it-transcoders", 29, "16k", "big", "_affine")
     assert (made.provenance, made.canonical) == ("derived", False)
     assert vars(made) == {**vars(spec), "provenance": "derived", "canonical": False}
