@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from gemmascope_plugin.graphs.adjacency import Adjacency
-from gemmascope_plugin.tracing.linear.rows import chunks, matrix
+from gemmascope_plugin.tracing.linear.rows import matrix
+from gemmascope_plugin.tracing.linear.sweep import chunks
 from gemmascope_plugin.tracing.linear.targets import (
     Logit,
     LogitDifference,
@@ -151,14 +152,14 @@ def test_attention_biases_are_sources() -> None:
 def test_chunks_do_not_matter(hooked2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     traced = traced_of(hooked2, [factories.transcoder(hooked2, layer) for layer in LAYERS])
     expected = rows_of(traced).matrix.toarray()
-    monkeypatch.setattr("gemmascope_plugin.tracing.linear.rows.MAX_TARGETS", 3)
+    monkeypatch.setattr("gemmascope_plugin.tracing.linear.sweep.MAX_TARGETS", 3)
     got = rows_of(traced).matrix.toarray()
     np.testing.assert_allclose(got, expected, atol=TINY)
 
 
 def test_chunks_of_one_token_are_the_same(hooked2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     traced = traced_of(hooked2, [factories.transcoder(hooked2, layer) for layer in LAYERS])
-    module = "gemmascope_plugin.tracing.linear.rows"
+    module = "gemmascope_plugin.tracing.linear.sweep"
     matrices = []
     for small, least in ((float("inf"), 1), (0, 1)):
         monkeypatch.setattr(f"{module}.SMALL", small)
@@ -221,7 +222,7 @@ def test_small_shares_are_dropped(hooked2: Any) -> None:
 
 
 def test_threads_do_not_matter(hooked2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gemmascope_plugin.tracing.linear.rows.MIN_TARGETS", 4)
+    monkeypatch.setattr("gemmascope_plugin.tracing.linear.sweep.MIN_TARGETS", 4)
     traced = traced_of(hooked2, [factories.transcoder(hooked2, layer) for layer in LAYERS])
     before = torch.get_num_threads()
     matrices = []

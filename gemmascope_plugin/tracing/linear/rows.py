@@ -1,11 +1,12 @@
 """The matrix of a trace: rows of targets and of features, chunk by chunk of the sweep.
 
-1. Targets that enter at one place are sorted by token and taken in chunks that fit the memory budget,
-   and that end where one more token would cost those before it more than another chunk does.
+1. Targets that enter at one place are sorted by token and taken in chunks, see ``chunks``.
 2. Each thread takes whole chunks: a product of one chunk is too small for many threads, which would wait
    for each other at every step; with a chunk per thread they meet once.
 3. With a limit on the number of feature rows the most influential ones are taken, as found from the rows
    made so far, some at a time (as circuit-tracer does).
+4. What a row can hold at most is known before it is filled, so nothing is moved if it does. Rows that
+hold less leave gaps, which are closed once.
 
 Cost: that of the sweep, which is bound by its products. Of 16 tokens on 18 layers of Gemma 3 270M's
 shape with 60 active features a token and layer (15,929 features, 65 million edges, one thread), of
@@ -26,27 +27,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from tqdm.auto import tqdm
 
-from gemmascope_plugin.graphs.adjacency import Adjacency
+from gemmascope_plugin.graphs.adjacency import Adjacency, rows_of
 from gemmascope_plugin.tracing.linear.pullback import Entry
-from gemmascope_plugin.tracing.linear.row_store import Part, Store, stacked
-from gemmascope_plugin.tracing.linear.sweep import Sweep
+from gemmascope_plugin.tracing.linear.sweep import Sweep, chunks, n_workers
 from gemmascope_plugin.tracing.linear.targets import Seed
 from gemmascope_plugin.tracing.linear.trace_nodes import Reach
 
-MAX_TARGETS = 256
-"""Targets of a chunk at most: more are no faster, and their tokens lie further apart."""
-MIN_CHUNK = 32
-"""Targets of a chunk that may end before it is full."""
-SMALL = 1 << 20
-"""Operations in the time that a small product takes to be called, beside what it computes."""
-MIN_TARGETS = 32
-"""Targets that a thread needs to be worth its while."""
 ROUNDS = 8
 """Times that the most influential features are chosen anew."""
 
@@ -193,52 +186,6 @@ class Rows:
                     self._parts.append(part)
 
 
-def n_workers(sweep: Sweep, entry: Entry) -> int:
-    """Threads that take chunks of an entry side by side, each with enough targets."""
-    if entry.positions.device.type != "cpu":
-        return 1
-    n_pos = int(entry.positions.max()) + 1
-    fitting = sweep.budget // (sweep.bytes_per_target(n_pos, entry.n_below) * MIN_TARGETS)
-    useful = len(entry.positions) // MIN_TARGETS
-    return max(1, min(torch.get_num_threads(), fitting, useful))
-
-
-def chunks(sweep: Sweep, entry: Entry, n_workers: int) -> Iterator[Entry]:
-    """An entry in parts that fit the budget, one for each of so many threads."""
-    n_pos = int(entry.positions.max()) + 1
-    fitting = sweep.fitting(n_pos, entry.n_below, sweep.budget // n_workers)
-    ends = _ends(sweep, entry, min(MAX_TARGETS, fitting))
-    for first, last in pairwise([0, *ends]):
-        index = slice(first, last)
-        yield Entry(
-            entry.after,
-            entry.positions[index],
-            entry.vectors[index],
-            entry.constant[index],
-            entry.n_below,
-        )
-
-
-def _ends(sweep: Sweep, entry: Entry, most: int) -> list[int]:
-    """Where chunks end: a further token costs all targets before it one more token at every layer,
-    another chunk costs as many small products as it has tokens.
-    """
-    tokens, counts = entry.positions.unique_consecutive(return_counts=True)
-    small = SMALL if entry.positions.device.type == "cpu" else float("inf")
-    ends, start, stop = [], 0, 0
-    for pos, count in zip(tokens.tolist(), counts.tolist(), strict=True):
-        size = stop - start
-        wasteful = size >= MIN_CHUNK and size * sweep.work > (pos + 1) * small
-        if size and (wasteful or size + count > most):
-            ends.append(stop)
-            start = stop
-        while start + most < stop + count:
-            start += most
-            ends.append(start)
-        stop += count
-    return [*ends, stop]
-
-
 @contextmanager
 def _workers(count: int) -> Iterator[ThreadPoolExecutor]:
     """A pool of threads that share those of PyTorch, whose number is put back at the end."""
@@ -249,3 +196,90 @@ def _workers(count: int) -> Iterator[ThreadPoolExecutor]:
             yield pool
         finally:
             torch.set_num_threads(before)
+
+
+class Store:
+    """Rows in their final place: ``room`` is what each can hold at most; nothing moves if it does.
+
+    Entries that are a smaller share than ``min_share`` of their row's absolute sum are dropped.
+    """
+
+    def __init__(self, room: np.ndarray, dtype: np.dtype, min_share: float = 0.0) -> None:
+        self._starts = np.concatenate([[0], np.cumsum(room, dtype=np.int64)])
+        self._data = np.empty(self._starts[-1], dtype)
+        self._columns = np.empty(self._starts[-1], np.int32)
+        self._min_share = min_share
+        self.counts = np.zeros(len(room), dtype=np.int64)
+        """Entries of each row."""
+
+    def put(self, row: int, effects: np.ndarray, columns: np.ndarray) -> None:
+        """Fills some rows that follow one another and have the same room, from effects of the first nodes
+        and the nodes that can reach them.
+        """
+        n, size = effects.shape[0], len(columns)
+        start = self._starts[row]
+        assert self._starts[row + n] - start == n * size, "rows and columns disagree"
+        data = self._data[start : start + n * size].reshape(n, size)
+        np.take(effects, columns, axis=1, out=data, mode="clip")
+        places = self._columns[start : start + n * size].reshape(n, size)
+        places[:] = columns
+        self.counts[row : row + n] = size
+        if self._min_share == 0 and int(torch.from_numpy(data).count_nonzero()) == data.size:
+            return
+        mask = data != 0
+        if self._min_share > 0:
+            sizes = np.abs(data)
+            mask &= sizes >= self._min_share * sizes.sum(1, keepdims=True)
+        self.counts[row : row + n] = mask.sum(1)
+        # of a flat mask, which numpy searches several times faster than one of two axes
+        flat = np.flatnonzero(mask.ravel())
+        for whole in (self._data, self._columns):
+            whole[start : start + len(flat)] = whole[start : start + n * size][flat]
+        # only the first of them now begins where its room does
+        self._starts[row + 1 : row + n] = start + np.cumsum(self.counts[row : row + n - 1])
+
+    def part(self, nodes: np.ndarray) -> Part:
+        """The rows, without gaps, with the node of each."""
+        ends = np.cumsum(self.counts)
+        total = int(ends[-1]) if len(ends) else 0
+        if total < len(self._data):
+            self._close(ends)
+        return Part(self._data[:total], self._columns[:total], self.counts, nodes)
+
+    def _close(self, ends: np.ndarray) -> None:
+        """Moves rows down over gaps, runs of rows without a gap between them at once."""
+        starts = self._starts[:-1]
+        cuts = np.flatnonzero(starts[1:] != starts[:-1] + self.counts[:-1]) + 1
+        for first, last in pairwise([0, *cuts.tolist(), len(starts)]):
+            size = int(self.counts[first:last].sum())
+            start, to = int(starts[first]), int(ends[last - 1]) - size
+            for whole in (self._data, self._columns):
+                whole[to : to + size] = whole[start : start + size]
+
+
+class Part(NamedTuple):
+    """Rows of some targets."""
+
+    data: np.ndarray
+    columns: np.ndarray
+    counts: np.ndarray
+    """Entries of each row."""
+    nodes: np.ndarray
+    """The node of each row."""
+
+    def copy(self) -> Part:
+        """In memory of its own, no larger than it needs."""
+        return Part(*(array.copy() for array in self))
+
+
+def stacked(parts: Sequence[Part], n_nodes: int) -> Adjacency:
+    """Parts as one matrix, in the order of their nodes; a single one that is in order is not copied."""
+    parts = sorted((part for part in parts if len(part.nodes)), key=lambda part: int(part.nodes[0]))
+    joined = parts[0] if len(parts) == 1 else Part(*map(np.concatenate, zip(*parts, strict=True)))
+    data, columns, counts, nodes = joined
+    ends = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    matrix = rows_of(data, columns, ends, (len(nodes), n_nodes))
+    if (np.diff(nodes) < 0).any():
+        by_node = np.argsort(nodes, kind="stable")
+        matrix, nodes = matrix[by_node], nodes[by_node]
+    return Adjacency(matrix, nodes)

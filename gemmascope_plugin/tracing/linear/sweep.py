@@ -14,6 +14,8 @@ et al., "Circuit Tracing", 2025, where autograd does it).  From the top, for a c
 
 Features enter where they read: transcoders at 3, attention SAEs at 4, residual SAEs at 2 of their layer.
 Only tokens and layers before a target are visited, and until the first attention only its own token.
+Chunks of targets fit the memory budget, and end where one more token would cost those before it more than
+another chunk does.
 
 Cost: a target costs ``layers * pos * d_model * (head * d_head + kv * d_head + rows per token)``
 multiplications at most, and half of ``layers * pos^2 * head * d_head``; memory is
@@ -23,8 +25,9 @@ multiplications at most, and half of ``layers * pos^2 * head * d_head``; memory 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -44,6 +47,15 @@ from gemmascope_plugin.tracing.linear.targets import Seed
 from gemmascope_plugin.tracing.linear.trace_nodes import Layout
 from gemmascope_plugin.tracing.linear.trace_site import PER_LAYER, Activity
 from gemmascope_plugin.tracing.linear.writes import DecoderWrites
+
+MAX_TARGETS = 256
+"""Targets of a chunk at most: more are no faster, and their tokens lie further apart."""
+MIN_CHUNK = 32
+"""Targets of a chunk that may end before it is full."""
+SMALL = 1 << 20
+"""Operations in the time that a small product takes to be called, beside what it computes."""
+MIN_TARGETS = 32
+"""Targets that a thread needs to be worth its while."""
 
 
 class Sweep:
@@ -259,3 +271,49 @@ def _ended(state: Cotangent, activity: Activity) -> Cotangent | None:
     last = int(special[-1]) + 1
     values = state.values[:last]
     return state.with_values(values * passing[: len(values), None, None])
+
+
+def n_workers(sweep: Sweep, entry: Entry) -> int:
+    """Threads that take chunks of an entry side by side, each with enough targets."""
+    if entry.positions.device.type != "cpu":
+        return 1
+    n_pos = int(entry.positions.max()) + 1
+    fitting = sweep.budget // (sweep.bytes_per_target(n_pos, entry.n_below) * MIN_TARGETS)
+    useful = len(entry.positions) // MIN_TARGETS
+    return max(1, min(torch.get_num_threads(), fitting, useful))
+
+
+def chunks(sweep: Sweep, entry: Entry, n_workers: int) -> Iterator[Entry]:
+    """An entry in parts that fit the budget, one for each of so many threads."""
+    n_pos = int(entry.positions.max()) + 1
+    fitting = sweep.fitting(n_pos, entry.n_below, sweep.budget // n_workers)
+    ends = _ends(sweep, entry, min(MAX_TARGETS, fitting))
+    for first, last in pairwise([0, *ends]):
+        index = slice(first, last)
+        yield Entry(
+            entry.after,
+            entry.positions[index],
+            entry.vectors[index],
+            entry.constant[index],
+            entry.n_below,
+        )
+
+
+def _ends(sweep: Sweep, entry: Entry, most: int) -> list[int]:
+    """Where chunks end: a further token costs all targets before it one more token at every layer,
+    another chunk costs as many small products as it has tokens.
+    """
+    tokens, counts = entry.positions.unique_consecutive(return_counts=True)
+    small = SMALL if entry.positions.device.type == "cpu" else float("inf")
+    ends, start, stop = [], 0, 0
+    for pos, count in zip(tokens.tolist(), counts.tolist(), strict=True):
+        size = stop - start
+        wasteful = size >= MIN_CHUNK and size * sweep.work > (pos + 1) * small
+        if size and (wasteful or size + count > most):
+            ends.append(stop)
+            start = stop
+        while start + most < stop + count:
+            start += most
+            ends.append(start)
+        stop += count
+    return [*ends, stop]
