@@ -64,7 +64,7 @@ class Probability(AnswerMetric):
 
 
 class Margin(AnswerMetric):
-    """``logit(answer) - max`` over all tokens that are no answer."""
+    """``logit(answer) - max`` over all tokens that are not answers."""
 
     name = "margin"
 

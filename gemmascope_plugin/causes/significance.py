@@ -56,7 +56,7 @@ def bootstrap(
     """Percentile interval of the mean over prompts."""
     _check(changes)
     if not 0 < level < 1:
-        raise TaskError(f"The level {level} is no probability between 0 and 1", fix="level=0.95")
+        raise TaskError(f"The level {level} is not a probability between 0 and 1", fix="level=0.95")
     n_prompts = changes.shape[-1]
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(n_prompts, (n, n_prompts), generator=generator)

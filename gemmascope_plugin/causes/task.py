@@ -53,7 +53,7 @@ class Origin:
     """How a task was made for a model."""
 
     model: ReferenceType[Any]
-    """The model, as long as somebody else holds it."""
+    """The model, as long as something else holds it."""
     split: str | None
     n_dropped: int
     """Prompts that were tried and do not fit its tokenizer."""
@@ -80,7 +80,7 @@ class Task:
     mask: Bool[torch.Tensor, "prompt pos"] | None = None
     """False where token ids are padding, for both kinds of prompts."""
     origin: Origin | None = field(default=None, compare=False)
-    """How it was made for a model; None for prompts of somebody's own."""
+    """How it was made for a model; None for prompts that were given."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.metric, Metric):

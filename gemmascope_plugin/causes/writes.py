@@ -13,7 +13,7 @@
    They are the same in a model without a norm after attention.
 3. ``mlp_out`` and the embedding are what is added: their difference needs no correction.
 4. A writer is replaced by its value in the other run, by nothing or by a mean (``replace.py``); means are
-   those of the whole task, also when it is worked off in parts.
+   those of the whole task, also when it is run in parts.
 
 ``a`` and ``s`` are those of the base run, the run that is patched.
 

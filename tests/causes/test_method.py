@@ -8,7 +8,7 @@ import pytest
 
 from gemmascope_plugin.causes.gradient import attribution_patching as nodes
 from gemmascope_plugin.causes.gradient import edge_attribution as edges
-from gemmascope_plugin.causes.gradient import site_slopes as sites
+from gemmascope_plugin.causes.gradient import site_runs as sites
 from gemmascope_plugin.causes.gradient.relp import RelpRules
 from gemmascope_plugin.causes.method import pick
 from gemmascope_plugin.errors import TaskError, UnknownNameError

@@ -314,7 +314,7 @@ def test_mistakes(hooked2) -> None:
             UnknownNameError,
             "no dictionary was given.*load",
         ),
-        ("embed", "blocks.0.hook_mlp_out/3", {"saes": sae}, UnknownNameError, "is no stream"),
+        ("embed", "blocks.0.hook_mlp_out/3", {"saes": sae}, UnknownNameError, "is not a stream"),
         (
             [["MLP0", "blocks.0.hook_mlp_out/3"]],
             "logits",

@@ -1,4 +1,4 @@
-"""Built-in causal questions for any tokenizer (``build.py``), and tasks from somebody's own sentence."""
+"""Built-in causal questions for any tokenizer (``build.py``), and tasks from one's own sentence."""
 
 from gemmascope_plugin.causes.builtin.build import (
     SPLITS,

@@ -24,7 +24,7 @@ Splits share no words and no templates (``drafts.py``). A model may bring its ow
 a floor above registers them (``register_tasks``). The bundled suite, whose 462 words make no English
 sentence, does so when it is imported.
 
-Cost: the tokenizer, and, once somebody looks, one pass over the clean prompts.
+Cost: the tokenizer, and, when it is printed, one pass over the clean prompts.
 """
 
 from __future__ import annotations

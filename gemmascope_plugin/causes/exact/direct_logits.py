@@ -78,7 +78,7 @@ def direct_logit_attribution(
             heads (dictionaries at ``hook_z``, through ``W_O`` and the frozen norm), or, for a dictionary
             of the stream, everything written before it.
         metric: ``logit_diff(answer, wrong)``; the task's own if None. Of sets of answers the *mean* logit
-            counts here, for the log-sum-exp of the metric is no sum over components.
+            counts here, for the log-sum-exp of the metric is not a sum over components.
         saes: Dictionaries, for ``by="feature"``.
         batch: Prompts in one forward pass.
 
@@ -89,7 +89,7 @@ def direct_logit_attribution(
         zero.
 
     Raises:
-        TaskError: The metric is no logit difference.
+        TaskError: The metric is not a logit difference.
         UnknownNameError: An unknown ``by``, or dictionaries without ``by="feature"`` or the reverse.
         ModelError: Two dictionaries decompose the same part of the stream.
 
@@ -150,7 +150,7 @@ def accumulated_logit_diff(
         Effects along ``layer`` and ``stream``: ``pre``, ``mid`` (after attention), ``post``.
 
     Raises:
-        TaskError: The metric is no logit difference.
+        TaskError: The metric is not a logit difference.
         UnknownNameError: An unknown ``scale``.
     """
     check_choice("scale", scale, get_args(Scale))

@@ -8,7 +8,7 @@
 3. Copies whose patches begin at nearly the same position climb the layers together, up to as many rows as
    are allowed; each joins at its layer. So a layer is run for all of them at once.
 4. Where that cannot be, for a model that is not a Gemma, passes start at the patched layer by the model's
-   own modules, and whole where somebody's hooks take part, those of dictionaries among them.
+   own modules, and whole where other hooks take part, those of dictionaries among them.
 
 Cost: the matrix products of the positions behind the first change, in the layers above the patch.
 """

@@ -4,8 +4,8 @@
 
 ``direct``  nothing: every other head and MLP is frozen at its value in the base run. The difference is
             closed form. Embedding and MLPs: other minus base. The heads of a layer, *jointly*:
-            ``ln1_post(a + sum_h dr_h) - ln1_post(a)`` with ``dr_h = (z'_h - z_h) W_O[h]``, which is no
-            sum over heads where a norm follows attention, as in Gemma.
+            ``ln1_post(a + sum_h dr_h) - ln1_post(a)`` with ``dr_h = (z'_h - z_h) W_O[h]``, which is not
+            a sum over heads where a norm follows attention, as in Gemma.
 ``mlps``    MLPs in between are recomputed, heads are frozen (Wang et al., arXiv 2211.00593).
 ``total``   everything in between is recomputed.
 
@@ -114,7 +114,7 @@ class Flow:
     def _recomputed(
         self, changes: Sequence[Change], streams: Sequence[str]
     ) -> list[dict[str, Difference]]:
-        """Runs the prompts once per change, side by side, and sees what becomes of the streams."""
+        """Runs the prompts once per change, side by side, and reads the streams."""
         replay, window, n = self._part.replay, self._window, len(self._part.index)
         first = min(layer_of(hook) for c in changes for hook in (*c.replaced, *c.added))
         hooks: dict[str, list[Callable[[torch.Tensor], None]]] = {}

@@ -73,7 +73,7 @@ def stream_of(runner: Runner, anatomy: Anatomy, receiver: Receiver) -> str:
     if hook_in.endswith(_WITH_GAIN + _WITHOUT_GAIN):
         return f"blocks.{layer_of(hook_in)}.hook_resid_mid"
     raise UnknownNameError(
-        f"{node.label} belongs to a dictionary that reads {hook_in}, which is no stream, so no path "
+        f"{node.label} belongs to a dictionary that reads {hook_in}, which is not a stream, so no path "
         "ends there",
         fix="the head or MLP that it decomposes, or a feature of a transcoder or of a stream",
     )

@@ -89,7 +89,7 @@ class EapIgActivations(EdgeMethod):
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise TaskError(f"steps={self.steps} are no steps", fix="steps=10")
+            raise TaskError(f"steps={self.steps} gives no points on the line", fix="steps=10")
 
     @property
     def n_steps(self) -> int:

@@ -1,7 +1,7 @@
 """Direct paths between sites: gradients that stop at every site between (Marks et al., arXiv 2403.19647).
 
 **Which sites are joined.** From ``u`` to ``d`` if ``u`` is written before ``d`` and the stream between
-them is no site: an upstream residual dictionary screens all that lies below it.
+them is not a site: an upstream residual dictionary screens all that lies below it.
 
 **What is stopped.** The path from ``u`` to ``d`` may pass through anything but another site; every site
 between them, features and errors alike, keeps its clean value. With dictionaries everywhere this means:

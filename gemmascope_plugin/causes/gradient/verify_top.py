@@ -71,7 +71,7 @@ def verify_top(
         magnitudes, all numbers outside ``"exact_at"`` still are.
 
     Raises:
-        TaskError: ``k`` is no number of nodes, or the effects are not those of this task.
+        TaskError: ``k`` is not a number of nodes, or the effects are not those of this task.
     """
     top = ranking(effects, k)[:k]
     with reopened(model, task, effects, saes, max_rows) as run:

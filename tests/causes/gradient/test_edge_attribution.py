@@ -261,7 +261,7 @@ BAD = [
     ({"method": "epa"}, UnknownNameError, "Unknown method 'epa'.*Did you mean 'eap'"),
     ({"mode": "noise"}, UnknownNameError, "Unknown mode 'noise'"),
     ({"writer_delta": "jvp"}, UnknownNameError, "Unknown writer_delta 'jvp'.*jacobian"),
-    ({"steps": 0}, TaskError, "steps=0 are no steps"),
+    ({"steps": 0}, TaskError, "steps=0 gives no points on the line"),
     ({"method": "eap", "steps": 3}, TaskError, "steps plays no part in method='eap'"),
     ({"replacement": "zero"}, TaskError, "method='eap-ig-activations'"),
     ({"per_position": True, "by_prompt": True}, TaskError, "one of them"),
