@@ -13,7 +13,6 @@ Cost: that of the circuit's file.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -27,7 +26,13 @@ from jaxtyping import Float
 
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.errors import TaskError
-from gemmascope_plugin.files.bundle import as_json, from_json_value, read_bundle, write_bundle
+from gemmascope_plugin.files.bundle import (
+    as_json,
+    from_json_value,
+    plain_values,
+    read_bundle,
+    write_bundle,
+)
 from gemmascope_plugin.graphs.circuit import Circuit
 from gemmascope_plugin.models.gate import gate
 
@@ -177,18 +182,22 @@ class Scores:
         Numbers that are not finite are None; the metric of single prompts is left out, see :meth:`save`.
         """
         circuit = self.circuit
-        values = {name: _plain(getattr(self, name)) for name in (*_NUMBERS, *_LISTS, "metadata")}
+        values = {
+            name: plain_values(getattr(self, name)) for name in (*_NUMBERS, *_LISTS, "metadata")
+        }
         labels = circuit.to_frame(circuit.n_units)
         return {
             "circuit": {
                 "unit": circuit.graph.unit,
                 "size": circuit.size,
                 "n_units": circuit.n_units,
-                "kept": _plain(labels[labels["kept"]].drop(columns="kept").to_dict("records")),
+                "kept": plain_values(
+                    labels[labels["kept"]].drop(columns="kept").to_dict("records")
+                ),
             },
             **values,
             "by_errors": {
-                errors: {name: _plain(getattr(scores, name)) for name in values}
+                errors: {name: plain_values(getattr(scores, name)) for name in values}
                 for errors, scores in self.by_errors.items()
             },
         }
@@ -259,16 +268,6 @@ class Scores:
 def _fixed(value: float) -> str:
     """Three digits; rounded first, so that there is no minus before zero."""
     return f"{round(value, 3) + 0.0:.3f}"
-
-
-def _plain(value: Any) -> Any:
-    """For JSON: tuples are lists, numbers that are not finite are None."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    plain = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
 
 
 def _circuit_bytes(circuit: Circuit) -> np.ndarray:

@@ -133,3 +133,13 @@ def from_json_value(value: object) -> Any:
             return float(value[_FLOAT])
         return {key: from_json_value(each) for key, each in value.items()}
     return tuple(map(from_json_value, value)) if isinstance(value, list) else value
+
+
+def plain_values(value: Any) -> Any:
+    """What any reader of JSON takes: tuples are lists, numbers that are not finite None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_values(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_values(each) for each in value]
+    plain = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain

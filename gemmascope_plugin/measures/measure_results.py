@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from typing_extensions import override
+from typing_extensions import Self, override
 
 import gemmascope_plugin.figures as figures
+from gemmascope_plugin.files.bundle import plain_values
+from gemmascope_plugin.measures.measure_file import load_fields, save_fields
 from gemmascope_plugin.measures.tree_recovery import Recovery
 from gemmascope_plugin.splice.losses import SpliceLoss
 
@@ -48,6 +51,37 @@ class Measured(ABC):
         import pandas as pd
 
         return pd.DataFrame([self.row()])
+
+    def to_json(self) -> dict[str, Any]:
+        """The row and the excluded tokens as plain values; numbers that are not finite are None."""
+        return plain_values({**self.row(), "exclude": self.exclude})
+
+    def save(self, path: str | Path) -> Path:
+        """Writes everything that was measured into one file.
+
+        Returns:
+            The path.
+
+        Raises:
+            GemmaScopeError: The file cannot be written.
+        """
+        return save_fields(path, self)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads what :meth:`save` has written.
+
+        Raises:
+            MissingFileError: There is no such file.
+            BadFileError: It is damaged, contradicts itself, or is another result.
+        """
+        record, values = load_fields(path, cls)
+        try:
+            result = cls(**values)
+            _ = repr(result), result.to_frame()  # a result that contradicts itself has neither
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
+            record.bad(str(fault))
+        return result
 
     def _what(self) -> dict[str, Any]:
         """The beginning of the row."""
