@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+import gemmascope_plugin.loading.saelens_registry as saelens_registry
 from gemmascope_plugin.catalog import SaeSpec, get
 from gemmascope_plugin.dtypes import as_device, as_dtype, dtype_name
 from gemmascope_plugin.errors import GemmaScopeError
@@ -35,7 +36,6 @@ from gemmascope_plugin.loading.convert import (
 )
 from gemmascope_plugin.loading.integrity import check_causal, check_file, open_checked
 from gemmascope_plugin.loading.other_formats import open_saelens, open_tree
-from gemmascope_plugin.loading.register import renew
 from gemmascope_plugin.loading.sources import locate
 from gemmascope_plugin.saes.cross_layer import (
     CrossCoder,
@@ -156,7 +156,8 @@ def load(
     if not isinstance(spec, SaeSpec) or sae_id is not None:
         spec = get(*_pair(spec if sae_id is None else (spec, sae_id)))
     files = locate(spec, local_dir=local_dir, revision=revision, offline=offline)
-    renew()
+    if saelens_registry.registered is not None:  # SAELens may have forgotten since
+        saelens_registry.register()
     if opener := _OPENERS.get(spec.format):
         return opener(spec, files, device=device, dtype=dtype, check=check)
     sae = skeleton(config(spec, dtype=dtype_name(dtype)))

@@ -57,7 +57,7 @@ def test_what_a_refreshed_catalog_adds_is_registered(monkeypatch) -> None:
     more = (*tables.specs_of(release), replace(find(release=release)[0], sae_id="found/later"))
     tables.clear_caches()
     monkeypatch.setattr(
-        import_module("gemmascope_plugin.loading.register"),
+        import_module("gemmascope_plugin.loading.saelens_registry"),
         "specs_of",
         lambda name: more if name == release else tables.specs_of(name),
     )

@@ -110,7 +110,7 @@ def test_saelens_loads_a_tree_of_the_catalog(tmp_path, monkeypatch) -> None:
     from sae_lens import SAE
     from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
 
-    register_module = importlib.import_module("gemmascope_plugin.loading.register")
+    register_module = importlib.import_module("gemmascope_plugin.loading.saelens_registry")
 
     sae_spec = tree_spec()
     put_tree(tmp_path, sae_spec)

@@ -47,7 +47,7 @@ NAME = "gemmascope"
 RELEASE_KEY = "gemmascope_release"
 _ROW_FIELDS = {"conversion_func", "config_overrides", "expected_l0", "model", "saes_map"}
 
-_registered: tuple[object, object] | None = None
+registered: tuple[object, object] | None = None
 """SAELens' directory and our catalog at the last ``register()``; either may be read anew."""
 
 
@@ -67,13 +67,13 @@ def register() -> None:
     from gemmascope_plugin.saes.registration import register_all
 
     register_all()
-    global _registered
+    global registered
     loaders, getters, lookup_class, directory = _internals()
     loaders[NAME] = _load
     getters[NAME] = _get_config
     now = directory, models()
     complete = all(release in directory for release in now[1])
-    if _registered and complete and _registered[0] is now[0] and _registered[1] is now[1]:
+    if registered and complete and registered[0] is now[0] and registered[1] is now[1]:
         return
     for release in releases():
         specs = specs_of(release)
@@ -82,13 +82,7 @@ def register() -> None:
             _correct(row, release, specs)
         elif row is None or row.conversion_func == NAME:
             directory[release] = _row(lookup_class, release, specs)
-    _registered = now
-
-
-def renew() -> None:
-    """Register again if ``register()`` has run before and SAELens has forgotten since."""
-    if _registered is not None:
-        register()
+    registered = now
 
 
 def _internals() -> tuple[dict[str, Any], dict[str, Any], type[Any], dict[str, Any]]:
