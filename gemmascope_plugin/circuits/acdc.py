@@ -47,8 +47,8 @@ class Acdc(CircuitMethod):
         """The edges that stay."""
         tau = TAU if options.tau is None else options.tau
         memory = MEMORY if options.memory_budget is None else options.memory_budget
-        asked = task.asked
-        metric = kl_divergence(position=asked.position, before_cap=asked.before_cap)
+        question = task.asked
+        metric = kl_divergence(position=question.position, before_cap=question.before_cap)
         bound = Task(task.clean, task.corrupt, metric, task.name, task.mask).bind(model)
         ablation = EdgeAblation(model, bound, options.replacement, Limit(_MAX_ROWS, memory))
         pruned = acdc(ablation, tau, progress=options.progress)

@@ -34,7 +34,7 @@ from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.replace import Replacement
 from gemmascope_plugin.causes.replayed import Part
 from gemmascope_plugin.causes.writes import Writes, replayed_writers
-from gemmascope_plugin.circuits.writer_changes import Written
+from gemmascope_plugin.circuits.writer_changes import WriterChanges
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.finite import wide
@@ -132,8 +132,8 @@ class _Run:
         self.anatomy, self.edges, self.other = anatomy, edges, other
         self.any_removed = removed.any(0)
         self.n_circuits = len(removed)
-        self.written = Written(anatomy, edges, removed, other.embed)
-        self.seen: tuple[int, torch.Tensor] | None = None
+        self.changes = WriterChanges(anatomy, edges, removed, other.embed)
+        self.normed: tuple[int, torch.Tensor] | None = None
         """A layer, and what its heads see in its norm beyond the live stream."""
         self.stream: dict[str, torch.Tensor] = {}
 
@@ -170,12 +170,12 @@ class _Run:
         other: Float[torch.Tensor, "prompt pos d_model"],
     ) -> None:
         if bool(self.any_removed[row].any()):
-            self.written.add(row, other - live)
+            self.changes.add(row, other - live)
 
     def _attend(self, layer: int, live: Float[torch.Tensor, "some prompt pos head d_head"]) -> None:
         if bool(self.any_removed[self.edges.heads(layer)].any()):
             moved = self.anatomy.head_results(layer, self.other.z[layer] - live)
-            self.written.add_heads(layer, self.anatomy.head_sum(layer, live), moved)
+            self.changes.add_heads(layer, self.anatomy.head_sum(layer, live), moved)
 
     def _wrote(
         self, row: int, other: Float[torch.Tensor, "prompt pos d_model"]
@@ -207,14 +207,14 @@ class _Run:
 
     def _normed(self, layer: int) -> Float[torch.Tensor, "circuit prompt pos reader d_model"]:
         """What queries, keys and values of a layer see in its norm beyond the live stream."""
-        if self.seen is None or self.seen[0] != layer:
+        if self.normed is None or self.normed[0] != layer:
             ln1 = self.anatomy.norm(layer, "ln1")
             assert ln1 is not None, "models without it are refused"
             first, mlp = self.edges.inputs(layer, "q").start, self.edges.inputs(layer, "mlp").start
             x = self.stream["pre"][..., None, :]
-            change = self.written.change(slice(first, mlp))
-            self.seen = layer, ln1(change.add_(x)).sub_(ln1(x))
-        return self.seen[1]
+            change = self.changes.change(slice(first, mlp))
+            self.normed = layer, ln1(change.add_(x)).sub_(ln1(x))
+        return self.normed[1]
 
     def _read_mlp(self, layer: int) -> Callable[..., Any]:
         mlp_input, readers = self.anatomy.mlp_input(layer), self.edges.inputs(layer, "mlp")
@@ -222,9 +222,9 @@ class _Run:
         def read(values: torch.Tensor) -> torch.Tensor:
             if not bool(self.any_removed[:, readers].any()):
                 return values
-            change = self.written.change(readers)[..., 0, :]
-            seen = mlp_input.value(self.stream["mid"] + change)
-            return seen.flatten(0, 1).to(values.dtype)
+            change = self.changes.change(readers)[..., 0, :]
+            inputs = mlp_input.value(self.stream["mid"] + change)
+            return inputs.flatten(0, 1).to(values.dtype)
 
         return write(read)
 
@@ -232,7 +232,7 @@ class _Run:
         readers = self.edges.inputs(0, "logits")
         if not bool(self.any_removed[:, readers].any()):
             return x
-        return (x + self.written.change(readers)[..., 0, :].flatten(0, 1)).to(x.dtype)
+        return (x + self.changes.change(readers)[..., 0, :].flatten(0, 1)).to(x.dtype)
 
     def _by_circuit(self, x: torch.Tensor) -> Float[torch.Tensor, "circuit prompt ..."]:
         return wide(x.detach()).unflatten(0, (self.n_circuits, -1))

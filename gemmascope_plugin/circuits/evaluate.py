@@ -101,8 +101,8 @@ def evaluate(
     check_choice("replacement", replacement, REPLACEMENTS)
     treated = _errors(circuit, errors)
     bound = task.bind(model)
-    chosen = sorted({circuit.size, *(_sizes(circuit.n_units) if sizes is None else sizes)})
-    masks = _masks(circuit, chosen, n_random, seed, minimality)
+    measured_sizes = sorted({circuit.size, *(_sizes(circuit.n_units) if sizes is None else sizes)})
+    masks = _masks(circuit, measured_sizes, n_random, seed, minimality)
     # what is in no unit of a circuit of features is kept where everything is, and in the complement
     rest = torch.zeros(len(masks), dtype=torch.bool)
     rest[-4] = rest[-2] = is_feature_graph(circuit.graph)
@@ -119,12 +119,12 @@ def evaluate(
         kl = _divergence(run, model, task, circuit.is_kept)
     full, empty = metric_ends(values, model)
     shares = ((values.mean(1) - empty) / (full - empty)).tolist()
-    n = len(chosen)
+    n = len(measured_sizes)
     changes = (values[n + n * n_random : -4].mean(1) - values[-3].mean()) / (full - empty)
     return Scores(
         circuit=circuit,
         faithfulness=shares[-3],
-        sizes=tuple(chosen),
+        sizes=tuple(measured_sizes),
         faithfulness_by_size=tuple(shares[:n]),
         random_by_size=tuple(
             tuple(shares[n + i * n_random : n + (i + 1) * n_random]) for i in range(n)
@@ -179,11 +179,11 @@ def _masks(
     """What to keep: the ranking's first units and random ones of each size, the circuit without each of
     its units, everything but it, it, everything, nothing.
     """
-    rng, everything = Random(seed), torch.ones_like(circuit.is_kept)
+    rng, full_mask = Random(seed), torch.ones_like(circuit.is_kept)
     masks = [circuit.top(n).is_kept for n in sizes]
     masks += [_random(rng, circuit.n_units, n) for n in sizes for _ in range(n_random)]
     masks += _without_each(circuit.is_kept) if minimality else []
-    return torch.stack([*masks, ~circuit.is_kept, circuit.is_kept, everything, ~everything])
+    return torch.stack([*masks, ~circuit.is_kept, circuit.is_kept, full_mask, ~full_mask])
 
 
 def _each_once(
@@ -237,7 +237,7 @@ def _divergence(
     run: Ablator, model: HookedModel, task: Task, is_kept: Bool[torch.Tensor, " unit"]
 ) -> float:
     """Mean divergence of the circuit's next-token distribution from the clean run's."""
-    asked = task.asked
-    metric = kl_divergence(position=asked.position, before_cap=asked.before_cap)
+    question = task.asked
+    metric = kl_divergence(position=question.position, before_cap=question.before_cap)
     bound = Task(task.clean, task.corrupt, metric, task.name, task.mask).bind(model)
     return -float(run(bound, is_kept[None], torch.zeros(1, dtype=torch.bool)).mean())

@@ -195,5 +195,5 @@ def ablation_footprint(
     codes = CODES * n_pos * max(site.d_sae for site in sites)
     row = STREAM * n_pos * d + max(attention, MLP * n_pos * d_mlp, codes)
     row += logits_held(model, bound)
-    held = n_pos * sum(site.width for site in sites) + (n_layers(model) + 1) * n_pos * d
-    return Footprint(4 * n_prompts * held, 4 * row)
+    numbers = n_pos * sum(site.width for site in sites) + (n_layers(model) + 1) * n_pos * d
+    return Footprint(4 * n_prompts * numbers, 4 * row)

@@ -126,10 +126,10 @@ class _Targets:
         coder = self.run.site.coder
         keep = self.run.keep.repeat(len(self.places), 1).to(coder.W_enc.device)
         acts = coder.encode_sparse(x.to(coder.W_enc.device), keep=keep)
-        written = wide(saes.write(acts, coder.W_dec))
+        reconstruction = wide(saes.write(acts, coder.W_dec))
         scale = coder.scale(x.to(coder.W_enc.device))
-        written = written if scale is None else written * scale
-        return wide(y) - written.to(y.device)
+        reconstruction = reconstruction if scale is None else reconstruction * scale
+        return wide(y) - reconstruction.to(y.device)
 
 
 def _targets(
@@ -142,9 +142,9 @@ def _targets(
 ) -> Iterator[_Targets]:
     """The kept nodes of a site, as many at a time as fit; those that can be reached are marked."""
     features = is_kept[nodes.features].nonzero().flatten()
-    for some in features.split(copies) if len(features) else ():
-        at = _at(nodes, some, run.slope.shape[1]).to(run.slope)
-        places, index = some + nodes.start, nodes.index[some]
+    for chunk in features.split(copies) if len(features) else ():
+        at = _at(nodes, chunk, run.slope.shape[1]).to(run.slope)
+        places, index = chunk + nodes.start, nodes.index[chunk]
         if run.site.kind != "feature":
             yield _Targets(run, places, _of_heads(run, nodes.n, index) * at[..., None])
             continue
@@ -152,21 +152,21 @@ def _targets(
         is_unreachable[places] &= ~factor.flatten(1).any(1).cpu()
         yield _Targets(run, places, None, factor, index)
     errors = is_kept[nodes.error_places].nonzero().flatten()
-    for some in errors.split(copies) if len(errors) else ():
+    for chunk in errors.split(copies) if len(errors) else ():
         at = torch.ones(1, 1, run.slope.shape[1], device=run.slope.device)
         if nodes.per_position:
-            at = torch.nn.functional.one_hot(nodes.errors[some], at.shape[2])[:, None].to(at)
+            at = torch.nn.functional.one_hot(nodes.errors[chunk], at.shape[2])[:, None].to(at)
         direction = run.slope * at[..., None]
-        yield _Targets(run, some + nodes.error_places.start, direction)
+        yield _Targets(run, chunk + nodes.error_places.start, direction)
 
 
 def _at(
-    nodes: SiteNodes, some: Int64[torch.Tensor, " copy"], n_pos: int
+    nodes: SiteNodes, chunk: Int64[torch.Tensor, " copy"], n_pos: int
 ) -> Float[torch.Tensor, "copy one pos"]:
     """1 at the position of each node, everywhere if it has none."""
     if not nodes.per_position:
-        return torch.ones(len(some), 1, n_pos)
-    return torch.nn.functional.one_hot(nodes.pos[some], n_pos)[:, None].float()
+        return torch.ones(len(chunk), 1, n_pos)
+    return torch.nn.functional.one_hot(nodes.pos[chunk], n_pos)[:, None].float()
 
 
 def _of_heads(
@@ -254,12 +254,12 @@ def _onto(
 def _parts(
     run: SiteRun,
     nodes: SiteNodes,
-    some: Int64[torch.Tensor, " source"],
+    units: Int64[torch.Tensor, " source"],
     slopes: Float[torch.Tensor, "copy prompt pos width"],
 ) -> Float[torch.Tensor, "copy source"]:
     """The same for features, heads or the MLP."""
-    index, inverse = nodes.index[some].unique(return_inverse=True)
-    if not len(some):
+    index, inverse = nodes.index[units].unique(return_inverse=True)
+    if not len(units):
         return slopes.new_zeros(len(slopes), 0)
     if run.site.kind == "feature":
         W_dec = run.site.coder.W_dec
@@ -271,5 +271,5 @@ def _parts(
         heads = (slopes * run.moved).unflatten(3, (nodes.n, -1)).sum((1, 4))
         by_token = heads[..., index.to(heads.device)]
     if nodes.per_position:
-        return by_token[:, nodes.pos[some], inverse]
+        return by_token[:, nodes.pos[units], inverse]
     return by_token.sum(1)[:, inverse]

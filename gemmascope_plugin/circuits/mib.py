@@ -176,14 +176,14 @@ def evaluate_ranking(
     """
     bound, n = task.bind(model), len(graph.unit_scores)
     masks = [top_n(graph, size, rank=rank).is_kept for rank in _BOTH for size in sizes_of(n)]
-    everything = torch.ones_like(masks[0])
+    full_mask = torch.ones_like(masks[0])
     limit = Limit(max_rows, memory_budget)
     with ablator(
         graph, model, saes, replacement=replacement, limit=limit, progress=progress
     ) as run:
         rest = torch.zeros(len(masks) + 2, dtype=torch.bool)
         rest[-2] = True
-        values = run(bound, torch.stack([*masks, everything, ~everything]), rest)
+        values = run(bound, torch.stack([*masks, full_mask, ~full_mask]), rest)
     full, empty = metric_ends(values, model)
     shares = ((values.mean(1) - empty) / (full - empty)).tolist()
     if graph.ranks_edges:

@@ -39,8 +39,8 @@ def top_n(graph: Graph, n: int, *, rank: Rank = "absolute") -> Circuit:
         EmptySelectionError: ``n`` is negative or larger than the number of units.
         UnknownNameError: Another rank.
     """
-    nothing = torch.zeros(len(graph.unit_scores), dtype=torch.bool)
-    return Circuit(graph, nothing, rank).top(n)
+    empty = torch.zeros(len(graph.unit_scores), dtype=torch.bool)
+    return Circuit(graph, empty, rank).top(n)
 
 
 def threshold(graph: Graph, tau: float, *, rank: Rank = "absolute") -> Circuit:
@@ -93,21 +93,21 @@ def _growth(graph: Graph, order: Int64[torch.Tensor, " edge"]) -> Iterator[int]:
     bounds = torch.searchsorted(graph.target[order][ranked], torch.arange(len(graph) + 1))
     starts, ranks = bounds.tolist(), ranked.tolist()
     sources, edges = graph.source[order].tolist(), order.tolist()
-    shared: dict[int, list[int]] = {}
+    kv_heads: dict[int, list[int]] = {}
     for kv, head in graph.feeds.tolist():
-        shared.setdefault(head, []).append(kv)
+        kv_heads.setdefault(head, []).append(kv)
 
     heap: list[tuple[int, int]] = []
-    joined: set[int] = set()
+    members: set[int] = set()
 
     def offer(place: int, node: int) -> None:
         if place < starts[node + 1]:
             heappush(heap, (ranks[place], place))
 
     def join(node: int) -> None:
-        for reader in (node, *shared.get(node, ())):
-            if reader not in joined:
-                joined.add(reader)
+        for reader in (node, *kv_heads.get(node, ())):
+            if reader not in members:
+                members.add(reader)
                 offer(starts[reader], reader)
 
     targets = graph.target[order].tolist()

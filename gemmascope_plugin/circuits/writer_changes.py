@@ -22,8 +22,8 @@ from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy
 
 
-class Written:
-    """What has been written in one pass of several circuits."""
+class WriterChanges:
+    """What has been written in one pass of several circuits, and what ``removed`` edges miss of it."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Written:
         """Layer to ``G`` of its heads ``[circuit, token, 1 + head, 1 + head]``."""
 
     def add(self, row: int, moved: Float[torch.Tensor, "some prompt pos d_model"]) -> None:
-        """The embedding or an MLP has written."""
+        """The embedding or an MLP has written: ``u' - u`` of each circuit, or one for all."""
         writer = self._edges.writers[row]
         place = row + (0 if writer.kind == "embed" else writer.layer + 1)
         self._table[:, :, :, place] = moved
@@ -54,7 +54,7 @@ class Written:
         a: Float[torch.Tensor, "some prompt pos d_model"],
         moved: Float[torch.Tensor, "some prompt pos head d_model"],
     ) -> None:
-        """The heads of a layer have written."""
+        """The heads of a layer have written ``a`` together, before the norm behind; ``dr`` of each."""
         vectors, places = torch.cat([a[..., None, :], moved], -2), self._places(layer)
         post = self._anatomy.norm(layer, "ln1_post")
         if post is not None:

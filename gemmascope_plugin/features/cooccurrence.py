@@ -119,9 +119,9 @@ def at_same_token(
     if not len(acts.indices):
         return acts.values
     here = acts.rows * acts.d_sae
-    keys, wanted = here + acts.indices, here + others
-    place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
-    is_active = (keys[place] == wanted) & (others >= 0)
+    keys, other_keys = here + acts.indices, here + others
+    place = torch.searchsorted(keys, other_keys).clamp(max=len(keys) - 1)
+    is_active = (keys[place] == other_keys) & (others >= 0)
     return torch.where(is_active, acts.values[place], 0)
 
 

@@ -45,8 +45,8 @@ def top_words(
         logits = read @ W_U
         best, worst = logits.topk(k).indices.tolist(), (-logits).topk(k).indices.tolist()
         pairs += list(zip(best, worst, strict=True))
-    used = torch.tensor(
+    tokens = torch.tensor(
         sorted({i for pair in pairs for ids in pair for i in ids}), dtype=torch.long
     )
-    names = dict(zip(used.tolist(), token_strings(model, used), strict=True))
+    names = dict(zip(tokens.tolist(), token_strings(model, tokens), strict=True))
     return [TopWords(*(tuple(names[i] for i in ids) for ids in pair)) for pair in pairs]

@@ -163,9 +163,9 @@ def _along(
     probe: Float[torch.Tensor, " d_out"],
 ) -> _Along:
     rows, p = W_dec.detach().float(), torch.nn.functional.normalize(probe, dim=0)
-    written = rows @ p
-    cosine = written / rows.norm(dim=-1).clamp(min=torch.finfo(rows.dtype).tiny)
-    parts = acts.values.float() * scale[acts.rows] * written[acts.indices]
+    along_probe = rows @ p
+    cosine = along_probe / rows.norm(dim=-1).clamp(min=torch.finfo(rows.dtype).tiny)
+    parts = acts.values.float() * scale[acts.rows] * along_probe[acts.indices]
     return _Along(acts, parts, cosine, y @ p)
 
 
@@ -173,11 +173,11 @@ def _scores(
     along: _Along,
     holds: Bool[torch.Tensor, " token"],
     mains: Sequence[int],
-    min_f1: float | int | int,
+    min_f1: float | int,
 ) -> tuple[float, int, float, float]:
     """F1 of the probe, number of tokens that count, and both absorptions."""
-    f1, told = _told(along.whole, holds)
-    right = told & holds
+    f1, predicted = _predicted(along.whole, holds)
+    right = predicted & holds
     if f1 < min_f1 or not mains or not bool(right.any()):
         return f1, 0, math.nan, math.nan
     full, fraction = _full(along, mains), _fraction(along, mains)
@@ -185,7 +185,7 @@ def _scores(
     return f1, int(right.sum()), *share
 
 
-def _told(
+def _predicted(
     whole: Float[torch.Tensor, " token"], holds: Bool[torch.Tensor, " token"]
 ) -> tuple[float, Bool[torch.Tensor, " token"]]:
     """The best F1 of a threshold on the projection, and the tokens at or above it."""

@@ -210,12 +210,12 @@ def _split(
 ) -> tuple[int, ...]:
     """Features until recall stops rising; ``inside`` are the entries of the concept."""
     allowed = inside.counts().double() / fires.clamp(min=1) >= rules.min_precision
-    left, mains = inside, [main]
+    remaining, mains = inside, [main]
     while True:
         chosen = torch.zeros_like(allowed)
         chosen[mains[-1]] = True
-        left = left.at(~left.of(chosen))
-        gain = left.counts() * allowed
+        remaining = remaining.at(~remaining.of(chosen))
+        gain = remaining.counts() * allowed
         best = int(gain.argmax())
         if not int(gain[best]) or int(gain[best]) / n < rules.min_gain:
             return tuple(mains)

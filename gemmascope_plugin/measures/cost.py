@@ -149,11 +149,11 @@ def _inputs(
     model: HookedModel, hooked: HookedSAE, text: Corpus, n: int
 ) -> Float[torch.Tensor, "token d_in"]:
     """What the dictionary reads at the first ``n`` tokens that count."""
-    inputs, left = [], n
+    inputs, n_left = [], n
     for x, _ in site_tensors(model, hooked, text):
-        inputs.append(x[:left])
-        left -= len(inputs[-1])
-        if not left:
+        inputs.append(x[:n_left])
+        n_left -= len(inputs[-1])
+        if not n_left:
             break
     return torch.cat(inputs)
 

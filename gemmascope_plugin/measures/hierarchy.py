@@ -167,11 +167,11 @@ def _hierarchy(
     rules: _Rules,
 ) -> Hierarchy:
     source = _source(hooked, forest)
-    acts, y, seen = _read(model, hooked, text, rules)
+    acts, y, is_probed = _read(model, hooked, text, rules)
     parent, rank = _forest(hooked, acts, forest, source, rules)
     edges = edge_frame(acts, parent, similarity=rules.similarity, min_tokens=rules.min_tokens)
     recovery, chance = _recover(edges, acts, parent, rank, concepts, names, rules)
-    probed = _probe(y, at_tokens(acts, seen), hooked.weights.W_dec, parent, rules)
+    probed = _probe(y, at_tokens(acts, is_probed), hooked.weights.W_dec, parent, rules)
     add_hits(edges, probed)
     return Hierarchy(
         hook_in=hooked.hook_in,
@@ -193,20 +193,20 @@ def _hierarchy(
 
 def _read(
     model: HookedModel, hooked: HookedSAE, text: Corpus, rules: _Rules
-) -> tuple[SparseActs, Float[torch.Tensor, "seen d_out"], Int64[torch.Tensor, " seen"]]:
+) -> tuple[SparseActs, Float[torch.Tensor, "probed d_out"], Int64[torch.Tensor, " probed"]]:
     """All activations, and the output site at the tokens that the probes see, ascending."""
     n = sum(int(text.kept(part).sum()) for part in text.batches)
     rng = torch.Generator().manual_seed(rules.seed)
-    wanted = rules.probe_tokens if rules.n_parents else 0
-    seen = torch.randperm(n, generator=rng)[:wanted].sort().values
+    n_probed = rules.probe_tokens if rules.n_parents else 0
+    is_probed = torch.randperm(n, generator=rng)[:n_probed].sort().values
     acts, outputs, start = [], [], 0
     for x, y in site_tensors(model, hooked, text):
         acts.append(hooked.weights.encode_sparse(x))
-        here = seen[(seen >= start) & (seen < start + len(y))] - start
+        here = is_probed[(is_probed >= start) & (is_probed < start + len(y))] - start
         outputs.append(y[here.to(y.device)])
         start += len(y)
     active = joined(acts)
-    return active, torch.cat(outputs), seen.to(active.indices.device)
+    return active, torch.cat(outputs), is_probed.to(active.indices.device)
 
 
 def _source(hooked: HookedSAE, forest: Forest) -> str:
@@ -254,7 +254,7 @@ def _levels(hooked: HookedSAE) -> Sequence[int] | None:
 
 
 def _probe(
-    y: Float[torch.Tensor, "seen d_out"],
+    y: Float[torch.Tensor, "probed d_out"],
     acts: SparseActs,
     W_dec: Float[torch.Tensor, "d_sae d_out"],
     parent: Int64[torch.Tensor, " d_sae"],

@@ -165,13 +165,13 @@ def train_probes(
     adam = torch.optim.Adam([weights, bias], lr=first, weight_decay=_WEIGHT_DECAY)
     decay = torch.optim.lr_scheduler.ExponentialLR(adam, (last / first) ** (1 / steps))
     for _ in range(steps):
-        some = slice(None)
+        batch = slice(None)
         if len(x) > _BATCH:
-            some = torch.randint(len(x), (_BATCH,), generator=rng).to(x.device)
-        inputs, true = x[some], labels[some].to(x.dtype)
+            batch = torch.randint(len(x), (_BATCH,), generator=rng).to(x.device)
+        inputs, targets = x[batch], labels[batch].to(x.dtype)
         error = (inputs @ weights.detach().T + bias.detach()).sigmoid()
         # the gradient of the weighted cross-entropy: labels are many, and autograd would keep copies
-        error = torch.where(true > 0, (error - 1) * balance, error) / len(inputs)
+        error = torch.where(targets > 0, (error - 1) * balance, error) / len(inputs)
         weights.grad, bias.grad = error.T @ inputs, error.sum(0)
         adam.step()
         decay.step()
@@ -187,10 +187,10 @@ def _ranks(
     rows = torch.nn.functional.normalize(W_dec.detach().float(), dim=-1)
     height, cosines, ranks = max(1, CELLS // len(rows)), [], []
     for block, of in zip(directions.split(height), features.split(height), strict=True):
-        all_of_them = torch.nn.functional.normalize(block, dim=-1) @ rows.T
-        cosine = all_of_them.gather(1, of[:, None])
+        cosines_of_rows = torch.nn.functional.normalize(block, dim=-1) @ rows.T
+        cosine = cosines_of_rows.gather(1, of[:, None])
         cosines.append(cosine[:, 0])
-        ranks.append((all_of_them > cosine).sum(1))
+        ranks.append((cosines_of_rows > cosine).sum(1))
     return torch.cat(cosines), torch.cat(ranks)
 
 

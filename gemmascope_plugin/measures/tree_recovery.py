@@ -106,16 +106,16 @@ def tree_recovery(
     right, labelled = _right(parent, judged, concept, above)
     stands = concept.unique()
     stands = stands[stands >= 0]
-    wanted = torch.zeros(len(above), dtype=torch.bool, device=above.device)
-    wanted[stands] = above[stands][:, stands].any(0)
-    is_found = _found(parent, concept, above) & wanted
+    is_needed = torch.zeros(len(above), dtype=torch.bool, device=above.device)
+    is_needed[stands] = above[stands][:, stands].any(0)
+    is_found = _found(parent, concept, above) & is_needed
     n_right, n_labelled = int(right.sum()), int(labelled.sum())
     return Recovery(
         precision=_share(n_right, n_labelled),
-        recall=_share(int(is_found.sum()), int(wanted.sum())),
+        recall=_share(int(is_found.sum()), int(is_needed.sum())),
         edge_recovery=_share(n_right, len(judged)),
         n_labelled=n_labelled,
-        n_children=int(wanted.sum()),
+        n_children=int(is_needed.sum()),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemmascope_plugin.circuits.writer_changes import Written
+from gemmascope_plugin.circuits.writer_changes import WriterChanges
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy
 
@@ -44,7 +44,7 @@ def test_what_readers_miss(hooked2: Any, left: float) -> None:
     removed = (torch.rand(CIRCUITS, *edges.mask.shape, generator=draw) < 0.5) & edges.mask
     removed[0] = edges.mask  # all heads of every layer
     removed[1] = False
-    written = Written(anatomy, edges, removed, some(PROMPTS, POS, d))
+    written = WriterChanges(anatomy, edges, removed, some(PROMPTS, POS, d))
     plain, heads = {0: some(*SHAPE, d)}, {}
     written.add(0, plain[0])
     for layer in range(anatomy.n_layers):

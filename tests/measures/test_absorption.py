@@ -9,7 +9,7 @@ import torch
 
 from gemmascope_plugin.errors import EmptySelectionError, ModelError
 from gemmascope_plugin.measures import probe_absorption
-from gemmascope_plugin.measures.absorption import _Along, _fraction, _full, _told
+from gemmascope_plugin.measures.absorption import _Along, _fraction, _full, _predicted
 from gemmascope_plugin.saes import SparseActs
 from tests import factories
 from tests.tiny_models import FIRST_WORD_ID, random_tokens
@@ -59,8 +59,8 @@ def test_every_token_follows_the_definition(mains: tuple[int, ...]) -> None:
 
 def test_the_threshold_of_a_probe_has_the_best_f1() -> None:
     whole = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
-    f1, told = _told(whole, torch.tensor([True, True, False, True, False]))
-    assert f1 == pytest.approx(6 / 7) and told.tolist() == [True, True, True, True, False]
+    f1, predicted = _predicted(whole, torch.tensor([True, True, False, True, False]))
+    assert f1 == pytest.approx(6 / 7) and predicted.tolist() == [True, True, True, True, False]
 
 
 def test_a_token_with_a_feature_of_its_own_is_absorbed(hooked2, monkeypatch) -> None:
