@@ -26,7 +26,7 @@ from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.asked import read_out
 from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.hooks import hooking
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, weights_of
 from gemmascope_plugin.models.readout import Readout
 
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
@@ -79,6 +79,17 @@ class BoundTask:
         """The right and wrong tokens of the first prompt, for metadata; None where there are none."""
         sides = [side for side in (self.metric.right, self.metric.wrong) if side is not None]
         return " against ".join(side.label(model) for side in sides) or None
+
+    def details(self, model: HookedModel) -> dict[str, Any]:
+        """What every result says of the task and of the model."""
+        return {
+            "task": self.name,
+            "metric": self.metric.metric.name,
+            "logits": self.logits,
+            "answers": self.answers(model),
+            "n_prompts": self.n_prompts,
+            "weights": weights_of(model),
+        }
 
     @property
     def mask(self) -> Bool[torch.Tensor, "prompt pos"]:

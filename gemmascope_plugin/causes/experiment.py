@@ -11,7 +11,7 @@ Cost: a forward pass over the prompts of the base run and one over the ends of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -35,6 +35,7 @@ from gemmascope_plugin.causes.nodes import (
     Patch,
     Runner,
     acts_hook,
+    excluded,
     needs_dictionaries,
     patchable,
     sites_in,
@@ -46,7 +47,7 @@ from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choic
 from gemmascope_plugin.graphs.node import FeatureId
 from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.finite import check_finite
-from gemmascope_plugin.models.protocol import HookedModel, weights_of
+from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.splice.check_saes import Saes
 from gemmascope_plugin.splice.hooked_site import HookedSite
 from gemmascope_plugin.types import Direction
@@ -331,19 +332,9 @@ def _describe(
     spliced = needs_dictionaries(component)
     return {
         "component": component,
-        "task": bound.name,
-        "metric": bound.metric.metric.name,
-        "logits": f"{'before' if bound.metric.metric.before_cap else 'after'} the final soft-cap",
+        **bound.details(model),
         "sign": "positive = patching raises the metric",
-        "answers": bound.answers(model),
-        "n_prompts": bound.n_prompts,
-        "weights": weights_of(model),
         "tokens": token_strings(model, bound.clean[0]),
-        "exclude": _excluded(sites_in(runner).values()) if spliced else (),
+        "exclude": excluded(sites_in(runner).values()),
         "error": "keep" if spliced else None,
     }
-
-
-def _excluded(sites: Iterable[HookedSite]) -> tuple[str | int, ...]:
-    """The tokens that any of the dictionaries leaves alone."""
-    return tuple(dict.fromkeys(token for site in sites for token in site.exclude))

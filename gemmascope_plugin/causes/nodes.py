@@ -11,7 +11,7 @@ Cost: one copy of the activation per hook.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +105,11 @@ def needs_dictionaries(component: str) -> bool:
 def sites_in(runner: Runner) -> Mapping[str, HookedSite]:
     """The sites of the dictionaries that are spliced in, by name."""
     return runner.sites if isinstance(runner, SplicedModel) else {}
+
+
+def excluded(sites: Iterable[HookedSite]) -> tuple[str | int, ...]:
+    """The tokens that any of the dictionaries leaves alone."""
+    return tuple(dict.fromkeys(token for site in sites for token in site.exclude))
 
 
 @contextmanager

@@ -22,8 +22,14 @@ import torch
 from jaxtyping import Bool, Float, Int64
 
 from gemmascope_plugin.causes.bound_task import BoundTask
-from gemmascope_plugin.causes.gradient.feature_entries import Tally, keys_of
-from gemmascope_plugin.causes.gradient.task_site import TaskSite, Values, kept_tokens, read_sites
+from gemmascope_plugin.causes.gradient.task_site import (
+    Tally,
+    TaskSite,
+    Values,
+    kept_tokens,
+    keys_of,
+    read_sites,
+)
 from gemmascope_plugin.causes.replace import MaskedMean, Replacement
 from gemmascope_plugin.models import flatten_heads, restore_heads
 from gemmascope_plugin.models.protocol import HookedModel

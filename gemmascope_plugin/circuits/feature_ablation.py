@@ -27,8 +27,13 @@ import torch
 from jaxtyping import Bool, Float
 
 from gemmascope_plugin.causes.bound_task import BoundTask
-from gemmascope_plugin.causes.gradient.feature_entries import keys_of
-from gemmascope_plugin.causes.gradient.task_site import TaskSite, encoded, kept_tokens, written_by
+from gemmascope_plugin.causes.gradient.task_site import (
+    TaskSite,
+    encoded,
+    kept_tokens,
+    keys_of,
+    written_by,
+)
 from gemmascope_plugin.causes.memory import (
     CODES,
     HEADS,

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Float32, Int64
 
-from gemmascope_plugin.causes.gradient.feature_entries import Tally, keys_of, slopes_of_entries
 from gemmascope_plugin.causes.gradient.site_runs import PartRun, SiteRun
-from gemmascope_plugin.causes.gradient.task_site import TaskSite
+from gemmascope_plugin.causes.gradient.task_site import Tally, TaskSite, keys_of, slopes_of_entries
 from gemmascope_plugin.circuits.feature_layout import SiteNodes, n_of
 from gemmascope_plugin.errors import EmptySelectionError
 

@@ -34,9 +34,16 @@ from random import Random
 from typing import Any, Literal, NamedTuple, get_args
 
 from gemmascope_plugin.causes.builtin.drafts import Draft, Half, fit, too_few
-from gemmascope_plugin.causes.builtin.facts import antonyms, capitals, city_state, two_hop
+from gemmascope_plugin.causes.builtin.facts import (
+    antonyms,
+    capitals,
+    city_state,
+    greater_than,
+    induction,
+    successors,
+    two_hop,
+)
 from gemmascope_plugin.causes.builtin.grammar import agreement, agreement_es, ioi, pronouns
-from gemmascope_plugin.causes.builtin.numbers import greater_than, induction, successors
 from gemmascope_plugin.causes.builtin.template import Template
 from gemmascope_plugin.causes.metric import Metric
 from gemmascope_plugin.causes.metrics import logit_diff, probability

@@ -39,7 +39,7 @@ from gemmascope_plugin.causes.exact.contributions import (
 )
 from gemmascope_plugin.causes.exact.feature_contributions import site_hooks, split
 from gemmascope_plugin.causes.metrics import LogitDiff
-from gemmascope_plugin.causes.nodes import patchable, sites_in
+from gemmascope_plugin.causes.nodes import excluded, patchable, sites_in
 from gemmascope_plugin.causes.task import Prompts, Task
 from gemmascope_plugin.errors import UnknownNameError, check_choice
 from gemmascope_plugin.models import token_strings
@@ -117,7 +117,7 @@ def direct_logit_attribution(
                 parts = split(parts, run, spliced)
             _collect(pieces, parts, sums.n_prompts, len(bound))
             sums.add(run, sum((piece.value for piece in parts), torch.zeros_like(run.bias)))
-        exclude = () if spliced is None else _excluded(sites_in(spliced).values())
+        exclude = () if spliced is None else excluded(sites_in(spliced).values())
     each = torch.stack(list(pieces.values()))
     metadata = {**sums.metadata(model, bound), "component": by, "exclude": exclude}
     metadata |= {"method": "direct logit attribution", "mode": "norms frozen"}
@@ -224,7 +224,3 @@ def _collect(
         value = piece.value.cpu()
         place = pieces.setdefault(piece.label, value.new_zeros(n))
         place[start : start + len(value)] += value
-
-
-def _excluded(sites: Iterable[Any]) -> tuple[str | int, ...]:
-    return tuple(dict.fromkeys(token for site in sites for token in site.exclude))

@@ -37,7 +37,7 @@ from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel, dtype_of, weights_of
+from gemmascope_plugin.models.protocol import HookedModel, dtype_of
 from gemmascope_plugin.models.record import write
 from gemmascope_plugin.types import Direction
 
@@ -105,13 +105,8 @@ def edge_patching(
         "method": "exact",
         "mode": mode,
         "replacement": replacement,
-        "task": bound.name,
-        "metric": bound.metric.metric.name,
-        "logits": bound.logits,
+        **bound.details(model),
         "sign": "positive = patching the edge raises the metric",
-        "answers": bound.answers(model),
-        "n_prompts": bound.n_prompts,
-        "weights": weights_of(model),
         "n_patched": len(places),
         **ends,
     }

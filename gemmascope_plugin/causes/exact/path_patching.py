@@ -48,7 +48,7 @@ from gemmascope_plugin.causes.exact.path_receivers import (
     stream_of,
 )
 from gemmascope_plugin.causes.names import Name, Named, node_of, reader_of
-from gemmascope_plugin.causes.nodes import Runner, patchable, sites_in
+from gemmascope_plugin.causes.nodes import Runner, excluded, patchable, sites_in
 from gemmascope_plugin.causes.replayed import Part, replayed
 from gemmascope_plugin.causes.task import Task, check_task
 from gemmascope_plugin.errors import EmptySelectionError, check_choice, shorten
@@ -58,7 +58,7 @@ from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel, weights_of
+from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.splice.check_saes import Saes, check_saes
 from gemmascope_plugin.types import Direction
 
@@ -146,15 +146,10 @@ def _described(
     sites = sites_in(runner).values() if spliced else ()
     return {
         "component": "path",
-        "task": bound.name,
-        "metric": bound.metric.metric.name,
-        "logits": f"{'before' if bound.metric.metric.before_cap else 'after'} the final soft-cap",
+        **bound.details(model),
         "sign": "positive = patching raises the metric",
-        "answers": bound.answers(model),
-        "n_prompts": bound.n_prompts,
-        "weights": weights_of(model),
         "tokens": token_strings(model, bound.clean[0]),
-        "exclude": tuple(dict.fromkeys(token for site in sites for token in site.exclude)),
+        "exclude": excluded(sites),
         "error": "keep" if spliced else None,
     }
 

@@ -22,19 +22,26 @@ What is at the sites of one run (``Values``):
 4. Features are encoded sparsely and exactly; special tokens and padding have none. Where a dictionary
    has a scale for each token, a feature stands for ``scale * f``, which is what it writes.
 
+Sums over active entries (``Tally``):
+
+5. ``dm/da_f`` at a token is ``<W_f, g>`` with ``g`` the gradient at the site: one row of the decoder and
+   one of ``g`` for each active entry, never ``[token, d_sae]``.
+6. Sums over tokens and prompts are kept by *key*: the feature, or position and feature. ``Tally`` merges
+   the keys of one batch of prompts into those of the batches before.
+
 Cost: sites are names and references; values a forward pass and an encode per dictionary, 16 bytes an
-active feature, no ``d_sae`` numbers a token are ever kept.
+active feature, no ``d_sae`` numbers a token are ever kept; slopes ``2 * active * width`` operations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int, Int64
 
 from gemmascope_plugin.causes.components import WRITTEN, is_stream, layer_of, stream_time
 from gemmascope_plugin.errors import GemmaScopeError, ModelError, UnknownNameError
@@ -248,3 +255,53 @@ def read_sites(
         features = encoded(site, x, kept_tokens(site, tokens, mask))
         values[site.hook] = Values(acts[site.hook], features, x)
     return values
+
+
+BLOCK = 2**24
+"""Numbers gathered at a time."""
+
+
+def _none(dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(0, dtype=dtype)
+
+
+def slopes_of_entries(
+    acts: SparseActs,
+    W_dec: Float[torch.Tensor, "d_sae width"],
+    gradient: Float[torch.Tensor, "prompt pos width"],
+) -> Float[torch.Tensor, " active"]:
+    """``<W_f, g>`` for every active entry, in its order."""
+    flat = gradient.flatten(0, -2).to(W_dec.device)
+    slopes = []
+    size = max(1, BLOCK // W_dec.shape[1])
+    for rows, features in zip(acts.rows.split(size), acts.indices.split(size), strict=True):
+        slopes.append((W_dec[features].to(flat.dtype) * flat[rows]).sum(-1))
+    return torch.cat(slopes) if slopes else flat.new_zeros(0)
+
+
+@dataclass
+class Tally:
+    """Sums by key, over as many batches as come."""
+
+    keys: Int64[torch.Tensor, " key"] = field(default_factory=lambda: _none(torch.int64))
+    """Ascending."""
+    sums: Float64[torch.Tensor, " key"] = field(default_factory=lambda: _none(torch.float64))
+
+    def add(
+        self, keys: Int64[torch.Tensor, " entry"], values: Float[torch.Tensor, " entry"]
+    ) -> None:
+        """Adds entries to the sums of their keys, which may be new ones.
+
+        A value of zero makes a key known and no more.
+        """
+        every = torch.cat([self.keys, keys.cpu()])
+        self.keys, place = every.unique(return_inverse=True)
+        entries = torch.cat([self.sums, values.detach().double().cpu()])
+        self.sums = torch.zeros(len(self.keys), dtype=torch.float64).index_add(0, place, entries)
+
+
+def keys_of(acts: SparseActs, per_position: bool) -> Int64[torch.Tensor, " active"]:
+    """``feature``, or ``position * d_sae + feature``, of entries of ``[prompt, pos, d_sae]``."""
+    if not per_position:
+        return acts.indices
+    return acts.rows % acts.shape[-2] * acts.d_sae + acts.indices
