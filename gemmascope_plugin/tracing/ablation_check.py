@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -50,6 +50,8 @@ from gemmascope_plugin.tracing.traced_prompt import TracedPrompt
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from gemmascope_plugin.figures.page import Figure
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -86,7 +88,7 @@ class AblationCheck(TraceResult):
         """One row per choice: ``what, features, errors, metric, faithfulness, kl``."""
         return self.frame.copy()
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Faithfulness of all choices as bars."""
         return figures.bars(
             self.frame["what"].tolist(),

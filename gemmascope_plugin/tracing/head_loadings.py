@@ -37,6 +37,8 @@ from gemmascope_plugin.tracing.traced_prompt import TracedPrompt
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemmascope_plugin.figures.page import Figure
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadLoadings(TraceResult):
@@ -92,7 +94,7 @@ class HeadLoadings(TraceResult):
         order = np.lexsort((-np.abs(load), place))
         return pd.DataFrame(columns).iloc[order].reset_index(drop=True)
 
-    def plot(self, edge: int | tuple[str, str] = 0) -> Any:
+    def plot(self, edge: int | tuple[str, str] = 0) -> Figure:
         """A plotly figure of one edge: layers by heads, and what passes each layer by.
 
         Args:

@@ -20,7 +20,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -48,6 +48,8 @@ from gemmascope_plugin.tracing.traced_prompt import TracedPrompt
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from gemmascope_plugin.figures.page import Figure
 
 KINDS_CHANGED = ("feature", "error", "token")
 
@@ -88,7 +90,7 @@ class Intervention(TraceResult):
         """One row per explained node: ``id, kind, label, layer, pos, before, predicted, actual``."""
         return self.frame.copy()
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Predicted against actual changes, the largest ones, as bars."""
         frame = self.frame.reindex(self.frame["actual"].abs().sort_values(ascending=False).index)
         frame = frame.head(2 * SHOWN)

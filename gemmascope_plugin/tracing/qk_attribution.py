@@ -39,6 +39,8 @@ from gemmascope_plugin.tracing.traced_prompt import TracedPrompt
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemmascope_plugin.figures.page import Figure
+
 _SHOWN_COLUMNS = ["id", "label", "kind", "layer", "pos"]
 
 
@@ -111,7 +113,7 @@ class QkAttribution(TraceResult):
             ends |= {name: nodes["id"].to_numpy(), f"{name}_label": nodes["label"].to_numpy()}
         return pd.DataFrame({**ends, "weight": weights})
 
-    def plot(self, top: int = SHOWN) -> Any:
+    def plot(self, top: int = SHOWN) -> Figure:
         """A plotly figure: the nodes that brought most, query by key; the key's alone without pairs.
 
         Args:
