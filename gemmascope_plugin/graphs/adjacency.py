@@ -197,11 +197,7 @@ class Adjacency:
         return replace(self, matrix=rows_of(data, matrix.indices, matrix.indptr, matrix.shape))
 
     def influence(self, weights: np.ndarray) -> np.ndarray:
-        """``sum_k w M^k`` of this matrix as it is, ``k >= 1``.
-
-        Raises:
-            GemmaScopeError: The sum has no end.
-        """
+        """``sum_k w M^k`` of this matrix as it is, ``k >= 1``."""
         if not self.is_forward:
             return self._influence_round(weights)
         influence = np.zeros(self.n_nodes)

@@ -46,21 +46,10 @@ def collapse(
 ) -> Graph:
     """The graph with one node per group.
 
-    Args:
-        graph: The graph, pruned or whole.
-        groups: Name to ids of nodes.
-        edges: ``influence`` for edges by which groups have their members' influence, ``effects`` for
-            sums of signed direct effects.
-
-    Returns:
-        A graph in which a group stands where its most influential member does, with that one's ``site``,
-        ``layer``, ``pos`` and ``index``, the group's name as label and ``group:`` and the name as id;
-        activations are summed, and ``members`` says how many there are.
-
-    Raises:
-        UnknownNameError: A node that the graph has not, or an unknown sort of edges.
-        GemmaScopeError: A token, bias or target in a group; features and errors, or explained and
-            unexplained nodes, in one group; a graph that was collapsed before.
+    A group stands where its most influential member does, with that one's ``site``, ``layer``, ``pos`` and
+    ``index``, the group's name as label and ``group:`` and the name as id; activations are summed, and
+    ``members`` says how many there are. ``edges`` is ``influence`` for edges by which groups have their
+    members' influence, ``effects`` for sums of signed direct effects.
     """
     check_choice("sort of edges", edges, ("influence", "effects"))
     if "supernodes" in graph.metadata:
@@ -84,16 +73,7 @@ def collapse(
 
 
 def check_members(graph: Graph, name: str, places: np.ndarray) -> None:
-    """Refuses nodes that make no group.
-
-    Args:
-        graph: The graph.
-        name: Of the group.
-        places: Of its members.
-
-    Raises:
-        GemmaScopeError: Tokens, biases, targets; or nodes of different sorts.
-    """
+    """Refuses nodes that make no group."""
     rows, kinds = graph.nodes.iloc[places], set(graph.nodes["kind"].iloc[places])
     for node, kind, weight in zip(rows["id"], rows["kind"], rows["weight"], strict=True):
         if kind not in GROUPABLE or weight:
@@ -115,14 +95,7 @@ def check_members(graph: Graph, name: str, places: np.ndarray) -> None:
 
 
 def _matrix(graph: Graph, at: np.ndarray, importance: np.ndarray, edges: Edges) -> Adjacency:
-    """Edges between groups.
-
-    Args:
-        graph: The graph.
-        at: The group of each node, ``[node]``.
-        importance: ``T`` of each node.
-        edges: What an edge is.
-    """
+    """Edges between groups."""
     matrix, explained = graph.rows.matrix, graph.rows.nodes
     n, counts = int(at.max()) + 1, np.diff(matrix.indptr)
     effects = matrix.data.astype(np.float64)
@@ -152,14 +125,7 @@ def _flows(
 ) -> np.ndarray:
     """Signed mean normalised effects, in units of effects, one per pair of groups.
 
-    Args:
-        graph: The graph.
-        at: The group of each node.
-        importance: ``T`` of each node.
-        effects: Every entry of the matrix.
-        place: The pair that each entry belongs to.
-        n_cells: How many pairs there are.
-        row: The group that each pair leads to.
+    Every entry belongs to the pair ``place``; ``row`` is the group that a pair leads to.
     """
     matrix, nodes = graph.rows.matrix, graph.rows.nodes
     counts = np.diff(matrix.indptr)

@@ -66,12 +66,7 @@ class GraphSum:
         return len(self._numbers)
 
     def add(self, part: Aligned, weight: float) -> None:
-        """Adds a graph times a weight.
-
-        Raises:
-            TaskError: Another model, or other dictionaries.
-            GemmaScopeError: Its nodes are groups.
-        """
+        """Adds a graph times a weight."""
         graph, names, places = part
         self.first = self.first or graph
         check_alike(graph, self.first, f"Graph {self.n_graphs}")
@@ -149,12 +144,7 @@ class GraphSum:
 
 
 def combine(graphs: Iterable[Aligned], weights: Iterable[float], targets: Targets) -> GraphSum:
-    """``sum_i w_i graph_i``; weights may be more than there are graphs.
-
-    Raises:
-        TaskError: Different models or dictionaries.
-        GemmaScopeError: A graph with grouped nodes.
-    """
+    """``sum_i w_i graph_i``; weights may be more than there are graphs."""
     total = GraphSum(targets)
     for part, weight in zip(graphs, weights, strict=False):
         total.add(part, weight)
@@ -162,11 +152,7 @@ def combine(graphs: Iterable[Aligned], weights: Iterable[float], targets: Target
 
 
 def pass_order(nodes: pd.DataFrame) -> np.ndarray:
-    """Places of the nodes of a table in the order of the pass, ``[node]``.
-
-    Raises:
-        GemmaScopeError: A site that no trace has.
-    """
+    """Places of the nodes of a table in the order of the pass, ``[node]``."""
     kinds = nodes["kind"].map({"token": 0, "bias": 1, "feature": 2, "error": 2, "target": 3})
     inner = (kinds == 2).to_numpy()
     stages = {site: _STAGES[site_word(site)] for site in nodes.loc[inner, "site"].unique()}

@@ -94,11 +94,7 @@ def is_of_components(content: Mapping[str, Any]) -> bool:
 
 
 def components_from_json(content: Mapping[str, Any]) -> tuple[Parts, Selection | None]:
-    """The inverse of :func:`components_to_json`.
-
-    Raises:
-        ValueError: What is wrong; also KeyError, TypeError.
-    """
+    """The inverse of :func:`components_to_json`."""
     details = content["metadata"]["gemmascope"]
     if details["ranked"] not in ("edge", "node"):
         raise ValueError(f"ranked is {details['ranked']!r}, neither edge nor node")

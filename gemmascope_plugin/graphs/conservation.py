@@ -20,14 +20,7 @@ TOLERANCE = 0.05
 
 
 def checked_share(share: float) -> float:
-    """The share itself.
-
-    Args:
-        share: What is missing from the whole change, as a share of it.
-
-    Raises:
-        TaskError: It is not finite.
-    """
+    """The share of the whole change that is missing, which is finite."""
     if not math.isfinite(share):
         raise TaskError(
             f"Integrated gradients miss {share} of the change of the metric, which is not finite",
@@ -37,10 +30,6 @@ def checked_share(share: float) -> float:
 
 
 def conservation_text(metadata: Mapping[str, Any]) -> str:
-    """``, conservation off by 12 %: more steps``; empty up to ``TOLERANCE``, or without a line.
-
-    Args:
-        metadata: Of the result.
-    """
+    """``, conservation off by 12 %: more steps``; empty up to ``TOLERANCE``, or without a line."""
     share = abs(metadata.get("residual_max", metadata.get("conservation", 0.0)))
     return f", conservation off by {100 * share:.0f} %: more steps" if share > TOLERANCE else ""

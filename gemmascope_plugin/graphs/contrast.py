@@ -140,12 +140,7 @@ def _scale(nodes: pd.DataFrame) -> float:
 
 
 def _check(clean: Graph, corrupt: Graph) -> None:
-    """Refuses what has no difference.
-
-    Raises:
-        TaskError: Different lengths, models or dictionaries.
-        GemmaScopeError: A pruned graph, a grouped one, or a contrast.
-    """
+    """Refuses what has no difference."""
     for name, graph in (("The clean graph", clean), ("The corrupted graph", corrupt)):
         check_alike(graph, clean, name)
         if not is_whole(graph):
@@ -166,11 +161,7 @@ def _check(clean: Graph, corrupt: Graph) -> None:
 
 
 def _check_targets(clean: pd.DataFrame, corrupt: pd.DataFrame, targets: Targets) -> None:
-    """The corrupted graph has all targets of the clean one.
-
-    Raises:
-        TaskError: With those that it lacks.
-    """
+    """The corrupted graph has all targets of the clean one."""
     wanted, present = (frame.loc[frame["kind"] == "target"] for frame in (clean, corrupt))
     missing = wanted.loc[~wanted["key"].isin(present["key"])]
     if not len(missing):

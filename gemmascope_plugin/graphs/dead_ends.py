@@ -24,16 +24,7 @@ from gemmascope_plugin.graphs.node import NodeKind
 
 
 def prune(graph: Graph, is_kept: Bool[torch.Tensor, " edge"]) -> Bool[torch.Tensor, " edge"]:
-    """The kept edges that lie on a path from the embedding to the logits.
-
-    Args:
-        graph: A graph with edges.
-        is_kept: Which are kept.
-
-    Raises:
-        GemmaScopeError: The graph has no edges.
-        EmptySelectionError: It has no embedding or no logits.
-    """
+    """The kept edges that lie on a path from the embedding to the logits."""
     check_edges(graph, "Dead ends")
     begin, end = ends(graph, "embed"), ends(graph, "logits")
     feeding, fed = graph.feeds.unbind(1)
@@ -45,26 +36,14 @@ def prune(graph: Graph, is_kept: Bool[torch.Tensor, " edge"]) -> Bool[torch.Tens
 
 
 def check_edges(graph: Graph, purpose: str) -> None:
-    """Refuses a graph that ranks nodes.
-
-    Args:
-        graph: The graph.
-        purpose: What needs edges.
-
-    Raises:
-        GemmaScopeError: It has no edges, or does not rank them.
-    """
+    """Refuses a graph that ranks nodes."""
     if not graph.ranks_edges:
         has = "ranks nodes" if graph.has_edges else "has none"
         raise GemmaScopeError(f"{purpose} need edges, and {graph!r} {has}", fix="Graph.of_edges")
 
 
 def ends(graph: Graph, kind: NodeKind) -> Bool[torch.Tensor, " node"]:
-    """Where the nodes of a kind are.
-
-    Raises:
-        EmptySelectionError: There are none.
-    """
+    """Where the nodes of a kind are."""
     is_end = torch.from_numpy(graph.where(kind))
     if not bool(is_end.any()):
         raise EmptySelectionError(f"{graph!r} has no node of kind {kind!r}")

@@ -167,16 +167,7 @@ def _written(node: Node) -> int:
 
 
 def places_in(graph: GraphArrays, edge_map: EdgeMap) -> Places:
-    """Rows and columns of all edges of a graph, in its order.
-
-    Args:
-        graph: A graph of edges.
-        edge_map: The model's edges.
-
-    Raises:
-        GemmaScopeError: The graph is one of nodes, or its edges have positions.
-        UnknownNameError: An edge does not exist in the model.
-    """
+    """Rows and columns of all edges of a graph, in its order."""
     if not graph.ranks_edges or graph.pos is not None:
         has = "edges at single positions" if graph.ranks_edges else "nodes only"
         raise GemmaScopeError(

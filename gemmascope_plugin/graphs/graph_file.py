@@ -98,12 +98,7 @@ def load_graph(path: str | Path) -> Parts:
 
 
 def load_circuit(path: str | Path) -> tuple[Parts, np.ndarray, Any]:
-    """Reads a circuit: the graph, which units are kept, and what they are ranked by.
-
-    Raises:
-        MissingFileError: There is no such file.
-        BadFileError: It is damaged, contradicts itself, is of another version, or a graph only.
-    """
+    """Reads a circuit: the graph, which units are kept, and what they are ranked by."""
     return _load(path, "circuit")
 
 
@@ -148,11 +143,7 @@ def _edge_arrays(edges: Adjacency | EdgeList) -> Arrays:
 
 
 def _decoded(content: Record, arrays: Arrays) -> Parts:
-    """The graph.
-
-    Raises:
-        ValueError: What is wrong; also BadFileError, TypeError.
-    """
+    """The graph."""
     tokens, ports = content.list_of("tokens", str), content.list_of("ports", str)
     if ports != list(PORTS):
         raise ValueError(f"ports are {ports!r}, not {list(PORTS)}")

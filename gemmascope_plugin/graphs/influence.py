@@ -52,14 +52,7 @@ class Pruned(NamedTuple):
 def scores_of(
     edges: Adjacency, influence: np.ndarray, weights: np.ndarray, where: Where
 ) -> TraceScores:
-    """Replacement and completeness.
-
-    Args:
-        edges: Without biases.
-        influence: Of each node.
-        weights: Of each node.
-        where: Kinds.
-    """
+    """Replacement and completeness."""
     errors = where("error")
     of_tokens, of_errors = influence[where("token")].sum(), influence[errors].sum()
     total = of_tokens + of_errors
@@ -80,16 +73,7 @@ def prune_masks(
     node_threshold: float,
     edge_threshold: float,
 ) -> Pruned:
-    """Kept nodes and edges.
-
-    Args:
-        edges: Without biases.
-        influence: Of each node.
-        weights: Of each node.
-        where: Kinds.
-        node_threshold: Share of the influence.
-        edge_threshold: Share of the influence among kept nodes.
-    """
+    """Kept nodes and edges."""
     always = where("token") | (weights > 0) | where("target")
     nodes = (influence >= _bar(influence, node_threshold)) & ~where("bias") | always
     among = edges.subset(nodes)

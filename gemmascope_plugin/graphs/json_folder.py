@@ -28,11 +28,7 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 def check_slug(slug: str) -> None:
-    """Refuses a name of a graph that is not a plain file name, or is that of the list of graphs.
-
-    Raises:
-        UnknownNameError: With what it may consist of.
-    """
+    """Refuses a name of a graph that is not a plain file name, or is that of the list of graphs."""
     if not isinstance(slug, str) or not _SLUG.fullmatch(slug) or len(slug) > MAX_SLUG:
         raise UnknownNameError(
             f"The slug {slug!r} is not a file name", exists="letters, digits, '.', '_', '-'"
@@ -44,11 +40,7 @@ def check_slug(slug: str) -> None:
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> Path:
-    """Writes a graph file, whole or not at all.
-
-    Raises:
-        GemmaScopeError: The file cannot be written.
-    """
+    """Writes a graph file, whole or not at all."""
     path = Path(path).expanduser()
     if path.is_dir():
         raise GemmaScopeError(f"{str(path)!r} is a folder", fix=f"{str(path / 'graph.json')!r}")
@@ -57,15 +49,8 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> Path:
 
 
 def add_to_folder(folder: str | Path, content: Mapping[str, Any]) -> Path:
-    """Writes ``<slug>.json`` and enters it in ``graph-metadata.json``, in the place of an older one.
-
-    Returns:
-        The graph file.
-
-    Raises:
-        FolderInUseError: Another process writes into the folder, for more than a minute.
-        BadFileError: The list that is there is damaged.
-        GemmaScopeError: A file cannot be written.
+    """Writes ``<slug>.json`` and enters it in ``graph-metadata.json``, in the place of an older one; waits
+    a minute where another process writes into the folder.
     """
     folder, metadata = Path(folder).expanduser(), content["metadata"]
     check_slug(metadata["slug"])
@@ -81,11 +66,7 @@ def add_to_folder(folder: str | Path, content: Mapping[str, Any]) -> Path:
 
 
 def _listed(index: Path) -> list[dict[str, Any]]:
-    """What the list of graphs has.
-
-    Raises:
-        BadFileError: It is damaged.
-    """
+    """What the list of graphs has."""
     if not index.exists():
         return []
     fix = "mend it, delete it, or another folder"

@@ -60,12 +60,7 @@ def sums_hold(graph: Graph) -> bool:
 
 
 def check_alike(graph: Graph, first: Graph, name: str) -> None:
-    """Refuses graphs whose nodes do not mean the same; ``name`` is what an error calls the first.
-
-    Raises:
-        TaskError: Another model, other dictionaries, or a contrast beside other graphs.
-        GemmaScopeError: Its nodes are groups.
-    """
+    """Refuses graphs whose nodes do not mean the same; ``name`` is what an error calls the first."""
     if "supernodes" in graph.metadata:
         raise GemmaScopeError(
             f"{name} has grouped nodes, which match no node of another graph",

@@ -215,12 +215,7 @@ def is_hook_of(node: Node) -> bool:
 
 
 def check_kinds(nodes: str | Iterable[str]) -> tuple[str, ...]:
-    """Node kinds as a tuple, each once.
-
-    Raises:
-        EmptySelectionError: No kind is named.
-        UnknownNameError: With the nearest match.
-    """
+    """Node kinds as a tuple, each once."""
     kinds = (nodes,) if isinstance(nodes, str) else tuple(dict.fromkeys(nodes))
     if not kinds:
         raise EmptySelectionError("No node kind is named", exists=", ".join(NODE_KINDS))

@@ -65,12 +65,7 @@ _ORDER = {"token": 0, "feature": 1, "error": 2, "target": 3}
 
 
 def read_graph(source: str | Path | Mapping[str, Any]) -> tuple[Parts, Selection | None]:
-    """A graph from a file, or from its content; of a circuit also what is kept.
-
-    Raises:
-        MissingFileError: There is no such file.
-        BadFileError: It is damaged, or has kinds of nodes that a trace does not have.
-    """
+    """A graph from a file, or from its content; of a circuit also what is kept."""
     if isinstance(source, Mapping):
         name = "the graph"
         content = _plain_copy(source)
@@ -92,11 +87,7 @@ def read_graph(source: str | Path | Mapping[str, Any]) -> tuple[Parts, Selection
 
 
 def _plain_copy(content: Mapping[str, Any]) -> Any:
-    """Content that is not in a file, through the same gate as a file's.
-
-    Raises:
-        BadFileError: It could not be in a file.
-    """
+    """Content that is not in a file, through the same gate as a file's."""
     try:
         text = json.dumps(dict(content), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as fault:
@@ -110,11 +101,7 @@ def _shown(fault: Exception) -> str:
 
 
 def _decoded(content: Mapping[str, Any]) -> Parts:
-    """The graph.
-
-    Raises:
-        ValueError: What is wrong; also KeyError, TypeError.
-    """
+    """The graph."""
     import pandas as pd
 
     head = content["metadata"]
@@ -167,11 +154,7 @@ def _in_order(row: Mapping[str, Any]) -> tuple[int, int, int]:
 def _row(
     node: Mapping[str, Any], version: int, top: int, labels: Mapping[str, str]
 ) -> dict[str, Any]:
-    """A row of the table, with ``node_id`` and ``explained`` beside its columns.
-
-    Raises:
-        ValueError: Another type of node, or an entry of another form.
-    """
+    """A row of the table, with ``node_id`` and ``explained`` beside its columns."""
     kind = "error" if "error" in node["feature_type"] else _KINDS.get(node["feature_type"])
     if kind is None:
         raise ValueError(f"its node {node['node_id']!r} is of the type {node['feature_type']!r}")
@@ -221,11 +204,7 @@ def _layer(node: Mapping[str, Any]) -> int:
 
 
 def _whole(value: object, name: str) -> int:
-    """A whole number that is one, or a text of its digits.
-
-    Raises:
-        ValueError: It is not, or is beyond 2 ** 53, up to where JSON has them.
-    """
+    """A whole number, or a text of its digits, up to 2 ** 53, as JSON has them."""
     if isinstance(value, str) and _DIGITS.fullmatch(value):
         value = int(value)
     if type(value) is not int or abs(value) > 1 << 53:
@@ -252,11 +231,7 @@ def _index(node: Mapping[str, Any], version: int) -> int:
 def _edges(
     nodes: pd.DataFrame, links: Iterable[Mapping[str, Any]], dtype: str
 ) -> tuple[Adjacency, int]:
-    """The matrix, and how many links could begin at two nodes.
-
-    Raises:
-        ValueError: A link that ends nowhere, leads backwards, or is there twice.
-    """
+    """The matrix, and how many links could begin at two nodes."""
     import scipy.sparse as sp
 
     places: dict[str, list[int]] = {}
@@ -312,15 +287,7 @@ def from_cantor(number: int) -> tuple[int, int]:
 
 # ------------------------------------------------------------------------------------------ biases
 def with_biases(rows: Sequence[dict[str, Any]], extra: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a table with those of biases where they were.
-
-    Args:
-        rows: Of all other nodes.
-        extra: ``metadata.gemmascope`` of the file.
-
-    Raises:
-        ValueError: A bias that cannot be one; also KeyError, TypeError.
-    """
+    """The rows of a table with those of biases where they were."""
     whole = list(rows)
     for record in extra.get("biases", {"nodes": []})["nodes"]:
         row = from_json_value(record)
@@ -340,12 +307,7 @@ def with_biases(rows: Sequence[dict[str, Any]], extra: Mapping[str, Any]) -> lis
 
 
 def is_whole(extra: Mapping[str, Any], n_edges: int) -> bool:
-    """Whether a graph that was read has all that it was written with.
-
-    Args:
-        extra: ``metadata.gemmascope`` of the file.
-        n_edges: Links that were read, those of biases among them.
-    """
+    """Whether a graph that was read has all that it was written with."""
     if "biases" not in extra:
         return not extra.get("bias_sums")
     return extra.get("n_edges") == n_edges
@@ -359,15 +321,7 @@ def without_residual(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 # -------------------------------------------------------------------------------------------- view
 def read_view(params: Any, ids: Mapping[str, str]) -> dict[str, Any]:
-    """A saved view as metadata; nothing where there is none.
-
-    Args:
-        params: ``qParams`` of the file.
-        ids: Names of nodes in the file to ids.
-
-    Raises:
-        ValueError: It is of another form.
-    """
+    """A saved view as metadata; nothing where there is none."""
     if not isinstance(params, dict):
         raise ValueError("qParams is not an object")
     rows = params.get("supernodes") or []
@@ -399,11 +353,7 @@ def read_view(params: Any, ids: Mapping[str, str]) -> dict[str, Any]:
 
 
 def changed_labels(params: Any) -> dict[str, str]:
-    """Labels that a viewer has changed, by layer, feature and position as one text.
-
-    Raises:
-        ValueError: They are of another form.
-    """
+    """Labels that a viewer has changed, by layer, feature and position as one text."""
     pairs = params.get("clerps") if isinstance(params, dict) else None
     if isinstance(pairs, str):
         try:

@@ -60,11 +60,7 @@ def units_to_networkx(graph: GraphArrays, is_kept: Bool[torch.Tensor, " unit"]) 
 
 
 def _networkx(problem: str) -> Any:
-    """The library.
-
-    Raises:
-        MissingExtraError: It is not installed.
-    """
+    """The library."""
     try:
         import networkx as nx
     except ImportError as fault:

@@ -104,11 +104,7 @@ def union(
 
 
 def _mean(total: GraphSum, min_share: float, align: str) -> Graph:
-    """The sum over the number of graphs.
-
-    Raises:
-        EmptySelectionError: No feature and no error is left.
-    """
+    """The sum over the number of graphs."""
     assert total.first is not None, "there is a graph"
     columns, n, metadata = total.columns, total.n_graphs, total.first.metadata
     nodes, names = _table(total, align)
@@ -160,11 +156,7 @@ def _tokens(total: GraphSum, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _occurring(nodes: pd.DataFrame, min_share: float) -> np.ndarray:
-    """True at nodes that stay, ``[node]``.
-
-    Raises:
-        EmptySelectionError: No feature and no error is left.
-    """
+    """True at nodes that stay, ``[node]``."""
     droppable = (nodes["kind"].isin(["feature", "error"]) & (nodes["weight"] == 0)).to_numpy()
     is_left = ~droppable | (nodes["share"] >= min_share).to_numpy()
     if not (is_left & droppable).any():
@@ -177,11 +169,7 @@ def _occurring(nodes: pd.DataFrame, min_share: float) -> np.ndarray:
 
 
 def _counted(graphs: Iterable[Graph], align: str) -> Iterator[Aligned]:
-    """Graphs with names of their positions that say where these stand.
-
-    Raises:
-        TaskError: Another length than the first graph's.
-    """
+    """Graphs with names of their positions that say where these stand."""
     first: Graph | None = None
     for number, graph in enumerate(graphs):
         check_graph(graph, "union(graphs)")
@@ -202,11 +190,7 @@ def _counted(graphs: Iterable[Graph], align: str) -> Iterator[Aligned]:
 
 
 def _labelled(graphs: Iterable[Graph], labels: Iterable[Sequence[str]]) -> Iterator[Aligned]:
-    """Graphs with their labels.
-
-    Raises:
-        TaskError: More of one than of the other, or labels that do not fit.
-    """
+    """Graphs with their labels."""
     for number, (graph, names) in enumerate(zip_longest(graphs, labels)):
         if graph is None or names is None:
             few, many = ("graph", "labels") if graph is None else ("labels", "graph")
@@ -220,11 +204,7 @@ def _labelled(graphs: Iterable[Graph], labels: Iterable[Sequence[str]]) -> Itera
 
 
 def _check_labels(labels: Sequence[str], n_pos: int, name: str) -> None:
-    """A text for every token, each once.
-
-    Raises:
-        TaskError: With what is wrong.
-    """
+    """A text for every token, each once."""
     if isinstance(labels, str) or not isinstance(labels, Iterable):
         raise _no_labels(name, labels)
     if not all(isinstance(label, str) for label in labels):

@@ -222,11 +222,7 @@ def has_word(site: object) -> bool:
 
 
 def site_word(site: str) -> str:
-    """``mlp``, ``att`` or ``res`` for an output hook.
-
-    Raises:
-        GemmaScopeError: Another hook.
-    """
+    """``mlp``, ``att`` or ``res`` for an output hook."""
     if not has_word(site):
         raise GemmaScopeError(
             f"Nodes at {site!r} have no name in this format", exists=", ".join(_WORDS)
@@ -237,14 +233,7 @@ def site_word(site: str) -> str:
 def node_records(
     rows: Iterable[Row], explained: Iterable[bool], tokens: Sequence[str], n_layers: int
 ) -> list[dict[str, Any]]:
-    """Nodes of the file.
-
-    Args:
-        rows: Of the table of nodes, with ``share``, the cumulative share of influence; no biases.
-        explained: Whether each has a row of its own in the matrix.
-        tokens: The prompt.
-        n_layers: Of the model.
-    """
+    """Nodes of the file, from rows with ``share``, the cumulative share of influence; no biases."""
     records, virtual, first = [], VIRTUAL, True
     for row, is_explained in zip(rows, explained, strict=True):
         kind, token, active = row["kind"], row["index"], row["activation"]
@@ -341,17 +330,7 @@ def saved_view(
     groups: Mapping[str, Sequence[str]] | None,
     pinned: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """``qParams`` of a graph.
-
-    Args:
-        metadata: The graph's.
-        names: Ids of its nodes to their names in the file.
-        groups: Supernodes; None for those of the saved view.
-        pinned: Ids of nodes; None for those of the saved view.
-
-    Raises:
-        UnknownNameError: A group or pin of a node that the graph does not have.
-    """
+    """``qParams`` of a graph; ``names`` are those of its nodes in the file, by id."""
     view = metadata.get(VIEW)
     view = view if isinstance(view, Mapping) else {}
     saved = {**EMPTY, **as_json(view.get("saved", {}), "the saved view")}

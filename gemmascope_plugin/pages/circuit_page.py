@@ -108,12 +108,7 @@ def write_circuit(
 
 
 def ranked(circuit: Circuit, n: int | None = None) -> Any:
-    """The units, most important first, named by their ends; scores are text of even digits.
-
-    Args:
-        circuit: The circuit.
-        n: Only the first ``n``.
-    """
+    """The units, most important first, named by their ends; scores are text of even digits."""
     frame = circuit.to_frame(n)
     layers = [name for name in ("source_layer", "target_layer") if name in frame]
     return even_digits(frame.drop(columns=layers), ["score"])

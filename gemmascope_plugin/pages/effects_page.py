@@ -91,15 +91,7 @@ def write_effects(
 
 
 def top_frame(effects: Effects, n: int) -> Any:
-    """The effects of largest absolute value, largest first, as a DataFrame.
-
-    Args:
-        effects: From any method of patching.
-        n: How many.
-
-    Returns:
-        The columns of ``Effects.to_frame``, and ``se`` where there is a standard error.
-    """
+    """The effects of largest absolute value, largest first, as a DataFrame."""
     frame = effects.to_frame()
     if has_errors(effects):
         frame["se"] = effects.standard_error()[effects.is_cell].tolist()

@@ -117,16 +117,7 @@ def page_html(
     footer: Pairs = (),
     style: str = "",
 ) -> str:
-    """One page as text.
-
-    Args:
-        title: Title and heading.
-        sections: What it shows, in order.
-        lead: A sentence or two under the heading.
-        key_figures: ``(value, what it is)``, shown large under the lead.
-        footer: ``(name, value)``.
-        style: More rules for its style sheet.
-    """
+    """One page as text."""
     renderer = _Renderer()
     return template(TEMPLATE).render(
         title=title,
@@ -139,11 +130,7 @@ def page_html(
 
 
 def write_html(path: str | Path, html: str) -> Path:
-    """Writes the text of a page; its folder is made if need be, an older page is replaced.
-
-    Raises:
-        PageError: The file cannot be written.
-    """
+    """Writes the text of a page; its folder is made if need be, an older page is replaced."""
     path = prepare(path)
     _replace(path, html)
     return path
@@ -155,12 +142,7 @@ def facts(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def even_digits(frame: pd.DataFrame, names: Iterable[str]) -> Any:
-    """The frame with columns of numbers as text: all as precise as the largest with four digits.
-
-    Args:
-        frame: A data frame.
-        names: The columns.
-    """
+    """The frame with columns of numbers as text: all as precise as the largest with four digits."""
     texts = {}
     for name in names:
         largest = max((abs(x) for x in frame[name] if math.isfinite(x)), default=0.0)

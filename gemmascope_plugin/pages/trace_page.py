@@ -172,11 +172,7 @@ def _edges(graph: Graph, is_shown: np.ndarray, place: np.ndarray) -> dict[str, l
 def _groups(
     graph: Graph, place: np.ndarray, groups: Mapping[str, Iterable[str]]
 ) -> list[tuple[str, list[int]]]:
-    """Names and places of members.
-
-    Raises:
-        UnknownNameError: A node that is not there or in two groups, or a group of none.
-    """
+    """Names and places of members."""
     members_of: list[tuple[str, list[int]]] = []
     taken: set[str] = set()
     for name, ids in groups.items():

@@ -98,18 +98,7 @@ def write_walkthrough(
     lead: str = "",
     footer: Sequence[tuple[str, str]] = (),
 ) -> Path:
-    """Writes the page.
-
-    Args:
-        path: The file.
-        title: Heading.
-        walk: What it shows.
-        lead: A sentence or two under the heading.
-        footer: ``(name, value)`` facts about how the results were made.
-
-    Raises:
-        PageError: The file cannot be written.
-    """
+    """Writes the page."""
     sections = [
         _dictionaries(walk),
         features_section(walk.features, walk.chosen, walk.labels),

@@ -72,7 +72,7 @@ def hostile_steering() -> Steering:
         tokens=(BAD,),
         ids_before=(),
         ids_after=(),
-        kept=yes,
+        is_kept=yes,
         steered=yes,
         next_tokens=NextTokens(one, (BAD,), one, one, (BAD,), one),
         relative_push=1.0,
