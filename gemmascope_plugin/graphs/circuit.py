@@ -24,13 +24,12 @@ from gemmascope_plugin.graphs.components_json import components_to_json
 from gemmascope_plugin.graphs.conservation import conservation_text
 from gemmascope_plugin.graphs.dead_ends import prune
 from gemmascope_plugin.graphs.edge_map import EdgeMap, places_in
-from gemmascope_plugin.graphs.frames import SHOWN, edge_frame
+from gemmascope_plugin.graphs.frames import SHOWN, edge_frame, unit_figure, units_to_networkx
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.graph_arrays import Labels, Rank, wrong_type
 from gemmascope_plugin.graphs.graph_file import RANKS, load_circuit, save_graph
 from gemmascope_plugin.graphs.node import PORTS, Node, Reader
 from gemmascope_plugin.graphs.read_json import read_graph
-from gemmascope_plugin.graphs.to_networkx import units_to_networkx
 from gemmascope_plugin.models.gate import gate
 
 ROLES = {1: "supports", 0: "", -1: "opposes"}
@@ -227,7 +226,7 @@ class Circuit:
         return cls(Graph(*parts), torch.from_numpy(selection[0]), rank)
 
     def to_networkx(self) -> Any:
-        """A ``networkx.MultiDiGraph``; see ``to_networkx.py``.
+        """A ``networkx.MultiDiGraph``; see ``frames.py``.
 
         Raises:
             MissingExtraError: networkx is not installed.
@@ -270,7 +269,7 @@ class Circuit:
         """A plotly figure of what is kept: edges between layers, nodes with their edges, or bars."""
         title = f"Circuit for {self.metadata.get('task')}: {self._count}"
         title += f", {self.n_against} against the metric" if self.n_against else ""
-        return self.graph.draw(self.kept_order, title)
+        return unit_figure(self.graph, self.kept_order, title)
 
     @cached_property
     def n_against(self) -> int:

@@ -28,9 +28,9 @@ import numpy as np
 
 from gemmascope_plugin.errors import GemmaScopeError, check_choice
 from gemmascope_plugin.graphs.adjacency import MIN_SUM, Adjacency, rows_of
+from gemmascope_plugin.graphs.combine import activations_of
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.graph_arrays import table_columns
-from gemmascope_plugin.graphs.matching import activations_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,10 +46,10 @@ def collapse(
 ) -> Graph:
     """The graph with one node per group.
 
-    A group stands where its most influential member does, with that one's ``site``, ``layer``, ``pos`` and
-    ``index``, the group's name as label and ``group:`` and the name as id; activations are summed, and
-    ``members`` says how many there are. ``edges`` is ``influence`` for edges by which groups have their
-    members' influence, ``effects`` for sums of signed direct effects.
+    A group stands where its most influential member does, with that one's ``site``, ``layer``, ``pos``
+    and ``index``, the group's name as label and ``group:`` and the name as id; activations are summed,
+    and ``members`` says how many there are. ``edges`` is ``influence`` for edges by which groups have
+    their members' influence, ``effects`` for sums of signed direct effects.
     """
     check_choice("sort of edges", edges, ("influence", "effects"))
     if "supernodes" in graph.metadata:

@@ -24,8 +24,9 @@ from gemmascope_plugin.graphs.adjacency import EdgeList
 from gemmascope_plugin.graphs.defects import Parts, find_defect
 from gemmascope_plugin.graphs.graph_arrays import GraphArrays
 from gemmascope_plugin.graphs.json_folder import check_slug
+from gemmascope_plugin.graphs.json_view import EMPTY
 from gemmascope_plugin.graphs.node import PORTS
-from gemmascope_plugin.graphs.write_json import EMPTY, shortest
+from gemmascope_plugin.graphs.write_json import shortest
 
 Selection = tuple[np.ndarray, str]
 """Which units are kept, and what they are ranked by."""

@@ -1,6 +1,6 @@
 """The difference of the attribution graphs of two prompts: what a change of the prompt changes.
 
-1. Nodes of both prompts are matched by kind, site, index and position (``matching.py``); a feature that
+1. Nodes of both prompts are matched by kind, site, index and position (``combine.py``); a feature that
    is active in one prompt alone has activation 0 and no effects in the other.
 2. An edge is the clean direct effect minus the corrupted one, an activation the clean one minus the
    corrupted one. A row therefore sums to the difference of its node's pre-activations: of features that
@@ -29,19 +29,23 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 
 from gemmascope_plugin.errors import GemmaScopeError, TaskError, check_choice, nearest, shorten
-from gemmascope_plugin.graphs.combine import Aligned, GraphSum, combine, largest_gap, pass_order
-from gemmascope_plugin.graphs.defects import TRACE_COLUMNS
-from gemmascope_plugin.graphs.graph import Graph
-from gemmascope_plugin.graphs.graph_arrays import check_graph, table_columns
-from gemmascope_plugin.graphs.matching import (
+from gemmascope_plugin.graphs.combine import (
     SHARED,
+    Aligned,
+    GraphSum,
     Targets,
     check_alike,
+    combine,
     either,
     is_whole,
     keyed,
+    largest_gap,
+    pass_order,
     positions_of,
 )
+from gemmascope_plugin.graphs.defects import TRACE_COLUMNS
+from gemmascope_plugin.graphs.graph import Graph
+from gemmascope_plugin.graphs.graph_arrays import check_graph, table_columns
 from gemmascope_plugin.models.gate import gate
 
 if TYPE_CHECKING:

@@ -18,9 +18,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Int, Int64
+from jaxtyping import Bool, Float, Int, Int64
 
-from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError
+from gemmascope_plugin.errors import GemmaScopeError, ModelError, UnknownNameError
+from gemmascope_plugin.graphs.adjacency import EdgeList
 from gemmascope_plugin.graphs.node import PORTS, Node, Reader
 from gemmascope_plugin.models.anatomy import Anatomy
 
@@ -92,6 +93,23 @@ class EdgeMap:
     def n_edges(self) -> int:
         """Number of edges."""
         return int(self.mask.sum())
+
+    def edge_list(self, scores: Float[torch.Tensor, "writer reader *pos"]) -> EdgeList:
+        """All edges between places in ``nodes``, ordered by writer, reader, position."""
+        assert scores.shape[:2] == self.mask.shape and scores.ndim <= 3, "not of this edge map"
+        place = {node: i for i, node in enumerate(self.nodes)}
+        sources = torch.tensor([place[node] for node in self.writers])
+        targets = torch.tensor([place[reader.node] for reader in self.readers])
+        ports = torch.tensor([PORTS.index(reader.port) for reader in self.readers])
+        rows, columns = self.mask.nonzero(as_tuple=True)
+        values, pos = finite_scores(scores.detach().cpu()[rows, columns].float()), None
+        if values.ndim == 2:
+            n_pos = values.shape[1]
+            pos = torch.arange(n_pos).repeat(len(rows))
+            rows, columns = (index.repeat_interleave(n_pos) for index in (rows, columns))
+        return EdgeList.of(
+            sources[rows], targets[columns], values.flatten(), port=ports[columns], pos=pos
+        )
 
     def writer(self, node: Node) -> int:
         """Its row."""
@@ -203,3 +221,14 @@ def _ends(
         if node in place:
             columns[place[node], PORTS.index(port)] = column
     return rows, columns
+
+
+def finite_scores(scores: Float[torch.Tensor, "*shape"]) -> Float[torch.Tensor, "*shape"]:
+    """Scores, none of which is NaN or infinite."""
+    bad = scores.numel() - int(scores.isfinite().sum())
+    if bad:
+        raise ModelError(
+            f"{bad} of {scores.numel()} scores are NaN or infinite",
+            fix="a model in float32 or bfloat16, and a metric that is finite on all prompts",
+        )
+    return scores

@@ -36,24 +36,25 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Int64
 
 from gemmascope_plugin.errors import (
     EmptySelectionError,
-    ModelError,
     UnknownNameError,
 )
 from gemmascope_plugin.graphs.adjacency import Adjacency, EdgeList
 from gemmascope_plugin.graphs.components_json import components_to_json
-from gemmascope_plugin.graphs.edge_map import EdgeMap
+from gemmascope_plugin.graphs.edge_map import EdgeMap, finite_scores
 from gemmascope_plugin.graphs.frames import (
     SHOWN,
     edge_frame,
     graph_html,
     graph_text,
     token_figure,
+    trace_to_networkx,
     unit_figure,
     unit_frame,
+    units_to_networkx,
     weight_frame,
 )
 from gemmascope_plugin.graphs.graph_arrays import GraphArrays
@@ -65,9 +66,8 @@ from gemmascope_plugin.graphs.influence import (
     prune_masks,
     scores_of,
 )
-from gemmascope_plugin.graphs.node import PORTS, Node, node_columns
+from gemmascope_plugin.graphs.node import Node, node_columns
 from gemmascope_plugin.graphs.read_json import read_graph
-from gemmascope_plugin.graphs.to_networkx import trace_to_networkx, units_to_networkx
 from gemmascope_plugin.graphs.write_json import to_json
 from gemmascope_plugin.models.gate import gate
 
@@ -122,7 +122,7 @@ class Graph(GraphArrays):
         columns = node_columns(nodes)
         if scores is not None:
             values = torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
-            columns["score"] = _finite(values).numpy().copy()
+            columns["score"] = finite_scores(values).numpy().copy()
         details = {"sign": SIGN, **(metadata or {})}
         graph = cls(columns, edges or EdgeList(), (), details, ranked)
         # need not be made from the columns
@@ -150,20 +150,7 @@ class Graph(GraphArrays):
         Raises:
             ModelError: A score of an edge is NaN or infinite.
         """
-        assert scores.shape[:2] == edge_map.mask.shape and scores.ndim <= 3, "not of this edge map"
-        place = {node: i for i, node in enumerate(edge_map.nodes)}
-        sources = torch.tensor([place[node] for node in edge_map.writers])
-        targets = torch.tensor([place[reader.node] for reader in edge_map.readers])
-        ports = torch.tensor([PORTS.index(reader.port) for reader in edge_map.readers])
-        rows, columns = edge_map.mask.nonzero(as_tuple=True)
-        values, pos = _finite(scores.detach().cpu()[rows, columns].float()), None
-        if values.ndim == 2:
-            n_pos = values.shape[1]
-            pos = torch.arange(n_pos).repeat(len(rows))
-            rows, columns = (index.repeat_interleave(n_pos) for index in (rows, columns))
-        edges = EdgeList.of(
-            sources[rows], targets[columns], values.flatten(), port=ports[columns], pos=pos
-        )
+        edges = edge_map.edge_list(scores)
         return cls.of_nodes(edge_map.nodes, None, metadata, edges=edges)
 
     # ----------------------------------------------------------------------------------- influence
@@ -249,11 +236,6 @@ class Graph(GraphArrays):
         Raises:
             UnknownNameError: A threshold outside (0, 1].
         """
-        for name, value in (("node", node_threshold), ("edge", edge_threshold)):
-            if not 0 < value <= 1:
-                raise UnknownNameError(
-                    f"{name}_threshold={value} is not a share", exists="shares above 0, up to 1"
-                )
         return prune_masks(
             self._counted, self.influence, self.weights, self.where, node_threshold, edge_threshold
         )
@@ -301,10 +283,6 @@ class Graph(GraphArrays):
             else edge_frame(self, torch.from_numpy(order))
         )
 
-    def draw(self, units: Int64[torch.Tensor, " some"], title: str) -> Figure:
-        """A plotly figure of some units: edges between layers, nodes with their edges, or bars."""
-        return unit_figure(self, units, title)
-
     def plot(self, max_edges: int = 150) -> Figure:
         """A plotly figure: of a trace, tokens from left to right and layers from the bottom up (prune
         first); else all units, the largest of them if there are many.
@@ -315,10 +293,10 @@ class Graph(GraphArrays):
         if self.is_trace:
             return token_figure(self, max_edges)
         units = torch.arange(len(self.unit_scores))
-        return self.draw(units, f"{len(units)} {self.unit}s of {self.metadata.get('task')}")
+        return unit_figure(self, units, f"{len(units)} {self.unit}s of {self.metadata.get('task')}")
 
     def to_networkx(self) -> nx.Graph:
-        """A graph of networkx; see ``to_networkx.py``.
+        """A graph of networkx; see ``frames.py``.
 
         Raises:
             MissingExtraError: networkx is not installed.
@@ -376,13 +354,3 @@ class Graph(GraphArrays):
 
     def _repr_html_(self) -> str:
         return graph_html(self, self.influence if self.is_trace else None)
-
-
-def _finite(scores: Float32[torch.Tensor, "*shape"]) -> Float32[torch.Tensor, "*shape"]:
-    bad = scores.numel() - int(scores.isfinite().sum())
-    if bad:
-        raise ModelError(
-            f"{bad} of {scores.numel()} scores are NaN or infinite",
-            fix="a model in float32 or bfloat16, and a metric that is finite on all prompts",
-        )
-    return scores

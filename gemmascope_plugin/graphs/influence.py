@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gemmascope_plugin.errors import UnknownNameError
 from gemmascope_plugin.graphs.adjacency import Adjacency
 
 Where = Callable[[str], np.ndarray]
@@ -74,6 +75,11 @@ def prune_masks(
     edge_threshold: float,
 ) -> Pruned:
     """Kept nodes and edges."""
+    for name, value in (("node", node_threshold), ("edge", edge_threshold)):
+        if not 0 < value <= 1:
+            raise UnknownNameError(
+                f"{name}_threshold={value} is not a share", exists="shares above 0, up to 1"
+            )
     always = where("token") | (weights > 0) | where("target")
     nodes = (influence >= _bar(influence, node_threshold)) & ~where("bias") | always
     among = edges.subset(nodes)

@@ -49,8 +49,8 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> Path:
 
 
 def add_to_folder(folder: str | Path, content: Mapping[str, Any]) -> Path:
-    """Writes ``<slug>.json`` and enters it in ``graph-metadata.json``, in the place of an older one; waits
-    a minute where another process writes into the folder.
+    """Writes ``<slug>.json`` and enters it in ``graph-metadata.json``, in the place of an older one;
+    waits a minute where another process writes into the folder.
     """
     folder, metadata = Path(folder).expanduser(), content["metadata"]
     check_slug(metadata["slug"])

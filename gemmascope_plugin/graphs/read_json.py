@@ -10,7 +10,7 @@
    Their labels of tokens and targets are taken out of the words that the viewers put around them.
 3. A link to or from no node, and one that leads backwards, make the file a damaged one, and so does all
    that does not make a graph (``defects.py``): numbers that are not finite, positions beyond the prompt.
-4. The saved view of the viewers, ``qParams``, becomes part of the metadata.
+4. The saved view of the viewers, ``qParams``, becomes part of the metadata (``json_view.py``).
 
 Cost: a loop over nodes and links.
 """
@@ -37,15 +37,13 @@ from gemmascope_plugin.graphs.components_json import (
     is_of_components,
 )
 from gemmascope_plugin.graphs.defects import TRACE_COLUMNS, Parts, node_defect
+from gemmascope_plugin.graphs.json_view import changed_labels, read_view
 from gemmascope_plugin.graphs.write_json import (
-    CLICKED,
     EMBEDDING,
-    EMPTY,
     FEATURE,
     LOGIT,
     SHIFT,
     SITES,
-    VIEW,
     has_word,
 )
 
@@ -317,55 +315,3 @@ def without_residual(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata that no longer say how far rows are from their sums."""
     unknown = {"residual": math.nan} if "residual" in metadata else {}
     return {**metadata, **unknown}
-
-
-# -------------------------------------------------------------------------------------------- view
-def read_view(params: Any, ids: Mapping[str, str]) -> dict[str, Any]:
-    """A saved view as metadata; nothing where there is none."""
-    if not isinstance(params, dict):
-        raise ValueError("qParams is not an object")
-    rows = params.get("supernodes") or []
-    pins = params.get("pinnedIds") or []
-    lists = [pins, *rows] if isinstance(rows, list) else [rows]
-    for row in lists:
-        if not isinstance(row, list) or not all(isinstance(text, str) for text in row):
-            raise ValueError("qParams has pins or supernodes that are not lists of texts")
-    for key in (CLICKED, "linkType", "sg_pos"):
-        if not isinstance(params.get(key), str | None):
-            raise ValueError(f"qParams has the {key} {params[key]!r:.60}")
-    unknown = [
-        name for row in (pins, *(row[1:] for row in rows)) for name in row if name not in ids
-    ]
-    others = ("pinnedIds", "supernodes", "clerps")
-    saved = {key: value for key, value in params.items() if key not in others}
-    if isinstance(saved.get(CLICKED), str):
-        saved[CLICKED] = ids.get(saved[CLICKED], saved[CLICKED])
-    saved = {key: value for key, value in saved.items() if EMPTY.get(key) != value}
-    view = {
-        "pinned": tuple(ids[name] for name in pins if name in ids),
-        "supernodes": tuple(
-            (row[0], *(ids[name] for name in row[1:] if name in ids)) for row in rows if row
-        ),
-        "unknown": tuple(dict.fromkeys(unknown)),
-        "saved": from_json_value(saved),
-    }
-    return {VIEW: view} if any(view.values()) else {}
-
-
-def changed_labels(params: Any) -> dict[str, str]:
-    """Labels that a viewer has changed, by layer, feature and position as one text."""
-    pairs = params.get("clerps") if isinstance(params, dict) else None
-    if isinstance(pairs, str):
-        try:
-            pairs = parse_json(pairs, "qParams.clerps") if pairs else []
-        except BadFileError as fault:
-            raise ValueError(str(fault)) from fault
-    if isinstance(pairs, dict):
-        pairs = [list(pair) for pair in pairs.items()]
-    if not isinstance(pairs, list | None):
-        raise ValueError("qParams.clerps are not pairs of texts")
-    for pair in pairs or []:
-        is_pair = isinstance(pair, list) and len(pair) == 2
-        if not is_pair or not all(isinstance(text, str) for text in pair):
-            raise ValueError("qParams.clerps are not pairs of texts")
-    return dict(pairs or [])

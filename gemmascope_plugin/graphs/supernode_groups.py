@@ -9,9 +9,11 @@ Cost: that of its own size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import gemmascope_plugin.figures as figures
 from gemmascope_plugin.errors import (
     BadFileError,
     EmptySelectionError,
@@ -24,11 +26,17 @@ from gemmascope_plugin.errors import (
 from gemmascope_plugin.files.json_file import read_json
 from gemmascope_plugin.graphs.collapse import Edges, collapse
 from gemmascope_plugin.graphs.graph import Graph
+from gemmascope_plugin.graphs.json_folder import write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 KEY = "supernodes"
 MAX_SIZE = 1 << 26
 SHOWN = 5
 """Groups that a repr names."""
+ROWS = 12
+"""Groups of a table in a notebook."""
 
 
 class Supernodes(Mapping[str, tuple[str, ...]]):
@@ -186,6 +194,26 @@ class Supernodes(Mapping[str, tuple[str, ...]]):
         """``{"supernodes": [[name, id, ...], ...]}``, as the viewers keep groups."""
         return {KEY: [[name, *ids] for name, ids in self.items()]}
 
+    def save(self, path: str | Path) -> Path:
+        """Writes :meth:`to_json` into a file, whole; :meth:`load` reads it.
+
+        Raises:
+            GemmaScopeError: The file cannot be written.
+        """
+        return write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Supernodes:
+        """Reads what :meth:`save` has written; see :meth:`from_json`."""
+        return cls.from_json(path)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per node: ``group, node``."""
+        import pandas as pd
+
+        pairs = [(name, node) for name, ids in self.items() for node in ids]
+        return pd.DataFrame(pairs, columns=["group", "node"])
+
     @classmethod
     def from_json(cls, source: str | Path | Mapping[str, Any]) -> Supernodes:
         """Reads what :meth:`to_json` gives, from a file or as it is.
@@ -237,6 +265,12 @@ class Supernodes(Mapping[str, tuple[str, ...]]):
                 exists=shorten(self._groups),
                 fix="another name",
             )
+
+    def _repr_html_(self) -> str:
+        import pandas as pd
+
+        sizes = pd.DataFrame({"group": list(self), "nodes": [len(ids) for ids in self.values()]})
+        return f"<p>{escape(repr(self))}</p>{figures.frame_html(sizes, ROWS)}"
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name!r}: {len(ids)}" for name, ids in [*self.items()][:SHOWN])

@@ -1,7 +1,7 @@
 """The mean of the attribution graphs of many prompts, aligned by the positions of a template.
 
 1. Every position of every prompt has a name: its number, its number from the end, or a word such as
-   ``subject``. Nodes with the same kind, site, index and name are one node (``matching.py``).
+   ``subject``. Nodes with the same kind, site, index and name are one node (``combine.py``).
 2. An edge is the mean over *all* prompts, 0 where it is not there; activations and weights likewise. A
    row sums to the mean of its node's pre-activations, 0 where a prompt does not explain it.
 3. Graphs come one by one: what is kept is the sum so far. The mean of contrasts is the contrast of the
@@ -30,10 +30,20 @@ from gemmascope_plugin.errors import (
     UnknownNameError,
     check_choice,
 )
-from gemmascope_plugin.graphs.combine import Aligned, GraphSum, combine, largest_gap, pass_order
+from gemmascope_plugin.graphs.combine import (
+    PRUNED,
+    SHARED,
+    Aligned,
+    GraphSum,
+    Targets,
+    combine,
+    either,
+    largest_gap,
+    pass_order,
+    positions_of,
+)
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.graph_arrays import check_graph, table_columns
-from gemmascope_plugin.graphs.matching import PRUNED, SHARED, Targets, either, positions_of
 from gemmascope_plugin.models.gate import gate
 
 if TYPE_CHECKING:

@@ -21,10 +21,8 @@ The keys are those of circuit-tracer's ``frontend/graph_models.py`` and of Neuro
    what they explain, so a record of each with its place among all nodes, and their links, stand in
    ``metadata.gemmascope``, beside all else that the format has no place for, and what a viewer will not
    show (``limits``).
-3. The view that a viewer has saved (``qParams``: pins, supernodes, the rest) is in the metadata, under
-   ``view``, where reading has put it: ``{"pinned": (id, ...), "supernodes": ((name, id, ...), ...),
-   "unknown": (name, ...), "saved": {...}}``. Writing takes what is there of it; nodes that were pruned
-   since are left out.
+3. The view that a viewer has saved (``qParams``: pins, supernodes, the rest) is in the metadata, where
+   reading has put it, and goes back into the file (``json_view.py``).
 
 Cost: about 75 bytes an edge and 400 a node.
 """
@@ -38,12 +36,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError, nearest
+from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.files.bundle import as_json
 from gemmascope_plugin.graphs.defects import TRACE_COLUMNS
 from gemmascope_plugin.graphs.graph_arrays import GraphArrays
 from gemmascope_plugin.graphs.influence import TraceScores
 from gemmascope_plugin.graphs.json_folder import check_slug
+from gemmascope_plugin.graphs.json_view import VIEW, saved_view
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,10 +58,6 @@ _WORDS = {hook: word for word, hook in SITES.items()}
 _PLACE = re.compile(r"blocks\.\d+\.(.+)")
 
 Row = Mapping[str, Any]
-VIEW = "view"
-"""Where it stands in the metadata of a graph."""
-EMPTY = {"pinnedIds": [], "supernodes": [], "linkType": "both", "sg_pos": ""}
-CLICKED = "clickedId"
 
 
 def to_json(
@@ -321,43 +316,3 @@ def bias_records(nodes: pd.DataFrame) -> list[dict[str, Any]]:
     columns = [*TRACE_COLUMNS, *(["influence"] if "influence" in nodes else [])]
     rows = nodes.iloc[places][columns].to_dict("records")
     return [{"place": place, **as_json(row)} for place, row in zip(places, rows, strict=True)]
-
-
-# -------------------------------------------------------------------------------------------- view
-def saved_view(
-    metadata: Mapping[str, Any],
-    names: Mapping[str, str],
-    groups: Mapping[str, Sequence[str]] | None,
-    pinned: Sequence[str] | None,
-) -> dict[str, Any]:
-    """``qParams`` of a graph; ``names`` are those of its nodes in the file, by id."""
-    view = metadata.get(VIEW)
-    view = view if isinstance(view, Mapping) else {}
-    saved = {**EMPTY, **as_json(view.get("saved", {}), "the saved view")}
-    if saved.get(CLICKED) in names:
-        saved[CLICKED] = names[saved[CLICKED]]
-    else:
-        saved.pop(CLICKED, None)
-    if pinned is None:
-        pinned = [node for node in view.get("pinned", ()) if node in names]
-    if groups is None:
-        rows = [(row[0], [i for i in row[1:] if i in names]) for row in view.get("supernodes", ())]
-        rows = [(name, ids) for name, ids in rows if ids]
-    else:
-        rows = [(name, list(ids)) for name, ids in groups.items()]
-    saved["pinnedIds"] = _named(pinned, names, "A pin")
-    saved["supernodes"] = [[name, *_named(ids, names, "A group")] for name, ids in rows]
-    return saved
-
-
-def _named(ids: Iterable[str], names: Mapping[str, str], whose: str) -> list[str]:
-    """Names of nodes in the file."""
-    ids = list(ids)
-    for node in ids:
-        if node not in names:
-            raise UnknownNameError(
-                f"{whose} has the node {node!r}, which the graph has not",
-                nearest=nearest(node, names),
-                fix="graph.nodes.id",
-            )
-    return [names[node] for node in ids]

@@ -32,9 +32,9 @@ from gemmascope_plugin.errors import (
     UnknownNameError,
     check_choice,
 )
+from gemmascope_plugin.graphs.combine import positions_of
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.graph_arrays import check_graph
-from gemmascope_plugin.graphs.matching import positions_of
 from gemmascope_plugin.graphs.supernode_groups import Supernodes
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.splice.check_saes import Saes, as_list, check_saes

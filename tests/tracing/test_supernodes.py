@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -470,3 +471,10 @@ def test_features_of_a_clt_write_to_all_later_layers() -> None:
     assert len(set(nodes["layer"])) > 1
     got = by_decoder(found, places, dictionary)
     np.testing.assert_allclose(got, np.array(written) @ np.array(written).T, atol=1e-5)
+
+
+def test_groups_in_a_file_a_frame_and_a_notebook(tmp_path: Path) -> None:
+    groups = Supernodes({"a<b": ["x", "y"], "c": ["z"]})
+    assert Supernodes.load(groups.save(tmp_path / "groups.json")) == groups
+    assert groups.to_frame().to_numpy().tolist() == [["a<b", "x"], ["a<b", "y"], ["c", "z"]]
+    assert "a&lt;b" in groups._repr_html_() and "<b " not in groups._repr_html_()
