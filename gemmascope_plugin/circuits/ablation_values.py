@@ -96,20 +96,13 @@ def keep_units(
     return copies.index_copy(3, index, torch.where(keep, old, new)).flatten(0, 1)
 
 
-def repeated(acts: SparseActs, times: int) -> SparseActs:
+def repeat_prompts(acts: SparseActs, times: int) -> SparseActs:
     """Copies of the prompts, copy after copy, of activations ``[prompt, pos, d_sae]``."""
     n, pos, d_sae = acts.shape
     counts = acts.offsets.diff().repeat(times)
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     shape = (times * n, pos, d_sae)
     return SparseActs(offsets, acts.indices.repeat(times), acts.values.repeat(times), shape)
-
-
-def only(acts: SparseActs, chosen: Bool[torch.Tensor, " active"]) -> SparseActs:
-    """Some of the active entries."""
-    rows = acts.rows[chosen]
-    offsets = offsets_of(rows, acts.n_tokens)
-    return SparseActs(offsets, acts.indices[chosen], acts.values[chosen], acts.shape)
 
 
 def _nothing(site: TaskSite, values: Values) -> tuple[torch.Tensor, SparseActs | None]:
@@ -138,7 +131,9 @@ def _means(
     count = mean.count.sum()[None] if over_positions else mean.count
     acts = _mean_acts(site, runs, count, over_positions)
     rows = [len(run.y) for run in runs]
-    return [(y.expand(n, *y.shape[1:]), None if acts is None else repeated(acts, n)) for n in rows]
+    return [
+        (y.expand(n, *y.shape[1:]), None if acts is None else repeat_prompts(acts, n)) for n in rows
+    ]
 
 
 def _mean_acts(

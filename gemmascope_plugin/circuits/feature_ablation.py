@@ -49,10 +49,10 @@ from gemmascope_plugin.circuits.ablation_values import (
     AblationValue,
     ablation_values,
     keep_units,
-    only,
-    repeated,
+    repeat_prompts,
 )
 from gemmascope_plugin.circuits.feature_layout import SiteNodes
+from gemmascope_plugin.features.cooccurrence import entries
 from gemmascope_plugin.models import flatten_heads, restore_heads
 from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.points import n_heads, n_layers
@@ -141,7 +141,7 @@ class _Run:
         x = self._inputs.pop(site.hook, y)
         live = encoded(site, x, keep)
         assert value.acts is not None
-        other = repeated(value.acts, self.n)
+        other = repeat_prompts(value.acts, self.n)
         flat = wide(flatten_heads(y))
         errors = self._errors(nodes).to(y.device)
         out = flat
@@ -172,7 +172,7 @@ class _Run:
     ) -> Float[torch.Tensor, "row pos width"]:
         """``sum (a - a0) W`` over the features inside, or outside, each row's circuit."""
         terms = [
-            written_by(nodes.site, only(acts, self._inside(nodes, acts) == inside))
+            written_by(nodes.site, entries(acts, self._inside(nodes, acts) == inside))
             for acts in (live, other)
         ]
         return terms[0] - terms[1]

@@ -39,6 +39,7 @@ from gemmascope_plugin.models.check_model import check_model, describe
 from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.splice.check_saes import Saes
 
 Directions = dict[str, Float[torch.Tensor, "feature width"]]
 """Unit decoder rows by site."""
@@ -50,7 +51,7 @@ def stability(
     task: Task,
     held_out: Task,
     *,
-    sets: Mapping[str, Sequence[Any]],
+    sets: Mapping[str, Saes],
     n: int = 30,
     at_least: float = 0.8,
     cosine: float = 0.7,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 
 from gemmascope_plugin.causes import FeatureId, edge_attribution
 from gemmascope_plugin.circuits import Scores, discover, top_n
+from gemmascope_plugin.circuits.circuit_methods import Options
+from gemmascope_plugin.circuits.discover import METHODS
 from gemmascope_plugin.circuits.edge_methods import graph_of
 from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError
 from gemmascope_plugin.graphs import Graph
@@ -184,3 +188,22 @@ def test_what_discover_refuses(hooked2, options: dict, error, text: str) -> None
 def test_integrated_gradients_of_nodes_take_as_many_steps_as_asked(hooked2) -> None:
     few, many = (discover(hooked2, TASK, method="ig", steps=n).graph.unit_scores for n in (1, 3))
     assert float((few - many).abs().max()) > 1e-3 * float(many.abs().max())
+
+
+def test_every_method_says_what_it_takes_costs_and_follows() -> None:
+    names = {(method.scores, method.name) for method in METHODS}
+    assert len(names) == len(METHODS)
+    options = {field.name for field in fields(Options)}
+    for method in METHODS:
+        assert method.paper and method.cost
+        assert method.options <= options
+    assert {name for scored, name in names if scored == "features"} == {"ig", "atp"}
+
+
+def test_an_option_says_which_methods_take_it(hooked2) -> None:
+    with pytest.raises(TaskError) as caught:
+        discover(hooked2, TASK, method="relp", steps=4)
+    assert str(caught.value) == (
+        "steps plays no part in circuits of nodes by 'relp'. There is: steps in circuits of nodes by "
+        "'ig', edges by 'eap-ig' or 'eap-ig-activations', features by 'ig'. Try: without steps="
+    )
