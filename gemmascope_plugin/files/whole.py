@@ -26,6 +26,8 @@ from gemmascope_plugin.errors import GemmaScopeError, shorten
 from gemmascope_plugin.files.lock import file_lock
 
 FIX = "free space, mend the permissions, or write elsewhere"
+WAIT = 60.0
+"""Seconds to wait for another writer of the same folder."""
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object], *, fix: str = FIX) -> Path:
@@ -57,16 +59,15 @@ def write_text_whole(path: Path, text: str, *, fix: str = FIX) -> Path:
 
 
 @contextmanager
-def whole_folder(path: Path, purpose: str, *, wait: float = 60.0, fix: str = FIX) -> Iterator[Path]:
+def whole_folder(path: Path, purpose: str, *, fix: str = FIX) -> Iterator[Path]:
     """A folder to fill, which appears under its name when the block ends without an error.
 
-    An older one is replaced. ``purpose`` says what is done, for a second writer's error; ``wait`` are
-    seconds to wait for another writer of the same folder.
+    An older one is replaced. ``purpose`` says what is done, for a second writer's error.
     """
     part, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with file_lock(path.with_name(f".{path.name}.lock"), purpose, shown=path, wait=wait):
+        with file_lock(path.with_name(f".{path.name}.lock"), purpose, shown=path, wait=WAIT):
             recover_folder(path)
             remove(part)
             part.mkdir()

@@ -53,9 +53,9 @@ def open_multi_layer(
     spec: SaeSpec,
     files: Mapping[str, Path],
     *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    check: bool = False,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    check: bool,
 ) -> CrossLayerDictionary:
     """A crosscoder or CLT whose weights are read when used."""
     config_file = spec.config_filename

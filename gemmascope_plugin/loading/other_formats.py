@@ -51,9 +51,9 @@ def open_saelens(
     spec: SaeSpec,
     files: Mapping[str, Path],
     *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    check: bool = False,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    check: bool,
 ) -> SAE[Any]:
     """A dictionary that SAELens saved, frozen; a ``MatryoshkaSAE`` if it is JumpReLU with levels."""
     from sae_lens.util import dtype_to_str
@@ -154,9 +154,9 @@ def open_tree(
     spec: SaeSpec,
     files: Mapping[str, Path],
     *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    check: bool = False,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    check: bool,
 ) -> TreeSAE:
     """A Tree SAE, memory-mapped where possible."""
     from sae_lens.util import dtype_to_str

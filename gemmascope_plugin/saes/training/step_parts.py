@@ -33,6 +33,9 @@ from gemmascope_plugin.types import SAE
 Params = Mapping[str, Float[torch.Tensor, "*_"]]
 """``W_enc, b_enc, W_dec, b_dec, threshold`` in SAELens' shapes."""
 
+_MEDIAN_STEPS = 100
+_MEDIAN_TOLERANCE = 1e-5
+"""Distance below which an iteration is the last."""
 _SMALL = 1e-8
 """A row of zeros has no direction and stays zero."""
 
@@ -72,16 +75,14 @@ def fold_scale(params: Params, scale: float) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def geometric_median(
-    points: Float[torch.Tensor, "points d_in"], *, steps: int = 100, tolerance: float = 1e-5
-) -> Float[torch.Tensor, " d_in"]:
+def geometric_median(points: Float[torch.Tensor, "points d_in"]) -> Float[torch.Tensor, " d_in"]:
     """The point with the least sum of distances to all others."""
     guess = points.mean(0)
-    for _ in range(steps):
+    for _ in range(_MEDIAN_STEPS):
         # A point that has been hit would weigh infinitely much.
         weights = 1 / (points - guess).norm(dim=-1, keepdim=True).clamp(min=1e-9)
         last, guess = guess, (weights * points).sum(0) / weights.sum()
-        if (guess - last).norm() < tolerance:
+        if (guess - last).norm() < _MEDIAN_TOLERANCE:
             break
     return guess
 
