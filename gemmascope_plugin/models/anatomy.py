@@ -179,7 +179,7 @@ class Anatomy:
         """From the end of the stream to logits, with or without the soft-cap."""
         return unembedding(self.model, before_cap=before_cap)
 
-    def _norm(self, module: Any) -> Norm:
+    def _norm(self, module: object) -> Norm:
         eps = getattr(module, "eps", None)
         return Norm(gain_of(self.model, module), float(self.model.cfg.eps if eps is None else eps))
 

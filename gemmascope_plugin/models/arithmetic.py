@@ -85,7 +85,7 @@ class Arithmetic:
         return normed(self.anatomy.ln_final, x, points, "ln_final")
 
 
-def _is_plain(model: Any) -> bool:
+def _is_plain(model: HookedModel) -> bool:
     """Whether nothing but the tokens decides what is attended to, all on one device."""
     cfg = model.cfg
     turned_on_itself = not getattr(cfg, "rotary_adjacent_pairs", False)
@@ -106,12 +106,12 @@ class _ModelRun:
     """What the unembedding was given."""
 
     @classmethod
-    def of(cls, model: Any, tokens: torch.Tensor) -> _ModelRun:
+    def of(cls, model: HookedModel, tokens: torch.Tensor) -> _ModelRun:
         """Runs the model."""
         streams: list[torch.Tensor] = []
         arguments: list[dict[str, Any]] = []
 
-        def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def keep(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             streams.append(args[0] if args else kwargs["hidden_states"])
             arguments.append(kwargs)
 
@@ -128,7 +128,7 @@ class _ModelRun:
 
 
 def _turns(
-    model: Any, run: _ModelRun, n_pos: int
+    model: HookedModel, run: _ModelRun, n_pos: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
     """Cosines and sines of each layer; None for another kind of positions."""
     turns = []

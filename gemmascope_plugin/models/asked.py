@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, Runner
 from gemmascope_plugin.models.readout import OfLogits, OfResiduals, Readout
 from gemmascope_plugin.models.unembed import Unembedding, unembedding
 from gemmascope_plugin.models.vocabulary import all_logits
@@ -40,7 +40,7 @@ class Ends:
 
 @contextmanager
 def asked_positions(
-    runner: Any,
+    runner: Runner,
     at: At,
     tokens: Int[torch.Tensor, "ask choice"] | None = None,
 ) -> Iterator[Ends]:
@@ -78,7 +78,7 @@ def asked_positions(
 
 
 @contextmanager
-def final_residuals(runner: Any) -> Iterator[Ends]:
+def final_residuals(runner: Runner) -> Iterator[Ends]:
     """Inside the block forward passes leave ``unembed.hook_in`` at every position, and make no logits.
 
     What a pass returns means nothing.
@@ -94,7 +94,7 @@ def final_residuals(runner: Any) -> Iterator[Ends]:
 
 
 @contextmanager
-def read_out(runner: Any, at: At, *, before_cap: bool = False) -> Iterator[list[Readout]]:
+def read_out(runner: Runner, at: At, *, before_cap: bool = False) -> Iterator[list[Readout]]:
     """Inside the block forward passes leave what they say about the next token, a row per position.
 
     What a pass returns means nothing. ``at`` is as for :func:`asked_positions`; an entry per pass.
@@ -116,7 +116,7 @@ def read_out(runner: Any, at: At, *, before_cap: bool = False) -> Iterator[list[
 
 
 @contextmanager
-def no_logits(runner: Any) -> Iterator[None]:
+def no_logits(runner: Runner) -> Iterator[None]:
     """Inside the block forward passes make no logits; what they return means nothing."""
     with _unembedding_by(runner, lambda module, out, x: x[..., :1]):
         yield
@@ -127,13 +127,14 @@ def has_hooks(point: Any) -> bool:
     return bool(point.fwd_hooks or point.bwd_hooks or point._forward_hooks)
 
 
-def model_of(runner: Any) -> HookedModel:
+def model_of(runner: Runner) -> HookedModel:
     """The model itself; those that run it have no unembedding of their own."""
-    return runner if hasattr(runner, "unembed") else runner.model
+    model: Any = runner
+    return model if hasattr(model, "unembed") else model.model
 
 
 @contextmanager
-def _unembedding_by(runner: Any, unembed: Callable[..., torch.Tensor]) -> Iterator[None]:
+def _unembedding_by(runner: Runner, unembed: Callable[..., torch.Tensor]) -> Iterator[None]:
     """The model's unembedding computed by ``unembed(module, weights, what it is given)``."""
     model = model_of(runner)
     module: Any = model.unembed  # pyright: ignore[reportAttributeAccessIssue]

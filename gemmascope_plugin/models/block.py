@@ -302,7 +302,7 @@ def _activation(anatomy: Anatomy, mlp: Any) -> Callable[[torch.Tensor], torch.Te
     return mlp.act_fn if inner is None else inner.act_fn
 
 
-def _bias(module: Any, name: str) -> torch.Tensor | None:
+def _bias(module: object, name: str) -> torch.Tensor | None:
     bias = getattr(module, f"b_{name}", None)
     return None if bias is None else bias.detach()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
 
@@ -12,10 +12,10 @@ from gemmascope_plugin.models.protocol import HookedModel
 _PARTS = ("cfg", "blocks", "embed", "hook_dict", "run_with_cache")
 
 
-def check_model(model: Any, call: str = "") -> HookedModel:
+def check_model(model: object, call: str = "") -> HookedModel:
     """The model, if it is one; ``call`` is how the function is called: ``"splice(model, saes)"``."""
     if is_model(model) or hasattr(model, "_orig_mod"):  # compiled ones are refused where it matters
-        return model
+        return cast("HookedModel", model)
     raise InputError(
         f"{describe(model)} is not a model",
         exists="HookedTransformer, TransformerBridge",

@@ -42,7 +42,7 @@ def is_finite(x: Shaped[torch.Tensor, "*axes"]) -> bool:
 
 
 def check_finite(
-    x: Shaped[torch.Tensor, "*axes"] | float, where: str, model: Any = None
+    x: Shaped[torch.Tensor, "*axes"] | float, where: str, model: object = None
 ) -> torch.Tensor:
     """The tensor, if it is finite, else an error that names the first entry that is not, and the cause.
 
@@ -65,7 +65,7 @@ def check_finite(
     )
 
 
-def check_all(named: Mapping[str, torch.Tensor], where: str, model: Any = None) -> None:
+def check_all(named: Mapping[str, torch.Tensor], where: str, model: object = None) -> None:
     """Checks activations by hook, in the order of the pass, ``where``: ``"the prompt's pass"``."""
     for name, x in named.items():
         check_finite(x, f"What {name} has in {where}", model)
@@ -99,7 +99,7 @@ def first_bad_weight(model: Any) -> str | None:
     return None
 
 
-def _cause(model: Any) -> str | None:
+def _cause(model: object) -> str | None:
     if model is None:
         return None
     inner = getattr(model, "model", model)

@@ -96,7 +96,7 @@ def call_of(function: Callable[..., Any]) -> str:
 
 
 @contextmanager
-def usual_mode(model: Any = None) -> Iterator[None]:
+def usual_mode(model: object = None) -> Iterator[None]:
     """The block runs outside of inference mode, with the tables of a model mended."""
     # inside inference mode gradients are off whatever is wanted, so that is no answer
     wanted = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
@@ -106,7 +106,7 @@ def usual_mode(model: Any = None) -> Iterator[None]:
         yield
 
 
-def _mend(model: Any) -> None:
+def _mend(model: torch.nn.Module) -> None:
     for block in getattr(model, "blocks", ()):
         attention = getattr(block, "attn", None)
         buffers = getattr(attention, "_buffers", {})
@@ -152,7 +152,7 @@ def kind_of(parameter: inspect.Parameter) -> Kind | None:
     return None if kind is None else replace(kind, may_be_none=may_be_none)
 
 
-def as_kind(parameter: inspect.Parameter, value: Any, kind: Kind) -> Any:
+def as_kind(parameter: inspect.Parameter, value: object, kind: Kind) -> Any:
     """The value of an argument as what it stands for."""
     if (value is None and kind.may_be_none) or type(value) in kind.types:
         return value
@@ -164,7 +164,7 @@ def as_kind(parameter: inspect.Parameter, value: Any, kind: Kind) -> Any:
     return read
 
 
-def check_count(parameter: inspect.Parameter, value: Any) -> None:
+def check_count(parameter: inspect.Parameter, value: object) -> None:
     """Refuses a number of things that is smaller than there can be."""
     least = LEAST.get(parameter.name)
     if least is None or type(value) is not int or value >= least:
@@ -177,12 +177,12 @@ def check_count(parameter: inspect.Parameter, value: Any) -> None:
     )
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else describe(value)
 
 
-def _flag(value: Any) -> bool | None:
+def _flag(value: object) -> bool | None:
     is_bool = str(getattr(value, "dtype", "")).endswith("bool")
     return bool(value) if is_bool and not getattr(value, "ndim", 0) else None
 
@@ -196,25 +196,25 @@ def _real(value: Any) -> float | None:
         return None
 
 
-def _position(value: Any) -> int | list[int] | None:
+def _position(value: object) -> int | list[int] | None:
     single = as_index(value)
     return as_indices(value) if single is None else single
 
 
-def _listed(value: Any) -> list[Any] | None:
+def _listed(value: object) -> list[Any] | None:
     if isinstance(value, (str, *BYTES, Mapping)) or not isinstance(value, Iterable):
         return None
     return list(value) if getattr(value, "ndim", 1) == 1 else None
 
 
-def _texts(value: Any) -> list[str] | None:
+def _texts(value: object) -> list[str] | None:
     texts = (
         [value] if isinstance(value, str) else None if isinstance(value, Set) else _listed(value)
     )
     return texts if texts is not None and all(isinstance(t, str) for t in texts) else None
 
 
-def _special(value: Any) -> str | int | tuple[str | int, ...] | None:
+def _special(value: object) -> str | int | tuple[str | int, ...] | None:
     single = value if isinstance(value, str) else as_index(value)
     if single is not None:
         return single
@@ -222,7 +222,7 @@ def _special(value: Any) -> str | int | tuple[str | int, ...] | None:
     return None if None in items or _listed(value) is None else tuple(items)  # pyright: ignore
 
 
-def _marks(value: Any) -> torch.Tensor | None:
+def _marks(value: object) -> torch.Tensor | None:
     try:
         marks = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
@@ -230,11 +230,11 @@ def _marks(value: Any) -> torch.Tensor | None:
     return marks if marks.dtype == torch.bool and marks.ndim else None
 
 
-def _path(value: Any) -> Any:
+def _path(value: object) -> Any:
     return value if isinstance(value, (str, os.PathLike)) else None
 
 
-def _source(value: Any) -> Any:
+def _source(value: object) -> Any:
     return value if isinstance(value, (str, os.PathLike, Mapping)) else None
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -20,9 +20,10 @@ from jaxtyping import Float, Int
 from gemmascope_plugin.errors import HookNotFiredError
 from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.hooks import hooking
+from gemmascope_plugin.models.protocol import HookedModel, Runner
 
 
-def leaf(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+def leaf(activation: torch.Tensor, hook: object) -> torch.Tensor:
     """Hook that makes an activation the start of the autograd graph, if it is in none yet."""
     return activation if activation.requires_grad else activation.detach().requires_grad_(True)
 
@@ -41,7 +42,7 @@ def frozen(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
 
 
 def gradients(
-    model: Any,
+    model: Runner,
     tokens: Int[torch.Tensor, "batch pos"],
     metric: Callable[[Float[torch.Tensor, "batch pos d_vocab"]], Float[torch.Tensor, ""]],
     names: Sequence[str],
@@ -64,7 +65,7 @@ def gradients(
 
 
 def gradients_of(
-    model: Any,
+    model: Runner,
     run: Callable[[], Float[torch.Tensor, ""]],
     names: Sequence[str],
     *,
@@ -74,14 +75,14 @@ def gradients_of(
     collected: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        def hook_fn(grad: torch.Tensor, hook: Any = None) -> None:
+        def hook_fn(grad: torch.Tensor, hook: object = None) -> None:
             part = grad.detach()
             # parts of one gradient are added up in float32; one part alone is what it is
             collected[name] = wide(collected[name]) + part if name in collected else part
 
         return hook_fn
 
-    def start(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+    def start(activation: torch.Tensor, hook: object) -> torch.Tensor:
         embedding = leaf(activation, hook)
         if "hook_embed" in names:  # a backward hook would warn that its input needs no gradient
             embedding.register_hook(keep("hook_embed"))
@@ -90,7 +91,7 @@ def gradients_of(
     backward_hooks = [(name, keep(name)) for name in names if name != "hook_embed"]
     with (
         torch.enable_grad(),
-        frozen(getattr(model, "model", model).parameters()),
+        frozen(cast("HookedModel", getattr(model, "model", model)).parameters()),
         hooking(model, fwd_hooks=[*fwd_hooks, ("hook_embed", start)], bwd_hooks=backward_hooks),
     ):
         value = run()

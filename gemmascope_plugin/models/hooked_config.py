@@ -10,9 +10,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemmascope_plugin.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _ATTENTION = {"sliding_attention": "local", "full_attention": "global"}
 
@@ -33,7 +36,7 @@ def text_tower(hf: Any) -> Any:
     return text.eval()
 
 
-def hooked_config(hf_config: Any, name: str) -> Any:
+def hooked_config(hf_config: PretrainedConfig, name: str) -> Any:
     """The TransformerLens config with the same mathematics as ``hf_config``."""
     from transformer_lens import HookedTransformerConfig
 
@@ -70,7 +73,7 @@ def hooked_config(hf_config: Any, name: str) -> Any:
     )
 
 
-def _rotary(hf_config: Any, is_gemma3: bool) -> dict[str, Any]:
+def _rotary(hf_config: PretrainedConfig, is_gemma3: bool) -> dict[str, Any]:
     rope = hf_config.rope_parameters
     if not is_gemma3:
         _only(rope, "default")

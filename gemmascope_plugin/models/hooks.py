@@ -19,14 +19,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 
 from gemmascope_plugin.errors import HookNotFiredError, ModelError
 from gemmascope_plugin.models.points import hook_point
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, Runner
 from gemmascope_plugin.types import HookFn, Hooks
 
 _LEVELS = count(-2, -1)
@@ -37,7 +37,7 @@ _CLAIMS: WeakKeyDictionary[Any, list[tuple[int, str]]] = WeakKeyDictionary()
 
 
 @contextmanager
-def hooking(runner: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = ()) -> Iterator[Any]:
+def hooking(runner: Runner, fwd_hooks: Hooks = (), bwd_hooks: Hooks = ()) -> Iterator[Any]:
     """Attaches functions to hook points of a model and removes them at the end of the block.
 
     Something with hooks of its own, as a model with dictionaries, is asked itself.
@@ -47,9 +47,10 @@ def hooking(runner: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = ()) -> Iterat
         with runner.hooks(fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks):
             yield runner
         return
-    hooks = [(hook_point(runner, name, points), fn, "fwd") for name, fn in fwd_hooks]
-    hooks += [(hook_point(runner, name, points), fn, "bwd") for name, fn in bwd_hooks]
-    with claim(runner, "a run with hooks"), attached(hooks):
+    model = cast("HookedModel", runner)
+    hooks = [(hook_point(model, name, points), fn, "fwd") for name, fn in fwd_hooks]
+    hooks += [(hook_point(model, name, points), fn, "bwd") for name, fn in bwd_hooks]
+    with claim(model, "a run with hooks"), attached(hooks):
         yield runner
 
 
@@ -83,7 +84,7 @@ def _remove(points: dict[int, Any], level: int) -> None:
 
 
 @contextmanager
-def claim(model: Any, purpose: str) -> Iterator[None]:
+def claim(model: HookedModel, purpose: str) -> Iterator[None]:
     """Inside the block only this thread may put hooks into the model; it may do so again and again.
 
     ``purpose`` is what the block does, for the error that another thread gets.

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -37,6 +37,9 @@ from gemmascope_plugin.models.transformers_model import (
 )
 from gemmascope_plugin.models.weight_layout import Source, find_weights
 from gemmascope_plugin.types import Backend
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _TABLES = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
 """What a ``HookedTransformer`` computes for itself."""
@@ -100,7 +103,9 @@ def load_model(
     return _built(model, backend, target, weight_type, is_in_memory, check_parity)
 
 
-def hooked_from_hf(hf: Any, tokenizer: Any, name: str, *, dtype: torch.dtype | None = None) -> Any:
+def hooked_from_hf(
+    hf: PreTrainedModel, tokenizer: Any, name: str, *, dtype: torch.dtype | None = None
+) -> Any:
     """A ``HookedTransformer`` of a transformers Gemma model, unfolded.
 
     The model's weights are not copied where type and layout allow, and never changed.
@@ -125,7 +130,7 @@ def hooked_from_hf(hf: Any, tokenizer: Any, name: str, *, dtype: torch.dtype | N
     return model.eval().requires_grad_(False)
 
 
-def bridge_from_hf(hf: Any, tokenizer: Any, name: str) -> Any:
+def bridge_from_hf(hf: PreTrainedModel, tokenizer: Any, name: str) -> Any:
     """Wraps a transformers Gemma model, which is taken over, in a ``TransformerBridge``."""
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
@@ -177,7 +182,7 @@ def _built(
     return model
 
 
-def _detach_from(model: Any, hf: Any) -> None:
+def _detach_from(model: torch.nn.Module, hf: torch.nn.Module) -> None:
     """Gives a model its own copy of what it shares with another one, in the same layout."""
     shared = {parameter.untyped_storage().data_ptr() for parameter in hf.parameters()}
     for parameter in model.parameters():

@@ -24,16 +24,17 @@ from jaxtyping import Float, Int
 from gemmascope_plugin.models.asked import no_logits
 from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.points import can_restart, n_layers
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, Runner
 from gemmascope_plugin.models.record import keeping, put
 from gemmascope_plugin.models.replay import Stage
 from gemmascope_plugin.models.threads import threads_for_tokens
 from gemmascope_plugin.types import Hooks
 
 
-def model_of(runner: Any) -> Any:
+def model_of(runner: Runner) -> Any:
     """The model that runs, of one with dictionaries spliced in."""
-    return runner.model if hasattr(runner, "sites") else runner
+    model: Any = runner
+    return model.model if hasattr(model, "sites") else model
 
 
 @dataclass(eq=False)
@@ -114,12 +115,16 @@ class ModuleReplay:
         return self._pass(tokens, hooks, {})
 
     def _pass(
-        self, rows: torch.Tensor, hooks: Hooks, options: dict[str, Any], runner: Any = None
+        self,
+        rows: torch.Tensor,
+        hooks: Hooks,
+        options: dict[str, Any],
+        runner: Runner | None = None,
     ) -> Float[torch.Tensor, "ask d_model"]:
         held: list[torch.Tensor] = []
-        runner = self.runner if runner is None else runner
+        target: Runner = self.runner if runner is None else runner
 
-        def end(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        def end(x: torch.Tensor, hook: object) -> torch.Tensor:
             first = torch.arange(0, len(x), len(self.tokens), device=x.device)[:, None]
             at = self.at.repeat(len(first)).to(x.device)
             held.append(x[(first + self.row.to(x.device)).flatten(), at])
@@ -128,9 +133,9 @@ class ModuleReplay:
         hooks = [*hooks, ("unembed.hook_in", end)]
         with (
             threads_for_tokens(self.model, len(rows) * rows.shape[1]),
-            hooking(runner, fwd_hooks=hooks),
+            hooking(target, fwd_hooks=hooks),
         ):
-            runner(rows, **options)
+            target(rows, **options)
         return held[0]
 
 
@@ -196,7 +201,7 @@ class Restart:
         modules = [*self._model.blocks, self._model.ln_final]
 
         def keep(layer: int) -> Any:
-            def hook_fn(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            def hook_fn(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 if layer in layers:
                     self._streams[layer] = args[0].detach()
                 if layer < n_layers(self._model):

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.models.asked import computed_by, final_residuals, has_hooks, model_of
 from gemmascope_plugin.models.points import can_restart
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, Runner
 from gemmascope_plugin.models.readout import cross_entropy
 
 
@@ -45,7 +45,7 @@ class SharedLayers:
                     stack.enter_context(computed_by(block, lambda *args, **kwargs: self._returned))
             yield
 
-    def _hold(self, module: Any, args: Any, output: Any) -> None:
+    def _hold(self, module: object, args: object, output: object) -> None:
         self._returned = output
 
 
@@ -70,7 +70,7 @@ class NextTokenLosses:
         self._first: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
-    def __call__(self, runner: Any) -> Float[torch.Tensor, " read"]:
+    def __call__(self, runner: Runner) -> Float[torch.Tensor, " read"]:
         """Those of one pass of a model, or of what runs one as its ``model``."""
         model = model_of(runner)
         if has_hooks(model.unembed.hook_out):  # pyright: ignore[reportAttributeAccessIssue]

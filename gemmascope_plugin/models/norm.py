@@ -100,17 +100,17 @@ def norm_gain(model: HookedModel, layer: int) -> Float[torch.Tensor, " d_model"]
     return _gain(model, weight)
 
 
-def gain_of(model: HookedModel, norm: Any) -> Float[torch.Tensor, " d_model"] | None:
+def gain_of(model: HookedModel, norm: object) -> Float[torch.Tensor, " d_model"] | None:
     """What a norm really multiplies by; None where folding took its gain away."""
     weight = _weight(norm)
     return None if weight is None else _gain(model, weight)
 
 
-def _norm(model: Any, layer: int) -> Any:
+def _norm(model: HookedModel, layer: int) -> Any:
     return getattr(model.blocks[layer], "ln2", None)
 
 
-def _weight(norm: Any) -> torch.Tensor | None:
+def _weight(norm: object) -> torch.Tensor | None:
     """The norm's parameter; None where folding took it away."""
     # The bridge's own ``w`` is a copy that folding leaves as it was; ``weight`` is what it uses.
     weight = getattr(norm, "weight", None)

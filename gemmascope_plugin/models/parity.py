@@ -22,7 +22,7 @@ Costs two forward passes of a sequence longer than the window.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -30,6 +30,9 @@ from jaxtyping import Float, Int
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.models.protocol import HookedModel, device_of, dtype_of
 from gemmascope_plugin.models.record import write
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 BEYOND = 64
 KEPT = 32
@@ -72,7 +75,9 @@ class Parity:
         )
 
 
-def parity(model: HookedModel, hf: Any, tokens: Int[torch.Tensor, "batch pos"]) -> Parity:
+def parity(
+    model: HookedModel, hf: PreTrainedModel, tokens: Int[torch.Tensor, "batch pos"]
+) -> Parity:
     """Compare a model with the transformers model of the same weights.
 
     Args:
@@ -86,7 +91,7 @@ def parity(model: HookedModel, hf: Any, tokens: Int[torch.Tensor, "batch pos"]) 
     return compare(model, last_logits(hf, tokens), tokens)
 
 
-def fixed_tokens(hf_config: Any) -> Int[torch.Tensor, "1 pos"]:
+def fixed_tokens(hf_config: PretrainedConfig) -> Int[torch.Tensor, "1 pos"]:
     """BOS and word ids, ``BEYOND`` tokens longer than the sliding window where the context allows."""
     longest = min(hf_config.max_position_embeddings, hf_config.sliding_window + BEYOND)
     # A walk through the vocabulary that repeats nothing soon; the first ids are special tokens.
@@ -99,7 +104,7 @@ def fixed_tokens(hf_config: Any) -> Int[torch.Tensor, "1 pos"]:
 
 @torch.no_grad()
 def last_logits(
-    hf: Any, tokens: Int[torch.Tensor, "batch pos"]
+    hf: PreTrainedModel, tokens: Int[torch.Tensor, "batch pos"]
 ) -> Float[torch.Tensor, "batch kept d_vocab"]:
     """Logits of transformers at the last positions."""
     n_last = min(KEPT, tokens.shape[1])

@@ -114,7 +114,7 @@ class PassWatch:
         grown = self._grown and self._generation is None
         return Pass(tokens, self._start, prompt, horizon, mask, *self._rows, grown)
 
-    def _on_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _on_call(self, module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._next()
         self._start = cached_length(kwargs)
         self._mask = _flat_mask(kwargs)
@@ -122,17 +122,19 @@ class PassWatch:
             self._embedded = self._text = kwargs.get("tokens")
             self._prompt = 0
 
-    def _on_return(self, module: Any, args: Any, output: Any) -> None:
+    def _on_return(self, module: object, args: object, output: object) -> None:
         self._mask, self._start = None, 0
 
-    def _on_embedding(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _on_embedding(self, module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = (args[0] if args else next(iter(kwargs.values()))).detach()
         before = self._text if self._text is not None else tokens[:, :0]
         self._text = torch.cat([before, tokens], 1) if len(before) == len(tokens) else tokens
         self._embedded = tokens
         self._next()
 
-    def _on_first_block(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _on_first_block(
+        self, module: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         self.ran = True
         if "past_kv_cache_entry" in kwargs or "past_key_values" in kwargs:
             self._start = cached_length(kwargs)

@@ -162,7 +162,7 @@ def one_prompt(model: HookedModel, prompt: PromptLike, fix: str) -> Int[torch.Te
     return prompts.rows()[0][None]
 
 
-def documents(model: HookedModel, tokens: Any) -> list[Int[torch.Tensor, "document pos"]]:
+def documents(model: HookedModel, tokens: PromptLike) -> list[Int[torch.Tensor, "document pos"]]:
     """Documents as tensors of ids, neighbours of one length together.
 
     They come as token ids ``[document, pos]``, several such tensors, or what is a prompt elsewhere.
@@ -215,7 +215,7 @@ def _padding(model: HookedModel) -> int | None:
     return None if number is None or number in others else int(number)
 
 
-def refuse_bytes_and_sets(prompts: Any) -> None:
+def refuse_bytes_and_sets(prompts: PromptLike) -> None:
     """Refuses what gives numbers or texts one by one that are no ids, or in no order."""
     if isinstance(prompts, BYTES):
         raise InputError(
@@ -228,7 +228,7 @@ def refuse_bytes_and_sets(prompts: Any) -> None:
         )
 
 
-def _rows(model: HookedModel, prompts: Any) -> list[Int[torch.Tensor, " _"]]:
+def _rows(model: HookedModel, prompts: PromptLike) -> list[Int[torch.Tensor, " _"]]:
     """The ids of every prompt, on the CPU."""
     if getattr(prompts, "ndim", 0) or hasattr(prompts, "__array__"):
         matrix = _integers(prompts)
@@ -248,7 +248,7 @@ def _rows(model: HookedModel, prompts: Any) -> list[Int[torch.Tensor, " _"]]:
     return [_row(model, prompt) for prompt in listed]
 
 
-def _row(model: HookedModel, prompt: Any) -> Int[torch.Tensor, " _"]:
+def _row(model: HookedModel, prompt: PromptLike) -> Int[torch.Tensor, " _"]:
     """One of several prompts."""
     if isinstance(prompt, list | tuple) and not len(prompt):
         raise EmptySelectionError("The prompt is empty", fix="at least one token")
@@ -264,7 +264,7 @@ def _row(model: HookedModel, prompt: Any) -> Int[torch.Tensor, " _"]:
     return rows[0]
 
 
-def _integers(prompts: Any) -> Int[torch.Tensor, ...]:
+def _integers(prompts: PromptLike) -> Int[torch.Tensor, ...]:
     """An array or tensor of ids, ``[pos]`` or ``[prompt, pos]``."""
     ids = prompts.detach().cpu() if isinstance(prompts, torch.Tensor) else None
     if ids is None:
@@ -310,7 +310,7 @@ def _given_mask(mask: Any, shape: tuple[int, ...]) -> Bool[torch.Tensor, "prompt
     return mask
 
 
-def _not_a_prompt(prompts: Any) -> InputError:
+def _not_a_prompt(prompts: object) -> InputError:
     return InputError(
         f"{describe(prompts)} is not a prompt",
         exists="a text, several texts, token ids as list, array or tensor, a tokenizer's output, "

@@ -10,6 +10,21 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from gemmascope_plugin.types import HookFn, Hooks
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """A model, or what runs one as its ``model``, such as a model with dictionaries in it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward pass."""
+        ...
+
+    def hooks(self, fwd_hooks: Hooks = ..., bwd_hooks: Hooks = ...) -> Any:
+        """Context manager that attaches hooks and removes them."""
+        ...
+
 
 @runtime_checkable
 class HookedModel(Protocol):
@@ -25,7 +40,7 @@ class HookedModel(Protocol):
         """Forward pass; token ids in, logits ``[batch, pos, d_vocab]`` out."""
         ...
 
-    def hooks(self, fwd_hooks: Any = ..., bwd_hooks: Any = ...) -> Any:
+    def hooks(self, fwd_hooks: Hooks = ..., bwd_hooks: Hooks = ...) -> Any:
         """Context manager that attaches hooks and removes them."""
         ...
 
@@ -45,11 +60,11 @@ class HookedModel(Protocol):
         """All parameters."""
         ...
 
-    def register_forward_hook(self, hook: Any, *, always_call: bool = ...) -> Any:
+    def register_forward_hook(self, hook: HookFn, *, always_call: bool = ...) -> Any:
         """Calls ``hook`` after every forward pass."""
         ...
 
-    def register_forward_pre_hook(self, hook: Any, *, with_kwargs: bool = ...) -> Any:
+    def register_forward_pre_hook(self, hook: HookFn, *, with_kwargs: bool = ...) -> Any:
         """Calls ``hook`` before every forward pass."""
         ...
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -35,7 +34,7 @@ class Readout(ABC):
         """Number of rows."""
 
     @abstractmethod
-    def rows(self, index: Any) -> Readout:
+    def rows(self, index: slice | torch.Tensor) -> Readout:
         """Some of the rows."""
 
     @abstractmethod
@@ -83,7 +82,7 @@ class OfResiduals(Readout):
     def __len__(self) -> int:
         return len(self.x)
 
-    def rows(self, index: Any) -> OfResiduals:
+    def rows(self, index: slice | torch.Tensor) -> OfResiduals:
         """Some of the rows."""
         return OfResiduals(self.out, self.x[index])
 
@@ -133,7 +132,7 @@ class OfLogits(Readout):
     def __len__(self) -> int:
         return len(self.logits)
 
-    def rows(self, index: Any) -> OfLogits:
+    def rows(self, index: slice | torch.Tensor) -> OfLogits:
         """Some of the rows."""
         return OfLogits(self.logits[index])
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Int
@@ -19,13 +19,14 @@ from jaxtyping import Int
 from gemmascope_plugin.errors import HookNotFiredError, shorten
 from gemmascope_plugin.models.asked import no_logits
 from gemmascope_plugin.models.hooks import hooking
+from gemmascope_plugin.models.protocol import Runner
 from gemmascope_plugin.types import Hooks
 
 Key = TypeVar("Key")
 
 
 def record(
-    runner: Any,
+    runner: Runner,
     tokens: Int[torch.Tensor, "batch pos"],
     names: Sequence[str],
     *,
@@ -47,7 +48,7 @@ def record(
     acts: dict[str, torch.Tensor] = {}
     ends_early = hasattr(runner, "hook_dict")
 
-    def stop(x: torch.Tensor, hook: Any) -> None:
+    def stop(x: torch.Tensor, hook: object) -> None:
         if len(acts) == len(names):
             raise _Enough
 
@@ -99,7 +100,7 @@ def keep(
         of: What is noted of it; None for the activation with its gradient.
     """
 
-    def hook_fn(x: torch.Tensor, hook: Any) -> None:
+    def hook_fn(x: torch.Tensor, hook: object) -> None:
         acts[key] = x if of is None else of(x)
 
     return hook_fn
@@ -113,7 +114,7 @@ def put(value: torch.Tensor) -> Callable[..., torch.Tensor]:
 def write(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Hook that gives an activation the value that a function makes of it."""
 
-    def hook_fn(x: torch.Tensor, hook: Any) -> torch.Tensor:
+    def hook_fn(x: torch.Tensor, hook: object) -> torch.Tensor:
         return change(x)
 
     return hook_fn

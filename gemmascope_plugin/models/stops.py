@@ -9,22 +9,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import SupportsIndex, cast
 
 from gemmascope_plugin.indices import as_index, as_indices
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import check_ids, token_id
 
 _TURN = "<end_of_turn>"
+Words = str | SupportsIndex | Iterable[str | SupportsIndex] | None
+"""Tokens by word or id, one or several."""
 
 
-def stop_ids(model: HookedModel, stop: Any = (), *, with_own: bool = True) -> list[int]:
+def stop_ids(model: HookedModel, stop: Words = (), *, with_own: bool = True) -> list[int]:
     """Ids of the tokens after which a continuation ends, sorted; empty where none is known.
 
     ``stop`` are words or ids beside the model's own, which count unless ``with_own=False``.
     """
-    single = isinstance(stop, str) or as_index(stop) is not None or not isinstance(stop, Iterable)
-    words = [] if stop is None else [stop] if single else list(stop)
+    several = isinstance(stop, Iterable) and not isinstance(stop, str) and as_index(stop) is None
+    words = [] if stop is None else list(cast("Iterable[str]", stop)) if several else [stop]
     named = _named(model) if with_own else []
     return sorted({*named, *(token_id(model, word, "\n") for word in words)})
 

@@ -24,10 +24,12 @@ from gemmascope_plugin.errors import (
 from gemmascope_plugin.models.protocol import HookedModel
 
 _START, _END = "<start_of_turn>", "<end_of_turn>"
+Messages = Sequence[Mapping[str, Any]]
+"""One conversation: ``{"role": ..., "content": ...}`` each."""
 _ROLES = {"user": "user", "model": "model", "assistant": "model"}
 
 
-def is_chat(prompt: Any) -> bool:
+def is_chat(prompt: object) -> bool:
     """Whether something is one list of messages."""
     if not isinstance(prompt, Sequence) or isinstance(prompt, str) or not len(prompt):
         return False
@@ -76,7 +78,7 @@ def _message(message: Mapping[str, Any]) -> dict[str, str]:
     return {"role": str(message["role"]), "content": content.strip()}
 
 
-def text_ids(model: HookedModel, prompt: Any) -> Int[torch.Tensor, " _"]:
+def text_ids(model: HookedModel, prompt: str | Messages) -> Int[torch.Tensor, " _"]:
     """The ids of one text or conversation of any length, on the CPU."""
     if isinstance(prompt, str) and not prompt.strip():
         raise EmptySelectionError(
@@ -92,7 +94,9 @@ def text_ids(model: HookedModel, prompt: Any) -> Int[torch.Tensor, " _"]:
     return torch.tensor(ids if bos is None or ids[:1] == [bos] else [bos, *ids])
 
 
-def refuse_unknown_words(model: HookedModel, prompt: Any, ids: Int[torch.Tensor, " _"]) -> None:
+def refuse_unknown_words(
+    model: HookedModel, prompt: str | Messages, ids: Int[torch.Tensor, " _"]
+) -> None:
     """An unknown word becomes UNK, and every number would be about another text.
 
     A corpus to train on may have some, so this is asked of prompts alone.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, SupportsInt
 
 import torch
 from jaxtyping import Bool, Int
@@ -32,7 +32,7 @@ _OPENING = "([{\u201c\u2018\u00ab/\\_@#$\u20ac\u00a3>"
 """After one of these a text follows without a space."""
 
 
-def token_id(model: HookedModel, word: Any, prompt: Any = None) -> int:
+def token_id(model: HookedModel, word: object, prompt: str | Iterable[Any] | None = None) -> int:
     """The id of a token, given as a word or as its id.
 
     Args:
@@ -81,7 +81,7 @@ def check_ids(model: HookedModel, ids: Iterable[int]) -> list[int]:
     return listed
 
 
-def token_label(model: HookedModel, token: Any) -> str:
+def token_label(model: HookedModel, token: SupportsInt) -> str:
     """Readable text of a token; bytes as ``<0xE0>``, tokens without text by their name."""
     number = int(token)
     if model.tokenizer is None:
@@ -93,7 +93,7 @@ def token_label(model: HookedModel, token: Any) -> str:
     return text or str(number)
 
 
-def quoted_label(model: HookedModel, token: Any) -> str:
+def quoted_label(model: HookedModel, token: SupportsInt) -> str:
     """Label and id, where two tokens may look alike: ``' Paris' (9079)``."""
     return f"{token_label(model, token)!r} ({int(token)})"
 
@@ -153,11 +153,12 @@ def _single(model: HookedModel, text: str) -> int | None:
     return int(ids[0]) if len(ids) == 1 and ids[0] != model.tokenizer.unk_token_id else None
 
 
-def _text_before(model: HookedModel, prompt: Any) -> str | None:
+def _text_before(model: HookedModel, prompt: str | Iterable[Any] | None) -> str | None:
     """The end of a prompt as text; None where nothing is known of it."""
     if prompt is None or isinstance(prompt, str):
         return prompt
-    ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+    ids: Any = prompt
+    ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
     return model.tokenizer.decode(ids[-8:]) if ids else None
 
 

@@ -16,13 +16,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gemmascope_plugin.errors import GemmaScopeError, MissingFileError, ModelError
 from gemmascope_plugin.models.hooked_config import text_tower
 from gemmascope_plugin.models.weight_layout import PACKAGE_MODEL, Weights
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 SUPPORTED = ("gemma2", "gemma3_text", "gemma3")
 CLASSES = ("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
@@ -97,7 +100,7 @@ def take_model(hf: Any, dtype: torch.dtype, tokenizer: Any) -> TransformersModel
     return TransformersModel(text_tower(hf), tokenizer, name, origin, ends)
 
 
-def check_config(config: Any, dtype: torch.dtype, name: str) -> None:
+def check_config(config: PretrainedConfig, dtype: torch.dtype, name: str) -> None:
     """Refuses what cannot be worked with, by its config."""
     if config.model_type not in SUPPORTED:
         raise ModelError(
@@ -147,7 +150,7 @@ def _adapter(weights: Weights) -> ModelError:
     )
 
 
-def _refuse_wrapped(hf: Any) -> None:
+def _refuse_wrapped(hf: torch.nn.Module) -> None:
     if hasattr(hf, "hook_dict"):
         raise ModelError(
             f"load_model() got a {type(hf).__name__}, which is a TransformerLens model already",
@@ -222,7 +225,9 @@ def _no_tokenizer(place: str) -> MissingFileError:
     )
 
 
-def _read_weights(place: str, config: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+def _read_weights(
+    place: str, config: PretrainedConfig, dtype: torch.dtype, options: dict[str, Any]
+) -> Any:
     from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
 
     nested = config.model_type == "gemma3"
@@ -239,7 +244,7 @@ def _read_weights(place: str, config: Any, dtype: torch.dtype, options: dict[str
     return text_tower(hf)
 
 
-def _end_ids(hf: Any, tokenizer: Any) -> tuple[int, ...]:
+def _end_ids(hf: Any, tokenizer: object) -> tuple[int, ...]:
     """Of the generation config, else of the config, else of the tokenizer."""
     for holder in (getattr(hf, "generation_config", None), hf.config, tokenizer):
         ends = getattr(holder, "eos_token_id", None)

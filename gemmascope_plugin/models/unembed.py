@@ -106,7 +106,7 @@ class Unembedding:
         parts = (slice(half), slice(half, None))
         return torch.cat([self.logits_each(x[part], words[part]) for part in parts])
 
-    def finish(self, logits: torch.Tensor, words: Any) -> torch.Tensor:
+    def finish(self, logits: torch.Tensor, words: slice | torch.Tensor) -> torch.Tensor:
         """Bias and soft-cap."""
         if self.bias is not None:
             logits = logits + self.bias[words].to(logits.device, logits.dtype)

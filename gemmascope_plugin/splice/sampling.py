@@ -27,7 +27,7 @@ class SteeringError(GemmaScopeError):
     """An option of steering that is out of range, or that would have no effect."""
 
 
-def _whole(n: Any) -> bool:
+def _whole(n: object) -> bool:
     return isinstance(n, Integral) and int(n) >= 1
 
 

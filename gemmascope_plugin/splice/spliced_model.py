@@ -26,16 +26,16 @@ from gemmascope_plugin.models import hook_point
 from gemmascope_plugin.models.hooks import attached, claim
 from gemmascope_plugin.models.passes import PassWatch
 from gemmascope_plugin.models.points import Reading, reading
-from gemmascope_plugin.models.prompts import check_room, read_prompts
+from gemmascope_plugin.models.prompts import PromptLike, check_room, read_prompts
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.record import keep
-from gemmascope_plugin.models.stops import stop_ids
+from gemmascope_plugin.models.stops import Words, stop_ids
 from gemmascope_plugin.models.threads import threads_for_tokens
 from gemmascope_plugin.splice.dictionary_hooks import refuse_empty
 from gemmascope_plugin.splice.hooked_sae import HookedCrossLayer, HookedSAE
 from gemmascope_plugin.splice.hooked_site import HookedSite
+from gemmascope_plugin.types import Hooks
 
-HookFn = Callable[..., Any]
 _CONTINUES = {"past_kv_cache", "past_key_values", "start_at_layer"}
 """What a pass is given that does not start with the first token."""
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
@@ -65,7 +65,7 @@ class SplicedModel:
         sites = ", ".join(self.sites)
         return f"SplicedModel({self.model.cfg.n_layers} layers, dictionaries at {sites})"
 
-    def __call__(self, text: Any, **kwargs: Any) -> Any:
+    def __call__(self, text: PromptLike, **kwargs: Any) -> Any:
         """Logits ``[batch, pos, d_vocab]`` of prompts in any form, at the places where they were given.
 
         Texts of unequal length are padded behind their ends; what stands at padding is masked and means
@@ -116,8 +116,8 @@ class SplicedModel:
     @contextmanager
     def hooks(
         self,
-        fwd_hooks: Sequence[tuple[str, HookFn]] = (),
-        bwd_hooks: Sequence[tuple[str, HookFn]] = (),
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
     ) -> Iterator[SplicedModel]:
         """Attaches hooks by name, on model and dictionaries alike, and removes them."""
         with_direction = [(n, f, "fwd") for n, f in fwd_hooks] + [
@@ -129,10 +129,10 @@ class SplicedModel:
 
     def run_with_hooks(
         self,
-        text: Any,
+        text: PromptLike,
         *,
-        fwd_hooks: Sequence[tuple[str, HookFn]] = (),
-        bwd_hooks: Sequence[tuple[str, HookFn]] = (),
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
         **kwargs: Any,
     ) -> Any:
         """Logits with temporary hooks."""
@@ -140,7 +140,7 @@ class SplicedModel:
             return self(text, **kwargs)
 
     def run_with_cache(
-        self, text: Any, *, names_filter: NamesFilter = None, **kwargs: Any
+        self, text: PromptLike, *, names_filter: NamesFilter = None, **kwargs: Any
     ) -> tuple[Any, dict[str, torch.Tensor]]:
         """Logits and activations by name, of model and dictionaries.
 
@@ -197,7 +197,7 @@ class SplicedModel:
         return self._watch.generation(prompt, new)
 
     def generate(
-        self, text: Any, *, max_new_tokens: int = 20, stop: Any = (), **kwargs: Any
+        self, text: PromptLike, *, max_new_tokens: int = 20, stop: Words = (), **kwargs: Any
     ) -> Int[torch.Tensor, "batch pos"]:
         """Continues prompts in any form, of any lengths.
 

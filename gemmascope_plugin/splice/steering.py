@@ -34,7 +34,7 @@ from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.prompts import PromptLike, check_room, read_prompts
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.stops import stop_ids
+from gemmascope_plugin.models.stops import Words, stop_ids
 from gemmascope_plugin.models.tokens import answer_ids
 from gemmascope_plugin.splice.check_saes import Saes, as_list, check_saes
 from gemmascope_plugin.splice.hooked_sae import HookedSAE
@@ -70,7 +70,7 @@ def steer(
     top_k: int | None = ...,
     top_p: float | None = ...,
     freq_penalty: float = ...,
-    stop: Any = ...,
+    stop: Words = ...,
     seed: int = ...,
     positions: Positions = ...,
     exclude: Exclude = ...,
@@ -93,7 +93,7 @@ def steer(
     top_k: int | None = ...,
     top_p: float | None = ...,
     freq_penalty: float = ...,
-    stop: Any = ...,
+    stop: Words = ...,
     seed: int = ...,
     positions: Positions = ...,
     exclude: Exclude = ...,
@@ -117,7 +117,7 @@ def steer(
     top_k: int | None = None,
     top_p: float | None = None,
     freq_penalty: float = 0.0,
-    stop: Any = (),
+    stop: Words = (),
     seed: int = 0,
     positions: Positions = None,
     exclude: Exclude = None,
