@@ -176,7 +176,7 @@ def mask_between(
 
 def _read(node: Node) -> float:
     """When a node reads, in half layers; the logits after everything."""
-    return math.inf if node.kind == "logits" else 2 * node.layer + (node.kind == "mlp")
+    return math.inf if node.kind == "logits" else 2.0 * node.layer + (node.kind == "mlp")
 
 
 def _written(node: Node) -> int:

@@ -14,12 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int64, UInt8
-from typing_extensions import Self
 
 from gemmascope_plugin.errors import (
     GemmaScopeError,
@@ -38,6 +37,7 @@ from gemmascope_plugin.models.check_model import describe, is_model, with_call
 if TYPE_CHECKING:
     import pandas as pd
 
+G = TypeVar("G", bound="GraphArrays")
 MAGNITUDES = "magnitude: no direction"
 """``metadata["sign"]`` of methods that know sizes only."""
 Rank = Literal["absolute", "positive", "negative"]
@@ -77,7 +77,7 @@ class GraphArrays:
             assert defect is None, defect
 
     @classmethod
-    def of_parts(cls, parts: Parts) -> Self:
+    def of_parts(cls: type[G], parts: Parts) -> G:
         """A graph of parts that were checked."""
         graph = cls.__new__(cls)
         for name, value in parts._asdict().items():
@@ -157,7 +157,7 @@ class GraphArrays:
     def _places(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self.columns.get("id", self.labels))}
 
-    def with_labels(self, labels: Labels) -> Self:
+    def with_labels(self: G, labels: Labels) -> G:
         """The same graph, whose nodes say in tables and figures what they mean.
 
         Args:

@@ -11,11 +11,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
-from typing_extensions import Self, override
+from typing_extensions import override
 
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.files.bundle import plain_values
@@ -23,6 +23,7 @@ from gemmascope_plugin.measures.measure_file import load_fields, save_fields
 from gemmascope_plugin.measures.tree_recovery import Recovery
 from gemmascope_plugin.splice.losses import SpliceLoss
 
+M = TypeVar("M", bound="Measured")
 DENSE = 0.1
 """A feature active on a larger share of the tokens is dense."""
 BIN_EDGES = tuple(10 ** (k / 2) for k in range(-10, 1))
@@ -68,7 +69,7 @@ class Measured(ABC):
         return save_fields(path, self)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls: type[M], path: str | Path) -> M:
         """Reads what :meth:`save` has written.
 
         Raises:
