@@ -152,7 +152,7 @@ def test_labels_must_fit_the_values() -> None:
 def test_spearman_by_hand_with_ties() -> None:
     def effects(*values: float) -> Effects:
         labels = {"layer": tuple(range(len(values)))}
-        return Effects(torch.tensor(values), ("layer",), labels, {})
+        return Effects(torch.tensor(values).float(), ("layer",), labels, {})
 
     # 1 - 6 * (1 + 1) / (4 * 15)
     assert effects(1, 2, 3, 4).spearman(effects(2, 1, 3, 4)) == pytest.approx(0.8)
