@@ -108,23 +108,23 @@ def nearest(name: str, options: Iterable[str], n: int = 3) -> str | None:
     return " or ".join(repr(lowered[match]) for match in close or contained) or None
 
 
-def check_choice(what: str, given: object, options: Iterable[str]) -> None:
+def check_choice(noun: str, value: object, options: Iterable[str]) -> None:
     """Refuses a name that is not one of the options.
 
     Args:
-        what: What the name names, e.g. ``"error mode"``.
-        given: The name.
+        noun: What the name names, e.g. ``"error mode"``.
+        value: The name.
         options: All valid names.
 
     Raises:
         UnknownNameError: With the options and the nearest of them.
     """
-    known = tuple(options)
-    if given not in known:
+    names = tuple(options)
+    if value not in names:
         raise UnknownNameError(
-            f"Unknown {what} {_shown(given)}",
-            exists=", ".join(known),
-            nearest=nearest(given, known) if isinstance(given, str) else None,
+            f"Unknown {noun} {_shown(value)}",
+            exists=", ".join(names),
+            nearest=nearest(value, names) if isinstance(value, str) else None,
         )
 
 
