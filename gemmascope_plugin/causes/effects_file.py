@@ -98,7 +98,7 @@ def _kind_of(axis: str, label: object) -> str:
     return kinds[type(label)]
 
 
-def _plain(label: Any) -> Any:
+def _plain(label: object) -> Any:
     if isinstance(label, Node):
         return [label.kind, label.hook, label.index, label.pos]
     if isinstance(label, Reader):
