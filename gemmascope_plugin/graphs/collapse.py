@@ -30,7 +30,7 @@ from gemmascope_plugin.errors import GemmaScopeError, check_choice
 from gemmascope_plugin.graphs.adjacency import MIN_SUM, Adjacency, rows_of
 from gemmascope_plugin.graphs.combine import activations_of
 from gemmascope_plugin.graphs.graph import Graph
-from gemmascope_plugin.graphs.graph_arrays import table_columns
+from gemmascope_plugin.graphs.node import table_columns
 
 if TYPE_CHECKING:
     import pandas as pd

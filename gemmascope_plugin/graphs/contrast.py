@@ -45,7 +45,8 @@ from gemmascope_plugin.graphs.combine import (
 )
 from gemmascope_plugin.graphs.defects import TRACE_COLUMNS
 from gemmascope_plugin.graphs.graph import Graph
-from gemmascope_plugin.graphs.graph_arrays import check_graph, table_columns
+from gemmascope_plugin.graphs.graph_arrays import check_graph
+from gemmascope_plugin.graphs.node import table_columns
 from gemmascope_plugin.models.gate import gate
 
 if TYPE_CHECKING:

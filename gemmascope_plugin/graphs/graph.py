@@ -84,8 +84,7 @@ SIGN = "positive = supports the metric"
 class Graph(GraphArrays):
     """Nodes and weighted edges; immutable.
 
-    A component or feature graph is made with :meth:`of_nodes` or :meth:`of_edges`, that of a prompt with
-    ``trace``.
+    Made with :meth:`of_nodes` or :meth:`of_edges`; the graph of a prompt with ``trace``.
 
     Example:
         >>> suite = gs.tiny()
@@ -159,16 +158,14 @@ class Graph(GraphArrays):
         """``[node, node]``, rows are targets: a ``scipy.sparse.csr_array``; ``.toarray()`` is dense."""
         import scipy.sparse as sp
 
-        n, rows = len(self), self.rows
+        n, matrix = len(self), self.rows.matrix
         counts = np.zeros(n + 1, dtype=np.int64)
-        counts[rows.nodes + 1] = np.diff(rows.matrix.indptr)
-        parts = (rows.matrix.data, rows.matrix.indices, counts.cumsum())
-        return sp.csr_array(parts, shape=(n, n))
+        counts[self.rows.nodes + 1] = np.diff(matrix.indptr)
+        return sp.csr_array((matrix.data, matrix.indices, counts.cumsum()), shape=(n, n))
 
     @property
     def weights(self) -> np.ndarray:
         """Importance that each node of a trace has of its own: probabilities of target tokens."""
-        assert self.rows is not None
         return self.columns["weight"]
 
     @cached_property
@@ -267,8 +264,7 @@ class Graph(GraphArrays):
         Args:
             units: Which of them, in which order; all by default.
         """
-        units = torch.arange(len(self.unit_scores)) if units is None else units
-        return unit_frame(self, units)
+        return unit_frame(self, torch.arange(len(self.unit_scores)) if units is None else units)
 
     def edge_frame(self, top: int | None = None) -> pd.DataFrame:
         """Edges as rows, by size: of a trace ``source, target, weight``, ids of nodes.
@@ -303,7 +299,7 @@ class Graph(GraphArrays):
         """
         if self.is_trace:
             return trace_to_networkx(self)
-        return units_to_networkx(self, torch.ones(len(self.unit_scores), dtype=torch.bool))
+        return units_to_networkx(self, torch.ones_like(self.unit_scores, dtype=torch.bool))
 
     # --------------------------------------------------------------------------------------- files
     @gate()

@@ -30,7 +30,7 @@ from gemmascope_plugin.errors import (
 from gemmascope_plugin.files.json_file import MAX_DEPTH
 from gemmascope_plugin.graphs.adjacency import Adjacency, EdgeList
 from gemmascope_plugin.graphs.defects import Parts, find_defect, rows_of_layers
-from gemmascope_plugin.graphs.node import PORTS, Node, NodeColumns, nodes_of
+from gemmascope_plugin.graphs.node import PORTS, Node, NodeColumns, as_column, nodes_of
 from gemmascope_plugin.indices import as_index
 from gemmascope_plugin.models.check_model import describe, is_model, with_call
 
@@ -64,7 +64,7 @@ class GraphArrays:
     """The unit; None for edges where there are any, else nodes."""
 
     def __post_init__(self) -> None:
-        columns = {str(name): _column(self.columns[name]) for name in self.columns}
+        columns = {str(name): as_column(self.columns[name]) for name in self.columns}
         object.__setattr__(self, "columns", columns)
         object.__setattr__(self, "metadata", _frozen(self.metadata))
         if self.ranked is None:
@@ -330,17 +330,6 @@ def wrong_type(value: object, call: str, noun: str, fix: str) -> InputError:
     article = "an" if noun[0] in "aeiou" else "a"
     problem = "The model" if is_model(value) else describe(value)
     return InputError(f"{problem} is not {article} {noun}", fix=with_call(fix, call))
-
-
-def table_columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
-    """A table of nodes as columns."""
-    return {str(name): _column(table[name]) for name in table}
-
-
-def _column(values: np.ndarray | pd.Series) -> np.ndarray:
-    """An array; texts as objects."""
-    array = np.asarray(values)
-    return array.astype(object) if array.dtype.kind in "UT" else array
 
 
 def _frozen(value: Any, depth: int = 0) -> Any:

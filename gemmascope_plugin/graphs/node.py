@@ -25,11 +25,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from gemmascope_plugin.errors import EmptySelectionError, check_choice
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NodeKind = Literal[
     "embed", "head", "kv", "mlp", "feature", "error", "logits", "token", "bias", "target"
@@ -189,6 +192,17 @@ def node_columns(nodes: Sequence[Node]) -> dict[str, np.ndarray]:
         "pos": np.array([-1 if node.pos is None else node.pos for node in nodes], dtype=np.int64),
         "index": np.array([node.index for node in nodes], dtype=np.int64),
     }
+
+
+def table_columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    """A table of nodes as columns."""
+    return {str(name): as_column(table[name]) for name in table}
+
+
+def as_column(values: np.ndarray | pd.Series) -> np.ndarray:
+    """An array; texts as objects."""
+    array = np.asarray(values)
+    return array.astype(object) if array.dtype.kind in "UT" else array
 
 
 def nodes_of(columns: NodeColumns) -> tuple[Node, ...]:

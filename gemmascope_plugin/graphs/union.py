@@ -43,7 +43,8 @@ from gemmascope_plugin.graphs.combine import (
     positions_of,
 )
 from gemmascope_plugin.graphs.graph import Graph
-from gemmascope_plugin.graphs.graph_arrays import check_graph, table_columns
+from gemmascope_plugin.graphs.graph_arrays import check_graph
+from gemmascope_plugin.graphs.node import table_columns
 from gemmascope_plugin.models.gate import gate
 
 if TYPE_CHECKING:

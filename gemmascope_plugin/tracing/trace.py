@@ -38,7 +38,7 @@ from jaxtyping import Float
 from gemmascope_plugin.errors import ModelError, TaskError
 from gemmascope_plugin.graphs.adjacency import Adjacency
 from gemmascope_plugin.graphs.graph import Graph
-from gemmascope_plugin.graphs.graph_arrays import table_columns
+from gemmascope_plugin.graphs.node import table_columns
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.gate import gate
