@@ -71,12 +71,12 @@ def check_bash(blocks: list[Block]) -> list[str]:
     return problems
 
 
-def check_commands(text: str, blocks: list[Block], known: set[str]) -> list[str]:
+def check_commands(text: str, blocks: list[Block], commands: set[str]) -> list[str]:
     """``gemmascope`` commands in code that the program does not have."""
     inline = _INLINE_CODE.findall(_FENCE.sub("", text))
     shells = [block.body for block in blocks if block.language != "python"]
     used = {name for code in [*shells, *inline] for name in _COMMAND.findall(code)}
-    return [f"gemmascope has no command {name!r}" for name in sorted(used - known)]
+    return [f"gemmascope has no command {name!r}" for name in sorted(used - commands)]
 
 
 def check_example(blocks: list[Block]) -> list[str]:

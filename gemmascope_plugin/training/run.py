@@ -21,7 +21,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -45,6 +45,9 @@ from gemmascope_plugin.training.run_metrics import Journal, row
 from gemmascope_plugin.training.shuffle import Bucket, ShuffledActivations
 from gemmascope_plugin.training.train_spec import Layout, TrainSpec
 from gemmascope_plugin.types import SAE
+
+if TYPE_CHECKING:
+    from gemmascope_plugin.saes import CLTSAE, CrossCoderSAE
 
 _MEASURED = 1 << 14
 """Tokens that are measured, at most."""
@@ -163,7 +166,7 @@ def _write_result(sae: SAE, spec: TrainSpec, folder: RunFolder, name: str) -> No
     out, l0 = folder.result("export", name), float(sae.cfg.metadata.l0)
     if spec.layers:
         discard(out)
-        export_layers(sae, out, l0=l0, gain=spec.gain)
+        export_layers(cast("CLTSAE | CrossCoderSAE", sae), out, l0=l0, gain=spec.gain)
         return
     layouts: tuple[Layout, ...] = (spec.layout, "gemma-scope-2")
     layout: Layout | None = next(

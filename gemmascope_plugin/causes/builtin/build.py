@@ -43,7 +43,7 @@ from gemmascope_plugin.causes.builtin.facts import (
     successors,
     two_hop,
 )
-from gemmascope_plugin.causes.builtin.grammar import agreement, agreement_es, ioi, pronouns
+from gemmascope_plugin.causes.builtin.sentences import agreement, agreement_es, ioi, pronouns
 from gemmascope_plugin.causes.builtin.template import Template
 from gemmascope_plugin.causes.metric import Metric
 from gemmascope_plugin.causes.metrics import logit_diff, probability

@@ -9,7 +9,7 @@ at every layer between them: what passes the layer by, and what each of its head
 (Kamath et al., "Tracing Attention Computation Through Feature Interactions", 2025).
 
 1. A sweep from the target keeps its gradient at ``z`` and behind the attention of every layer.
-2. The source's writes go up, see ``writes.py``. At each layer their values meet the gradient that the
+2. The source's writes go up, see ``stream_writes.py``. At each layer their values meet the gradient that the
    frozen pattern takes to the tokens that are read; the sum is over these tokens, so it is known which
    token a head read.
 3. Writes of a cross-layer dictionary that enter above a layer pass it by.
@@ -29,10 +29,10 @@ from jaxtyping import Bool, Float
 
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenAttention, FrozenPass
 from gemmascope_plugin.tracing.linear.pullback import Cotangent, Entry
+from gemmascope_plugin.tracing.linear.stream_writes import Tangent, Write, writes_of
 from gemmascope_plugin.tracing.linear.sweep import Sweep
 from gemmascope_plugin.tracing.linear.trace_nodes import Layout
 from gemmascope_plugin.tracing.linear.trace_site import PER_LAYER
-from gemmascope_plugin.tracing.linear.writes import Tangent, Write, writes_of
 
 
 @dataclass(frozen=True, eq=False)

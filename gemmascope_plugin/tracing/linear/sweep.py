@@ -43,10 +43,10 @@ from gemmascope_plugin.tracing.linear.pullback import (
     to_heads,
     tokens_through,
 )
+from gemmascope_plugin.tracing.linear.stream_writes import DecoderWrites
 from gemmascope_plugin.tracing.linear.targets import Seed
 from gemmascope_plugin.tracing.linear.trace_nodes import Layout
 from gemmascope_plugin.tracing.linear.trace_site import PER_LAYER, Activity
-from gemmascope_plugin.tracing.linear.writes import DecoderWrites
 
 MAX_TARGETS = 256
 """Targets of a chunk at most: more are no faster, and their tokens lie further apart."""
