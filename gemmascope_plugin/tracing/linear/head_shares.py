@@ -9,9 +9,9 @@ at every layer between them: what passes the layer by, and what each of its head
 (Kamath et al., "Tracing Attention Computation Through Feature Interactions", 2025).
 
 1. A sweep from the target keeps its gradient at ``z`` and behind the attention of every layer.
-2. The source's writes go up, see ``stream_writes.py``. At each layer their values meet the gradient that the
-   frozen pattern takes to the tokens that are read; the sum is over these tokens, so it is known which
-   token a head read.
+2. The source's writes go up, see ``stream_writes.py``. At each layer their values meet the gradient that
+   the frozen pattern takes to the tokens that are read; the sum is over these tokens, so it is known
+   which token a head read.
 3. Writes of a cross-layer dictionary that enter above a layer pass it by.
 
 Cost: a sweep of one target, with ``layer * pos * (d_model + head * d_head)`` numbers kept; then
