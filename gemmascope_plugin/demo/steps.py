@@ -33,7 +33,7 @@ from gemmascope_plugin.models.tokens import token_id
 from gemmascope_plugin.pages.sections import Comparison
 from gemmascope_plugin.pages.walkthrough import Ablation
 from gemmascope_plugin.splice import Ablate, Add, Steering, splice, steer
-from gemmascope_plugin.splice.edits import Edit
+from gemmascope_plugin.splice.edit import Edit
 
 TASK = "ioi"
 N_TRAIN, N_RANDOM, SEED = 64, 20, 0

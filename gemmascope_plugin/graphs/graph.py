@@ -166,6 +166,7 @@ class Graph(GraphArrays):
     @property
     def weights(self) -> np.ndarray:
         """Importance that each node of a trace has of its own: probabilities of target tokens."""
+        _ = self.rows  # refuses a graph without a prompt
         return self.columns["weight"]
 
     @cached_property

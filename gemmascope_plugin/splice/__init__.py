@@ -1,6 +1,7 @@
 """Dictionaries inside a model: splicing, editing, steering, verifying."""
 
-from gemmascope_plugin.splice.edits import Ablate, Add, Clamp, Custom, Edit, Project, Replace, Scale
+from gemmascope_plugin.splice.edit import Edit
+from gemmascope_plugin.splice.edits import Ablate, Add, Clamp, Custom, Project, Replace, Scale
 from gemmascope_plugin.splice.hooked_sae import HookedCrossLayer, HookedSAE
 from gemmascope_plugin.splice.sampling import SteeringError
 from gemmascope_plugin.splice.spliced_model import SplicedModel

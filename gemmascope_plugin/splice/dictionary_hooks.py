@@ -30,7 +30,7 @@ from gemmascope_plugin.models.passes import Pass, PassWatch
 from gemmascope_plugin.models.points import reading
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import kept_positions, special_ids
-from gemmascope_plugin.splice.edits import Edit
+from gemmascope_plugin.splice.edit import Edit
 from gemmascope_plugin.splice.hooked_site import HookedSite
 from gemmascope_plugin.splice.pass_features import PassFeatures
 from gemmascope_plugin.splice.window import Window

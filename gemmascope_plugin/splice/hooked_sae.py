@@ -20,7 +20,7 @@ from gemmascope_plugin.models.finite import check_weights
 from gemmascope_plugin.saes import Coder, Weights
 from gemmascope_plugin.saes.coder import cross_layer_of
 from gemmascope_plugin.saes.cross_layer import CrossLayerDictionary
-from gemmascope_plugin.splice.edits import Edit
+from gemmascope_plugin.splice.edit import Edit
 from gemmascope_plugin.splice.hooked_site import HookedSite
 from gemmascope_plugin.splice.window import Positions, Window
 from gemmascope_plugin.types import SAE, ErrorMode

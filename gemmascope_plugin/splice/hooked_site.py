@@ -34,7 +34,7 @@ from gemmascope_plugin.errors import WidthMismatchError, check_choice
 from gemmascope_plugin.models import flatten_heads, restore_heads
 from gemmascope_plugin.models.finite import check_finite, is_finite
 from gemmascope_plugin.saes import Bf16Prefilter, Coder
-from gemmascope_plugin.splice.edits import Edit
+from gemmascope_plugin.splice.edit import Edit
 from gemmascope_plugin.splice.pass_features import PassFeatures, SubHooks, leaf
 from gemmascope_plugin.splice.window import Positions, Window
 from gemmascope_plugin.types import ErrorMode

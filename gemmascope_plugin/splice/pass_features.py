@@ -31,7 +31,8 @@ from transformer_lens.hook_points import HookPoint
 
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.saes import Bf16Prefilter, Coder, SparseActs
-from gemmascope_plugin.splice.edits import Edit, Project, apply_edits, touched_features
+from gemmascope_plugin.splice.edit import Edit, apply_edits, touched_features
+from gemmascope_plugin.splice.edits import Project
 from gemmascope_plugin.splice.window import Window
 
 SUB_HOOKS = (

@@ -36,7 +36,7 @@ from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.saes.coder import cross_layer_of
 from gemmascope_plugin.splice.check_saes import Saes, as_list, check_sae, check_saes
 from gemmascope_plugin.splice.dictionary_hooks import DictionaryHooks, TokenMask
-from gemmascope_plugin.splice.edits import Edit
+from gemmascope_plugin.splice.edit import Edit
 from gemmascope_plugin.splice.hooked_sae import HookedCrossLayer, HookedSAE
 from gemmascope_plugin.splice.hooked_site import HookedSite
 from gemmascope_plugin.splice.spliced_model import SplicedModel

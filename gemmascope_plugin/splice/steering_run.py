@@ -25,7 +25,8 @@ from gemmascope_plugin.models.protocol import HookedModel, device_of
 from gemmascope_plugin.models.readout import Readout
 from gemmascope_plugin.models.stops import stop_ids
 from gemmascope_plugin.models.tokens import SPECIAL_NAMES, kept_positions
-from gemmascope_plugin.splice.edits import Add, Edit, Project
+from gemmascope_plugin.splice.edit import Edit
+from gemmascope_plugin.splice.edits import Add, Project
 from gemmascope_plugin.splice.hooked_sae import HookedCrossLayer, HookedSAE
 from gemmascope_plugin.splice.hooked_site import HookedSite
 from gemmascope_plugin.splice.sampling import Sampling, SteeringError

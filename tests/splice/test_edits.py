@@ -19,7 +19,7 @@ from gemmascope_plugin.errors import (
     check_feature,
 )
 from gemmascope_plugin.splice import Ablate, Add, Clamp, Custom, Scale, splice
-from gemmascope_plugin.splice.edits import apply_edits
+from gemmascope_plugin.splice.edit import apply_edits
 from gemmascope_plugin.splice.window import Window
 from tests import factories
 from tests.factories import D_SAE, activations
