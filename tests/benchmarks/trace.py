@@ -219,7 +219,7 @@ def long_prompt(n_pos: int, rows: int, *, small: bool = False) -> None:
         progress=True,
     )
     print(
-        f"{n_pos} tokens, {int(graph.where('feature').sum())} active features, {len(graph.edges.nodes)} "
+        f"{n_pos} tokens, {int(graph.where('feature').sum())} active features, {len(graph.rows.nodes)} "
         f"rows, {graph.n_edges} edges: {time.perf_counter() - start:.0f} s, peak of the process "
         f"{peak_mb():.0f} MB, rows sum to pre-activations to {graph.metadata['residual']:.1e}"
     )
