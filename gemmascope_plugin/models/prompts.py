@@ -230,6 +230,7 @@ def refuse_bytes_and_sets(prompts: PromptLike) -> None:
 
 def _rows(model: HookedModel, prompts: PromptLike) -> list[Int[torch.Tensor, " _"]]:
     """The ids of every prompt, on the CPU."""
+    refuse_bytes_and_sets(prompts)  # first, as a memoryview has axes
     if getattr(prompts, "ndim", 0) or hasattr(prompts, "__array__"):
         matrix = _integers(prompts)
         return list(matrix if matrix.ndim == 2 else matrix[None])
@@ -237,7 +238,6 @@ def _rows(model: HookedModel, prompts: PromptLike) -> list[Int[torch.Tensor, " _
         ids = text_ids(model, prompts)
         refuse_unknown_words(model, prompts, ids)
         return [ids]
-    refuse_bytes_and_sets(prompts)
     if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable) or prompts is model:
         raise _not_a_prompt(prompts)
     listed = list(prompts)
