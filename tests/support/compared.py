@@ -38,7 +38,14 @@ def unit(name: str, values: np.ndarray) -> float:
     """What a result is measured in: for effects the gap of the metric, else its own size."""
     if name.split("/")[0] in ("evaluate", "evaluate_features", "evaluate_ranking", "stability"):
         return 1.0
-    effects = ("_patching", "edge_attribution", "discover", "verify_top", "false_negative", "logit_attr")
+    effects = (
+        "_patching",
+        "edge_attribution",
+        "discover",
+        "verify_top",
+        "false_negative",
+        "logit_attr",
+    )
     return 20.0 if any(word in name for word in effects) else float(np.abs(values).max(initial=0))
 
 
