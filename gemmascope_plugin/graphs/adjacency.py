@@ -38,7 +38,7 @@ MAX_STEPS = 10_000
 """A path that is longer goes round for ever."""
 TOLERANCE = 1e-13
 """What is left of the influence, as a share of all."""
-Values = np.ndarray | torch.Tensor | Sequence[float]
+Values = np.ndarray | torch.Tensor | Sequence[int] | Sequence[float]
 
 
 @dataclass(frozen=True, eq=False)

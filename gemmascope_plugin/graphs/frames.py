@@ -125,7 +125,12 @@ def unit_figure(graph: GraphArrays, units: Places, title: str) -> Figure:
     return figures.bars(names, scores[largest].tolist(), title=title, x_title=x_title)
 
 
-def _layered(graph: GraphArrays, edges: Places, title: str, nodes: Places | None = None) -> Figure:
+def _layered(
+    graph: GraphArrays,
+    edges: Places,
+    title: str,
+    nodes: Int64[torch.Tensor, " node"] | None = None,
+) -> Figure:
     """Edges between layers, and nodes that are drawn whether they have edges or not."""
     scores = None if nodes is None or not graph.has_signs else graph.node_scores
     layers = _layers(graph)
@@ -133,7 +138,7 @@ def _layered(graph: GraphArrays, edges: Places, title: str, nodes: Places | None
         [_caption(graph, i) for i in range(len(graph))],
         [_row(*pair) for pair in zip(graph.columns["kind"], graph.columns["site"], strict=True)],
         [
-            None if is_missing else layer
+            None if is_missing else int(layer)
             for layer, is_missing in zip(layers, layers.isna(), strict=True)
         ],
         source=graph.source[edges].numpy(),

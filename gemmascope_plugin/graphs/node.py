@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -48,8 +48,21 @@ PORTS: tuple[Port, ...] = ("", "q", "k", "v")
 """Ports by their number in the edges of a graph."""
 MAX_LAYER, MAX_INDEX, MAX_POS = 1000, 1 << 31, 1 << 18
 """Beyond those of any model."""
-NodeColumns = Mapping[str, np.ndarray]
-"""Arrays with an entry per node."""
+
+if TYPE_CHECKING:
+    NodeColumns = Mapping[str, np.ndarray]
+else:
+
+    @runtime_checkable
+    class NodeColumns(Protocol):
+        """Arrays with an entry per node, by name; a DataFrame where a graph is built from one."""
+
+        def __getitem__(self, key: str, /) -> Any: ...
+
+        def keys(self) -> Any:
+            """Names of the columns."""
+
+
 _FEATURES, _ERROR = ".hook_sae_acts_post", ".hook_sae_error"
 
 

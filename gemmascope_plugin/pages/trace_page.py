@@ -199,7 +199,7 @@ def _n_layers(nodes: pd.DataFrame) -> int:
     return max([inner, *nodes.loc[of_target, "layer"]])
 
 
-def _short(values: Iterable[float]) -> list[float | None]:
+def _short(values: Iterable[Any]) -> list[float | None]:
     """Four digits; None for what is unknown."""
     return [float(f"{x:.4g}") if math.isfinite(x) else None for x in map(float, values)]
 

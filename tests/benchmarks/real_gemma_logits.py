@@ -182,7 +182,8 @@ def prepared(name: str, model: Any, smoke: bool) -> Callable[[], object]:
     return lambda: gs.evaluate(circuit, model, task, n_random=2 if smoke else 20)
 
 
-PROMPT = "the man went to the store"
+PROMPT = "when anna went to the store"
+"""Words of the bundled model too, which knows few."""
 
 
 def dictionary(model: Any, d_sae: int) -> Any:

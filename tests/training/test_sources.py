@@ -146,6 +146,7 @@ def test_iterables_are_read_again_and_iterators_once(hooked2) -> None:
         batches(once, 40)
 
 
+@pytest.mark.untyped
 def test_empty_and_foreign_corpora(hooked2) -> None:
     specials = torch.full((4, 6), BOS_ID)
     with pytest.raises(EmptySelectionError, match="only excluded tokens"):

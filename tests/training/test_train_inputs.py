@@ -103,6 +103,7 @@ def test_several_specs_are_a_list(hooked2: Any) -> None:
         collect_activations("x", corpus(), [])  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("text", "kind", "message"),
     [
