@@ -71,7 +71,7 @@ class SpliceLoss:
 @torch.no_grad()
 def mean_losses(
     model: HookedModel,
-    batches: Iterable[tuple[Tokens, Bool[torch.Tensor, "batch next"]]],
+    batches: Iterable[tuple[Int[torch.Tensor, "_ _"], Bool[torch.Tensor, "_ _"]]],
     layer: int,
     passes: Callable[[NextTokenLosses, Tokens], Iterator[tuple[str, Losses]]],
 ) -> dict[str, float]:
