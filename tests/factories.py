@@ -66,7 +66,7 @@ def dictionary(
 
     Made once per model and seed: copy it before changing it.
     """
-    x = activations(model, tiny_models.random_tokens(batch=16, seed=99), hook_in)[:, 1:]
+    x = activations(model, tiny_models.random_tokens(batch_size=16, seed=99), hook_in)[:, 1:]
     d_out = (
         activations(model, tiny_models.random_tokens(), hook_out).shape[-1] if hook_out else None
     )

@@ -114,7 +114,7 @@ def _swapped() -> dict[str, tuple[Any, str]]:
         "trace": (lambda: gs.trace(model, "w5", specs), "load_suite"),
         "a spec": (lambda: gs.splice(model, specs[0]), r"SaeSpec is not a loaded.*load\(spec\)"),
         "model twice": (lambda: gs.splice(model, model), "model stands where a dictionary belongs"),
-        "evaluate": (lambda: gs.evaluate(model, None, None), r"evaluate\(circuit, model, task\)"),
+        "evaluate": (lambda: gs.evaluate(None, model, None), r"evaluate\(model, circuit, task\)"),
         "task": (
             lambda: gs.activation_patching(model, "ioi", "z"),
             r"text 'ioi' is not a task.*Task.builtin\('ioi', model\)",

@@ -43,7 +43,7 @@ def _discover(**options: Any) -> Any:
 
 def _evaluate(**options: Any) -> Any:
     start = {"n_random": 1, "sizes": [0, 5]}
-    return gs.evaluate(scene().circuit, scene().model, scene().held_out, **{**start, **options})
+    return gs.evaluate(scene().model, scene().circuit, scene().held_out, **{**start, **options})
 
 
 def _direct(**options: Any) -> Any:
@@ -96,18 +96,18 @@ def _analyze_table(**options: Any) -> Any:
 
 
 CHANGES: list[tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = [
-    (_exact, {}, {"mode": "noising"}),
+    (_exact, {}, {"direction": "noising"}),
     (_exact, {}, {"layers": [2]}),
     (_exact, {}, {"heads": [1]}),
     (_exact, {}, {"axes": ["layer"]}),
     (_exact, {}, {"replacement": "zero"}),
     (_atp, {}, {"method": "ig"}),
-    (_atp, {}, {"mode": "noising"}),
+    (_atp, {}, {"direction": "noising"}),
     (_atp, {}, {"replacement": "zero"}),
     (_atp, {"method": "ig", "steps": 1}, {"steps": 3}),
     (_atp, {"method": "relp"}, {"rules": RelpRules(pattern=True)}),
     (_edges, {"method": "eap"}, {"method": "clean-corrupted"}),
-    (_edges, {"method": "eap"}, {"mode": "denoising"}),
+    (_edges, {"method": "eap"}, {"direction": "denoising"}),
     (_edges, {"method": "eap"}, {"writer_delta": "naive"}),
     (_edges, {"method": "eap"}, {"replacement": "zero"}),
     (_edges, {"method": "eap"}, {"per_position": True}),
@@ -126,9 +126,9 @@ CHANGES: list[tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = [
     (_evaluate, {}, {"seed": 1}),
     (_evaluate, {}, {"n_random": 2}),
     (_direct, {}, {"by": "head"}),
-    (_patched_edges, {}, {"mode": "denoising"}),
+    (_patched_edges, {}, {"direction": "denoising"}),
     (_patched_edges, {}, {"replacement": "zero"}),
-    (_paths, {}, {"mode": "noising"}),
+    (_paths, {}, {"direction": "noising"}),
     (_lens, {}, {"layers": [1]}),
     (_lens, {}, {"positions": [2]}),
     (_lens, {}, {"top_k": 2}),

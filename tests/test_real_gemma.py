@@ -126,6 +126,6 @@ def test_direct_contributions_sum_to_the_logit_difference(real_model, task) -> N
 
 def test_all_edges_are_the_model_and_none_the_corrupted_run(real_model, task) -> None:
     circuit = gs.discover(real_model, task.first(2), method="eap", size=50)
-    scores = gs.evaluate(circuit, real_model, task.first(2), sizes=[0, 5644], n_random=0)
+    scores = gs.evaluate(real_model, circuit, task.first(2), sizes=[0, 5644], n_random=0)
     ends = [scores.faithfulness_by_size[scores.sizes.index(size)] for size in (0, 5644)]
     assert ends == pytest.approx([0, 1], abs=1e-3)

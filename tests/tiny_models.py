@@ -70,10 +70,10 @@ def _build(model_class: Any, config: Any, seed: int) -> Any:
     return model.requires_grad_(False)
 
 
-def random_tokens(batch: int = 2, length: int = 20, seed: int = 0) -> torch.Tensor:
+def random_tokens(batch_size: int = 2, length: int = 20, seed: int = 0) -> torch.Tensor:
     """Random word ids ``[batch, length]`` that start with BOS and hold no other special token."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(FIRST_WORD_ID, VOCABULARY, (batch, length), generator=generator)
+    tokens = torch.randint(FIRST_WORD_ID, VOCABULARY, (batch_size, length), generator=generator)
     tokens[:, 0] = BOS_ID
     return tokens
 

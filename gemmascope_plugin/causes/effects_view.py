@@ -146,7 +146,7 @@ def _edges_figure(effects: LabelledValues) -> Figure:
         y=[node.label for node in effects.labels["writer"]],
         x_title="reader",
         y_title="writer",
-        title=f"Edges: {effects.metadata.get('method')}, {effects.metadata.get('mode')}",
+        title=f"Edges: {_how(effects.metadata)}",
         color_title="effect",
     )
 
@@ -159,8 +159,13 @@ def _title(effects: LabelledValues) -> str:
         subject = "the most likely token" if token == "#1" else repr(token)
         title = f"logit lens: probability of {subject}"
     else:
-        title = f"{meta['component']}: {meta['method']}, {meta['mode']}"
+        title = f"{meta['component']}: {_how(meta)}"
     return title + "".join(f", {axis} {_text(value)}" for axis, value in places.items())
+
+
+def _how(meta: Mapping[str, Any]) -> str:
+    """Method, and the direction of a patch or the form of a sum of contributions."""
+    return ", ".join(str(meta[key]) for key in ("method", "direction", "form") if meta.get(key))
 
 
 def _text(label: object) -> str:
@@ -189,13 +194,13 @@ def text_of(effects: LabelledValues) -> str:
     if effects.of_edges:
         n_edges = int(effects.is_cell.sum()) // len(effects.labels.get("pos", (0,)))
         return (
-            f"Effects(edges, {meta.get('method')}, {meta.get('mode')}, {n_edges} edges, "
+            f"Effects(edges, {_how(meta)}, {n_edges} edges, "
             f"{meta.get('n_prompts')} prompts, {ends}{conservation_text(meta)})"
         )
     answers = f"first prompt {meta['answers']}, " if meta.get("answers") else ""
     excluded = ", ".join(map(str, meta.get("exclude") or ())) or "none"
     return (
-        f"Effects({meta.get('component')}, {meta.get('method')}, {meta.get('mode')}, {shape}, "
+        f"Effects({meta.get('component')}, {_how(meta)}, {shape}, "
         f"{answers}{ends}, excluded tokens {excluded}{conservation_text(meta)})"
     )
 

@@ -80,7 +80,7 @@ class Experiment:
     @property
     def base_metric(self) -> float:
         """Mean metric of the run that is patched."""
-        denoising = self.metadata["mode"] == "denoising"
+        denoising = self.metadata["direction"] == "denoising"
         return self.metadata["metric_corrupt" if denoising else "metric_clean"]
 
     def changes(self, patch: Patch) -> bool:
@@ -121,7 +121,7 @@ def experiment(
     component: str,
     choice: Choice | None = None,
     *,
-    mode: Direction,
+    direction: Direction,
     saes: Saes = None,
     replacement: PatchReplacement = "other",
     seed: int | None = None,
@@ -133,13 +133,13 @@ def experiment(
     the replacement changes. Without a limit all prompts go in one pass.
     """
     check_choice("component", component, COMPONENTS)
-    check_choice("mode", mode, get_args(Direction))
+    check_choice("direction", direction, get_args(Direction))
     check_replacement(replacement, component)
     order = _order(replacement, seed)
     choice = Choice() if choice is None else choice
     choice.check(component)
     bound = task.bind(model)
-    denoising = mode == "denoising"
+    denoising = direction == "denoising"
     base, away = (bound.corrupt, bound.clean) if denoising else (bound.clean, bound.corrupt)
     with patchable(model, component, saes) as runner:
         sizes = sizes_of(model, component, base.shape[1])
@@ -168,7 +168,7 @@ def experiment(
             grid = feature_grid(sites, replace(choice, features=chosen), base.shape[1])
         metadata = {
             **_describe(model, runner, bound, component),
-            **{"mode": mode, "replacement": replacement},
+            **{"direction": direction, "replacement": replacement},
             **({"seed": order} if replacement == "resample" else {}),
             **ends,
         }

@@ -34,7 +34,7 @@ class LabelledValues:
     labels: Mapping[str, tuple[Any, ...]]
     """Coordinate of each entry along each axis."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Component, mode, method, metric values at both ends, number of prompts, token policy."""
+    """Component, direction, method, metric values at both ends, number of prompts, token policy."""
     values_by_prompt: Float[torch.Tensor, "... prompt"] | None = None
     """The same for each prompt, ``[..., prompt]``; None where a method gives means only."""
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)

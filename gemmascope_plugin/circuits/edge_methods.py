@@ -38,7 +38,7 @@ _METADATA = (
     "task",
     "metric",
     "method",
-    "mode",
+    "direction",
     "replacement",
     "writer_delta",
     "steps",
@@ -83,7 +83,7 @@ class EdgeCircuits(CircuitMethod):
 
 def graph_of(effects: Effects) -> Graph:
     """Edges with the fall of the metric as their score, whichever run was patched."""
-    sign = -1 if effects.metadata["mode"] == "noising" else 1
+    sign = -1 if effects.metadata["direction"] == "noising" else 1
     details = {key: effects.metadata[key] for key in _METADATA if key in effects.metadata}
     return Graph.of_edges(effects.edges, sign * effects.values, details)
 

@@ -45,10 +45,10 @@ _COMPARED: tuple[Errors, ...] = ("kept", "as-circuit", "ablated")
 """Treatments of errors, from the one that flatters a circuit most to the hardest."""
 
 
-@gate(circuit=check_circuit, model=check_model, task=check_task, saes=check_saes)
+@gate(model=check_model, circuit=check_circuit, task=check_task, saes=check_saes)
 def evaluate(
-    circuit: Circuit,
     model: HookedModel,
+    circuit: Circuit,
     task: Task,
     *,
     saes: Saes = None,
@@ -65,8 +65,8 @@ def evaluate(
     """Faithfulness of a circuit, of every prefix of its ranking, and of random circuits.
 
     Args:
-        circuit: From :func:`discover`; use a task with other prompts here than there.
         model: The model.
+        circuit: From :func:`discover`; use a task with other prompts here than there.
         task: Held-out prompts.
         saes: The dictionaries that the circuit's features belong to.
         sizes: Circuit sizes to measure; 0 to all units by default, all of up to 24, else 13 of
@@ -93,7 +93,7 @@ def evaluate(
         >>> suite = gs.tiny()
         >>> task = suite.task("agreement", n=8)
         >>> circuit = gs.discover(suite.model, task, method="exact", size=6)
-        >>> scores = gs.evaluate(circuit, suite.model, suite.task("agreement", n=8, seed=1), n_random=5)
+        >>> scores = gs.evaluate(suite.model, circuit, suite.task("agreement", n=8, seed=1), n_random=5)
         >>> scores
         Scores(agreement, 6 of 20 nodes, faithfulness 0.994, best of 5 random 0.063, metric full
           9.913, empty -11.674)
@@ -146,15 +146,15 @@ def evaluate(
     )
 
 
-@gate(circuit=check_circuit, model=check_model, task=check_task, saes=check_saes)
+@gate(model=check_model, circuit=check_circuit, task=check_task, saes=check_saes)
 def evaluate_features(
-    circuit: Circuit, model: HookedModel, task: Task, *, saes: Saes, **options: Any
+    model: HookedModel, circuit: Circuit, task: Task, *, saes: Saes, **options: Any
 ) -> Scores:
     """:func:`evaluate` under each treatment of errors, side by side in :attr:`Scores.by_errors`.
 
     Args:
-        circuit: From ``discover(..., nodes="features")``.
         model: The model.
+        circuit: From ``discover(..., nodes="features")``.
         task: Held-out prompts.
         saes: The dictionaries that the circuit was found with.
         **options: As :func:`evaluate` has them, ``errors`` aside.
@@ -167,7 +167,7 @@ def evaluate_features(
         UnknownNameError: Other dictionaries than the circuit's.
     """
     by_errors = {
-        errors: evaluate(circuit, model, task, saes=saes, errors=errors, **options)
+        errors: evaluate(model, circuit, task, saes=saes, errors=errors, **options)
         for errors in _COMPARED
     }
     return replace(by_errors["as-circuit"], by_errors=by_errors)

@@ -147,10 +147,10 @@ class MibScores:
         return f"<p>{escape(repr(self))}</p>{figures.frame_html(self.to_frame())}"
 
 
-@gate(graph=check_ranking, model=check_model, task=check_task, saes=check_saes)
+@gate(model=check_model, graph=check_ranking, task=check_task, saes=check_saes)
 def evaluate_ranking(
-    graph: Graph,
     model: HookedModel,
+    graph: Graph,
     task: Task,
     *,
     saes: Saes = None,
@@ -162,8 +162,8 @@ def evaluate_ranking(
     """CPR and CMD of a graph's ranking, exactly as MIB defines them, and on a logarithmic axis.
 
     Args:
-        graph: Scored edges, or nodes.
         model: The model.
+        graph: Scored edges, or nodes.
         task: Held-out prompts.
         saes: The dictionaries that features belong to.
         replacement: What stands in for what is not kept.

@@ -83,7 +83,7 @@ class ExactNodes(NodeCircuits):
             model,
             task,
             component,
-            mode="noising",
+            direction="noising",
             per_position=False,
             memory_budget=options.memory_budget,
             progress=options.progress,
@@ -105,7 +105,7 @@ class EstimatedNodes(NodeCircuits):
             component,
             method=cast("NodeMethodName", self.name),
             steps=options.steps,
-            mode="noising",
+            direction="noising",
             per_position=False,
             **saes,
         )

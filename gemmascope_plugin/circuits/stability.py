@@ -97,7 +97,7 @@ def stability(
         circuit = discover(model, task, saes=saes, size=n, errors=False, edges=False, **options)
         measured = [size for size in sizes if size <= circuit.n_units]
         scores = evaluate(
-            circuit, model, held_out, saes=saes, sizes=measured, n_random=0, errors=errors
+            model, circuit, held_out, saes=saes, sizes=measured, n_random=0, errors=errors
         )
         sites = sites_of(model, saes, level=options.get("level"))
         best[name] = _directions(circuit, sites)

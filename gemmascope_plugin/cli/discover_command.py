@@ -207,7 +207,7 @@ def _circuit(
     if n_random is None:
         return circuit, None
     held_out = question.ask(model, "held_out", _N_PROMPTS)
-    scores = gs.evaluate(circuit, model, held_out, n_random=n_random, progress=watched)
+    scores = gs.evaluate(model, circuit, held_out, n_random=n_random, progress=watched)
     return circuit, scores
 
 

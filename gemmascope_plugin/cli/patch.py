@@ -60,7 +60,7 @@ def patch_command(
     component: Annotated[
         str, typer.Option(help="What is patched: z, q, k, v, pattern, mlp_out, resid_post...")
     ] = "z",
-    mode: Annotated[
+    direction: Annotated[
         str,
         typer.Option(help="denoising: clean values into corrupted runs; noising: the reverse."),
     ] = "denoising",
@@ -84,7 +84,7 @@ def patch_command(
 
     An example on the bundled model, without a network:
 
-    gemmascope patch --task ioi --component z --mode noising --n 16 --out patch.html
+    gemmascope patch --task ioi --component z --direction noising --n 16 --out patch.html
 
     and on a real one: gemmascope patch --task ioi --model gemma-3-270m --n 16
     """
@@ -104,7 +104,7 @@ def patch_command(
     )
     question.check()
     named = [name.strip() for name in axes.split(",")] if axes is not None else None
-    options = {"mode": mode, "axes": named, "replacement": replacement}
+    options = {"direction": direction, "axes": named, "replacement": replacement}
     chosen = split_of(split, question.builtin)
     _check(component, method, top, options)
     check_out(out)
@@ -136,7 +136,7 @@ def _check(component: str, method: str, top: int, options: dict[str, Any]) -> No
         refuse_dictionaries(
             f"--component {component}", f"activation_patching(model, task, {component!r}, saes=...)"
         )
-    check_choice("mode", options["mode"], get_args(Direction))
+    check_choice("direction", options["direction"], get_args(Direction))
     check_choice("method", method, ("exact", *METHODS))
     check_replacement(options["replacement"], component)
     Choice(axes=options["axes"]).axes_of(component)
@@ -166,10 +166,10 @@ def _report(question: Question, split: str, effects: Effects, top: int) -> list[
     noun = "prompt" if meta["n_prompts"] == 1 else "prompts"
     kind = split.replace("_", "-") if question.builtin else "own"
     prompts = f"{meta['n_prompts']} {kind} {noun}"
-    runs = {"noising": "the clean run", "denoising": "the corrupted run"}[meta["mode"]]
+    runs = {"noising": "the clean run", "denoising": "the corrupted run"}[meta["direction"]]
     pairs = [
         ("task", f"{meta['task']}, {prompts}" if question.builtin else prompts),
-        ("patched", f"{meta['mode']}: into {runs}, replacement {meta['replacement']}"),
+        ("patched", f"{meta['direction']}: into {runs}, replacement {meta['replacement']}"),
         (
             "metric",
             f"{meta['metric']} {meta['logits']}: clean {meta['metric_clean']:.3f}, "
@@ -195,7 +195,7 @@ def _record(question: Question, effects: Effects, top: int) -> dict[str, Any]:
     """The same as plain values."""
     from gemmascope_plugin.pages.effects_page import top_frame
 
-    texts = ("task", "component", "method", "mode", "replacement", "metric", "logits", "sign")
+    texts = ("task", "component", "method", "direction", "replacement", "metric", "logits", "sign")
     numbers = ("n_prompts", "metric_clean", "metric_corrupt")
     return {
         "model": question.model,

@@ -198,4 +198,4 @@ def checked_circuit(model: HookedModel, train: Task, held_out: Task) -> Scores:
     edges = discover(model, train, method="eap-ig")
     circuit = edges.top(min(CIRCUIT_SIZE, edges.n_units // 10))
     sizes = [size for size in SIZES if size < edges.n_units]
-    return evaluate(circuit, model, held_out, sizes=sizes, n_random=N_RANDOM)
+    return evaluate(model, circuit, held_out, sizes=sizes, n_random=N_RANDOM)

@@ -160,11 +160,11 @@ def rank_features(model: HookedModel, task: Task, saes: list[Any]) -> Comparison
     Each gets its corrupted activation in the clean run, so a feature that the answer needs has a
     negative effect.
     """
-    guess = attribution_patching(model, task, "feature", mode="noising", saes=saes)
+    guess = attribution_patching(model, task, "feature", direction="noising", saes=saes)
     first = guess.values.abs().argsort(descending=True)[:SHORTLIST].tolist()
     features = [guess.labels["feature"][i] for i in first]
     exact = activation_patching(
-        model, task, "feature", mode="noising", saes=saes, features=features
+        model, task, "feature", direction="noising", saes=saes, features=features
     )
     estimate = guess.at(feature=features)
     return Comparison(exact, estimate, exact.spearman(estimate))
@@ -280,4 +280,4 @@ def find_circuit(model: HookedModel, held_out: Task) -> Scores:
     """A circuit of heads and MLPs from training prompts, evaluated on held-out ones."""
     circuit = discover(model, make_task(TASK, split="train", n=N_TRAIN, seed=SEED))
     sizes = range(0, len(circuit.ranking) + 1, 2)
-    return evaluate(circuit, model, held_out, sizes=sizes, n_random=N_RANDOM, seed=SEED)
+    return evaluate(model, circuit, held_out, sizes=sizes, n_random=N_RANDOM, seed=SEED)

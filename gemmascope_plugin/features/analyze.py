@@ -141,13 +141,13 @@ class Features:
 
 @overload
 def analyze(
-    model: HookedModel, saes: Saes, text: str, *, top_k: int = ..., exclude: Exclude = ...
+    model: HookedModel, saes: Saes, prompts: str, *, top_k: int = ..., exclude: Exclude = ...
 ) -> Features: ...
 
 
 @overload
 def analyze(
-    model: HookedModel, saes: Saes, text: PromptLike, *, top_k: int = ..., exclude: Exclude = ...
+    model: HookedModel, saes: Saes, prompts: PromptLike, *, top_k: int = ..., exclude: Exclude = ...
 ) -> Any: ...
 
 
@@ -156,7 +156,7 @@ def analyze(
 def analyze(
     model: HookedModel,
     saes: Saes,
-    text: PromptLike,
+    prompts: PromptLike,
     *,
     top_k: int = 5,
     exclude: Exclude = ("bos", "eos", "pad"),
@@ -166,7 +166,7 @@ def analyze(
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge``.
         saes: Dictionaries; options of a :class:`HookedSAE` do not count here.
-        text: One prompt: text, token ids, or a conversation; or several of any lengths.
+        prompts: One prompt: text, token ids, or a conversation; or several of any lengths.
         top_k: Features per token in tables.
         exclude: Special tokens to leave out.
 
@@ -189,7 +189,7 @@ def analyze(
         1    1  today  blocks.1.hook_resid_post       22        4.08
         2    1  today  blocks.1.hook_resid_post      388        3.99
     """
-    rows = [row[None] for row in read_prompts(model, text).rows()]
+    rows = [row[None] for row in read_prompts(model, prompts).rows()]
     exclude = (exclude,) if isinstance(exclude, (str, int)) else tuple(exclude)
     features = [_analyze(model, saes, tokens, top_k, exclude) for tokens in rows]
     return features[0] if len(features) == 1 else features

@@ -54,13 +54,15 @@ class Corpus:
 
 
 def corpus(
-    model: HookedModel, tokens: Tokens, exclude: str | int | Sequence[str | int], batch: int
+    model: HookedModel, tokens: Tokens, exclude: str | int | Sequence[str | int], batch_size: int
 ) -> Corpus:
     """Token ids as batches on the model's device."""
-    if batch < 1:
-        raise ModelError(f"batch={batch} documents per pass is less than one", fix="batch=16")
+    if batch_size < 1:
+        raise ModelError(
+            f"batch_size={batch_size} documents per pass is less than one", fix="batch_size=16"
+        )
     named = (exclude,) if isinstance(exclude, (str, int)) else tuple(exclude)
-    parts = [part for rows in documents(model, tokens) for part in rows.split(batch)]
+    parts = [part for rows in documents(model, tokens) for part in rows.split(batch_size)]
     excluded = special_ids(model, named)
     padding = special_ids(model, ("pad",)) if model.tokenizer is not None else frozenset()
     if not any(bool(kept_positions(part, excluded).any()) for part in parts):

@@ -84,7 +84,7 @@ def probe_absorption(
     steps: int = 500,
     seed: int = 0,
     exclude: str | int | Sequence[str | int] = ("bos", "eos", "pad"),
-    batch: int = 16,
+    batch_size: int = 16,
 ) -> Any:
     """Absorption of every concept; definitions at the top of this file.
 
@@ -99,7 +99,7 @@ def probe_absorption(
         steps: Training steps of the probes.
         seed: Of the order of their tokens.
         exclude: Special tokens to leave out, of the concepts too.
-        batch: Documents per forward pass.
+        batch_size: Documents per forward pass.
 
     Returns:
         A DataFrame, one row per concept in the given order: ``concept``, ``n_tokens``, ``probe_f1``,
@@ -115,7 +115,7 @@ def probe_absorption(
     check_names(concepts, names)
     if not 0 <= min_probe_f1 <= 1:
         raise ModelError(f"min_probe_f1={min_probe_f1} is not an F1", exists="numbers from 0 to 1")
-    text = corpus(model, tokens, exclude, batch)
+    text = corpus(model, tokens, exclude, batch_size)
     holds = kept_concepts(text, concepts)
     n = holds.sum(0)
     is_scored = (n >= max(min_tokens, 1)) & (len(holds) - n >= max(min_tokens, 1))

@@ -151,7 +151,7 @@ def adaptivity(
     names: Sequence[str] | None = None,
     *,
     exclude: str | int | Sequence[str | int] = ("bos", "eos", "pad"),
-    batch: int = 16,
+    batch_size: int = 16,
 ) -> Adaptivity:
     """Measures how the number of active features follows the input.
 
@@ -162,7 +162,7 @@ def adaptivity(
         concepts: Where each known concept holds; None if none are known.
         names: One name per concept; they are checked and do not count.
         exclude: Special tokens to leave out.
-        batch: Documents per forward pass.
+        batch_size: Documents per forward pass.
 
     Raises:
         EmptySelectionError: No token, or excluded ones only.
@@ -171,7 +171,7 @@ def adaptivity(
         WidthMismatchError: The dictionary has another width than the model's tensor.
     """
     check_concepts(concepts, names)
-    text = corpus(model, tokens, exclude, batch)
+    text = corpus(model, tokens, exclude, batch_size)
     n_concepts = None if concepts is None else kept_concepts(text, concepts).sum(-1)
     hooked = hooked_for(sae, text.exclude)
     counts, budgets = [], []

@@ -77,7 +77,7 @@ def compare(
     tokens: Tokens,
     *,
     exclude: str | int | Sequence[str | int] = ("bos", "eos", "pad"),
-    batch: int = 16,
+    batch_size: int = 16,
     n_positions: int = 8,
     concepts: Bool[torch.Tensor, "document pos concept"] | None = None,
     names: Sequence[str] | None = None,
@@ -93,7 +93,7 @@ def compare(
             dictionary can stand beside one another. A lazy mapping opens one at a time.
         tokens: Token ids ``[document, pos]``, or several such tensors.
         exclude: Special tokens that are neither measured nor touched.
-        batch: Documents per forward pass.
+        batch_size: Documents per forward pass.
         n_positions: Positions per document at which ``r_l0`` is measured; 0 for none.
         concepts: Where each known concept holds; None if none are known.
         names: One name per concept.
@@ -126,7 +126,7 @@ def compare(
 
     _check_named(saes)
     check_concepts(concepts, names)
-    options: dict[str, Any] = {"exclude": exclude, "batch": batch}
+    options: dict[str, Any] = {"exclude": exclude, "batch_size": batch_size}
     labels = {} if concepts is None else {"concepts": concepts, "names": names}
     limits = {"min_tokens": min_tokens, "n_parents": n_parents}
     rows = []

@@ -160,7 +160,7 @@ def concept_scores_of(
     names: Sequence[str],
     *,
     exclude: str | int | Sequence[str | int] = ("bos", "eos", "pad"),
-    batch: int = 16,
+    batch_size: int = 16,
     **rules: Any,
 ) -> Any:
     """:func:`concept_scores` of a dictionary on documents whose concepts are known.
@@ -172,14 +172,14 @@ def concept_scores_of(
         concepts: Where each concept holds.
         names: One name per concept.
         exclude: Special tokens to leave out, of the concepts too.
-        batch: Documents per forward pass.
+        batch_size: Documents per forward pass.
         **rules: ``min_gain``, ``min_precision``, ``subset`` and ``min_tokens``.
 
     Raises:
         ModelError: Tokens, concepts or names do not fit together; not a JumpReLU dictionary.
         EmptySelectionError: No token, or excluded ones only.
     """
-    text = corpus(model, tokens, exclude, batch)
+    text = corpus(model, tokens, exclude, batch_size)
     here = kept_concepts(text, concepts)
     active = encoded(model, hooked_for(sae, text.exclude), text)
     return concept_scores(active, here, names, **rules)

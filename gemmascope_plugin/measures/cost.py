@@ -89,7 +89,7 @@ def cost(
     n_tokens: int = 1024,
     repeats: int = 5,
     exclude: str | int | Sequence[str | int] = ("bos", "eos", "pad"),
-    batch: int = 16,
+    batch_size: int = 16,
 ) -> Cost:
     """Measures what a dictionary costs.
 
@@ -100,7 +100,7 @@ def cost(
         n_tokens: Tokens that are encoded together; fewer where there are fewer.
         repeats: Runs that are timed.
         exclude: Special tokens to leave out.
-        batch: Documents per forward pass.
+        batch_size: Documents per forward pass.
 
     Raises:
         EmptySelectionError: No token, or excluded ones only.
@@ -111,7 +111,7 @@ def cost(
     for name, value in (("n_tokens", n_tokens), ("repeats", repeats)):
         if value < 1:
             raise ModelError(f"{name}={value} is less than one", fix=f"{name}=5")
-    text = corpus(model, tokens, exclude, batch)
+    text = corpus(model, tokens, exclude, batch_size)
     hooked = hooked_for(sae, text.exclude)
     coder, x = hooked.weights, _inputs(model, hooked, text, n_tokens)
     acts = coder.encode_sparse(x)

@@ -105,7 +105,7 @@ def hierarchy(
     probe_tokens: int = 65536,
     seed: int = 0,
     exclude: str | int | Sequence[str | int] = ("bos", "eos", "pad"),
-    batch: int = 16,
+    batch_size: int = 16,
 ) -> Hierarchy:
     """Measures how hierarchical a dictionary is; what each figure means is said in the files above.
 
@@ -127,7 +127,7 @@ def hierarchy(
         probe_tokens: Most tokens that the probes see, drawn at random.
         seed: Of all that is drawn.
         exclude: Special tokens to leave out.
-        batch: Documents per forward pass.
+        batch_size: Documents per forward pass.
 
     Raises:
         EmptySelectionError: No token, or excluded ones only.
@@ -151,7 +151,7 @@ def hierarchy(
         probe_tokens=probe_tokens,
         seed=seed,
     )
-    text = corpus(model, tokens, exclude, batch)
+    text = corpus(model, tokens, exclude, batch_size)
     holds = None if concepts is None else kept_concepts(text, concepts)
     return _hierarchy(model, hooked_for(sae, text.exclude), text, holds, names or (), forest, rules)
 

@@ -84,7 +84,7 @@ def measure(
     tokens: Tokens,
     *,
     exclude: str | int | Sequence[str | int] = ("bos", "eos", "pad"),
-    batch: int = 16,
+    batch_size: int = 16,
     n_positions: int = 8,
 ) -> Measures:
     """Measures a dictionary on a corpus.
@@ -95,7 +95,7 @@ def measure(
             dictionary, whose other options do not count.
         tokens: Token ids ``[document, pos]``, or several such tensors.
         exclude: Special tokens that are neither measured nor touched.
-        batch: Documents per forward pass.
+        batch_size: Documents per forward pass.
         n_positions: Positions per document at which ``r_l0`` is measured, a backward pass each; 0
             leaves it NaN.
 
@@ -115,7 +115,7 @@ def measure(
     """
     if n_positions < 0:
         raise ModelError(f"n_positions={n_positions} is negative", fix="n_positions=0 to skip r_L0")
-    text = corpus(model, tokens, exclude, batch)
+    text = corpus(model, tokens, exclude, batch_size)
     return _measure(model, hooked_for(sae, text.exclude), text, n_positions)
 
 

@@ -123,7 +123,7 @@ def _mend(model: torch.nn.Module) -> None:
 
 
 LEAST = {
-    **dict.fromkeys(("max_rows", "batch", "steps", "top_k", "size"), 1),
+    **dict.fromkeys(("max_rows", "batch_size", "steps", "top_k", "size"), 1),
     **dict.fromkeys(("n_random", "min_tokens", "seed"), 0),
 }
 """Counts by the name of their argument, and the smallest that means something."""

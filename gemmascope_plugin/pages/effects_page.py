@@ -118,10 +118,10 @@ def how_to_read(effects: Effects) -> str:
     """What a number is."""
     meta, gap = effects.metadata, abs(effects.gap)
     metric = meta.get("metric", "metric")
-    if meta.get("mode") not in _OTHER_RUN:
+    if meta.get("direction") not in _OTHER_RUN:
         return f"Each number is by how much one entry raises the {metric}; {meta.get('method')}."
-    base = "clean" if meta["mode"] == "noising" else "corrupted"
-    inserted = _INSERTED[meta.get("replacement", "other")].format(_OTHER_RUN[meta["mode"]])
+    base = "clean" if meta["direction"] == "noising" else "corrupted"
+    inserted = _INSERTED[meta.get("replacement", "other")].format(_OTHER_RUN[meta["direction"]])
     part = meta.get("component", "one path")
     if effects.axes:
         *some, last = ("position" if axis == "pos" else axis for axis in effects.axes)
@@ -160,7 +160,7 @@ def meaning(effects: Effects) -> str:
         return f"{text} One prompt says nothing about others."
     sure = int((effects.values.abs().cpu() > 2 * effects.standard_error().cpu()).sum())
     text = f"{text} {sure} of {total} effects are more than two standard errors from 0"
-    if effects.metadata.get("mode") not in _OTHER_RUN:
+    if effects.metadata.get("direction") not in _OTHER_RUN:
         return f"{text}."
     return (
         f"{text}; they need not add up, as later parts may repeat or make up for what an earlier one "
@@ -171,10 +171,10 @@ def meaning(effects: Effects) -> str:
 def _way(effects: Effects, value: float) -> str:
     """How far an effect goes from one end of the scale to the other."""
     meta = effects.metadata
-    if meta.get("mode") not in _OTHER_RUN or meta.get("magnitudes"):
+    if meta.get("direction") not in _OTHER_RUN or meta.get("magnitudes"):
         return ""
     begin, end = meta["metric_corrupt"], meta["metric_clean"]
-    if meta["mode"] == "noising":
+    if meta["direction"] == "noising":
         begin, end = end, begin
     return f", {value / (end - begin):.0%} of the way from {begin:.3f} to {end:.3f}"
 

@@ -246,7 +246,8 @@ class HookedCrossLayer(torch.nn.Module):
         >>> suite = gs.tiny()
         >>> tokens = suite.task("agreement").bind(suite.model).clean
         >>> spec = gs.TrainSpec(
-        ...     architecture="jumprelu_crosscoder", layers=(1, 2), d_sae=32, steps=5, batch=64, rows=8
+        ...     architecture="jumprelu_crosscoder", layers=(1, 2), d_sae=32, steps=5, batch_size=64,
+        ...     rows=8,
         ... )
         >>> sae = gs.train(suite.model, spec, tokens, progress=False)
         >>> with gs.splice(suite.model, gs.HookedCrossLayer(sae.dictionary(), error="drop")) as spliced:

@@ -194,7 +194,7 @@ class Report:
 def verify(
     model: HookedModel,
     sae: SAE | HookedSAE,
-    text: PromptLike,
+    prompts: PromptLike,
     *,
     exclude: str | int | Sequence[str | int] = ("bos", "eos", "pad"),
 ) -> Report:
@@ -204,7 +204,7 @@ def verify(
         model: The bare model.
         sae: A dictionary from :func:`gemmascope_plugin.load`, or any JumpReLU SAE or transcoder of
             SAELens; its own ``metadata.hook_name`` is what is verified.
-        text: One or several prompts of any lengths, or token ids ``[batch, pos]``; a few hundred
+        prompts: One or several of any lengths, or token ids ``[batch, pos]``; a few hundred
             tokens of ordinary text give steady figures.
         exclude: Special tokens that are not measured. Gemma Scope was trained without them.
 
@@ -235,7 +235,7 @@ def verify(
     """
     hooked = sae if isinstance(sae, HookedSAE) else HookedSAE(sae)
     plain, exclude = hooked.sae, (exclude,) if isinstance(exclude, (str, int)) else tuple(exclude)
-    batches = [part for rows in documents(model, text) for part in rows.split(_BATCH)]
+    batches = [part for rows in documents(model, prompts) for part in rows.split(_BATCH)]
     if not batches:
         raise EmptySelectionError("There is no prompt", fix="give text or token ids [batch, pos]")
     excluded = special_ids(model, exclude)

@@ -216,7 +216,7 @@ def _gemma_scope(_: dict[str, Any]) -> dict[str, Any]:
         "lr": 7e-5,
         "lr_warm_up": 1000,
         "beta1": 0.0,
-        "batch": 4096,
+        "batch_size": 4096,
         "steps": 977_000,
         "bucket": 1_000_000,
         "dead_features": "none",

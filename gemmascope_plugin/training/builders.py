@@ -179,7 +179,7 @@ def tree(spec: TrainSpec, common: Values) -> TrainingSAE[Any]:
     values = common | {
         "features_per_layer": sizes,
         "aux_coefficient": _dead_coefficient(spec, 1 / 32),
-        "dead_after_tokens": spec.dead_after * spec.batch,
+        "dead_after_tokens": spec.dead_after * spec.batch_size,
         "l0_coefficient": float(spec.sparsity_coefficient),
         "l0_warm_up_steps": spec.sparsity_warm_up,
         "threshold_init": spec.init_threshold,
@@ -190,7 +190,7 @@ def tree(spec: TrainSpec, common: Values) -> TrainingSAE[Any]:
     usual = {
         "k_per_layer": _k_per_layer(_whole_k(spec), sizes),
         "k_aux": min(256, sizes[0]),
-        "parent_within_tokens": 10 * spec.batch,
+        "parent_within_tokens": 10 * spec.batch_size,
         "first_reallocation": first,
         "longest_interval": max(first, spec.steps // 10),
         "freeze_step": spec.steps // 2,

@@ -41,7 +41,7 @@ from gemmascope_plugin.training.store import ActivationStore, StoreReader
 from gemmascope_plugin.training.text_batches import Corpus, TokenStream
 from gemmascope_plugin.training.train_spec import TrainSpec
 
-SHARED = ("model", "context", "rows", "bucket", "exclude", "steps", "batch", "seed")
+SHARED = ("model", "context", "rows", "bucket", "exclude", "steps", "batch_size", "seed")
 """Fields that dictionaries trained together must agree on."""
 
 
@@ -112,7 +112,7 @@ def train(
     Example:
         >>> suite = gs.tiny()
         >>> tokens = suite.task("agreement", n=64).bind(suite.model).clean
-        >>> spec = gs.TrainSpec(d_sae=64, layer=1, target_l0=8, steps=20, batch=64, rows=8)
+        >>> spec = gs.TrainSpec(d_sae=64, layer=1, target_l0=8, steps=20, batch_size=64, rows=8)
         >>> sae = gs.train(suite.model, spec, tokens, progress=False)
         >>> sae.cfg.architecture(), tuple(sae.W_dec.shape)
         ('jumprelu', (64, 128))
@@ -254,7 +254,7 @@ def _source(
         stream = TokenStream(model, corpus, context=spec.context, rows=spec.rows, seed=spec.seed)
         reader = ForwardReader(model, stream, hooks, exclude=spec.exclude, bucket=spec.bucket)
         name, home = spec.model or str(model.cfg.model_name), device_of(model)
-    source = ShuffledActivations(reader, batch=spec.batch, seed=spec.seed)
+    source = ShuffledActivations(reader, batch_size=spec.batch_size, seed=spec.seed)
     return source, name, home if device is None else as_device(device)
 
 

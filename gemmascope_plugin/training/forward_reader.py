@@ -102,7 +102,7 @@ def collect_activations(
     hooks: Sequence[str],
     *,
     exclude: Sequence[str | int] = ("bos", "eos", "pad"),
-    batch: int = 128,
+    batch_size: int = 128,
 ) -> dict[str, Float[torch.Tensor, "token width"]]:
     """Activations of every token that is not excluded, heads flattened.
 
@@ -111,7 +111,7 @@ def collect_activations(
         tokens: Token ids.
         hooks: Hook names.
         exclude: Special tokens to leave out.
-        batch: Documents per forward pass.
+        batch_size: Documents per forward pass.
 
     Raises:
         MissingHookError: The model has no such hook.
@@ -121,7 +121,7 @@ def collect_activations(
     excluded = special_ids(model, exclude)
     parts = [
         read_activations(model, readings, chunk, kept_positions(chunk, excluded))
-        for chunk in to_tokens(model, tokens).split(batch)
+        for chunk in to_tokens(model, tokens).split(batch_size)
     ]
     return {name: torch.cat([part[name] for part in parts]) for name in hooks}
 

@@ -36,7 +36,7 @@ class Recipe:
     target_l0: float = 10.0
     l0_coefficient: float = 0.3
     steps: int = 2000
-    batch: int = 1024
+    batch_size: int = 1024
     """Tokens per step."""
     lr: float = 2e-3
     bandwidth: float = 0.1
@@ -65,9 +65,9 @@ def train_dictionary(
         EmptySelectionError: Fewer tokens than one batch.
         BadFileError: Activations that are not finite.
     """
-    if len(x) < recipe.batch:
+    if len(x) < recipe.batch_size:
         raise EmptySelectionError(
-            f"{len(x)} tokens are fewer than one batch of {recipe.batch}",
+            f"{len(x)} tokens are fewer than one batch of {recipe.batch_size}",
             fix="more text, or a smaller batch",
         )
     if not torch.isfinite(x).all() or (target is not None and not torch.isfinite(target).all()):
@@ -113,8 +113,8 @@ def _trainer(
     else:
         sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**values))
     trainer_config = SAETrainerConfig(
-        total_training_samples=recipe.steps * recipe.batch,
-        train_batch_size_samples=recipe.batch,
+        total_training_samples=recipe.steps * recipe.batch_size,
+        train_batch_size_samples=recipe.batch_size,
         lr=recipe.lr,
         lr_end=recipe.lr / 50,
         lr_scheduler_name="cosineannealing",
@@ -132,8 +132,8 @@ def _batches(
     generator = torch.Generator().manual_seed(recipe.seed)
     while True:
         order = torch.randperm(len(data), generator=generator)
-        for start in range(0, len(order) - recipe.batch + 1, recipe.batch):
-            yield data[order[start : start + recipe.batch]]
+        for start in range(0, len(order) - recipe.batch_size + 1, recipe.batch_size):
+            yield data[order[start : start + recipe.batch_size]]
 
 
 @torch.no_grad()

@@ -76,8 +76,8 @@ class Learner:
     def _config(self) -> SAETrainerConfig:
         spec = self.spec
         return SAETrainerConfig(
-            total_training_samples=spec.steps * spec.batch,
-            train_batch_size_samples=spec.batch,
+            total_training_samples=spec.steps * spec.batch_size,
+            train_batch_size_samples=spec.batch_size,
             lr=spec.lr,
             lr_end=spec.lr,
             adam_beta1=spec.beta1,

@@ -72,7 +72,7 @@ class Run:
         self.every, self.keep, self.log_every = checkpoint_every, keep, log_every
         self.step = 0
         first = next(iter(specs.values()))
-        self.steps, self.batch = first.steps, first.batch
+        self.steps, self.batch_size = first.steps, first.batch_size
         path = None if folder is None else folder.last_checkpoint
         saved = None if path is None else load_checkpoint(path, specs)
         with raise_as_training_stopped(lambda: self.step, self._last):
@@ -100,7 +100,7 @@ class Run:
                 batch = self.source.next_batch()
                 outputs = {name: learner.step(batch) for name, learner in self.learners.items()}
                 self.step += 1
-                journal.tick(self.batch)
+                journal.tick(self.batch_size)
                 if self.step % self.log_every == 0 or self.step == self.steps:
                     journal.write([row(n, self.learners[n], out) for n, out in outputs.items()])
                 if self.step % self.every == 0 or self.step == self.steps:

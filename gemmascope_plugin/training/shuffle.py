@@ -47,8 +47,8 @@ class Reader(Protocol):
 class ShuffledActivations:
     """Endless random batches, the same tokens at every hook."""
 
-    def __init__(self, reader: Reader, *, batch: int, seed: int) -> None:
-        self._reader, self._batch, self._seed = reader, batch, seed
+    def __init__(self, reader: Reader, *, batch_size: int, seed: int) -> None:
+        self._reader, self._batch, self._seed = reader, batch_size, seed
         self._number = -1
         self._served = 0
         self._before: dict[str, Any] = {}

@@ -93,7 +93,7 @@ class TrainSpec:
     dictionary. ``none``: as they are."""
 
     steps: int = 2000
-    batch: int = 1024
+    batch_size: int = 1024
     """Tokens per step."""
     lr: float = 2e-3
     lr_end: float | None = None
@@ -125,9 +125,9 @@ class TrainSpec:
             raise GemmaScopeError("hook_out without hook_in", fix="both, or site= and layer=")
         for name in ("d_sae", "steps", "rows", "dead_after"):
             _at_least(self, name, 1)
-        _at_least(self, "batch", 2)
+        _at_least(self, "batch_size", 2)
         _at_least(self, "context", 2)
-        _at_least(self, "bucket", self.batch, " (the batch)")
+        _at_least(self, "bucket", self.batch_size, " (the batch)")
         _at_least(self, "layer", 0)
         for name in ("lr_warm_up", "sparsity_warm_up", "sparsity_coefficient", "lr_end"):
             _at_least(self, name, 0)

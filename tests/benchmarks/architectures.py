@@ -101,7 +101,7 @@ def measured(model: Any, name: str, sae: Any, documents: int) -> dict[str, Any]:
     """One row of ``compare``, with absorption over broad concepts."""
     held_out = make_corpus(documents, 2000)
     names, concepts = held_out.concept_matrix()
-    options: dict[str, Any] = {"concepts": concepts, "names": names, "batch": 64}
+    options: dict[str, Any] = {"concepts": concepts, "names": names, "batch_size": 64}
     frame = compare(
         model, {name: sae}, held_out.tokens, n_positions=0, n_parents=200, cost=True, **options
     )
@@ -109,7 +109,7 @@ def measured(model: Any, name: str, sae: Any, documents: int) -> dict[str, Any]:
     broad = [order.names[i] for i in (order.above.sum(1) >= BROAD).nonzero()[:, 0].tolist()]
     columns = [names.index(concept) for concept in broad]
     absorbed = probe_absorption(model, sae, held_out.tokens, concepts[..., columns], broad)
-    spread = gs.measures.adaptivity(model, sae, held_out.tokens, batch=64).std
+    spread = gs.measures.adaptivity(model, sae, held_out.tokens, batch_size=64).std
     means = absorbed[["full_absorption", "absorption_fraction"]].mean().to_dict()
     return {**frame.iloc[0].to_dict(), **means, "k_std": spread}
 

@@ -64,10 +64,10 @@ def row(model: Any, held_out: Task, effects: Effects, exact: Effects) -> list[st
     n = graph.n_edges
     circuit = top_n(graph, n)
     sizes = [*range(61), *range(64, 121, 4), *range(128, n, 16), n]
-    smallest = evaluate(circuit, model, held_out, sizes=sizes, n_random=0).smallest(0.9)
+    smallest = evaluate(model, circuit, held_out, sizes=sizes, n_random=0).smallest(0.9)
     assert smallest is not None, "all edges together are the model"
-    random = evaluate(circuit.top(smallest), model, held_out, sizes=[], n_random=20).random
-    curve = evaluate_ranking(graph, model, held_out)
+    random = evaluate(model, circuit.top(smallest), held_out, sizes=[], n_random=20).random
+    curve = evaluate_ranking(model, graph, held_out)
     return [
         f"{smallest}",
         f"{smallest / n:.1%}",

@@ -79,9 +79,9 @@ def dictionaries(model: Any, d_sae: int) -> list[Any]:
 
 def task_of(n_prompts: int, length: int) -> Task:
     """Random tokens, two of which are corrupted."""
-    clean = tiny_models.random_tokens(batch=n_prompts, length=length, seed=1)
+    clean = tiny_models.random_tokens(batch_size=n_prompts, length=length, seed=1)
     corrupt = clean.clone()
-    corrupt[:, 3:5] = tiny_models.random_tokens(batch=n_prompts, length=3, seed=2)[:, 1:]
+    corrupt[:, 3:5] = tiny_models.random_tokens(batch_size=n_prompts, length=3, seed=2)[:, 1:]
     return Task(clean, corrupt, logit_diff([10] * n_prompts, [20] * n_prompts), "random")
 
 
@@ -188,8 +188,8 @@ def table(
                 sizes = [size for size in SIZES if size <= circuit.n_units]
                 for errors in ("kept", "ablated"):
                     scores = evaluate(
-                        circuit,
                         suite.model,
+                        circuit,
                         held_out,
                         saes=saes,
                         sizes=sizes,

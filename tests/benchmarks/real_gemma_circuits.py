@@ -64,7 +64,9 @@ def node_effects(model: Any, task: Any, method: Any, replacement: str) -> list[t
 
     effects = []
     for component, kind, axes in (("z", "head", ("layer", "head")), ("mlp_out", "mlp", ("layer",))):
-        result = method(model, task, component, mode="noising", axes=axes, replacement=replacement)
+        result = method(
+            model, task, component, direction="noising", axes=axes, replacement=replacement
+        )
         values = result.values_by_prompt.flatten(0, -2)
         places = torch.cartesian_prod(*(torch.tensor(result.labels[axis]) for axis in axes))
         for place, value in zip(places.reshape(len(values), -1).tolist(), values, strict=True):
@@ -92,11 +94,11 @@ def smallest(
     sizes = [*(size for size in SIZES[graph.unit] if size < n), n]
     circuit = top_n(graph, n)
     options: dict[str, Any] = {"replacement": replacement}
-    curve = gs.evaluate(circuit, model, held_out, sizes=sizes, n_random=0, **options)
+    curve = gs.evaluate(model, circuit, held_out, sizes=sizes, n_random=0, **options)
     size = curve.smallest(FAITHFUL)
     assert size is not None, "all units together are the model"
     best: Circuit = circuit.top(size)
-    scores = gs.evaluate(best, model, held_out, sizes=[], n_random=N_RANDOM, **options)
+    scores = gs.evaluate(model, best, held_out, sizes=[], n_random=N_RANDOM, **options)
     low, high = scores.interval()
     yield f"{label}: smallest", f"{size} of {n} ({size / n:.1%})"
     yield f"{label}: faithfulness", f"{scores.faithfulness:.2f} [{low:.2f}, {high:.2f}]"

@@ -133,7 +133,7 @@ def circuits(model: Any, held_out: Any, scores: Scores) -> Iterator[Row]:
         graph = graph_of(scores["EAP-IG", form])
         sizes = [size for size in SIZES if size < graph.n_edges]
         circuit = top_n(graph, min(SIZES[-1], graph.n_edges))
-        curves[form] = gs.evaluate(circuit, model, held_out, sizes=sizes, n_random=0)
+        curves[form] = gs.evaluate(model, circuit, held_out, sizes=sizes, n_random=0)
     for size in SIZES:
         cells = [
             f"{curve.faithfulness_by_size[curve.sizes.index(size)]:.2f}"

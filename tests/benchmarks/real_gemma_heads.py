@@ -32,14 +32,14 @@ def induction(model: Any, task: Any) -> Iterator[Line]:
     for paths in ("direct", "total"):
         for senders in (PREVIOUS, *OTHERS):
             effects = gs.path_patching(
-                model, task, senders, INDUCTION, paths=paths, mode="noising", joint=True
+                model, task, senders, INDUCTION, paths=paths, direction="noising", joint=True
             )
             share = float(effects.values.sum()) / effects.gap
             yield (
                 f"{' + '.join(senders)} -> keys of layers 5 and 11, {paths}",
                 f"{share:+.1%} of the gap",
             )
-    scores = gs.activation_patching(model, task, "z", mode="noising", axes=("layer", "head"))
+    scores = gs.activation_patching(model, task, "z", direction="noising", axes=("layer", "head"))
     for line in scores.top(6).to_dict("records"):
         name = f"L{line['layer']}H{line['head']}"
         yield f"{name} corrupted", f"{line['effect'] / scores.gap:+.1%} of the gap"
@@ -71,7 +71,7 @@ def with_other_predecessor(model: Any, task: Any) -> Any:
 
 def indirect_objects(model: Any, task: Any) -> Iterator[Line]:
     """Movers and heads against them: direct paths into the logits, and attention."""
-    effects = gs.path_patching(model, task, list(MOVERS), ["logits"], mode="noising")
+    effects = gs.path_patching(model, task, list(MOVERS), ["logits"], direction="noising")
     for head, value in zip(MOVERS, effects.values.flatten().tolist(), strict=True):
         yield (f"{head} -> logits corrupted", f"{value / effects.gap:+.1%} of the gap")
     yield from attention(model, task)

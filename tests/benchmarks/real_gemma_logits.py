@@ -179,7 +179,7 @@ def prepared(name: str, model: Any, smoke: bool) -> Callable[[], object]:
     answers = torch.arange(7, 7 + 2 * len(clean)).view(2, -1).tolist()
     task = gs.Task(clean, corrupt, gs.logit_diff(*answers))
     circuit = gs.discover(model, task)
-    return lambda: gs.evaluate(circuit, model, task, n_random=2 if smoke else 20)
+    return lambda: gs.evaluate(model, circuit, task, n_random=2 if smoke else 20)
 
 
 PROMPT = "when anna went to the store"

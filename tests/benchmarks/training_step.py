@@ -1,6 +1,6 @@
 """What does a training step cost, against SAELens' own classes on the same batches?
 
-    python -m tests.benchmarks.training_step [--d-in 512] [--d-sae 8192] [--batch 1024] [--smoke]
+    python -m tests.benchmarks.training_step [--d-in 512] [--d-sae 8192] [--batch-size 1024] [--smoke]
 
 Whole steps of SAELens' trainer (forward, backward, clipping, Adam), float32, two threads, in one process
 and in turns; medians. Below 1 we are faster. Matryoshka JumpReLU and the frequency penalty have no peer
@@ -38,9 +38,12 @@ from gemmascope_plugin.saes import (
 THREADS, REPEATS, L0 = 2, 15, 40.0
 
 
-def trainer(sae: Any, batches: Iterator[torch.Tensor], batch: int) -> Any:
+def trainer(sae: Any, batches: Iterator[torch.Tensor], batch_size: int) -> Any:
     config = SAETrainerConfig(
-        total_training_samples=1000 * batch, train_batch_size_samples=batch, lr=1e-4, lr_end=1e-4
+        total_training_samples=1000 * batch_size,
+        train_batch_size_samples=batch_size,
+        lr=1e-4,
+        lr_end=1e-4,
     )
     return SAETrainer(config, sae, batches)
 
@@ -62,18 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--d-in", type=int, default=512)
     parser.add_argument("--d-sae", type=int, default=8192)
-    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--smoke", action="store_true", help="64 tokens, 32 x 1,024")
     options = parser.parse_args(arguments)
     if options.smoke:
-        options.batch, options.d_in, options.d_sae = 64, 32, 1024
+        options.batch_size, options.d_in, options.d_sae = 64, 32, 1024
     threads = 1 if options.smoke else THREADS
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     shapes = {"d_in": options.d_in, "d_sae": options.d_sae}
     levels = [options.d_sae // 32, 3 * options.d_sae // 32, 7 * options.d_sae // 32]
     levels += [15 * options.d_sae // 32, options.d_sae]
-    pool = [torch.randn(options.batch, options.d_in) / options.d_in**0.5 for _ in range(4)]
+    pool = [torch.randn(options.batch_size, options.d_in) / options.d_in**0.5 for _ in range(4)]
     batches = itertools.cycle(pool)
     aux = 1 / 32
     scope_2 = {
@@ -99,9 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ),
     }
     found = medians(
-        {n: trainer(sae, batches, options.batch) for n, sae in trainers.items()}, batches
+        {n: trainer(sae, batches, options.batch_size) for n, sae in trainers.items()}, batches
     )
-    print(f"{options.batch} tokens, {options.d_in} x {options.d_sae}, {threads} threads")
+    print(f"{options.batch_size} tokens, {options.d_in} x {options.d_sae}, {threads} threads")
     peer = ""
     for name, seconds in found.items():
         peer = name if name.startswith("SAELens") else peer

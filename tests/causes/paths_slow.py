@@ -15,7 +15,7 @@ from tests.tiny_models import random_tokens
 
 CORRUPT = CLEAN.clone()
 # the last token too: what reaches the logits directly is there
-CORRUPT[:, [2, 3, -1]] = random_tokens(batch=2, length=4, seed=6)[:, 1:]
+CORRUPT[:, [2, 3, -1]] = random_tokens(batch_size=2, length=4, seed=6)[:, 1:]
 TASK = Task(CLEAN, CORRUPT, logit_diff(RIGHT, WRONG), name="random")
 N_LAYERS = 3
 Sent = Mapping[str, Any]

@@ -11,12 +11,12 @@ from gemmascope_plugin.models import flatten_heads, restore_heads
 from tests.splice.reference import features
 from tests.tiny_models import FIRST_WORD_ID, random_tokens
 
-CLEAN = random_tokens(batch=2, length=8, seed=5)
+CLEAN = random_tokens(batch_size=2, length=8, seed=5)
 CORRUPT = CLEAN.clone()
-CORRUPT[:, 2:4] = random_tokens(batch=2, length=3, seed=6)[:, 1:]
+CORRUPT[:, 2:4] = random_tokens(batch_size=2, length=3, seed=6)[:, 1:]
 RIGHT, WRONG = [10, 20], [30, 40]
 TASK = Task(CLEAN, CORRUPT, logit_diff(RIGHT, WRONG), name="random")
-_LONG = random_tokens(batch=4, length=12, seed=5)
+_LONG = random_tokens(batch_size=4, length=12, seed=5)
 LATE = Task(
     _LONG,
     _LONG.scatter(1, torch.tensor([[2], [7], [2], [5]]), torch.tensor([[40], [50], [60], [70]])),

@@ -59,9 +59,9 @@ def put(there: torch.Tensor, place: tuple):
     return patch
 
 
-def slow(model, component: str, mode: str, layers, columns=None) -> tuple[str, torch.Tensor]:
+def slow(model, component: str, direction: str, layers, columns=None) -> tuple[str, torch.Tensor]:
     """One forward pass per cell on the bare model; the axis beside the layers, and the effects."""
-    (base, other), (hook, place) = RUNS[mode], CASES[component]
+    (base, other), (hook, place) = RUNS[direction], CASES[component]
     (axis,) = (part for part in place if isinstance(part, str))
     columns = range(SIZES[axis]) if columns is None else columns
     before = metric_under(model, base, {})
@@ -75,13 +75,13 @@ def slow(model, component: str, mode: str, layers, columns=None) -> tuple[str, t
     return axis, effects
 
 
-@pytest.mark.parametrize("mode", RUNS)
+@pytest.mark.parametrize("direction", RUNS)
 @pytest.mark.parametrize("component", ["resid_pre", "z", "k"])
-def test_the_sweep_equals_one_patch_per_pass(hooked2, component: str, mode: str) -> None:
+def test_the_sweep_equals_one_patch_per_pass(hooked2, component: str, direction: str) -> None:
     """Every cell."""
     columns = [0, 1] if component == "k" else None  # two key-value heads
-    axis, expected = slow(hooked2, component, mode, range(3), columns)
-    got = activation_patching(hooked2, TASK, component, mode=mode)
+    axis, expected = slow(hooked2, component, direction, range(3), columns)
+    got = activation_patching(hooked2, TASK, component, direction=direction)
     assert got.axes == ("layer", axis)
     assert torch.allclose(got.values, expected, atol=1e-5)
     assert expected.abs().max() > 1e-2
@@ -99,13 +99,13 @@ def test_every_component_on_every_model(model, component: str) -> None:
     assert expected.abs().max() > 1e-5
 
 
-@pytest.mark.parametrize("mode", RUNS)
-def test_the_middle_of_the_stream_is_that_of_the_other_run(kind, mode: str) -> None:
+@pytest.mark.parametrize("direction", RUNS)
+def test_the_middle_of_the_stream_is_that_of_the_other_run(kind, direction: str) -> None:
     """``HookedTransformer`` can write there directly; the bridge has the same weights."""
-    base, other = RUNS[mode]
+    base, other = RUNS[direction]
     bare = tiny_model(kind[0], "hooked")
     got = activation_patching(
-        tiny_model(*kind), TASK, "resid_mid", mode=mode, layers=[0, 2], positions=[3, 7]
+        tiny_model(*kind), TASK, "resid_mid", direction=direction, layers=[0, 2], positions=[3, 7]
     )
     before = metric_under(bare, base, {})
     for row, layer in enumerate((0, 2)):
@@ -161,7 +161,7 @@ def test_a_late_start_changes_no_number(model, component: str, monkeypatch) -> N
     def swept() -> torch.Tensor:
         limit, positions = Limit(6), [3, 7]
         choice = Choice(positions=positions)
-        with experiment(model, TASK, component, choice, mode="denoising", limit=limit) as run:
+        with experiment(model, TASK, component, choice, direction="denoising", limit=limit) as run:
             return sweep(run)
 
     late = swept()
@@ -180,7 +180,7 @@ def test_a_late_start_leaves_earlier_blocks_out(model, monkeypatch) -> None:
         b.register_forward_hook(lambda *_, i=i: seen.append(i)) for i, b in enumerate(model.blocks)
     ]
     try:
-        with experiment(model, TASK, "mlp_out", Choice(layers=[2]), mode="denoising") as run:
+        with experiment(model, TASK, "mlp_out", Choice(layers=[2]), direction="denoising") as run:
             seen.clear()
             sweep(run)
     finally:
@@ -205,11 +205,11 @@ def test_hooks_of_others_take_part(hooked2) -> None:
     assert n == 3  # both runs, and one pass of all patches
 
 
-@pytest.mark.parametrize("mode", RUNS)
-def test_the_whole_error_of_a_dictionary(model, mode: str) -> None:
-    sae, (base, other) = factories.residual(model, 1), RUNS[mode]
+@pytest.mark.parametrize("direction", RUNS)
+def test_the_whole_error_of_a_dictionary(model, direction: str) -> None:
+    sae, (base, other) = factories.residual(model, 1), RUNS[direction]
     site = "blocks.1.hook_resid_post"
-    got = activation_patching(model, TASK, "error", mode=mode, saes=sae)
+    got = activation_patching(model, TASK, "error", direction=direction, saes=sae)
     error = values_at(model, other, site) - decoded(sae, values_at(model, other, site))
     keep = (base >= FIRST_WORD_ID)[..., None]
 
@@ -243,14 +243,14 @@ def test_features_by_position_share_a_site_with_their_sum(hooked2) -> None:
         assert float(got.values[pos, 0]) == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("mode", RUNS)
+@pytest.mark.parametrize("direction", RUNS)
 @pytest.mark.parametrize("site", ["residual", "attention"])
-def test_feature_patches_equal_edits_of_the_bare_model(model, site: str, mode: str) -> None:
+def test_feature_patches_equal_edits_of_the_bare_model(model, site: str, direction: str) -> None:
     sae = getattr(factories, site)(model, 1)
     name = sae.cfg.metadata.hook_name
-    base, other = RUNS[mode]
+    base, other = RUNS[direction]
     wanted = features(sae, flatten_heads(values_at(model, other, name)))
-    got = activation_patching(model, TASK, "feature", mode=mode, saes=sae)
+    got = activation_patching(model, TASK, "feature", direction=direction, saes=sae)
     before = metric_under(model, base, {})
     assert len(got.labels["feature"]) > 5
     for feature, value in list(zip(got.labels["feature"], got.values, strict=True))[::4]:
@@ -288,22 +288,27 @@ def test_the_size_of_a_batch_does_not_matter(hooked2, max_rows: int) -> None:
     assert torch.allclose(whole.values, parts.values, atol=TINY)
 
 
-@pytest.mark.parametrize("mode", RUNS)
-def test_the_whole_input_carries_the_whole_effect(model, mode: str) -> None:
-    effects = activation_patching(model, TASK, "resid_pre", mode=mode, per_position=False)
-    whole = effects.gap if mode == "denoising" else -effects.gap
+@pytest.mark.parametrize("direction", RUNS)
+def test_the_whole_input_carries_the_whole_effect(model, direction: str) -> None:
+    effects = activation_patching(model, TASK, "resid_pre", direction=direction, per_position=False)
+    whole = effects.gap if direction == "denoising" else -effects.gap
     assert effects.axes == ("layer",)
     assert effects.values.tolist() == pytest.approx([whole] * 3, abs=1e-5)
 
 
 def test_metadata_says_what_was_measured(hooked2) -> None:
-    effects = activation_patching(hooked2, TASK, "z", mode="noising")
+    effects = activation_patching(hooked2, TASK, "z", direction="noising")
     with torch.no_grad():
         assert effects.metadata["metric_clean"] == pytest.approx(score(hooked2(CLEAN)), abs=1e-5)
         assert effects.metadata["metric_corrupt"] == pytest.approx(
             score(hooked2(CORRUPT)), abs=1e-5
         )
-    expected = {"component": "z", "mode": "noising", "method": "exact patching", "task": "random"}
+    expected = {
+        "component": "z",
+        "direction": "noising",
+        "method": "exact patching",
+        "task": "random",
+    }
     assert expected.items() <= effects.metadata.items()
     assert effects.metadata["n_prompts"] == 2
     assert effects.metadata["exclude"] == ()
@@ -377,9 +382,11 @@ def test_unknown_names_are_errors(hooked2) -> None:
     with pytest.raises(UnknownNameError, match="'mlp'.*Did you mean 'mlp_out'"):
         activation_patching(hooked2, TASK, "mlp")
     with pytest.raises(UnknownNameError, match="'denoise'.*Did you mean 'denoising'"):
-        next(unchecked(experiment)(hooked2, TASK, "z", mode="denoise"))
+        next(unchecked(experiment)(hooked2, TASK, "z", direction="denoise"))
     with pytest.raises(UnknownNameError, match="'resampled'.*Did you mean 'resample'"):
-        next(unchecked(experiment)(hooked2, TASK, "z", mode="noising", replacement="resampled"))
+        next(
+            unchecked(experiment)(hooked2, TASK, "z", direction="noising", replacement="resampled")
+        )
 
 
 def test_both_classes_agree() -> None:

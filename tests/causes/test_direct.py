@@ -113,7 +113,7 @@ def test_transformer_lens_head_results_do_not_sum(model) -> None:
 
 
 def test_prompts_of_several_lengths_each_at_its_own_end(hooked2) -> None:
-    effects = direct_logit_attribution(hooked2, TEXTS, by="head", metric=METRIC, batch=2)
+    effects = direct_logit_attribution(hooked2, TEXTS, by="head", metric=METRIC, batch_size=2)
     whole = 0.0
     for text, right, wrong in zip(TEXTS, (10, 20, 30), (11, 21, 31), strict=True):
         ids = torch.tensor([[2, *(int(word[1:]) for word in text.split())]])

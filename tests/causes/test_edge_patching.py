@@ -27,10 +27,10 @@ SOME = [
 ]
 
 
-@pytest.mark.parametrize("mode", ["noising", "denoising"])
-def test_edges_equal_brute_force(model, mode: str) -> None:
-    brute = Brute(model, TASK, denoising=mode == "denoising")
-    got = edge_patching(model, TASK, edges=SOME, mode=mode)
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_edges_equal_brute_force(model, direction: str) -> None:
+    brute = Brute(model, TASK, denoising=direction == "denoising")
+    got = edge_patching(model, TASK, edges=SOME, direction=direction)
     for writer, reader in SOME:
         expected = brute._change([brute._edge(writer, reader)]) * brute.gap
         value = got.values[EDGES.writer(writer), EDGES.reader(reader)]

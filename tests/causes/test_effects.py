@@ -15,7 +15,7 @@ from gemmascope_plugin.graphs.node import Node
 META = {
     "component": "z",
     "method": "exact patching",
-    "mode": "denoising",
+    "direction": "denoising",
     "metric_clean": 3.0,
     "metric_corrupt": -1.0,
     "exclude": (),

@@ -15,7 +15,7 @@ from tests.support.largest import LargestTensor
 from tests.support.rounding import TINY
 from tests.tiny_models import random_tokens
 
-TOKENS = random_tokens(batch=1, length=7, seed=8)
+TOKENS = random_tokens(batch_size=1, length=7, seed=8)
 
 
 @torch.no_grad()

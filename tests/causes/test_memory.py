@@ -75,7 +75,7 @@ def test_the_estimate_of_a_row_is_an_upper_bound(backend: str, shape: dict[str, 
     model = build(tiny_models.gemma2(**shape), tiny_tokenizer(), "tiny")
     hooks = [("blocks.1.hook_attn_out", lambda x, hook: x.clone())]
     # so few positions that logits would show
-    long, short = (tiny_models.random_tokens(batch=4, length=n) for n in (64, 4))
+    long, short = (tiny_models.random_tokens(batch_size=4, length=n) for n in (64, 4))
     for tokens, metric in ((long, WORDS), (short, WORDS), (long, ALL), (short, ALL)):
         bound = _task(tokens, metric).bind(model)
         parts = {rows: bound.part(torch.arange(rows)) for rows in (1, 4)}
@@ -117,7 +117,7 @@ def test_logits_count_where_all_are_read(hooked2) -> None:
 
 def test_what_is_held_is_counted(hooked2) -> None:
     for component in ("z", "pattern", "k", "neuron", "resid_post"):
-        with experiment(hooked2, TASK, component, mode="noising") as run:
+        with experiment(hooked2, TASK, component, direction="noising") as run:
             held = sum(x.nbytes for each in (run.here, run.other) for x in each.values())
             for part in run.parts:
                 earlier = [x for e in part.replay.earlier for x in (e.keys, e.values)]
@@ -151,7 +151,7 @@ def test_passes_stay_within_their_rows(hooked2, rows: int, monkeypatch) -> None:
         seen.append(len(x))
         return mlp(block, x, *args)
 
-    with experiment(hooked2, TASK, "z", mode="denoising", limit=Limit(rows)) as run:
+    with experiment(hooked2, TASK, "z", direction="denoising", limit=Limit(rows)) as run:
         monkeypatch.setattr(Block, "mlp", counted)
         got = sweep(run) - run.base_by_prompt
     assert max(seen) <= rows

@@ -61,8 +61,8 @@ def test_features_of_each_prompt_are_as_alone(hooked2) -> None:
 
 def test_means_are_over_prompts_that_reach_a_position(hooked2) -> None:
     """At the last position of the longest prompt the mean is its own activation."""
-    got = activation_patching(hooked2, TASK, "mlp_out", replacement="mean", mode="noising")
-    other = activation_patching(hooked2, alone(0), "mlp_out", mode="noising")
+    got = activation_patching(hooked2, TASK, "mlp_out", replacement="mean", direction="noising")
+    other = activation_patching(hooked2, alone(0), "mlp_out", direction="noising")
     assert torch.allclose(got.values_by_prompt[:, 5, 0], other.values[:, 5], atol=1e-5)
 
 

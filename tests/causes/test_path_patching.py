@@ -157,12 +157,12 @@ def test_sets_change_together(model) -> None:
 
 
 def test_noising_is_the_other_direction(hooked2) -> None:
-    noising = path_patching(hooked2, TASK, "L0H1", "MLP1", mode="noising")
+    noising = path_patching(hooked2, TASK, "L0H1", "MLP1", direction="noising")
     swapped = Task(CORRUPT, CLEAN, TASK.metric)
     assert torch.allclose(
         noising.values, path_patching(hooked2, swapped, "L0H1", "MLP1").values, atol=TINY
     )
-    assert noising.metadata["mode"] == "noising"
+    assert noising.metadata["direction"] == "noising"
     assert noising.metadata["method"] == "path patching, direct"
 
 

@@ -62,7 +62,7 @@ def test_the_sweep_inserts_it_into_the_base_run(model, replacement: str) -> None
         x[:, :, 2] = value[:, :, 2]
         return x
 
-    got = activation_patching(model, TASK, "z", mode="noising", replacement=replacement)
+    got = activation_patching(model, TASK, "z", direction="noising", replacement=replacement)
     expected = metric_under(model, CLEAN, {name: patch}) - metric_under(model, CLEAN, {})
     assert float(got.values[1, 2]) == pytest.approx(expected, abs=1e-5)
     assert got.metadata["replacement"] == replacement

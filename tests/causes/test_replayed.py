@@ -12,7 +12,7 @@ from gemmascope_plugin.models.arithmetic import Arithmetic
 from tests.tiny_models import PAD_ID, random_tokens
 
 LENGTHS, STARTS = [18, 18, 9, 14], [11, 11, 4, 11]
-CLEAN = random_tokens(batch=4, length=18, seed=5)
+CLEAN = random_tokens(batch_size=4, length=18, seed=5)
 for _row, _length in enumerate(LENGTHS):
     CLEAN[_row, _length:] = PAD_ID
 CORRUPT = CLEAN.clone()
@@ -61,18 +61,22 @@ def test_each_part_starts_where_its_prompts_differ(model) -> None:
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("rows", [3, 512])
 def test_effects_are_those_of_whole_passes(model, metric: str, rows: int, monkeypatch) -> None:
-    late = activation_patching(model, task(metric), "z", mode="noising", max_rows=rows)
-    by_pos = activation_patching(model, task(metric), "resid_post", mode="noising", max_rows=rows)
-    pattern = activation_patching(model, task(metric), "pattern", mode="noising", max_rows=rows)
+    late = activation_patching(model, task(metric), "z", direction="noising", max_rows=rows)
+    by_pos = activation_patching(
+        model, task(metric), "resid_post", direction="noising", max_rows=rows
+    )
+    pattern = activation_patching(
+        model, task(metric), "pattern", direction="noising", max_rows=rows
+    )
     monkeypatch.setattr(Arithmetic, "of", lambda *args: None)
     for found, component in ((late, "z"), (by_pos, "resid_post"), (pattern, "pattern")):
-        whole = activation_patching(model, task(metric), component, mode="noising")
+        whole = activation_patching(model, task(metric), component, direction="noising")
         assert whole.values_by_prompt is not None and found.values_by_prompt is not None
         assert torch.allclose(found.values_by_prompt, whole.values_by_prompt, atol=1e-5)
 
 
 def test_what_does_not_change_has_no_effect_at_all(model) -> None:
-    effects = activation_patching(model, task("all logits"), "resid_post", mode="noising")
+    effects = activation_patching(model, task("all logits"), "resid_post", direction="noising")
     assert effects.values_by_prompt is not None
     for row, start in enumerate(STARTS):
         assert not effects.values_by_prompt[:, :start, row].any()

@@ -13,9 +13,9 @@ from gemmascope_plugin.errors import TaskError
 from tests.support.rounding import TINY
 from tests.tiny_models import random_tokens
 
-CLEAN = random_tokens(batch=3, length=7, seed=5)
+CLEAN = random_tokens(batch_size=3, length=7, seed=5)
 CORRUPT = CLEAN.clone()
-CORRUPT[:, 2:4] = random_tokens(batch=3, length=3, seed=6)[:, 1:]
+CORRUPT[:, 2:4] = random_tokens(batch_size=3, length=3, seed=6)[:, 1:]
 LENGTHS = (7, 5, 7)
 MASK = torch.arange(7) < torch.tensor(LENGTHS)[:, None]
 ANSWERS = [[10, 11, 12], [20], [31, 32]]
@@ -103,7 +103,7 @@ def _put(pos: int, value: torch.Tensor) -> Any:
 
 
 def test_patching_is_that_of_a_loop(model: Any) -> None:
-    effects = gs.activation_patching(model, TASK, "mlp_out", mode="noising", layers=[1])
+    effects = gs.activation_patching(model, TASK, "mlp_out", direction="noising", layers=[1])
     bound = TASK.bind(model)
     with torch.no_grad():
         other = model.run_with_cache(bound.corrupt)[1]["blocks.1.hook_mlp_out"]
@@ -150,7 +150,7 @@ def test_edges_and_paths_know_it(model: Any) -> None:
     exact = gs.edge_patching(model, TASK)
     assert exact.values_by_prompt.shape[-1] == 3
     assert torch.allclose(exact.values_by_prompt.mean(-1), exact.values, atol=1e-5)
-    paths = gs.path_patching(model, TASK, ["embed", "L0H1"], ["logits"], mode="noising")
+    paths = gs.path_patching(model, TASK, ["embed", "L0H1"], ["logits"], direction="noising")
     assert exact.edges.readers[-1].node.kind == "logits"
     columns = {writer.label: i for i, writer in enumerate(exact.edges.writers)}
     for i, name in enumerate(("embed", "L0H1")):
@@ -183,7 +183,7 @@ def test_tasks_side_by_side_count_prompt_by_prompt(hooked2: Any) -> None:
 @pytest.mark.parametrize("method", ["exact", "atp", "eap-ig", "acdc"])
 def test_circuits_are_found_and_evaluated(model: Any, method: str) -> None:
     circuit = gs.discover(model, TASK, method=method)
-    scores = gs.evaluate(circuit, model, TASK, n_random=1, sizes=[0, circuit.n_units])
+    scores = gs.evaluate(model, circuit, TASK, n_random=1, sizes=[0, circuit.n_units])
     assert scores.by_prompt.shape == (3, 3)
     assert scores.by_prompt[1].tolist() == pytest.approx(metrics(model, CLEAN), abs=1e-4)
     assert scores.faithfulness_by_size[-1] == pytest.approx(1, abs=1e-4)

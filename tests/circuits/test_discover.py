@@ -153,7 +153,7 @@ def test_sizes_bars_and_growth(hooked2) -> None:
 def test_scores_of_edges_say_how_far_the_metric_falls(hooked2) -> None:
     """The same sign whichever run is patched, and that of nodes."""
     noising = graph_of(edge_attribution(hooked2, TASK, method="eap"))
-    denoising = graph_of(edge_attribution(hooked2, TASK, method="eap", mode="denoising"))
+    denoising = graph_of(edge_attribution(hooked2, TASK, method="eap", direction="denoising"))
     assert float((noising.unit_scores * denoising.unit_scores).sum()) > 0
 
 

@@ -156,7 +156,7 @@ def test_levels_of_nested_dictionaries() -> None:
     assert max(node.index for node in coarse.graph.components) < 64
     assert coarse.n_units < fine.n_units
     evaluation = {"saes": saes, "n_random": 0, "sizes": []}
-    assert 0 < evaluate(coarse, suite.model, task, **evaluation).metadata["n_prompts"] == 2
+    assert 0 < evaluate(suite.model, coarse, task, **evaluation).metadata["n_prompts"] == 2
     with pytest.raises(EmptySelectionError, match="No level is named"):
         discover_levels(suite.model, task, levels=(), **options)
     with pytest.raises(UnknownNameError, match="has no level 3.*level 0: 64 features"):
@@ -266,25 +266,25 @@ def test_positions_need_prompts_of_one_length(hooked2) -> None:
         discover(hooked2, uneven, saes=saes, per_position=True, **FAST)
     placed = discover(hooked2, TASK, saes=saes, per_position=True, **FAST)
     with pytest.raises(TaskError, match="in prompts of 8 tokens, and these have 7 or 8"):
-        evaluate(placed, hooked2, uneven, saes=saes)
+        evaluate(hooked2, placed, uneven, saes=saes)
 
 
 def test_evaluation_with_the_wrong_dictionaries(circuit, hooked2) -> None:
     saes = dictionaries(hooked2)
     with pytest.raises(UnknownNameError, match=r"has features.*saes=\[the same dictionaries\]"):
-        evaluate(circuit, hooked2, TASK)
+        evaluate(hooked2, circuit, TASK)
     with pytest.raises(
         UnknownNameError, match="not those of the circuit.*at blocks.0.hook_resid_post"
     ):
-        evaluate(circuit, hooked2, TASK, saes=saes[1:])
+        evaluate(hooked2, circuit, TASK, saes=saes[1:])
     other = [factories.residual(hooked2, 0, seed=1, d_sae=64), *saes[1:]]
     with pytest.raises(WidthMismatchError, match="has 64 features, the circuit's has 96"):
-        evaluate(circuit, hooked2, TASK, saes=other)
+        evaluate(hooked2, circuit, TASK, saes=other)
     with pytest.raises(UnknownNameError, match="Unknown treatment of errors 'keep'.*kept"):
         unchecked(evaluate)(circuit, hooked2, TASK, saes=saes, errors="keep")
     plain = discover(hooked2, TASK, nodes="mlp", method="atp")
     with pytest.raises(TaskError, match="errors='kept' plays no part"):
-        evaluate(plain, hooked2, TASK, errors="kept")
+        evaluate(hooked2, plain, TASK, errors="kept")
     taken = "per_position in circuits of features by 'ig' or 'atp'.*nodes=\"features\", or without"
     with pytest.raises(TaskError, match=f"per_position plays no part.*nodes by 'exact'.*{taken}"):
         discover(hooked2, TASK, nodes="mlp", per_position=True)
@@ -297,7 +297,7 @@ def test_trees_are_dictionaries_too(hooked2) -> None:
     circuit = discover(hooked2, TASK, nodes="features", saes=saes, size=30)
     assert circuit.metadata["residual_max"] < 0.05
     options = {"saes": saes, "n_random": 0, "sizes": []}
-    whole = evaluate(circuit.top(circuit.n_units), hooked2, TASK, **options)
+    whole = evaluate(hooked2, circuit.top(circuit.n_units), TASK, **options)
     assert whole.faithfulness == pytest.approx(1, abs=1e-4)
     edges = circuit.edges_to_frame()
     assert {"blocks.1.hook_resid_post", "blocks.2.attn.hook_z"} == {

@@ -78,7 +78,7 @@ def test_random_circuits_equal_one_pass_each(model) -> None:
 @pytest.mark.parametrize("max_rows", [1, 4, 512])
 def test_faithfulness_puts_the_metric_on_a_scale(hooked2, max_rows: int) -> None:
     nodes = (*HEADS[::-1], *MLPS)
-    scores = evaluate(circuit(nodes, 5), hooked2, TASK, n_random=3, max_rows=max_rows)
+    scores = evaluate(hooked2, circuit(nodes, 5), TASK, n_random=3, max_rows=max_rows)
     full, empty = slow(hooked2, list(nodes), nodes=nodes), slow(hooked2, [], nodes=nodes)
     assert scores.metric_full == pytest.approx(full, abs=1e-5)
     assert scores.metric_empty == pytest.approx(empty, abs=1e-5)
@@ -91,7 +91,7 @@ def test_faithfulness_puts_the_metric_on_a_scale(hooked2, max_rows: int) -> None
 
 
 def test_all_nodes_are_the_clean_run_and_none_is_measured_too(model) -> None:
-    scores = evaluate(circuit((*HEADS, *MLPS), 15), model, TASK, sizes=[0], n_random=2)
+    scores = evaluate(model, circuit((*HEADS, *MLPS), 15), TASK, sizes=[0], n_random=2)
     with torch.no_grad():
         assert scores.metric_full == pytest.approx(score(model(CLEAN)), abs=1e-5)
     assert scores.sizes == (0, 15)
@@ -101,7 +101,7 @@ def test_all_nodes_are_the_clean_run_and_none_is_measured_too(model) -> None:
 
 def test_random_circuits_are_reproducible(hooked2) -> None:
     first, again, other = (
-        evaluate(circuit((*HEADS, *MLPS), 5), hooked2, TASK, sizes=[5], seed=seed)
+        evaluate(hooked2, circuit((*HEADS, *MLPS), 5), TASK, sizes=[5], seed=seed)
         for seed in (0, 0, 1)
     )
     assert first.random == again.random
@@ -117,7 +117,7 @@ def test_circuits_that_are_there_twice_run_once(hooked2, monkeypatch: pytest.Mon
         return node_metric(runner, bound, nodes, is_kept, **options)
 
     monkeypatch.setattr("gemmascope_plugin.circuits.ablator.node_metric", counted)
-    scores = evaluate(circuit((*HEADS, *MLPS), 15), hooked2, TASK, sizes=[0, 15], n_random=3)
+    scores = evaluate(hooked2, circuit((*HEADS, *MLPS), 15), TASK, sizes=[0, 15], n_random=3)
     assert [len(is_kept) for is_kept in ran] == [2, 1]  # all and nothing; the divergence
     assert scores.faithfulness_by_size == (0, 1)
     assert scores.random_by_size == ((0, 0, 0), (1, 1, 1))
@@ -128,8 +128,8 @@ def test_both_classes_agree() -> None:
     sae = factories.residual(factories.tiny_model("gemma3", "hooked"), 0)
     first, other = (
         evaluate(
-            circuit(nodes, 9),
             factories.tiny_model("gemma3", backend),
+            circuit(nodes, 9),
             TASK,
             saes=sae,
             sizes=[3, 9],
@@ -142,31 +142,31 @@ def test_both_classes_agree() -> None:
 
 def test_nothing_is_left_behind(model) -> None:
     hooks = n_hooks(model)
-    evaluate(circuit(size=3), model, TASK, saes=factories.residual(model, 0), sizes=[3], n_random=1)
+    evaluate(model, circuit(size=3), TASK, saes=factories.residual(model, 0), sizes=[3], n_random=1)
     assert n_hooks(model) == hooks
 
 
 @pytest.mark.parametrize("size", [-1, 16])
 def test_a_size_that_does_not_exist_is_an_error(hooked2, size: int) -> None:
     with pytest.raises(EmptySelectionError, match=f"circuit of {size} nodes.*15 nodes"):
-        evaluate(circuit((*HEADS, *MLPS), 5), hooked2, TASK, sizes=[size])
+        evaluate(hooked2, circuit((*HEADS, *MLPS), 5), TASK, sizes=[size])
 
 
 def test_features_need_their_dictionaries(hooked2) -> None:
     with pytest.raises(UnknownNameError, match=r"has features.*saes=\[the same dictionaries\]"):
-        evaluate(circuit(size=3), hooked2, TASK)
+        evaluate(hooked2, circuit(size=3), TASK)
 
 
 def test_nodes_without_any_effect_are_an_error(hooked2) -> None:
     late = Task(CLEAN, CORRUPT, logit_diff([10, 20], [30, 40], position=0))
     with pytest.raises(TaskError, match="with everything and .* with nothing kept"):
-        evaluate(circuit((*HEADS, *MLPS), 3), hooked2, late)
+        evaluate(hooked2, circuit((*HEADS, *MLPS), 3), late)
 
 
 def test_completeness_divergence_minimality_and_an_interval(hooked2) -> None:
     """Each from its definition, on the bare model."""
     nodes = (*HEADS, *MLPS)
-    scores = evaluate(circuit(nodes, 4), hooked2, TASK, sizes=[4], n_random=0, minimality=True)
+    scores = evaluate(hooked2, circuit(nodes, 4), TASK, sizes=[4], n_random=0, minimality=True)
     full, empty = slow(hooked2, list(nodes), nodes=nodes), slow(hooked2, [], nodes=nodes)
     rest = (slow(hooked2, list(nodes[4:]), nodes=nodes) - empty) / (full - empty)
     assert scores.completeness == pytest.approx(rest, abs=1e-4)
@@ -194,7 +194,7 @@ def test_completeness_divergence_minimality_and_an_interval(hooked2) -> None:
 @pytest.mark.parametrize("replacement", ["zero", "mean", "overall_mean"])
 def test_other_replacements(hooked2, replacement: str) -> None:
     nodes = (*HEADS, *MLPS)
-    scores = evaluate(circuit(nodes, 4), hooked2, TASK, sizes=[4], replacement=replacement)
+    scores = evaluate(hooked2, circuit(nodes, 4), TASK, sizes=[4], replacement=replacement)
     values = {name: values_at(hooked2, CORRUPT, name) for name in {n.hook for n in nodes}}
     axes = {"zero": None, "mean": (0,), "overall_mean": (0, 1)}[replacement]
     means = {
@@ -214,12 +214,12 @@ def test_other_replacements(hooked2, replacement: str) -> None:
 
 def test_circuits_of_edges_are_evaluated_as_well(model) -> None:
     edges = discover(model, TASK, method="eap", size=40)
-    scores = evaluate(edges, model, TASK, n_random=3)
+    scores = evaluate(model, edges, TASK, n_random=3)
     assert scores.sizes[0] == 0 and scores.sizes[-1] == 190 and 40 in scores.sizes
     assert scores.faithfulness_by_size[-1] == pytest.approx(1, abs=1e-4)
     assert scores.faithfulness_by_size[0] == pytest.approx(0, abs=1e-4)
     assert repr(scores).startswith("Scores(random, 40 of 190 edges, faithfulness")
-    pruned = evaluate(edges.pruned(), model, TASK, sizes=[], n_random=0)
+    pruned = evaluate(model, edges.pruned(), TASK, sizes=[], n_random=0)
     assert pruned.faithfulness == pytest.approx(scores.faithfulness, abs=1e-4)
 
 
@@ -229,4 +229,4 @@ def test_an_edge_circuit_of_another_model_is_an_error(hooked2) -> None:
     edges = discover(CASES[0].make("hooked"), CASES[0].task, method="eap", size=3)
     other = CASES[1]
     with pytest.raises(UnknownNameError, match="The model has no edge.*discovered in"):
-        evaluate(edges, other.make("hooked"), other.task)
+        evaluate(other.make("hooked"), edges, other.task)

@@ -161,7 +161,7 @@ def test_what_stands_in(hooked2, replacement) -> None:
 def test_evaluation(hooked2, tmp_path: Path) -> None:
     circuit = found(hooked2, size=8)
     options = {"saes": dictionaries(hooked2), "n_random": 1, "sizes": [circuit.n_units]}
-    scores = evaluate_features(circuit, hooked2, TASK, minimality=True, **options)
+    scores = evaluate_features(hooked2, circuit, TASK, minimality=True, **options)
     with torch.no_grad():
         clean, corrupt = (
             float(metric(hooked2(CLEAN)).mean()),
@@ -187,7 +187,7 @@ def test_evaluation(hooked2, tmp_path: Path) -> None:
     assert loaded.by_errors["ablated"].interval() == scores.by_errors["ablated"].interval()
     assert [*scores.to_json()["by_errors"]] == list(frame.index)
     # the complement of everything is nothing
-    whole = evaluate(circuit.top(circuit.n_units), hooked2, TASK, **options)
+    whole = evaluate(hooked2, circuit.top(circuit.n_units), TASK, **options)
     assert whole.completeness == pytest.approx(0, abs=1e-4)
 
 
@@ -195,7 +195,7 @@ def test_positions_of_a_template_hold_on_other_prompts(hooked2) -> None:
     circuit = found(hooked2, per_position=True, size=20)
     other = Task(CLEAN.flip(0), CORRUPT.flip(0), logit_diff(RIGHT[::-1], WRONG[::-1]))
     options = {"saes": dictionaries(hooked2), "n_random": 0, "sizes": []}
-    first, second = (evaluate(circuit, hooked2, task, **options) for task in (TASK, other))
+    first, second = (evaluate(hooked2, circuit, task, **options) for task in (TASK, other))
     assert first.faithfulness == pytest.approx(second.faithfulness, abs=1e-4)
     layout = layout_of_graph(circuit.graph, hooked2, dictionaries(hooked2))
     assert [node for site in layout for node in site.nodes()] == list(circuit.graph.components)

@@ -79,7 +79,7 @@ def test_hand_built_circuits_have_auroc_one(case) -> None:
     truth = torch.tensor([pair in case.true_edges for pair in pairs])
     assert auroc(effects.flat, truth) == 1
     graph = graph_of(effects)
-    mib = evaluate_ranking(graph, case.make("hooked"), case.task)
+    mib = evaluate_ranking(case.make("hooked"), graph, case.task)
     assert mib.by_size.faithfulness[-1] == pytest.approx(1, abs=1e-4)
     assert mib.by_size.faithfulness[0] == pytest.approx(0, abs=1e-4)
 
@@ -98,7 +98,7 @@ def test_stability_over_prompts(hooked2) -> None:
 
 
 def test_rankings_of_nodes_have_areas_too(hooked2) -> None:
-    mib = evaluate_ranking(discover(hooked2, TASK).graph, hooked2, TASK)
+    mib = evaluate_ranking(hooked2, discover(hooked2, TASK).graph, TASK)
     assert mib.by_size.sizes == tuple(sizes_of(15))
     assert mib.by_size.true_sizes == mib.by_size.sizes
     assert mib.by_size.faithfulness[-1] == pytest.approx(1, abs=1e-5)

@@ -59,7 +59,7 @@ def test_edges_are_found_on_training_prompts_and_checked_on_others(suite: Any) -
     assert ends == [(w.label, r.node.label, r.port) for w, r in circuit.edges]
     assert [row["rank"] for row in printed["kept"]] == list(range(1, 21))
     got = printed["scores"]
-    scores = gs.evaluate(circuit, suite.model, suite.task("ioi", n=3), n_random=1)
+    scores = gs.evaluate(suite.model, circuit, suite.task("ioi", n=3), n_random=1)
     assert got["prompts"] == "held-out" and got["n_prompts"] == 3
     expected = {
         "faithfulness": scores.faithfulness,

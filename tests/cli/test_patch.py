@@ -52,9 +52,9 @@ def suite() -> Any:
 
 
 def test_the_largest_effects_are_printed(suite: Any) -> None:
-    lines = run(*SUITE, "--mode", "noising", "--top", "3").splitlines()
+    lines = run(*SUITE, "--direction", "noising", "--top", "3").splitlines()
     task = suite.task("ioi", n=4)
-    effects = gs.activation_patching(suite.model, task, "z", mode="noising")
+    effects = gs.activation_patching(suite.model, task, "z", direction="noising")
     assert lines[0] == "z of gemma-2-tiny, exact patching"
     assert lines[1] == "  task     ioi, 4 held-out prompts"
     assert lines[2] == "  patched  noising: into the clean run, replacement other"
@@ -84,7 +84,7 @@ def test_json_holds_what_is_measured(suite: Any, method: str) -> None:
     )
     assert printed["model"] == "gemma-2-tiny" and printed["n_prompts"] == 4
     assert printed["method"] == effects.metadata["method"]
-    assert printed["mode"] == "denoising" and printed["replacement"] == "other"
+    assert printed["direction"] == "denoising" and printed["replacement"] == "other"
     assert printed["metric_clean"] == pytest.approx(effects.metadata["metric_clean"], abs=1e-4)
     assert printed["n_effects"] == len(printed["effects"]) == 16
     for row in printed["effects"]:
@@ -103,13 +103,13 @@ def test_options_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(gs, "activation_patching", watched)
     chosen = ("--component", "mlp_out", "--axes", "layer, pos", "--replacement", "mean")
-    run(*SUITE, *chosen, "--mode", "noising", "--backend", "bridge", "--before-cap")
+    run(*SUITE, *chosen, "--direction", "noising", "--backend", "bridge", "--before-cap")
     task = seen.pop("task")
     assert len(task) == 4 and task.asked.before_cap and task.asked.name == "logit difference"
     assert seen == {
         "model": "TransformerBridge",
         "component": "mlp_out",
-        "mode": "noising",
+        "direction": "noising",
         "axes": ["layer", "pos"],
         "replacement": "mean",
         "progress": False,
@@ -196,7 +196,10 @@ def test_the_example_of_the_help_works(tmp_path: Path, monkeypatch: pytest.Monke
         ((*SUITE, "--split", "test"), "Unknown split 'test'. There is: train, held_out"),
         ((*SUITE, "--component", "mlpout"), "Did you mean 'mlp_out'"),
         ((*SUITE, "--component", "feature"), "--component feature needs dictionaries"),
-        ((*SUITE, "--mode", "noise"), "Unknown mode 'noise'. There is: denoising, noising"),
+        (
+            (*SUITE, "--direction", "noise"),
+            "Unknown direction 'noise'. There is: denoising, noising",
+        ),
         ((*SUITE, "--method", "atp**"), "Did you mean 'atp*'"),
         ((*SUITE, "--replacement", "median"), "Did you mean 'mean'"),
         ((*SUITE, "--axes", "layer,token"), "Unknown axis of z 'token'"),
@@ -222,5 +225,5 @@ def test_mistakes_of_a_name_cost_no_model(monkeypatch: pytest.MonkeyPatch) -> No
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(gs, "tiny", never)
-    for wrong in (("--mode", "noise"), ("--axes", "token"), ("--replacement", "median")):
+    for wrong in (("--direction", "noise"), ("--axes", "token"), ("--replacement", "median")):
         mistake(*SUITE, *wrong)

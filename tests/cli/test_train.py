@@ -14,7 +14,7 @@ from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.cli.app import app
 
 SITE = ("--model", "gemma-2-tiny", "--site", "res", "--layer", "1")
-SMALL = ("--d-sae", "64", "--steps", "30", "--set", "batch=256", "--no-progress")
+SMALL = ("--d-sae", "64", "--steps", "30", "--set", "batch_size=256", "--no-progress")
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_presets_settings_and_text_of_ones_own(tmp_path) -> None:
     text.write_text("the keys near the cabinet are old .\n\nalice gave the ring to bob .\n" * 20)
     out = tmp_path / "run"
     settings = ("--set", "lr_warm_up=2", "--set", "context=8", "--set", "options.tied_init=true")
-    steps = ("--set", "batch=64", "--set", "bucket=128", "--set", "target_l0=8")
+    steps = ("--set", "batch_size=64", "--set", "bucket=128", "--set", "target_l0=8")
     run(
         *("--model", "gemma-2-tiny", "--layer", "1", "--d-sae", "32", "--steps", "10"),
         *("--architecture", "jumprelu_skip_transcoder", "--preset", "gemma-scope-2"),

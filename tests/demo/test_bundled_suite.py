@@ -74,7 +74,9 @@ def test_matryoshkas_have_levels_and_skip_transcoders_read_the_gained_norm(suite
 def test_coarser_levels_fit_worse(suite, documents):
     sae = suite.load("matryoshka", 1)
     fits = [
-        measure(suite.model, HookedSAE(sae, level=level), documents.tokens, batch=50, n_positions=0)
+        measure(
+            suite.model, HookedSAE(sae, level=level), documents.tokens, batch_size=50, n_positions=0
+        )
         for level in (0, 1, -1)
     ]
     assert 0.5 > fits[0].fvu > fits[1].fvu > fits[2].fvu and fits[0].l0 < fits[1].l0 < fits[2].l0

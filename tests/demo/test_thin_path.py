@@ -77,22 +77,22 @@ def active_places(acts: torch.Tensor) -> list[tuple[int, int, int]]:
 
 
 @pytest.mark.parametrize(
-    ("component", "mode"),
+    ("component", "direction"),
     [(c, "denoising") for c in ("resid_pre", "attn_out", "mlp_out", "z", "feature")]
     + [(c, "noising") for c in ("attn_out", "z", "feature")],
 )
-def test_attribution_ranks_nodes_like_exact_patching(suite, component, mode):
+def test_attribution_ranks_nodes_like_exact_patching(suite, component, direction):
     task = suite.tasks["ioi"].first(N_PROMPTS if component == "feature" else 64)
     saes = suite.load("res", 2) if component == "feature" else None
-    exact = gs.activation_patching(suite.model, task, component, mode=mode, saes=saes)
-    guess = gs.attribution_patching(suite.model, task, component, mode=mode, saes=saes)
+    exact = gs.activation_patching(suite.model, task, component, direction=direction, saes=saes)
+    guess = gs.attribution_patching(suite.model, task, component, direction=direction, saes=saes)
     assert exact.spearman(guess) >= 0.8
 
 
 @pytest.mark.parametrize("method", ["exact", "atp"])
 def test_the_circuit_is_faithful_and_beats_every_random_one(suite, method):
     circuit = gs.discover(suite.model, suite.task("ioi", split="train", n=32), method=method)
-    scores: Scores = gs.evaluate(circuit, suite.model, suite.tasks["ioi"].first(32), n_random=20)
+    scores: Scores = gs.evaluate(suite.model, circuit, suite.tasks["ioi"].first(32), n_random=20)
     assert circuit.size <= len(circuit.ranking) / 2 == 10
     assert scores.faithfulness >= 0.8
     assert len(scores.random) == 20
@@ -104,7 +104,7 @@ def test_a_circuit_of_heads_mlps_and_features_is_ranked_and_checked(suite):
     circuit = gs.discover(
         suite.model, task, nodes=("head", "mlp", "feature"), saes=sae, method="atp"
     )
-    scores = gs.evaluate(circuit, suite.model, suite.tasks["ioi"].first(8), saes=sae, n_random=2)
+    scores = gs.evaluate(suite.model, circuit, suite.tasks["ioi"].first(8), saes=sae, n_random=2)
     assert {node.kind for node in circuit.nodes} == {"head", "mlp", "feature"}
     assert scores.faithfulness >= 0.8
     assert scores.faithfulness > max(scores.random)

@@ -19,7 +19,7 @@ from tests.factories import activations, n_hooks
 from tests.splice.reference import features, reconstruction
 from tests.tiny_models import BOS_ID, random_tokens
 
-TOKENS = random_tokens(batch=1)
+TOKENS = random_tokens(batch_size=1)
 TEXT = " ".join(f"w{i}" for i in TOKENS[0, 1:].tolist())
 
 

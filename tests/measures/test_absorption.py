@@ -14,7 +14,7 @@ from gemmascope_plugin.saes import SparseActs
 from tests import factories
 from tests.tiny_models import FIRST_WORD_ID, random_tokens
 
-TOKENS = random_tokens(batch=20)
+TOKENS = random_tokens(batch_size=20)
 KEEP = TOKENS >= FIRST_WORD_ID
 CONCEPTS = torch.stack([TOKENS < 200, TOKENS < 130, KEEP], -1)
 NAMES = ["below 200", "below 130", "word"]

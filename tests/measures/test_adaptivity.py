@@ -22,7 +22,7 @@ from tests.splice.test_tree_splice import K as TREE_K
 from tests.splice.test_tree_splice import tree
 from tests.tiny_models import FIRST_WORD_ID, PAD_ID, random_tokens
 
-TOKENS = random_tokens(batch=6)
+TOKENS = random_tokens(batch_size=6)
 TOKENS[3, 14:] = PAD_ID
 KEEP = TOKENS >= FIRST_WORD_ID
 CONCEPTS = torch.stack([TOKENS < 200, TOKENS < 130, TOKENS % 3 == 0], -1)
@@ -45,7 +45,7 @@ def slow_spearman(a: list[float], b: list[float]) -> float:
 @pytest.mark.parametrize("make", [factories.residual, factories.attention, factories.transcoder])
 def test_counts_equal_a_slow_count(model, make) -> None:
     sae = make(model, 1)
-    result = adaptivity(model, sae, TOKENS, CONCEPTS, NAMES, batch=4)
+    result = adaptivity(model, sae, TOKENS, CONCEPTS, NAMES, batch_size=4)
     x = activations(model, TOKENS, sae.cfg.metadata.hook_name)[KEEP]
     expected = [int((row > 0).sum()) for row in features(sae, x)]
     assert result.k.tolist() == expected and result.n_tokens == len(expected)
@@ -103,7 +103,7 @@ def soft_at_heads(d_in: int) -> SoftSAE:
 def test_a_soft_dictionary_says_its_budget(hooked2, name: str) -> None:
     sae = soft_at_heads(48) if name == "heads" else dictionary(name)
     x = activations(hooked2, TOKENS, sae.cfg.metadata.hook_name)[KEEP]
-    result = adaptivity(hooked2, sae, TOKENS, CONCEPTS, NAMES, batch=4)
+    result = adaptivity(hooked2, sae, TOKENS, CONCEPTS, NAMES, batch_size=4)
     mean, std = units(sae, x)
     seen = (x - mean) / std - sae.b_dec * sae.cfg.apply_b_dec_to_input
     expected = (2 * TOP_K * sae.k_estimator(seen)[:, 0]).clamp(min=1)

@@ -25,7 +25,7 @@ from tests.splice.test_level_and_encoder import matryoshka
 from tests.splice.test_tree_splice import tree
 from tests.tiny_models import random_tokens
 
-TOKENS = random_tokens(batch=3)
+TOKENS = random_tokens(batch_size=3)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ COSTS += ["encode_seconds", "round_trip_seconds"]
 
 
 def test_what_was_asked_for_is_added_as_measured_alone(hooked2, frame) -> None:
-    tokens = random_tokens(batch=12)
+    tokens = random_tokens(batch_size=12)
     concepts = torch.stack([tokens < 200, tokens < 130, tokens % 2 == 0, tokens < 6], -1)
     labels = {"concepts": concepts, "names": ["low", "lower", "even", "rare"]}
     saes = {"residual": factories.residual(hooked2, 1), "tree": tree()}

@@ -135,12 +135,12 @@ def test_sparse_and_dense_activations_agree() -> None:
 
 
 def test_a_dictionary_is_scored_at_the_tokens_that_count(model) -> None:
-    sae, tokens = factories.transcoder(model, 1), random_tokens(batch=5)
+    sae, tokens = factories.transcoder(model, 1), random_tokens(batch_size=5)
     tokens[2, 15:] = PAD_ID
     keep = tokens > 2
     concepts = torch.stack([tokens < 128, tokens % 3 == 0, tokens == PAD_ID], -1)
     names = ["low", "third", "pad"]
-    table = concept_scores_of(model, sae, tokens, concepts, names, batch=2, min_tokens=1)
+    table = concept_scores_of(model, sae, tokens, concepts, names, batch_size=2, min_tokens=1)
     x = activations(model, tokens, sae.cfg.metadata.hook_name)[keep]
     expected = concept_scores(features(sae, x) > 0, concepts[keep], names, min_tokens=1)
     assert table.equals(expected)

@@ -23,7 +23,7 @@ from tests.splice.test_tree_splice import N as TREE_N
 from tests.splice.test_tree_splice import tree
 from tests.tiny_models import PAD_ID, random_tokens
 
-TOKENS = random_tokens(batch=5)
+TOKENS = random_tokens(batch_size=5)
 TOKENS[3, 14:] = PAD_ID
 D = 32
 
@@ -37,7 +37,7 @@ def counted(sae: Any) -> int:
 @pytest.mark.parametrize("make", [factories.residual, factories.attention, factories.transcoder])
 def test_a_jumprelu_dictionary(model, make) -> None:
     sae = make(model, 1)
-    costs = cost(model, sae, TOKENS, n_tokens=50, repeats=1, batch=2)
+    costs = cost(model, sae, TOKENS, n_tokens=50, repeats=1, batch_size=2)
     x = activations(model, TOKENS, sae.cfg.metadata.hook_name)[TOKENS > 3][:50]
     l0 = float((features(sae, x) > 0).sum()) / 50
     d_in, d_out = sae.W_enc.shape[0], sae.W_dec.shape[1]

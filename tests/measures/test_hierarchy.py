@@ -28,7 +28,7 @@ from tests.splice.test_level_and_encoder import LEVELS, matryoshka
 from tests.splice.test_tree_splice import tree
 from tests.tiny_models import FIRST_WORD_ID, PAD_ID, random_tokens
 
-TOKENS = random_tokens(batch=20)
+TOKENS = random_tokens(batch_size=20)
 TOKENS[3, 14:] = PAD_ID
 KEEP = TOKENS >= FIRST_WORD_ID
 RULES: dict[str, Any] = {"min_tokens": 8, "min_mcs": 0.2, "steps": 30}
@@ -44,7 +44,7 @@ def acts_of(model: Any, sae: Any) -> SparseActs:
 @TWO_KINDS
 def test_a_forest_from_activations_of_the_tokens_that_count(model) -> None:
     sae = factories.residual(model, 1)
-    result = hierarchy(model, sae, TOKENS, n_parents=0, batch=3, **RULES)
+    result = hierarchy(model, sae, TOKENS, n_parents=0, batch_size=3, **RULES)
     acts = acts_of(model, sae)
     assert result.forest == "mcs" and result.n_tokens == acts.n_tokens == int(KEEP.sum())
     assert torch.equal(result.parent, mcs_parents(acts, min_tokens=8, min_mcs=0.2))
@@ -110,7 +110,9 @@ def test_probes_of_a_transcoder_read_what_it_predicts(model) -> None:
 def test_probes_see_a_sample_of_the_tokens(hooked2) -> None:
     sae = factories.residual(hooked2, 1)
     rules = {**RULES, "min_tokens": 5}
-    some = [hierarchy(hooked2, sae, TOKENS, probe_tokens=200, **rules, batch=b) for b in (3, 20)]
+    some = [
+        hierarchy(hooked2, sae, TOKENS, probe_tokens=200, **rules, batch_size=b) for b in (3, 20)
+    ]
     assert some[0].row() == pytest.approx(some[1].row()) and some[0].n_probed > 5
     assert some[0].edges["hit"].equals(some[1].edges["hit"])
     assert some[0].n_probed < hierarchy(hooked2, sae, TOKENS, **rules).n_probed

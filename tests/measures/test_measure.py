@@ -29,7 +29,7 @@ from tests.splice.reference import features, reconstructed, reconstruction
 from tests.splice.test_level_and_encoder import matryoshka, prefix
 from tests.tiny_models import FIRST_WORD_ID, PAD_ID, random_tokens
 
-TOKENS = random_tokens(batch=5)
+TOKENS = random_tokens(batch_size=5)
 TOKENS[3, 14:] = PAD_ID
 KEEP = TOKENS >= FIRST_WORD_ID
 KINDS = [factories.residual, factories.attention, factories.mlp, factories.transcoder]
@@ -68,7 +68,7 @@ def constant(sae: Any, value: torch.Tensor) -> Any:
 @pytest.mark.parametrize("make", KINDS)
 def test_sparsity_and_fit_equal_a_slow_count(model, make) -> None:
     sae = make(model, 1)
-    measures = measure(model, sae, TOKENS, batch=2, n_positions=0)
+    measures = measure(model, sae, TOKENS, batch_size=2, n_positions=0)
     x, y = sites(model, sae)
     active = features(sae, x) > 0
     error = (y - reconstruction(sae, x)).pow(2).sum()
@@ -89,7 +89,7 @@ def test_sparsity_and_fit_equal_a_slow_count(model, make) -> None:
 def test_losses_are_those_of_the_transformers_model(model, hf, make) -> None:
     """Zeros and means are written there by a dictionary that knows nothing else."""
     sae = make(model, 1)
-    measures = measure(model, sae, TOKENS, batch=2, n_positions=0)
+    measures = measure(model, sae, TOKENS, batch_size=2, n_positions=0)
     _, y = sites(model, sae)
     with reconstructed(hf, [sae], TOKENS):
         spliced = slow_loss(hf(TOKENS).logits)
@@ -114,7 +114,7 @@ def test_losses_are_those_of_the_transformers_model(model, hf, make) -> None:
 def test_evenness_equals_finite_differences(double, make) -> None:
     """Each active feature pushed a little at its own token, the logit read off, one by one."""
     sae = make(double, 1)
-    tokens = random_tokens(batch=2, length=6)
+    tokens = random_tokens(batch_size=2, length=6)
     hook_in = sae.cfg.metadata.hook_name
     hook_out = sae.cfg.metadata.hook_name_out or hook_in
     acts = features(sae, activations(double, tokens, hook_in))
@@ -204,7 +204,7 @@ def test_a_level_is_measured_as_the_dictionary_of_its_first_features(hooked2, le
 def test_neither_batches_nor_lengths_matter(hooked2) -> None:
     sae = factories.residual(hooked2, 1)
     whole = measure(hooked2, sae, TOKENS, n_positions=50)
-    alone = measure(hooked2, sae, TOKENS, n_positions=50, batch=1)
+    alone = measure(hooked2, sae, TOKENS, n_positions=50, batch_size=1)
     # the padding cut off by hand
     parts = [TOKENS[:3], TOKENS[3:4, :14], TOKENS[4:]]
     cut = measure(hooked2, sae, parts, n_positions=50)
@@ -285,8 +285,8 @@ def test_what_cannot_be_measured_is_an_error(hooked2) -> None:
         measure(hooked2, sae, TOKENS[:1, :1])
     with pytest.raises(EmptySelectionError, match="no documents"):
         measure(hooked2, sae, [])
-    with pytest.raises(InputError, match="batch=0 .*Try: batch=16"):
-        measure(hooked2, sae, TOKENS, batch=0)
+    with pytest.raises(InputError, match="batch_size=0 .*Try: batch_size=16"):
+        measure(hooked2, sae, TOKENS, batch_size=0)
     with pytest.raises(ModelError, match="n_positions=-1 is negative.*Try: n_positions=0"):
         measure(hooked2, sae, TOKENS, n_positions=-1)
     with pytest.raises(UnknownNameError, match="Unknown special token 'boss'.*mean 'bos'"):

@@ -14,7 +14,7 @@ from tests.factories import tiny_model
 from tests.splice.gained_transcoders import folded
 from tests.tiny_models import random_tokens
 
-TOKENS = random_tokens(batch=2, length=9, seed=3)
+TOKENS = random_tokens(batch_size=2, length=9, seed=3)
 
 
 @torch.no_grad()

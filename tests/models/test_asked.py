@@ -12,7 +12,7 @@ from gemmascope_plugin.models.next_token_losses import NextTokenLosses
 from tests.support.rounding import TINY
 from tests.tiny_models import random_tokens
 
-TOKENS = random_tokens(batch=4, length=9)
+TOKENS = random_tokens(batch_size=4, length=9)
 AT = torch.tensor([3, 8])
 MASK = TOKENS[:, 1:] % 3 > 0
 

@@ -11,7 +11,7 @@ from gemmascope_plugin.splice import splice
 from tests import factories
 from tests.tiny_models import random_tokens
 
-TOKENS = random_tokens(batch=4, length=9)
+TOKENS = random_tokens(batch_size=4, length=9)
 
 
 def test_recorded_activations_are_those_of_the_whole_pass(model) -> None:

@@ -16,7 +16,7 @@ from tests.factories import tiny_model
 from tests.support.rounding import TINY
 from tests.tiny_models import random_tokens
 
-TOKENS = random_tokens(batch=3, length=22)
+TOKENS = random_tokens(batch_size=3, length=22)
 """Longer than the sliding window of 16."""
 AT = torch.tensor([21, 18, 12])
 ROWS = torch.arange(3)
@@ -120,7 +120,7 @@ def test_what_is_known_is_not_computed(model, name: str, layer: int) -> None:
 def test_other_tokens_share_the_beginning(model) -> None:
     run, _ = replay(model)
     other = TOKENS.clone()
-    other[:, 6:] = random_tokens(batch=3, length=17, seed=3)[:, 1:]
+    other[:, 6:] = random_tokens(batch_size=3, length=17, seed=3)[:, 1:]
     final = run.variant(other, 6)
     with torch.no_grad():
         assert torch.allclose(logits(run, final), model(other)[ROWS, AT], atol=1e-5)

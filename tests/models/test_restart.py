@@ -14,7 +14,7 @@ from tests.tiny_models import PAD_ID, random_tokens
 
 @pytest.mark.parametrize("n_prompts", [1, 3])
 def test_every_start_gives_the_same_logits(model, n_prompts: int) -> None:
-    tokens = random_tokens(batch=n_prompts, length=20)
+    tokens = random_tokens(batch_size=n_prompts, length=20)
     with torch.no_grad():
         whole = model(tokens.repeat(2, 1))
         before = n_hooks(model)  # the bridge adds some of its own in its first pass
@@ -46,7 +46,7 @@ def test_the_mask_of_padding_in_front_is_kept(family: str, monkeypatch) -> None:
     """``HookedTransformer`` makes one where its tokenizer pads on the left."""
     model = tiny_model(family, "hooked")
     monkeypatch.setattr(model.tokenizer, "padding_side", "left")
-    tokens = random_tokens(batch=2, length=8)
+    tokens = random_tokens(batch_size=2, length=8)
     tokens[1, :3] = PAD_ID
     with torch.no_grad():
         whole = model(tokens.repeat(3, 1))

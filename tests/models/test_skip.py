@@ -13,7 +13,7 @@ from gemmascope_plugin.splice import HookedSAE, splice
 from tests.factories import n_hooks, residual
 from tests.tiny_models import random_tokens
 
-TOKENS = random_tokens(batch=2, length=12)
+TOKENS = random_tokens(batch_size=2, length=12)
 MASK = torch.ones(2, 11, dtype=torch.bool)
 
 

@@ -13,7 +13,7 @@ from tests.support.largest import LargestTensor
 from tests.support.rounding import TINY
 from tests.tiny_models import VOCABULARY, random_tokens
 
-TOKENS = random_tokens(batch=3, length=7)
+TOKENS = random_tokens(batch_size=3, length=7)
 WORDS = torch.tensor([[5, 9], [200, 4], [77, 77]])
 
 

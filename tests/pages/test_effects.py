@@ -18,7 +18,7 @@ META = {
     "component": "z",
     "task": "ioi",
     "metric": "logit difference",
-    "mode": "noising",
+    "direction": "noising",
     "replacement": "other",
     "method": "exact patching",
     "metric_clean": 3.0,
@@ -68,7 +68,9 @@ def test_words_of_noising() -> None:
 
 
 def test_words_of_other_effects() -> None:
-    denoising = effects(mode="denoising", replacement="mean", metric_clean=-1.0, metric_corrupt=3.0)
+    denoising = effects(
+        direction="denoising", replacement="mean", metric_clean=-1.0, metric_corrupt=3.0
+    )
     assert "of the corrupted run if" in how_to_read(denoising)
     assert "replaced by the clean run's mean at its position" in how_to_read(denoising)
     # the way is the other one: from the corrupted to the clean metric
@@ -80,7 +82,7 @@ def test_words_of_other_effects() -> None:
     assert "what AtP* gives for the change" in how_to_read(estimate)
     assert meaning(estimate).endswith("exact patching says how large the first ones really are.")
     assert "of the way" not in meaning(estimate)
-    direct = effects(mode="norms frozen", method="direct logit attribution")
+    direct = effects(direction=None, form="norms frozen", method="direct logit attribution")
     assert how_to_read(direct) == (
         "Each number is by how much one entry raises the logit difference; direct logit attribution."
     )

@@ -11,15 +11,15 @@ D_IN, D_SAE, N_FEATURES, ACTIVE, BATCH = 16, 32, 24, 3, 256
 SCALE = 7.0
 
 
-def planted_batches(batch: int = BATCH, seed: int = 0) -> Iterator[torch.Tensor]:
+def planted_batches(batch_size: int = BATCH, seed: int = 0) -> Iterator[torch.Tensor]:
     """Sums of three of 24 fixed directions, in raw units."""
     directions = torch.randn(N_FEATURES, D_IN, generator=torch.Generator().manual_seed(0))
     directions = torch.nn.functional.normalize(directions, dim=-1)
     rng = torch.Generator().manual_seed(seed)
     while True:
-        chosen = torch.rand(batch, N_FEATURES, generator=rng).topk(ACTIVE).indices
-        amounts = 1 + torch.rand(batch, ACTIVE, generator=rng)
-        yield SCALE * torch.zeros(batch, N_FEATURES).scatter(1, chosen, amounts) @ directions
+        chosen = torch.rand(batch_size, N_FEATURES, generator=rng).topk(ACTIVE).indices
+        amounts = 1 + torch.rand(batch_size, ACTIVE, generator=rng)
+        yield SCALE * torch.zeros(batch_size, N_FEATURES).scatter(1, chosen, amounts) @ directions
 
 
 def step_input(x: torch.Tensor, **coefficients: float) -> Any:

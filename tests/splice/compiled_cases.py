@@ -16,7 +16,7 @@ from gemmascope_plugin.splice import Add, splice
 from tests.factories import residual, tiny_tokenizer
 from tests.tiny_models import gemma2, random_tokens
 
-TOKENS = random_tokens(batch=1, length=6)
+TOKENS = random_tokens(batch_size=1, length=6)
 EDIT = Add(features=3, amount=9.0)
 BUILDERS = {"hooked": hooked_from_hf, "bridge": bridge_from_hf}
 

@@ -11,7 +11,7 @@ from tests.splice.cross_layer_reference import clt, crosscoder
 from tests.tiny_models import random_tokens
 
 TOKENS = random_tokens()
-ONE = random_tokens(batch=1)
+ONE = random_tokens(batch_size=1)
 KINDS = pytest.mark.parametrize("kind_of", ["clt", "affine clt", "crosscoder", "affine crosscoder"])
 ERRORS = pytest.mark.parametrize("error", ["keep", "drop"])
 CHOSEN = [3, 17, 40]

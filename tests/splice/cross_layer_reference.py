@@ -37,7 +37,7 @@ def crosscoder(
     """A crosscoder of a few residual streams."""
     names = [f"blocks.{i}.hook_resid_post" for i in layers]
     hooks = list(zip(names, names, strict=True))
-    tokens = random_tokens(batch=16, seed=99)
+    tokens = random_tokens(batch_size=16, seed=99)
     inputs = [activations(model, tokens, name)[:, 1:].flatten(0, 1) for name in names]
     return _made("crosscoder", tuple(layers), hooks, inputs, affine, seed, torch.float32)
 

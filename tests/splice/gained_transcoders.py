@@ -24,7 +24,7 @@ def norm_outputs(hf: Any, layer: int) -> torch.Tensor:
     seen = []
     module = hf.model.layers[layer].pre_feedforward_layernorm
     handle = module.register_forward_hook(lambda module, args, output: seen.append(output))
-    tokens = random_tokens(batch=16, seed=99)
+    tokens = random_tokens(batch_size=16, seed=99)
     with torch.no_grad():
         hf(tokens)
     handle.remove()

@@ -15,7 +15,7 @@ OUT = f"{SITE}.hook_sae_output"
 FEATURE, AMOUNT = 3, 12.0
 ADD = Add(features=FEATURE, amount=AMOUNT)
 TOKENS = random_tokens()
-SHORT, LONG = random_tokens(batch=1, length=14), random_tokens(batch=1, length=20, seed=7)
+SHORT, LONG = random_tokens(batch_size=1, length=14), random_tokens(batch_size=1, length=20, seed=7)
 SIDES = pytest.mark.parametrize("side", ["left", "right"])
 SETTINGS = {
     "keep and edit": {"error": "keep", "edits": Clamp(features=[3, 8], value=4.0)},

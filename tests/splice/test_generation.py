@@ -9,7 +9,7 @@ from gemmascope_plugin.splice import Ablate, Add, Clamp, splice
 from tests import factories
 from tests.tiny_models import random_tokens
 
-PROMPT = random_tokens(batch=1, length=6)
+PROMPT = random_tokens(batch_size=1, length=6)
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "stop_at_eos": False}
 EDITS = {
     "everywhere": [Add(features=3, amount=6.0)],

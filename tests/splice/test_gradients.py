@@ -20,7 +20,7 @@ from tests import factories
 from tests.support.rounding import TINY
 from tests.tiny_models import random_tokens
 
-TOKENS = random_tokens(batch=1)
+TOKENS = random_tokens(batch_size=1)
 EPS = 1e-4
 SETS = {
     "one": lambda model: [factories.residual(model, 1)],

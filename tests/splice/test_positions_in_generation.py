@@ -31,7 +31,7 @@ from tests.tiny_models import BOS_ID, EOS_ID, FIRST_WORD_ID, PAD_ID, random_toke
 
 # --------------------------------------------------------------------------- generation
 N, NEW = 6, 5
-PROMPTS = random_tokens(batch=2, length=N, seed=4)
+PROMPTS = random_tokens(batch_size=2, length=N, seed=4)
 SOME = torch.zeros(2, N, dtype=torch.bool)
 SOME[0, 2], SOME[1, [3, 5]] = True, True
 EVERYWHERE = range(1, N + NEW)

@@ -81,8 +81,8 @@ ARGUMENTS: dict[str, Callable[[Scene], Arguments]] = {
         "receivers": ["L2H1.q", "logits"],
         "max_rows": 32,
     },
-    "direct_logit_attribution": lambda s: {"model": s.model, "prompts": s.task, "batch": 2},
-    "accumulated_logit_diff": lambda s: {"model": s.model, "prompts": s.task, "batch": 2},
+    "direct_logit_attribution": lambda s: {"model": s.model, "prompts": s.task, "batch_size": 2},
+    "accumulated_logit_diff": lambda s: {"model": s.model, "prompts": s.task, "batch_size": 2},
     "logit_lens": lambda s: {
         "model": s.model,
         "prompt": s.prompt,
@@ -178,7 +178,7 @@ ARGUMENTS: dict[str, Callable[[Scene], Arguments]] = {
     "analyze": lambda s: {
         "model": s.model,
         "saes": [s.saes["res"], s.saes["att"]],
-        "text": s.prompt,
+        "prompts": s.prompt,
         "top_k": 3,
     },
     "steer": lambda s: {
@@ -190,17 +190,17 @@ ARGUMENTS: dict[str, Callable[[Scene], Arguments]] = {
         "max_new_tokens": 2,
         "seed": 1,
     },
-    "verify": lambda s: {"model": s.model, "sae": s.saes["res"], "text": s.prompt},
-    "measure": lambda s: {**_read(s), "n_positions": 2, "batch": 3},
+    "verify": lambda s: {"model": s.model, "sae": s.saes["res"], "prompts": s.prompt},
+    "measure": lambda s: {**_read(s), "n_positions": 2, "batch_size": 3},
     "compare": lambda s: {
         "model": s.model,
         "saes": {"res": s.saes["res"]},
         "tokens": s.documents.tokens[:, :12],
         "n_positions": 2,
-        "batch": 3,
+        "batch_size": 3,
     },
-    "cost": lambda s: {**_read(s), "n_tokens": 16, "repeats": 1, "batch": 3},
-    "adaptivity": lambda s: {**_read(s), "batch": 3},
+    "cost": lambda s: {**_read(s), "n_tokens": 16, "repeats": 1, "batch_size": 3},
+    "adaptivity": lambda s: {**_read(s), "batch_size": 3},
     "hierarchy": lambda s: {
         **_read(s),
         "sae": s.saes["nested"],
@@ -228,7 +228,7 @@ ARGUMENTS: dict[str, Callable[[Scene], Arguments]] = {
     },
     "train": lambda s: {
         "model": s.model,
-        "spec": {"d_sae": 16, "layer": 1, "steps": 2, "batch": 8, "context": 16, "rows": 4},
+        "spec": {"d_sae": 16, "layer": 1, "steps": 2, "batch_size": 8, "context": 16, "rows": 4},
         "corpus": s.documents.tokens[:, :12],
         "progress": False,
     },

@@ -263,16 +263,16 @@ for _paths in ("direct", "mlps", "total"):
         ["L2H1.q", "L2H0.v", "MLP3", "logits"],
         paths=p,
     )
-CALLS["evaluate"] = lambda s: gs.evaluate(s.circuit, s.model, s.held_out, n_random=2)
-CALLS["evaluate/edges"] = lambda s: gs.evaluate(s.edge_circuit, s.model, s.held_out, n_random=2)
+CALLS["evaluate"] = lambda s: gs.evaluate(s.model, s.circuit, s.held_out, n_random=2)
+CALLS["evaluate/edges"] = lambda s: gs.evaluate(s.model, s.edge_circuit, s.held_out, n_random=2)
 CALLS["evaluate/minimality"] = lambda s: gs.evaluate(
-    s.circuit.top(4), s.model, s.held_out, n_random=2, minimality=True
+    s.model, s.circuit.top(4), s.held_out, n_random=2, minimality=True
 )
 CALLS["evaluate_features"] = lambda s: gs.circuits.evaluate_features(
-    s.feature_circuit, s.model, s.held_out, saes=[s.saes["res"]], n_random=2
+    s.model, s.feature_circuit, s.held_out, saes=[s.saes["res"]], n_random=2
 )
 CALLS["evaluate_ranking"] = lambda s: gs.circuits.evaluate_ranking(
-    s.edge_circuit.graph, s.model, s.held_out
+    s.model, s.edge_circuit.graph, s.held_out
 )
 for _by in ("component", "head"):
     CALLS[f"direct_logit_attribution/{_by}"] = lambda s, b=_by: gs.direct_logit_attribution(

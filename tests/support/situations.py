@@ -19,7 +19,7 @@ import gemmascope_plugin as gs
 from tests.support.arguments import Arguments, public
 from tests.support.calls import Scene
 
-PROMPTS = ("prompt", "text", "tokens", "corpus")
+PROMPTS = ("prompt", "prompts", "tokens", "corpus")
 """Arguments that hold prompts; those of a task are in it."""
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 """A chat template under which a conversation of one message is its text."""
@@ -152,7 +152,7 @@ def too_long(arguments: Arguments) -> Arguments:
 
 
 COUNTS = {
-    **dict.fromkeys(("max_rows", "batch", "steps", "top_k", "repeats", "max_new_tokens"), 0),
+    **dict.fromkeys(("max_rows", "batch_size", "steps", "top_k", "repeats", "max_new_tokens"), 0),
     **dict.fromkeys(("max_n_logits", "max_feature_nodes", "n_subsets", "k"), 0),
     **dict.fromkeys(("n_random", "min_tokens", "n_positions", "n_parents", "size", "n"), -1),
     **dict.fromkeys(("n_tokens", "seed", "sizes", "exclude"), -1),

@@ -13,10 +13,10 @@ from gemmascope_plugin.tracing import trace
 from tests import factories
 from tests.tiny_models import random_tokens
 
-CLEAN = random_tokens(batch=1, length=7, seed=5)
+CLEAN = random_tokens(batch_size=1, length=7, seed=5)
 CORRUPT = CLEAN.clone()
 CORRUPT[0, 3] = 77
-OTHER = random_tokens(batch=1, length=7, seed=6)
+OTHER = random_tokens(batch_size=1, length=7, seed=6)
 LONG = torch.cat([CLEAN, OTHER[:, 3:5]], 1)
 PROMPTS = {"clean": CLEAN, "corrupt": CORRUPT, "other": OTHER, "long": LONG}
 TARGETS = (7, 8, (9, 10))

@@ -25,7 +25,7 @@ from tests.support.rounding import TINY
 from tests.tiny_models import random_tokens
 from tests.tracing.frozen_reference import FrozenModel, with_attention_biases
 
-TOKENS = random_tokens(batch=1, length=20, seed=5)
+TOKENS = random_tokens(batch_size=1, length=20, seed=5)
 LAYERS = range(3)
 SETS = ("plain", "affine", "mixed", "all", "clt", "affine clt", "mlp")
 

@@ -17,7 +17,7 @@ from tests import factories
 from tests.tiny_models import random_tokens
 from tests.tracing.test_adjoint import SETS, dictionaries
 
-TOKENS = random_tokens(batch=1, length=20, seed=5)
+TOKENS = random_tokens(batch_size=1, length=20, seed=5)
 
 
 def traced(model: Any, saes: Any, **options: Any) -> Any:

@@ -26,7 +26,7 @@ from tests.factories import unchecked
 from tests.support.real_like import PROMPT, real_like, real_like_transcoders, vocabulary
 from tests.tiny_models import random_tokens
 
-TOKENS = random_tokens(batch=1, length=20, seed=5)
+TOKENS = random_tokens(batch_size=1, length=20, seed=5)
 SITE = "blocks.2.hook_mlp_out"
 
 
@@ -237,7 +237,7 @@ def test_a_direction_of_nothing_is_refused(hooked2: Any) -> None:
 
 def test_several_prompts_are_refused(hooked2: Any) -> None:
     with pytest.raises(TaskError, match="2 prompts were given"):
-        gs.trace(hooked2, random_tokens(batch=2), transcoders(hooked2))
+        gs.trace(hooked2, random_tokens(batch_size=2), transcoders(hooked2))
 
 
 def test_thresholds_and_nodes_are_checked(graph: Graph) -> None:

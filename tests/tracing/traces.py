@@ -10,7 +10,7 @@ from gemmascope_plugin.tracing import FeatureTarget, LogitDifference, StreamDire
 from tests import factories
 from tests.tiny_models import random_tokens
 
-TOKENS = random_tokens(batch=1, length=12, seed=5)
+TOKENS = random_tokens(batch_size=1, length=12, seed=5)
 
 
 @cache

@@ -18,7 +18,13 @@ def corpus(seed: int = 0) -> torch.Tensor:
 
 def spec(**changes: Any) -> TrainSpec:
     """Two buckets per epoch, several epochs, a schedule that still moves at every step."""
-    values: dict[str, Any] = {"layer": 1, "d_sae": 24, "target_l0": 4.0, "steps": 24, "batch": 32}
+    values: dict[str, Any] = {
+        "layer": 1,
+        "d_sae": 24,
+        "target_l0": 4.0,
+        "steps": 24,
+        "batch_size": 32,
+    }
     values |= {"bucket": 224, "rows": 5, "lr_warm_up": 6, "lr_end": 1e-4, "sparsity_warm_up": 0}
     values |= {"dead_after": 3, "seed": 7, "lr": 5e-3}
     values |= {"exclude": [BOS_ID, EOS_ID, PAD_ID]}

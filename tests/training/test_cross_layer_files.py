@@ -122,7 +122,7 @@ def test_a_tensor_of_any_layer_that_is_not_finite(
 
 def test_a_clt_of_the_bundled_model_splices_as_its_files_do(tmp_path) -> None:
     model, tokens = gs.tiny().model, make_corpus(40, 1000).tokens
-    short: dict[str, Any] = {"d_sae": 64, "layers": [0, 1, 2, 3], "steps": 20, "batch": 128}
+    short: dict[str, Any] = {"d_sae": 64, "layers": [0, 1, 2, 3], "steps": 20, "batch_size": 128}
     sae = gs.train(
         model, {**CLT, **short, "model": "gemma-2-tiny"}, tokens, run_dir=tmp_path, progress=False
     )

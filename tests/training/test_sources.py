@@ -84,9 +84,9 @@ def test_any_place_can_be_gone_back_to(hooked2, tmp_path, place: int, where: str
 
     def fresh() -> ShuffledActivations:
         if store is not None:
-            return ShuffledActivations(StoreReader(store, HOOKS, seed=3), batch=32, seed=5)
+            return ShuffledActivations(StoreReader(store, HOOKS, seed=3), batch_size=32, seed=5)
         size = 96 if where == "model" else 10_000
-        return ShuffledActivations(reader(hooked2, bucket=size), batch=32, seed=5)
+        return ShuffledActivations(reader(hooked2, bucket=size), batch_size=32, seed=5)
 
     source = fresh()
     batches(source, place)
@@ -98,7 +98,7 @@ def test_any_place_can_be_gone_back_to(hooked2, tmp_path, place: int, where: str
 
 
 def test_batches_are_a_shuffle_without_repetition(hooked2) -> None:
-    source = ShuffledActivations(reader(hooked2, bucket=10_000), batch=64, seed=5)
+    source = ShuffledActivations(reader(hooked2, bucket=10_000), batch_size=64, seed=5)
     first = torch.cat([b[HOOKS[0]] for b in batches(source, 6)])
     second = torch.cat([b[HOOKS[0]] for b in batches(source, 6)])
     whole = source.bucket()[HOOKS[0]]
@@ -109,9 +109,9 @@ def test_batches_are_a_shuffle_without_repetition(hooked2) -> None:
 
 def test_other_text_is_not_gone_on_with(hooked2) -> None:
     for size in (96, 10_000):
-        source = ShuffledActivations(reader(hooked2, bucket=size), batch=32, seed=5)
+        source = ShuffledActivations(reader(hooked2, bucket=size), batch_size=32, seed=5)
         batches(source, 4)
-        other = ShuffledActivations(reader(hooked2, corpus(1), bucket=size), batch=32, seed=5)
+        other = ShuffledActivations(reader(hooked2, corpus(1), bucket=size), batch_size=32, seed=5)
         with pytest.raises(BadFileError, match="not those of the checkpoint"):
             other.restore(source.state())
 
@@ -135,12 +135,12 @@ def test_text_is_cut_into_pieces_with_bos_and_filling_is_never_read(tmp_path, ho
 
 def test_iterables_are_read_again_and_iterators_once(hooked2) -> None:
     parts = list(corpus().split(6))
-    again = ShuffledActivations(reader(hooked2, parts), batch=32, seed=0)
+    again = ShuffledActivations(reader(hooked2, parts), batch_size=32, seed=0)
     batches(again, 40)
-    once = ShuffledActivations(reader(hooked2, iter(parts)), batch=32, seed=0)
+    once = ShuffledActivations(reader(hooked2, iter(parts)), batch_size=32, seed=0)
     assert_equal(
         batches(once, 8),
-        batches(ShuffledActivations(reader(hooked2, parts), batch=32, seed=0), 8),
+        batches(ShuffledActivations(reader(hooked2, parts), batch_size=32, seed=0), 8),
     )
     with pytest.raises(EmptySelectionError, match="The corpus ended after 4 batches"):
         batches(once, 40)
@@ -161,7 +161,7 @@ def test_empty_and_foreign_corpora(hooked2) -> None:
         reader(hooked2, torch.rand(2, 3))
     with pytest.raises(ModelError, match="3 is not a corpus"):
         reader(hooked2, 3)
-    small = ShuffledActivations(reader(hooked2, corpus()[:2]), batch=64, seed=0)
+    small = ShuffledActivations(reader(hooked2, corpus()[:2]), batch_size=64, seed=0)
     with pytest.raises(EmptySelectionError, match="32 tokens are fewer than one batch of 64"):
         small.next_batch()
     with pytest.raises(MissingHookError, match="hook_resid_post"):

@@ -29,7 +29,7 @@ def test_every_preset_makes_every_architecture_and_json_keeps_it(preset: str, na
 
 def test_presets_are_the_published_recipes() -> None:
     first = preset_spec("gemma-scope", {"layer": 0})
-    assert (first.lr, first.beta1, first.beta2, first.batch) == (7e-5, 0.0, 0.999, 4096)
+    assert (first.lr, first.beta1, first.beta2, first.batch_size) == (7e-5, 0.0, 0.999, 4096)
     assert (first.bandwidth, first.init_threshold, first.sparsity) == (0.001, 0.001, "step")
     assert (first.lr_warm_up, first.sparsity_warm_up, first.scale) == (1000, 10_000, "unit")
     assert (first.architecture, dict(first.options)) == ("gemma_scope_jumprelu", {})
@@ -68,7 +68,7 @@ def test_what_is_given_goes_before_the_preset() -> None:
         ({"target_l0": 25}, "target_l0=25 is out of range.*24 features"),
         ({"target_l0": 0}, "target_l0=0 is out of range"),
         ({"d_sae": 0}, "d_sae=0 is out of range. There is: numbers from 1"),
-        ({"batch": 1}, "batch=1 is out of range"),
+        ({"batch_size": 1}, "batch_size=1 is out of range"),
         ({"bucket": 8}, r"bucket=8 is out of range.*numbers from 32 \(the batch\)"),
         ({"lr_warm_up": 24}, "lr_warm_up=24 is out of range.*24 steps"),
         ({"lr": 0.0}, "lr=0.0 is out of range"),

@@ -206,7 +206,7 @@ def test_trained_together_is_trained_alone(hooked2) -> None:
     assert same(together["res_1"], together["res_1-2"])
     assert list(unique_names(specs)) == list(together)
     with pytest.raises(GemmaScopeError, match="differ in batch"):
-        train_many(hooked2, [spec(), spec(batch=16)], corpus(), progress=False)
+        train_many(hooked2, [spec(), spec(batch_size=16)], corpus(), progress=False)
     with pytest.raises(GemmaScopeError, match="nothing to train"):
         train_many(hooked2, [], corpus())
 
@@ -389,7 +389,7 @@ def test_wandb_only_if_asked_for(hooked2, monkeypatch) -> None:
 
 
 def test_some_fields_and_a_preset_make_a_spec(hooked2) -> None:
-    fields = {"layer": 0, "d_sae": 16, "steps": 12, "batch": 64, "exclude": (2, 1, 0)}
+    fields = {"layer": 0, "d_sae": 16, "steps": 12, "batch_size": 64, "exclude": (2, 1, 0)}
     sae = train(hooked2, fields, corpus(), preset="quick", progress=False)
     assert sae.W_enc.shape == (32, 16)
     assert same(sae, train(hooked2, fields, corpus(), progress=False))
@@ -401,7 +401,7 @@ def test_mistakes_come_before_work(hooked2, tmp_path) -> None:
     with pytest.raises(UnknownNameError, match="Unknown architecture"):
         run(hooked2, spec(architecture="gatd"), run_dir=tmp_path / "r")
     with pytest.raises(EmptySelectionError, match="fewer than one batch of 1000"):
-        run(hooked2, spec(batch=1000, bucket=1000), run_dir=tmp_path / "r")
+        run(hooked2, spec(batch_size=1000, bucket=1000), run_dir=tmp_path / "r")
     with pytest.raises(UnknownNameError, match="is not an option of"):
         run(hooked2, spec(options={"x": 1}), run_dir=tmp_path / "r")
     assert not (tmp_path / "r").exists()

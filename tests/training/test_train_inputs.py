@@ -15,7 +15,7 @@ from gemmascope_plugin.training.text_batches import TokenStream
 from tests.tiny_models import BOS_ID, PAD_ID
 from tests.training.cases import corpus, run, same, spec
 
-FIELDS: dict[str, Any] = {"layer": 1, "d_sae": 24, "target_l0": 4.0, "steps": 2, "batch": 32}
+FIELDS: dict[str, Any] = {"layer": 1, "d_sae": 24, "target_l0": 4.0, "steps": 2, "batch_size": 32}
 
 
 def short(**changes: Any) -> Any:

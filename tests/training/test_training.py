@@ -13,7 +13,7 @@ from gemmascope_plugin.loading.npz import write_npz
 from gemmascope_plugin.training import Recipe, train_dictionary
 from gemmascope_plugin.training.in_memory import _in_raw_units, _scale, _trainer
 
-RECIPE = Recipe(d_sae=32, steps=300, batch=128, target_l0=3.0, lr=5e-3)
+RECIPE = Recipe(d_sae=32, steps=300, batch_size=128, target_l0=3.0, lr=5e-3)
 
 
 def sparse_activations(n: int = 4096, d: int = 12, scale: float = 7.0) -> torch.Tensor:

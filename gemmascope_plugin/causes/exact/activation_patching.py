@@ -37,7 +37,7 @@ def activation_patching(
     task: Task,
     component: str,
     *,
-    mode: Direction = "denoising",
+    direction: Direction = "denoising",
     axes: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
@@ -64,7 +64,7 @@ def activation_patching(
             head); ``neuron`` (layer by neuron); ``ln1_scale``, ``ln1_post_scale``, ``ln2_scale``,
             ``ln2_post_scale`` (layer by position), ``ln_final_scale`` (position); ``feature``,
             and ``error`` for the whole reconstruction error of each dictionary, which is else kept.
-        mode: ``denoising`` puts clean values into the corrupted run, ``noising`` the reverse.
+        direction: ``denoising`` puts clean values into the corrupted run, ``noising`` the reverse.
         axes: One patch per coordinate along these, such as ``("layer", "head", "pos")``; along the
             others a patch covers everything at once. None for the axes in brackets above.
         layers: Only these layers.
@@ -90,7 +90,7 @@ def activation_patching(
     Raises:
         TaskError: Prompts that cannot be compared, a metric that does not tell them apart, or a
             replacement that the component or the prompts do not allow.
-        UnknownNameError: An unknown component, mode, replacement, axis, layer, head, position or
+        UnknownNameError: An unknown component, direction, replacement, axis, layer, head, position or
             neuron, or features without dictionaries.
         EmptySelectionError: An empty list of axes or coordinates.
         GemmaScopeError: A memory budget too small for one prompt.
@@ -121,7 +121,7 @@ def activation_patching(
         task,
         component,
         choice,
-        mode=mode,
+        direction=direction,
         saes=saes,
         replacement=replacement,
         seed=seed,

@@ -66,7 +66,7 @@ def direct_logit_attribution(
     by: Parts = "component",
     metric: LogitDiff | None = None,
     saes: Saes = None,
-    batch: int = BATCH,
+    batch_size: int = BATCH,
 ) -> Effects:
     """What each component adds to ``logit(answer) - logit(wrong)``, before the final soft-cap.
 
@@ -80,7 +80,7 @@ def direct_logit_attribution(
         metric: ``logit_diff(answer, wrong)``; the task's own if None. Of sets of answers the *mean* logit
             counts here, for the log-sum-exp of the metric is not a sum over components.
         saes: Dictionaries, for ``by="feature"``.
-        batch: Prompts in one forward pass.
+        batch_size: Prompts in one forward pass.
 
     Returns:
         Effects along ``component``, averaged over prompts; they sum to ``metadata["metric_clean"]``, the
@@ -109,7 +109,7 @@ def direct_logit_attribution(
     hooks, sums = component_hooks(n_layers(model)), _Sums()
     pieces: dict[str, torch.Tensor] = {}
     with patchable(model, "feature", saes) if by == "feature" else nullcontext() as spliced:
-        for chunk in bound.parts(batch):
+        for chunk in bound.parts(batch_size):
             more = [] if spliced is None else site_hooks(model, spliced)
             run = AnswerRun.of(model, chunk, [*hooks, *more])
             parts = components(run) if by == "component" else heads(run)
@@ -120,7 +120,7 @@ def direct_logit_attribution(
         exclude = () if spliced is None else excluded(sites_in(spliced).values())
     each = torch.stack(list(pieces.values()))
     metadata = {**sums.metadata(model, bound), "component": by, "exclude": exclude}
-    metadata |= {"method": "direct logit attribution", "mode": "norms frozen"}
+    metadata |= {"method": "direct logit attribution", "form": "norms frozen"}
     labels = {"component": tuple(pieces)}
     return Effects(each.mean(-1), ("component",), labels, metadata, each)
 
@@ -133,7 +133,7 @@ def accumulated_logit_diff(
     *,
     metric: LogitDiff | None = None,
     scale: Scale = "own",
-    batch: int = BATCH,
+    batch_size: int = BATCH,
 ) -> Effects:
     """The logit difference of the residual stream after each half layer, before the final soft-cap.
 
@@ -144,7 +144,7 @@ def accumulated_logit_diff(
         scale: ``own`` normalises each stream by itself, as the logit lens does. ``final`` uses the scale
             of the end of the stream, so that what lies between two entries is the direct contribution of
             the components between them.
-        batch: Prompts in one forward pass.
+        batch_size: Prompts in one forward pass.
 
     Returns:
         Effects along ``layer`` and ``stream``: ``pre``, ``mid`` (after attention), ``post``.
@@ -158,7 +158,7 @@ def accumulated_logit_diff(
     layers, points = tuple(range(n_layers(model))), ("pre", "mid", "post")
     names = [f"blocks.{layer}.hook_resid_{point}" for layer in layers for point in points]
     sums, curves = _Sums(), []
-    for part in bound.parts(batch):
+    for part in bound.parts(batch_size):
         run = AnswerRun.of(model, part, names)
         ln = run.anatomy.ln_final
         streams = (run.at[name] for name in names)
@@ -169,7 +169,7 @@ def accumulated_logit_diff(
     each = torch.cat(curves, -1).unflatten(0, (len(layers), len(points)))
     method = "logit lens" if scale == "own" else "final norm frozen"
     metadata = sums.metadata(model, bound) | {"component": "stream", "method": method}
-    metadata |= {"mode": "accumulated", "exclude": ()}
+    metadata |= {"form": "accumulated", "exclude": ()}
     labels = {"layer": layers, "stream": points}
     return Effects(each.mean(-1), ("layer", "stream"), labels, metadata, each)
 

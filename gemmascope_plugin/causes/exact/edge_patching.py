@@ -52,7 +52,7 @@ def edge_patching(
     task: Task,
     *,
     edges: Edges | None = None,
-    mode: Direction = "noising",
+    direction: Direction = "noising",
     replacement: Replacement = "other",
     memory_budget: int | str = "2 GB",
     max_rows: int = MAX_ROWS,
@@ -65,7 +65,7 @@ def edge_patching(
         task: Clean and corrupted prompts and a metric.
         edges: Which edges, each a writer and a reader by name (``("L1H3", "L2H0.q")``; see
             ``names.py``) or as nodes; None for all. The others stay at 0 in the result.
-        mode: ``noising`` patches the clean run, ``denoising`` the corrupted one.
+        direction: ``noising`` patches the clean run, ``denoising`` the corrupted one.
         replacement: What a writer is replaced by: the ``other`` run, ``zero``, ``overall_mean``
             or ``mean``.
         memory_budget: Bytes, or ``"2 GB"``.
@@ -78,7 +78,7 @@ def edge_patching(
 
     Raises:
         TaskError: Prompts that cannot be compared, or a metric that does not tell them apart.
-        UnknownNameError: An unknown mode, replacement or edge.
+        UnknownNameError: An unknown direction, replacement or edge.
         InputError: Something that is not a pair of ends.
         EmptySelectionError: No edge.
         GemmaScopeError: The memory budget is too small for one prompt.
@@ -92,18 +92,18 @@ def edge_patching(
         0   MLP3  logits       -10.81  -0.53
         1   L2H3  logits        -3.42  -0.17
     """
-    check_choice("mode", mode, get_args(Direction))
+    check_choice("direction", direction, get_args(Direction))
     check_choice("replacement", replacement, REPLACEMENTS)
     anatomy, bound = Anatomy(model), task.bind(model)
     edge_map = EdgeMap.of(anatomy)
     places = _places(edge_map, edges)
     ends = bound.ends(model)
-    run = _Run(anatomy, places, replacement, Limit(max_rows, memory_budget), mode, progress)
+    run = _Run(anatomy, places, replacement, Limit(max_rows, memory_budget), direction, progress)
     by_row = run.values(bound)
     details = {
         "component": "edge",
         "method": "exact",
-        "mode": mode,
+        "direction": direction,
         "replacement": replacement,
         **bound.details(model),
         "sign": "positive = patching the edge raises the metric",
@@ -131,7 +131,7 @@ class _Run:
     places: Int[torch.Tensor, "edge two"]
     replacement: Replacement
     limit: Limit
-    mode: Direction
+    direction: Direction
     progress: bool
 
     @torch.no_grad()
@@ -168,7 +168,7 @@ class _Run:
             yield from self.places[starts == start].split(copies)
 
     def _tokens(self, part: BoundTask) -> tuple[torch.Tensor, torch.Tensor]:
-        noising = self.mode == "noising"
+        noising = self.direction == "noising"
         return (part.clean, part.corrupt) if noising else (part.corrupt, part.clean)
 
 

@@ -74,7 +74,7 @@ def path_patching(
     receivers: Named | Sequence[Named | Sequence[Named]],
     *,
     paths: Paths = "direct",
-    mode: Direction = "denoising",
+    direction: Direction = "denoising",
     joint: bool = False,
     saes: Saes = None,
     max_rows: int = MAX_ROWS,
@@ -92,7 +92,7 @@ def path_patching(
             dictionaries that read a stream or an MLP's input, ``logits``.
         paths: ``direct``: through nothing; every other head and MLP is frozen until the receiver.
             ``mlps``: MLPs in between are recomputed. ``total``: heads and MLPs in between are.
-        mode: ``denoising`` puts clean values into the corrupted run, ``noising`` the reverse.
+        direction: ``denoising`` puts clean values into the corrupted run, ``noising`` the reverse.
         joint: All senders are one set and all receivers another.
         saes: Dictionaries, for features; spliced in with their error kept.
         max_rows: Prompt copies per forward pass.
@@ -110,14 +110,14 @@ def path_patching(
     Example:
         >>> suite = gs.tiny()
         >>> task = suite.task("agreement", n=8)
-        >>> effects = gs.path_patching(suite.model, task, ["L2H3", "MLP2"], "logits", mode="noising")
+        >>> effects = gs.path_patching(suite.model, task, ["L2H3", "MLP2"], "logits", direction="noising")
         >>> effects.top(2).round(2)
           sender receiver  effect  share
         0   MLP2   logits   -4.59  -0.22
         1   L2H3   logits   -3.42  -0.17
     """
     check_choice("paths", paths, get_args(Paths))
-    check_choice("mode", mode, get_args(Direction))
+    check_choice("direction", direction, get_args(Direction))
     anatomy = Anatomy(model)
     edges = EdgeMap.of(anatomy)
     sending = _groups(senders, joint, lambda name: node_of(name, edges))
@@ -125,7 +125,7 @@ def path_patching(
     for group in receiving:
         check_overlap(group)
     bound = task.bind(model)
-    denoising = mode == "denoising"
+    denoising = direction == "denoising"
     tokens = (bound.corrupt, bound.clean) if denoising else (bound.clean, bound.corrupt)
     with nullcontext(model) if saes is None else patchable(model, "feature", saes) as runner:
         with torch.no_grad():
@@ -134,7 +134,7 @@ def path_patching(
         sweep = _Sweep(runner, anatomy, bound, tokens, sending, receiving, paths)
         each = sweep.run(max_rows)
         metadata = _described(model, runner, bound, saes is not None)
-    metadata |= {"method": f"path patching, {paths}", "mode": mode, **ends}
+    metadata |= {"method": f"path patching, {paths}", "direction": direction, **ends}
     labels = {"sender": _labels(sending), "receiver": _labels(receiving)}
     return Effects(each.mean(-1), ("sender", "receiver"), labels, metadata, bound.fold(each))
 

@@ -60,7 +60,7 @@ def attribution_patching(
     method: NodeMethodName = "atp",
     steps: int | None = None,
     rules: RelpRules | None = None,
-    mode: Direction = "denoising",
+    direction: Direction = "denoising",
     saes: Saes = None,
     features: Sequence[FeatureId] | None = None,
     per_position: bool = True,
@@ -83,7 +83,7 @@ def attribution_patching(
             for ranking) or ``relp``.
         steps: Midpoints, for ``ig`` and ``ig-inputs`` alone; 10 by default.
         rules: For ``relp`` alone; None for ``RelpRules()``, those of the paper.
-        mode: ``denoising`` takes the gradient on the corrupted run, ``noising`` on the clean one.
+        direction: ``denoising`` takes the gradient on the corrupted run, ``noising`` on the clean one.
         saes: Dictionaries, for ``feature`` and ``error``.
         features: Which features; None for all that the replacement changes.
         per_position: Whether components without heads have the axis ``pos``.
@@ -117,7 +117,7 @@ def attribution_patching(
         1      3     2    5.30   0.26
     """
     chosen = pick(METHODS, method, steps=steps, rules=rules)
-    chosen.check(task, mode, replacement)
+    chosen.check(task, direction, replacement)
     choice = Choice(
         axes=axes,
         per_position=per_position,
@@ -134,7 +134,7 @@ def attribution_patching(
             task,
             component,
             choice,
-            mode=mode,
+            direction=direction,
             saes=saes,
             replacement=replacement,
             seed=seed,

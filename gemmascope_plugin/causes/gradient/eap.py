@@ -41,14 +41,16 @@ class EAP(EdgeMethod):
     paper = "Syed et al., arXiv 2310.10348"
     cost = "one forward and one backward pass"
 
-    def check(self, metrics: Sequence[Metric], mode: Direction, replacement: Replacement) -> None:
+    def check(
+        self, metrics: Sequence[Metric], direction: Direction, replacement: Replacement
+    ) -> None:
         """Refuses a metric that is smallest at the base run as well."""
-        super().check(metrics, mode, replacement)
-        if mode == "noising" and any(isinstance(metric, KLDivergence) for metric in metrics):
+        super().check(metrics, direction, replacement)
+        if direction == "noising" and any(isinstance(metric, KLDivergence) for metric in metrics):
             raise TaskError(
                 "The KL divergence from the clean run has no gradient at the clean run: every score "
                 "would be 0",
-                fix="logit_diff, mode='denoising', or method='eap-ig'",
+                fix="logit_diff, direction='denoising', or method='eap-ig'",
             )
 
     def paths(self, runs: EdgeRuns) -> Iterator[Path]:

@@ -65,7 +65,7 @@ def edge_attribution(
     *,
     method: EdgeMethodName = "eap-ig",
     steps: int | None = None,
-    mode: Direction = "noising",
+    direction: Direction = "noising",
     writer_delta: DeltaForm = "exact",
     replacement: Replacement = "other",
     per_position: bool = False,
@@ -81,7 +81,7 @@ def edge_attribution(
         task: Clean and corrupted prompts and a metric; several tasks are processed in turn.
         method: ``eap``, ``eap-ig``, ``eap-ig-activations`` or ``clean-corrupted``.
         steps: Points on the line, for integrated gradients alone; 10 by default.
-        mode: ``noising``: the clean run is patched with the other's values; ``denoising``: the reverse.
+        direction: ``noising`` patches the clean run with the other's values, ``denoising`` the reverse.
         writer_delta: How a head's difference goes through the norm after attention: ``exact``,
             ``jacobian`` or ``frozen``; ``naive`` leaves the norm out and is wrong on Gemma.
         replacement: What a writer is replaced by: the ``other`` run, ``zero``, ``overall_mean`` or
@@ -99,7 +99,7 @@ def edge_attribution(
     Raises:
         TaskError: Prompts that cannot be compared, a metric without a gradient, options that do not go
             together or play no part, or too little memory.
-        UnknownNameError: An unknown method, mode, form or replacement.
+        UnknownNameError: An unknown method, direction, form or replacement.
 
     Example:
         >>> suite = gs.tiny()
@@ -111,7 +111,7 @@ def edge_attribution(
         2  embed    MLP0        -5.47  -0.27
     """
     chosen = pick(METHODS, method, steps=steps)
-    check_choice("mode", mode, get_args(Direction))
+    check_choice("direction", direction, get_args(Direction))
     check_choice("writer_delta", writer_delta, get_args(DeltaForm))
     if per_position and by_prompt:
         raise TaskError(
@@ -120,11 +120,11 @@ def edge_attribution(
     tasks = [task] if isinstance(task, Task) else list(task)
     if not tasks:
         raise TaskError("There is no task", fix="a Task, or several")
-    chosen.check([task.asked for task in tasks], mode, replacement)
+    chosen.check([task.asked for task in tasks], direction, replacement)
     scorer = _Scorer(
         model,
         chosen,
-        mode,
+        direction,
         writer_delta,
         replacement,
         per_position,
@@ -142,7 +142,7 @@ class _Scorer:
 
     model: HookedModel
     method: EdgeMethod
-    mode: Direction
+    direction: Direction
     writer_delta: DeltaForm
     replacement: Replacement
     per_position: bool
@@ -168,7 +168,7 @@ class _Scorer:
         details = {
             "component": "edge",
             "method": self.method.name,
-            "mode": self.mode,
+            "direction": self.direction,
             "writer_delta": self.writer_delta,
             "replacement": self.replacement,
             "task": ", ".join(dict.fromkeys(task.name for task in tasks)),
@@ -191,7 +191,7 @@ class _Scorer:
     def _conservation(self, values: torch.Tensor, metric: dict[str, float]) -> float:
         """What the scores out of the embedding miss of the whole difference, as a share of it."""
         whole = metric["metric_corrupt"] - metric["metric_clean"]
-        whole = whole if self.mode == "noising" else -whole
+        whole = whole if self.direction == "noising" else -whole
         return checked_share(float(values[0].sum()) / whole - 1)
 
     def _task_scores(self, task: BoundTask) -> Iterator[torch.Tensor]:
@@ -253,7 +253,7 @@ class _Scorer:
 
     def _runs(self, part: BoundTask) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens of the base run and of the other."""
-        noising = self.mode == "noising"
+        noising = self.direction == "noising"
         return (part.clean, part.corrupt) if noising else (part.corrupt, part.clean)
 
     def _sizes(self, task: BoundTask) -> tuple[int, int]:

@@ -71,7 +71,9 @@ class EdgeMethod(Method):
         """Points at which gradients are taken along a line; 1 where there is no line."""
         return 1
 
-    def check(self, metrics: Sequence[Metric], mode: Direction, replacement: Replacement) -> None:
+    def check(
+        self, metrics: Sequence[Metric], direction: Direction, replacement: Replacement
+    ) -> None:
         """Refuses what would give zeros or nonsense."""
         if replacement != "other" and self.between_prompts:
             raise TaskError(

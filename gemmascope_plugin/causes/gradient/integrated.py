@@ -97,7 +97,7 @@ class IntegratedInputs(IntegratedGradients):
     paper = "Hanna et al., arXiv 2403.17806"
     cost = "`steps` forward and backward passes"
 
-    def check(self, task: Task, mode: Direction, replacement: str) -> None:
+    def check(self, task: Task, direction: Direction, replacement: str) -> None:
         """Refuses another end of the way than the other prompt."""
         if replacement != "other":
             raise TaskError(
@@ -218,7 +218,7 @@ def _part_inputs(
 ) -> tuple[slice, dict[str, torch.Tensor], Float[torch.Tensor, " part"]]:
     """Mean slopes at the nodes of some prompts, in a window, and what they say of the embedding."""
     window, names = part.replay.window(part.start), list(dict.fromkeys([*run.grid.hooks, EMBED]))
-    denoising = run.metadata["mode"] == "denoising"
+    denoising = run.metadata["direction"] == "denoising"
     away = part.bound.clean if denoising else part.bound.corrupt
     base, other = _embeddings(run, part, away, window)
     mean: dict[str, torch.Tensor] = {}

@@ -73,15 +73,15 @@ class NodeMethod(Method):
     by_recorded_parts: ClassVar[bool] = False
     """Whether it goes by the parts that the experiment has recorded."""
 
-    def check(self, task: Task, mode: Direction, replacement: str) -> None:
+    def check(self, task: Task, direction: Direction, replacement: str) -> None:
         """Refuses what would give zeros or nonsense."""
         # A divergence from the clean run is smallest there: its gradient is zero.
-        at_minimum = mode == "noising" and isinstance(task.asked, KLDivergence)
+        at_minimum = direction == "noising" and isinstance(task.asked, KLDivergence)
         if at_minimum and not self.follows_line:
             raise TaskError(
                 f"The gradient of {task.asked.name} is zero on the clean run, where noising takes it: "
                 f"method={self.name!r} would give 0 to every node",
-                fix='method="ig", mode="denoising", or metric=logit_diff(answer, wrong)',
+                fix='method="ig", direction="denoising", or metric=logit_diff(answer, wrong)',
             )
 
     def estimate(self, run: Experiment, max_rows: int) -> Estimate:

@@ -121,7 +121,7 @@ def reopened(
         task,
         metadata["component"],
         Choice(axes=effects.axes, **options),
-        mode=metadata["mode"],
+        direction=metadata["direction"],
         saes=saes,
         limit=Limit(max_rows),
         **patched,

@@ -80,10 +80,10 @@ def make_corpus(n_documents: int, seed: int, length: int = DOCUMENT_LENGTH) -> C
 
 
 def token_batches(
-    batch: int, seed: int, length: int = DOCUMENT_LENGTH
+    batch_size: int, seed: int, length: int = DOCUMENT_LENGTH
 ) -> Iterator[Int[torch.Tensor, "batch pos"]]:
     """An endless stream of document batches."""
     rng = Random(seed)
     while True:
-        docs = [encode_words(document(rng, length).words) for _ in range(batch)]
+        docs = [encode_words(document(rng, length).words) for _ in range(batch_size)]
         yield torch.tensor(docs)

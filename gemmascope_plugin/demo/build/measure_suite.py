@@ -51,7 +51,7 @@ def dictionary_scores(
     model: HookedModel, sae: Any, tokens: Int[torch.Tensor, "document pos"]
 ) -> dict[str, float]:
     """L0, FVU, share of the ablation loss, dead share of one dictionary."""
-    measures = measure(model, sae, tokens, batch=128, n_positions=0)
+    measures = measure(model, sae, tokens, batch_size=128, n_positions=0)
     return {
         "l0": measures.l0,
         "fvu": measures.fvu,

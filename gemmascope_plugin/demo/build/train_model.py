@@ -42,7 +42,7 @@ class ModelRecipe:
     post_norm_init: float = 0.3
     """Effective gain of both post-norms at the start."""
     steps: int = 3500
-    batch: int = 64
+    batch_size: int = 64
     """Documents per step."""
     lr: float = 2e-3
     warmup: int = 200
@@ -105,7 +105,7 @@ def train_model(recipe: ModelRecipe, *, progress: bool = True) -> Gemma2ForCausa
     model = build_model(recipe).train()
     optimizer = torch.optim.AdamW(_groups(model, recipe), lr=recipe.lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_share(step, recipe))
-    batches = token_batches(recipe.batch, recipe.seed)
+    batches = token_batches(recipe.batch_size, recipe.seed)
     bar = tqdm(range(recipe.steps), desc="model", disable=not progress, mininterval=5)
     for step in bar:
         tokens = next(batches)

@@ -23,9 +23,9 @@ from tests.causes.tasks import CORRUPT, TASK, values_at
 from tests.factories import n_hooks, tiny_model
 from tests.support.rounding import TINY
 
-LONG_CLEAN = tiny_models.random_tokens(batch=2, length=20, seed=5)
+LONG_CLEAN = tiny_models.random_tokens(batch_size=2, length=20, seed=5)
 LONG_CORRUPT = LONG_CLEAN.clone()
-LONG_CORRUPT[:, 2:6] = tiny_models.random_tokens(batch=2, length=5, seed=6)[:, 1:]
+LONG_CORRUPT[:, 2:6] = tiny_models.random_tokens(batch_size=2, length=5, seed=6)[:, 1:]
 LONG = Task(LONG_CLEAN, LONG_CORRUPT, logit_diff([10, 20], [30, 40]))
 """Longer than the sliding window."""
 LAYER = 0
@@ -70,7 +70,7 @@ def by_hand(model, task: Task, port: str, places) -> torch.Tensor:
 
 def fixed(model, port: str, axes: tuple[str, ...]) -> torch.Tensor:
     """What the fixes say of one layer, without GradDrop."""
-    with experiment(model, LONG, port, Choice(axes=axes), mode="denoising") as run:
+    with experiment(model, LONG, port, Choice(axes=axes), direction="denoising") as run:
         fixes = attention_fixes(run, Anatomy(model))
         found = slopes(run, [pattern_hook(name) for name in fixes])
         products = {name: fix.effects(found[pattern_hook(name)]) for name, fix in fixes.items()}
@@ -118,7 +118,7 @@ def test_the_key_fix_survives_saturated_attention() -> None:
 def test_grad_drop_equals_one_pass_per_layer(backend: str, component: str) -> None:
     model = tiny_model("gemma2" if backend == "hooked" else "gemma3", backend)
     got = attribution_patching(model, TASK, component, method="atp*")
-    with experiment(model, TASK, component, mode="denoising") as run:
+    with experiment(model, TASK, component, direction="denoising") as run:
         names, deltas = run.grid.hooks, differences(run)
         fixes = attention_fixes(run, Anatomy(model)) if component == "k" else {}
     wanted = [pattern_hook(name) if fixes else name for name in names]

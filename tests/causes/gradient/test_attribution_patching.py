@@ -27,11 +27,11 @@ def slope(model, tokens: torch.Tensor, name: str, direction: torch.Tensor) -> fl
     return (ends[0] - ends[1]) / (2 * EPS)
 
 
-@pytest.mark.parametrize("mode", RUNS)
+@pytest.mark.parametrize("direction", RUNS)
 @pytest.mark.parametrize("component", ["resid_pre", "attn_out", "mlp_out", "z"])
-def test_estimates_are_slopes_towards_the_other_run(double, component: str, mode: str) -> None:
-    base, other = RUNS[mode]
-    effects = attribution_patching(double, TASK, component, mode=mode)
+def test_estimates_are_slopes_towards_the_other_run(double, component: str, direction: str) -> None:
+    base, other = RUNS[direction]
+    effects = attribution_patching(double, TASK, component, direction=direction)
     for layer, column in [(0, 3), (1, 2), (2, 3)]:
         middle = "attn.hook_z" if component == "z" else f"hook_{component}"
         name = f"blocks.{layer}.{middle}"
@@ -43,15 +43,15 @@ def test_estimates_are_slopes_towards_the_other_run(double, component: str, mode
         assert float(effects.values[layer, column]) == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
-@pytest.mark.parametrize("mode", RUNS)
-def test_feature_estimates_are_slopes_of_the_bare_model(double, mode: str) -> None:
+@pytest.mark.parametrize("direction", RUNS)
+def test_feature_estimates_are_slopes_of_the_bare_model(double, direction: str) -> None:
     """Two dictionaries, one below the other, and no dictionary in the reference."""
-    base, other = RUNS[mode]
+    base, other = RUNS[direction]
     saes = {
         "blocks.0.hook_resid_post": factories.residual(double, 0),
         "blocks.1.attn.hook_z": factories.attention(double, 1),
     }
-    effects = attribution_patching(double, TASK, "feature", mode=mode, saes=saes)
+    effects = attribution_patching(double, TASK, "feature", direction=direction, saes=saes)
     keep = (base >= FIRST_WORD_ID)[..., None]
     for site, sae in saes.items():
         here, there = (values_at(double, tokens, site) for tokens in (base, other))

@@ -28,25 +28,31 @@ from tests.ground_truth.cases import CASES
 from tests.support.rounding import TINY
 from tests.tiny_models import random_tokens
 
-MODES = pytest.mark.parametrize("mode", ["noising", "denoising"])
+DIRECTIONS = pytest.mark.parametrize("direction", ["noising", "denoising"])
 
 
 def largest(x: torch.Tensor) -> float:
     return float(x.abs().max())
 
 
-@MODES
-def test_edges_of_a_writer_sum_to_its_node_score(model, mode: str) -> None:
-    effects = edge_attribution(model, TASK, method="eap", mode=mode, writer_delta="jacobian")
+@DIRECTIONS
+def test_edges_of_a_writer_sum_to_its_node_score(model, direction: str) -> None:
+    effects = edge_attribution(
+        model, TASK, method="eap", direction=direction, writer_delta="jacobian"
+    )
     nodes = effects.writer_effects()
-    heads = attribution_patching(model, TASK, "z", mode=mode).values
-    mlps = attribution_patching(model, TASK, "mlp_out", mode=mode, per_position=False).values
-    embed = attribution_patching(model, TASK, "resid_pre", mode=mode, per_position=False).values
+    heads = attribution_patching(model, TASK, "z", direction=direction).values
+    mlps = attribution_patching(
+        model, TASK, "mlp_out", direction=direction, per_position=False
+    ).values
+    embed = attribution_patching(
+        model, TASK, "resid_pre", direction=direction, per_position=False
+    ).values
     for layer in range(3):
         assert largest(nodes[effects.edges.heads(layer)] - heads[layer]) < 1e-5 * largest(heads)
         assert float(nodes[effects.edges.mlp(layer)]) == pytest.approx(float(mlps[layer]), abs=TINY)
     assert float(nodes[0]) == pytest.approx(float(embed[0]), abs=1e-5)
-    naive = edge_attribution(model, TASK, method="eap", mode=mode, writer_delta="naive")
+    naive = edge_attribution(model, TASK, method="eap", direction=direction, writer_delta="naive")
     off = naive.writer_effects()[effects.edges.heads(0)] - heads[0]
     assert largest(off) > 0.05 * largest(heads)  # without the norm the identity fails
 
@@ -186,8 +192,8 @@ def test_parts_positions_and_prompts_do_not_matter(hooked2, method: str) -> None
 
 def test_prompts_of_several_lengths_are_those_one_by_one(model) -> None:
     short, other = (
-        random_tokens(batch=1, length=6, seed=8),
-        random_tokens(batch=1, length=6, seed=9),
+        random_tokens(batch_size=1, length=6, seed=8),
+        random_tokens(batch_size=1, length=6, seed=9),
     )
     other[:, :3] = short[:, :3]
     tokens = torch.zeros(2, 8, dtype=torch.long)
@@ -259,7 +265,7 @@ def test_the_model_is_left_alone(model) -> None:
 
 BAD = [
     ({"method": "epa"}, UnknownNameError, "Unknown method 'epa'.*Did you mean 'eap'"),
-    ({"mode": "noise"}, UnknownNameError, "Unknown mode 'noise'"),
+    ({"direction": "noise"}, UnknownNameError, "Unknown direction 'noise'"),
     ({"writer_delta": "jvp"}, UnknownNameError, "Unknown writer_delta 'jvp'.*jacobian"),
     ({"steps": 0}, TaskError, "steps=0 gives no points on the line"),
     ({"method": "eap", "steps": 3}, TaskError, "steps plays no part in method='eap'"),
@@ -277,9 +283,11 @@ def test_bad_options(hooked2, options: dict, error, text: str) -> None:
 
 def test_a_divergence_has_no_gradient_at_the_clean_run(hooked2) -> None:
     task = Task(CLEAN, CORRUPT, kl_divergence())
-    with pytest.raises(TaskError, match="no gradient at the clean run.*mode='denoising'"):
+    with pytest.raises(TaskError, match="no gradient at the clean run.*direction='denoising'"):
         edge_attribution(hooked2, task, method="eap")
-    assert largest(edge_attribution(hooked2, task, method="eap", mode="denoising").values) > 1e-4
+    assert (
+        largest(edge_attribution(hooked2, task, method="eap", direction="denoising").values) > 1e-4
+    )
     assert largest(edge_attribution(hooked2, task, method="eap-ig").values) > 1e-4
     with pytest.raises(TaskError, match="There is no task"):
         edge_attribution(hooked2, [])

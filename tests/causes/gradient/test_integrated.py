@@ -36,10 +36,10 @@ def slow(model, alphas: list[float]) -> torch.Tensor:
     return (slope / len(alphas) * (there - here)).sum((0, 2))
 
 
-@pytest.mark.parametrize(("method", "mode"), [("ig", "noising"), ("ig-inputs", "denoising")])
-def test_effects_sum_to_the_change_of_the_metric(model, method: str, mode: str) -> None:
-    effects = attribution_patching(model, TASK, "resid_pre", method=method, mode=mode)
-    change = effects.gap if mode == "denoising" else -effects.gap
+@pytest.mark.parametrize(("method", "direction"), [("ig", "noising"), ("ig-inputs", "denoising")])
+def test_effects_sum_to_the_change_of_the_metric(model, method: str, direction: str) -> None:
+    effects = attribution_patching(model, TASK, "resid_pre", method=method, direction=direction)
+    change = effects.gap if direction == "denoising" else -effects.gap
     shares = (effects.values.sum(1) - change) / effects.gap
     if method == "ig":
         assert float(shares.abs().max()) < 0.01
@@ -128,8 +128,8 @@ def test_where_the_gradient_vanishes_integrated_gradients_do_not(hooked2) -> Non
         with pytest.raises(
             TaskError, match=r"gradient of minus KL divergence is zero.*method=\"ig\""
         ):
-            attribution_patching(hooked2, task, "z", method=method, mode="noising")
-    effects = attribution_patching(hooked2, task, "resid_pre", method="ig", mode="noising")
+            attribution_patching(hooked2, task, "z", method=method, direction="noising")
+    effects = attribution_patching(hooked2, task, "resid_pre", method="ig", direction="noising")
     assert effects.metadata["residual_max"] < 0.02
     assert float(attribution_patching(hooked2, task, "z").values.abs().max()) > 1e-4
 
@@ -157,7 +157,7 @@ def test_nothing_is_left_behind(model) -> None:
     hooks = n_hooks(model)
     with (
         pytest.raises(RuntimeError, match="stop"),
-        experiment(model, TASK, "z", mode="denoising") as run,
+        experiment(model, TASK, "z", direction="denoising") as run,
     ):
         (part,) = parts_of(run, 10)
         integrated_activations(part, 2, 10)

@@ -25,7 +25,7 @@ from tests.support.rounding import TINY
     ("component", "options"),
     [
         ("z", {}),
-        ("k", {"axes": ("layer", "pos", "head"), "mode": "noising"}),
+        ("k", {"axes": ("layer", "pos", "head"), "direction": "noising"}),
         ("mlp_out", {"per_position": False}),
         ("neuron", {"layers": [1, 2], "positions": [3, 7]}),
         ("v", {"replacement": "mean"}),
