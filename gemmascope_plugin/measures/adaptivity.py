@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from gemmascope_plugin.features.stream import (
     kept_concepts,
     site_tensors,
 )
+from gemmascope_plugin.files.stored_result import TENSOR
 from gemmascope_plugin.measures.measure_results import Measured
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
@@ -43,11 +44,13 @@ from gemmascope_plugin.types import SAE
 class Adaptivity(Measured):
     """Active features per token, budgets and concepts beside them; ``to_frame`` has a row of figures."""
 
-    k: Int64[torch.Tensor, " token"]
+    noun = "adaptivity"
+
+    k: Int64[torch.Tensor, " token"] = field(metadata=TENSOR)
     """Active features of each token that counts."""
-    budget: Float[torch.Tensor, " token"] | None
+    budget: Float[torch.Tensor, " token"] | None = field(metadata=TENSOR)
     """What a SoftSAE allots to each token; None for other dictionaries."""
-    n_concepts: Int64[torch.Tensor, " token"] | None
+    n_concepts: Int64[torch.Tensor, " token"] | None = field(metadata=TENSOR)
     """Number of known concepts that hold at each token; None if none are known."""
 
     @property

@@ -41,6 +41,8 @@ from gemmascope_plugin.types import SAE
 class Cost(Measured):
     """What one dictionary costs; ``n_tokens`` are those that were timed."""
 
+    noun = "cost"
+
     l0: float
     """Mean number of active features of these tokens."""
     n_parameters: int

@@ -9,9 +9,8 @@ Cost: none.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,11 +18,10 @@ from typing_extensions import override
 
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.files.bundle import plain_values
-from gemmascope_plugin.measures.measure_file import load_fields, save_fields
+from gemmascope_plugin.files.stored_result import TABLE, TENSOR, StoredResult, record_of
 from gemmascope_plugin.measures.tree_recovery import Recovery
 from gemmascope_plugin.splice.losses import SpliceLoss
 
-M = TypeVar("M", bound="Measured")
 DENSE = 0.1
 """A feature active on a larger share of the tokens is dense."""
 BIN_EDGES = tuple(10 ** (k / 2) for k in range(-10, 1))
@@ -31,7 +29,7 @@ BIN_EDGES = tuple(10 ** (k / 2) for k in range(-10, 1))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Measured(ABC):
+class Measured(StoredResult, ABC):
     """Figures of one dictionary; ``row`` has them by name."""
 
     hook_in: str
@@ -56,33 +54,6 @@ class Measured(ABC):
     def to_json(self) -> dict[str, Any]:
         """The row and the excluded tokens as plain values; numbers that are not finite are None."""
         return plain_values({**self.row(), "exclude": self.exclude})
-
-    def save(self, path: str | Path) -> Path:
-        """Writes everything that was measured into one file.
-
-        Returns:
-            The path.
-
-        Raises:
-            GemmaScopeError: The file cannot be written.
-        """
-        return save_fields(path, self)
-
-    @classmethod
-    def load(cls: type[M], path: str | Path) -> M:
-        """Reads what :meth:`save` has written.
-
-        Raises:
-            MissingFileError: There is no such file.
-            BadFileError: It is damaged, contradicts itself, or is another result.
-        """
-        record, values = load_fields(path, cls)
-        try:
-            result = cls(**values)
-            _ = repr(result), result.to_frame()  # a result that contradicts itself has neither
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
-            record.bad(str(fault))
-        return result
 
     def _what(self) -> dict[str, Any]:
         """The beginning of the row."""
@@ -113,12 +84,14 @@ class Measured(ABC):
 class Measures(Measured):
     """What was measured of one dictionary; ``to_frame`` has it as a row."""
 
+    noun = "measures"
+
     l0: float
     """Mean number of active features per token."""
     fvu: float
     """Squared error over squared distance from the mean; NaN where the tokens do not vary."""
-    losses: SpliceLoss
-    frequencies: Float[torch.Tensor, " d_sae"]
+    losses: SpliceLoss = field(metadata=record_of(SpliceLoss))
+    frequencies: Float[torch.Tensor, " d_sae"] = field(metadata=TENSOR)
     """Share of the tokens on which each feature is active."""
     r_l0: float
     """Uniformity of active features' importance, between 1 / L0 and 1."""
@@ -186,11 +159,13 @@ class Measures(Measured):
 class Hierarchy(Measured):
     """How hierarchical one dictionary is; ``to_frame`` has it as a row, ``edges`` edge by edge."""
 
+    noun = "hierarchy"
+
     forest: str
     """Where the forest is from: ``"own"``, ``"mcs"`` or ``"given"``."""
-    parent: Int[torch.Tensor, " d_sae"]
+    parent: Int[torch.Tensor, " d_sae"] = field(metadata=TENSOR)
     """Parent of each feature, -1 for none."""
-    edges: Any
+    edges: Any = field(metadata=TABLE)
     """A DataFrame, one row per edge whose child is active on ``min_tokens`` tokens: ``parent``,
     ``child``, ``n_parent``, ``n_child``, ``coverage``, ``mcs``; ``parent_concept``, ``child_concept``
     (None for no concept), ``is_ancestor`` (NA where one is None); ``hit`` (NA where not probed)."""
@@ -200,9 +175,9 @@ class Hierarchy(Measured):
     """Share of the probed edges that meet the reconstruction condition; NaN for none."""
     n_probed: int
     """Edges behind ``s_res``."""
-    recovery: Recovery | None
+    recovery: Recovery | None = field(metadata=record_of(Recovery))
     """Agreement with the known concepts; None without concepts."""
-    chance: Recovery | None
+    chance: Recovery | None = field(metadata=record_of(Recovery))
     """The same of random parents."""
 
     @property

@@ -23,7 +23,8 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +34,8 @@ from jaxtyping import Bool, Float, Int64
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.causes.bound_task import MIN_GAP
 from gemmascope_plugin.errors import TaskError
+from gemmascope_plugin.files.stored_result import TABLE, StoredResult
+from gemmascope_plugin.graphs.frames import SHOWN
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.graph_arrays import check_graph
 from gemmascope_plugin.models.asked import asked_positions
@@ -45,7 +48,6 @@ from gemmascope_plugin.models.record import keep, write
 from gemmascope_plugin.splice.check_saes import Saes, check_saes
 from gemmascope_plugin.tracing.changed_run import Hooks, hook_of
 from gemmascope_plugin.tracing.linear.trace_nodes import Layout
-from gemmascope_plugin.tracing.trace_result import TraceResult
 from gemmascope_plugin.tracing.traced_prompt import TracedPrompt
 
 if TYPE_CHECKING:
@@ -55,12 +57,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AblationCheck(TraceResult):
+class AblationCheck(StoredResult):
     """What the graph alone computes."""
 
     noun = "ablation check"
 
-    frame: pd.DataFrame
+    frame: pd.DataFrame = field(metadata=TABLE)
     """``what, features, errors, metric, faithfulness, kl``, one row per choice."""
 
     @property
@@ -102,6 +104,9 @@ class AblationCheck(TraceResult):
             f"AblationCheck(faithfulness {self.faithfulness:.3f}, with all errors "
             f"{self.faithfulness_with_errors:.3f}, random {self.random:.3f}; KL {self.kl:.4g})"
         )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>{figures.frame_html(self.frame, SHOWN)}"
 
 
 @gate(model=check_model, graph=check_graph, saes=check_saes)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from jaxtyping import Bool, Float
 
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.errors import EmptySelectionError, ModelError, TaskError
+from gemmascope_plugin.files.stored_result import ARRAY, StoredResult
+from gemmascope_plugin.graphs.frames import SHOWN
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
@@ -31,7 +34,6 @@ from gemmascope_plugin.tracing.linear.head_shares import loadings
 from gemmascope_plugin.tracing.linear.targets import Target
 from gemmascope_plugin.tracing.linear.trace_site import Exclude
 from gemmascope_plugin.tracing.trace import allowed_gap
-from gemmascope_plugin.tracing.trace_result import TraceResult
 from gemmascope_plugin.tracing.traced_prompt import TracedPrompt
 
 if TYPE_CHECKING:
@@ -41,20 +43,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class HeadLoadings(TraceResult):
+class HeadLoadings(StoredResult):
     """Loads of heads on edges, in the units of the edges."""
 
     noun = "head loadings"
 
     edges: tuple[tuple[str, str], ...]
     """Ids of source and target."""
-    weights: Float[np.ndarray, " edge"]
+    weights: Float[np.ndarray, " edge"] = field(metadata=ARRAY)
     """The edges themselves."""
-    by_key: Float[np.ndarray, "edge layer head key"]
+    by_key: Float[np.ndarray, "edge layer head key"] = field(metadata=ARRAY)
     """Loads by the token that the head read."""
-    bypass: Float[np.ndarray, "edge layer"]
+    bypass: Float[np.ndarray, "edge layer"] = field(metadata=ARRAY)
     """What passed a layer's attention by."""
-    between: Bool[np.ndarray, "edge layer"]
+    between: Bool[np.ndarray, "edge layer"] = field(metadata=ARRAY)
     """Whether a layer's attention lies between source and target; elsewhere no head carries anything."""
     tokens: tuple[str, ...]
     """The prompt."""
@@ -136,6 +138,9 @@ class HeadLoadings(TraceResult):
             f"HeadLoadings({len(self)} {noun}, {layers} layers of {heads} heads, "
             f"residual {self.metadata.get('residual', float('nan')):.1e})"
         )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>{figures.frame_html(self.to_frame(), SHOWN)}"
 
 
 @gate(model=check_model, saes=check_saes)

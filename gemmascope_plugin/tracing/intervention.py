@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ from jaxtyping import Float, Int64
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.causes.gradient.slopes import ignore_bridge_norm_warning
 from gemmascope_plugin.errors import EmptySelectionError, InputError, UnknownNameError
+from gemmascope_plugin.files.stored_result import TABLE, StoredResult
 from gemmascope_plugin.graphs.frames import SHOWN
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.graph_arrays import check_graph
@@ -43,7 +44,6 @@ from gemmascope_plugin.tracing.changed_run import (
     freeze_hooks,
     run_values,
 )
-from gemmascope_plugin.tracing.trace_result import TraceResult
 from gemmascope_plugin.tracing.traced_prompt import TracedPrompt
 
 if TYPE_CHECKING:
@@ -55,15 +55,15 @@ KINDS_CHANGED = ("feature", "error", "token")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Intervention(TraceResult):
+class Intervention(StoredResult):
     """Predicted and measured change of each target node."""
 
     noun = "intervention"
 
-    frame: pd.DataFrame
+    frame: pd.DataFrame = field(metadata=TABLE)
     """One row per explained node of the graph: ``id, kind, label, layer, pos, before, predicted,
     actual``; the last two are changes of its pre-activation."""
-    top_tokens: pd.DataFrame
+    top_tokens: pd.DataFrame = field(metadata=TABLE)
     """The likeliest next tokens at the end of the prompt: ``token, before, after``."""
     changes: Mapping[str, float]
     constrained: bool

@@ -21,6 +21,7 @@ from jaxtyping import Float
 
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.errors import EmptySelectionError, TaskError
+from gemmascope_plugin.files.stored_result import ARRAY, TABLE, TENSORS, StoredResult
 from gemmascope_plugin.graphs.frames import SHOWN
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.models.check_model import check_model
@@ -33,7 +34,6 @@ from gemmascope_plugin.models.tokens import token_strings
 from gemmascope_plugin.splice.check_saes import Saes, check_saes
 from gemmascope_plugin.tracing.linear.head_queries import Score, Side, ranked_pairs
 from gemmascope_plugin.tracing.linear.trace_site import Exclude
-from gemmascope_plugin.tracing.trace_result import TraceResult
 from gemmascope_plugin.tracing.traced_prompt import TracedPrompt
 
 if TYPE_CHECKING:
@@ -45,18 +45,20 @@ _SHOWN_COLUMNS = ["id", "label", "kind", "layer", "pos"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class QkAttribution(TraceResult):
+class QkAttribution(StoredResult):
     """One score of one head as a sum over nodes and over pairs of nodes."""
 
     noun = "QK attribution"
 
-    nodes: pd.DataFrame
+    nodes: pd.DataFrame = field(metadata=TABLE)
     """All nodes below the layer, as in a graph; ``bias:b_Q_and_b_K`` are the head's own."""
-    query_weights: Float[np.ndarray, " node"]
+    query_weights: Float[np.ndarray, " node"] = field(metadata=ARRAY)
     """What each node in the query brings, over all nodes in the key."""
-    key_weights: Float[np.ndarray, " node"]
+    key_weights: Float[np.ndarray, " node"] = field(metadata=ARRAY)
     """What each node in the key brings, over all nodes in the query."""
-    parts: tuple[Float[torch.Tensor, "node d_head"], Float[torch.Tensor, "node d_head"]] | None
+    parts: tuple[Float[torch.Tensor, "node d_head"], Float[torch.Tensor, "node d_head"]] | None = (
+        field(metadata=TENSORS)
+    )
     """Of nodes in the query and in the key; a pair is the product of two. None without pairs."""
     score: float
     """Sum over all pairs: the score before its soft-cap, less the mean over keys for a contrast."""

@@ -24,14 +24,13 @@ from gemmascope_plugin.tracing import (
     qk_attribution,
 )
 from gemmascope_plugin.tracing.top_tokens import top_tokens
-from gemmascope_plugin.tracing.trace_result import TraceResult
 from tests.tracing.prompts import dictionaries, graph, model
 
 NAMES = ("intervention", "check", "loadings", "qk", "qk without pairs")
 
 
 @cache
-def result(name: str) -> TraceResult:
+def result(name: str) -> Any:
     whole = graph("clean")
     saes = list(dictionaries())
     ids = whole.nodes["id"].to_numpy()
@@ -62,7 +61,7 @@ def test_what_is_kept_comes_back(name: str, tmp_path: Path) -> None:
     first = result(name)
     path = first.save(tmp_path / "folder" / "result.safetensors")
     second = type(first).load(path)
-    for field in dataclasses.fields(first):  # pyright: ignore[reportArgumentType]
+    for field in dataclasses.fields(first):
         assert_same(getattr(second, field.name), getattr(first, field.name))
     assert repr(second) == repr(first)
     assert second._repr_html_() == first._repr_html_()
@@ -70,16 +69,16 @@ def test_what_is_kept_comes_back(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tables_and_plain_values(name: str) -> None:
-    one = result(name)
-    frame = one.to_frame()
+    answer = result(name)
+    frame = answer.to_frame()
     assert len(frame)
-    plain = json.loads(json.dumps(one.to_json(), allow_nan=False))
-    assert set(plain) == {f.name for f in dataclasses.fields(one)}  # pyright: ignore[reportArgumentType]
-    assert "<table" in one._repr_html_()
+    plain = json.loads(json.dumps(answer.to_json(), allow_nan=False))
+    assert set(plain) == {f.name for f in dataclasses.fields(answer)}
+    assert "<table" in answer._repr_html_()
 
 
 def test_nodes_of_a_score_with_what_they_bring() -> None:
-    score: Any = result("qk")
+    score = result("qk")
     frame = score.to_frame()
     assert list(frame.columns) == ["id", "label", "kind", "layer", "pos", "query", "key"]
     assert frame["key"].sum() == pytest.approx(score.score, rel=1e-4)
@@ -88,7 +87,7 @@ def test_nodes_of_a_score_with_what_they_bring() -> None:
 
 def test_a_result_of_another_kind_or_none(tmp_path: Path) -> None:
     path = result("loadings").save(tmp_path / "loadings.safetensors")
-    with pytest.raises(BadFileError, match="it is not a gemmascope intervention"):
+    with pytest.raises(BadFileError, match="it is not a gemmascope_plugin intervention"):
         Intervention.load(path)
     with pytest.raises(MissingFileError, match="There is no head loadings at"):
         HeadLoadings.load(tmp_path / "nothing.safetensors")
@@ -106,7 +105,7 @@ def test_a_result_of_another_kind_or_none(tmp_path: Path) -> None:
 )
 def test_files_that_contradict_themselves_are_refused(change: Any, tmp_path: Path) -> None:
     path = result("loadings").save(tmp_path / "loadings.safetensors")
-    head = {"format": "gemmascope head loadings", "version": 1}
+    head = {"format": "gemmascope_plugin head loadings", "version": 1}
     record, arrays = read_bundle(path, kind="head loadings", **head)
     content = {**head, "fields": record.get("fields", dict)}
     change(content, arrays)
