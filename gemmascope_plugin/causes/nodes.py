@@ -24,7 +24,7 @@ from gemmascope_plugin.errors import UnknownNameError
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.record import write
 from gemmascope_plugin.splice import HookedCrossLayer, HookedSAE, splice
-from gemmascope_plugin.splice.check_saes import Saes, as_list
+from gemmascope_plugin.splice.hooked_sae import Saes, as_list
 from gemmascope_plugin.splice.hooked_site import HookedSite
 from gemmascope_plugin.splice.spliced_model import SplicedModel
 

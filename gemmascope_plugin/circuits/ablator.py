@@ -43,7 +43,7 @@ from gemmascope_plugin.graphs.node import Node
 from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.record import write
-from gemmascope_plugin.splice.check_saes import Saes
+from gemmascope_plugin.splice.hooked_sae import Saes
 
 Ablator = Callable[
     [BoundTask, Bool[torch.Tensor, "circuit unit"], Bool[torch.Tensor, " circuit"]],

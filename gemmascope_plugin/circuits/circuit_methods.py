@@ -26,7 +26,7 @@ from gemmascope_plugin.graphs.circuit import Circuit
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.graph_arrays import Labels, Rank
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.splice.check_saes import Saes
+from gemmascope_plugin.splice.hooked_sae import Saes
 
 Scored = Literal["nodes", "edges", "features"]
 """What a method scores; features, with errors and raw components beside them, are nodes too."""

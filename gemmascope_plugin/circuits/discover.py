@@ -39,7 +39,7 @@ from gemmascope_plugin.graphs.node import check_kinds
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.splice.check_saes import Saes, check_saes
+from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
 
 METHODS: tuple[CircuitMethod, ...] = (*NODE_METHODS, *EDGE_METHODS, ACDC, *FEATURE_METHODS)
 """All methods; what is not among these does not exist."""

@@ -38,7 +38,7 @@ from gemmascope_plugin.graphs.circuit import Circuit, check_circuit
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.splice.check_saes import Saes, check_saes
+from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
 
 _N_SIZES, _FEW = 12, 24
 _COMPARED: tuple[Errors, ...] = ("kept", "as-circuit", "ablated")

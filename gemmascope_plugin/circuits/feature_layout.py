@@ -32,7 +32,7 @@ from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.node import FeatureId, Node
 from gemmascope_plugin.models.points import n_heads
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.splice.check_saes import Saes
+from gemmascope_plugin.splice.hooked_sae import Saes
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,7 +38,7 @@ from gemmascope_plugin.graphs.graph_arrays import Rank, check_ranking
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.splice.check_saes import Saes, check_saes
+from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
 
 if TYPE_CHECKING:
     from pandas import DataFrame

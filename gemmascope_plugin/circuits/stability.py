@@ -39,7 +39,7 @@ from gemmascope_plugin.models.check_model import check_model, describe
 from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.splice.check_saes import Saes
+from gemmascope_plugin.splice.hooked_sae import Saes
 
 Directions = dict[str, Float[torch.Tensor, "feature width"]]
 """Unit decoder rows by site."""

@@ -34,7 +34,7 @@ from gemmascope_plugin.models import load_model
 from gemmascope_plugin.models.check_model import describe
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.splice.check_saes import check_sae
+from gemmascope_plugin.splice.hooked_sae import check_sae
 from gemmascope_plugin.types import Backend
 
 MODEL = "gemma-2-tiny"

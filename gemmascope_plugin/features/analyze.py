@@ -31,7 +31,7 @@ from gemmascope_plugin.models.prompts import PromptLike, read_prompts
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.splice import splice
-from gemmascope_plugin.splice.check_saes import Saes, as_list, check_saes
+from gemmascope_plugin.splice.hooked_sae import Saes, as_list, check_saes
 
 Exclude = str | int | Sequence[str | int]
 _PARTS = ("hook_sae_acts_post", "hook_sae_recons", "hook_sae_error")

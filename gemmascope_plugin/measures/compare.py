@@ -38,7 +38,7 @@ from gemmascope_plugin.measures.measure import measure
 from gemmascope_plugin.models.check_model import check_model, describe
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.splice.check_saes import check_saes
+from gemmascope_plugin.splice.hooked_sae import check_saes
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -33,7 +33,7 @@ from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.saes import Coder
 from gemmascope_plugin.splice import HookedSAE
-from gemmascope_plugin.splice.check_saes import check_sae
+from gemmascope_plugin.splice.hooked_sae import check_sae
 from gemmascope_plugin.types import SAE
 
 

@@ -38,7 +38,7 @@ from gemmascope_plugin.models.points import lowest_layer
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.saes import Coder
 from gemmascope_plugin.splice import HookedSAE, splice
-from gemmascope_plugin.splice.check_saes import check_sae
+from gemmascope_plugin.splice.hooked_sae import check_sae
 from gemmascope_plugin.splice.losses import SpliceLoss, mean_losses, putting
 from gemmascope_plugin.types import SAE
 

@@ -5,23 +5,28 @@ that read layer ``i``, the tensor at output ``j`` is written by ``D_j(f_0, ..., 
 each layer are those of the tensor that is there in this very pass, whatever earlier layers made of it,
 so with the error dropped every MLP of the model is replaced at once. Names of sub-hooks start with the
 output hook of the layer that the features read.
+
+The gate for dictionaries stands at the end: what may stand where SAEs do, and what to type where
+something else does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 
 import gemmascope_plugin.saes as saes
-from gemmascope_plugin.errors import MissingHookError, ModelError
+from gemmascope_plugin.catalog import SaeSpec
+from gemmascope_plugin.errors import InputError, MissingHookError, ModelError, UnknownNameError
+from gemmascope_plugin.models.check_model import describe, is_model, with_call
 from gemmascope_plugin.models.finite import check_weights
-from gemmascope_plugin.saes import Coder, Weights
+from gemmascope_plugin.saes import Coder
 from gemmascope_plugin.saes.coder import cross_layer_of
-from gemmascope_plugin.saes.cross_layer import CrossLayerDictionary
 from gemmascope_plugin.splice.edit import Edit
-from gemmascope_plugin.splice.hooked_site import HookedSite
+from gemmascope_plugin.splice.hooked_site import HookedLayer, HookedSite
 from gemmascope_plugin.splice.window import Positions, Window
 from gemmascope_plugin.types import SAE, ErrorMode
 
@@ -177,69 +182,18 @@ def _site(sae: SAE) -> tuple[str, str]:
     return hook_in, hook_out or hook_in
 
 
-class HookedLayer(HookedSite):
-    """One layer of a cross-layer dictionary; its weights are opened when they are first needed.
-
-    ``position`` is an index into ``dictionary.cfg.layers``.
-    """
-
-    def __init__(
-        self,
-        dictionary: CrossLayerDictionary,
-        position: int,
-        *,
-        error: ErrorMode,
-        exclude: str | int | Sequence[str | int],
-        positions: Positions,
-    ) -> None:
-        cfg = dictionary.cfg
-        super().__init__(
-            cfg.hooks_in[position],
-            cfg.hooks_out[position],
-            error=error,
-            exclude=exclude,
-            positions=positions,
-        )
-        self.dictionary = dictionary
-        self.position = position
-        self.layer = cfg.layers[position]
-
-    @property
-    def weights(self) -> Weights:
-        """Encoder, bias and skip of this layer."""
-        return saes.layer_weights(self.dictionary, self.position)
-
-    @property
-    def d_sae(self) -> int:
-        """Number of features that read this layer."""
-        return self.dictionary.cfg.d_sae[self.position]
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        """``d_in`` and ``d_out``."""
-        cfg = self.dictionary.cfg
-        return cfg.d_in, cfg.d_out
-
-    @property
-    def model_name(self) -> str:
-        """The model that the dictionary says it belongs to."""
-        return self.dictionary.cfg.metadata.get("model_name") or "no model name"
-
-    def decoder_from(self, position: int) -> Float[torch.Tensor, "d_sae d_out"]:
-        """``W_dec_position[:, this layer]``, a view of the file."""
-        return self.dictionary.weights(position).W_dec[:, self.position]
-
-
 class HookedCrossLayer(torch.nn.Module):
     """Gives a crosscoder or cross-layer transcoder its hook points and runs it at its sites.
 
     Args:
-        sae: ``CrossCoder`` or ``CrossLayerTranscoder``.
+        sae: ``CrossCoder`` or ``CrossLayerTranscoder`` as files give them, or ``CrossCoderSAE`` or
+            ``CLTSAE`` as training does.
         error: What becomes of the reconstruction error at every output, see ``hooked_site.py``.
         exclude: Special tokens by name or id that are left alone.
         positions: Positions where the dictionary works; None for all.
 
     Raises:
+        ModelError: The dictionary has one site.
         UnknownNameError: An unknown error mode.
 
     Example:
@@ -250,7 +204,7 @@ class HookedCrossLayer(torch.nn.Module):
         ...     rows=8,
         ... )
         >>> sae = gs.train(suite.model, spec, tokens, progress=False)
-        >>> with gs.splice(suite.model, gs.HookedCrossLayer(sae.dictionary(), error="drop")) as spliced:
+        >>> with gs.splice(suite.model, gs.HookedCrossLayer(sae, error="drop")) as spliced:
         ...     logits = spliced("today the keys near the cabinet")
         >>> logits.shape
         torch.Size([1, 7, 462])
@@ -258,25 +212,33 @@ class HookedCrossLayer(torch.nn.Module):
 
     def __init__(
         self,
-        sae: CrossLayerDictionary,
+        sae: SAE,
         *,
         error: ErrorMode = "keep",
         exclude: str | int | Sequence[str | int] = ("bos", "eos", "pad"),
         positions: Positions = None,
     ) -> None:
         super().__init__()
-        self.sae = sae
+        dictionary = cross_layer_of(sae)
+        if dictionary is None:
+            raise ModelError(
+                f"A {sae.cfg.architecture()} has one site, a HookedCrossLayer has many",
+                fix="splice(model, sae), or HookedSAE(sae)",
+            )
+        self.sae = dictionary
+        self.source = sae
+        """What was given, of which ``sae`` holds views."""
         self.error: ErrorMode = error
         self.sites: tuple[HookedSite, ...] = tuple(
-            HookedLayer(sae, position, error=error, exclude=exclude, positions=positions)
-            for position in range(sae.cfg.n_layers)
+            HookedLayer(dictionary, position, error=error, exclude=exclude, positions=positions)
+            for position in range(dictionary.cfg.n_layers)
         )
 
     def with_error(self, error: ErrorMode) -> HookedCrossLayer:
         """The same dictionary and choice of tokens with another error mode."""
         first = self.sites[0]
         return HookedCrossLayer(
-            self.sae, error=error, exclude=first.exclude, positions=first.positions
+            self.source, error=error, exclude=first.exclude, positions=first.positions
         )
 
     def __repr__(self) -> str:
@@ -285,3 +247,83 @@ class HookedCrossLayer(torch.nn.Module):
             f"HookedCrossLayer({cfg.kind} of layers {list(cfg.layers)}, d_in={cfg.d_in}, "
             f"d_sae={sum(cfg.d_sae)}, error={self.error!r}, exclude={first.exclude})"
         )
+
+
+Hooked = HookedSAE | HookedCrossLayer
+Saes = SAE | Hooked | Iterable[Any] | Mapping[Any, Any] | None
+"""One dictionary, hooked or not, a sequence of them, or a mapping whose values they are."""
+
+
+def check_saes(saes: Saes, call: str = "") -> None:
+    """Refuses what is not one dictionary or several; None passes, where they may be left out."""
+    if saes is None or hasattr(saes, "specs") and isinstance(saes, Mapping):
+        return  # a suite opens its dictionaries when they are asked for
+    for sae in as_list(saes, call):
+        check_sae(sae, call)
+
+
+def check_sae(sae: object, call: str = "") -> None:
+    """Refuses what is not one dictionary, with what to type."""
+    if isinstance(sae, HookedSite) or _is_dictionary(sae):
+        return
+    if isinstance(sae, (list, tuple)) and len(sae) and all(map(_is_dictionary, sae)):
+        raise InputError(
+            f"One dictionary is meant here, {len(sae)} were given",
+            fix=f"{call} once for each" if call else "one call for each",
+        )
+    raise _no_dictionary(sae, call)
+
+
+def as_list(saes: Saes, call: str = "") -> list[Any]:
+    """One dictionary, a sequence or a mapping as a list, which is not empty."""
+    if isinstance(saes, torch.nn.Module):
+        return [saes]
+    if isinstance(saes, (str, bytes)) or not isinstance(saes, Iterable):
+        raise _no_dictionary(saes, call)
+    listed = list(saes.values()) if isinstance(saes, Mapping) else list(saes)
+    if not listed:
+        fix = with_call("gemmascope_plugin.load(spec) for one", call)
+        raise UnknownNameError("No dictionary was given", fix=fix)
+    return listed
+
+
+def _is_dictionary(sae: object) -> bool:
+    if not isinstance(sae, torch.nn.Module) or is_model(sae):
+        return False
+    if isinstance(sae, HookedSite) or cross_layer_of(sae) is not None or hasattr(sae, "sites"):
+        return True
+    # of which architectures something can be made is said where it is made
+    return hasattr(sae, "W_dec") or hasattr(getattr(sae, "cfg", None), "architecture")
+
+
+def _no_dictionary(value: object, call: str) -> InputError:
+    order = f"{call}: the model first, then dictionaries" if call else "a loaded dictionary"
+    if isinstance(value, SaeSpec):
+        fix = "gemmascope_plugin.load(spec), or load_suite(specs) for several"
+    elif isinstance(value, (list, tuple)) and value and isinstance(value[0], (SaeSpec, str)):
+        fix = "[gemmascope_plugin.load(spec) for spec in specs], or load_suite(specs)"
+    elif isinstance(value, str):
+        fix = f"gemmascope_plugin.load((release, sae_id)) for a dictionary; {order}"
+    elif is_model(value):
+        return InputError(
+            "The model stands where a dictionary belongs",
+            fix=order if call else "the model first, then dictionaries",
+        )
+    else:
+        fix = f"gemmascope_plugin.load(spec); {order}"
+    return InputError(f"{describe(value)} is not a loaded dictionary", fix=fix)
+
+
+def as_hooked(
+    sae: SAE | Hooked,
+    error: ErrorMode,
+    exclude: str | int | Sequence[str | int],
+    positions: Positions,
+) -> Hooked:
+    """The dictionary with hook points; what has them keeps its own options."""
+    if isinstance(sae, Hooked):
+        return sae
+    check_sae(sae)
+    if cross_layer_of(sae) is not None:
+        return HookedCrossLayer(sae, error=error, exclude=exclude, positions=positions)
+    return HookedSAE(sae, error=error, exclude=exclude, positions=positions)

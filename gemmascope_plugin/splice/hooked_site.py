@@ -23,17 +23,22 @@ error. With the error dropped one encode and one sparse decode.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import get_args
 
 import torch
 from jaxtyping import Float
+from transformer_lens.hook_points import HookPoint
 
+import gemmascope_plugin.saes as saes
 from gemmascope_plugin.errors import WidthMismatchError, check_choice
-from gemmascope_plugin.models import flatten_heads, restore_heads
+from gemmascope_plugin.models import flatten_heads, hook_point, restore_heads, special_ids
 from gemmascope_plugin.models.finite import check_finite, is_finite
-from gemmascope_plugin.saes import Bf16Prefilter, Coder
+from gemmascope_plugin.models.points import reading, width_at
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.saes import Bf16Prefilter, Coder, Weights
+from gemmascope_plugin.saes.cross_layer import CrossLayerDictionary
 from gemmascope_plugin.splice.edit import Edit
 from gemmascope_plugin.splice.pass_features import PassFeatures, SubHooks, leaf
 from gemmascope_plugin.splice.window import Positions, Window
@@ -110,6 +115,22 @@ class HookedSite(torch.nn.Module, ABC):
     def is_transcoder(self) -> bool:
         """Whether input and output are different tensors."""
         return self.hook_in != self.hook_out
+
+    @property
+    def layer(self) -> int | None:
+        """The layer whose tensor the features read; None outside the blocks."""
+        parts = self.hook_in.split(".")
+        return int(parts[1]) if parts[0] == "blocks" else None
+
+    def check(self, model: HookedModel, points: Mapping[str, HookPoint]) -> None:
+        """Refuses a model that this does not fit; ``points`` are the model's, by name."""
+        special_ids(model, self.exclude)
+        hook_point(model, self.hook_out, points)
+        reading(model, self.hook_in, points)
+        for name, width in zip((self.hook_in, self.hook_out), self.widths, strict=True):
+            width_here = width_at(model, name)
+            if width_here is not None and width_here != width:
+                raise self._other_width(name, width, width_here)
 
     def idle(self, edits: Sequence[Edit]) -> bool:
         """Whether the tensor flows on unchanged, so that nothing needs computing."""
@@ -211,11 +232,66 @@ class HookedSite(torch.nn.Module, ABC):
 
     def _check_width(self, x: torch.Tensor, hook: str, width: int) -> None:
         if x.shape[-1] != width:
-            raise WidthMismatchError(
-                f"The dictionary for {self.hook_out} has width {width}, "
-                f"the model's {hook} has {x.shape[-1]}",
-                fix=f"a dictionary of this model; this one says {self.model_name}",
-            )
+            raise self._other_width(hook, width, x.shape[-1])
+
+    def _other_width(self, hook: str, width: int, width_here: int) -> WidthMismatchError:
+        return WidthMismatchError(
+            f"The dictionary for {self.hook_out} has width {width}, "
+            f"the model's {hook} has {width_here}",
+            fix=f"a dictionary of this model; this one says {self.model_name}",
+        )
+
+
+class HookedLayer(HookedSite):
+    """One layer of a cross-layer dictionary; its weights are opened when they are first needed.
+
+    ``position`` is an index into ``dictionary.cfg.layers``.
+    """
+
+    def __init__(
+        self,
+        dictionary: CrossLayerDictionary,
+        position: int,
+        *,
+        error: ErrorMode,
+        exclude: str | int | Sequence[str | int],
+        positions: Positions,
+    ) -> None:
+        cfg = dictionary.cfg
+        super().__init__(
+            cfg.hooks_in[position],
+            cfg.hooks_out[position],
+            error=error,
+            exclude=exclude,
+            positions=positions,
+        )
+        self.dictionary = dictionary
+        self.position = position
+
+    @property
+    def weights(self) -> Weights:
+        """Encoder, bias and skip of this layer."""
+        return saes.layer_weights(self.dictionary, self.position)
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features that read this layer."""
+        return self.dictionary.cfg.d_sae[self.position]
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """``d_in`` and ``d_out``."""
+        cfg = self.dictionary.cfg
+        return cfg.d_in, cfg.d_out
+
+    @property
+    def model_name(self) -> str:
+        """The model that the dictionary says it belongs to."""
+        return self.dictionary.cfg.metadata.get("model_name") or "no model name"
+
+    def decoder_from(self, position: int) -> Float[torch.Tensor, "d_sae d_out"]:
+        """``W_dec_position[:, this layer]``, a view of the file."""
+        return self.dictionary.weights(position).W_dec[:, self.position]
 
 
 def _carry(base: torch.Tensor, features: PassFeatures, sources: Sources) -> torch.Tensor:

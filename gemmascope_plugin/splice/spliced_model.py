@@ -31,9 +31,9 @@ from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.record import keep
 from gemmascope_plugin.models.stops import Words, stop_ids
 from gemmascope_plugin.models.threads import threads_for_tokens
-from gemmascope_plugin.splice.dictionary_hooks import refuse_empty
 from gemmascope_plugin.splice.hooked_sae import HookedCrossLayer, HookedSAE
 from gemmascope_plugin.splice.hooked_site import HookedSite
+from gemmascope_plugin.splice.window import refuse_empty
 from gemmascope_plugin.types import Hooks
 
 _CONTINUES = {"past_kv_cache", "past_key_values", "start_at_layer"}

@@ -1,49 +1,56 @@
 """Puts dictionaries into a TransformerLens model for the length of a ``with`` block.
 
 1. Everything is checked before anything is touched: hooks, widths, edits.
-2. Each site gets one forward hook at its output point and, if its input is another tensor, one at its
-   input point (``dictionary_hooks.py``); where the model class has no hook with that tensor,
-   at the one before the norm's gain, which is then applied (``models/points.py``). Several
-   dictionaries at one point run in the given order, nested blocks from the outer to the inner one.
-3. At exit every hook is removed, exceptions included. A site whose hook never fired although the model
+2. Each site gets one plain forward hook at its output point and, if its input is another tensor, one at
+   its input point; where the model class has no hook with that tensor, at the one before the norm's
+   gain, which is then applied (``models/points.py``). No module is replaced, so other hooks at the same
+   points keep working. Several dictionaries at one point run in the given order, nested blocks from the
+   outer to the inner one.
+3. Before a point fires, a second hook moves ours behind all others. What users read or change under the
+   model's own name is therefore the original activation, and the dictionary works on what they leave.
+   The same hook notices when somebody has removed ours (``reset_hooks(including_permanent=True)``).
+4. At exit every hook is removed, exceptions included. A site whose hook never fired although the model
    ran is an error.
 
-Cost: that of :class:`HookedSAE` per site and pass.
+Cost: that of :class:`HookedSAE` per site and pass, and a microsecond or two per hook.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import torch
 from transformer_lens.hook_points import HookPoint
 
 from gemmascope_plugin.errors import (
     HookNotFiredError,
     InputError,
     UnknownNameError,
-    WidthMismatchError,
     shorten,
 )
-from gemmascope_plugin.models import hook_point, special_ids
 from gemmascope_plugin.models.check_model import check_model, describe
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.hooks import claim, refuse_compiled, refuse_unseen
+from gemmascope_plugin.models.hooks import claim, refuse_compiled, refuse_compiling, refuse_unseen
 from gemmascope_plugin.models.passes import PassWatch
-from gemmascope_plugin.models.points import hook_points, reading, width_at
+from gemmascope_plugin.models.points import hook_points, reading
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.saes.coder import cross_layer_of
-from gemmascope_plugin.splice.check_saes import Saes, as_list, check_sae, check_saes
-from gemmascope_plugin.splice.dictionary_hooks import DictionaryHooks, TokenMask
 from gemmascope_plugin.splice.edit import Edit
-from gemmascope_plugin.splice.hooked_sae import HookedCrossLayer, HookedSAE
+from gemmascope_plugin.splice.hooked_sae import (
+    Hooked,
+    HookedCrossLayer,
+    Saes,
+    as_hooked,
+    as_list,
+    check_saes,
+)
 from gemmascope_plugin.splice.hooked_site import HookedSite
+from gemmascope_plugin.splice.pass_features import PassFeatures
 from gemmascope_plugin.splice.spliced_model import SplicedModel
-from gemmascope_plugin.splice.window import Positions
-from gemmascope_plugin.types import SAE, ErrorMode
-
-Hooked = HookedSAE | HookedCrossLayer
+from gemmascope_plugin.splice.window import Positions, TokenMask
+from gemmascope_plugin.types import ErrorMode, HookFn
 
 
 @gate(model=check_model, saes=check_saes)
@@ -91,7 +98,7 @@ def splice(
     refuse_compiled(model)
     hooked: list[Hooked] = []
     for sae in as_list(saes):
-        dictionary = _as_hooked(sae, error, exclude, positions)
+        dictionary = as_hooked(sae, error, exclude, positions)
         # the same object once more gets hook points of its own
         is_new = dictionary not in hooked
         hooked.append(dictionary if is_new else dictionary.with_error(dictionary.error))
@@ -100,10 +107,10 @@ def splice(
         at = ", ".join(dict.fromkeys(site.hook_out for site in sites))
         stack.enter_context(claim(model, f"a splice of dictionaries at {at}"))
         _name_apart(stack, sites)
-        by_site = _assign(hooked, _as_edits(edits))
+        by_site = _edits_by_site(hooked, _as_edits(edits))
         points = hook_points(model)
         for site in sites:
-            check_site(model, site, points)
+            site.check(model, points)
         watch = PassWatch(model)
         watch.attach()
         stack.callback(watch.detach)
@@ -134,18 +141,46 @@ def _as_edits(edits: Sequence[Edit] | Edit) -> list[Edit]:
     return listed
 
 
-def _as_hooked(
-    sae: SAE | Hooked,
-    error: ErrorMode,
-    exclude: str | int | Sequence[str | int],
-    positions: Positions,
-) -> Hooked:
-    if isinstance(sae, Hooked):
-        return sae
-    check_sae(sae)
-    if (layers := cross_layer_of(sae)) is not None:
-        return HookedCrossLayer(layers, error=error, exclude=exclude, positions=positions)
-    return HookedSAE(sae, error=error, exclude=exclude, positions=positions)
+def _edits_by_site(hooked: Sequence[Hooked], edits: Sequence[Edit]) -> dict[HookedSite, list[Edit]]:
+    """The edits of each site, bound to it, in the order in which they apply."""
+    pairs = [(dictionary, site) for dictionary in hooked for site in dictionary.sites]
+    by_site: dict[HookedSite, list[Edit]] = {site: [] for _, site in pairs}
+    for edit in edits:
+        named = [site for dictionary, site in pairs if _is_named(edit, dictionary, site)]
+        fits = [site for site in named if edit.layer in (None, site.layer)]
+        if len(fits) != 1:
+            raise _unclear(edit, named, len(fits), list(by_site))
+        site = fits[0]
+        by_site[site].append(edit.bind(f"{site.name}.hook_sae_acts_post", site.d_sae))
+    return by_site
+
+
+def _is_named(edit: Edit, dictionary: Hooked, site: HookedSite) -> bool:
+    if isinstance(edit.sae, str):
+        return edit.sae in (site.name, site.hook_out)
+    source = dictionary.source if isinstance(dictionary, HookedCrossLayer) else dictionary.sae
+    return any(edit.sae is sae for sae in (None, dictionary, dictionary.sae, source))
+
+
+def _unclear(
+    edit: Edit, named: list[HookedSite], fits: int, sites: list[HookedSite]
+) -> UnknownNameError:
+    kind = type(edit).__name__
+    if edit.sae is not None and named:
+        layers = sorted({str(site.layer) for site in named})
+        return UnknownNameError(
+            f"{kind}(layer={edit.layer}) fits {fits} layers of the dictionary",
+            exists=f"layers {', '.join(layers)}",
+            fix=f"{kind}(..., layer={layers[0]})",
+        )
+    is_word = edit.sae is None or isinstance(edit.sae, str)
+    name = repr(edit.sae) if is_word else type(edit.sae).__name__
+    layer = "" if edit.layer is None else f", layer={edit.layer}"
+    return UnknownNameError(
+        f"{kind}(sae={name}{layer}) fits {fits} of the spliced dictionaries",
+        exists=shorten(repr(site.name) for site in sites),
+        fix="sae=<the object that you spliced>, or the name; layer=<layer> for one of several layers",
+    )
 
 
 def _name_apart(stack: ExitStack, sites: Sequence[HookedSite]) -> None:
@@ -157,21 +192,6 @@ def _name_apart(stack: ExitStack, sites: Sequence[HookedSite]) -> None:
         number = f"[{counts[site.hook_out]}]" if site.hook_out in shared else ""
         site.name = site.hook_out + number
         counts[site.hook_out] += 1
-
-
-def check_site(model: HookedModel, site: HookedSite, points: Mapping[str, HookPoint]) -> None:
-    """Refuses a dictionary that does not fit the model; ``points`` are the model's, by name."""
-    special_ids(model, site.exclude)
-    hook_point(model, site.hook_out, points)
-    reading(model, site.hook_in, points)
-    for name, width in zip((site.hook_in, site.hook_out), site.widths, strict=True):
-        width_here = width_at(model, name)
-        if width_here is not None and width_here != width:
-            raise WidthMismatchError(
-                f"The dictionary for {site.hook_out} has width {width}, the model's {name} has "
-                f"{width_here}",
-                fix=f"a dictionary of this model; this one says {site.model_name}",
-            )
 
 
 def _refuse_silent(hooks: Sequence[DictionaryHooks]) -> None:
@@ -188,50 +208,103 @@ def _refuse_silent(hooks: Sequence[DictionaryHooks]) -> None:
         )
 
 
-def _assign(hooked: Sequence[Hooked], edits: Sequence[Edit]) -> dict[HookedSite, list[Edit]]:
-    """The edits of each site, bound to it, in the order in which they apply."""
-    pairs = [(dictionary, site) for dictionary in hooked for site in dictionary.sites]
-    by_site: dict[HookedSite, list[Edit]] = {site: [] for _, site in pairs}
-    for edit in edits:
-        named = [site for dictionary, site in pairs if _is_named(edit, dictionary, site)]
-        fits = [site for site in named if edit.layer in (None, _layer(site))]
-        if len(fits) != 1:
-            raise _unclear(edit, named, len(fits), list(by_site))
-        site = fits[0]
-        by_site[site].append(edit.bind(f"{site.name}.hook_sae_acts_post", site.d_sae))
-    return by_site
+class DictionaryHooks:
+    """The sites of one dictionary, in the order in which a pass reaches them; edits are bound."""
+
+    def __init__(
+        self, sites: Sequence[HookedSite], edits: Sequence[Sequence[Edit]], mask: TokenMask
+    ) -> None:
+        self.sites = sites
+        self.fired = [0] * len(sites)
+        """How often each site was reached."""
+        self._edits = edits
+        self._mask = mask
+        self._serial = -1
+        self._input: torch.Tensor | None = None
+        self._features: list[PassFeatures] = []
+
+    def attach(self, stack: ExitStack, model: HookedModel, points: Mapping[str, HookPoint]) -> None:
+        """Adds the hooks; the stack removes them."""
+        for index, site in enumerate(self.sites):
+            if site.is_transcoder:
+                read = reading(model, site.hook_in, points)
+                add_last(stack, points[read.hook], self._capture(read))
+            add_last(stack, points[site.hook_out], self._replace(index))
+        stack.callback(self._forget)
+
+    def _capture(self, read: Callable[[torch.Tensor], torch.Tensor]) -> HookFn:
+        def hook_fn(x: torch.Tensor, hook: object) -> None:
+            self._begin_pass()
+            self._input = read(x)
+
+        return hook_fn
+
+    def _replace(self, index: int) -> HookFn:
+        def hook_fn(y: torch.Tensor, hook: object) -> torch.Tensor | None:
+            refuse_compiling()
+            self._begin_pass()
+            self.fired[index] += 1
+            x, self._input = (self._input if self.sites[index].is_transcoder else y), None
+            if x is None:
+                site = self.sites[index]
+                raise HookNotFiredError(
+                    f"The transcoder's input {site.hook_in} did not fire before {site.hook_out}"
+                )
+            # with nothing to compute not even the tokens need to be known
+            idle = all(map(HookedSite.idle, self.sites, self._edits))
+            return None if idle else self._run(index, x, y)
+
+        return hook_fn
+
+    def _begin_pass(self) -> None:
+        """Forgets what a pass left behind that stopped half-way."""
+        if self._serial != self._mask.serial:
+            self._forget()
+            self._serial = self._mask.serial
+
+    def _run(self, index: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        site = self.sites[index]
+        if index == 0:
+            self._features.clear()
+        if len(self._features) != index:
+            raise HookNotFiredError(
+                f"The pass reached {site.hook_out} without {self.sites[0].hook_out}, whose features "
+                "write there too",
+                fix="run from the tokens instead of start_at_layer",
+            )
+        features = site.read(x, self._mask.window(site, y), self._edits[index])
+        earlier = tuple(self._features)
+        self._features.append(features)
+        out = site.write(y, features, earlier)
+        if index == len(self.sites) - 1:
+            self._forget()
+        return out
+
+    def _forget(self) -> None:
+        self._features.clear()
+        self._input = None
 
 
-def _is_named(edit: Edit, dictionary: Hooked, site: HookedSite) -> bool:
-    if isinstance(edit.sae, str):
-        return edit.sae in (site.name, site.hook_out)
-    return edit.sae is None or edit.sae is dictionary or edit.sae is dictionary.sae
+def add_last(stack: ExitStack, point: HookPoint, fn: HookFn) -> None:
+    """Adds a forward hook that runs after all others at its point; the stack removes it."""
+    # permanent, so that reset_hooks() and run_with_hooks() inside the block leave it in place
+    point.add_hook(fn, is_permanent=True)
+    handle = point.fwd_hooks[-1]
 
+    def to_the_end(module: torch.nn.Module, args: object) -> None:
+        hooks: Any = module._forward_hooks
+        if handle.hook.id not in hooks:
+            raise HookNotFiredError(
+                f"The dictionary's hook at {point.name} was removed inside the splice block",
+                fix="reset_hooks() without including_permanent=True",
+            )
+        hooks.move_to_end(handle.hook.id)
 
-def _layer(site: HookedSite) -> int | None:
-    """The layer whose tensor the features read; None outside the blocks."""
-    parts = site.hook_in.split(".")
-    return int(parts[1]) if parts[0] == "blocks" else None
+    order = point.register_forward_pre_hook(to_the_end)
 
+    def remove() -> None:
+        order.remove()
+        handle.hook.remove()
+        point.fwd_hooks = [h for h in point.fwd_hooks if h is not handle]
 
-def _unclear(
-    edit: Edit, named: list[HookedSite], fits: int, sites: list[HookedSite]
-) -> UnknownNameError:
-    kind = type(edit).__name__
-    layers = sorted({str(_layer(site)) for site in named})
-    if edit.sae is not None and named:
-        return UnknownNameError(
-            f"{kind}(layer={edit.layer}) fits {fits} layers of the dictionary",
-            exists=f"layers {', '.join(layers)}",
-            fix=f"{kind}(..., layer={layers[0]})",
-        )
-    layer = "" if edit.layer is None else f", layer={edit.layer}"
-    return UnknownNameError(
-        f"{kind}(sae={_name(edit.sae)}{layer}) fits {fits} of the spliced dictionaries",
-        exists=shorten(repr(site.name) for site in sites),
-        fix="sae=<the object that you spliced>, or the name; layer=<layer> for one of several layers",
-    )
-
-
-def _name(sae: object) -> str:
-    return repr(sae) if sae is None or isinstance(sae, str) else type(sae).__name__
+    stack.callback(remove)

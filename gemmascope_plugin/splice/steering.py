@@ -36,8 +36,7 @@ from gemmascope_plugin.models.prompts import PromptLike, check_room, read_prompt
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.stops import Words, stop_ids
 from gemmascope_plugin.models.tokens import answer_ids
-from gemmascope_plugin.splice.check_saes import Saes, as_list, check_saes
-from gemmascope_plugin.splice.hooked_sae import HookedSAE
+from gemmascope_plugin.splice.hooked_sae import HookedSAE, Saes, as_list, check_saes
 from gemmascope_plugin.splice.sampling import Sampling, SteeringError
 from gemmascope_plugin.splice.spliced_model import SplicedModel
 from gemmascope_plugin.splice.splicing import splice

@@ -38,7 +38,6 @@ from gemmascope_plugin.models.prompts import PromptLike, documents
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.record import record
 from gemmascope_plugin.models.tokens import kept_positions
-from gemmascope_plugin.splice.check_saes import check_sae
 from gemmascope_plugin.splice.diagnose import (
     Declared,
     explain,
@@ -48,7 +47,7 @@ from gemmascope_plugin.splice.diagnose import (
     with_special,
 )
 from gemmascope_plugin.splice.fit import Batches, Candidate, Fit, measure
-from gemmascope_plugin.splice.hooked_sae import HookedSAE
+from gemmascope_plugin.splice.hooked_sae import HookedSAE, check_sae
 from gemmascope_plugin.splice.losses import SpliceLoss, losses_of
 from gemmascope_plugin.types import SAE
 

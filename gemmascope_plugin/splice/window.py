@@ -6,19 +6,28 @@ one token. Negative positions and the ends of slices count from the end of the p
 * ``4``, ``-1`` (the prompt's last token), ``[2, -3]``;
 * ``slice(3, None)`` reaches into what is generated, ``slice(1, -1)`` does not;
 * a boolean mask ``[pos]`` or ``[batch, pos]`` over the prompt; what is generated is outside it.
+
+Which tokens of a pass a site works on follows from hooks before the model, its embedding and its first
+block (``models/passes.py``), whatever way the model was called: directly, with a cache, with hooks, or
+token by token during generation. Left alone are special tokens, padding by the caller's attention mask,
+and everything outside the dictionary's own positions. Sites with the same choice share one mask per pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 
-from gemmascope_plugin.errors import EmptySelectionError
+from gemmascope_plugin.errors import EmptySelectionError, HookNotFiredError
 from gemmascope_plugin.indices import as_indices
+from gemmascope_plugin.models.passes import Pass, PassWatch
+from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.tokens import kept_positions, special_ids
 
 Positions = int | slice | Sequence[int] | torch.Tensor | None
 Rows = int | slice | Sequence[int] | None
@@ -183,3 +192,92 @@ def _rows(rows: Rows, n_batch: int) -> torch.Tensor:
     if not chosen.any():
         raise EmptySelectionError(f"rows={rows} selects nothing", exists=f"{n_batch} rows")
     return chosen
+
+
+@runtime_checkable
+class TokenChoice(Protocol):
+    """What a site of a dictionary says of the tokens that it works on."""
+
+    hook_out: str
+    exclude: tuple[str | int, ...]
+    positions: Positions
+
+
+class TokenMask:
+    """The tokens of the running forward pass, by site."""
+
+    def __init__(self, model: HookedModel, watch: PassWatch) -> None:
+        self._model = model
+        self._watch = watch
+        self._serial = -1
+        self._windows: dict[object, Window] = {}
+
+    @property
+    def serial(self) -> int:
+        """Changes with every pass."""
+        return self._watch.serial
+
+    def window(self, site: TokenChoice, activation: torch.Tensor) -> Window:
+        """The tokens that the site works on in this pass."""
+        run = self._watch.current(site, activation.shape[:2])
+        if self._serial != self._watch.serial:
+            self._serial = self._watch.serial
+            self._windows.clear()
+        if run.tokens is None and site.exclude:
+            raise HookNotFiredError(
+                f"The tokens at {site.hook_out} are not known: the embedding did not run",
+                fix="run from the tokens instead of start_at_layer, or splice with exclude=()",
+            )
+        key = (site.exclude, id(site.positions), activation.shape[:2], run.tokens is None)
+        if key not in self._windows:
+            self._windows[key] = self._window(site, run, activation)
+        window = self._windows[key]
+        return window.narrowed(window.keep.to(activation.device))
+
+    def _window(self, site: TokenChoice, run: Pass, activation: torch.Tensor) -> Window:
+        keep = torch.ones(activation.shape[:2], dtype=torch.bool, device=activation.device)
+        if run.tokens is not None and site.exclude:
+            ids = special_ids(self._model, site.exclude)
+            keep = kept_positions(run.tokens, ids).to(keep.device)
+        if run.attention is not None:
+            keep = keep & run.attention.to(keep.device)
+        # A pass of one token belongs to a generation, as a rule, and that token may be special.
+        if keep.shape[1] > 1 and not keep.any(-1).all():
+            raise _empty(site)
+        batch = (run.rows, run.n_rows)
+        ends = _ends(run, keep.shape[1])
+        window = Window(keep, run.start, run.prompt, run.horizon, ends, *batch, run.grown)
+        if site.positions is None:
+            return window
+        inside = window.narrowed(keep & window.select(site.positions))
+        if run.start == 0 and inside.stop == run.horizon and not inside.keep.any():
+            raise EmptySelectionError(
+                f"positions={site.positions} of the dictionary at {site.hook_out} are excluded tokens",
+                exists=f"exclude={site.exclude}",
+                fix="other positions, or exclude=()",
+            )
+        return inside
+
+
+def _ends(run: Pass, n_pos: int) -> Int[torch.Tensor, " batch"] | None:
+    """Where the prompts end that are padded behind their ends; None where all end together."""
+    if run.attention is None or run.start > 0 or run.rows is not None:
+        return None
+    ends = n_pos - run.attention.int().flip(1).argmax(1)
+    return None if bool((ends == n_pos).all()) else ends
+
+
+def refuse_empty(
+    model: HookedModel, site: TokenChoice, tokens: Int[torch.Tensor, "batch pos"]
+) -> None:
+    """Refuses prompts in which ``site`` would do nothing at all."""
+    if not kept_positions(tokens, special_ids(model, site.exclude)).any(-1).all():
+        raise _empty(site)
+
+
+def _empty(site: TokenChoice) -> EmptySelectionError:
+    return EmptySelectionError(
+        "The prompt has only excluded tokens",
+        exists=f"exclude={site.exclude}",
+        fix="a prompt with at least one word, or exclude=()",
+    )

@@ -45,7 +45,7 @@ from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.points import reading
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.record import keep, write
-from gemmascope_plugin.splice.check_saes import Saes, check_saes
+from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
 from gemmascope_plugin.tracing.changed_run import Hooks, hook_of
 from gemmascope_plugin.tracing.linear.trace_nodes import Layout
 from gemmascope_plugin.tracing.traced_prompt import TracedPrompt

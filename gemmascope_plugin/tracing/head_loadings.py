@@ -28,7 +28,7 @@ from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.prompts import PromptLike
 from gemmascope_plugin.models.protocol import HookedModel, dtype_of
 from gemmascope_plugin.models.tokens import token_strings
-from gemmascope_plugin.splice.check_saes import Saes, check_saes
+from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
 from gemmascope_plugin.tracing.linear.head_shares import loadings
 from gemmascope_plugin.tracing.linear.targets import Target

@@ -31,7 +31,7 @@ from gemmascope_plugin.models.prompts import PromptLike
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.record import record
 from gemmascope_plugin.models.tokens import token_strings
-from gemmascope_plugin.splice.check_saes import Saes, check_saes
+from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
 from gemmascope_plugin.tracing.linear.head_queries import Score, Side, ranked_pairs
 from gemmascope_plugin.tracing.linear.trace_site import Exclude
 from gemmascope_plugin.tracing.traced_prompt import TracedPrompt

@@ -37,7 +37,7 @@ from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.graph_arrays import check_graph
 from gemmascope_plugin.graphs.supernode_groups import Supernodes
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.splice.check_saes import Saes, as_list, check_saes
+from gemmascope_plugin.splice.hooked_sae import Saes, as_list, check_saes
 from gemmascope_plugin.tracing.linear.trace_site import hooked_of
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from gemmascope_plugin.graphs.frames import SHOWN
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.splice.check_saes import Saes
+from gemmascope_plugin.splice.hooked_sae import Saes
 from gemmascope_plugin.tracing.linear.trace_site import TraceSite, trace_sites
 
 if TYPE_CHECKING:

@@ -45,7 +45,7 @@ from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.prompts import PromptLike
 from gemmascope_plugin.models.protocol import HookedModel, dtype_of, weights_of
 from gemmascope_plugin.models.tokens import token_strings
-from gemmascope_plugin.splice.check_saes import Saes, check_saes
+from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
 from gemmascope_plugin.tracing.linear.rows import matrix
 from gemmascope_plugin.tracing.linear.targets import FeatureTarget, Target
 from gemmascope_plugin.tracing.linear.trace_nodes import dictionary_name

@@ -24,7 +24,7 @@ from gemmascope_plugin.models.points import hook_points, reading
 from gemmascope_plugin.models.prompts import PromptLike
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.sizes import parse_size
-from gemmascope_plugin.splice.check_saes import Saes
+from gemmascope_plugin.splice.hooked_sae import Saes
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
 from gemmascope_plugin.tracing.linear.pullback import Entry
 from gemmascope_plugin.tracing.linear.sweep import Sweep

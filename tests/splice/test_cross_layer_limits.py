@@ -13,11 +13,12 @@ from gemmascope_plugin.errors import (
     FeatureIndexError,
     HookNotFiredError,
     MissingHookError,
+    ModelError,
     UnknownNameError,
     WidthMismatchError,
 )
 from gemmascope_plugin.models import gradients
-from gemmascope_plugin.saes import CrossLayerTranscoder
+from gemmascope_plugin.saes import CrossCoderSAE, CrossCoderSAEConfig, CrossLayerTranscoder
 from gemmascope_plugin.splice import (
     Ablate,
     Add,
@@ -25,7 +26,7 @@ from gemmascope_plugin.splice import (
     Scale,
     splice,
 )
-from tests.factories import activations, n_hooks, tiny_hf
+from tests.factories import activations, n_hooks, residual, tiny_hf
 from tests.splice.cross_layer_cases import (
     ERRORS,
     ONE,
@@ -351,3 +352,30 @@ def test_a_wrapped_dictionary_keeps_its_options(hooked2, code2) -> None:
     assert repr(wrapped) == (
         "HookedCrossLayer(clt of layers [0, 1, 2], d_in=32, d_sae=144, error='drop', exclude=())"
     )
+
+
+@torch.no_grad()
+def test_the_classes_that_saelens_loads_are_wrapped_as_they_are(hooked2) -> None:
+    """Also an edit may name the object that was given."""
+    sites = [f"blocks.{layer}.hook_resid_post" for layer in (0, 2)]
+    cfg = CrossCoderSAEConfig(
+        d_in=2 * D, d_out=2 * D, d_sae=16, layers=(0, 2), hooks_in=sites, hooks_out=sites
+    )
+    sae = CrossCoderSAE(cfg)
+    edit = Add(features=3, amount=2.0, layer=2, sae=sae)
+    opened = sae.dictionary()
+    with splice(hooked2, opened, edits=replace(edit, sae=opened)) as spliced:
+        expected = spliced(TOKENS)
+    for saes in (
+        sae,
+        HookedCrossLayer(sae),
+        HookedCrossLayer(sae, error="drop").with_error("keep"),
+    ):
+        with splice(hooked2, saes, edits=edit) as spliced:
+            assert torch.equal(spliced(TOKENS), expected)
+    assert not torch.equal(hooked2(TOKENS), expected)
+
+
+def test_a_dictionary_of_one_site_is_not_wrapped_as_one_of_many(hooked2) -> None:
+    with pytest.raises(ModelError, match=r"A jumprelu has one site, .*HookedSAE\(sae\)"):
+        HookedCrossLayer(residual(hooked2, 1))

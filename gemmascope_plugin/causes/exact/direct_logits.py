@@ -49,7 +49,7 @@ from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.points import n_layers
 from gemmascope_plugin.models.protocol import HookedModel, weights_of
-from gemmascope_plugin.splice.check_saes import Saes, check_saes
+from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
 
 Parts = Literal["component", "head", "feature"]
 Scale = Literal["own", "final"]

@@ -53,8 +53,7 @@ from gemmascope_plugin.models.record import record
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.saes import Coder, SparseActs, write
 from gemmascope_plugin.splice import HookedCrossLayer, HookedSAE
-from gemmascope_plugin.splice.check_saes import Saes, as_list, check_sae
-from gemmascope_plugin.splice.splicing import check_site
+from gemmascope_plugin.splice.hooked_sae import Saes, as_list, check_sae
 
 SiteKind = Literal["feature", "head", "mlp"]
 _RAW = {"head": "blocks.{}.attn.hook_z", "mlp": "blocks.{}.hook_mlp_out"}
@@ -156,7 +155,7 @@ def _dictionary_site(model: HookedModel, hooked: HookedSAE) -> TaskSite:
             "takes apart what is added to the residual stream, and the stream",
             exists=", ".join(_ALLOWED),
         )
-    check_site(model, hooked, hook_points(model))
+    hooked.check(model, hook_points(model))
     return TaskSite(
         hooked.hook_out,
         "feature",

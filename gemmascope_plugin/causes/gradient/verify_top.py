@@ -32,7 +32,7 @@ from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, dtype_of
-from gemmascope_plugin.splice.check_saes import Saes, check_saes
+from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
 
 _CHOICES = {
     "layer": "layers",

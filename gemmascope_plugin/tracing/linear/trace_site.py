@@ -37,8 +37,7 @@ from gemmascope_plugin.saes import Coder, Weights
 from gemmascope_plugin.saes.coder import cross_layer_of
 from gemmascope_plugin.saes.cross_layer import CrossLayerDictionary
 from gemmascope_plugin.saes.sparse import SparseActs, write
-from gemmascope_plugin.splice.check_saes import Saes, as_list
-from gemmascope_plugin.splice.hooked_sae import HookedCrossLayer, HookedSAE
+from gemmascope_plugin.splice.hooked_sae import HookedCrossLayer, HookedSAE, Saes, as_list
 from gemmascope_plugin.splice.hooked_site import HookedSite
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
 from gemmascope_plugin.types import SAE
