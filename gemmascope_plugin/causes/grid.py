@@ -10,7 +10,7 @@ Cost: one small object per patch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -19,6 +19,7 @@ from gemmascope_plugin.causes.components import COMPONENTS
 from gemmascope_plugin.causes.nodes import At, Grid, Patch
 from gemmascope_plugin.errors import (
     EmptySelectionError,
+    FeatureIndexError,
     InputError,
     UnknownNameError,
     check_choice,
@@ -41,7 +42,7 @@ class Choice:
     heads: Sequence[int] | None = None
     positions: Sequence[int] | None = None
     neurons: Sequence[int] | None = None
-    features: Sequence[FeatureId] | None = None
+    features: Sequence[FeatureId | int] | None = None
 
     def of(self, dim: str) -> Sequence[int] | None:
         """The coordinates that are wanted along a dimension; None for all."""
@@ -123,15 +124,31 @@ def component_grid(component: str, choice: Choice, sizes: Mapping[str, int]) -> 
 
 def feature_grid(sites: Mapping[str, Any], choice: Choice, n_pos: int) -> Grid:
     """The patches of features, each at all positions unless ``pos`` is an axis."""
-    features = choice.features
-    if features is None or not len(features):
+    features = _features(choice.features, tuple(sites))
+    if not features:
         raise EmptySelectionError("No feature is named", fix="features=None for all that differ")
     for site, index in features:
         check_choice("dictionary site", site, sites)
         check_feature(index, sites[site].d_sae, site)
     hook = COMPONENTS["feature"].hook
-    labels = {"feature": tuple(features), "pos": coordinates("position", choice.positions, n_pos)}
+    labels = {"feature": features, "pos": coordinates("position", choice.positions, n_pos)}
     return _grid("feature", choice, labels, lambda at: (hook.format(site=at["feature"].site),))
+
+
+def _features(features: Any, sites: Sequence[str]) -> tuple[FeatureId, ...]:
+    """Features with their sites; plain indices are those of the only dictionary."""
+    indices = as_indices(features)
+    if indices is None and isinstance(features, Iterable):
+        pairs = [features] if isinstance(features, FeatureId) else list(features)
+        if all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+            return tuple(FeatureId(*pair) for pair in pairs)
+    if indices is None or (indices and len(sites) > 1):
+        raise FeatureIndexError(
+            f"features={features!r} does not say which features of which dictionary are meant",
+            exists=f"dictionaries at {', '.join(sites)}",
+            fix=f"features=[FeatureId({sites[0]!r}, 3), ...]",
+        )
+    return tuple(FeatureId(sites[0], index) for index in indices)
 
 
 def error_grid(sites: Mapping[str, Any], choice: Choice, n_pos: int) -> Grid:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from gemmascope_plugin.causes import FeatureId, activation_patching
+from gemmascope_plugin.causes import FeatureId, activation_patching, attribution_patching
 from gemmascope_plugin.causes.exact.patch_sweep import sweep
 from gemmascope_plugin.causes.experiment import experiment
 from gemmascope_plugin.causes.grid import Choice
@@ -354,6 +355,24 @@ def test_an_empty_list_of_features_is_an_error(hooked2) -> None:
     sae = factories.residual(hooked2, 0)
     with pytest.raises(EmptySelectionError, match="No feature is named"):
         activation_patching(hooked2, TASK, "feature", saes=sae, features=[])
+
+
+@pytest.mark.parametrize("patching", [activation_patching, attribution_patching])
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_features_of_one_dictionary_are_known_by_their_index(hooked2, patching, kind) -> None:
+    sae, site = factories.residual(hooked2, 0), "blocks.0.hook_resid_post"
+    effects = patching(hooked2, TASK, "feature", saes=sae, features=kind([5, 3]))
+    named = patching(hooked2, TASK, "feature", saes=sae, features=[(site, 5), FeatureId(site, 3)])
+    assert effects.labels == named.labels and (effects.values == named.values).all()
+    single = patching(hooked2, TASK, "feature", saes=sae, features=3)
+    assert single.labels["feature"] == (FeatureId(site, 3),)
+
+
+@pytest.mark.parametrize("features", [[3, 5], "3", [b"3"], [(1, 2, 3)], [None]])
+def test_features_that_nobody_can_tell_apart_are_an_error(hooked2, features) -> None:
+    saes = [factories.residual(hooked2, 0), factories.residual(hooked2, 1)]
+    with pytest.raises(FeatureIndexError, match="which dictionary.*blocks.0.*Try: features=.Feat"):
+        activation_patching(hooked2, TASK, "feature", saes=saes, features=features)
 
 
 def test_two_dictionaries_at_one_site_are_told_apart(hooked2) -> None:

@@ -45,7 +45,7 @@ def activation_patching(
     neurons: Sequence[int] | None = None,
     per_position: bool = True,
     saes: Saes = None,
-    features: Sequence[FeatureId] | None = None,
+    features: Sequence[FeatureId | int] | None = None,
     replacement: PatchReplacement = "other",
     seed: int | None = None,
     max_rows: int = MAX_ROWS,
@@ -74,7 +74,8 @@ def activation_patching(
         per_position: Whether components without heads have the axis ``pos``, where ``axes`` does not
             say.
         saes: Dictionaries, for ``feature`` and ``error``.
-        features: Which features; None for all whose activation the replacement changes.
+        features: Which features, as ``FeatureId(site, index)`` or, of a single dictionary, as indices;
+            None for all whose activation the replacement changes.
         replacement: ``other``, the other run's activation; ``zero``; ``mean``, the other run's mean at
             each position over prompts; ``overall_mean``, over positions as well; ``resample``, the
             other run's activation of another prompt of the same length.

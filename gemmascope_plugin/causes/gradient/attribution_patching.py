@@ -62,7 +62,7 @@ def attribution_patching(
     rules: RelpRules | None = None,
     direction: Direction = "denoising",
     saes: Saes = None,
-    features: Sequence[FeatureId] | None = None,
+    features: Sequence[FeatureId | int] | None = None,
     per_position: bool = True,
     axes: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
@@ -85,7 +85,8 @@ def attribution_patching(
         rules: For ``relp`` alone; None for ``RelpRules()``, those of the paper.
         direction: ``denoising`` takes the gradient on the corrupted run, ``noising`` on the clean one.
         saes: Dictionaries, for ``feature`` and ``error``.
-        features: Which features; None for all that the replacement changes.
+        features: Which features, as ``FeatureId(site, index)`` or, of a single dictionary, as indices;
+            None for all that the replacement changes.
         per_position: Whether components without heads have the axis ``pos``.
         axes: One patch per coordinate along these.
         layers: Only these.
