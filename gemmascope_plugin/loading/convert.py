@@ -172,7 +172,7 @@ def skeleton(cfg: Mapping[str, Any]) -> SAE[Any]:
     """SAELens' object for a config, its parameters on the meta device."""
     from sae_lens import SAE
 
-    from gemmascope_plugin.saes.registration import register_all
+    from gemmascope_plugin.saes import register_all
 
     register_all()
     metadata = dict(cfg.get("metadata") or {})

@@ -41,7 +41,7 @@ from gemmascope_plugin.files.whole import whole_folder, write_text_whole, write_
 from gemmascope_plugin.loading.arrays import write_safetensors
 from gemmascope_plugin.loading.config_json import MODULES, hf_hooks
 from gemmascope_plugin.loading.npz import write_npz
-from gemmascope_plugin.saes.jumprelu import ARCHITECTURES
+from gemmascope_plugin.saes.coder import ARCHITECTURES
 from gemmascope_plugin.types import SAE, Kind, Site
 
 if TYPE_CHECKING:

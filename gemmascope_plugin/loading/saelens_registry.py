@@ -64,7 +64,7 @@ def register() -> None:
         >>> SAE.from_pretrained(spec.release, spec.sae_id).cfg.d_sae
         512
     """
-    from gemmascope_plugin.saes.registration import register_all
+    from gemmascope_plugin.saes import register_all
 
     register_all()
     global registered

@@ -6,17 +6,22 @@ floor does without it.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gemmascope_plugin.saes.coder import (
     Coder,
     Weights,
+    check_architecture,
     coder_of,
+    decode,
+    has_skip,
     layer_weights,
     level_width,
     reconstruct,
     weights_of,
+    write_features,
 )
 from gemmascope_plugin.saes.cross_layer import (
     CrossCoder,
@@ -24,18 +29,7 @@ from gemmascope_plugin.saes.cross_layer import (
     CrossLayerTranscoder,
     LayerWeights,
 )
-from gemmascope_plugin.saes.encode_sparse import encode_sparse
-from gemmascope_plugin.saes.jumprelu import (
-    bias,
-    check_architecture,
-    decode,
-    encode,
-    encode_features,
-    has_skip,
-    jump,
-    pre_activations,
-    write_features,
-)
+from gemmascope_plugin.saes.jumprelu import encode, encode_sparse, jump
 from gemmascope_plugin.saes.lapsum import keep_top, soft_topk
 from gemmascope_plugin.saes.sparse import SparseActs, write
 from gemmascope_plugin.saes.two_stage import Bf16Prefilter, has_bf16_instructions
@@ -107,12 +101,10 @@ __all__ = [
     "TreeTrainingSAE",
     "TreeTrainingSAEConfig",
     "Weights",
-    "bias",
     "check_architecture",
     "coder_of",
     "decode",
     "encode",
-    "encode_features",
     "encode_sparse",
     "from_dictionary_learning",
     "has_bf16_instructions",
@@ -121,8 +113,8 @@ __all__ = [
     "keep_top",
     "layer_weights",
     "level_width",
-    "pre_activations",
     "reconstruct",
+    "register_all",
     "soft_topk",
     "weights_of",
     "with_levels",
@@ -130,33 +122,25 @@ __all__ = [
     "write_features",
 ]
 
-_LAZY = {
-    "cross_layer_sae": ("CLTSAE", "CrossCoderSAE"),
-    "cross_layer_sae_config": ("CLTSAEConfig", "CrossCoderSAEConfig"),
-    "matryoshka": ("MatryoshkaSAE", "MatryoshkaSAEConfig"),
-    "matryoshka_sources": ("from_dictionary_learning", "with_levels"),
-    "soft": ("SoftSAE", "SoftSAEConfig"),
-    "tree": ("TreeSAE",),
-    "tree_config": ("TreeSAEConfig",),
-    "training.cross_layer_training": (
-        *("CLTTrainingConfig", "CLTTrainingSAE"),
-        *("CrossCoderTrainingConfig", "CrossCoderTrainingSAE"),
-    ),
-    "training.jumprelu_training": ("GemmaScopeConfig", "GemmaScopeTrainingSAE"),
-    "training.matryoshka_training": (
-        *("MatryoshkaBatchTopK", "MatryoshkaBatchTopKConfig"),
-        *("MatryoshkaJumpReLU", "MatryoshkaJumpReLUConfig"),
-    ),
-    "training.soft_training": (
-        *("SoftTopKTrainingSAE", "SoftTopKTrainingSAEConfig"),
-        *("SoftTrainingSAE", "SoftTrainingSAEConfig"),
-    ),
-    "training.tree_training": ("TreeTrainingSAE", "TreeTrainingSAEConfig"),
-}
-_HOME_OF = {name: f"{__name__}.{home}" for home, names in _LAZY.items() for name in names}
+_SAELENS_MODULES = (
+    *("cross_layer_sae", "matryoshka", "matryoshka_sources", "soft", "tree", "tree_config"),
+    *("training.cross_layer_training", "training.jumprelu_training"),
+    *("training.matryoshka_training", "training.soft_training", "training.tree_training"),
+)
+"""Where the lazy names are; importing one of these registers its classes with SAELens."""
+
+
+@cache
+def register_all() -> None:
+    """Makes every class of this package known to SAELens; calling it again changes nothing."""
+    for module in _SAELENS_MODULES:
+        import_module(f"{__name__}.{module}")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME_OF[name]), name)
+    if name in __all__:
+        for module in _SAELENS_MODULES:
+            home = import_module(f"{__name__}.{module}")
+            if hasattr(home, name):
+                return getattr(home, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,7 @@
 
 1. The kept tokens are encoded densely: pre-activations, then ``activate``.  What is active is as exact
    as one matrix product: ties and gates are decided on computed values, unlike JumpReLU's
-   (``encode_sparse.py``).
+   (``jumprelu.py``).
 2. There are no two stages: a first pass would have to bound the k-th largest pre-activation.
 3. Tokens may be standardised: ``x' = (x - mean) / (std + 1e-5)``, ``std`` unbiased, over ``d_in``: what
    SAELens calls ``normalize_activations="layer_norm"``, to the same formula.  The reconstruction is

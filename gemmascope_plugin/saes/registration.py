@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from functools import cache
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
@@ -27,20 +25,6 @@ if TYPE_CHECKING:
 else:
     # A mixin that inherited SAELens' fields would set them back to SAELens' defaults.
     _Config = object
-
-_MODULES = (
-    *("matryoshka", "soft", "tree", "cross_layer_sae", "training.cross_layer_training"),
-    *("training.jumprelu_training", "training.matryoshka_training"),
-    *("training.soft_training", "training.tree_training"),
-)
-"""Each registers its classes when it is imported."""
-
-
-@cache
-def register_all() -> None:
-    """Makes every class of this package known to SAELens; calling it again changes nothing."""
-    for module in _MODULES:
-        import_module(f"gemmascope_plugin.saes.{module}")
 
 
 def check_keys(config_class: type[Any], keys: Iterable[str]) -> None:

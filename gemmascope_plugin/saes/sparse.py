@@ -22,6 +22,13 @@ from jaxtyping import Float, Int, Int64
 
 from gemmascope_plugin.errors import WidthMismatchError, check_feature
 
+Inputs = Float[torch.Tensor, "*tokens d_in"]
+"""What a dictionary encodes."""
+Acts = Float[torch.Tensor, "*tokens d_sae"]
+"""Activations of all features."""
+Outputs = Float[torch.Tensor, "*tokens d_out"]
+"""What a dictionary writes."""
+
 DENSE = 1 / 16
 """Above this density ``write`` multiplies densely.
 
@@ -51,13 +58,13 @@ class SparseActs:
         assert self.indices.shape == self.values.shape, "indices and values disagree"
 
     @classmethod
-    def from_dense(cls, acts: Float[torch.Tensor, "*tokens d_sae"]) -> SparseActs:
+    def from_dense(cls, acts: Acts) -> SparseActs:
         """The entries that are not zero; differentiable."""
         flat = acts.reshape(math.prod(acts.shape[:-1]), acts.shape[-1])
         rows, indices = flat.nonzero(as_tuple=True)
         return cls(offsets_of(rows, len(flat)), indices, flat[rows, indices], tuple(acts.shape))
 
-    def to_dense(self) -> Float[torch.Tensor, "*tokens d_sae"]:
+    def to_dense(self) -> Acts:
         """All activations; differentiable."""
         flat = self.values.new_zeros(self.n_tokens, self.d_sae)
         return flat.index_put((self.rows, self.indices), self.values).reshape(self.shape)
@@ -134,9 +141,7 @@ def offsets_of(rows: Int64[torch.Tensor, " active"], n: int) -> Int64[torch.Tens
     return torch.nn.functional.pad(torch.bincount(rows, minlength=n).cumsum(0), (1, 0))
 
 
-def write(
-    acts: SparseActs, W_dec: Float[torch.Tensor, "d_sae d_out"]
-) -> Float[torch.Tensor, "*tokens d_out"]:
+def write(acts: SparseActs, W_dec: Float[torch.Tensor, "d_sae d_out"]) -> Outputs:
     """``sum_i f_i * W_dec[i]`` of every token, without a bias, in the type of the activations.
 
     Args:

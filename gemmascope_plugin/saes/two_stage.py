@@ -7,7 +7,7 @@
    candidates per active feature.
 3. Second stage: only the candidates' products in float32, rows of the transpose against tokens
    (``torch.sparse.sampled_addmm``). What float32 leaves undecided goes to float64 with all other
-   undecided ones, in ``encode_sparse``.
+   undecided ones, in ``encode_sparse`` (``jumprelu.py``).
 
 Worth it where the processor multiplies bfloat16 natively (``has_bf16_instructions``) and few features
 are active; the result is the same in any case.
@@ -19,7 +19,7 @@ tokens there takes a third of the time of one float32 product on two cores with 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -38,7 +38,28 @@ from gemmascope_plugin.saes.rounding import (
 from gemmascope_plugin.saes.sparse import offsets_of
 
 if TYPE_CHECKING:
-    from gemmascope_plugin.saes.jumprelu import JumpReLUEncoder
+
+    class JumpReLUEncoder(Protocol):
+        """Anything with the tensors of an encoder.
+
+        Not there at run time: ``isinstance`` of a protocol does not see a module's parameters.
+        """
+
+        @property
+        def W_enc(self) -> torch.Tensor:
+            """One column a feature."""
+            ...
+
+        @property
+        def b_enc(self) -> torch.Tensor:
+            """One bias a feature."""
+            ...
+
+        @property
+        def threshold(self) -> torch.Tensor:
+            """What a pre-activation must exceed."""
+            ...
+
 
 OUTPUT = 2.0**-8
 """Relative error of rounding a sum to bfloat16, with a bit to spare."""

@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors import SafetensorError
 
-import gemmascope_plugin.saes.jumprelu as jumprelu
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError
 from gemmascope_plugin.files.whole import discard, whole_folder
 from gemmascope_plugin.loading.convert import fill, skeleton
 from gemmascope_plugin.loading.export import export, export_layers, why_not_exported
+from gemmascope_plugin.saes.coder import ARCHITECTURES
 from gemmascope_plugin.saes.training.step_parts import fold_decoder
 from gemmascope_plugin.training.architectures import architecture
 from gemmascope_plugin.training.learner import Learner
@@ -194,9 +194,9 @@ def finished(learner: Learner) -> Any:
     config = sae.cfg.get_inference_sae_cfg_dict()
     plain = config["normalize_activations"] == "none"
     if config["architecture"] == "standard":  # ReLU is JumpReLU with thresholds of zero
-        config["architecture"] = jumprelu.ARCHITECTURES[0]
+        config["architecture"] = ARCHITECTURES[0]
         state["threshold"] = torch.zeros_like(state["b_enc"])
-    if config["architecture"] in jumprelu.ARCHITECTURES and plain:
+    if config["architecture"] in ARCHITECTURES and plain:
         state["threshold"] = state["threshold"].clamp(min=0)
         state |= fold_decoder(state, subtracts_b_dec=config["apply_b_dec_to_input"])
         config["apply_b_dec_to_input"] = False

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gemmascope_plugin.errors import WidthMismatchError
 from gemmascope_plugin.saes import Bf16Prefilter, SparseActs, encode, encode_sparse, write
-from gemmascope_plugin.saes.encode_sparse import _check_shapes
+from gemmascope_plugin.saes.jumprelu import _check_shapes
 from tests.factories import random_sae
 
 
