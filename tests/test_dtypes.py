@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gemmascope_plugin as gs
-from gemmascope_plugin.dtypes import as_device, as_dtype, dtype_name
+from gemmascope_plugin.arguments import as_device, as_dtype, dtype_name
 from gemmascope_plugin.errors import UnknownNameError
 from gemmascope_plugin.models.protocol import dtype_of
 from tests.factories import unchecked

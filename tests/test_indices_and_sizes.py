@@ -7,9 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
+from gemmascope_plugin.arguments import as_index, feature_ids, parse_size
 from gemmascope_plugin.errors import FeatureIndexError, UnknownNameError
-from gemmascope_plugin.indices import as_index, feature_ids
-from gemmascope_plugin.sizes import parse_size
 from tests.factories import unchecked
 
 _FRAME = pd.DataFrame({"feature": [3, 5], "activation": [0.5, 0.25], "site": ["a", "b"]})

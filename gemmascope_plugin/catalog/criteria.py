@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gemmascope_plugin.arguments import as_index, as_indices
 from gemmascope_plugin.catalog.site_names import KIND_WORDS, SITE_ALIASES, SITES
 from gemmascope_plugin.catalog.spec import SaeSpec
 from gemmascope_plugin.errors import UnknownNameError, nearest, shorten
-from gemmascope_plugin.indices import as_index, as_indices
 
 L0_FIX = "l0='canonical', l0='medium', l0=71, l0='nearest:80', l0=(50, 100) or l0=[38, 71]"
 LABELS = ("small", "medium", "big")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from gemmascope_plugin.arguments import as_indices
 from gemmascope_plugin.causes.components import COMPONENTS
 from gemmascope_plugin.causes.nodes import At, Grid, Patch
 from gemmascope_plugin.errors import (
@@ -26,7 +27,6 @@ from gemmascope_plugin.errors import (
     check_feature,
 )
 from gemmascope_plugin.graphs.node import FeatureId
-from gemmascope_plugin.indices import as_indices
 
 _WORDS = {"pos": "position"}
 

@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gemmascope_plugin.arguments import parse_size
 from gemmascope_plugin.catalog.site_names import human_size
 from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.components import COMPONENTS, sizes_of
@@ -31,7 +32,6 @@ from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError
 from gemmascope_plugin.models.asked import has_hooks
 from gemmascope_plugin.models.points import n_heads, n_layers
 from gemmascope_plugin.models.protocol import HookedModel, dtype_of
-from gemmascope_plugin.sizes import parse_size
 
 STREAM, HEADS, SCORES, MLP, CODES, LOGITS = 8, 8, 4, 4, 3, 4
 """Tensors of each kind that are alive at once."""

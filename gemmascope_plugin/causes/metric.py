@@ -23,8 +23,8 @@ from typing import Any, ClassVar, SupportsIndex
 import torch
 from jaxtyping import Bool, Float, Int
 
+from gemmascope_plugin.arguments import as_index
 from gemmascope_plugin.errors import TaskError
-from gemmascope_plugin.indices import as_index
 from gemmascope_plugin.models.protocol import HookedModel, device_of
 from gemmascope_plugin.models.readout import OfLogits, Readout
 from gemmascope_plugin.models.tokens import quoted_label, token_id

@@ -17,6 +17,7 @@ from weakref import ReferenceType, ref
 import torch
 from jaxtyping import Bool
 
+from gemmascope_plugin.arguments import as_index
 from gemmascope_plugin.causes.bound_task import BoundTask, TaskFigures, figures_of, right_prompts
 from gemmascope_plugin.causes.builtin import Fill, Split, Template, build, build_from_template
 from gemmascope_plugin.causes.builtin.template_arguments import (
@@ -35,7 +36,6 @@ from gemmascope_plugin.causes.metric import Metric
 from gemmascope_plugin.causes.metrics import Custom, KLDivergence, logit_diff
 from gemmascope_plugin.causes.sequence import SequenceLogprob, sequence_logprob
 from gemmascope_plugin.errors import InputError, TaskError
-from gemmascope_plugin.indices import as_index
 from gemmascope_plugin.models.check_model import check_model, describe, with_call
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.prompts import padded, refuse_bytes_and_sets, right_padded

@@ -231,7 +231,7 @@ def _options(targets: str | None, max_features: int | None, memory_budget: str) 
         TaskError: Targets that cannot be read.
         UnknownNameError: The budget is not a size.
     """
-    from gemmascope_plugin.sizes import parse_size
+    from gemmascope_plugin.arguments import parse_size
 
     if max_features is not None and max_features < 1:
         raise EmptySelectionError(

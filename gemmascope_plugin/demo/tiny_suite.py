@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import torch
 
+from gemmascope_plugin.arguments import as_device, as_dtype
 from gemmascope_plugin.catalog import SaeSpec, SpecList, find
 from gemmascope_plugin.causes import Task
 from gemmascope_plugin.causes.builtin import Split
@@ -21,7 +22,6 @@ from gemmascope_plugin.demo.assets import (
 )
 from gemmascope_plugin.demo.build.measure_suite import Label, labels_from_json
 from gemmascope_plugin.demo.tasks import TASK_NAMES, make_task
-from gemmascope_plugin.dtypes import as_device, as_dtype
 from gemmascope_plugin.errors import (
     InputError,
     MissingFileError,

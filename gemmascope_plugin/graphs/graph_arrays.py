@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int64, UInt8
 
+from gemmascope_plugin.arguments import as_index
 from gemmascope_plugin.errors import (
     GemmaScopeError,
     InputError,
@@ -31,7 +32,6 @@ from gemmascope_plugin.files.json_file import MAX_DEPTH
 from gemmascope_plugin.graphs.adjacency import Adjacency, EdgeList
 from gemmascope_plugin.graphs.defects import Parts, find_defect, rows_of_layers
 from gemmascope_plugin.graphs.node import PORTS, Node, NodeColumns, as_column, nodes_of
-from gemmascope_plugin.indices import as_index
 from gemmascope_plugin.models.check_model import describe, is_model, with_call
 
 if TYPE_CHECKING:

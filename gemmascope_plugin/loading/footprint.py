@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 
+from gemmascope_plugin.arguments import as_dtype, as_index
 from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.catalog.find import resolve_model
 from gemmascope_plugin.catalog.site_names import human_size
-from gemmascope_plugin.dtypes import as_dtype
 from gemmascope_plugin.errors import InputError, UnknownNameError, nearest, shorten
-from gemmascope_plugin.indices import as_index
 from gemmascope_plugin.loading.sae_suite import as_specs
 
 

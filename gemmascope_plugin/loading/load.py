@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 import gemmascope_plugin.loading.saelens_registry as saelens_registry
+from gemmascope_plugin.arguments import as_device, as_dtype, dtype_name
 from gemmascope_plugin.catalog import SaeSpec, get
-from gemmascope_plugin.dtypes import as_device, as_dtype, dtype_name
 from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.loading.arrays import ArrayFile
 from gemmascope_plugin.loading.config_json import check_config

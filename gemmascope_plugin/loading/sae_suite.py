@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from gemmascope_plugin.arguments import as_device, as_dtype, parse_size
 from gemmascope_plugin.catalog import SaeSpec, get
 from gemmascope_plugin.catalog.site_names import human_size
-from gemmascope_plugin.dtypes import as_device, as_dtype
 from gemmascope_plugin.errors import (
     AmbiguousSpecError,
     EmptySelectionError,
@@ -30,7 +30,6 @@ from gemmascope_plugin.errors import (
     shorten,
 )
 from gemmascope_plugin.loading.load import load
-from gemmascope_plugin.sizes import parse_size
 
 Key = SaeSpec | tuple[str, str] | str | int
 

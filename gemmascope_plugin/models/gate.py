@@ -30,10 +30,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from gemmascope_plugin.arguments import BYTES, as_index, as_indices, parse_size
 from gemmascope_plugin.errors import InputError, ModelError
-from gemmascope_plugin.indices import BYTES, as_index, as_indices
 from gemmascope_plugin.models.check_model import describe
-from gemmascope_plugin.sizes import parse_size
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Check = Callable[[Any, str], object]

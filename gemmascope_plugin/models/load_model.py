@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from gemmascope_plugin.dtypes import as_device, as_dtype
+from gemmascope_plugin.arguments import as_device, as_dtype
 from gemmascope_plugin.errors import ModelError, check_choice
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.hooked_config import hooked_config

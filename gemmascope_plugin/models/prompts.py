@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 
+from gemmascope_plugin.arguments import BYTES, as_indices
 from gemmascope_plugin.errors import (
     EmptySelectionError,
     InputError,
     ModelError,
     TaskError,
 )
-from gemmascope_plugin.indices import BYTES, as_indices
 from gemmascope_plugin.models.check_model import check_model, describe
 from gemmascope_plugin.models.protocol import HookedModel, device_of
 from gemmascope_plugin.models.text_ids import is_chat, refuse_unknown_words, text_ids

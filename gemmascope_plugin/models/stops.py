@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import SupportsIndex, cast
 
-from gemmascope_plugin.indices import as_index, as_indices
+from gemmascope_plugin.arguments import as_index, as_indices
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import check_ids, token_id
 

@@ -18,8 +18,8 @@ from typing import Any, SupportsInt
 import torch
 from jaxtyping import Bool, Int
 
+from gemmascope_plugin.arguments import as_index, as_indices
 from gemmascope_plugin.errors import InputError, ModelError, TaskError, UnknownNameError, nearest
-from gemmascope_plugin.indices import as_index, as_indices
 from gemmascope_plugin.models.protocol import HookedModel
 
 SPECIAL_NAMES = ("bos", "eos", "pad")

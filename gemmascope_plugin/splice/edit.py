@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 
+from gemmascope_plugin.arguments import feature_ids
 from gemmascope_plugin.errors import (
     EmptySelectionError,
     InputError,
     check_feature,
 )
-from gemmascope_plugin.indices import feature_ids
 from gemmascope_plugin.models.finite import is_finite
 from gemmascope_plugin.splice.window import Positions, Rows, Window
 

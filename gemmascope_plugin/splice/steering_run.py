@@ -16,8 +16,8 @@ from typing import SupportsIndex
 import torch
 from jaxtyping import Bool, Float, Int
 
+from gemmascope_plugin.arguments import feature_ids
 from gemmascope_plugin.errors import EmptySelectionError, check_feature
-from gemmascope_plugin.indices import feature_ids
 from gemmascope_plugin.models import flatten_heads, special_ids, token_strings
 from gemmascope_plugin.models.asked import asked_positions, read_out
 from gemmascope_plugin.models.finite import check_finite

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 
+from gemmascope_plugin.arguments import as_indices
 from gemmascope_plugin.errors import EmptySelectionError, HookNotFiredError
-from gemmascope_plugin.indices import as_indices
 from gemmascope_plugin.models.passes import Pass, PassWatch
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import kept_positions, special_ids

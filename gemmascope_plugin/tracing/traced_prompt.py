@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 
+from gemmascope_plugin.arguments import parse_size
 from gemmascope_plugin.errors import FeatureIndexError, TaskError, UnknownNameError, nearest
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.models.points import hook_points, reading
 from gemmascope_plugin.models.prompts import PromptLike
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.sizes import parse_size
 from gemmascope_plugin.splice.hooked_sae import Saes
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
 from gemmascope_plugin.tracing.linear.pullback import Entry

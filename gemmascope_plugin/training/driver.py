@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from gemmascope_plugin.dtypes import as_device
+from gemmascope_plugin.arguments import as_device
 from gemmascope_plugin.errors import GemmaScopeError, InputError, ModelError
 from gemmascope_plugin.models.check_model import check_model, describe, with_call
 from gemmascope_plugin.models.gate import gate

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from gemmascope_plugin.dtypes import dtype_name
+from gemmascope_plugin.arguments import dtype_name
 from gemmascope_plugin.errors import (
     BadFileError,
     GemmaScopeError,

@@ -56,7 +56,7 @@ def real_hf(dtype: str) -> Any:
     """transformers' own model of the same weights."""
     from transformers import AutoModelForCausalLM
 
-    from gemmascope_plugin.dtypes import as_dtype
+    from gemmascope_plugin.arguments import as_dtype
     from gemmascope_plugin.models.gguf import converted_package
 
     hf = AutoModelForCausalLM.from_pretrained(

@@ -26,6 +26,7 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Float
 
+from gemmascope_plugin.arguments import parse_size
 from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.gradient.eap import EAP, CleanCorrupted, EapIg, EapIgActivations
@@ -48,7 +49,6 @@ from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, weights_of
-from gemmascope_plugin.sizes import parse_size
 from gemmascope_plugin.types import Direction
 
 EdgeMethodName = Literal["eap", "eap-ig", "eap-ig-activations", "clean-corrupted"]

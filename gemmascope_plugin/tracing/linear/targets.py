@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 
+from gemmascope_plugin.arguments import as_index
 from gemmascope_plugin.errors import TaskError, WidthMismatchError
-from gemmascope_plugin.indices import as_index
 from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.tokens import token_id, token_label
 from gemmascope_plugin.models.unembed import unembedding
