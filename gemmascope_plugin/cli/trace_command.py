@@ -257,7 +257,7 @@ def _traced(request: _Request) -> tuple[_Request, Graph, Any]:
     """The request with its prompt, the pruned graph, and words of its features."""
     import gemmascope_plugin as gs
     from gemmascope_plugin.models.protocol import device_of
-    from gemmascope_plugin.tracing.top_tokens import top_tokens
+    from gemmascope_plugin.tracing.graph_features import top_tokens
 
     find_files(request.specs, request.local_dir)
     model = load_named(request.model, request.backend, request.device)

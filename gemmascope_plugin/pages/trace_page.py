@@ -57,7 +57,7 @@ def trace_html(
     Args:
         graph: The graph, best pruned; biases are left out.
         title: Heading; the prompt by default.
-        top_tokens: What ``circuits.tracing.top_tokens.top_tokens`` has found for its features.
+        top_tokens: What ``tracing.top_tokens`` has found for its features.
         groups: Supernodes that are there at first: name to ids of nodes.
         selected: Id of the node that is selected at first.
 
@@ -97,7 +97,7 @@ def write_trace(
         path: The file; its folder is made if need be.
         graph: The graph, best pruned; biases are left out.
         title: Heading; the prompt by default.
-        top_tokens: What ``circuits.tracing.top_tokens.top_tokens`` has found for its features.
+        top_tokens: What ``tracing.top_tokens`` has found for its features.
         groups: Supernodes that are there at first: name to ids of nodes.
         selected: Id of the node that is selected at first.
 

@@ -1,6 +1,7 @@
 """Attribution graphs of prompts, and what is asked of them: interventions, head loadings, QK."""
 
 from gemmascope_plugin.tracing.ablation_check import AblationCheck, check_by_ablation
+from gemmascope_plugin.tracing.graph_features import TopTokens, supernodes, top_tokens
 from gemmascope_plugin.tracing.head_loadings import HeadLoadings, head_loadings
 from gemmascope_plugin.tracing.intervention import Intervention, intervene
 from gemmascope_plugin.tracing.linear.targets import (
@@ -10,7 +11,6 @@ from gemmascope_plugin.tracing.linear.targets import (
     StreamDirection,
 )
 from gemmascope_plugin.tracing.qk_attribution import QkAttribution, qk_attribution
-from gemmascope_plugin.tracing.supernodes import supernodes
 from gemmascope_plugin.tracing.trace import trace
 
 __all__ = [
@@ -22,10 +22,12 @@ __all__ = [
     "LogitDifference",
     "QkAttribution",
     "StreamDirection",
+    "TopTokens",
     "check_by_ablation",
     "head_loadings",
     "intervene",
     "qk_attribution",
     "supernodes",
+    "top_tokens",
     "trace",
 ]

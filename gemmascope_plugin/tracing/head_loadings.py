@@ -19,7 +19,13 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 import gemmascope_plugin.figures as figures
-from gemmascope_plugin.errors import EmptySelectionError, ModelError, TaskError
+from gemmascope_plugin.errors import (
+    EmptySelectionError,
+    ModelError,
+    TaskError,
+    UnknownNameError,
+    nearest,
+)
 from gemmascope_plugin.files.stored_result import ARRAY, StoredResult
 from gemmascope_plugin.graphs.frames import SHOWN
 from gemmascope_plugin.graphs.graph import Graph
@@ -205,7 +211,7 @@ def head_loadings(
 def _carried(traced: TracedPrompt, pairs: Sequence[tuple[str, str]]) -> HeadLoadings:
     """Loads of all edges, target by target."""
     frozen = traced.frozen
-    places = [traced.edge(*pair) for pair in pairs]
+    places = [_ends(traced, *pair) for pair in pairs]
     sizes = (len(pairs), frozen.n_layers, frozen.anatomy.n_heads, frozen.n_pos)
     weights, gaps = np.zeros(sizes[:1]), np.zeros(sizes[:1])
     by_key, bypass = np.zeros(sizes), np.zeros(sizes[:2])
@@ -241,6 +247,47 @@ def _judge(
             f"allowed is {allowed[worst]:.1g}",
             fix="load_model(name), which folds nothing, or dtype='float32'",
         )
+
+
+def _ends(traced: TracedPrompt, source: str, target: str) -> tuple[int, int]:
+    """The nodes at the ends of an edge."""
+    first, last = _find(traced, source), _find(traced, target)
+    kinds = traced.nodes["kind"]
+    if not _is_target(traced, last):
+        raise TaskError(
+            f"{target!r} is a source only: nothing explains it",
+            exists="features of transcoders, attention and residual SAEs, and targets, as ends",
+            fix=f"({target!r}, {source!r})" if _is_target(traced, first) else None,
+        )
+    if first == traced.layout.constant:
+        raise TaskError(f"{source!r} is the part of a target that is its own: no head carries it")
+    entry = traced.entry(last)
+    if first >= entry.n_below or traced.nodes["pos"][first] > int(entry.positions[0]):
+        is_reversed = _is_target(traced, first) and last < first and kinds[last] != "target"
+        raise TaskError(
+            f"{source!r} comes after {target!r} and cannot reach it",
+            fix=f"({target!r}, {source!r})" if is_reversed else "graph.sources_of(target)",
+        )
+    return first, last
+
+
+def _find(traced: TracedPrompt, name: str) -> int:
+    if name not in traced.node_of:
+        raise UnknownNameError(
+            f"There is no node {name!r} on this prompt",
+            exists=f"{len(traced.node_of)} nodes",
+            nearest=nearest(name, traced.node_of),
+            fix="ids as in graph.nodes.id; targets=[StreamDirection(...)] for those of directions",
+        )
+    return traced.node_of[name]
+
+
+def _is_target(traced: TracedPrompt, node: int) -> bool:
+    kind = traced.nodes["kind"][node]
+    if kind != "feature":
+        return kind == "target"
+    site = int(traced.layout.sites_of(np.array([node]))[0])
+    return traced.layout.activities[site].site.is_target
 
 
 def _pairs(edges: Any) -> list[tuple[str, str]]:

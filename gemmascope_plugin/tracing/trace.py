@@ -28,8 +28,9 @@ features only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ from jaxtyping import Float
 from gemmascope_plugin.errors import ModelError, TaskError
 from gemmascope_plugin.graphs.adjacency import Adjacency
 from gemmascope_plugin.graphs.graph import Graph
-from gemmascope_plugin.graphs.node import table_columns
+from gemmascope_plugin.loading.load import spec_of
 from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.gate import gate
@@ -46,14 +47,11 @@ from gemmascope_plugin.models.prompts import PromptLike
 from gemmascope_plugin.models.protocol import HookedModel, dtype_of, weights_of
 from gemmascope_plugin.models.tokens import token_strings
 from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
+from gemmascope_plugin.splice.hooked_site import HookedSite
 from gemmascope_plugin.tracing.linear.rows import matrix
 from gemmascope_plugin.tracing.linear.targets import FeatureTarget, Target
-from gemmascope_plugin.tracing.linear.trace_nodes import dictionary_name
 from gemmascope_plugin.tracing.linear.trace_site import Exclude
 from gemmascope_plugin.tracing.traced_prompt import SPECIAL, TracedPrompt
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ROUNDINGS = 12
 """Of the stream, in a block."""
@@ -140,8 +138,8 @@ def trace(
     )
 
     # Phase 4: nodes get ids and values, and every row must sum to the value of its node.
-    nodes = traced.table(weights)
-    residual = _judge(traced, nodes, edges) if min_share == 0 else float("nan")
+    columns = {**traced.columns, "weight": weights}
+    residual = _judge(traced, columns, edges) if min_share == 0 else float("nan")
 
     # Phase 5: the graph, with what is needed to run its prompt again.
     words = token_strings(model, traced.frozen.tokens)
@@ -153,7 +151,7 @@ def trace(
         "n_layers": traced.frozen.n_layers,
         "exclude": exclude if isinstance(exclude, (str, int)) else tuple(exclude),
         "dictionaries": {
-            activity.site.label: dictionary_name(activity.site.hooked)
+            activity.site.label: _dictionary_name(activity.site.hooked)
             for activity in traced.layout.activities
         },
         "targets": tuple(seed.source for seed in seeds),
@@ -162,7 +160,7 @@ def trace(
         "min_share": min_share,
         "residual": residual,
     }
-    return Graph(table_columns(nodes), edges, tuple(words), details)
+    return Graph(columns, edges, tuple(words), details)
 
 
 def allowed_gap(dtypes: Iterable[torch.dtype], n_layers: int, d_model: int) -> float:
@@ -188,11 +186,11 @@ def _weights(
     return weights
 
 
-def _judge(traced: TracedPrompt, nodes: pd.DataFrame, edges: Adjacency) -> float:
+def _judge(traced: TracedPrompt, columns: Mapping[str, np.ndarray], edges: Adjacency) -> float:
     """The residual: how far rows are from what they explain."""
     if not np.isfinite(edges.sizes).all():
         check_finite(torch.from_numpy(edges.matrix.data), "The effect of a node on a target")
-    values = nodes["activation"].to_numpy()[edges.nodes]
+    values = columns["activation"][edges.nodes]
     check_finite(torch.from_numpy(values), "The pre-activation of an explained node")
     sums = edges.sums
     gaps = np.abs(sums - values)
@@ -202,7 +200,7 @@ def _judge(traced: TracedPrompt, nodes: pd.DataFrame, edges: Adjacency) -> float
     size = edges.sizes
     worst = int(np.argmax(gaps - allowed * np.maximum(size, np.abs(values))))
     if not gaps[worst] <= allowed * max(size[worst], abs(values[worst])):
-        node = nodes["id"].iloc[edges.nodes[worst]]
+        node = columns["id"][edges.nodes[worst]]
         raise ModelError(
             f"The effects on {node} sum to {sums[worst]:.6g}, and it is {values[worst]:.6g}: the frozen "
             f"model is not this one (allowed is {allowed:.0e} of the effects' size)",
@@ -236,3 +234,14 @@ def _check_limits(
                 f"{name} leaves nothing to trace",
                 exists="max_n_logits and max_feature_nodes of at least 1, shares between 0 and 1",
             )
+
+
+def _dictionary_name(site: HookedSite) -> str:
+    """What tells a dictionary from others of its site: its spec, or its size and a checksum."""
+    owner: Any = site
+    spec = spec_of(owner.dictionary if hasattr(owner, "dictionary") else owner.sae)
+    if spec is not None:
+        return f"{spec.release}/{spec.sae_id}"
+    # of one row of the encoder: in training no two become equal
+    row = site.weights.W_enc[0].detach().float().cpu().numpy()
+    return f"{site.d_sae} features, checksum {zlib.crc32(row.tobytes()):08x}"

@@ -1,8 +1,9 @@
 """Runs a prompt, or that of a graph once more, and maps graph nodes to model activations.
 
-A prompt is run once and encoded at every site; its nodes then have numbers and ids, and any of them can
-be the start of a sweep, a change in a run, or a source whose way up is followed. A node of a graph is
-found by its id, a target by what was asked for.
+1. A prompt is run once and encoded at every site; its nodes then have numbers (``linear/trace_nodes.py``)
+   and, in the columns of a graph, ids and labels.
+2. Any of them can be the start of a sweep, a change in a run, or a source whose way up is followed. A
+   node of a graph is found by its id, a target by what was asked for.
 
 Cost: one forward pass and one encoding per site.
 """
@@ -16,17 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 
 from gemmascope_plugin.arguments import parse_size
 from gemmascope_plugin.errors import FeatureIndexError, TaskError, UnknownNameError, nearest
+from gemmascope_plugin.graphs.defects import TRACE_COLUMNS
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.models.points import hook_points, reading
 from gemmascope_plugin.models.prompts import PromptLike
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.tokens import token_strings
 from gemmascope_plugin.splice.hooked_sae import Saes
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
-from gemmascope_plugin.tracing.linear.pullback import Entry
 from gemmascope_plugin.tracing.linear.sweep import Sweep
 from gemmascope_plugin.tracing.linear.targets import (
     FeatureTarget,
@@ -40,8 +42,15 @@ from gemmascope_plugin.tracing.linear.targets import (
     check_distinct,
     position_in,
 )
-from gemmascope_plugin.tracing.linear.trace_nodes import Layout, node_table
-from gemmascope_plugin.tracing.linear.trace_site import Exclude, activities, trace_sites
+from gemmascope_plugin.tracing.linear.trace_nodes import Layout
+from gemmascope_plugin.tracing.linear.trace_site import (
+    Activity,
+    Exclude,
+    TraceSite,
+    activities,
+    trace_sites,
+)
+from gemmascope_plugin.tracing.linear.transport import Entry
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -181,16 +190,22 @@ class TracedPrompt:
             )
         return self.layout.starts[index] + start + active.index(target.feature)
 
-    def table(self, weights: Float[np.ndarray, " node"] | None = None) -> pd.DataFrame:
-        """All nodes, targets last."""
-        if weights is None:
-            weights = np.zeros(self.layout.n_nodes + len(self.seeds))
-        return node_table(self.frozen, self.layout, self.seeds, weights)
+    @cached_property
+    def columns(self) -> dict[str, np.ndarray]:
+        """All nodes as the columns of a graph, without weights; targets last."""
+        words = token_strings(self.frozen.model, self.frozen.tokens)
+        parts = [_tokens(self.frozen.tokens.tolist(), words), _biases(self.layout)]
+        for activity in self.layout.activities:
+            parts += [_features(activity), _errors(activity)]
+        parts.append(_seeds(self.seeds, self.frozen.n_layers))
+        return {name: np.concatenate([part[name] for part in parts]) for name in TRACE_COLUMNS}
 
     @cached_property
     def nodes(self) -> pd.DataFrame:
-        """All nodes without weights, targets last."""
-        return self.table()
+        """The same as a table."""
+        import pandas as pd
+
+        return pd.DataFrame(self.columns)
 
     @cached_property
     def node_of(self) -> dict[str, int]:
@@ -220,46 +235,6 @@ class TracedPrompt:
         nodes = np.array([node])
         return self.sweep.feature_entry(int(self.layout.sites_of(nodes)[0]), nodes)
 
-    def edge(self, source: str, target: str) -> tuple[int, int]:
-        """The nodes at the ends of an edge."""
-        first, last = self._find(source), self._find(target)
-        kinds = self.nodes["kind"]
-        if not self._is_target(last):
-            raise TaskError(
-                f"{target!r} is a source only: nothing explains it",
-                exists="features of transcoders, attention and residual SAEs, and targets, as ends",
-                fix=f"({target!r}, {source!r})" if self._is_target(first) else None,
-            )
-        if first == self.layout.constant:
-            raise TaskError(
-                f"{source!r} is the part of a target that is its own: no head carries it"
-            )
-        entry = self.entry(last)
-        if first >= entry.n_below or self.nodes["pos"][first] > int(entry.positions[0]):
-            is_reversed = self._is_target(first) and last < first and kinds[last] != "target"
-            raise TaskError(
-                f"{source!r} comes after {target!r} and cannot reach it",
-                fix=f"({target!r}, {source!r})" if is_reversed else "graph.sources_of(target)",
-            )
-        return first, last
-
-    def _find(self, name: str) -> int:
-        if name not in self.node_of:
-            raise UnknownNameError(
-                f"There is no node {name!r} on this prompt",
-                exists=f"{len(self.node_of)} nodes",
-                nearest=nearest(name, self.node_of),
-                fix="ids as in graph.nodes.id; targets=[StreamDirection(...)] for those of directions",
-            )
-        return self.node_of[name]
-
-    def _is_target(self, node: int) -> bool:
-        kind = self.nodes["kind"][node]
-        if kind != "feature":
-            return kind == "target"
-        site = int(self.layout.sites_of(np.array([node]))[0])
-        return self.layout.activities[site].site.is_target
-
 
 def _prompt_of(graph: Graph, exclude: Exclude | None) -> tuple[torch.Tensor, Exclude | None]:
     details = graph.metadata
@@ -272,3 +247,75 @@ def _prompt_of(graph: Graph, exclude: Exclude | None) -> tuple[torch.Tensor, Exc
 
 def _no_trace(graph: Graph) -> TaskError:
     return TaskError(f"{graph!r} is not the trace of one prompt", fix="a graph from trace(...)")
+
+
+# ----------------------------------------------------------------------------------- columns of nodes
+def _rows(count: int, kind: str, **values: Any) -> dict[str, np.ndarray]:
+    blank = {"kind": kind, "site": "", "layer": -1, "pos": -1, "index": -1}
+    blank |= {"activation": np.nan, "weight": 0.0}
+    types: dict[str, Any] = dict.fromkeys(("layer", "pos", "index"), np.int64)
+    types |= dict.fromkeys(("activation", "weight"), np.float64)
+    columns = {}
+    for name, value in {**blank, **values}.items():
+        columns[name] = np.empty(count, dtype=types.get(name, object))
+        columns[name][:] = value
+    return columns
+
+
+def _tokens(ids: list[int], words: list[str]) -> dict[str, np.ndarray]:
+    places = range(len(ids))
+    names = [f"token@{pos}" for pos in places]
+    return _rows(len(ids), "token", pos=list(places), index=ids, label=words, id=names)
+
+
+def _biases(layout: Layout) -> dict[str, np.ndarray]:
+    labels, sites, layers = ["b_enc and b_U"], [""], [-1]
+    for layer in range(layout.n_layers):
+        labels.append(f"attention biases of layer {layer}")
+        sites.append("")
+        layers.append(layer)
+    for site in (activity.site for activity in layout.activities):
+        labels += [f"b_dec of {site.label}", f"{site.label} at special tokens"]
+        sites += [site.label] * 2
+        layers += [site.layer] * 2
+    names = [f"bias:{label.replace(' ', '_')}" for label in labels]
+    return _rows(len(labels), "bias", site=sites, layer=layers, label=labels, id=names)
+
+
+def _features(activity: Activity) -> dict[str, np.ndarray]:
+    acts, site = activity.acts, activity.site
+    pos, index = acts.rows.cpu().numpy(), acts.indices.cpu().numpy()
+    label, short = site.label, _short(site)
+    names = [f"{label}/{i}@{p}" for i, p in zip(index.tolist(), pos.tolist(), strict=True)]
+    labels = [f"{short} {i}" for i in index.tolist()]
+    values = acts.values.double().cpu().numpy()
+    columns = {"site": site.label, "layer": site.layer, "pos": pos, "index": index}
+    return _rows(len(index), "feature", **columns, activation=values, label=labels, id=names)
+
+
+def _errors(activity: Activity) -> dict[str, np.ndarray]:
+    site = activity.site
+    pos = activity.keep.nonzero()[:, 0].cpu().numpy()
+    names = [f"{site.label}/error@{p}" for p in pos]
+    columns = {"site": site.label, "layer": site.layer, "pos": pos}
+    return _rows(len(pos), "error", **columns, label=f"{_short(site)} error", id=names)
+
+
+def _short(site: TraceSite) -> str:
+    """``L3`` for transcoders, with the kind of site for others."""
+    kind = "" if site.kind == "transcoder" else f" {site.kind}"
+    return f"L{site.layer}{kind}"
+
+
+def _seeds(seeds: Sequence[Seed], n_layers: int) -> dict[str, np.ndarray]:
+    names = [f"target:{seed.name}" for seed in seeds]
+    return _rows(
+        len(seeds),
+        "target",
+        layer=n_layers,
+        pos=[seed.position for seed in seeds],
+        index=[seed.token for seed in seeds],
+        activation=[seed.value for seed in seeds],
+        label=[seed.label for seed in seeds],
+        id=names,
+    )

@@ -22,8 +22,8 @@ from gemmascope_plugin.tracing import (
     head_loadings,
     intervene,
     qk_attribution,
+    top_tokens,
 )
-from gemmascope_plugin.tracing.top_tokens import top_tokens
 from tests.tracing.prompts import dictionaries, graph, model
 
 NAMES = ("intervention", "check", "loadings", "qk", "qk without pairs")

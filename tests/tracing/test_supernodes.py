@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from functools import cache
 from pathlib import Path
@@ -25,7 +24,7 @@ from gemmascope_plugin.graphs import Graph, Supernodes, contrast
 from gemmascope_plugin.graphs.adjacency import Adjacency
 from gemmascope_plugin.graphs.collapse import collapse
 from gemmascope_plugin.tracing import supernodes, trace
-from gemmascope_plugin.tracing.supernodes import by_decoder
+from gemmascope_plugin.tracing.graph_features import by_decoder
 from tests import factories
 from tests.splice.cross_layer_reference import clt
 from tests.tracing.prompts import CLEAN, dictionaries, graph, influence, model
@@ -429,9 +428,7 @@ def test_what_cannot_be_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
         supernodes(found, dictionaries()[:3])
     with pytest.raises(GemmaScopeError, match="grouped nodes already"):
         supernodes(grouped().collapse(found))
-    monkeypatch.setattr(
-        importlib.import_module("gemmascope_plugin.tracing.supernodes"), "MAX_FEATURES", 3
-    )
+    monkeypatch.setattr("gemmascope_plugin.tracing.graph_features.MAX_FEATURES", 3)
     with pytest.raises(GemmaScopeError, match=r"features; similarities.*graph.prune\(\)"):
         supernodes(found)
 

@@ -9,8 +9,7 @@ import torch
 
 from gemmascope_plugin.errors import EmptySelectionError, UnknownNameError
 from gemmascope_plugin.models.tokens import token_strings
-from gemmascope_plugin.tracing import trace
-from gemmascope_plugin.tracing.top_tokens import top_tokens
+from gemmascope_plugin.tracing import top_tokens, trace
 from tests import factories
 from tests.splice.cross_layer_reference import clt
 from tests.tracing.traces import TOKENS

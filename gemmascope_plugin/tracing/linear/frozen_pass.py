@@ -71,6 +71,25 @@ class FrozenAttention:
         looks = (self.mix != 0).any(0).unflatten(-1, (self.group, -1)).any(1)
         return [int(part.any(1).int().argmax()) for part in looks.split(QUERIES, 1)]
 
+    def tokens_through(
+        self, embed: Float[torch.Tensor, "key d_model"]
+    ) -> Float[torch.Tensor, "query key d_model"]:
+        """What each token's embedding becomes at every later token, through the first attention, which
+        has no biases, and beside it.
+        """
+        n_pos, kv = len(embed), len(self.W_V)
+        values = torch.einsum("km,gdm->gkd", embed, self.W_V)
+        mix = self.mix.view(kv, n_pos, self.group, n_pos)
+        W_O = self.W_O.unflatten(0, (kv, -1))
+        out = embed.new_zeros(n_pos, n_pos, embed.shape[1])
+        for group in range(kv):
+            for head in range(self.group):
+                written = values[group] @ W_O[group, head].T
+                out += mix[group, :, head].T[:, :, None] * written
+        tokens = torch.arange(n_pos, device=embed.device)
+        out[tokens, tokens] += embed
+        return out
+
 
 @dataclass(frozen=True, eq=False)
 class FrozenPass:

@@ -31,9 +31,9 @@ from jaxtyping import Float, Int64
 
 from gemmascope_plugin.models.head_scores import HeadScores, Projection
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
-from gemmascope_plugin.tracing.linear.pullback import Entry
 from gemmascope_plugin.tracing.linear.sweep import Sweep
 from gemmascope_plugin.tracing.linear.trace_site import PER_LAYER
+from gemmascope_plugin.tracing.linear.transport import Entry
 
 ROWS = 512
 """Nodes of the query whose pairs are ranked at a time."""

@@ -9,10 +9,11 @@ at every layer between them: what passes the layer by, and what each of its head
 (Kamath et al., "Tracing Attention Computation Through Feature Interactions", 2025).
 
 1. A sweep from the target keeps its gradient at ``z`` and behind the attention of every layer.
-2. The source's writes go up, see ``stream_writes.py``. At each layer their values meet the gradient that
-   the frozen pattern takes to the tokens that are read; the sum is over these tokens, so it is known
-   which token a head read.
-3. Writes of a cross-layer dictionary that enter above a layer pass it by.
+2. The source's writes go up, see ``transport.py``. At each layer their values meet the gradient that the
+   frozen pattern takes to the tokens that are read; the sum is over these tokens, so it is known which
+   token a head read.
+3. A node of a cross-layer dictionary writes at several places. Each write is carried on its own; those
+   that enter above a layer pass it by. What an attention SAE writes to ``z`` enters through ``W_O``.
 
 Cost: a sweep of one target, with ``layer * pos * (d_model + head * d_head)`` numbers kept; then
 ``pos^2 * head * d_head`` multiplications a write and layer.
@@ -20,6 +21,7 @@ Cost: a sweep of one target, with ``layer * pos * (d_model + head * d_head)`` nu
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,11 +30,18 @@ import torch
 from jaxtyping import Bool, Float
 
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenAttention, FrozenPass
-from gemmascope_plugin.tracing.linear.pullback import Cotangent, Entry
-from gemmascope_plugin.tracing.linear.stream_writes import Tangent, Write, writes_of
 from gemmascope_plugin.tracing.linear.sweep import Sweep
 from gemmascope_plugin.tracing.linear.trace_nodes import Layout
-from gemmascope_plugin.tracing.linear.trace_site import PER_LAYER
+from gemmascope_plugin.tracing.linear.trace_site import PER_LAYER, Activity
+from gemmascope_plugin.tracing.linear.transport import (
+    TOKENS,
+    Cotangent,
+    Entry,
+    Tangent,
+    Write,
+    from_heads,
+    passing,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,3 +181,66 @@ def _loads(
     pulled = torch.einsum("gkhq,qghd->gkhd", mix, heads.unflatten(-1, (kv, group, -1)))
     values = torch.einsum("wkm,gdm->wgkd", stream, attention.W_V)
     return torch.einsum("gkhd,wgkd->wghk", pulled, values).flatten(1, 2)
+
+
+def writes_of(frozen: FrozenPass, layout: Layout, node: int) -> list[Write]:
+    """All that a node writes, which is a node of the layout; nothing for the constant of targets."""
+    if node < layout.n_pos:
+        at = torch.tensor([node])
+        return [Write(TOKENS, at, frozen.embed[at])]
+    if node < layout.n_fixed:
+        return _bias_writes(frozen, layout, node - layout.constant - 1)
+    site = bisect_right(layout.starts, node) - 1
+    activity, entry = layout.activities[site], node - layout.starts[site]
+    if entry < activity.n_features:
+        return _feature_writes(frozen, layout, site, entry)
+    at = activity.keep.nonzero()[entry - activity.n_features]
+    return [_write(frozen, activity, at, activity.rest[at])]
+
+
+def _feature_writes(frozen: FrozenPass, layout: Layout, site: int, entry: int) -> list[Write]:
+    source = layout.activities[site]
+    at, feature = source.acts.rows[[entry]], int(source.acts.indices[entry])
+    writes = []
+    for index in layout.output_sites(site):
+        activity = layout.activities[index]
+        row = activity.site.hooked.decoder_from(source.site.place)[feature].detach()
+        vectors = row.to(source.acts.values) * source.acts.values[[entry], None]
+        writes.append(_write(frozen, activity, at, vectors))
+    return writes
+
+
+def _bias_writes(frozen: FrozenPass, layout: Layout, index: int) -> list[Write]:
+    """Those of a bias, counted from the first layer's attention; see ``layout``."""
+    if index < 0:
+        return []
+    if index < frozen.n_layers:
+        return _attention_biases(frozen, layout, index)
+    site, passed = divmod(index - frozen.n_layers, 2)
+    activity = layout.activities[site]
+    at = (~activity.keep if passed else activity.keep).nonzero()[:, 0]
+    vectors = activity.rest[at] if passed else activity.b_dec.expand(len(at), -1)
+    return [_write(frozen, activity, at, vectors)]
+
+
+def _attention_biases(frozen: FrozenPass, layout: Layout, layer: int) -> list[Write]:
+    attention = frozen.attention(layer)
+    total = attention.post.new_zeros(frozen.n_pos, frozen.anatomy.d_model)
+    if attention.bias_O is not None:
+        total += attention.post[:, None] * attention.bias_O
+    if attention.bias_V is not None:
+        through = attention.post * passing(layout, layer, attention.post)
+        total += through[:, None] * attention.bias_V
+    return [Write(PER_LAYER * layer, torch.arange(frozen.n_pos), total)]
+
+
+def _write(
+    frozen: FrozenPass,
+    activity: Activity,
+    at: torch.Tensor,
+    vectors: Float[torch.Tensor, "some d_out"],
+) -> Write:
+    if activity.site.kind == "attention":
+        attention = frozen.attention(activity.site.layer)
+        vectors = from_heads(attention, vectors) * attention.post[at, None]
+    return Write(activity.site.time, at, vectors)

@@ -35,10 +35,10 @@ from jaxtyping import Bool, Float, Int64
 from tqdm.auto import tqdm
 
 from gemmascope_plugin.graphs.adjacency import Adjacency, rows_of
-from gemmascope_plugin.tracing.linear.pullback import Entry
 from gemmascope_plugin.tracing.linear.sweep import Sweep, chunks, n_workers
 from gemmascope_plugin.tracing.linear.targets import Seed
 from gemmascope_plugin.tracing.linear.trace_nodes import Reach
+from gemmascope_plugin.tracing.linear.transport import Entry
 
 ROUNDS = 8
 """Times that the most influential features are chosen anew."""

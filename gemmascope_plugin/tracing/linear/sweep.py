@@ -36,17 +36,15 @@ from jaxtyping import Float, Int64
 from gemmascope_plugin.catalog.site_names import human_size
 from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
-from gemmascope_plugin.tracing.linear.pullback import (
+from gemmascope_plugin.tracing.linear.targets import Seed
+from gemmascope_plugin.tracing.linear.trace_nodes import DecoderWrites, Layout
+from gemmascope_plugin.tracing.linear.trace_site import PER_LAYER, Activity
+from gemmascope_plugin.tracing.linear.transport import (
     Cotangent,
     Entry,
     through_values,
     to_heads,
-    tokens_through,
 )
-from gemmascope_plugin.tracing.linear.stream_writes import DecoderWrites
-from gemmascope_plugin.tracing.linear.targets import Seed
-from gemmascope_plugin.tracing.linear.trace_nodes import Layout
-from gemmascope_plugin.tracing.linear.trace_site import PER_LAYER, Activity
 
 MAX_TARGETS = 256
 """Targets of a chunk at most: more are no faster, and their tokens lie further apart."""
@@ -156,7 +154,7 @@ class Sweep:
         heads = len(attention.W_O) * attention.W_O.shape[-1]
         if not plain or n_pos > heads or size > self.budget // 4:
             return None
-        return tokens_through(attention, frozen.embed)
+        return attention.tokens_through(frozen.embed)
 
     def _layer(
         self, layer: int, after: int, state: Cotangent, effects: torch.Tensor

@@ -1,4 +1,4 @@
-"""The nodes of a trace: their numbers, which of them can reach a target, and their table.
+"""The nodes of a trace: their numbers, which of them can reach a target, and what they write.
 
 Whatever can reach a site has a smaller number than its features:
 
@@ -14,36 +14,30 @@ features and errors    site by site in the order of the pass: features by token 
 ``constant`` is the part of a target that comes from no other node: its ``b_enc``. Of each site's two
 biases one is its ``b_dec``, the other what it passes through at special tokens; both summed over tokens.
 
-A target is reached by the nodes before it in the pass, at its own token or an earlier one: tokens, some
-of the biases, and of each site below the first features and the first errors. So the room of every row is
-known before any is made (:class:`Reach`).
+1. A target is reached by the nodes before it in the pass, at its own token or an earlier one: tokens,
+   some of the biases, and of each site below the first features and the first errors. So the room of
+   every row is known before any is made (:class:`Reach`).
+2. :class:`DecoderWrites` has, token after token, what a site writes: the rows of its active features, of
+   all layers that write here in a cross-layer dictionary. Features of one token and source are neighbours
+   among the nodes, so that one product with the gradient at that token puts their effects where they
+   belong. Two constants a token beside them: what is missing to the real tensor, and ``b_dec``.
 
-Cost: a few numbers a site and token.
+Cost: a few numbers a site and token; of writes ``rows * d_out`` where they fit the budget, else rows are
+gathered at every use.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 
-from gemmascope_plugin.loading.load import spec_of
-from gemmascope_plugin.models.tokens import token_strings
-from gemmascope_plugin.splice.hooked_site import HookedSite
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
-from gemmascope_plugin.tracing.linear.targets import Seed
-from gemmascope_plugin.tracing.linear.trace_site import PER_LAYER, Activity, TraceSite
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-COLUMNS = ("kind", "site", "layer", "pos", "index", "activation", "label", "id")
+from gemmascope_plugin.tracing.linear.trace_site import PER_LAYER, Activity
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,98 +205,58 @@ def _first(mask: np.ndarray) -> int:
     return int(mask.argmax()) if mask.any() else len(mask)
 
 
-def node_table(
-    frozen: FrozenPass, layout: Layout, seeds: Sequence[Seed], weights: Float[np.ndarray, " node"]
-) -> pd.DataFrame:
-    """One row a node, in the order of the layout, targets last."""
-    import pandas as pd
+class DecoderWrites:
+    """What one site writes; ``budget`` is bytes that its rows may take."""
 
-    words = token_strings(frozen.model, frozen.tokens)
-    parts = [_tokens(frozen.tokens.tolist(), words), _biases(layout)]
-    for site in range(len(layout.activities)):
-        parts += [_features(layout.activities[site]), _errors(layout.activities[site])]
-    parts.append(_seeds(seeds, frozen.n_layers))
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
-    columns["weight"] = weights
-    order = ("id", "kind", "site", "layer", "pos", "index", "activation", "weight", "label")
-    return pd.DataFrame({name: columns[name] for name in order})
+    def __init__(self, layout: Layout, site: int, budget: int) -> None:
+        self._activity = layout.activities[site]
+        sites = layout.source_sites(site)
+        self._sources = [layout.activities[i] for i in sites]
+        self._starts = [layout.starts[i] for i in sites]
+        self._offsets = [source.acts.offsets.tolist() for source in self._sources]
+        self._budget = budget
+        device = self._activity.rest.device
+        self.rest_nodes: Int64[torch.Tensor, " pos"] = layout.rest_nodes(site).to(device)
+        """The node of what is missing at each token."""
+        self.b_dec = layout.b_dec(site)
+        """The node of the decoder bias."""
 
+    @property
+    def n_rows(self) -> int:
+        """Rows of features."""
+        return sum(source.n_features for source in self._sources)
 
-def _rows(count: int, kind: str, **values: Any) -> dict[str, np.ndarray]:
-    blank = {"kind": kind, "site": "", "layer": -1, "pos": -1, "index": -1, "activation": np.nan}
-    types = {"layer": np.int64, "pos": np.int64, "index": np.int64, "activation": np.float64}
-    columns = {}
-    for name, value in {**blank, **values}.items():
-        columns[name] = np.empty(count, dtype=types.get(name, object))
-        columns[name][:] = value
-    return columns
+    def prepare(self) -> None:
+        """Makes what is made once, before several threads ask for it."""
+        _ = self._gathered, self.constants
 
+    def rows(self, pos: int) -> Iterator[tuple[slice, Float[torch.Tensor, "some d_out"]]]:
+        """The nodes of one token's features and what they write, a source at a time."""
+        for i, first in enumerate(self._starts):
+            start, stop = self._offsets[i][pos : pos + 2]
+            if start < stop:
+                nodes = slice(first + start, first + stop)
+                rows = self._gathered
+                yield nodes, self._gather(i, pos) if rows is None else rows[i][start:stop]
 
-def _tokens(ids: list[int], words: list[str]) -> dict[str, np.ndarray]:
-    places = range(len(ids))
-    names = [f"token@{pos}" for pos in places]
-    return _rows(len(ids), "token", pos=list(places), index=ids, label=words, id=names)
+    @cached_property
+    def constants(self) -> Float[torch.Tensor, "pos 2 d_out"]:
+        """What is missing at each token, and ``b_dec`` where the dictionary works."""
+        activity = self._activity
+        b_dec = activity.keep[:, None] * activity.b_dec
+        return torch.stack([activity.rest, b_dec.to(activity.rest)], 1)
 
+    @cached_property
+    def _gathered(self) -> list[Float[torch.Tensor, "row d_out"]] | None:
+        """Rows by source; None where they do not fit."""
+        rest = self._activity.rest
+        if self.n_rows * rest.shape[1] * rest.element_size() > self._budget:
+            return None
+        tokens = range(len(rest))
+        return [
+            torch.cat([self._gather(i, pos) for pos in tokens]) for i in range(len(self._sources))
+        ]
 
-def _biases(layout: Layout) -> dict[str, np.ndarray]:
-    labels, sites, layers = ["b_enc and b_U"], [""], [-1]
-    for layer in range(layout.n_layers):
-        labels.append(f"attention biases of layer {layer}")
-        sites.append("")
-        layers.append(layer)
-    for site in (activity.site for activity in layout.activities):
-        labels += [f"b_dec of {site.label}", f"{site.label} at special tokens"]
-        sites += [site.label] * 2
-        layers += [site.layer] * 2
-    names = [f"bias:{label.replace(' ', '_')}" for label in labels]
-    return _rows(len(labels), "bias", site=sites, layer=layers, label=labels, id=names)
-
-
-def _features(activity: Activity) -> dict[str, np.ndarray]:
-    acts, site = activity.acts, activity.site
-    pos, index = acts.rows.cpu().numpy(), acts.indices.cpu().numpy()
-    label, short = site.label, _short(site)
-    names = [f"{label}/{i}@{p}" for i, p in zip(index.tolist(), pos.tolist(), strict=True)]
-    labels = [f"{short} {i}" for i in index.tolist()]
-    values = acts.values.double().cpu().numpy()
-    columns = {"site": site.label, "layer": site.layer, "pos": pos, "index": index}
-    return _rows(len(index), "feature", **columns, activation=values, label=labels, id=names)
-
-
-def _errors(activity: Activity) -> dict[str, np.ndarray]:
-    site = activity.site
-    pos = activity.keep.nonzero()[:, 0].cpu().numpy()
-    names = [f"{site.label}/error@{p}" for p in pos]
-    columns = {"site": site.label, "layer": site.layer, "pos": pos}
-    return _rows(len(pos), "error", **columns, label=f"{_short(site)} error", id=names)
-
-
-def _short(site: TraceSite) -> str:
-    """``L3`` for transcoders, with the kind of site for others."""
-    kind = "" if site.kind == "transcoder" else f" {site.kind}"
-    return f"L{site.layer}{kind}"
-
-
-def _seeds(seeds: Sequence[Seed], n_layers: int) -> dict[str, np.ndarray]:
-    names = [f"target:{seed.name}" for seed in seeds]
-    return _rows(
-        len(seeds),
-        "target",
-        layer=n_layers,
-        pos=[seed.position for seed in seeds],
-        index=[seed.token for seed in seeds],
-        activation=[seed.value for seed in seeds],
-        label=[seed.label for seed in seeds],
-        id=names,
-    )
-
-
-def dictionary_name(site: HookedSite) -> str:
-    """What tells a dictionary from others of its site: its spec, or its size and a checksum."""
-    owner: Any = site
-    spec = spec_of(owner.dictionary if hasattr(owner, "dictionary") else owner.sae)
-    if spec is not None:
-        return f"{spec.release}/{spec.sae_id}"
-    # of one row of the encoder: in training no two become equal
-    row = site.weights.W_enc[0].detach().float().cpu().numpy()
-    return f"{site.d_sae} features, checksum {zlib.crc32(row.tobytes()):08x}"
+    def _gather(self, i: int, pos: int) -> Float[torch.Tensor, "some d_out"]:
+        source = self._sources[i]
+        return source.writers(self._activity.site.hooked.decoder_from(source.site.place), pos)

@@ -1,4 +1,6 @@
-"""Groups the similar features of an attribution graph by themselves.
+"""Features of an attribution graph: groups of similar ones, and the words that each writes towards.
+
+Groups are found by average linkage (Sokal & Michener, 1958):
 
 1. Similarity of two features is the mean of up to three cosines:
    ``decoder``, of what they write, all layers that a feature writes to together. Features that write to
@@ -6,39 +8,50 @@
    ``activation``, 0 for nodes at different tokens, else of the activations of the two features over all
    tokens where the graph has them: 1 for those that are active at this token only;
    ``edges``, the mean of two cosines, of what reaches them and of what they reach, signed.
-2. Average linkage (Sokal & Michener, 1958): the two groups with the largest mean similarity of their
-   members are joined, until it falls below a threshold, or so many groups are left.
-3. A group is called as all its members are, if they share a label, else as the most influential one.
+2. The two groups with the largest mean similarity of their members are joined, until it falls below a
+   threshold, or so many groups are left. A group is called as all its members are, if they share a label,
+   else as the most influential one.
+3. The groups are a start, to be edited (``supernode_groups.py``). That features are alike says nothing
+   about what they do together: ``collapse`` and ablation do.
 
-The groups are a start, to be edited (``supernode_groups.py``). That features are alike says nothing about
-what they do together: ``collapse`` and ablation do.
+Words are read off a feature's direction by the unembedding (``features/top_words.py``): the sum of its
+decoder rows over all layers that it writes to, those of attention dictionaries through ``W_O`` and the
+gain of the norm behind it. They say what a feature does to logits directly, not through later layers: of
+early features they say little.
 
-Cost: matrices ``[feature, feature]``, three at a time, and a sort of their entries.
+Cost: of groups matrices ``[feature, feature]``, three at a time, and a sort of their entries; of words
+one multiplication with the unembedding for all features of the graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from html import escape
 from itertools import chain, count
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 
+import gemmascope_plugin.figures as figures
 from gemmascope_plugin.errors import (
     EmptySelectionError,
     GemmaScopeError,
     UnknownNameError,
     check_choice,
 )
+from gemmascope_plugin.features.top_words import TopWords, top_words
 from gemmascope_plugin.graphs.combine import positions_of
+from gemmascope_plugin.graphs.frames import SHOWN
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.graph_arrays import check_graph
 from gemmascope_plugin.graphs.supernode_groups import Supernodes
+from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.gate import gate
+from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.splice.hooked_sae import Saes, as_list, check_saes
-from gemmascope_plugin.tracing.linear.trace_site import hooked_of
+from gemmascope_plugin.tracing.linear.trace_site import TraceSite, hooked_of, trace_sites
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -189,10 +202,7 @@ def _directions(rows: pd.DataFrame, saes: Saes) -> dict[str, tuple[np.ndarray, n
     for label, numbers in rows.groupby("site").indices.items():
         name = str(label)
         if name not in hooked:
-            raise UnknownNameError(
-                f"The graph has features of {name}, and no dictionary for it was given",
-                exists=", ".join(hooked),
-            )
+            raise _no_dictionary(name, hooked)
         sae, place = hooked[name]
         features = torch.from_numpy(rows["index"].to_numpy()[numbers])
         decoders = [site.decoder_from(place).detach() for site in sae.sites[place:]]
@@ -203,6 +213,13 @@ def _directions(rows: pd.DataFrame, saes: Saes) -> dict[str, tuple[np.ndarray, n
         space: (np.concatenate([n for n, _ in pairs]), np.concatenate([d for _, d in pairs]))
         for space, pairs in parts.items()
     }
+
+
+def _no_dictionary(site: str, sites: Iterable[str]) -> UnknownNameError:
+    return UnknownNameError(
+        f"The graph has features of {site}, and no dictionary for it was given",
+        exists=", ".join(sites),
+    )
 
 
 def by_activation(graph: Graph, places: np.ndarray) -> Square:
@@ -231,3 +248,83 @@ def _cosines(rows: np.ndarray | csr_array) -> Square:
     sizes = np.sqrt(products.diagonal())
     sizes[sizes == 0] = 1
     return products / np.outer(sizes, sizes)
+
+
+class TopTokens(dict[str, TopWords]):
+    """Words of feature nodes, by the ids of the nodes."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a node: ``id, top, bottom``, the words in one text each, the strongest first."""
+        import pandas as pd
+
+        rows = [
+            (node, *(", ".join(map(repr, part)) for part in words)) for node, words in self.items()
+        ]
+        return pd.DataFrame(rows, columns=["id", "top", "bottom"])
+
+    def to_json(self) -> dict[str, dict[str, list[str]]]:
+        """From ids to words, as plain values."""
+        return {
+            node: {"top": list(words.top), "bottom": list(words.bottom)}
+            for node, words in self.items()
+        }
+
+    def __repr__(self) -> str:
+        return f"TopTokens({len(self)} features)"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>{figures.frame_html(self.to_frame(), SHOWN)}"
+
+
+def top_tokens(graph: Graph, model: HookedModel, saes: Saes, k: int = 5) -> TopTokens:
+    """Words of every feature node.
+
+    Args:
+        graph: The graph.
+        model: The model that it was traced in.
+        saes: Those that it was traced with.
+        k: How many words of each.
+
+    Returns:
+        From the id of a node to its words.
+
+    Raises:
+        UnknownNameError: The graph has features of a dictionary that was not given.
+        EmptySelectionError: ``k`` is not a number of words.
+    """
+    sites = trace_sites(model, saes, ())
+    by_label = {site.label: site for site in sites}
+    rows = graph.nodes[graph.where("feature")]
+    words = TopTokens()
+    for label, nodes in rows.groupby("site"):
+        label = str(label)
+        if label not in by_label:
+            raise _no_dictionary(label, by_label)
+        features = torch.from_numpy(np.unique(np.asarray(nodes["index"])))
+        directions = stream_writes(Anatomy(model), by_label[label], sites, features)
+        by_feature = dict(zip(features.tolist(), top_words(model, directions, k), strict=True))
+        words |= {name: by_feature[i] for name, i in zip(nodes["id"], nodes["index"], strict=True)}
+    return words
+
+
+def stream_writes(
+    anatomy: Anatomy,
+    site: TraceSite,
+    sites: Sequence[TraceSite],
+    features: Int64[torch.Tensor, " feature"],
+) -> Float[torch.Tensor, "feature d_model"]:
+    """What features of a site write to the stream, at all sites of a trace together, up to the scale of
+    attention's norm.
+    """
+    parts = []
+    for writer in sites:
+        if not writer.receives(site):
+            continue
+        W_dec = writer.hooked.decoder_from(site.place).detach()
+        rows = W_dec.index_select(0, features.to(W_dec.device)).float()
+        if writer.kind == "attention":
+            rows = rows @ anatomy.W_O(writer.layer).flatten(0, 1).to(rows)
+            norm = anatomy.norm(writer.layer, "ln1_post")
+            rows = rows if norm is None or norm.gain is None else rows * norm.gain.to(rows)
+        parts.append(rows)
+    return torch.stack(parts).sum(0)

@@ -1,32 +1,43 @@
-"""Gradients of many targets, and how frozen attention pulls them back: from what heads write to what
-their values read.
+"""What a frozen model makes of gradients on their way down, and of what nodes write on its way up.
 
-Targets are sorted by token, so those that reach a token are the last ones: causality is a slice. Their
-gradients are at one token each, or at all tokens up to the last of them.
+*Downwards*, for the sweep. Targets are sorted by token, so those that reach a token are the last ones:
+causality is a slice. Their gradients (:class:`Cotangent`) are at one token each, or at all tokens up to
+the last of them.
 
 1. ``to_heads``: ``W_O`` with the post-norm's gain, head by head.
 2. ``through_values``: over tokens by the frozen pattern, summed over the heads of a key-value group, and
    through ``W_V``. A gradient at one token spreads to all earlier ones here.
-3. ``tokens_through``: the same for the embeddings alone, from below: what each token writes at every
-   later one through the first attention and beside it.
+3. Gradients at ``z`` lie head by head, ``[head, pos, target, d_head]``: then every step is one product of
+   two matrices, and nothing is turned round in memory.
 
-Gradients at ``z`` lie head by head, ``[head, pos, target, d_head]``: then every step is one product of
-two matrices, and nothing is turned round in memory.
+*Upwards* (:class:`Tangent`), the transpose of the sweep:
 
-Cost: ``pos * d_model * (head + kv) * d_head`` and half of ``pos^2 * head * d_head`` multiplications; a
-target at one token pays for that token only.
+1. Attention reads the values, mixes tokens by the frozen pattern and writes beside the stream; an
+   attention SAE lets nothing of that through at the tokens that it works on.
+2. An affine skip adds what it makes of the stream before the MLP.
+3. A residual SAE ends everything at the tokens that it works on.
+
+Cost: downwards ``pos * d_model * (head + kv) * d_head`` and half of ``pos^2 * head * d_head``
+multiplications a target; one at one token pays for that token only. Upwards ``pos * d_model * (2 head *
+d_head)`` multiplications a write and layer; ``write * pos * d_model`` numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import torch
 from jaxtyping import Float, Int64
 
-from gemmascope_plugin.tracing.linear.frozen_pass import QUERIES, FrozenAttention
+from gemmascope_plugin.tracing.linear.frozen_pass import QUERIES, FrozenAttention, FrozenPass
+from gemmascope_plugin.tracing.linear.trace_nodes import Layout
+from gemmascope_plugin.tracing.linear.trace_site import PER_LAYER, Activity
+
+TOKENS = -1
+"""Time of the embedding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,26 +136,6 @@ def through_values(
     return state.with_values(out)
 
 
-def tokens_through(
-    attention: FrozenAttention, embed: Float[torch.Tensor, "key d_model"]
-) -> Float[torch.Tensor, "query key d_model"]:
-    """What each token's embedding becomes at every later token behind the first attention, which has no
-    biases.
-    """
-    n_pos, kv = len(embed), len(attention.W_V)
-    values = torch.einsum("km,gdm->gkd", embed, attention.W_V)
-    mix = attention.mix.view(kv, n_pos, attention.group, n_pos)
-    W_O = attention.W_O.unflatten(0, (kv, -1))
-    out = embed.new_zeros(n_pos, n_pos, embed.shape[1])
-    for group in range(kv):
-        for head in range(attention.group):
-            written = values[group] @ W_O[group, head].T
-            out += mix[group, :, head].T[:, :, None] * written
-    tokens = torch.arange(n_pos, device=embed.device)
-    out[tokens, tokens] += embed
-    return out
-
-
 def _mixed(
     attention: FrozenAttention,
     heads: Float[torch.Tensor, "head pos target d_head"],
@@ -186,3 +177,104 @@ def _spread(
             weights = mix[index, : pos + 1, :, pos]
             out[index, : pos + 1, columns].addmm_(weights, flat[index, :, columns])
     return out.view(kv, n_pos, n, d_head)
+
+
+# ------------------------------------------------------------------------------------------- upwards
+@dataclass(frozen=True, eq=False)
+class Write:
+    """What a node writes into the stream at one place."""
+
+    time: int
+    """Of the site, see ``PER_LAYER``; that of ``z`` for attention."""
+    positions: Int64[torch.Tensor, " some"]
+    vectors: Float[torch.Tensor, "some d_model"]
+
+
+def from_heads(
+    attention: FrozenAttention, z: Float[torch.Tensor, "*axes heads"]
+) -> Float[torch.Tensor, "*axes d_model"]:
+    """What heads write, without the scale of the post-norm."""
+    return z @ attention.W_O.transpose(1, 2).flatten(0, 1)
+
+
+def passing(layout: Layout, layer: int, like: torch.Tensor) -> Float[torch.Tensor, " pos"]:
+    """0 where an SAE takes the place of what heads write, else 1."""
+    activity = activity_at(layout, PER_LAYER * layer)
+    return torch.ones_like(like) if activity is None else (~activity.keep).to(like)
+
+
+def activity_at(layout: Layout, time: int) -> Activity | None:
+    """The site that works at a time, if there is one."""
+    return layout.activities[layout.at[time]] if time in layout.at else None
+
+
+class Tangent:
+    """Writes as they go up, at the tokens that count: ``n_pos``, up to that of the target."""
+
+    def __init__(
+        self, frozen: FrozenPass, layout: Layout, writes: Sequence[Write], n_pos: int
+    ) -> None:
+        self._frozen, self._layout, self._writes = frozen, layout, writes
+        self._n_pos = n_pos
+        self.layer = max(0, min(write.time for write in writes) // PER_LAYER)
+        """Where they are: before this layer, the first one above them to begin with."""
+        empty = frozen.embed.new_zeros(len(writes), n_pos, frozen.anatomy.d_model)
+        self.stream: Float[torch.Tensor, "write pos d_model"] = self._entered(TOKENS, empty)
+        """What has become of each."""
+
+    def up(self) -> None:
+        """One layer further."""
+        *_, self.stream = self._stages()
+        self.layer += 1
+
+    def read(self, entry: Entry) -> Float[torch.Tensor, "write target"]:
+        """Effects on targets that read within this layer, each at its own token."""
+        read = next(islice(self._stages(), entry.after % PER_LAYER, None))
+        return torch.einsum("wtd,td->wt", read[:, entry.positions], entry.vectors)
+
+    def _stages(self) -> Iterator[Float[torch.Tensor, "write pos width"]]:
+        """What the sites of this layer read, in their order, and last the stream behind it."""
+        first = PER_LAYER * self.layer
+        attention = self._frozen.attention(self.layer)
+        post = attention.post[: self._n_pos, None]
+        mixed = self._mixed(attention)
+        yield mixed / post
+        through = passing(self._layout, self.layer, attention.post)[: self._n_pos, None]
+        stream = self._entered(first, self.stream + from_heads(attention, mixed * through))
+        yield stream
+        stream = self._entered(first + 1, self._skipped(stream))
+        yield stream
+        resid = activity_at(self._layout, first + 2)
+        if resid is not None:
+            stream = stream * (~resid.keep[: self._n_pos, None]).to(stream)
+        yield self._entered(first + 2, stream)
+
+    def _mixed(self, attention: FrozenAttention) -> Float[torch.Tensor, "write pos heads"]:
+        """``z`` with the scale of the post-norm, as ``mix`` has it."""
+        n_pos = self._n_pos
+        values = torch.einsum("wkm,gdm->wgkd", self.stream, attention.W_V)
+        mix = attention.mix.unflatten(-1, (attention.group, -1))[:, :n_pos, :, :n_pos]
+        return torch.einsum("gkhq,wgkd->wqghd", mix, values).flatten(2)
+
+    def _skipped(
+        self, stream: Float[torch.Tensor, "write pos d_model"]
+    ) -> Float[torch.Tensor, "write pos d_model"]:
+        activity = activity_at(self._layout, PER_LAYER * self.layer + 1)
+        if activity is None or activity.site.skip is None:
+            return stream
+        assert activity.read_gain is not None, "only transcoders have a skip"
+        read = stream * activity.read_gain[: self._n_pos]
+        return stream + read @ activity.site.skip.detach().T.to(read)
+
+    def _entered(
+        self, time: int, stream: Float[torch.Tensor, "write pos d_model"]
+    ) -> Float[torch.Tensor, "write pos d_model"]:
+        """With what is written at a time."""
+        if all(write.time != time for write in self._writes):
+            return stream
+        added = torch.zeros_like(stream)
+        for row, write in enumerate(self._writes):
+            if write.time == time:
+                counts = write.positions < self._n_pos
+                added[row, write.positions[counts]] = write.vectors[counts].to(added)
+        return stream + added
