@@ -46,7 +46,7 @@ from gemmascope_plugin.types import SAE, Kind, Site
 
 if TYPE_CHECKING:
     from gemmascope_plugin.saes import CLTSAE, CrossCoderSAE
-    from gemmascope_plugin.saes.cross_layer_sae_config import CrossLayerSAEConfig
+    from gemmascope_plugin.saes.cross_layer_sae import CrossLayerSAEConfig
 
 
 def why_not_exported(sae: SAE, layout: Format, gain: Gain = "without") -> str | None:

@@ -4,7 +4,7 @@
    are encoded sparsely and only counts and sums are kept, so that the corpus may be of any size. The
    target is the tensor at the *output* site; an affine skip is part of the reconstruction.
 2. ``l0``, ``fvu`` (about the mean of the same tokens) and the loss measures: arXiv 2408.05147,
-   section 4; see ``splice/losses.py``. They are read and changed at the same tokens.
+   section 4; see ``splice/fit.py``. They are read and changed at the same tokens.
 3. ``dead_share``, ``dense_share`` (features active on more than a tenth of the tokens) and the
    histogram of firing frequencies in half decades, from the same counts.
 4. ``r_l0``, evenness of importance (``importance.py``).
@@ -38,8 +38,8 @@ from gemmascope_plugin.models.points import lowest_layer
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.saes import Coder
 from gemmascope_plugin.splice import HookedSAE, splice
+from gemmascope_plugin.splice.fit import SpliceLoss, mean_losses, putting
 from gemmascope_plugin.splice.hooked_sae import check_sae
-from gemmascope_plugin.splice.losses import SpliceLoss, mean_losses, putting
 from gemmascope_plugin.types import SAE
 
 

@@ -20,7 +20,7 @@ import gemmascope_plugin.figures as figures
 from gemmascope_plugin.files.bundle import plain_values
 from gemmascope_plugin.files.stored_result import TABLE, TENSOR, StoredResult, record_of
 from gemmascope_plugin.measures.tree_recovery import Recovery
-from gemmascope_plugin.splice.losses import SpliceLoss
+from gemmascope_plugin.splice.fit import SpliceLoss
 
 DENSE = 0.1
 """A feature active on a larger share of the tokens is dense."""

@@ -35,10 +35,18 @@ from gemmascope_plugin.saes.sparse import SparseActs, write
 from gemmascope_plugin.saes.two_stage import Bf16Prefilter, has_bf16_instructions
 
 if TYPE_CHECKING:
-    from gemmascope_plugin.saes.cross_layer_sae import CLTSAE, CrossCoderSAE
-    from gemmascope_plugin.saes.cross_layer_sae_config import CLTSAEConfig, CrossCoderSAEConfig
-    from gemmascope_plugin.saes.matryoshka import MatryoshkaSAE, MatryoshkaSAEConfig
-    from gemmascope_plugin.saes.matryoshka_sources import from_dictionary_learning, with_levels
+    from gemmascope_plugin.saes.cross_layer_sae import (
+        CLTSAE,
+        CLTSAEConfig,
+        CrossCoderSAE,
+        CrossCoderSAEConfig,
+    )
+    from gemmascope_plugin.saes.matryoshka import (
+        MatryoshkaSAE,
+        MatryoshkaSAEConfig,
+        from_dictionary_learning,
+        with_levels,
+    )
     from gemmascope_plugin.saes.soft import SoftSAE, SoftSAEConfig
     from gemmascope_plugin.saes.training.cross_layer_training import (
         CLTTrainingConfig,
@@ -123,7 +131,7 @@ __all__ = [
 ]
 
 _SAELENS_MODULES = (
-    *("cross_layer_sae", "matryoshka", "matryoshka_sources", "soft", "tree", "tree_config"),
+    *("cross_layer_sae", "matryoshka", "soft", "tree", "tree_config"),
     *("training.cross_layer_training", "training.jumprelu_training"),
     *("training.matryoshka_training", "training.soft_training", "training.tree_training"),
 )

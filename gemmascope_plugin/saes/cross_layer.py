@@ -27,8 +27,8 @@ import torch
 from jaxtyping import Float
 
 from gemmascope_plugin.errors import ModelError, UnknownNameError, WidthMismatchError
-from gemmascope_plugin.saes.jumprelu import jump
-from gemmascope_plugin.saes.sparse import SparseActs, write
+from gemmascope_plugin.saes.jumprelu import encode
+from gemmascope_plugin.saes.sparse import Acts, Inputs, Outputs, SparseActs, write
 
 Layers = Sequence[Float[torch.Tensor, "*tokens _"]]
 """One tensor per layer; the last axes may differ between the layers."""
@@ -88,12 +88,8 @@ class LayerWeights:
 class CrossLayerDictionary(torch.nn.Module):
     """A dictionary over several layers; ``CrossCoder`` and ``CrossLayerTranscoder`` are the two kinds.
 
-    It has no parameters in PyTorch's sense, so ``state_dict`` is empty and nothing trains it.
-
-    Args:
-        cfg: Shapes and hooks.
-        fetch: From the position of a layer in ``cfg.layers`` to its weights; called once per layer,
-            when the layer is first used.
+    It has no parameters in PyTorch's sense, so ``state_dict`` is empty and nothing trains it. ``fetch``
+    gives the weights of a layer by its position in ``cfg.layers``, when the layer is first used.
     """
 
     kind = ""
@@ -108,17 +104,7 @@ class CrossLayerDictionary(torch.nn.Module):
         self.register_buffer("_place", torch.empty(0, dtype=cfg.dtype, device=cfg.device), False)
 
     def weights(self, position: int) -> LayerWeights:
-        """The weights of one layer, opened on first use.
-
-        Args:
-            position: Index into ``cfg.layers``.
-
-        Returns:
-            Encoder and biases on the module's device; the decoder where the files are.
-
-        Raises:
-            UnknownNameError: There is no such position.
-        """
+        """The weights of ``cfg.layers[position]``, opened on first use; its decoder stays on the disk."""
         if not 0 <= position < self.cfg.n_layers:
             raise UnknownNameError(
                 f"no layer at position {position}",
@@ -143,63 +129,25 @@ class CrossLayerDictionary(torch.nn.Module):
         self.close()
         return self
 
-    def encode_layer(
-        self, position: int, x: Float[torch.Tensor, "*tokens d_in"]
-    ) -> Float[torch.Tensor, "*tokens d_sae"]:
-        """Features that read one layer.
-
-        Args:
-            position: Index into ``cfg.layers``.
-            x: Tensor at ``cfg.hooks_in[position]``.
-
-        Returns:
-            Their activations.
-
-        Raises:
-            WidthMismatchError: ``x`` has another width than the dictionary reads.
-        """
+    def encode_layer(self, position: int, x: Inputs) -> Acts:
+        """Features that read one layer, of the tensor at ``cfg.hooks_in[position]``."""
         if x.shape[-1] != self.cfg.d_in:
             raise WidthMismatchError(
                 f"the {self.kind} reads width {self.cfg.d_in} at {self.cfg.hooks_in[position]}, "
                 f"the tensor has {x.shape[-1]}",
                 fix="the tensor of the hook in cfg.hooks_in, heads flattened",
             )
-        layer = self.weights(position)
-        return jump(x.to(layer.W_enc.dtype) @ layer.W_enc + layer.b_enc, layer.threshold)
+        return encode(self.weights(position), x)
 
     def encode(self, x: Layers) -> tuple[Float[torch.Tensor, "*tokens _"], ...]:
-        """Features of every layer.
-
-        Args:
-            x: One tensor per layer, in the order of ``cfg.hooks_in``.
-
-        Returns:
-            One tensor of activations per layer.
-
-        Raises:
-            WidthMismatchError: Wrong number of layers, or a tensor of another width.
-        """
+        """Features of every layer, of one tensor per layer in the order of ``cfg.hooks_in``."""
         self._check_count(x, "tensors")
         return tuple(self.encode_layer(i, x_i) for i, x_i in enumerate(x))
 
-    def decode_layer(
-        self,
-        position: int,
-        acts: Layers,
-        x: Float[torch.Tensor, "*tokens d_in"] | None = None,
-    ) -> Float[torch.Tensor, "*tokens d_out"]:
-        """The reconstruction of one layer, from the features of all layers up to it.
+    def decode_layer(self, position: int, acts: Layers, x: Inputs | None = None) -> Outputs:
+        """The tensor for ``cfg.hooks_out[position]``, from the features of all layers up to it.
 
-        Args:
-            position: Index into ``cfg.layers`` of the layer written.
-            acts: Activations of layers ``0..position`` at least.
-            x: Input of the same layer; needed with an affine skip, else unused.
-
-        Returns:
-            The tensor for ``cfg.hooks_out[position]``.
-
-        Raises:
-            ModelError: Activations are missing, or the affine skip has no input.
+        ``x`` is the input of the same layer, needed with an affine skip.
         """
         if len(acts) <= position:
             raise ModelError(
@@ -222,19 +170,7 @@ class CrossLayerDictionary(torch.nn.Module):
     def decode(
         self, acts: Layers, x: Layers | None = None
     ) -> tuple[Float[torch.Tensor, "*tokens _"], ...]:
-        """The reconstruction of every layer.
-
-        Args:
-            acts: Activations per layer, as ``encode`` returns them, edited or not.
-            x: Inputs per layer; needed with an affine skip.
-
-        Returns:
-            One tensor per layer, in the order of ``cfg.hooks_out``.
-
-        Raises:
-            ModelError: The affine skip has no input.
-            WidthMismatchError: Wrong number of layers.
-        """
+        """Reconstructions in the order of ``cfg.hooks_out``; with an affine skip ``x`` is needed, too."""
         self._check_count(acts, "activations")
         inputs = x if x is not None else [None] * self.cfg.n_layers
         return tuple(self.decode_layer(j, acts, inputs[j]) for j in range(self.cfg.n_layers))

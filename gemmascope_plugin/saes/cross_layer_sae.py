@@ -11,20 +11,26 @@ layer ``i`` are the ``i``-th of ``n`` equal blocks:
    there are refused when they are loaded, since norms and files would have it.
 3. ``W_skip [n, d_out, d]``, of CLTs if ``affine``: ``y_j += x_j @ W_skip_j.T``.
 
-``dictionary()`` gives the ``CrossLayerDictionary`` that splicing runs (formulas: ``cross_layer.py``).
+All layers are in memory and every product is dense, so that the same code learns.  ``dictionary()`` gives
+the ``CrossLayerDictionary`` that splicing runs, layer by layer and on active features only
+(``cross_layer.py``).  A config is checked when it is made, and its ``from_dict`` refuses keys that it
+does not know.
 
 Cost: encode ``2 * tokens * d * d_sae`` operations, decode half of ``2 * tokens * d_sae * n * d_out``.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
 from sae_lens import SAE
 from sae_lens.registry import get_sae_class
-from sae_lens.saes.sae import SAEConfig
+from sae_lens.saes.sae import SAEConfig, SAEMetadata
 from typing_extensions import override
 
 from gemmascope_plugin.errors import ModelError, WidthMismatchError
@@ -35,23 +41,125 @@ from gemmascope_plugin.saes.cross_layer import (
     CrossLayerTranscoder,
     LayerWeights,
 )
-from gemmascope_plugin.saes.cross_layer_sae_config import (
-    CLTSAEConfig,
-    CrossCoderSAEConfig,
-    CrossLayerSAEConfig,
-)
 from gemmascope_plugin.saes.jumprelu import jump
-from gemmascope_plugin.saes.registration import register_class
+from gemmascope_plugin.saes.registration import StrictConfig, register_class
+from gemmascope_plugin.saes.sparse import Acts, Inputs, Outputs
+
+
+@dataclass(kw_only=True)
+class CrossLayerSAEConfig(StrictConfig, SAEConfig):
+    """SAELens' config with layers; ``d_in`` and ``d_out`` are widths of all layers together."""
+
+    layers: Sequence[int] = ()
+    hooks_in: Sequence[str] = ()
+    hooks_out: Sequence[str] = ()
+    d_out: int = 0
+    affine: bool = False
+    apply_b_dec_to_input: bool = False
+    metadata: Any = field(default_factory=SAEMetadata)
+    """SAELens' metadata; its ``from_dict`` passes a dict first and replaces it afterwards."""
+
+    kind: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.layers = tuple(self.layers)
+        self.hooks_in, self.hooks_out = tuple(self.hooks_in), tuple(self.hooks_out)
+        check_layers(self.layers)
+        n = len(self.layers)
+        if len(self.hooks_in) != n or len(self.hooks_out) != n:
+            raise ModelError(
+                f"{n} layers with {len(self.hooks_in)} hooks to read and {len(self.hooks_out)} to write",
+                fix="one of each per layer",
+            )
+        for name in ("d_in", "d_out", "d_sae"):
+            size = getattr(self, name)
+            if size < n or size % n:
+                raise ModelError(
+                    f"{name} is {size}, which {n} layers do not divide", fix=f"a multiple of {n}"
+                )
+        if self.normalize_activations != "none" or self.apply_b_dec_to_input:
+            raise ModelError(
+                f"A {self.kind} neither normalises its input nor subtracts b_dec from it",
+                fix="normalize_activations='none', apply_b_dec_to_input=False",
+            )
+        if self.reshape_activations != "none":
+            raise ModelError(
+                f"A {self.kind} does not reshape its input "
+                f"(reshape_activations={self.reshape_activations!r})",
+                fix="reshape_activations='none', heads flattened",
+            )
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers."""
+        return len(self.layers)
+
+    @property
+    def block(self) -> int:
+        """Features that read one layer."""
+        return self.d_sae // self.n_layers
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Width of one tensor that is read, and of one that is written."""
+        return self.d_in // self.n_layers, self.d_out // self.n_layers
+
+
+@dataclass(kw_only=True)
+class CrossCoderSAEConfig(CrossLayerSAEConfig):
+    """A weakly causal crosscoder: residual streams of a few layers to themselves."""
+
+    kind: ClassVar[str] = "crosscoder"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.affine:
+            raise ModelError("A crosscoder has no affine skip", fix="affine=False")
+        if self.d_out != self.d_in:
+            raise ModelError(
+                f"A crosscoder writes what it reads, and has d_in {self.d_in} and d_out {self.d_out}",
+                fix=f"d_out={self.d_in}",
+            )
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        """``"jumprelu_crosscoder"``."""
+        return "jumprelu_crosscoder"
+
+
+@dataclass(kw_only=True)
+class CLTSAEConfig(CrossLayerSAEConfig):
+    """A cross-layer transcoder: MLP inputs to the MLP outputs of the same and all later layers."""
+
+    kind: ClassVar[str] = "clt"
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        """``"jumprelu_clt"``."""
+        return "jumprelu_clt"
+
+
+def check_layers(layers: Sequence[int]) -> None:
+    """Refuses anything but increasing layers from 0."""
+    if not all(type(layer) is int for layer in layers):
+        raise ModelError(
+            f"The layers {list(layers)} are not all whole numbers", fix="layers=[0, 1]"
+        )
+    if not layers or layers[0] < 0 or any(b <= a for a, b in pairwise(layers)):
+        raise ModelError(
+            f"The layers {list(layers)} do not increase from 0",
+            fix=f"layers={sorted({n for n in layers if n >= 0}) or [0, 1]}",
+        )
+
 
 Config = TypeVar("Config", bound="CrossLayerSAEConfig")
 
 
 class CrossLayerWeights(SAE[Config]):
-    """The parameters, and what they compute; for inference and training alike.
-
-    Raises:
-        ModelError: On loading features that write to a layer before their own.
-    """
+    """The parameters, and what they compute; for inference and training alike."""
 
     b_enc: torch.nn.Parameter
     threshold: torch.nn.Parameter
@@ -82,22 +190,14 @@ class CrossLayerWeights(SAE[Config]):
         skip = torch.zeros(cfg.n_layers, d_out, d_in, **place)
         self.W_skip = torch.nn.Parameter(skip) if cfg.affine else None
 
-    def pre_activations(
-        self, x: Float[torch.Tensor, "*tokens d_in"]
-    ) -> Float[torch.Tensor, "*tokens d_sae"]:
-        """Every block's product with its own layer's tensor.
-
-        Raises:
-            WidthMismatchError: ``x`` is not as wide as all layers together.
-        """
+    def pre_activations(self, x: Inputs) -> Acts:
+        """Every block's product with its own layer's tensor."""
         encoders = self.W_enc.split(self.cfg.block, dim=1)
         tensors = self._layers_of(x)
         pre = torch.cat([x_i @ W for x_i, W in zip(tensors, encoders, strict=True)], dim=-1)
         return pre + self.b_enc
 
-    def _layers_of(
-        self, x: Float[torch.Tensor, "*tokens d_in"]
-    ) -> tuple[Float[torch.Tensor, "*tokens _"], ...]:
+    def _layers_of(self, x: Inputs) -> tuple[Float[torch.Tensor, "*tokens _"], ...]:
         cfg = self.cfg
         if x.shape[-1] != cfg.d_in:
             raise WidthMismatchError(
@@ -107,17 +207,8 @@ class CrossLayerWeights(SAE[Config]):
             )
         return x.to(self.dtype).split(cfg.widths[0], dim=-1)
 
-    def write(
-        self,
-        acts: Float[torch.Tensor, "*tokens d_sae"],
-        x: Float[torch.Tensor, "*tokens d_in"] | None,
-    ) -> Float[torch.Tensor, "*tokens d_out"]:
-        """What the features write to each layer, from its own and all earlier blocks.
-
-        Raises:
-            ModelError: The affine skip has no input.
-            WidthMismatchError: Not one activation per feature, or an input of another width.
-        """
+    def write(self, acts: Acts, x: Inputs | None) -> Outputs:
+        """What the features write to each layer, from its own and all earlier blocks."""
         cfg = self.cfg
         if acts.shape[-1] != cfg.d_sae:
             raise WidthMismatchError(
@@ -126,14 +217,10 @@ class CrossLayerWeights(SAE[Config]):
                 fix="what encode returned, edited or not",
             )
         columns = self.W_dec.split(cfg.widths[1], dim=1)
-        out = torch.cat(
-            [
-                acts[..., : (j + 1) * cfg.block] @ W[: (j + 1) * cfg.block]
-                for j, W in enumerate(columns)
-            ],
-            dim=-1,
-        )
-        out = out + self.b_dec
+        stops = [(j + 1) * cfg.block for j in range(cfg.n_layers)]
+        pairs = zip(stops, columns, strict=True)
+        written = [acts[..., :stop] @ W[:stop] for stop, W in pairs]
+        out = torch.cat(written, dim=-1) + self.b_dec
         if self.W_skip is None:
             return out
         if x is None:
@@ -145,23 +232,13 @@ class CrossLayerWeights(SAE[Config]):
         return out + torch.cat(skipped, dim=-1)
 
     @override
-    def decode(
-        self,
-        feature_acts: Float[torch.Tensor, "*tokens d_sae"],
-        like: Float[torch.Tensor, "*tokens d_in"] | None = None,
-    ) -> Float[torch.Tensor, "*tokens d_out"]:
+    def decode(self, feature_acts: Acts, like: Inputs | None = None) -> Outputs:
         """Reconstructions of all layers; ``like`` is what was encoded, needed with an affine skip."""
         return self.hook_sae_recons(self.write(feature_acts, like))
 
     @override
-    def forward(
-        self, x: Float[torch.Tensor, "*tokens d_in"]
-    ) -> Float[torch.Tensor, "*tokens d_out"]:
-        """``decode(encode(x), x)``.
-
-        Raises:
-            ModelError: ``use_error_term`` is set; a splice knows what the model has at its outputs.
-        """
+    def forward(self, x: Inputs) -> Outputs:
+        """``decode(encode(x), x)``; an error term is a splice's, which knows what the model has there."""
         if self.use_error_term:
             raise ModelError(
                 f"A {self.cfg.kind} has no error term of its own (use_error_term=True)",
@@ -192,17 +269,10 @@ class CrossLayerWeights(SAE[Config]):
 
 
 class CrossLayerSAE(CrossLayerWeights[Config]):
-    """SAELens' inference class; tensors of all layers side by side.
-
-    Raises:
-        WidthMismatchError: Tensors of another width.
-        ModelError: An affine skip without its input.
-    """
+    """SAELens' inference class; tensors of all layers side by side."""
 
     @override
-    def encode(
-        self, x: Float[torch.Tensor, "*tokens d_in"]
-    ) -> Float[torch.Tensor, "*tokens d_sae"]:
+    def encode(self, x: Inputs) -> Acts:
         """Features of all layers."""
         pre = self.hook_sae_acts_pre(self.pre_activations(self.hook_sae_input(x)))
         return self.hook_sae_acts_post(jump(pre, self.threshold))
@@ -223,10 +293,7 @@ class CrossLayerSAE(CrossLayerWeights[Config]):
             device=str(self.device),
             metadata=cfg.metadata.to_dict(),
         )
-        kinds = {
-            dictionary_class.kind: dictionary_class
-            for dictionary_class in (CrossCoder, CrossLayerTranscoder)
-        }
+        kinds = {kind.kind: kind for kind in (CrossCoder, CrossLayerTranscoder)}
         return kinds[cfg.kind](layers_cfg, self.layer).eval()
 
     @classmethod

@@ -38,7 +38,7 @@ from typing_extensions import override
 
 from gemmascope_plugin.errors import ModelError, UnknownNameError, WidthMismatchError
 from gemmascope_plugin.saes.lapsum import keep_top
-from gemmascope_plugin.saes.sparse import SparseActs
+from gemmascope_plugin.saes.sparse import Acts, Inputs, Outputs, SparseActs
 from gemmascope_plugin.saes.two_stage import Bf16Prefilter
 from gemmascope_plugin.types import SAE
 
@@ -47,7 +47,7 @@ _UNITS = "_gemmascope_token_units"
 """Attribute of activations that ``encode`` returned: means and deviations of their tokens."""
 
 Units = tuple[
-    Float[torch.Tensor, "*tokens d_in"],
+    Inputs,
     Float[torch.Tensor, "*tokens 1"] | None,
     Float[torch.Tensor, "*tokens 1"] | None,
 ]
@@ -55,9 +55,9 @@ Units = tuple[
 
 
 def standardise(
-    x: Float[torch.Tensor, "*tokens d_in"],
+    x: Inputs,
 ) -> tuple[
-    Float[torch.Tensor, "*tokens d_in"],
+    Inputs,
     Float[torch.Tensor, "*tokens 1"],
     Float[torch.Tensor, "*tokens 1"],
 ]:
@@ -78,17 +78,11 @@ class DenseEncoder(ABC):
     subtract_b_dec: bool
 
     @abstractmethod
-    def pre_activations(
-        self, x: Float[torch.Tensor, "*tokens d_in"]
-    ) -> Float[torch.Tensor, "*tokens d_sae"]:
+    def pre_activations(self, x: Inputs) -> Acts:
         """What decides which features are active, and is their value there."""
 
     @abstractmethod
-    def activate(
-        self,
-        pre: Float[torch.Tensor, "*tokens d_sae"],
-        x: Float[torch.Tensor, "*tokens d_in"],
-    ) -> Float[torch.Tensor, "*tokens d_sae"]:
+    def activate(self, pre: Acts, x: Inputs) -> Acts:
         """The features of pre-activations of ``x``."""
 
     @property
@@ -101,7 +95,7 @@ class DenseEncoder(ABC):
         """True where tokens are standardised: their mean and deviation are put back."""
         return self.standardize
 
-    def units(self, x: Float[torch.Tensor, "*tokens d_in"]) -> Units:
+    def units(self, x: Inputs) -> Units:
         """``x', mean, std`` in the dictionary's type; refuses tokens of another width."""
         if x.shape[-1] != self.W_enc.shape[0]:
             raise WidthMismatchError(
@@ -111,16 +105,14 @@ class DenseEncoder(ABC):
         x = x.to(self.W_enc.dtype)
         return standardise(x) if self.standardize else (x, None, None)
 
-    def encoder_input(
-        self, x: Float[torch.Tensor, "*tokens d_in"]
-    ) -> Float[torch.Tensor, "*tokens d_in"]:
+    def encoder_input(self, x: Inputs) -> Inputs:
         """What the encoder's matrix is multiplied with."""
         scaled = self.units(x)[0]
         return scaled - self.b_dec if self.subtract_b_dec else scaled
 
     def encode_sparse(
         self,
-        x: Float[torch.Tensor, "*tokens d_in"],
+        x: Inputs,
         *,
         keep: Bool[torch.Tensor, "*tokens"] | None = None,
         two_stage: Bf16Prefilter | None = None,
@@ -139,18 +131,16 @@ class DenseEncoder(ABC):
         return SparseActs.from_dense(acts)
 
     def encode_features(
-        self, x: Float[torch.Tensor, "*tokens d_in"], features: Int[torch.Tensor, " k"]
+        self, x: Inputs, features: Int[torch.Tensor, " k"]
     ) -> Float[torch.Tensor, "*tokens k"]:
         """The chosen features; costs the whole encode."""
         return self.activate(self.pre_activations(x), x)[..., features]
 
-    def scale(
-        self, x: Float[torch.Tensor, "*tokens d_in"]
-    ) -> Float[torch.Tensor, "*tokens 1"] | None:
+    def scale(self, x: Inputs) -> Float[torch.Tensor, "*tokens 1"] | None:
         """The deviation of each token, where it was taken off."""
         return self.units(x)[2]
 
-    def bias(self, x: Float[torch.Tensor, "*tokens d_in"]) -> Float[torch.Tensor, "*#tokens d_out"]:
+    def bias(self, x: Inputs) -> Float[torch.Tensor, "*#tokens d_out"]:
         """``b_dec``, or ``b_dec * std + mean``."""
         _, mean, std = self.units(x)
         if mean is None or std is None:
@@ -165,9 +155,7 @@ class DenseEncoder(ABC):
         )
 
 
-def with_units(
-    acts: Float[torch.Tensor, "*tokens d_sae"], units: Units
-) -> Float[torch.Tensor, "*tokens d_sae"]:
+def with_units(acts: Acts, units: Units) -> Acts:
     """Activations that carry the mean and deviation of their tokens."""
     if hasattr(acts, _UNITS):  # a hook put back what another call returned: leave that alone
         acts = acts.view_as(acts)
@@ -175,11 +163,7 @@ def with_units(
     return acts
 
 
-def in_model_units(
-    out: Float[torch.Tensor, "*tokens d_out"],
-    acts: Float[torch.Tensor, "*tokens d_sae"],
-    units: Units | None,
-) -> Float[torch.Tensor, "*tokens d_out"]:
+def in_model_units(out: Outputs, acts: Acts, units: Units | None) -> Outputs:
     """A reconstruction in the units of the model: by ``units``, or by what ``acts`` carry."""
     mean, std = getattr(acts, _UNITS, (None, None)) if units is None else units[1:]
     if mean is None or std is None:
@@ -215,18 +199,12 @@ class RankCoder(DenseEncoder):
     standardize: bool = False
 
     @override
-    def pre_activations(
-        self, x: Float[torch.Tensor, "*tokens d_in"]
-    ) -> Float[torch.Tensor, "*tokens d_sae"]:
+    def pre_activations(self, x: Inputs) -> Acts:
         """``z`` before ReLU."""
         return self.encoder_input(x) @ self.W_enc + self.b_enc
 
     @override
-    def activate(
-        self,
-        pre: Float[torch.Tensor, "*tokens d_sae"],
-        x: Float[torch.Tensor, "*tokens d_in"],
-    ) -> Float[torch.Tensor, "*tokens d_sae"]:
+    def activate(self, pre: Acts, x: Inputs) -> Acts:
         """The largest of each token, where positive."""
         return keep_top(
             pre.relu(), self.k if isinstance(self.k, int) else self.k(self.encoder_input(x))

@@ -7,6 +7,13 @@
 3. Decode: ``x_hat_m = f[:m] @ W_dec[:m] + b_dec``. ``x_hat_m2 - x_hat_m1`` is written by the features
    ``m1..m2`` alone (prefix additivity), and the last level is the whole dictionary.
 4. ``truncate`` gives a level as a plain SAELens ``JumpReLUSAE``.
+5. ``with_levels``: SAELens saves BatchTopK Matryoshkas as plain JumpReLU with one threshold. Since 6.54
+   the levels are in ``metadata.training_architecture_details["matryoshka_widths"]``; older checkpoints
+   lost them and they must be given (the catalog knows those of the public suites).
+6. ``from_dictionary_learning``: such checkpoints (``ae.pt``) hold ``W_enc, b_enc, W_dec, b_dec``, one
+   ``threshold``, ``k`` and ``group_sizes``, the differences of the levels. They subtract ``b_dec`` from
+   the input, which is folded: ``b_enc - b_dec @ W_enc``. This package reads no pickle;
+   ``torch.load("ae.pt", weights_only=True)``, which runs no code of the file, gives the state.
 
 Levels are counted from 0, the coarsest, to -1, the whole. They are saved in the config as ``levels``
 and repeated in ``metadata.levels``, where splicing reads them.
@@ -14,24 +21,27 @@ and repeated in ``metadata.levels``, where splicing reads them.
 What it cannot do: a level of a dictionary that was not trained with it (Gemma Scope 2 does not publish
 its levels) reconstructs badly, since later features correct earlier ones.
 
-Cost: ``2 * tokens * d_in * m`` operations each way; ``truncate`` copies ``m / d_sae`` of the memory.
+Cost: ``2 * tokens * d_in * m`` operations each way; ``truncate`` copies ``m / d_sae`` of the memory,
+``with_levels`` shares all of it.
 """
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, SupportsIndex
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEConfig, SAEMetadata
+from sae_lens.util import dtype_to_str
 from typing_extensions import override
 
-from gemmascope_plugin.errors import ModelError, WidthMismatchError
+from gemmascope_plugin.errors import BadFileError, ModelError, WidthMismatchError
 from gemmascope_plugin.saes.coder import level_width
 from gemmascope_plugin.saes.jumprelu import jump
 from gemmascope_plugin.saes.registration import StrictConfig, register_class
@@ -122,15 +132,7 @@ class MatryoshkaSAE(JumpReLUSAE):
     def encode(
         self, x: Float[torch.Tensor, "*axes d"], level: int | None = None
     ) -> Float[torch.Tensor, "*tokens width"]:
-        """Activations of the features of a level.
-
-        Args:
-            x: Tokens ``[..., d_in]``; ``[..., head, d_head]`` where SAELens reshapes.
-            level: 0 for the coarsest, -1 or None for the whole.
-
-        Raises:
-            UnknownNameError: There is no such level.
-        """
+        """Activations of the features of a level; None for the whole."""
         width = self.width(level)
         sae_in = self.process_sae_in(x)
         pre = self.hook_sae_acts_pre(sae_in @ self.W_enc[:, :width] + self.b_enc[:width])
@@ -140,16 +142,7 @@ class MatryoshkaSAE(JumpReLUSAE):
     def decode(
         self, feature_acts: Float[torch.Tensor, "*tokens width"], level: int | None = None
     ) -> Float[torch.Tensor, "*axes d"]:
-        """What the features of a level write, and ``b_dec``.
-
-        Args:
-            feature_acts: Activations of all features or of the level's only.
-            level: 0 for the coarsest, -1 or None for the whole.
-
-        Raises:
-            UnknownNameError: There is no such level.
-            WidthMismatchError: The activations are neither the whole's nor the level's.
-        """
+        """What the features of a level write, and ``b_dec``; of all activations or the level's only."""
         width, n_acts = self.width(level), feature_acts.shape[-1]
         if n_acts not in (width, self.cfg.d_sae):
             raise WidthMismatchError(
@@ -162,11 +155,7 @@ class MatryoshkaSAE(JumpReLUSAE):
         return self.reshape_fn_out(recons, self.d_head)
 
     def width(self, level: int | None) -> int:
-        """Number of features of a level; of the whole for None.
-
-        Raises:
-            UnknownNameError: There is no such level.
-        """
+        """Number of features of a level; of the whole for None."""
         return self.cfg.d_sae if level is None else level_width(self, level)
 
     def truncate(self, level: int) -> JumpReLUSAE:
@@ -174,12 +163,6 @@ class MatryoshkaSAE(JumpReLUSAE):
 
         The parameters are copies: the result can be saved, changed and kept without the whole.
         ``weights_of(sae, level)``, which splicing uses, gives views instead.
-
-        Args:
-            level: 0 for the coarsest, -1 for the whole.
-
-        Raises:
-            UnknownNameError: There is no such level.
         """
         width = self.width(level)
         metadata = {k: v for k, v in self.cfg.metadata.items() if k not in _OF_THE_WHOLE}
@@ -218,6 +201,105 @@ def on_meta(sae_class: type[Any], cfg: SAEConfig) -> Any:
     sae = sae_class(cfg)
     sae.cfg.device, sae.device = device, torch.device(device)
     return sae
+
+
+_KEYS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "group_sizes")
+_ALSO = ("k",)
+
+
+def with_levels(sae: JumpReLUSAE, levels: Sequence[int] | None = None) -> MatryoshkaSAE:
+    """A JumpReLU dictionary that was trained as a Matryoshka, with its levels.
+
+    Args:
+        sae: The dictionary; its parameters are shared, not copied.
+        levels: Prefix sizes, the last one ``d_sae``; None for those in its metadata.
+
+    Raises:
+        ModelError: Neither given nor in the metadata, others than in the metadata, or not increasing
+            to ``d_sae``.
+    """
+    metadata = copy.deepcopy(sae.cfg.metadata)
+    details = metadata.get("training_architecture_details") or {}
+    recorded = metadata.get("levels") or details.get("matryoshka_widths")
+    if levels is None and not recorded:
+        raise ModelError(
+            f"The dictionary of {sae.cfg.d_sae} features does not say which levels it was trained "
+            "with; SAELens before 6.54 did not save them",
+            fix="with_levels(sae, levels=...), from the model card or find(variant='matryoshka')",
+        )
+    if levels is not None and recorded and tuple(levels) != tuple(recorded):
+        raise ModelError(
+            f"The levels given are {list(levels)}, the dictionary was trained with {list(recorded)}",
+            fix="with_levels(sae)",
+        )
+    values = {**config_values(sae.cfg), "metadata": metadata, "levels": levels or recorded}
+    matryoshka = on_meta(MatryoshkaSAE, MatryoshkaSAEConfig(**values))
+    for name, parameter in sae.named_parameters():
+        setattr(matryoshka, name, parameter)
+    return matryoshka.train(sae.training)
+
+
+def from_dictionary_learning(
+    state: Mapping[str, Shaped[torch.Tensor, "*_"]], metadata: Mapping[str, Any] | None = None
+) -> MatryoshkaSAE:
+    """A checkpoint of ``dictionary_learning``'s ``MatryoshkaBatchTopKSAE``, frozen.
+
+    Args:
+        state: Its state dict.
+        metadata: What the dictionary belongs to, e.g. ``{"hook_name": ..., "model_name": ...}``.
+
+    Raises:
+        BadFileError: Arrays are missing, unknown or of contradicting shapes, or the threshold was
+            never set.
+    """
+    _check_state(state)
+    W_enc, threshold = state["W_enc"].detach(), float(state["threshold"])
+    levels = tuple(accumulate(int(size) for size in state["group_sizes"]))
+    cfg = MatryoshkaSAEConfig(
+        d_in=W_enc.shape[0],
+        d_sae=W_enc.shape[1],
+        dtype=dtype_to_str(W_enc.dtype),
+        device=str(W_enc.device),
+        apply_b_dec_to_input=False,
+        metadata=SAEMetadata(**(metadata or {})),
+        levels=levels,
+    )
+    parameters = {
+        "W_enc": W_enc,
+        "b_enc": state["b_enc"].detach() - state["b_dec"].detach() @ W_enc,
+        "threshold": torch.full_like(state["b_enc"], threshold),
+        "W_dec": state["W_dec"].detach(),
+        "b_dec": state["b_dec"].detach(),
+    }
+    sae = on_meta(MatryoshkaSAE, cfg)
+    sae.load_state_dict(parameters, assign=True)
+    return sae.eval().requires_grad_(False)
+
+
+def _check_state(state: Mapping[str, Shaped[torch.Tensor, "*_"]]) -> None:
+    missing = [key for key in _KEYS if key not in state]
+    unknown = [key for key in state if key not in (*_KEYS, *_ALSO)]
+    if missing or unknown:
+        raise BadFileError(
+            f"The state is not dictionary_learning's: missing {missing}, unknown {unknown}",
+            exists=", ".join(state),
+            fix="the ae.pt of a MatryoshkaBatchTopKSAE",
+        )
+    d_in, d_sae = state["W_enc"].shape[0], state["W_enc"].shape[-1]
+    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    for name, shape in {**shapes, "threshold": ()}.items():
+        if tuple(state[name].shape) != shape:
+            raise BadFileError(f"{name} has shape {list(state[name].shape)}, not {list(shape)}")
+    if float(state["threshold"]) < 0:
+        raise BadFileError(
+            f"The threshold is {float(state['threshold']):g}: it was never set, training ended "
+            "before threshold_start_step",
+            fix="a checkpoint of a longer run",
+        )
+    try:
+        check_levels(list(accumulate(int(size) for size in state["group_sizes"])), d_sae)
+    except ModelError as fault:
+        raise BadFileError(f"group_sizes {state['group_sizes'].tolist()}: {fault}") from fault
 
 
 register_class(MatryoshkaSAE, MatryoshkaSAEConfig)

@@ -46,6 +46,7 @@ from gemmascope_plugin.saes.dense_encoder import (
 )
 from gemmascope_plugin.saes.lapsum import keep_top
 from gemmascope_plugin.saes.registration import StrictConfig, register_class
+from gemmascope_plugin.saes.sparse import Acts, Inputs
 
 FOLDABLE = ("none", "expected_average_only_in")
 """Normalisations that become part of the weights."""
@@ -116,9 +117,7 @@ class SoftSAE(SAE[SoftSAEConfig]):
         return predict_budget(self.k_estimator, self.process_sae_in(x), self.cfg.k)
 
     @override
-    def encode(
-        self, x: Float[torch.Tensor, "*given width"]
-    ) -> Float[torch.Tensor, "*tokens d_sae"]:
+    def encode(self, x: Float[torch.Tensor, "*given width"]) -> Acts:
         sae_in = self.process_sae_in(x)
         pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
         acts = self.hook_sae_acts_post(keep_top(pre.relu(), self._limits(sae_in)))
@@ -126,9 +125,7 @@ class SoftSAE(SAE[SoftSAEConfig]):
 
     @override
     def decode(
-        self,
-        feature_acts: Float[torch.Tensor, "*tokens d_sae"],
-        like: Float[torch.Tensor, ...] | None = None,
+        self, feature_acts: Acts, like: Float[torch.Tensor, ...] | None = None
     ) -> Float[torch.Tensor, "*given width"]:
         """The reconstruction in the units of the model.
 
@@ -165,7 +162,7 @@ class SoftSAE(SAE[SoftSAEConfig]):
         """
         return rank_coder(self, self._limits, level)
 
-    def _limits(self, sae_in: Float[torch.Tensor, "*tokens d_in"]) -> Int[torch.Tensor, "*tokens"]:
+    def _limits(self, sae_in: Inputs) -> Int[torch.Tensor, "*tokens"]:
         return predict_budget(self.k_estimator, sae_in, self.cfg.k).long()
 
     @override
@@ -202,7 +199,7 @@ def add_soft_weights(sae: Any) -> None:
 
 
 def predict_budget(
-    network: torch.nn.Module, sae_in: Float[torch.Tensor, "*tokens d_in"], k: float | int
+    network: torch.nn.Module, sae_in: Inputs, k: float | int
 ) -> Float[torch.Tensor, "*tokens"]:
     """``max(1, 2 k network(sae_in))``, differentiable where it exceeds 1."""
     return (2 * k * network(sae_in).squeeze(-1)).clamp(min=1)

@@ -38,6 +38,7 @@ from gemmascope_plugin.errors import ModelError, UnknownNameError
 from gemmascope_plugin.saes.dense_encoder import DenseEncoder, in_model_units, with_units
 from gemmascope_plugin.saes.jumprelu import jump
 from gemmascope_plugin.saes.registration import register_class
+from gemmascope_plugin.saes.sparse import Acts, Inputs
 from gemmascope_plugin.saes.tree_config import (
     ROOT,
     Config,
@@ -64,14 +65,14 @@ def open_gates(
 
 
 def activate(
-    pre: Float[torch.Tensor, "*tokens d_sae"],
+    pre: Acts,
     parent: Int[torch.Tensor, " d_sae"],
     layers: Sequence[Layer],
     *,
     threshold: Float[torch.Tensor, " d_sae"] | None,
     coverage: bool = True,
     jump: Jump = jump,
-) -> Float[torch.Tensor, "*tokens d_sae"]:
+) -> Acts:
     """Activations, gated from the root down; gradient 1 where active."""
     acts: list[torch.Tensor] = []
     for start, stop, k in layers:
@@ -104,18 +105,12 @@ class TreeCoder(DenseEncoder):
     subtract_b_dec: bool
 
     @override
-    def pre_activations(
-        self, x: Float[torch.Tensor, "*tokens d_in"]
-    ) -> Float[torch.Tensor, "*tokens d_sae"]:
+    def pre_activations(self, x: Inputs) -> Acts:
         """``(x' - b_dec) @ W_enc``, before gates and sparsity."""
         return self.encoder_input(x) @ self.W_enc
 
     @override
-    def activate(
-        self,
-        pre: Float[torch.Tensor, "*tokens d_sae"],
-        x: Float[torch.Tensor, "*tokens d_in"],
-    ) -> Float[torch.Tensor, "*tokens d_sae"]:
+    def activate(self, pre: Acts, x: Inputs) -> Acts:
         """Gates and sparsity of all layers."""
         return activate(
             pre, self.parent, self.layers, threshold=self.threshold, coverage=self.coverage
@@ -197,7 +192,7 @@ class TreeDictionary(TreeLinks[Config], SAE[Config]):
         return jump(pre, threshold)
 
     @override
-    def encode(self, x: Float[torch.Tensor, ...]) -> Float[torch.Tensor, "*tokens d_sae"]:
+    def encode(self, x: Float[torch.Tensor, ...]) -> Acts:
         """Activations, gated from the root down.
 
         Args:
@@ -212,9 +207,7 @@ class TreeDictionary(TreeLinks[Config], SAE[Config]):
         """
         return self.encode_with_hidden_pre(x)[0]
 
-    def encode_with_hidden_pre(
-        self, x: Float[torch.Tensor, ...]
-    ) -> tuple[Float[torch.Tensor, "*tokens d_sae"], Float[torch.Tensor, "*tokens d_sae"]]:
+    def encode_with_hidden_pre(self, x: Float[torch.Tensor, ...]) -> tuple[Acts, Acts]:
         """Activations, and pre-activations before gates and sparsity."""
         coder, cfg = self.coder(), self.cfg
         x = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
@@ -232,7 +225,7 @@ class TreeDictionary(TreeLinks[Config], SAE[Config]):
     @override
     def decode(
         self,
-        feature_acts: Float[torch.Tensor, "*tokens d_sae"],
+        feature_acts: Acts,
         like: Float[torch.Tensor, ...] | None = None,
         *,
         layers: int | None = None,

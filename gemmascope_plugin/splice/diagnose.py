@@ -34,8 +34,7 @@ from gemmascope_plugin.models.points import (
     width_at,
 )
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.splice.fit import Candidate, Fit
-from gemmascope_plugin.splice.losses import SpliceLoss
+from gemmascope_plugin.splice.fit import Candidate, Fit, SpliceLoss
 from gemmascope_plugin.types import SAE
 
 L0_LIMITS: dict[L0Kind, tuple[float, float]] = {"measured": (0.65, 1.5), "target": (0.5, 2.0)}

@@ -3,7 +3,7 @@
 1. L0 and FVU at the dictionary's own tensors, special tokens left out; L0 at BOS for comparison.
 2. The same under the tensors that are most often taken by mistake (``diagnose.py``).
 3. The next-token loss clean, with the reconstruction alone, with the error kept, and with the site at
-   zero (``losses.py``).
+   zero (``fit.py``).
 4. A verdict with its causes, one sentence each.
 
 It fits when the measured L0 is 0.65 to 1.5 times the declared one (0.5 to 2 times for a target that
@@ -46,9 +46,8 @@ from gemmascope_plugin.splice.diagnose import (
     reading_of,
     with_special,
 )
-from gemmascope_plugin.splice.fit import Batches, Candidate, Fit, measure
+from gemmascope_plugin.splice.fit import Batches, Candidate, Fit, SpliceLoss, losses_of, measure
 from gemmascope_plugin.splice.hooked_sae import HookedSAE, check_sae
-from gemmascope_plugin.splice.losses import SpliceLoss, losses_of
 from gemmascope_plugin.types import SAE
 
 _BATCH = 16

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemmascope_plugin.errors import ModelError
-from gemmascope_plugin.saes.training.tree_allocation import (
+from gemmascope_plugin.saes.training.tree_steps import (
     grant,
     move_dead_children,
     reallocation_steps,

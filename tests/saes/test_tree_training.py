@@ -13,7 +13,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from gemmascope_plugin.errors import ModelError, UnknownNameError
 from gemmascope_plugin.saes import TreeSAE, TreeTrainingSAE, TreeTrainingSAEConfig
 from gemmascope_plugin.saes.training.step_parts import geometric_median
-from gemmascope_plugin.saes.training.tree_losses import aux_loss
+from gemmascope_plugin.saes.training.tree_steps import aux_loss
 
 D, SIZES, K = 8, (4, 6, 8), (2, 3, 2)
 N = sum(SIZES)

@@ -29,11 +29,11 @@ from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig, TrainStepInput, Trai
 from typing_extensions import override
 
 from gemmascope_plugin.errors import ModelError, WidthMismatchError
-from gemmascope_plugin.saes.cross_layer_sae import CrossLayerWeights
-from gemmascope_plugin.saes.cross_layer_sae_config import (
+from gemmascope_plugin.saes.cross_layer_sae import (
     CLTSAEConfig,
     CrossCoderSAEConfig,
     CrossLayerSAEConfig,
+    CrossLayerWeights,
 )
 from gemmascope_plugin.saes.registration import register_class
 from gemmascope_plugin.saes.training.step_parts import paired_step
@@ -155,9 +155,7 @@ class CrossLayerTrainingSAE(CrossLayerWeights[Any], JumpReLUTrainingSAE):
 
     @torch.no_grad()
     def fold_scales(
-        self,
-        scales_in: Float[torch.Tensor, " layer"],
-        scales_out: Float[torch.Tensor, " layer"],
+        self, scales_in: Float[torch.Tensor, " layer"], scales_out: Float[torch.Tensor, " layer"]
     ) -> None:
         """Makes it a dictionary of ``x_i`` and ``y_j`` from one of ``scales_in[i] * x_i`` and so on."""
         cfg = self.cfg

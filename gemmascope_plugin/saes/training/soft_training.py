@@ -48,6 +48,7 @@ from gemmascope_plugin.saes.soft import (
     refuse_to_fold,
     scale_budget_input,
 )
+from gemmascope_plugin.saes.sparse import Acts, Inputs
 from gemmascope_plugin.saes.training.step_parts import geometric_median
 
 
@@ -185,9 +186,7 @@ class SoftTopKTrainingSAE(TrainingSAE[Config], Generic[Config]):
             return 0.0
         return alpha_at(self.step, alpha_steps=cfg.alpha_steps, final_alpha=cfg.final_alpha)
 
-    def budget_of(
-        self, sae_in: Float[torch.Tensor, "*tokens d_in"]
-    ) -> Float[torch.Tensor, "*tokens"]:
+    def budget_of(self, sae_in: Inputs) -> Float[torch.Tensor, "*tokens"]:
         """How many features each centred input may have."""
         return torch.full(sae_in.shape[:-1], float(self.cfg.k), device=sae_in.device)
 
@@ -196,10 +195,10 @@ class SoftTopKTrainingSAE(TrainingSAE[Config], Generic[Config]):
         return {}
 
     def _encode(
-        self, x: Float[torch.Tensor, "*tokens d_in"]
+        self, x: Inputs
     ) -> tuple[
-        Float[torch.Tensor, "*tokens d_sae"],
-        Float[torch.Tensor, "*tokens d_sae"],
+        Acts,
+        Acts,
         Float[torch.Tensor, "*tokens"],
     ]:
         """Activations, non-negative scores and budgets."""
@@ -212,9 +211,7 @@ class SoftTopKTrainingSAE(TrainingSAE[Config], Generic[Config]):
         return self.hook_sae_acts_post(acts), scores, budget
 
     @override
-    def encode_with_hidden_pre(
-        self, x: Float[torch.Tensor, "*tokens d_in"]
-    ) -> tuple[Float[torch.Tensor, "*tokens d_sae"], Float[torch.Tensor, "*tokens d_sae"]]:
+    def encode_with_hidden_pre(self, x: Inputs) -> tuple[Acts, Acts]:
         """Activations and the non-negative scores they were selected from."""
         acts, scores, _ = self._encode(x)
         return acts, scores
@@ -290,9 +287,7 @@ class SoftTrainingSAE(SoftTopKTrainingSAE[SoftTrainingSAEConfig]):
         add_soft_weights(self)
 
     @override
-    def budget_of(
-        self, sae_in: Float[torch.Tensor, "*tokens d_in"]
-    ) -> Float[torch.Tensor, "*tokens"]:
+    def budget_of(self, sae_in: Inputs) -> Float[torch.Tensor, "*tokens"]:
         return predict_budget(self.k_estimator, sae_in, self.cfg.k)
 
     @override

@@ -6,8 +6,8 @@ own calls it likewise, with the number of the step, and needs nothing else:
 1. ``prepare_step``: at step 0 ``b_dec`` becomes the geometric median of the first batch; decoder rows are
    brought to unit norm; at the steps of ``reallocation_steps`` dead children move (``reallocate``); at
    ``freeze_step`` those that are dead go to the root (``reset_dead_to_root``) and the tree is frozen.
-2. Encode, decode every prefix, and the losses (``tree_losses.py``).
-3. ``record_step``: tokens since each feature fired, and each parent's capacity (``tree_allocation.py``).
+2. Encode, decode every prefix, and the losses (``tree_steps.py``).
+3. ``record_step``: tokens since each feature fired, and each parent's capacity (``tree_steps.py``).
 
 Who is dead is counted here, in tokens, and kept in checkpoints; SAELens' own mask counts batches and is
 not used.  The official code brings rows to unit norm between backward pass and optimiser step; here that
@@ -45,15 +45,13 @@ from gemmascope_plugin.errors import ModelError, check_choice
 from gemmascope_plugin.saes.dense_encoder import EPS
 from gemmascope_plugin.saes.registration import register_class
 from gemmascope_plugin.saes.training.step_parts import geometric_median
-from gemmascope_plugin.saes.training.tree_allocation import (
-    move_dead_children,
-    reallocation_steps,
-    shares,
-)
-from gemmascope_plugin.saes.training.tree_losses import (
+from gemmascope_plugin.saes.training.tree_steps import (
     aux_loss,
+    move_dead_children,
     prefix_losses,
+    reallocation_steps,
     scalar_sum_loss,
+    shares,
     vector_sum_loss,
 )
 from gemmascope_plugin.saes.tree import TreeDictionary, open_gates
