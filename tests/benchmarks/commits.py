@@ -1,6 +1,6 @@
 """Has this checkout become slower than another one? The same calls in both, in turns.
 
-    python -m tests.benchmarks.commits CHECKOUT [--rounds 7] [--smoke]
+    python -m tests.benchmarks.commits CHECKOUT [--rounds 7] [--calls NAME ...] [--smoke]
 
 1. Each checkout has a process of its own, with one thread, that makes the same models and dictionaries
    and answers with the CPU seconds of a call.
@@ -151,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkout", type=Path, nargs="?", default=HERE.parents[2])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--calls", nargs="*", help="only these")
     parser.add_argument("--smoke", action="store_true", help="this checkout twice, two calls, once")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -159,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     rounds = 1 if options.smoke else options.rounds
     here, other = Checkout(HERE.parents[2]), Checkout(options.checkout.resolve())
-    for call in SMOKE if options.smoke else here.calls:
+    for call in SMOKE if options.smoke else options.calls or here.calls:
         here.seconds(call), other.seconds(call)
         pairs = []
         for n in range(rounds):
