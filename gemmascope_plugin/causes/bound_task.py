@@ -24,10 +24,9 @@ from gemmascope_plugin.causes.metrics import LogitDiff, Margin, Probability
 from gemmascope_plugin.causes.sequence import BoundSequences, SequenceLogprob
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.asked import read_out
-from gemmascope_plugin.models.finite import check_finite
-from gemmascope_plugin.models.hooks import hooking
-from gemmascope_plugin.models.protocol import HookedModel, weights_of
+from gemmascope_plugin.models.protocol import HookedModel, check_finite, weights_of
 from gemmascope_plugin.models.readout import Readout
+from gemmascope_plugin.models.record import hooking
 
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
 

@@ -39,7 +39,7 @@ from gemmascope_plugin.causes.significance import (
     standard_error,
 )
 from gemmascope_plugin.errors import InputError, TaskError
-from gemmascope_plugin.models.check_model import describe, with_call
+from gemmascope_plugin.models.protocol import describe, with_call
 
 if TYPE_CHECKING:
     from pandas import DataFrame

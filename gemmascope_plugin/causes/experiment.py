@@ -46,8 +46,7 @@ from gemmascope_plugin.causes.task import Task
 from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choice
 from gemmascope_plugin.graphs.node import FeatureId
 from gemmascope_plugin.models import token_strings
-from gemmascope_plugin.models.finite import check_finite
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_finite
 from gemmascope_plugin.splice.hooked_sae import Saes
 from gemmascope_plugin.splice.hooked_site import HookedSite
 from gemmascope_plugin.types import Direction

@@ -25,9 +25,8 @@ from jaxtyping import Float
 
 from gemmascope_plugin.causes.metric import AnswerMetric, Answers, BoundMetric, Metric, answer_list
 from gemmascope_plugin.errors import TaskError
-from gemmascope_plugin.models.check_model import describe
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, describe
 from gemmascope_plugin.models.readout import Readout
 
 

@@ -28,7 +28,7 @@ from gemmascope_plugin.causes.components import layer_of
 from gemmascope_plugin.errors import InputError, UnknownNameError, check_choice, nearest
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.graphs.node import FeatureId, Node, Port, Reader
-from gemmascope_plugin.models.check_model import describe
+from gemmascope_plugin.models.protocol import describe
 
 _FORMS = "embed, L0H0, L0KV0, MLP0, blocks.0.hook_resid_pre, <dictionary site>/<feature>, logits"
 _PORTED = re.compile(r"(L\d+(?:H|KV)\d+)\.(\w+)")

@@ -25,10 +25,9 @@ from jaxtyping import Float, Int
 
 from gemmascope_plugin.causes.metric import Asked, BoundMetric, Metric
 from gemmascope_plugin.errors import TaskError
-from gemmascope_plugin.models.check_model import describe
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.prompts import pad_id
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, describe
 from gemmascope_plugin.models.readout import OfLogits, Readout
 from gemmascope_plugin.models.tokens import answer_ids
 

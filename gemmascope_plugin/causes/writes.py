@@ -36,8 +36,7 @@ from gemmascope_plugin.causes.replayed import Part, replayed
 from gemmascope_plugin.errors import check_choice
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.models.finite import wide
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, wide
 from gemmascope_plugin.models.record import record
 
 DeltaForm = Literal["exact", "jacobian", "frozen", "naive"]

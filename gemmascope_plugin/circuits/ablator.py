@@ -40,8 +40,7 @@ from gemmascope_plugin.errors import TaskError, UnknownNameError
 from gemmascope_plugin.graphs.edge_map import places_in
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.node import Node
-from gemmascope_plugin.models.finite import check_finite
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_finite
 from gemmascope_plugin.models.record import write
 from gemmascope_plugin.splice.hooked_sae import Saes
 

@@ -36,9 +36,8 @@ from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choic
 from gemmascope_plugin.graphs.circuit import Circuit
 from gemmascope_plugin.graphs.graph_arrays import Labels, Rank
 from gemmascope_plugin.graphs.node import check_kinds
-from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
 
 METHODS: tuple[CircuitMethod, ...] = (*NODE_METHODS, *EDGE_METHODS, ACDC, *FEATURE_METHODS)

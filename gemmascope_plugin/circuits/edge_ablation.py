@@ -37,8 +37,7 @@ from gemmascope_plugin.causes.writes import Writes, replayed_writers
 from gemmascope_plugin.circuits.writer_changes import WriterChanges
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.models.finite import wide
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, wide
 from gemmascope_plugin.models.record import keep, write
 from gemmascope_plugin.models.replay import Stage
 

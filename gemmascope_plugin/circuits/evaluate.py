@@ -35,9 +35,8 @@ from gemmascope_plugin.circuits.feature_layout import is_feature_graph
 from gemmascope_plugin.circuits.scores import Scores
 from gemmascope_plugin.errors import TaskError, check_choice
 from gemmascope_plugin.graphs.circuit import Circuit, check_circuit
-from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
 
 _N_SIZES, _FEW = 12, 24

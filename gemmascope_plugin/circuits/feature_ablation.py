@@ -54,9 +54,8 @@ from gemmascope_plugin.circuits.ablation_values import (
 from gemmascope_plugin.circuits.feature_layout import SiteNodes
 from gemmascope_plugin.features.cooccurrence import entries
 from gemmascope_plugin.models import flatten_heads, restore_heads
-from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.points import n_heads, n_layers
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, wide
 from gemmascope_plugin.models.record import keep, write
 from gemmascope_plugin.saes import SparseActs
 

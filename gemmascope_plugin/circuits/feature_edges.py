@@ -37,8 +37,7 @@ from gemmascope_plugin.causes.gradient.site_runs import PartRun, SiteRun, frozen
 from gemmascope_plugin.causes.gradient.slopes import ignore_bridge_norm_warning
 from gemmascope_plugin.causes.gradient.task_site import Values
 from gemmascope_plugin.circuits.feature_layout import SiteNodes
-from gemmascope_plugin.models.finite import wide
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, wide
 
 MAX_GATE = 10.0
 """Largest finite difference: a feature whose input hardly moved has no meaningful one."""

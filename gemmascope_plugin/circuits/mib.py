@@ -35,9 +35,8 @@ from gemmascope_plugin.circuits.select import top_n
 from gemmascope_plugin.graphs.dead_ends import prune
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.graph_arrays import Rank, check_ranking
-from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
 
 if TYPE_CHECKING:

@@ -35,10 +35,8 @@ from gemmascope_plugin.circuits.feature_ablation import Errors
 from gemmascope_plugin.circuits.feature_method import FEATURES
 from gemmascope_plugin.errors import EmptySelectionError, InputError, TaskError
 from gemmascope_plugin.graphs.circuit import Circuit
-from gemmascope_plugin.models.check_model import check_model, describe
-from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_model, describe, wide
 from gemmascope_plugin.splice.hooked_sae import Saes
 
 Directions = dict[str, Float[torch.Tensor, "feature width"]]

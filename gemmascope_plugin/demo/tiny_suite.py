@@ -31,9 +31,8 @@ from gemmascope_plugin.errors import (
 )
 from gemmascope_plugin.loading import load, spec_of
 from gemmascope_plugin.models import load_model
-from gemmascope_plugin.models.check_model import describe
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, describe
 from gemmascope_plugin.splice.hooked_sae import check_sae
 from gemmascope_plugin.types import Backend
 

@@ -25,10 +25,9 @@ import gemmascope_plugin.figures as figures
 from gemmascope_plugin.errors import check_choice, check_feature
 from gemmascope_plugin.models import special_ids, token_strings
 from gemmascope_plugin.models.asked import no_logits
-from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.prompts import PromptLike, read_prompts
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.splice import splice
 from gemmascope_plugin.splice.hooked_sae import Saes, as_list, check_saes

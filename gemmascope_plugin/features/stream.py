@@ -20,11 +20,10 @@ from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.errors import EmptySelectionError, ModelError, WidthMismatchError
 from gemmascope_plugin.models import flatten_heads, special_ids
-from gemmascope_plugin.models.hooks import refuse_compiled
 from gemmascope_plugin.models.points import reading
 from gemmascope_plugin.models.prompts import documents
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.record import record
+from gemmascope_plugin.models.record import record, refuse_compiled
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.saes import SparseActs
 from gemmascope_plugin.splice import HookedSAE

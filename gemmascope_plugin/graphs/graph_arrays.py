@@ -32,7 +32,7 @@ from gemmascope_plugin.files.json_file import MAX_DEPTH
 from gemmascope_plugin.graphs.adjacency import Adjacency, EdgeList
 from gemmascope_plugin.graphs.defects import Parts, find_defect, rows_of_layers
 from gemmascope_plugin.graphs.node import PORTS, Node, NodeColumns, as_column, nodes_of
-from gemmascope_plugin.models.check_model import describe, is_model, with_call
+from gemmascope_plugin.models.protocol import describe, is_model, with_call
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -43,9 +43,8 @@ from gemmascope_plugin.features.stream import (
 )
 from gemmascope_plugin.measures.concepts import concept_scores
 from gemmascope_plugin.measures.probe import train_probes
-from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.saes import SparseActs
 from gemmascope_plugin.splice import HookedSAE
 from gemmascope_plugin.splice.hooked_sae import check_sae

@@ -32,9 +32,8 @@ from gemmascope_plugin.features.stream import (
 )
 from gemmascope_plugin.files.stored_result import TENSOR
 from gemmascope_plugin.measures.measure_results import Measured
-from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.splice import HookedSAE
 from gemmascope_plugin.splice.hooked_sae import check_sae
 from gemmascope_plugin.types import SAE

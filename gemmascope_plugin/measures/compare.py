@@ -35,9 +35,8 @@ from gemmascope_plugin.measures.concepts import concept_scores_of
 from gemmascope_plugin.measures.cost import cost as measure_cost
 from gemmascope_plugin.measures.hierarchy import hierarchy
 from gemmascope_plugin.measures.measure import measure
-from gemmascope_plugin.models.check_model import check_model, describe
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_model, describe
 from gemmascope_plugin.splice.hooked_sae import check_saes
 
 if TYPE_CHECKING:

@@ -43,9 +43,8 @@ from gemmascope_plugin.features.stream import (
     hooked_for,
     kept_concepts,
 )
-from gemmascope_plugin.models.check_model import check_model, describe
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_model, describe
 from gemmascope_plugin.saes import SparseActs
 from gemmascope_plugin.splice import HookedSAE
 from gemmascope_plugin.splice.hooked_sae import check_sae

@@ -28,9 +28,8 @@ import gemmascope_plugin.saes as saes
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.features.stream import Corpus, Tokens, corpus, hooked_for, site_tensors
 from gemmascope_plugin.measures.measure_results import Measured
-from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.saes import Coder
 from gemmascope_plugin.splice import HookedSAE
 from gemmascope_plugin.splice.hooked_sae import check_sae

@@ -55,9 +55,8 @@ from gemmascope_plugin.measures.tree_recovery import (
     concept_order,
     tree_recovery,
 )
-from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.saes import SparseActs
 from gemmascope_plugin.splice import HookedSAE
 from gemmascope_plugin.splice.hooked_sae import check_sae

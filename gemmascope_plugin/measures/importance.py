@@ -29,12 +29,10 @@ from gemmascope_plugin.features.stream import Corpus
 from gemmascope_plugin.models import flatten_heads
 from gemmascope_plugin.models.asked import final_residuals
 from gemmascope_plugin.models.gradients import frozen
-from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.points import reading
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.record import keep
-from gemmascope_plugin.models.unembed import unembedding
-from gemmascope_plugin.models.vocabulary import mean_logit
+from gemmascope_plugin.models.record import hooking, keep
+from gemmascope_plugin.models.unembed import mean_logit, unembedding
 from gemmascope_plugin.saes import Coder
 from gemmascope_plugin.splice import HookedSAE
 

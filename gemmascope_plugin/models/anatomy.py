@@ -6,7 +6,7 @@
    where folding took it into the weights after it.
 3. What attention writes is ``ln1_post(a)`` with ``a = sum_h z_h W_O[h] + b_O`` where a block has a norm
    after attention, as Gemma 2 and 3 do, else ``a`` itself.
-4. Weights of a layer come in at least float32 (``models/finite.py``), so that whoever multiplies with
+4. Weights of a layer come in at least float32 (``models/protocol.py``), so that whoever multiplies with
    them adds up in it; the unembedding is too large for that and comes as it is.
 
 Reading costs nothing in a float32 model: views of the model's own tensors, on the model's device. In half
@@ -23,10 +23,8 @@ import torch
 from jaxtyping import Float
 
 from gemmascope_plugin.errors import ModelError
-from gemmascope_plugin.models.finite import wide
-from gemmascope_plugin.models.norm import Norm, gain_of
-from gemmascope_plugin.models.points import hook_points
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.points import Norm, gain_of, hook_points
+from gemmascope_plugin.models.protocol import HookedModel, wide
 from gemmascope_plugin.models.unembed import Unembedding, unembedding
 
 NormName = Literal["ln1", "ln1_post", "ln2", "ln2_post"]

@@ -20,8 +20,7 @@ from jaxtyping import Int
 
 from gemmascope_plugin.models.protocol import HookedModel, Runner
 from gemmascope_plugin.models.readout import OfLogits, OfResiduals, Readout
-from gemmascope_plugin.models.unembed import Unembedding, unembedding
-from gemmascope_plugin.models.vocabulary import all_logits
+from gemmascope_plugin.models.unembed import Unembedding, all_logits, unembedding
 
 Places = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 """From the number of rows of a pass to the rows and positions that are read."""

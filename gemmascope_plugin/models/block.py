@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.models.anatomy import Anatomy, NormName
 from gemmascope_plugin.models.head_scores import HeadScores
-from gemmascope_plugin.models.norm import Norm
+from gemmascope_plugin.models.points import Norm
 from gemmascope_plugin.models.replay_points import (
     AFTER_MID,
     AFTER_Z,

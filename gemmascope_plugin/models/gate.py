@@ -32,7 +32,7 @@ import torch
 
 from gemmascope_plugin.arguments import BYTES, as_index, as_indices, parse_size
 from gemmascope_plugin.errors import InputError, ModelError
-from gemmascope_plugin.models.check_model import describe
+from gemmascope_plugin.models.protocol import describe
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Check = Callable[[Any, str], object]

@@ -18,9 +18,8 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.errors import HookNotFiredError
-from gemmascope_plugin.models.finite import wide
-from gemmascope_plugin.models.hooks import hooking
-from gemmascope_plugin.models.protocol import HookedModel, Runner
+from gemmascope_plugin.models.protocol import HookedModel, Runner, wide
+from gemmascope_plugin.models.record import hooking
 
 
 def leaf(activation: torch.Tensor, hook: object) -> torch.Tensor:

@@ -25,8 +25,7 @@ import torch
 from jaxtyping import Float
 
 from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.models.norm import Norm
-from gemmascope_plugin.models.points import hook_points
+from gemmascope_plugin.models.points import Norm, hook_points
 
 
 @dataclass(frozen=True, eq=False)

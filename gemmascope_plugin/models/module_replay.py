@@ -22,10 +22,9 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.models.asked import no_logits
-from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.points import can_restart, n_layers
 from gemmascope_plugin.models.protocol import HookedModel, Runner
-from gemmascope_plugin.models.record import keeping, put
+from gemmascope_plugin.models.record import hooking, keeping, put
 from gemmascope_plugin.models.replay import Stage
 from gemmascope_plugin.models.threads import threads_for_tokens
 from gemmascope_plugin.types import Hooks

@@ -35,8 +35,7 @@ from gemmascope_plugin.errors import (
     ModelError,
     TaskError,
 )
-from gemmascope_plugin.models.check_model import check_model, describe
-from gemmascope_plugin.models.protocol import HookedModel, device_of
+from gemmascope_plugin.models.protocol import HookedModel, check_model, describe, device_of
 from gemmascope_plugin.models.text_ids import is_chat, refuse_unknown_words, text_ids
 from gemmascope_plugin.models.tokens import check_ids
 

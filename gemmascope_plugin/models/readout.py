@@ -1,7 +1,7 @@
 """What some rows say about the next token, computed when somebody asks: named words, or all of them.
 
 ``OfResiduals`` knows the end of the residual stream and goes through the vocabulary in tiles, see
-``vocabulary.py``; ``OfLogits`` has the logits, where somebody else's hook has made them. The functions do
+``unembed.py``; ``OfLogits`` has the logits, where somebody else's hook has made them. The functions do
 the same for residuals of a model, for all words or for some.
 """
 
@@ -14,13 +14,17 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.unembed import Reference, Rows, Unembedding, Values, unembedding
-from gemmascope_plugin.models.vocabulary import (
+from gemmascope_plugin.models.unembed import (
+    Reference,
+    Rows,
     Sums,
+    Unembedding,
+    Values,
     all_logits,
     divergence,
     log_normaliser,
     top_logits,
+    unembedding,
 )
 
 Row = Float[torch.Tensor, " row"]

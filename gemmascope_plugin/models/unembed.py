@@ -2,26 +2,32 @@
 
 1. ``x = norm(resid)``, in float32 at least; a caller that has ``unembed.hook_in`` says ``normed=True``.
 2. A logit is ``cap(<x, W_U[:, v]> + b_U[v])``. For tokens that are named, their rows of ``W_U`` are read
-   and nothing else; what needs all words goes through the vocabulary in tiles (``vocabulary.py``).
+   and nothing else.
+3. What needs all words (log-sum-exp, divergence, entropy, the best words) goes through the vocabulary in
+   tiles of at most ``TILE`` logits. A backward pass computes the tiles again instead of keeping them:
+   ``d/dx lse = softmax @ W_U``, ``d/dx_q KL(p || q) = (q - p) @ W_U``.
 
 Products and sums are made in float32 (float64 in a model of that type). A bfloat16 weight becomes
 float32 tile by tile, so that nothing is rounded after the weights and the stream; the logits that such a
 model makes itself carry eight bits, 0.06 at a logit of 20.
 
 ``[d_vocab, d_model]`` in memory is the quicker layout; the other one is right, and is not copied either.
+
+Cost: ``2 * rows * d_model * d_vocab`` operations for all words, twice that with a backward pass, and
+``TILE`` numbers of memory beside a tile of the weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 
-from gemmascope_plugin.models.norm import Norm, gain_of
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.points import Norm, gain_of
+from gemmascope_plugin.models.protocol import HookedModel, wide
 
 TILE = 1 << 20
 """Logits that are held at a time."""
@@ -47,34 +53,14 @@ class Unembedding:
     """The final soft-cap."""
     norm: Norm
 
-    @classmethod
-    def of(cls, model: HookedModel) -> Unembedding:
-        """That of ``HookedTransformer`` or ``TransformerBridge``: views, nothing is copied."""
-        module: Any = model.unembed  # pyright: ignore[reportAttributeAccessIssue]
-        ln: Any = model.ln_final  # pyright: ignore[reportAttributeAccessIssue]
-        bias = getattr(module, "b_U", None)
-        cap = getattr(model.cfg, "output_logits_soft_cap", None)
-        eps = getattr(ln, "eps", None)
-        return cls(
-            module.W_U.detach().T,
-            bias.detach() if bias is not None and bool(bias.any()) else None,
-            float(cap) if cap is not None and cap > 0 else None,
-            Norm(gain_of(model, ln), float(model.cfg.eps if eps is None else eps)),
-        )
-
     @property
     def d_vocab(self) -> int:
         """Number of words."""
         return len(self.weight)
 
-    def uncapped(self) -> Unembedding:
-        """The same before the soft-cap."""
-        return Unembedding(self.weight, self.bias, None, self.norm)
-
     def read(self, x: Rows, *, normed: bool = False) -> Rows:
         """What the words are multiplied with, wide enough for sums; ``normed`` rows are past the norm."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        return wide if normed else self.norm(wide)
+        return wide(x) if normed else self.norm(wide(x))
 
     def rows(
         self, words: slice | Int[torch.Tensor, "*choice"], like: torch.Tensor
@@ -98,9 +84,8 @@ class Unembedding:
         if words.numel() * x.shape[-1] <= TILE:
             return self.finish((self.rows(words, x) @ x[..., None])[..., 0], words)
         different, place = words.unique(return_inverse=True)
-        if (
-            len(different) <= words.shape[-1] * x.shape[-1]
-        ):  # copies of prompts ask for the same words
+        # copies of prompts ask for the same words
+        if len(different) <= words.shape[-1] * x.shape[-1]:
             return self.logits(x, different).gather(-1, place)
         half = len(words) // 2
         parts = (slice(half), slice(half, None))
@@ -148,6 +133,204 @@ class Unembedding:
 
 
 def unembedding(model: HookedModel, *, before_cap: bool = False) -> Unembedding:
-    """That of the model, with or without its soft-cap."""
-    out = Unembedding.of(model)
-    return out.uncapped() if before_cap else out
+    """That of the model, with or without its soft-cap: views, nothing is copied."""
+    module: Any = model.unembed  # pyright: ignore[reportAttributeAccessIssue]
+    ln: Any = model.ln_final  # pyright: ignore[reportAttributeAccessIssue]
+    bias = getattr(module, "b_U", None)
+    cap = getattr(model.cfg, "output_logits_soft_cap", None)
+    eps = getattr(ln, "eps", None)
+    return Unembedding(
+        module.W_U.detach().T,
+        bias.detach() if bias is not None and bool(bias.any()) else None,
+        float(cap) if cap is not None and cap > 0 and not before_cap else None,
+        Norm(gain_of(model, ln), float(model.cfg.eps if eps is None else eps)),
+    )
+
+
+def all_logits(out: Unembedding, x: Rows) -> Float[torch.Tensor, "*rows d_vocab"]:
+    """Every logit of normed ``x``."""
+    flat = x.reshape(-1, x.shape[-1])
+    return out.finish(_Product.apply(flat, out), slice(None)).view(*x.shape[:-1], -1)
+
+
+def log_normaliser(out: Unembedding, x: Rows) -> Values:
+    """Log-sum-exp of all logits of normed ``x``."""
+    flat = x.reshape(-1, x.shape[-1])
+    return _LogSumExp.apply(flat, out).view(x.shape[:-1])
+
+
+def mean_logit(out: Unembedding, x: Rows) -> Values:
+    """Mean of all logits of normed ``x``."""
+    flat = x.reshape(-1, x.shape[-1])
+    return _Mean.apply(flat, out).view(x.shape[:-1])
+
+
+def divergence(out: Unembedding, p: Reference, q: Rows) -> Values:
+    """``KL(p || q)`` of normed rows, in nats; ``p`` is held."""
+    shape, width = q.shape[:-1], q.shape[-1]
+    p = p.expand_as(q).reshape(-1, width).detach().to(q)
+    return _Divergence.apply(q.reshape(-1, width), p, out).view(shape)
+
+
+@torch.no_grad()
+def top_logits(
+    out: Unembedding, x: Rows, k: int
+) -> tuple[
+    Float[torch.Tensor, "*rows k"], Int[torch.Tensor, "*rows k"], Float[torch.Tensor, "*rows"]
+]:
+    """The ``k`` largest logits of normed ``x``, their ids, and the log-sum-exp of all."""
+    flat = x.reshape(-1, x.shape[-1])
+    sums = Sums(len(flat), flat)
+    best = flat.new_full((len(flat), k), -torch.inf)
+    ids = torch.zeros(len(flat), k, dtype=torch.long, device=flat.device)
+    for part, words, _, logits in out.each_tile(flat):
+        # few rows have a word among their best in a tile, once they have seen some tiles
+        better = logits.amax(-1) > best[part, -1]
+        some, places = logits[better].topk(min(k, logits.shape[1]))
+        both = torch.cat([best[part][better], some], 1)
+        which = torch.cat([ids[part][better], places + words.start], 1)
+        best[part][better], places = both.topk(k)
+        ids[part][better] = which.gather(1, places)
+        sums.add(part, logits)
+    shape = x.shape[:-1]
+    return best.view(*shape, k), ids.view(*shape, k), sums.log().view(shape)
+
+
+class Sums:
+    """Running sums of ``exp(logit)`` and of a weighted value per row, against overflow by the maximum."""
+
+    def __init__(self, n_rows: int, like: torch.Tensor) -> None:
+        self.top = like.new_full((n_rows,), -torch.inf)
+        # float64 across tiles costs nothing: a number per row and tile
+        self.sum = like.new_zeros(n_rows, dtype=torch.float64)
+        self.weighted = torch.zeros_like(self.sum)
+
+    def add(self, part: slice, logits: torch.Tensor, value: torch.Tensor | None = None) -> None:
+        """Counts a tile; ``value`` is averaged with the probabilities as weights."""
+        top = torch.maximum(self.top[part], logits.amax(-1))
+        shrink = (self.top[part] - top).double().exp()
+        weights = (logits - top[:, None]).exp_()
+        self.sum[part] = self.sum[part] * shrink + weights.sum(-1)
+        if value is not None:
+            more = (weights * value).sum(-1)
+            self.weighted[part] = self.weighted[part] * shrink + more
+        self.top[part] = top
+
+    def log(self) -> Float[torch.Tensor, " row"]:
+        """Log-sum-exp."""
+        return (self.top.double() + self.sum.log()).to(self.top.dtype)
+
+    def mean(self) -> Float[torch.Tensor, " row"]:
+        """Mean of the value."""
+        return (self.weighted / self.sum).to(self.top.dtype)
+
+
+def _pulled(
+    out: Unembedding,
+    x: torch.Tensor,
+    by_logits: Callable[[slice, slice, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """The derivative by ``x``, from that by the logits at some rows and words, tile by tile."""
+    gradient = torch.zeros_like(x)
+    for part, words, weight, logits in out.each_tile(x):
+        gradient[part] += (by_logits(part, words, logits) * out.slope(logits)) @ weight
+    return gradient
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, out: Unembedding) -> torch.Tensor:
+        sums = Sums(len(x), x)
+        for part, _, _, logits in out.each_tile(x):
+            sums.add(part, logits)
+        ctx.out = out
+        ctx.save_for_backward(x, lse := sums.log())
+        return lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, lse = ctx.saved_tensors
+        (grad,) = grads
+
+        def softmax(part: slice, words: slice, logits: torch.Tensor) -> torch.Tensor:
+            return (logits - lse[part, None]).exp_() * grad[part, None]
+
+        return _pulled(ctx.out, x, softmax), None
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, out: Unembedding) -> torch.Tensor:
+        total = x.new_zeros(len(x), dtype=torch.float64)
+        for part, _, _, logits in out.each_tile(x):
+            total[part] += logits.sum(-1)
+        ctx.out = out
+        ctx.save_for_backward(x)
+        return (total / out.d_vocab).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        share = grads[0][:, None] / ctx.out.d_vocab
+
+        def alike(part: slice, words: slice, logits: torch.Tensor) -> torch.Tensor:
+            return share[part].expand_as(logits)
+
+        return _pulled(ctx.out, x, alike), None
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, p: torch.Tensor, out: Unembedding) -> torch.Tensor:
+        of_p, of_q = Sums(len(p), p), Sums(len(q), q)
+        for words, weight, parts in out.tiles(len(q), q):
+            for part in parts:
+                logits_p, logits_q = (out.finish(x[part] @ weight.T, words) for x in (p, q))
+                of_p.add(part, logits_p, logits_p - logits_q)
+                of_q.add(part, logits_q)
+        ctx.out = out
+        ctx.save_for_backward(q, p, of_q.log(), of_p.log())
+        # the logarithms of both sums, before they are rounded
+        tops = of_q.top.double() - of_p.top.double()
+        logs = tops + of_q.sum.log() - of_p.sum.log()
+        return (of_p.weighted / of_p.sum + logs).to(q.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, p, lse_q, lse_p = ctx.saved_tensors
+        out, gradient = ctx.out, torch.zeros_like(q)
+        for words, weight, parts in out.tiles(len(q), q):
+            for part in parts:
+                logits_p, logits_q = (out.finish(x[part] @ weight.T, words) for x in (p, q))
+                change = (logits_q - lse_q[part, None]).exp() - (logits_p - lse_p[part, None]).exp()
+                change = change * grads[0][part, None] * out.slope(logits_q)
+                gradient[part] += change @ weight
+        return gradient, None, None
+
+
+class _Product(torch.autograd.Function):
+    """``x @ W_U`` without a copy of the weight in another type, forwards and backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, out: Unembedding) -> torch.Tensor:
+        ctx.out = out
+        if out.weight.dtype == x.dtype:
+            return x @ out.weight.to(x.device).T
+        logits = x.new_empty(len(x), out.d_vocab)
+        for words in out.converted():
+            logits[:, words] = x @ out.rows(words, x).T
+        return logits
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        out, (grad,) = ctx.out, grads
+        if out.weight.dtype == grad.dtype:
+            return grad @ out.weight.to(grad.device), None
+        total = grad.new_zeros(len(grad), out.weight.shape[1])
+        for words in out.converted():
+            total += grad[:, words] @ out.rows(words, grad)
+        return total, None

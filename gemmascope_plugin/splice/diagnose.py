@@ -24,12 +24,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from gemmascope_plugin.catalog.site_names import L0Kind
-from gemmascope_plugin.models.norm import is_folded, norm_gain
 from gemmascope_plugin.models.points import (
     Reading,
     before_gain,
     gained_layer,
+    is_folded,
     n_layers,
+    norm_gain,
     reading,
     width_at,
 )

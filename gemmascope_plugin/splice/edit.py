@@ -25,7 +25,7 @@ from gemmascope_plugin.errors import (
     InputError,
     check_feature,
 )
-from gemmascope_plugin.models.finite import is_finite
+from gemmascope_plugin.models.protocol import is_finite
 from gemmascope_plugin.splice.window import Positions, Rows, Window
 
 Amount = int | float | Sequence[float] | Float[torch.Tensor, "..."]

@@ -19,7 +19,7 @@ from gemmascope_plugin.errors import (
     ModelError,
     check_choice,
 )
-from gemmascope_plugin.models.finite import is_finite
+from gemmascope_plugin.models.protocol import is_finite
 from gemmascope_plugin.saes import SparseActs
 from gemmascope_plugin.splice.edit import Acts, Amount, Edit, amount_like, edited_tokens
 from gemmascope_plugin.splice.window import Window

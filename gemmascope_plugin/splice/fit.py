@@ -39,12 +39,10 @@ from jaxtyping import Bool, Float, Int
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.errors import WidthMismatchError
 from gemmascope_plugin.models import flatten_heads, restore_heads
-from gemmascope_plugin.models.finite import check_finite
-from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.next_token_losses import NextTokenLosses
 from gemmascope_plugin.models.points import Reading, lowest_layer
-from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.record import record, write
+from gemmascope_plugin.models.protocol import HookedModel, check_finite
+from gemmascope_plugin.models.record import hooking, record, write
 from gemmascope_plugin.models.tokens import kept_positions, special_ids
 from gemmascope_plugin.saes import Coder
 from gemmascope_plugin.splice.hooked_sae import HookedSAE

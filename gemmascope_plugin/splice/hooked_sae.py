@@ -21,8 +21,7 @@ from jaxtyping import Bool, Float
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.errors import InputError, MissingHookError, ModelError, UnknownNameError
-from gemmascope_plugin.models.check_model import describe, is_model, with_call
-from gemmascope_plugin.models.finite import check_weights
+from gemmascope_plugin.models.protocol import check_weights, describe, is_model, with_call
 from gemmascope_plugin.saes import Coder
 from gemmascope_plugin.saes.coder import cross_layer_of
 from gemmascope_plugin.splice.edit import Edit

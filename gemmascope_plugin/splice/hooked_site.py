@@ -34,9 +34,8 @@ from transformer_lens.hook_points import HookPoint
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.errors import WidthMismatchError, check_choice
 from gemmascope_plugin.models import flatten_heads, hook_point, restore_heads, special_ids
-from gemmascope_plugin.models.finite import check_finite, is_finite
 from gemmascope_plugin.models.points import reading, width_at
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_finite, is_finite
 from gemmascope_plugin.saes import Bf16Prefilter, Coder, Weights
 from gemmascope_plugin.saes.cross_layer import CrossLayerDictionary
 from gemmascope_plugin.splice.edit import Edit

@@ -31,12 +31,11 @@ from gemmascope_plugin.errors import (
     UnknownNameError,
     shorten,
 )
-from gemmascope_plugin.models.check_model import check_model, describe
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.hooks import claim, refuse_compiled, refuse_compiling, refuse_unseen
 from gemmascope_plugin.models.passes import PassWatch
 from gemmascope_plugin.models.points import hook_points, reading
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_model, describe
+from gemmascope_plugin.models.record import claim, refuse_compiled, refuse_compiling, refuse_unseen
 from gemmascope_plugin.splice.edit import Edit
 from gemmascope_plugin.splice.hooked_sae import (
     Hooked,

@@ -31,11 +31,10 @@ from gemmascope_plugin.catalog.site_names import L0Kind
 from gemmascope_plugin.errors import EmptySelectionError
 from gemmascope_plugin.loading import spec_of
 from gemmascope_plugin.models import special_ids
-from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.points import reading
 from gemmascope_plugin.models.prompts import PromptLike, documents
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.models.record import record
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.splice.diagnose import (

@@ -39,12 +39,10 @@ from gemmascope_plugin.graphs.frames import SHOWN
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.graph_arrays import check_graph
 from gemmascope_plugin.models.asked import asked_positions
-from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.points import reading
-from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.record import keep, write
+from gemmascope_plugin.models.protocol import HookedModel, check_model
+from gemmascope_plugin.models.record import hooking, keep, write
 from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
 from gemmascope_plugin.tracing.changed_run import Hooks, hook_of
 from gemmascope_plugin.tracing.linear.trace_nodes import Layout

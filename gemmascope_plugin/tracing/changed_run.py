@@ -27,10 +27,9 @@ from jaxtyping import Float
 
 from gemmascope_plugin.causes.gradient.slopes import ignore_bridge_norm_warning
 from gemmascope_plugin.models.asked import asked_positions
-from gemmascope_plugin.models.finite import wide
-from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.points import hook_points, reading
-from gemmascope_plugin.models.record import keep, keeping, put, record, write
+from gemmascope_plugin.models.protocol import wide
+from gemmascope_plugin.models.record import hooking, keep, keeping, put, record, write
 from gemmascope_plugin.tracing.linear.trace_site import Activity
 from gemmascope_plugin.tracing.traced_prompt import TracedPrompt
 

@@ -29,10 +29,9 @@ from gemmascope_plugin.errors import (
 from gemmascope_plugin.files.stored_result import ARRAY, StoredResult
 from gemmascope_plugin.graphs.frames import SHOWN
 from gemmascope_plugin.graphs.graph import Graph
-from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.prompts import PromptLike
-from gemmascope_plugin.models.protocol import HookedModel, dtype_of
+from gemmascope_plugin.models.protocol import HookedModel, check_model, dtype_of
 from gemmascope_plugin.models.tokens import token_strings
 from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass

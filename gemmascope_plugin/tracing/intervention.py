@@ -33,9 +33,8 @@ from gemmascope_plugin.files.stored_result import TABLE, StoredResult
 from gemmascope_plugin.graphs.frames import SHOWN
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.graph_arrays import check_graph
-from gemmascope_plugin.models.check_model import check_model, describe
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_model, describe
 from gemmascope_plugin.models.tokens import token_strings
 from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
 from gemmascope_plugin.tracing.changed_run import (

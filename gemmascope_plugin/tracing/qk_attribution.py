@@ -24,11 +24,10 @@ from gemmascope_plugin.errors import EmptySelectionError, TaskError
 from gemmascope_plugin.files.stored_result import ARRAY, TABLE, TENSORS, StoredResult
 from gemmascope_plugin.graphs.frames import SHOWN
 from gemmascope_plugin.graphs.graph import Graph
-from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.head_scores import HeadScores
 from gemmascope_plugin.models.prompts import PromptLike
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.models.record import record
 from gemmascope_plugin.models.tokens import token_strings
 from gemmascope_plugin.splice.hooked_sae import Saes, check_saes

@@ -40,11 +40,15 @@ from gemmascope_plugin.errors import ModelError, TaskError
 from gemmascope_plugin.graphs.adjacency import Adjacency
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.loading.load import spec_of
-from gemmascope_plugin.models.check_model import check_model
-from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.prompts import PromptLike
-from gemmascope_plugin.models.protocol import HookedModel, dtype_of, weights_of
+from gemmascope_plugin.models.protocol import (
+    HookedModel,
+    check_finite,
+    check_model,
+    dtype_of,
+    weights_of,
+)
 from gemmascope_plugin.models.tokens import token_strings
 from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
 from gemmascope_plugin.splice.hooked_site import HookedSite

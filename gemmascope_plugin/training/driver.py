@@ -23,9 +23,14 @@ import torch
 
 from gemmascope_plugin.arguments import as_device
 from gemmascope_plugin.errors import GemmaScopeError, InputError, ModelError
-from gemmascope_plugin.models.check_model import check_model, describe, with_call
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel, device_of
+from gemmascope_plugin.models.protocol import (
+    HookedModel,
+    check_model,
+    describe,
+    device_of,
+    with_call,
+)
 from gemmascope_plugin.training.architectures import architecture, preset_spec
 from gemmascope_plugin.training.forward_reader import ForwardReader
 from gemmascope_plugin.training.run import Run

@@ -22,9 +22,8 @@ import torch
 from jaxtyping import Bool, Int
 
 from gemmascope_plugin.errors import EmptySelectionError, InputError, ModelError
-from gemmascope_plugin.models.check_model import describe
 from gemmascope_plugin.models.prompts import pad_id, read_prompts
-from gemmascope_plugin.models.protocol import HookedModel, device_of
+from gemmascope_plugin.models.protocol import HookedModel, describe, device_of
 from gemmascope_plugin.models.text_ids import text_ids
 
 Corpus = str | Iterable[Any]

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import gemmascope_plugin.catalog.site_names as sites
 from gemmascope_plugin.catalog.site_names import Gain
 from gemmascope_plugin.errors import GemmaScopeError, InputError, UnknownNameError, nearest, shorten
-from gemmascope_plugin.models.check_model import describe
+from gemmascope_plugin.models.protocol import describe
 from gemmascope_plugin.training.typed_values import check_types
 from gemmascope_plugin.types import Kind, Site
 

@@ -86,9 +86,9 @@ def position(model: Any, rounds: int) -> None:
 
 def lens_products(model: Any) -> None:
     """The products that the lens needs for every layer at 16 positions, in its own tiles."""
-    from gemmascope_plugin.models.unembed import Unembedding
+    from gemmascope_plugin.models.unembed import unembedding
 
-    out = Unembedding.of(model)
+    out = unembedding(model)
     x = torch.randn(model.cfg.n_layers * 16, model.cfg.d_model)
     seconds = []
     for _ in range(ROUNDS):

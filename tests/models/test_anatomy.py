@@ -9,7 +9,7 @@ import torch
 
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.models.norm import Norm
+from gemmascope_plugin.models.points import Norm
 from tests.factories import tiny_model
 from tests.splice.gained_transcoders import folded
 from tests.tiny_models import random_tokens

@@ -10,7 +10,7 @@ import torch
 
 import gemmascope_plugin as gs
 from gemmascope_plugin.errors import GemmaScopeError, ModelError
-from gemmascope_plugin.models.finite import check_finite, check_weights, is_finite
+from gemmascope_plugin.models.protocol import check_finite, check_weights, is_finite
 from gemmascope_plugin.splice import HookedSAE, splice
 from tests import factories
 from tests.support.calls import CALLS, Scene, bundled

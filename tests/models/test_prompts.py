@@ -19,8 +19,8 @@ from gemmascope_plugin.errors import (
     TaskError,
     UnknownNameError,
 )
-from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.prompts import one_prompt, read_prompts, to_tokens
+from gemmascope_plugin.models.protocol import check_model
 from tests import factories
 from tests.support.real_like import BOS, END, OTHER, PROMPT, SHORT, real_like, tokenizer
 from tests.tiny_models import BOS_ID, PAD_ID

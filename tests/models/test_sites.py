@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from gemmascope_plugin.errors import MissingHookError
-from gemmascope_plugin.models.norm import is_folded, norm_gain
-from gemmascope_plugin.models.points import reading, width_at
+from gemmascope_plugin.models.points import is_folded, norm_gain, reading, width_at
 from tests.factories import activations
 from tests.splice.gained_transcoders import folded
 from tests.tiny_models import random_tokens

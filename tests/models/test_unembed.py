@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemmascope_plugin.models import readout, unembed, vocabulary
+from gemmascope_plugin.models import readout, unembed
 from tests.support.largest import LargestTensor
 from tests.support.rounding import TINY
 from tests.tiny_models import VOCABULARY, random_tokens
@@ -19,7 +19,7 @@ WORDS = torch.tensor([[5, 9], [200, 4], [77, 77]])
 
 @pytest.fixture(params=["one tile", "small tiles"])
 def tiled(request, monkeypatch) -> None:
-    """Tiles that divide neither the rows nor the vocabulary."""
+    """Tiles that divide neither the rows nor the unembed."""
     if request.param == "small tiles":
         monkeypatch.setattr(unembed, "TILE", 5 * 37)
         monkeypatch.setattr(unembed, "ROWS", 5)
@@ -91,7 +91,7 @@ def test_gradients(model, run, what: str) -> None:
             return readout.kl_divergence(model, resid[:1], x)
         out = unembed.unembedding(model)
         if what == "mean":
-            return vocabulary.mean_logit(out, out.read(x))
+            return unembed.mean_logit(out, out.read(x))
         return readout.logits_at(model, x)[..., 3:9].square().sum(-1)
 
     def slow(x: torch.Tensor) -> torch.Tensor:
@@ -158,11 +158,11 @@ def test_words_in_the_other_layout_and_a_bias(hooked2) -> None:
 
 
 def test_overflow_of_exponentials_and_nan() -> None:
-    from gemmascope_plugin.models.norm import Norm
+    from gemmascope_plugin.models.points import Norm
 
     out = unembed.Unembedding(torch.eye(4), None, None, Norm(None, 0.0))
     x = torch.tensor([[1e4, 0.0, 0.0, -1e4], [0.0, float("nan"), 0.0, 0.0]])
-    lse = vocabulary.log_normaliser(out, x)
+    lse = unembed.log_normaliser(out, x)
     assert float(lse[0]) == 1e4
     assert bool(lse[1].isnan())
 

@@ -23,7 +23,7 @@ from gemmascope_plugin.errors import (
 )
 from gemmascope_plugin.loading import load
 from gemmascope_plugin.models.load_model import hooked_from_hf
-from gemmascope_plugin.models.norm import norm_gain
+from gemmascope_plugin.models.points import norm_gain
 from gemmascope_plugin.splice import HookedSAE, Report, verify
 from tests import tiny_models
 from tests.factories import activations, n_hooks, random_sae, tiny_tokenizer

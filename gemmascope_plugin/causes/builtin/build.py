@@ -48,8 +48,7 @@ from gemmascope_plugin.causes.builtin.template import Template
 from gemmascope_plugin.causes.metric import Metric
 from gemmascope_plugin.causes.metrics import logit_diff, probability
 from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choice
-from gemmascope_plugin.models.check_model import describe
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, describe
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = get_args(Split)

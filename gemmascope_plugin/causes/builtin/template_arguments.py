@@ -12,7 +12,7 @@ from typing import Any
 
 from gemmascope_plugin.causes.metric import Metric
 from gemmascope_plugin.errors import InputError, TaskError
-from gemmascope_plugin.models.check_model import describe, is_model
+from gemmascope_plugin.models.protocol import describe, is_model
 
 _FILL = 'fill={"A": ["Mary", "John"], "place": ["park", "store"]}'
 _CORRUPT = 'corrupt={"A": "other"}, or the template of the corrupted prompt'

@@ -21,9 +21,8 @@ from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.replace import PatchReplacement
 from gemmascope_plugin.causes.task import Task, check_task
 from gemmascope_plugin.graphs.node import FeatureId
-from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
 from gemmascope_plugin.types import Direction
 

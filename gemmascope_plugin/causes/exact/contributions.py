@@ -28,9 +28,8 @@ from gemmascope_plugin.causes.metrics import LogitDiff
 from gemmascope_plugin.causes.task import Prompts, Task
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.models.finite import check_all, wide
 from gemmascope_plugin.models.prompts import padded
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_all, wide
 from gemmascope_plugin.models.readout import Readout
 from gemmascope_plugin.models.record import keep
 

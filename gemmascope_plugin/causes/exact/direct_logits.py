@@ -44,11 +44,9 @@ from gemmascope_plugin.causes.task import Prompts, Task
 from gemmascope_plugin.errors import UnknownNameError, check_choice
 from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.models.check_model import check_model
-from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.points import n_layers
-from gemmascope_plugin.models.protocol import HookedModel, weights_of
+from gemmascope_plugin.models.protocol import HookedModel, check_finite, check_model, weights_of
 from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
 
 Parts = Literal["component", "head", "feature"]

@@ -34,10 +34,8 @@ from gemmascope_plugin.causes.writes import Writes, replayed_writers, write_delt
 from gemmascope_plugin.errors import EmptySelectionError, check_choice
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.models.check_model import check_model
-from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel, dtype_of
+from gemmascope_plugin.models.protocol import HookedModel, check_model, dtype_of, wide
 from gemmascope_plugin.models.record import write
 from gemmascope_plugin.types import Direction
 

@@ -28,9 +28,8 @@ from gemmascope_plugin.causes.components import is_stream, is_z, layer_of, strea
 from gemmascope_plugin.causes.exact.contributions import AnswerRun, Contribution
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.graphs.node import FeatureId
-from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.points import Reading, flatten_heads, reading
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, wide
 from gemmascope_plugin.models.tokens import kept_positions, special_ids
 from gemmascope_plugin.saes import SparseActs
 from gemmascope_plugin.splice.hooked_site import HookedSite

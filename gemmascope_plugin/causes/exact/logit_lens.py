@@ -21,14 +21,11 @@ from gemmascope_plugin.causes.metric import Answers, TokenSets, answer_list
 from gemmascope_plugin.errors import EmptySelectionError
 from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.models.check_model import check_model
-from gemmascope_plugin.models.finite import check_finite
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.prompts import PromptLike, one_prompt
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_finite, check_model
 from gemmascope_plugin.models.record import record
-from gemmascope_plugin.models.unembed import Unembedding
-from gemmascope_plugin.models.vocabulary import top_logits
+from gemmascope_plugin.models.unembed import Unembedding, top_logits
 
 
 @gate(model=check_model)

@@ -22,8 +22,8 @@ from gemmascope_plugin.causes.nodes import Runner, acts_hook, sites_in
 from gemmascope_plugin.errors import TaskError, UnknownNameError, check_choice, check_feature
 from gemmascope_plugin.graphs.node import Node
 from gemmascope_plugin.models.asked import model_of
-from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.points import restore_heads
+from gemmascope_plugin.models.record import hooking
 from gemmascope_plugin.splice.hooked_site import HookedSite
 from gemmascope_plugin.splice.spliced_model import SplicedModel
 

@@ -27,8 +27,7 @@ from gemmascope_plugin.causes.components import is_stream, is_z, layer_of, strea
 from gemmascope_plugin.causes.exact.path_changes import Change
 from gemmascope_plugin.causes.replayed import Part
 from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.models.finite import wide
-from gemmascope_plugin.models.protocol import dtype_of
+from gemmascope_plugin.models.protocol import dtype_of, wide
 from gemmascope_plugin.models.record import keeping, write
 
 Paths = Literal["direct", "mlps", "total"]

@@ -56,9 +56,8 @@ from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.graphs.node import FeatureId, Reader
 from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
 from gemmascope_plugin.types import Direction
 

@@ -37,8 +37,8 @@ from gemmascope_plugin.causes.nodes import Runner, acts_hook
 from gemmascope_plugin.errors import TaskError, UnknownNameError
 from gemmascope_plugin.graphs.node import Node, Reader
 from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.models.finite import wide
-from gemmascope_plugin.models.hooks import hooking
+from gemmascope_plugin.models.protocol import wide
+from gemmascope_plugin.models.record import hooking
 
 Receiver = Reader | Stream
 Edit = Callable[[torch.Tensor], None]

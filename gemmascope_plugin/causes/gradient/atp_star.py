@@ -56,10 +56,9 @@ from gemmascope_plugin.causes.gradient.slopes import (
 from gemmascope_plugin.causes.nodes import At
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.models.finite import wide
-from gemmascope_plugin.models.hooks import hooking
 from gemmascope_plugin.models.points import n_layers
-from gemmascope_plugin.models.record import put, record, write
+from gemmascope_plugin.models.protocol import wide
+from gemmascope_plugin.models.record import hooking, put, record, write
 
 Scores = Float[torch.Tensor, "prompt head query key"]
 Slopes = Float[torch.Tensor, "copy prompt head query key"]

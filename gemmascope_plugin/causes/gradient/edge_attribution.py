@@ -46,9 +46,8 @@ from gemmascope_plugin.errors import TaskError, check_choice
 from gemmascope_plugin.graphs.conservation import checked_share
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel, weights_of
+from gemmascope_plugin.models.protocol import HookedModel, check_model, weights_of
 from gemmascope_plugin.types import Direction
 
 EdgeMethodName = Literal["eap", "eap-ig", "eap-ig-activations", "clean-corrupted"]

@@ -30,9 +30,8 @@ from gemmascope_plugin.causes.gradient.verify_top import ranking, reopened
 from gemmascope_plugin.causes.nodes import At
 from gemmascope_plugin.causes.task import Task, check_task
 from gemmascope_plugin.errors import EmptySelectionError, TaskError
-from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.models.record import write
 from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
 

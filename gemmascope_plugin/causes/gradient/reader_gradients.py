@@ -31,8 +31,8 @@ from gemmascope_plugin.causes.nodes import Runner
 from gemmascope_plugin.causes.replayed import Part
 from gemmascope_plugin.causes.writes import Writes
 from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.gradients import gradients_of
+from gemmascope_plugin.models.protocol import wide
 from gemmascope_plugin.models.record import keeping
 
 _PORTS = ("q", "k", "v")

@@ -35,11 +35,9 @@ from gemmascope_plugin.causes.experiment import Experiment
 from gemmascope_plugin.causes.gradient.slopes import Estimate, FwdHooks, NodeMethod, at_base
 from gemmascope_plugin.causes.nodes import Runner
 from gemmascope_plugin.errors import ModelError, TaskError
-from gemmascope_plugin.models.hooks import hooking
-from gemmascope_plugin.models.norm import Norm, gain_of
-from gemmascope_plugin.models.points import hook_points, n_layers
+from gemmascope_plugin.models.points import Norm, gain_of, hook_points, n_layers
 from gemmascope_plugin.models.protocol import HookedModel
-from gemmascope_plugin.models.record import keep, write
+from gemmascope_plugin.models.record import hooking, keep, write
 
 HookFn = Callable[..., Any]
 

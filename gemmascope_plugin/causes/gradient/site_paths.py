@@ -31,9 +31,8 @@ from jaxtyping import Float
 from gemmascope_plugin.causes.gradient.site_runs import Hooks, PartRun, SiteRun, start_of
 from gemmascope_plugin.causes.gradient.task_site import TaskSite
 from gemmascope_plugin.models import flatten_heads
-from gemmascope_plugin.models.finite import wide
-from gemmascope_plugin.models.hooks import hooking
-from gemmascope_plugin.models.record import keep, put
+from gemmascope_plugin.models.protocol import wide
+from gemmascope_plugin.models.record import hooking, keep, put
 
 Probe = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]
 """What is asked at a target: one number per row, from what its dictionary encodes and its tensor, both

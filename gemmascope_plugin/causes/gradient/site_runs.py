@@ -53,11 +53,10 @@ from gemmascope_plugin.causes.memory import (
 from gemmascope_plugin.causes.method import Method, table_of
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models import flatten_heads
-from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.gradients import frozen, gradients_of
 from gemmascope_plugin.models.module_replay import Restart
 from gemmascope_plugin.models.points import can_restart, n_heads, n_layers
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, wide
 from gemmascope_plugin.models.record import put
 
 if TYPE_CHECKING:

@@ -34,8 +34,8 @@ from gemmascope_plugin.causes.nodes import Grid
 from gemmascope_plugin.causes.replayed import Part
 from gemmascope_plugin.causes.task import Task
 from gemmascope_plugin.errors import HookNotFiredError, TaskError
-from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.gradients import frozen, gradients_of
+from gemmascope_plugin.models.protocol import wide
 from gemmascope_plugin.models.record import put
 from gemmascope_plugin.models.threads import threads_for_tokens
 from gemmascope_plugin.types import Direction

@@ -46,9 +46,8 @@ from jaxtyping import Bool, Float, Float64, Int, Int64
 from gemmascope_plugin.causes.components import WRITTEN, is_stream, layer_of, stream_time
 from gemmascope_plugin.errors import GemmaScopeError, ModelError, UnknownNameError
 from gemmascope_plugin.models import flatten_heads, special_ids
-from gemmascope_plugin.models.finite import wide
 from gemmascope_plugin.models.points import Reading, hook_points, n_layers, reading, width_at
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, wide
 from gemmascope_plugin.models.record import record
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.saes import Coder, SparseActs, write

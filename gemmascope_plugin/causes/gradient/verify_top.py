@@ -29,9 +29,8 @@ from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.nodes import Grid
 from gemmascope_plugin.causes.task import Task, check_task
 from gemmascope_plugin.errors import TaskError
-from gemmascope_plugin.models.check_model import check_model
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import HookedModel, dtype_of
+from gemmascope_plugin.models.protocol import HookedModel, check_model, dtype_of
 from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
 
 _CHOICES = {

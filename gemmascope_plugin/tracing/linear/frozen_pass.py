@@ -30,11 +30,9 @@ from jaxtyping import Float, Int
 from gemmascope_plugin.catalog.site_names import human_size
 from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.models.anatomy import Anatomy
-from gemmascope_plugin.models.finite import check_all
-from gemmascope_plugin.models.norm import Norm
-from gemmascope_plugin.models.points import flatten_heads, reading
+from gemmascope_plugin.models.points import Norm, flatten_heads, reading
 from gemmascope_plugin.models.prompts import PromptLike, one_prompt
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_all
 from gemmascope_plugin.models.record import record
 
 QUERIES = 64

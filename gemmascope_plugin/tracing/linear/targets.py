@@ -16,10 +16,9 @@ from jaxtyping import Float
 
 from gemmascope_plugin.arguments import as_index
 from gemmascope_plugin.errors import TaskError, WidthMismatchError
-from gemmascope_plugin.models.finite import check_finite
+from gemmascope_plugin.models.protocol import check_finite
 from gemmascope_plugin.models.tokens import token_id, token_label
-from gemmascope_plugin.models.unembed import unembedding
-from gemmascope_plugin.models.vocabulary import all_logits
+from gemmascope_plugin.models.unembed import all_logits, unembedding
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
 from gemmascope_plugin.tracing.linear.trace_site import PER_LAYER
 

@@ -28,10 +28,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.errors import EmptySelectionError, ModelError, WidthMismatchError
-from gemmascope_plugin.models.finite import check_finite
-from gemmascope_plugin.models.norm import norm_gain
-from gemmascope_plugin.models.points import gained_layer
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.points import gained_layer, norm_gain
+from gemmascope_plugin.models.protocol import HookedModel, check_finite
 from gemmascope_plugin.models.tokens import kept_positions, special_ids
 from gemmascope_plugin.saes import Coder, Weights
 from gemmascope_plugin.saes.coder import cross_layer_of
