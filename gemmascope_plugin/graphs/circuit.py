@@ -260,8 +260,9 @@ class Circuit:
 
         Args:
             labels: A mapping from dictionary site (its output hook) to feature to text, as
-                ``suite.meanings(saes)`` makes; one from :class:`Node` to text; or a function of a node,
-                None where there is none. Earlier labels of the same nodes are replaced.
+                ``suite.meanings(saes)`` makes, from (site, feature) or from :class:`Node` to text; or a
+                function of a node, None where there is none. Earlier texts of the same nodes are
+                replaced.
         """
         return replace(self, graph=self.graph.with_labels(labels))
 

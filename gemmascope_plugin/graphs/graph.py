@@ -1,17 +1,7 @@
 """A graph: nodes and weighted edges between them, as arrays.
 
-It serves components of a model, features of dictionaries and traces of prompts (``tokens``):
-
-======== =============================================== ==================== =========================
-kind     what it is                                      ``index``            ``pos``
-======== =============================================== ==================== =========================
-...      components and features, see ``node.py``        head or feature      its own, or -1 for all
-token    an embedded token                               token id             its own
-bias     constants, summed over tokens                   -1                   -1
-feature  an active feature of a dictionary               feature              its token
-error    what a dictionary misses at a token             -1                   its token
-target   a logit, a difference, a direction              token id, or -1      where it is read
-======== =============================================== ==================== =========================
+It serves components of a model, features of dictionaries and traces of prompts (``tokens``); ``node.py``
+has the kinds of nodes.
 
 1. Nodes are columns of arrays; ``nodes`` is a DataFrame of them, ``components`` are objects, both made
    when asked for. What is ranked, edges or nodes, are the *units* of a graph: edges where there are any,

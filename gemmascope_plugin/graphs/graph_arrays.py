@@ -31,7 +31,7 @@ from gemmascope_plugin.errors import (
 from gemmascope_plugin.files.json_file import MAX_DEPTH
 from gemmascope_plugin.graphs.adjacency import Adjacency, EdgeList
 from gemmascope_plugin.graphs.defects import Parts, find_defect, rows_of_layers
-from gemmascope_plugin.graphs.node import PORTS, Node, NodeColumns, as_column, nodes_of
+from gemmascope_plugin.graphs.node import PORTS, Node, NodeColumns, nodes_of
 from gemmascope_plugin.models.protocol import describe, is_model, with_call
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ MAGNITUDES = "magnitude: no direction"
 """``metadata["sign"]`` of methods that know sizes only."""
 Rank = Literal["absolute", "positive", "negative"]
 """What comes first: the largest, what supports the metric most, or what works against it most."""
-Labels = Mapping[Any, Any] | Callable[..., str | None]
+Labels = Mapping[Any, Any] | Callable[[Node], str | None]
 """What nodes mean: by node, by (site, feature), by site and feature, or as a function."""
 
 
@@ -51,7 +51,7 @@ class GraphArrays:
     """Nodes and weighted edges; immutable."""
 
     columns: NodeColumns
-    """Arrays with an entry per node, or a DataFrame: ``kind, site, layer, pos, index``; ``score`` where
+    """Arrays with an entry per node: ``kind, site, layer, pos, index``; ``score`` where
     nodes have one, ``meaning``; of a prompt also ``id, activation, weight, label``, and after pruning
     ``influence``, the share of all influence that the more important nodes have, this one included."""
     edges: Adjacency | EdgeList = field(default_factory=EdgeList)
@@ -64,7 +64,9 @@ class GraphArrays:
     """The unit; None for edges where there are any, else nodes."""
 
     def __post_init__(self) -> None:
-        columns = {str(name): as_column(self.columns[name]) for name in self.columns}
+        columns = dict(self.columns)
+        are_arrays = all(isinstance(column, np.ndarray) for column in columns.values())
+        assert are_arrays, "columns are arrays; table_columns(table) makes them"
         object.__setattr__(self, "columns", columns)
         object.__setattr__(self, "metadata", _frozen(self.metadata))
         if self.ranked is None:
@@ -158,29 +160,20 @@ class GraphArrays:
         return {name: i for i, name in enumerate(self.columns.get("id", self.labels))}
 
     def with_labels(self: G, labels: Labels) -> G:
-        """The same graph, whose nodes say in tables and figures what they mean.
+        """The same graph, whose nodes say in tables and figures what they mean: beside what a node is
+        known by, which is its id in a trace (the texts are its ``label``), else its label (they are its
+        ``meaning``).
 
         Args:
             labels: A mapping from dictionary site (its output hook) to feature to text, as
                 ``suite.meanings(saes)`` makes, from (site, feature) or from :class:`Node` to text; or a
-                function of a node, of a trace of (site, feature); None where there is none. Earlier
-                labels of the same nodes are replaced.
+                function of a node, None where there is none. Earlier texts of the same nodes are
+                replaced.
         """
         name = "label" if self.is_trace else "meaning"
         words = self.columns.get(name, np.full(len(self), "", dtype=object)).copy()
-        rows = zip(self.columns["kind"], self.columns["site"], self.columns["index"], strict=True)
-        for place, (kind, site, index) in enumerate(rows):
-            if self.is_trace and kind != "feature":
-                continue
-            if isinstance(labels, Mapping):
-                text = labels.get((site, int(index)))
-                if text is None and not self.is_trace:
-                    text = labels.get(self.components[place])
-                if text is None and kind == "feature":
-                    text = labels.get(site, {}).get(int(index))
-            else:
-                key = (site, int(index)) if self.is_trace else (self.components[place],)
-                text = labels(*key)
+        for place, node in enumerate(self.components):
+            text = _text_of(labels, node)
             if text:
                 words[place] = str(text)
         return replace(self, columns={**self.columns, name: words}) if any(words) else self
@@ -310,6 +303,17 @@ class GraphArrays:
     @cached_property
     def _orders(self) -> dict[Rank, Int64[torch.Tensor, " unit"]]:
         return {}
+
+
+def _text_of(labels: Labels, node: Node) -> str | None:
+    """What a node means, in whatever form that is said."""
+    if not isinstance(labels, Mapping):
+        return labels(node)
+    text = labels.get(node)
+    if text is None and node.kind == "feature":
+        text = labels.get((node.site, node.index))
+        text = labels.get(node.site, {}).get(node.index) if text is None else text
+    return text
 
 
 def check_graph(graph: object, call: str = "") -> None:

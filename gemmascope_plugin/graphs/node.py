@@ -1,22 +1,23 @@
 """Nodes: what writes to the residual stream or reads from it, and features of dictionaries.
 
-======== =============================================== ==========================================
-kind     what it is                                      hook
-======== =============================================== ==========================================
-embed    the token embeddings                            ``hook_embed``
-head     one attention head's output                     ``blocks.L.attn.hook_z``
-kv       one key-value head, shared by a group of heads  ``blocks.L.attn.hook_k``
-mlp      an MLP                                          ``blocks.L.hook_mlp_out``
-feature  one feature of a spliced dictionary             ``<site>.hook_sae_acts_post``
-error    what a dictionary's features leave at its site  ``<site>.hook_sae_error``
-logits   the end of the residual stream                  ``unembed.hook_in``
-token    an embedded token of a traced prompt            none
-bias     constants of a traced model                     none
-target   what a trace explains                           none
-======== =============================================== ==========================================
+======== =============================================== ============================== ===============
+kind     what it is                                      hook                           index
+======== =============================================== ============================== ===============
+embed    the token embeddings                            ``hook_embed``                 0
+head     one attention head's output                     ``blocks.L.attn.hook_z``       head
+kv       one key-value head, shared by a group of heads  ``blocks.L.attn.hook_k``       key-value head
+mlp      an MLP                                          ``blocks.L.hook_mlp_out``      0
+feature  one feature of a spliced dictionary             ``<site>.hook_sae_acts_post``  feature
+error    what a dictionary's features leave at its site  ``<site>.hook_sae_error``      0; -1 in traces
+logits   the end of the residual stream                  ``unembed.hook_in``            0
+token    an embedded token of a traced prompt            none                           token id
+bias     constants of a traced model, over all tokens    its id in the graph            -1
+target   a logit, a difference, a direction              its id in the graph            token id, or -1
+======== =============================================== ============================== ===============
 
-A node stands for all positions, or for one: ``pos``. A graph has its nodes as columns of arrays
-(:func:`node_columns`), in which -1 is every position, and the layer of what has none.
+A node stands for all positions, or for one: ``pos``; in a trace all but biases have one. A graph has its
+nodes as columns of arrays (:func:`node_columns`), in which -1 is every position, and the layer of what
+has none.
 
 Cost: one pass over the nodes.
 """
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -49,20 +50,10 @@ PORTS: tuple[Port, ...] = ("", "q", "k", "v")
 MAX_LAYER, MAX_INDEX, MAX_POS = 1000, 1 << 31, 1 << 18
 """Beyond those of any model."""
 
-if TYPE_CHECKING:
-    NodeColumns = Mapping[str, np.ndarray]
-else:
-
-    @runtime_checkable
-    class NodeColumns(Protocol):
-        """Arrays with an entry per node, by name; a DataFrame where a graph is built from one."""
-
-        def __getitem__(self, key: str, /) -> Any: ...
-
-        def keys(self) -> Any:
-            """Names of the columns."""
-
-
+NodeColumns = Mapping[str, np.ndarray]
+"""Arrays with an entry per node, by name."""
+_BY_ID = ("bias", "target")
+"""Kinds whose nodes differ by their ids only: their hook is the id."""
 _FEATURES, _ERROR = ".hook_sae_acts_post", ".hook_sae_error"
 
 
@@ -110,9 +101,11 @@ class Node:
     @property
     def label(self) -> str:
         """``L1H3``, ``L1KV0``, ``MLP2``, ``embed``, ``logits``, ``blocks.2.hook_resid_post/17`` or
-        ``.../error``; with ``@4`` at a position of its own.
+        ``.../error``; with ``@4`` at a position of its own. Of biases and targets the id in their graph.
         """
-        return self._name if self.pos is None else f"{self._name}@{self.pos}"
+        if self.pos is None or self.kind == "target":
+            return self._name
+        return f"{self._name}@{self.pos}"
 
     @property
     def site(self) -> str:
@@ -129,7 +122,7 @@ class Node:
             return f"MLP{self.layer}"
         if self.kind in ("feature", "error"):
             return f"{self.site}/{self.index if self.kind == 'feature' else 'error'}"
-        return self.kind
+        return self.hook if self.kind in _BY_ID else self.kind
 
     @classmethod
     def embed(cls) -> Node:
@@ -208,22 +201,23 @@ def node_columns(nodes: Sequence[Node]) -> dict[str, np.ndarray]:
 
 
 def table_columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
-    """A table of nodes as columns."""
-    return {str(name): as_column(table[name]) for name in table}
-
-
-def as_column(values: np.ndarray | pd.Series) -> np.ndarray:
-    """An array; texts as objects."""
-    array = np.asarray(values)
-    return array.astype(object) if array.dtype.kind in "UT" else array
+    """A table of nodes as columns; texts are objects, whatever type of text the table has."""
+    columns = {str(name): np.asarray(table[name]) for name in table}
+    return {n: c.astype(object) if c.dtype.kind in "UT" else c for n, c in columns.items()}
 
 
 def nodes_of(columns: NodeColumns) -> tuple[Node, ...]:
-    """The inverse of :func:`node_columns`."""
-    rows = zip(*(columns[name].tolist() for name in ("kind", "site", "index", "pos")), strict=True)
+    """The inverse of :func:`node_columns`; no two nodes of a graph are equal."""
+    names = ("kind", "site", "index", "pos", "id" if "id" in columns else "site")
+    rows = zip(*(columns[name].tolist() for name in names), strict=True)
     return tuple(
-        Node(kind, hook_of(kind, site), index, None if pos < 0 else pos)
-        for kind, site, index, pos in rows
+        Node(
+            kind,
+            name if kind in _BY_ID else hook_of(kind, site),
+            index,
+            None if pos < 0 else pos,
+        )
+        for kind, site, index, pos, name in rows
     )
 
 

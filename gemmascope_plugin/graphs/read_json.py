@@ -38,6 +38,7 @@ from gemmascope_plugin.graphs.components_json import (
 )
 from gemmascope_plugin.graphs.defects import TRACE_COLUMNS, Parts, node_defect
 from gemmascope_plugin.graphs.json_view import changed_labels, read_view
+from gemmascope_plugin.graphs.node import table_columns
 from gemmascope_plugin.graphs.write_json import (
     EMBEDDING,
     FEATURE,
@@ -118,11 +119,12 @@ def _decoded(content: Mapping[str, Any]) -> Parts:
         raise ValueError("it has no nodes")
     rows = rows if extra is None else with_biases(rows, extra)
     nodes = pd.DataFrame(rows).astype(_TYPES)
-    columns = [*TRACE_COLUMNS, *(["influence"] if extra is None or extra["pruned"] else [])]
+    names = [*TRACE_COLUMNS, *(["influence"] if extra is None or extra["pruned"] else [])]
+    columns = table_columns(nodes[names])
     if not nodes["id"].is_unique:
         twice = nodes.loc[nodes["id"].duplicated(), "id"].tolist()[0]
         raise ValueError(f"the node {twice!r} is there twice")
-    defect = node_defect(nodes[columns], len(tokens))
+    defect = node_defect(columns, len(tokens))
     if defect is not None:
         raise ValueError(defect)
     dtype = "float32" if extra is None else extra["dtype"]
@@ -139,7 +141,7 @@ def _decoded(content: Mapping[str, Any]) -> Parts:
         metadata = without_residual(metadata)
     ids = dict(zip(reversed(nodes["node_id"]), reversed(nodes["id"]), strict=True))
     metadata |= read_view(content.get("qParams", {}), ids)
-    return Parts(nodes[columns].copy(), edges, tuple(tokens), metadata)
+    return Parts(columns, edges, tuple(tokens), metadata)
 
 
 def _in_order(row: Mapping[str, Any]) -> tuple[int, int, int]:

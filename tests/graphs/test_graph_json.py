@@ -20,6 +20,7 @@ from gemmascope_plugin.errors import (
 )
 from gemmascope_plugin.graphs import Graph
 from gemmascope_plugin.graphs.json_folder import INDEX, add_to_folder, write_json
+from gemmascope_plugin.graphs.node import table_columns
 from gemmascope_plugin.graphs.read_json import from_cantor
 from gemmascope_plugin.graphs.write_json import cantor, shortest
 from tests.graphs.graph_rules import check_rules, scores_from_file
@@ -175,7 +176,7 @@ def test_a_graph_of_one_layer_says_what_will_not_show_it() -> None:
     graph = traced()
     shallow = (graph.nodes["layer"] < 1).to_numpy() | graph.where("target")
     nodes = graph.nodes[shallow].reset_index(drop=True)
-    cut = Graph(nodes, graph.edges.compacted(shallow), graph.tokens, graph.metadata)
+    cut = Graph(table_columns(nodes), graph.edges.compacted(shallow), graph.tokens, graph.metadata)
     content = cut.to_json("x")
     check_rules(content)
     assert "no graph without a node above layer 0" in content["metadata"]["gemmascope"]["limits"][0]

@@ -17,6 +17,7 @@ import scipy.sparse as sp
 from gemmascope_plugin.errors import UnknownNameError
 from gemmascope_plugin.graphs import Graph
 from gemmascope_plugin.graphs.adjacency import Adjacency
+from gemmascope_plugin.graphs.node import table_columns
 from gemmascope_plugin.pages import PageError, trace_html, write_trace
 from gemmascope_plugin.pages.trace_page import MAX_EDGES
 from tests.pages.browser import attribute, opened
@@ -55,7 +56,7 @@ def large(n_features: int = 1970, n_edges: int = 20_000) -> Graph:
     target, source = cells[:, np.sort(chosen)]
     data = random.normal(size=len(source)).astype(np.float32)
     matrix = sp.csr_array((data, (target, source)), shape=(n, n))
-    return Graph(nodes, Adjacency(matrix, np.arange(n)), tuple(tokens), {})
+    return Graph(table_columns(nodes), Adjacency(matrix, np.arange(n)), tuple(tokens), {})
 
 
 class Page(HTMLParser):
@@ -123,9 +124,9 @@ def test_only_the_strongest_edges_of_a_huge_graph_are_in_the_page() -> None:
 
 def test_nothing_is_loaded_and_no_text_is_html() -> None:
     graph = traced("mixed").prune()
-    nodes = graph.nodes.assign(label=BAD)
-    graph = replace(graph, columns=nodes, tokens=(BAD,) * 12, metadata={"prompt": BAD, BAD: BAD})
-    name = nodes["id"].iloc[-1]
+    columns = table_columns(graph.nodes.assign(label=BAD))
+    graph = replace(graph, columns=columns, tokens=(BAD,) * 12, metadata={"prompt": BAD, BAD: BAD})
+    name = graph.nodes["id"].iloc[-1]
     page = trace_html(graph, groups={BAD: [name]}, top_tokens={name: ((BAD,), (BAD,))})
     found = Page(page)
     assert found.tags.count("script") == 2 and found.urls == ["data:,"]

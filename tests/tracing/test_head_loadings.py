@@ -277,7 +277,7 @@ def test_plots_of_what_there_is(graph: Graph, saes: list[Any], hooked2: Any) -> 
 
 
 def test_graphs_of_several_prompts(graph: Graph, saes: list[Any], hooked2: Any) -> None:
-    several = Graph(graph.nodes, graph.edges, graph.tokens, {})
+    several = Graph(graph.columns, graph.edges, graph.tokens, {})
     edge = ("token@1", graph.nodes["id"].iloc[-1])
     with pytest.raises(TaskError, match="is not the trace of one prompt"):
         head_loadings(hooked2, several, saes, edge)

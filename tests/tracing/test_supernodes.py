@@ -23,6 +23,7 @@ from gemmascope_plugin.errors import (
 from gemmascope_plugin.graphs import Graph, Supernodes, contrast
 from gemmascope_plugin.graphs.adjacency import Adjacency
 from gemmascope_plugin.graphs.collapse import collapse
+from gemmascope_plugin.graphs.node import table_columns
 from gemmascope_plugin.tracing import supernodes, trace
 from gemmascope_plugin.tracing.graph_features import by_decoder
 from tests import factories
@@ -133,7 +134,7 @@ def test_most_influential_groups_first_and_named_after_their_best_member() -> No
         sums.append(own.sum())
         assert name.startswith(nodes.loc[ids[int(own.argmax())], "label"])
     assert sums == sorted(sums, reverse=True)
-    same = pruned().with_labels(lambda site, index: "plural")
+    same = pruned().with_labels(lambda node: "plural" if node.kind == "feature" else None)
     names = list(supernodes(same, dictionaries()))
     assert (
         names[0] == "plural" and names[1].startswith("plural @") and len(set(names)) == len(names)
@@ -204,7 +205,7 @@ def small() -> Graph:
     nodes = pd.DataFrame({**columns, "activation": 1.0, "weight": [0.0, 0, 0, 0, 1]})
     rows = [[1, 0, 0, 0, 0], [1, -1, 0, 0, 0], [3, 0, 1, 0, 0], [0, 0, -2, 2, 0]]
     edges = Adjacency(sp.csr_array(np.array(rows, dtype=np.float64)), np.arange(1, 5))
-    return Graph(nodes, edges, ("a",))
+    return Graph(table_columns(nodes), edges, ("a",))
 
 
 def test_a_group_with_a_node_between_its_members() -> None:
@@ -314,14 +315,12 @@ def suite() -> Any:
 def labelled(suite: Any, task: str, number: int) -> tuple[Graph, list[Any]]:
     """A pruned graph of a held-out prompt, features called as the suite labels them."""
     saes = [suite.load("transcoder", layer) for layer in range(4)]
-    words = {f"blocks.{i}.hook_mlp_out": suite.labels_of(sae) for i, sae in enumerate(saes)}
-
-    def label(site: str, index: int) -> str | None:
-        own = words[site].get(index)
-        return None if own is None else own.concept
-
+    words = {
+        f"blocks.{i}.hook_mlp_out": {n: label.concept for n, label in suite.labels_of(sae).items()}
+        for i, sae in enumerate(saes)
+    }
     prompt = suite.tasks[task].clean[number]
-    return trace(suite.model, prompt, saes).prune().with_labels(label), saes
+    return trace(suite.model, prompt, saes).prune().with_labels(words), saes
 
 
 def test_features_of_one_concept_come_together(suite: Any) -> None:

@@ -126,8 +126,32 @@ def test_labels(graph: Graph) -> None:
     named = graph.with_labels({(SITE, feature): "plural"})
     rows = named.nodes[(named.nodes["site"] == SITE) & (named.nodes["index"] == feature)]
     assert (rows["label"] == "plural").all()
-    asked = graph.with_labels(lambda site, index: f"{site}#{index}" if site == SITE else None)
-    assert f"{SITE}#{feature}" in set(asked.nodes["label"])
+    assert named.nodes["id"].equals(graph.nodes["id"])
+
+
+def test_labels_in_every_form(graph: Graph) -> None:
+    feature, _ = active(graph)
+    node = next(node for node in graph.components if (node.site, node.index) == (SITE, feature))
+    forms: list[Any] = [
+        {SITE: {feature: "plural"}},
+        {(SITE, feature): "plural"},
+        {node: "plural"},
+        lambda each: "plural" if each == node else None,
+    ]
+    for labels in forms:
+        named = graph.with_labels(labels)
+        assert named.columns["label"][graph.components.index(node)] == "plural"
+        assert "meaning" not in named.columns
+    first = graph.components[0]
+    assert graph.with_labels({first: "begin"}).columns["label"][0] == "begin"
+
+
+def test_no_two_nodes_are_equal(graph: Graph) -> None:
+    assert len(set(graph.components)) == len(graph)
+    by_kind = {node.kind: node for node in graph.components}
+    assert by_kind["bias"].label.startswith("bias:b_dec_of") or "special" in by_kind["bias"].label
+    assert by_kind["target"].label == graph.nodes["id"].iloc[-1]
+    assert by_kind["token"].label == "token@19"
 
 
 def test_scores_are_shares(graph: Graph) -> None:
