@@ -107,7 +107,7 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
 
 
 def _spec(model: str, values: dict[str, Any], preset: str | None) -> TrainSpec:
-    from gemmascope_plugin.training.driver import whole_spec
+    from gemmascope_plugin.training.presets import whole_spec
 
     return whole_spec({"model": Path(model).name, **values}, preset)
 

@@ -22,17 +22,12 @@ from typing import Any
 import torch
 
 from gemmascope_plugin.arguments import as_device
-from gemmascope_plugin.errors import GemmaScopeError, InputError, ModelError
+from gemmascope_plugin.errors import GemmaScopeError, ModelError
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.protocol import (
-    HookedModel,
-    check_model,
-    describe,
-    device_of,
-    with_call,
-)
-from gemmascope_plugin.training.architectures import architecture, preset_spec
+from gemmascope_plugin.models.protocol import HookedModel, check_model, device_of
+from gemmascope_plugin.training.architectures import architecture
 from gemmascope_plugin.training.forward_reader import ForwardReader
+from gemmascope_plugin.training.presets import check_spec, whole_spec
 from gemmascope_plugin.training.run import Run
 from gemmascope_plugin.training.run_folder import (
     RunFolder,
@@ -56,18 +51,7 @@ def _check_optional_model(model: object, call: str) -> None:
         check_model(model, call)
 
 
-def _check_spec(spec: object, call: str = "") -> None:
-    """Refuses what is neither a spec nor fields of one."""
-    if not isinstance(spec, TrainSpec | Mapping):
-        fix = '{"architecture": "jumprelu", "site": "res", "layer": 9, "d_sae": 4096}'
-        raise InputError(
-            f"{describe(spec)} is not a training spec",
-            exists="TrainSpec, or a dict of some of its fields",
-            fix=with_call(fix, call),
-        )
-
-
-@gate(model=_check_optional_model, spec=_check_spec)
+@gate(model=_check_optional_model, spec=check_spec)
 def train(
     model: HookedModel | None,
     spec: TrainSpec | Mapping[str, Any],
@@ -200,24 +184,6 @@ def train_many(
             return run.finish(journal)
         finally:
             journal.close()
-
-
-def whole_spec(spec: TrainSpec | Mapping[str, Any], preset: str | None) -> TrainSpec:
-    """A spec that can be trained, from a whole one or some of its fields and a preset (``quick``)."""
-    _check_spec(spec)
-    if not isinstance(spec, TrainSpec):
-        return _checked(preset_spec(preset or "quick", spec))
-    if preset is not None:
-        raise GemmaScopeError(
-            f"preset={preset!r} beside a whole TrainSpec",
-            fix="a dict of the fields that differ from the preset, or no preset",
-        )
-    return _checked(spec)
-
-
-def _checked(spec: TrainSpec) -> TrainSpec:
-    spec.sites(architecture(spec).kind)
-    return spec
 
 
 def _check_agreement(specs: Mapping[str, TrainSpec]) -> None:

@@ -10,8 +10,8 @@ import pytest
 from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError
 from gemmascope_plugin.training import ARCHITECTURES, PRESETS, TrainSpec, preset_spec
 from gemmascope_plugin.training.architectures import SELECTIVE, architecture
-from gemmascope_plugin.training.driver import whole_spec
 from gemmascope_plugin.training.learner import lr_share
+from gemmascope_plugin.training.presets import whole_spec
 from gemmascope_plugin.training.typed_values import read_text
 from tests.training.cases import spec
 

@@ -29,12 +29,10 @@ from gemmascope_plugin.training import (
     ARCHITECTURES,
     Architecture,
     TrainingStoppedError,
-    TrainSpec,
     collect_activations,
     train,
     train_many,
 )
-from gemmascope_plugin.training.builders import make_config
 from gemmascope_plugin.training.learner import Learner
 from gemmascope_plugin.training.run_folder import unique_names
 from tests.support.rounding import assert_rounded
@@ -289,12 +287,10 @@ def test_what_an_architecture_refuses(hooked2, changes: dict, message: str) -> N
 @pytest.mark.parametrize("name", ["gated", "matching_pursuit"])
 def test_any_training_class_of_saelens_is_one_entry(hooked2, tmp_path, monkeypatch, name) -> None:
     sae_class, config_class = get_sae_training_class(name)
-
-    def build(given: TrainSpec, common: dict[str, Any]) -> Any:
-        return sae_class(make_config(config_class, given, common))
-
-    entry = Architecture(build=build, uses=frozenset({"options", "subtract_b_dec"}))
-    monkeypatch.setitem(ARCHITECTURES, name, entry)
+    row = Architecture(
+        sae_class, config_class, lambda spec: {}, frozenset({"options", "subtract_b_dec"})
+    )
+    monkeypatch.setitem(ARCHITECTURES, name, row)
     given = spec(architecture=name, options={"decoder_init_norm": 1.0})
     sae = run(hooked2, given, run_dir=tmp_path / "r", checkpoint_every=10)
     remove(tmp_path / "r/checkpoints/step_24")
