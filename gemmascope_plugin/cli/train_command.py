@@ -11,6 +11,7 @@ Cost: loading the model, then that of ``train()``.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -91,8 +92,6 @@ def train_command(
 
 def _settings(pairs: list[str]) -> dict[str, Any]:
     """``key=value`` pairs; ``options.key=value`` for the architecture's own config."""
-    from gemmascope_plugin.training.typed_values import read_text
-
     values: dict[str, Any] = {}
     for pair in pairs:
         key, sign, text = pair.partition("=")
@@ -100,10 +99,18 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
             raise GemmaScopeError(f"--set {pair!r} is not key=value", fix="--set lr=0.001")
         head, dot, option = key.partition(".")
         if head == "options" and dot:
-            values.setdefault("options", {})[option] = read_text(text)
+            values.setdefault("options", {})[option] = _value(text)
         else:
-            values[key] = read_text(text)
+            values[key] = _value(text)
     return values
+
+
+def _value(text: str) -> Any:
+    """A value typed on a command line: ``0.01``, ``true``, ``null``, ``[64, 256]``, or plain text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _spec(model: str, values: dict[str, Any], preset: str | None) -> TrainSpec:

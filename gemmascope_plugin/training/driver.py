@@ -26,7 +26,7 @@ from gemmascope_plugin.errors import GemmaScopeError, ModelError
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, check_model, device_of
 from gemmascope_plugin.training.architectures import architecture
-from gemmascope_plugin.training.forward_reader import ForwardReader
+from gemmascope_plugin.training.buckets import ForwardReader, Reader, ShuffledActivations
 from gemmascope_plugin.training.presets import check_spec, whole_spec
 from gemmascope_plugin.training.run import Run
 from gemmascope_plugin.training.run_folder import (
@@ -36,7 +36,6 @@ from gemmascope_plugin.training.run_folder import (
     unique_names,
 )
 from gemmascope_plugin.training.run_metrics import Journal
-from gemmascope_plugin.training.shuffle import Reader, ShuffledActivations
 from gemmascope_plugin.training.store import ActivationStore, StoreReader
 from gemmascope_plugin.training.text_batches import Corpus, TokenStream
 from gemmascope_plugin.training.train_spec import TrainSpec

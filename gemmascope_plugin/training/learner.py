@@ -6,9 +6,22 @@
    section 3.1); a transcoder's batch is input and target side by side.
 3. ``SAETrainer.step`` does the step: forward, backward, clipping, Adam, warm-ups, firing counts. The
    learning rate follows half a cosine up and half a cosine down.
-4. All that a step depends on can be taken out as tensors and plain numbers, and put back, bit by bit.
+4. The trainer calls ``training_forward_pass`` and clips the gradient's norm at 1, always. So it trains an
+   ``Objective`` in place of the dictionary, which adds the loss of ghost gradients where it is asked for,
+   and stops the run before anything is changed at a loss or a gradient that is not finite. To clip at
+   another norm ``c``, the loss is divided by ``c`` and the clipped gradients are multiplied by ``c``
+   before the optimiser's step: the same as clipping at ``c``.
+5. All that a step depends on can be taken out as tensors and plain numbers, and put back, bit by bit.
 
-Cost: that of SAELens' step.
+Ghost gradients (Jermyn and Templeton, "Ghost grads", Anthropic's Circuits Updates of January 2024; kept
+for comparison): dead features learn from the residual ``r = x - x_hat`` through ``exp``. With ``z_D``
+their pre-activations and ``W_D`` their decoder rows, ``g = exp(z_D) @ W_D`` has gradients where ReLU has
+none; it is scaled per token to half the norm of ``r``, and ``|g - r|^2`` to the size of ``|r|^2``, both
+factors being constants. ``r`` is a constant, too: no other feature feels this loss. Gemma Scope does not
+use it; the auxiliary losses of the architectures do better.
+
+Cost: that of SAELens' step, one norm of the gradients, and for ghosts a product of ``[batch, dead]`` and
+``[dead, d_out]``.
 """
 
 from __future__ import annotations
@@ -19,17 +32,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from sae_lens.config import LoggingConfig, SAETrainerConfig
-from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 
 from gemmascope_plugin.errors import BadFileError
 from gemmascope_plugin.training.architectures import architecture, build
-from gemmascope_plugin.training.objective import Objective
-from gemmascope_plugin.training.shuffle import Bucket
+from gemmascope_plugin.training.buckets import Bucket
 from gemmascope_plugin.training.train_spec import TrainSpec
+from gemmascope_plugin.types import SAE
 
+_EPS = 1e-6
 _COUNTS = ("act_freq_scores", "n_forward_passes_since_fired")
 _NUMBERS = (
     "n_training_steps",
@@ -37,6 +51,10 @@ _NUMBERS = (
     "n_frac_active_samples",
     "started_fine_tuning",
 )
+
+
+class NotFiniteError(ArithmeticError):
+    """A loss or gradient is not finite; the weights are those of the step before."""
 
 
 class Learner:
@@ -214,3 +232,59 @@ def lr_share(spec: TrainSpec, step: int) -> float:
     end, last = spec.lr_end / spec.lr, max(spec.steps - 1, spec.lr_warm_up + 1)
     done = min(1.0, (step - spec.lr_warm_up) / (last - spec.lr_warm_up))
     return end + (1 - end) * (1 + math.cos(math.pi * done)) / 2
+
+
+class Objective:
+    """Stands for a dictionary wherever SAELens' trainer uses it; ``ghost`` is a coefficient."""
+
+    def __init__(self, sae: SAE, *, max_grad_norm: float, ghost: float) -> None:
+        self.sae, self.max_grad_norm, self.ghost = sae, max_grad_norm, ghost
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sae, name)
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """The dictionary's own pass, with what is added."""
+        output = self.sae.training_forward_pass(step_input=step_input)
+        dead = step_input.dead_neuron_mask
+        if self.ghost and dead is not None:
+            residual = output.sae_in - output.sae_out
+            loss = self.ghost * ghost_loss(residual, output.hidden_pre, self.sae.W_dec, dead)
+            output.losses["ghost_loss"] = loss
+            output.loss = output.loss + loss
+        if not torch.isfinite(output.loss):
+            parts = {name: value.item() for name, value in output.losses.items()}
+            raise NotFiniteError(f"the loss is {output.loss.item()} ({parts})")
+        output.loss = output.loss / self.max_grad_norm
+        return output
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Checks and rescales the gradients before every step of an optimiser."""
+        optimizer.register_step_pre_hook(lambda *_: self.prepare_gradients())
+
+    @torch.no_grad()
+    def prepare_gradients(self) -> None:
+        """Checks the gradients of all parameters, and undoes the division of the loss."""
+        gradients = [p.grad for p in self.sae.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            raise NotFiniteError(f"the norm of the gradients is {float(norm)}")
+        if self.max_grad_norm != 1:
+            torch._foreach_mul_(gradients, self.max_grad_norm)
+
+
+def ghost_loss(
+    residual: Float[torch.Tensor, "batch d_out"],
+    pre: Float[torch.Tensor, "batch d_sae"],
+    W_dec: Float[torch.Tensor, "d_sae d_out"],
+    dead: Bool[torch.Tensor, " d_sae"],
+) -> Float[torch.Tensor, ""]:
+    """The loss of ghost gradients, zero where nothing is dead."""
+    if not dead.any():
+        return residual.new_zeros(())
+    residual = residual.detach()
+    ghost = torch.exp(pre[:, dead]) @ W_dec[dead]
+    factor = residual.norm(dim=-1) / (_EPS + 2 * ghost.norm(dim=-1))
+    error = (ghost * factor.detach()[:, None] - residual).pow(2).sum(-1)
+    share = residual.pow(2).sum(-1) / (error + _EPS)
+    return (error * share.detach()).mean()

@@ -1,6 +1,7 @@
 """A run: all its steps, its checkpoints, and what is written at the end.
 
-1. It begins at step 0, or at the newest checkpoint of its folder.
+1. It begins at step 0, or at the newest checkpoint of its folder. Why it stopped, where, from what it can
+   go on, and what to change is said in ``TrainingStoppedError``.
 2. At every step all dictionaries learn from the same batch; rows of metrics and checkpoints are written
    between steps.
 3. At the end every dictionary is finished: the factor on the activations is folded into the weights, so
@@ -18,7 +19,7 @@ Cost: see ``driver.py``; at the end a copy of the weights and one pass over the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -33,8 +34,8 @@ from gemmascope_plugin.loading.export import export, export_layers, why_not_expo
 from gemmascope_plugin.saes.coder import ARCHITECTURES
 from gemmascope_plugin.saes.training.step_parts import fold_decoder
 from gemmascope_plugin.training.architectures import architecture
-from gemmascope_plugin.training.learner import Learner
-from gemmascope_plugin.training.objective import raise_as_training_stopped
+from gemmascope_plugin.training.buckets import Bucket, ShuffledActivations
+from gemmascope_plugin.training.learner import Learner, NotFiniteError
 from gemmascope_plugin.training.run_folder import (
     Checkpoint,
     RunFolder,
@@ -42,7 +43,6 @@ from gemmascope_plugin.training.run_folder import (
     save_checkpoint,
 )
 from gemmascope_plugin.training.run_metrics import Journal, row
-from gemmascope_plugin.training.shuffle import Bucket, ShuffledActivations
 from gemmascope_plugin.training.train_spec import Layout, TrainSpec
 from gemmascope_plugin.types import SAE
 
@@ -52,6 +52,55 @@ if TYPE_CHECKING:
 _MEASURED = 1 << 14
 """Tokens that are measured, at most."""
 _CHUNK = 1024
+
+
+class TrainingStoppedError(GemmaScopeError):
+    """Training cannot go on: memory, or numbers that are not finite.
+
+    Args:
+        problem: What happened.
+        step: The step that failed, from 0.
+        checkpoint: The last good checkpoint; None if there is none.
+        fix: What to change.
+    """
+
+    def __init__(self, problem: str, *, step: int, checkpoint: Path | None, fix: str) -> None:
+        self.step, self.checkpoint = step, checkpoint
+        where = "none" if checkpoint is None else str(checkpoint)
+        super().__init__(
+            f"Training stopped at step {step}: {problem}",
+            exists=f"last good checkpoint: {where}",
+            fix=fix,
+        )
+
+
+@contextmanager
+def _training_stops(
+    step: Callable[[], int], checkpoint: Callable[[], Path | None]
+) -> Iterator[None]:
+    """Turns faults of memory and numbers into an error that says what to do.
+
+    The functions tell the running step and the last good checkpoint.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as fault:
+        reason = next(iter(str(fault).splitlines()), "") or type(fault).__name__
+        raise TrainingStoppedError(
+            f"out of memory ({reason})",
+            step=step(),
+            checkpoint=checkpoint(),
+            fix="a smaller batch, d_sae, bucket or rows, or a larger device; resume=True goes on from "
+            "the checkpoint if only other programs were in the way",
+        ) from fault
+    except NotFiniteError as fault:
+        raise TrainingStoppedError(
+            str(fault),
+            step=step(),
+            checkpoint=checkpoint(),
+            fix="a lower lr, a longer lr_warm_up, a smaller max_grad_norm or sparsity_coefficient, in a "
+            "new run_dir; resume=True with the same spec would stop at the same step",
+        ) from fault
 
 
 class Run:
@@ -75,7 +124,7 @@ class Run:
         self.steps, self.batch_size = first.steps, first.batch_size
         path = None if folder is None else folder.last_checkpoint
         saved = None if path is None else load_checkpoint(path, specs)
-        with raise_as_training_stopped(lambda: self.step, self._last):
+        with _training_stops(lambda: self.step, self._last):
             if saved is not None:
                 with _read_from(path):
                     source.restore(saved.source)
@@ -95,7 +144,7 @@ class Run:
 
     def train(self, journal: Journal) -> None:
         """All steps that are left."""
-        with raise_as_training_stopped(lambda: self.step, self._last):
+        with _training_stops(lambda: self.step, self._last):
             while self.step < self.steps:
                 batch = self.source.next_batch()
                 outputs = {name: learner.step(batch) for name, learner in self.learners.items()}
@@ -120,7 +169,7 @@ class Run:
     def finish(self, journal: Journal) -> dict[str, Any]:
         """The finished dictionaries, written if there is a folder."""
         results, rows = {}, []
-        with raise_as_training_stopped(lambda: self.step, self._last):
+        with _training_stops(lambda: self.step, self._last):
             for name, learner in self.learners.items():
                 sae = finished(learner)
                 figures = measured(sae, learner, self.source.bucket())

@@ -36,8 +36,7 @@ from gemmascope_plugin.files.whole import write_text_whole, write_whole
 from gemmascope_plugin.loading.arrays import ArrayFile, safetensors_arrays, write_safetensors
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, check_model
-from gemmascope_plugin.training.forward_reader import ForwardReader
-from gemmascope_plugin.training.shuffle import Bucket
+from gemmascope_plugin.training.buckets import Bucket, ForwardReader
 from gemmascope_plugin.training.text_batches import Corpus, TokenStream
 
 INDEX, FORMAT = "index.json", 1

@@ -12,15 +12,15 @@ A key that does not exist and a value of another type or out of range are errors
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import gemmascope_plugin.catalog.site_names as sites
 from gemmascope_plugin.catalog.site_names import Gain
 from gemmascope_plugin.errors import GemmaScopeError, InputError, UnknownNameError, nearest, shorten
 from gemmascope_plugin.models.protocol import describe
-from gemmascope_plugin.training.typed_values import check_types
 from gemmascope_plugin.types import Kind, Site
 
 Sparsity = Literal["quadratic", "step", "tanh"]
@@ -105,7 +105,7 @@ class TrainSpec:
     max_grad_norm: int | float = 1.0
     dead_features: DeadFeatures = "auxiliary"
     """What pulls features back that do not fire: the architecture's own loss, ghost gradients (kept for
-    comparison, see ``objective.py``) or nothing."""
+    comparison, see ``learner.py``) or nothing."""
     dead_coefficient: int | float | None = None
     """Of that loss; None for the usual one of the architecture."""
     dead_after: int = 300
@@ -235,7 +235,7 @@ class TrainSpec:
             raise GemmaScopeError(
                 f"The training spec lacks {shorten(missing)}", fix=f"{missing[0]}=512"
             )
-        return cls(**check_types(cls, values))
+        return cls(**_check_types(values))
 
 
 def check_keys(values: Mapping[str, Any]) -> None:
@@ -264,3 +264,44 @@ def _at_least(spec: TrainSpec, name: str, least: int, why: str = "") -> None:
 
 def _out_of_range(name: str, value: object, exists: str) -> GemmaScopeError:
     return GemmaScopeError(f"{name}={value!r} is out of range", exists=exists)
+
+
+def _check_types(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the declared types: lists, as JSON has them, as tuples, integers as floats."""
+    hints = get_type_hints(TrainSpec)
+    result = {}
+    for name, value in values.items():
+        value = tuple(value) if isinstance(value, list) else value
+        if hints[name] in (float, float | None) and type(value) is int:
+            value = float(value)
+        if not _fits(value, hints[name]):
+            raise _wrong_type(name, value, hints[name])
+        result[name] = value
+    return result
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value has the type of an annotation; a boolean is not a number."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in inner
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in inner)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, inner[0]) for item in value)
+    plain = origin or hint
+    if plain is int or plain is float:
+        return type(value) is plain
+    return isinstance(value, plain)
+
+
+def _wrong_type(name: str, value: object, hint: Any) -> GemmaScopeError:
+    if get_origin(hint) is Literal:
+        options = [str(option) for option in get_args(hint)]
+        return UnknownNameError(
+            f"Unknown {name} {value!r}",
+            exists=shorten(options),
+            nearest=nearest(str(value), options),
+        )
+    type_name = str(hint).removeprefix("<class '").removesuffix("'>")
+    return GemmaScopeError(f"{name}={value!r} is of type {type(value).__name__}, not {type_name}")

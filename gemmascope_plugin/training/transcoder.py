@@ -85,7 +85,7 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """One step on a batch ``[batch, d_in + d_out]``; ``sae_in`` of the result is the target."""
-        x, target = split_pairs(step_input.sae_in, self.cfg.d_in)
+        x, target = step_input.sae_in.split([self.cfg.d_in, self.cfg.d_out], dim=-1)
         with torch.no_grad():
             self.threshold.data.clamp_(min=0.0)
         acts, pre = self.encode_with_hidden_pre(x)
@@ -116,10 +116,3 @@ class JumpReLUTrainingTranscoder(JumpReLUTrainingSAE):
         self.b_dec.data /= scale_out
         if self.W_skip is not None:
             self.W_skip.data *= scale_in / scale_out
-
-
-def split_pairs(
-    pairs: Float[torch.Tensor, "batch both"], d_in: int
-) -> tuple[Float[torch.Tensor, "batch d_in"], Float[torch.Tensor, "batch d_out"]]:
-    """Input and target of a batch of pairs."""
-    return pairs[:, :d_in], pairs[:, d_in:]

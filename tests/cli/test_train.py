@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import gemmascope_plugin as gs
 from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.cli.app import app
+from gemmascope_plugin.cli.train_command import _value
 
 SITE = ("--model", "gemma-2-tiny", "--site", "res", "--layer", "1")
 SMALL = ("--d-sae", "64", "--steps", "30", "--set", "batch_size=256", "--no-progress")
@@ -133,3 +134,9 @@ def test_a_cross_layer_transcoder(tmp_path) -> None:
     (file,) = folder.rglob("params_layer_1.safetensors")
     spec = SaeSpec.from_layers_folder(file.parent, model="gemma-2-tiny", kind="clt", layers=[0, 2])
     assert gs.load(spec).cfg.layers == (0, 2)
+
+
+def test_text_of_the_command_line() -> None:
+    assert [_value(t) for t in ("1e-3", "true", "null", "[1, 2]", "step")] == [
+        *(1e-3, True, None, [1, 2], "step"),
+    ]

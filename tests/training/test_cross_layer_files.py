@@ -16,7 +16,7 @@ from gemmascope_plugin.demo.build.corpus import make_corpus
 from gemmascope_plugin.errors import BadFileError, UnknownNameError
 from gemmascope_plugin.loading import load
 from gemmascope_plugin.splice import splice
-from gemmascope_plugin.training.forward_reader import read_activations
+from gemmascope_plugin.training.buckets import read_activations
 from gemmascope_plugin.training.learner import Learner
 from tests.support.rounding import assert_rounded
 from tests.tiny_models import PAD_ID
@@ -114,7 +114,7 @@ def test_a_tensor_of_any_layer_that_is_not_finite(
         bucket[written[-1]][3, 5] = float("nan")
         return bucket
 
-    place = "gemmascope_plugin.training.forward_reader.read_activations"
+    place = "gemmascope_plugin.training.buckets.read_activations"
     monkeypatch.setattr(place, lambda *given: spoilt(read_activations(*given)))
     with pytest.raises(BadFileError, match=f"{written[-1]}.*not finite"):
         run(hooked2, given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gemmascope_plugin.training.objective import ghost_loss
+from gemmascope_plugin.training.learner import ghost_loss
 
 
 def test_it_equals_the_loop() -> None:

@@ -15,8 +15,7 @@ import torch
 
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, MissingFileError
 from gemmascope_plugin.training import train_many
-from gemmascope_plugin.training.learner import Learner
-from gemmascope_plugin.training.objective import Objective
+from gemmascope_plugin.training.learner import Learner, Objective
 from gemmascope_plugin.training.run_folder import checkpoints
 from tests.training.cases import corpus, run, same, spec
 
@@ -70,7 +69,7 @@ warnings.simplefilter("ignore")
 import torch
 torch.set_num_threads(1)
 from gemmascope_plugin.training.learner import Learner
-from gemmascope_plugin.training.objective import Objective
+from gemmascope_plugin.training.learner import Objective
 from tests.factories import tiny_model
 from tests.training.cases import run
 

@@ -19,8 +19,7 @@ from gemmascope_plugin.errors import (
 )
 from gemmascope_plugin.models.points import reading
 from gemmascope_plugin.training import ActivationStore, collect_activations, store_activations
-from gemmascope_plugin.training.forward_reader import ForwardReader
-from gemmascope_plugin.training.shuffle import ShuffledActivations
+from gemmascope_plugin.training.buckets import ForwardReader, ShuffledActivations
 from gemmascope_plugin.training.store import StoreReader
 from gemmascope_plugin.training.text_batches import TokenStream
 from tests.tiny_models import BOS_ID, EOS_ID, PAD_ID

@@ -12,7 +12,6 @@ from gemmascope_plugin.training import ARCHITECTURES, PRESETS, TrainSpec, preset
 from gemmascope_plugin.training.architectures import SELECTIVE, architecture
 from gemmascope_plugin.training.learner import lr_share
 from gemmascope_plugin.training.presets import whole_spec
-from gemmascope_plugin.training.typed_values import read_text
 from tests.training.cases import spec
 
 
@@ -131,9 +130,3 @@ def test_the_learning_rate_warms_up_and_ends_where_it_should() -> None:
     assert rates[60] == pytest.approx((1 + 0.01) / 2)
     assert rates[:21] == sorted(rates[:21]) and rates[20:] == sorted(rates[20:], reverse=True)
     assert lr_share(spec(lr_end=None), 23) == 1.0
-
-
-def test_text_of_the_command_line() -> None:
-    assert [read_text(t) for t in ("1e-3", "true", "null", "[1, 2]", "step")] == [
-        *(1e-3, True, None, [1, 2], "step"),
-    ]

@@ -34,7 +34,7 @@ from gemmascope_plugin.demo.assets import (
 )
 from gemmascope_plugin.demo.build.measure_suite import task_scores
 from gemmascope_plugin.demo.build.train_model import ModelRecipe, save_model, train_model
-from gemmascope_plugin.demo.build.train_saes import train_dictionaries
+from gemmascope_plugin.demo.build.train_saes import FURTHER, PLAIN, train_dictionaries
 from gemmascope_plugin.models import load_model
 
 COMMAND = "python -m gemmascope_plugin.demo.build"
@@ -78,8 +78,8 @@ def _record(out: Path, part: str, content: dict[str, Any]) -> None:
 
 STAGES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "model": model_stage,
-    "dictionaries": train_dictionaries,
-    "further": partial(train_dictionaries, plain=False),
+    "dictionaries": partial(train_dictionaries, releases=PLAIN),
+    "further": partial(train_dictionaries, releases=FURTHER),
 }
 """Name to what trains it, in the order in which they build on one another."""
 

@@ -1,12 +1,14 @@
 """Trains, measures, labels and writes the dictionaries of the bundled suite.
 
-1. Plain ones in Gemma Scope's layout: per layer one pass over fresh documents collects the activations
-   at its four sites, and each dictionary is trained on them in memory.
-2. Matryoshkas of the residual stream and transcoders with affine skip in Gemma Scope 2's layout, all of
-   them in one run of ``training.train_many``.
-3. Each is written under its L0 on held-out documents, loaded back as a user would, measured on these
+1. Plain ones in Gemma Scope's layout, at four sites of every layer; Matryoshkas of the residual stream
+   and transcoders with affine skip in Gemma Scope 2's layout. Those of a layer are trained in one run of
+   ``training.train_many``, with the preset ``quick``.
+2. Each is written under its L0 on held-out documents, loaded back as a user would, measured on these
    documents, and its features are labelled by the grammar's concepts.
-4. The catalog's tables are written, so that ``find(model="gemma-2-tiny")`` knows the files.
+3. The catalog's tables are written, so that ``find(model="gemma-2-tiny")`` knows the files.
+
+The plain ones that ship were trained with another schedule of the learning rate and another order of
+the tokens (their recipe is in ``suite.json``): made again, they have other numbers and are as good.
 
 Cost: about 1.5 minutes per dictionary on two cores; 4 GB of memory.
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,6 @@ from jaxtyping import Bool
 
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.catalog import SaeSpec, tables
-from gemmascope_plugin.catalog import site_names as sites
-from gemmascope_plugin.catalog.site_names import Gain
 from gemmascope_plugin.catalog.spec import BUNDLED_PREFIX
 from gemmascope_plugin.demo.assets import LABELS_FILE, MODEL_FOLDER, read_json, write_json
 from gemmascope_plugin.demo.build.corpus import Corpus, make_corpus
@@ -38,101 +38,67 @@ from gemmascope_plugin.demo.build.measure_suite import (
 )
 from gemmascope_plugin.loading import load
 from gemmascope_plugin.loading.export import export
-from gemmascope_plugin.loading.npz import write_npz
 from gemmascope_plugin.models import load_model, special_ids
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import kept_positions
-from gemmascope_plugin.saes import Weights, weights_of
-from gemmascope_plugin.training import (
-    Recipe,
-    collect_activations,
-    preset_spec,
-    train_dictionary,
-    train_many,
-)
-from gemmascope_plugin.types import Kind, Site
+from gemmascope_plugin.saes import weights_of
+from gemmascope_plugin.training import collect_activations, preset_spec, train_many
+from gemmascope_plugin.types import SAE, Kind, Site
 
 MODEL = "gemma-2-tiny"
-FAMILIES: dict[str, tuple[Kind, Site]] = {
-    "gemma-2-tiny-res": ("sae", "res"),
-    "gemma-2-tiny-att": ("sae", "att"),
-    "gemma-2-tiny-mlp": ("sae", "mlp"),
-    "gemma-2-tiny-transcoders": ("transcoder", "mlp"),
+PLAIN: dict[str, dict[str, Any]] = {
+    "gemma-2-tiny-res": {"site": "res"},
+    "gemma-2-tiny-att": {"site": "att"},
+    "gemma-2-tiny-mlp": {"site": "mlp"},
+    "gemma-2-tiny-transcoders": {"architecture": "jumprelu_transcoder"},
 }
-"""Plain releases to what their dictionaries are."""
-MATRYOSHKA, SKIP = "gemma-2-tiny-res-matryoshka", "gemma-2-tiny-skip-transcoders"
+FURTHER: dict[str, dict[str, Any]] = {
+    "gemma-2-tiny-res-matryoshka": {
+        "architecture": "matryoshka_prefix_batchtopk",
+        "levels": [64, 192, 512],
+        "dead_coefficient": 1.0,
+        "layout": "gemma-scope-2",
+    },
+    "gemma-2-tiny-skip-transcoders": {
+        "architecture": "jumprelu_skip_transcoder",
+        "gain": "with",
+        "layout": "gemma-scope-2",
+    },
+}
+"""Release to what the training specs of its layers add to ``COMMON``."""
+COMMON = {"model": MODEL, "target_l0": 10.0, "bucket": 1 << 19}
+"""What all specs add to the preset ``quick``."""
 
+DOCUMENTS = 6000
+"""Documents whose activations the dictionaries are trained on, 64 tokens each."""
 TRAIN_SEED, HELD_OUT_SEED = 1000, 2000
 HELD_OUT_DOCUMENTS = 1000
 
 
-@dataclass(frozen=True, kw_only=True)
-class SuiteRecipe:
-    """All that the dictionaries' numbers depend on."""
-
-    documents: int = 6000
-    """Documents whose activations the dictionaries are trained on, 64 tokens each."""
-    recipe: Recipe = field(default_factory=Recipe)
-    """Of the plain dictionaries."""
-    quick: Mapping[str, Any] = field(
-        default_factory=lambda: {
-            "model": MODEL,
-            "target_l0": 10.0,
-            "bucket": 1 << 19,
-            "layout": "gemma-scope-2",
-        }
-    )
-    """What the two suites in Gemma Scope 2's layout add to the preset ``quick``."""
-    further: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=lambda: {
-            MATRYOSHKA: {
-                "architecture": "matryoshka_prefix_batchtopk",
-                "levels": [64, 192, 512],
-                "dead_after": 100,
-                "dead_coefficient": 1.0,
-            },
-            SKIP: {"architecture": "jumprelu_skip_transcoder", "gain": "with"},
-        }
-    )
-    """Release to the fields of its training specs."""
-
-
-Trained = tuple[SaeSpec, Any]
-"""A spec and its dictionary, loaded back from the file that was written."""
-
-
-def train_dictionaries(
-    out: Path, suite: SuiteRecipe | None = None, *, plain: bool = True
-) -> dict[str, Any]:
-    """Trains dictionaries of the model in ``out``; returns what ``suite.json`` says of them.
-
-    Args:
-        out: Folder of the suite.
-        suite: Recipes.
-        plain: Whether the plain dictionaries are trained, or those in Gemma Scope 2's layout.
-    """
-    suite = suite or SuiteRecipe()
+def train_dictionaries(out: Path, releases: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Trains releases of the model in ``out``; returns what ``suite.json`` says of them."""
     started = time.monotonic()
     model = load_model(out / MODEL_FOLDER)
-    train = make_corpus(suite.documents, TRAIN_SEED).tokens
+    train = make_corpus(DOCUMENTS, TRAIN_SEED).tokens
     held_out = make_corpus(HELD_OUT_DOCUMENTS, HELD_OUT_SEED)
-    make = _train_plain if plain else _train_further
     specs: dict[str, list[SaeSpec]] = {}
     scores: dict[str, dict[str, float]] = {}
     labels: dict[str, dict[str, list[Any]]] = {}
-    for spec, sae in make(model, train, held_out, suite, out):
-        specs.setdefault(spec.release, []).append(spec)
-        key = f"{spec.release}/{spec.sae_id}"
-        scores[key] = dictionary_scores(model, sae, held_out.tokens)
-        rows = label_corpus(model, sae, held_out)
-        labels[key] = labels_to_json(rows)
-        scores[key]["labelled_features"] = len(rows)
-        print(key, {name: round(value, 4) for name, value in scores[key].items()}, flush=True)
+    for layer in range(model.cfg.n_layers):
+        for spec, sae in _train_layer(model, train, held_out, releases, layer, out):
+            specs.setdefault(spec.release, []).append(spec)
+            key = f"{spec.release}/{spec.sae_id}"
+            scores[key] = dictionary_scores(model, sae, held_out.tokens)
+            rows = label_corpus(model, sae, held_out)
+            labels[key] = labels_to_json(rows)
+            scores[key]["labelled_features"] = len(rows)
+            rounded = {name: round(value, 4) for name, value in scores[key].items()}
+            print(key, rounded, flush=True)
     for release in specs:
         tables.dump_release(specs[release])
     _add_labels(out / LABELS_FILE, labels)
     return {
-        "recipe": asdict(suite),
+        "recipe": {"documents": DOCUMENTS, "quick": COMMON, "releases": releases},
         "seeds": {"train_documents": TRAIN_SEED, "held_out_documents": HELD_OUT_SEED},
         "held_out_documents": HELD_OUT_DOCUMENTS,
         "minutes": round((time.monotonic() - started) / 60, 1),
@@ -150,92 +116,45 @@ def _add_labels(path: Path, labels: dict[str, dict[str, list[Any]]]) -> None:
     write_json(path, others | labels)
 
 
-def _train_plain(
-    model: HookedModel, train: torch.Tensor, held_out: Corpus, suite: SuiteRecipe, out: Path
-) -> Iterator[Trained]:
-    for layer in range(model.cfg.n_layers):
-        routes = {name: sites.hooks(*family, layer) for name, family in FAMILIES.items()}
-        needed = sorted({hook for route in routes.values() for hook in route})
-        tensors = collect_activations(model, train, needed)
-        for release, (read, written) in routes.items():
-            kind, site = FAMILIES[release]
-            target = tensors[written] if read != written else None
-            params = train_dictionary(tensors[read], target, suite.recipe)
-            l0 = _held_out_l0(model, held_out, Weights(**params), read)
-            home = out / release
-            folder = home / sites.standard_path(layer, str(params["W_enc"].shape[1]), l0)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_npz(folder / "params.npz", params)
-            spec = bundled_spec(home, folder, l0, site=site, layer=layer, kind=kind)
-            yield spec, load(spec, local_dir=home)
-
-
-def _train_further(
-    model: HookedModel, train: torch.Tensor, held_out: Corpus, suite: SuiteRecipe, out: Path
-) -> Iterator[Trained]:
-    specs = {
-        (release, layer): preset_spec("quick", {"layer": layer, **suite.quick, **fields})
-        for release, fields in suite.further.items()
-        for layer in range(model.cfg.n_layers)
-    }
-    saes = train_many(model, list(specs.values()), train)
-    for ((release, layer), asked), sae in zip(specs.items(), saes.values(), strict=True):
-        kind: Kind = "transcoder" if "transcoder" in asked.architecture else "sae"
-        site: Site = "mlp" if kind == "transcoder" else "res"
-        l0 = _held_out_l0(model, held_out, weights_of(sae), asked.hooks(kind)[0])
-        home = out / release
-        folder = export(
-            sae,
-            home,
-            layout=asked.layout,
+def _train_layer(
+    model: HookedModel,
+    train: torch.Tensor,
+    held_out: Corpus,
+    releases: Mapping[str, Mapping[str, Any]],
+    layer: int,
+    out: Path,
+) -> Iterator[tuple[SaeSpec, SAE]]:
+    """The dictionaries of a layer, loaded back from the files that were written."""
+    specs = [preset_spec("quick", {"layer": layer, **COMMON, **f}) for f in releases.values()]
+    trained = train_many(model, specs, train)
+    for release, spec, sae in zip(releases, specs, trained.values(), strict=True):
+        kind: Kind = "transcoder" if "transcoder" in spec.architecture else "sae"
+        site: Site = "mlp" if kind == "transcoder" else spec.site
+        x = collect_activations(model, held_out.tokens, spec.hooks(kind))[spec.hooks(kind)[0]]
+        l0 = round(float((saes.encode(weights_of(sae), x) > 0).sum(-1).float().mean()), 2)
+        home, layout, gain = out / release, spec.layout, spec.gain
+        folder = export(sae, home, layout=layout, site=site, layer=layer, l0=l0, gain=gain)
+        local = SaeSpec.from_folder(
+            folder,
+            model=MODEL,
             site=site,
             layer=layer,
-            l0=round(l0, 2),
-            gain=asked.gain,
+            kind=kind,
+            gain=gain if layout == "gemma-scope-2" else None,
         )
-        made = bundled_spec(home, folder, l0, site=site, layer=layer, kind=kind, gain=asked.gain)
-        variant = "matryoshka" if asked.levels else None
-        spec = replace(made, levels=asked.levels, variant=variant)
-        yield spec, load(spec, local_dir=home)
-
-
-def bundled_spec(
-    home: Path,
-    folder: Path,
-    l0: float,
-    *,
-    site: Site,
-    layer: int,
-    kind: Kind,
-    gain: Gain | None = None,
-) -> SaeSpec:
-    """The catalog entry of a dictionary in a folder of the suite.
-
-    Args:
-        home: The folder of its release, named like it.
-        folder: Where its file is.
-        l0: As measured.
-        site: Where it lives.
-        layer: Its layer.
-        kind: What it maps.
-        gain: Whether a transcoder reads the norm's output with its gain; what the layout says if None.
-    """
-    local = SaeSpec.from_folder(folder, model=MODEL, site=site, layer=layer, kind=kind, gain=gain)
-    path = folder.relative_to(home).as_posix()
-    return replace(
-        local,
-        release=home.name,
-        repo_id=f"{BUNDLED_PREFIX}{home.name}",
-        sae_id=path,
-        path=path,
-        l0=round(l0, 2),
-        canonical=True,
-    )
-
-
-def _held_out_l0(model: HookedModel, held_out: Corpus, weights: Weights, hook: str) -> float:
-    x = collect_activations(model, held_out.tokens, [hook])[hook]
-    return float((saes.encode(weights, x) > 0).sum(-1).float().mean())
+        path = folder.relative_to(home).as_posix()
+        entry = replace(
+            local,
+            release=release,
+            repo_id=f"{BUNDLED_PREFIX}{release}",
+            sae_id=path,
+            path=path,
+            l0=l0,
+            canonical=True,
+            levels=spec.levels,
+            variant="matryoshka" if spec.levels else None,
+        )
+        yield entry, load(entry, local_dir=home)
 
 
 def label_corpus(model: HookedModel, sae: Any, corpus: Corpus) -> dict[int, Label]:
