@@ -27,10 +27,9 @@ from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.errors import BadFileError, EmptySelectionError
 from gemmascope_plugin.models import flatten_heads, special_ids, to_tokens
-from gemmascope_plugin.models.protocol import check_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.points import Reading, reading
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.models.record import record
 from gemmascope_plugin.models.tokens import kept_positions
 from gemmascope_plugin.training.text_batches import Rows, TokenStream
