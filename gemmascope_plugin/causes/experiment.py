@@ -30,6 +30,7 @@ from gemmascope_plugin.causes.grid import (
     feature_grid,
 )
 from gemmascope_plugin.causes.memory import Limit, footprint
+from gemmascope_plugin.causes.method import unused_option
 from gemmascope_plugin.causes.nodes import (
     Grid,
     Patch,
@@ -43,7 +44,7 @@ from gemmascope_plugin.causes.nodes import (
 from gemmascope_plugin.causes.replace import PatchReplacement, check_replacement, replaced
 from gemmascope_plugin.causes.replayed import Part, joined, replayed
 from gemmascope_plugin.causes.task import Task
-from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choice
+from gemmascope_plugin.errors import EmptySelectionError, check_choice
 from gemmascope_plugin.graphs.node import FeatureId
 from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.protocol import HookedModel, check_finite
@@ -106,8 +107,9 @@ class Experiment:
 def _order(replacement: str, seed: int | None) -> int:
     """The seed of the order in which prompts are resampled."""
     if seed is not None and replacement != "resample":
-        raise TaskError(
-            f"seed plays no part in replacement={replacement!r}, which draws nothing",
+        raise unused_option(
+            "seed",
+            f"replacement={replacement!r}, which draws nothing",
             fix='replacement="resample", or without seed=',
         )
     return 0 if seed is None else seed

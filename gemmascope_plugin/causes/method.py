@@ -5,14 +5,15 @@
    table and not of this one would change nothing, and is refused here, with the methods that take it.
 
 A new method is a class of its own in the table of what it scores: ``attribution_patching``,
-``edge_attribution``, the slopes of feature circuits (``gradient/site_runs.py``).
+``edge_attribution``, the slopes of feature circuits (``gradient/site_runs.py``). ``discover`` takes name,
+options, paper and cost of its methods from here (``circuits/circuit_methods.py``).
 
 Cost: none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -50,15 +51,15 @@ def pick(table: Mapping[str, type[M]], name: str, **options: Any) -> M:
     for option in chosen:
         if option not in table[name].options():
             takers = [other for other, method in table.items() if option in method.options()]
-            raise unused_option(option, f"method={name!r}", takers)
+            raise unused_option(
+                option,
+                f"method={name!r}",
+                exists=f"{option} for method={' and '.join(map(repr, takers))}",
+                fix=f'method="{takers[0]}", or without {option}=',
+            )
     return table[name](**chosen)
 
 
-def unused_option(option: str, where: str, takers: Iterable[str]) -> TaskError:
+def unused_option(option: str, where: str, *, fix: str, exists: str | None = None) -> TaskError:
     """The error of an option that would change nothing."""
-    names = list(takers)
-    return TaskError(
-        f"{option} plays no part in {where}",
-        exists=f"{option} for method={' and '.join(map(repr, names))}",
-        fix=f'method="{names[0]}", or without {option}=',
-    )
+    return TaskError(f"{option} plays no part in {where}", exists=exists, fix=fix)

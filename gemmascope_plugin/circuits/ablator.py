@@ -31,7 +31,7 @@ from gemmascope_plugin.causes.replayed import Part, joined, replayed
 from gemmascope_plugin.circuits.ablation_values import keep_units
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
 from gemmascope_plugin.circuits.feature_ablation import Errors, feature_metric
-from gemmascope_plugin.circuits.feature_layout import (
+from gemmascope_plugin.circuits.feature_nodes import (
     check_prompts,
     is_feature_graph,
     layout_of_graph,

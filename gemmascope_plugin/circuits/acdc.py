@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float
 from gemmascope_plugin.causes import Task
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.metrics import kl_divergence
-from gemmascope_plugin.circuits.circuit_methods import MEMORY, CircuitMethod, Options
+from gemmascope_plugin.circuits.circuit_methods import CircuitMethod, Options
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
 from gemmascope_plugin.graphs.circuit import Circuit
 from gemmascope_plugin.graphs.edge_map import EdgeMap, places_in
@@ -46,11 +46,10 @@ class Acdc(CircuitMethod):
     def find(self, model: HookedModel, task: Task, options: Options) -> Circuit:
         """The edges that stay."""
         tau = TAU if options.tau is None else options.tau
-        memory = MEMORY if options.memory_budget is None else options.memory_budget
         question = task.asked
         metric = kl_divergence(position=question.position, before_cap=question.before_cap)
         bound = Task(task.clean, task.corrupt, metric, task.name, task.mask).bind(model)
-        ablation = EdgeAblation(model, bound, options.replacement, Limit(_MAX_ROWS, memory))
+        ablation = EdgeAblation(model, bound, options.replacement, Limit(_MAX_ROWS, options.memory))
         pruned = acdc(ablation, tau, progress=options.progress)
         details = {
             "task": task.name,

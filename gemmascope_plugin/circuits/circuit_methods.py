@@ -1,7 +1,7 @@
 """A method of ``discover``: its name, its options, its cost and its paper; and what it refuses.
 
-One small class per algorithm, in a file of its own where it is one: ``node_methods.py``,
-``edge_methods.py``, ``acdc.py``, ``feature_method.py``. To add a method, write such a class and put it
+One small class per algorithm, in a file of its own where it is one: ``scored_methods.py``,
+``scored_methods.py``, ``acdc.py``, ``feature_method.py``. To add a method, write such a class and put it
 into ``METHODS`` of ``discover.py``; nothing else needs to know it.
 
 1. :class:`Options` is what a call says beside model, task and method.
@@ -16,9 +16,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, TypeVar
 
 from gemmascope_plugin.causes import Task
+from gemmascope_plugin.causes.method import Method, unused_option
 from gemmascope_plugin.causes.replace import Replacement
 from gemmascope_plugin.circuits.select import greedy, threshold, top_n
 from gemmascope_plugin.errors import TaskError
@@ -64,6 +65,11 @@ class Options:
     progress: bool = False
 
     @property
+    def memory(self) -> int | str:
+        """The memory budget of methods that plan their passes by it."""
+        return MEMORY if self.memory_budget is None else self.memory_budget
+
+    @property
     def changed(self) -> tuple[str, ...]:
         """Options that are not at their defaults."""
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
@@ -72,6 +78,9 @@ class Options:
             for name, (value, default) in values.items()
             if (value is not None if default is None else value != default)
         )
+
+
+M = TypeVar("M", bound="CircuitMethod")
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,12 @@ class CircuitMethod(ABC):
     paper: str
     cost: str
 
+    @classmethod
+    def by(cls: type[M], method: type[Method], scores: Scored, options: frozenset[str]) -> M:
+        """Circuits of what a method of ``causes`` scores, with those of its options that calls have."""
+        taken = {field.name for field in fields(Options)}.intersection(method.options())
+        return cls(method.name, scores, options | taken, method.paper, method.cost)
+
     @abstractmethod
     def find(self, model: HookedModel, task: Task, options: Options) -> Circuit:
         """The circuit of a task."""
@@ -96,8 +111,9 @@ class CircuitMethod(ABC):
             if option == "progress" or option in self.options.difference(dictionaries):
                 continue
             takers = [method for method in methods if option in method.options]
-            raise TaskError(
-                f"{option} plays no part in circuits of {self.scores} by {self.name!r}",
+            raise unused_option(
+                option,
+                f"circuits of {self.scores} by {self.name!r}",
                 exists=f"{option} in circuits of {_listed(takers)}",
                 fix=_FIXES.get((self.name, option), self._fix(option, takers)),
             )

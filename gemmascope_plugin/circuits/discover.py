@@ -29,9 +29,8 @@ from gemmascope_plugin.circuits.circuit_methods import (
     Selection,
     Units,
 )
-from gemmascope_plugin.circuits.edge_methods import EDGE_METHODS
 from gemmascope_plugin.circuits.feature_method import FEATURE_METHODS, FEATURES
-from gemmascope_plugin.circuits.node_methods import NODE_METHODS
+from gemmascope_plugin.circuits.scored_methods import EDGE_METHODS, NODE_METHODS
 from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choice
 from gemmascope_plugin.graphs.circuit import Circuit
 from gemmascope_plugin.graphs.graph_arrays import Labels, Rank

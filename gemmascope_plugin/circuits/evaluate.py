@@ -26,14 +26,15 @@ from gemmascope_plugin.causes import Task
 from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.exact.activation_patching import MAX_ROWS
 from gemmascope_plugin.causes.memory import Limit
+from gemmascope_plugin.causes.method import unused_option
 from gemmascope_plugin.causes.metrics import kl_divergence
 from gemmascope_plugin.causes.replace import REPLACEMENTS, Replacement
 from gemmascope_plugin.causes.task import check_task
 from gemmascope_plugin.circuits.ablator import Ablator, ablator, metric_ends
 from gemmascope_plugin.circuits.feature_ablation import Errors
-from gemmascope_plugin.circuits.feature_layout import is_feature_graph
+from gemmascope_plugin.circuits.feature_nodes import is_feature_graph
 from gemmascope_plugin.circuits.scores import Scores
-from gemmascope_plugin.errors import TaskError, check_choice
+from gemmascope_plugin.errors import check_choice
 from gemmascope_plugin.graphs.circuit import Circuit, check_circuit
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, check_model
@@ -203,8 +204,9 @@ def _errors(circuit: Circuit, errors: str | None) -> Errors:
         return treatments[0]
     check_choice("treatment of errors", errors, treatments)
     if not is_feature_graph(circuit.graph):
-        raise TaskError(
-            f"errors={errors!r} plays no part in {circuit!r}, where reconstruction errors are kept",
+        raise unused_option(
+            f"errors={errors!r}",
+            f"{circuit!r}, where reconstruction errors are kept",
             fix='a circuit of discover(..., nodes="features", saes=...), or without errors=',
         )
     return next(treatment for treatment in treatments if treatment == errors)

@@ -51,7 +51,7 @@ from gemmascope_plugin.circuits.ablation_values import (
     keep_units,
     repeat_prompts,
 )
-from gemmascope_plugin.circuits.feature_layout import SiteNodes
+from gemmascope_plugin.circuits.feature_nodes import SiteNodes
 from gemmascope_plugin.features.cooccurrence import entries
 from gemmascope_plugin.models import flatten_heads, restore_heads
 from gemmascope_plugin.models.points import n_heads, n_layers

@@ -36,7 +36,7 @@ from gemmascope_plugin.causes.gradient.site_paths import direct_slopes
 from gemmascope_plugin.causes.gradient.site_runs import PartRun, SiteRun, frozen_model
 from gemmascope_plugin.causes.gradient.slopes import ignore_bridge_norm_warning
 from gemmascope_plugin.causes.gradient.task_site import Values
-from gemmascope_plugin.circuits.feature_layout import SiteNodes
+from gemmascope_plugin.circuits.feature_nodes import SiteNodes
 from gemmascope_plugin.models.protocol import HookedModel, wide
 
 MAX_GATE = 10.0

@@ -36,7 +36,6 @@ from gemmascope_plugin.causes.method import pick
 from gemmascope_plugin.causes.metrics import KLDivergence
 from gemmascope_plugin.circuits.circuit_methods import (
     COMPONENTS,
-    MEMORY,
     SELECTING,
     CircuitMethod,
     Options,
@@ -44,7 +43,7 @@ from gemmascope_plugin.circuits.circuit_methods import (
     select_units,
 )
 from gemmascope_plugin.circuits.feature_edges import find_edges
-from gemmascope_plugin.circuits.feature_scoring import (
+from gemmascope_plugin.circuits.feature_nodes import (
     ScoredNodes,
     residuals,
     score_nodes,
@@ -82,8 +81,7 @@ class FeatureCircuits(CircuitMethod):
         bound = task.bind(model)
         if options.per_position:
             refuse_lengths(bound)
-        memory = MEMORY if options.memory_budget is None else options.memory_budget
-        limit = Limit(MAX_ROWS if options.max_rows is None else options.max_rows, memory)
+        limit = Limit(MAX_ROWS if options.max_rows is None else options.max_rows, options.memory)
         method = pick(METHODS, self.name, steps=options.steps)
         parts = run_sites(
             model, bound, sites, method=method, limit=limit, progress=options.progress
@@ -196,12 +194,9 @@ _OPTIONS = SELECTING | {
     *("max_rows", "memory_budget"),
 }
 FEATURE_METHODS: tuple[FeatureCircuits, ...] = tuple(
-    FeatureCircuits(
-        name,
-        FEATURES,
-        _OPTIONS | ({"steps"} & set(method.options())),
-        method.paper,
-        f"{method.cost}; for edges one of both per kept node",
+    replace(
+        FeatureCircuits.by(method, FEATURES, _OPTIONS),
+        cost=f"{method.cost}; for edges one of both per kept node",
     )
-    for name, method in METHODS.items()
+    for method in METHODS.values()
 )

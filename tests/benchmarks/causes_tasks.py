@@ -24,7 +24,7 @@ from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.exact.edge_patching import edge_patching
 from gemmascope_plugin.causes.gradient.edge_attribution import edge_attribution
 from gemmascope_plugin.circuits import bootstrap_stability, evaluate, evaluate_ranking
-from gemmascope_plugin.circuits.edge_methods import graph_of
+from gemmascope_plugin.circuits.scored_methods import graph_of
 from gemmascope_plugin.circuits.select import top_n
 from tests.support.recovery import auroc
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import gemmascope_plugin as gs
-from gemmascope_plugin.circuits.edge_methods import graph_of
+from gemmascope_plugin.circuits.scored_methods import graph_of
 from gemmascope_plugin.circuits.select import top_n
 from gemmascope_plugin.graphs.circuit import Circuit
 from gemmascope_plugin.graphs.graph import Graph

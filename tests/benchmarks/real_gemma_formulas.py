@@ -29,7 +29,7 @@ import gemmascope_plugin as gs
 from gemmascope_plugin.causes import edge_attribution
 from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.exact.edge_patching import edge_patching
-from gemmascope_plugin.circuits.edge_methods import graph_of
+from gemmascope_plugin.circuits.scored_methods import graph_of
 from gemmascope_plugin.circuits.select import top_n
 from tests.benchmarks.real_gemma_intervals import over_prompts, pearson, spearman
 

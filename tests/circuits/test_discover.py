@@ -11,7 +11,7 @@ from gemmascope_plugin.causes import FeatureId, edge_attribution
 from gemmascope_plugin.circuits import Scores, discover, top_n
 from gemmascope_plugin.circuits.circuit_methods import Options
 from gemmascope_plugin.circuits.discover import METHODS
-from gemmascope_plugin.circuits.edge_methods import graph_of
+from gemmascope_plugin.circuits.scored_methods import graph_of
 from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError
 from gemmascope_plugin.graphs import Graph
 from gemmascope_plugin.graphs.node import Node

@@ -15,7 +15,7 @@ from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.circuits import Scores, discover, evaluate, evaluate_features
 from gemmascope_plugin.circuits.ablation_values import ablation_values
 from gemmascope_plugin.circuits.ablator import ablator
-from gemmascope_plugin.circuits.feature_layout import layout_of_graph
+from gemmascope_plugin.circuits.feature_nodes import layout_of_graph
 from gemmascope_plugin.graphs import Circuit
 from tests.causes.tasks import CLEAN, CORRUPT, RIGHT, TASK, WRONG
 from tests.circuits.feature_slow import ablated_metric, caches, dictionaries, metric

@@ -9,8 +9,8 @@ import torch
 
 from gemmascope_plugin.causes import edge_attribution
 from gemmascope_plugin.circuits import bootstrap_stability, discover, evaluate_ranking
-from gemmascope_plugin.circuits.edge_methods import graph_of
 from gemmascope_plugin.circuits.mib import SHARES, Curve, MibScores, sizes_of, trapezoid
+from gemmascope_plugin.circuits.scored_methods import graph_of
 from gemmascope_plugin.errors import EmptySelectionError, TaskError
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.graphs.graph import Graph

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemmascope_plugin.circuits.writer_changes import WriterChanges
+from gemmascope_plugin.circuits.edge_ablation import WriterChanges
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy
 
