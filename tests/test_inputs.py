@@ -11,8 +11,8 @@ import torch
 
 import gemmascope_plugin as gs
 from gemmascope_plugin.errors import FeatureIndexError, InputError, ModelError
+from gemmascope_plugin.models.chat import stop_ids
 from gemmascope_plugin.models.record import attached, hooking
-from gemmascope_plugin.models.stops import stop_ids
 from tests import factories
 from tests.support.real_like import (
     END,

@@ -36,10 +36,10 @@ from gemmascope_plugin.causes.metric import Metric
 from gemmascope_plugin.causes.metrics import Custom, KLDivergence, logit_diff
 from gemmascope_plugin.causes.sequence import SequenceLogprob, sequence_logprob
 from gemmascope_plugin.errors import InputError, TaskError
+from gemmascope_plugin.models.chat import is_chat
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.prompts import padded, refuse_bytes_and_sets, right_padded
 from gemmascope_plugin.models.protocol import HookedModel, check_model, describe, with_call
-from gemmascope_plugin.models.text_ids import is_chat
 
 Prompts = str | Sequence[str] | torch.Tensor
 

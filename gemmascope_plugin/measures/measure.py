@@ -30,8 +30,8 @@ from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.features.stream import Corpus, Tokens, corpus, hooked_for, site_tensors
 from gemmascope_plugin.measures.importance import importance
 from gemmascope_plugin.measures.measure_results import Measures
+from gemmascope_plugin.models.asked import NextTokenLosses
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.next_token_losses import NextTokenLosses
 from gemmascope_plugin.models.points import lowest_layer
 from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.models.record import hooking

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 
-from gemmascope_plugin.models.anatomy import Anatomy, NormName
-from gemmascope_plugin.models.head_scores import HeadScores
+from gemmascope_plugin.models.anatomy import Anatomy, HeadScores, NormName
 from gemmascope_plugin.models.points import Norm
 from gemmascope_plugin.models.replay_points import (
     AFTER_MID,

@@ -6,6 +6,10 @@
 3. The weights go into a ``HookedTransformer`` (``backend="hooked"``) or are wrapped in a
    ``TransformerBridge`` (``backend="bridge"``). Nothing is folded or centred: the activations are
    those that Gemma Scope was trained on.
+   ``HookedTransformer.from_pretrained`` looks Gemma's dimensions up by model *name* and cannot load any
+   other shape, so its config is written out here, field by field. It has a field for the linear factor by
+   which multimodal checkpoints stretch the rotary embedding of global layers; any other kind of scaling
+   is refused.
 4. The parameters are frozen and the model is in eval mode.
 5. On request, logits are compared with those of transformers (``parity.py``).
 
@@ -27,7 +31,6 @@ import torch
 from gemmascope_plugin.arguments import as_device, as_dtype
 from gemmascope_plugin.errors import ModelError, check_choice
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.hooked_config import hooked_config
 from gemmascope_plugin.models.parity import compare, fixed_tokens, last_logits
 from gemmascope_plugin.models.protocol import HookedModel, device_of
 from gemmascope_plugin.models.transformers_model import (
@@ -39,10 +42,11 @@ from gemmascope_plugin.models.weight_layout import Source, find_weights
 from gemmascope_plugin.types import Backend
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _TABLES = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
 """What a ``HookedTransformer`` computes for itself."""
+_ATTENTION = {"sliding_attention": "local", "full_attention": "global"}
 
 
 @gate()
@@ -128,6 +132,69 @@ def hooked_from_hf(
     # which tokens end a text
     model.generation_config = getattr(hf, "generation_config", None)  # pyright: ignore[reportArgumentType]
     return model.eval().requires_grad_(False)
+
+
+def hooked_config(hf_config: PretrainedConfig, name: str) -> Any:
+    """The TransformerLens config with the same mathematics as ``hf_config``."""
+    from transformer_lens import HookedTransformerConfig
+
+    is_gemma3 = hf_config.model_type == "gemma3_text"
+    return HookedTransformerConfig(
+        model_name=name,
+        n_layers=hf_config.num_hidden_layers,
+        d_model=hf_config.hidden_size,
+        d_head=hf_config.head_dim,
+        n_heads=hf_config.num_attention_heads,
+        n_key_value_heads=hf_config.num_key_value_heads,
+        d_mlp=hf_config.intermediate_size,
+        d_vocab=hf_config.vocab_size,
+        n_ctx=hf_config.max_position_embeddings,
+        eps=hf_config.rms_norm_eps,
+        act_fn=hf_config.hidden_activation,
+        normalization_type="RMS",
+        final_rms=True,
+        gated_mlp=True,
+        use_normalization_before_and_after=True,
+        positional_embedding_type="rotary",
+        rotary_dim=hf_config.head_dim,
+        rotary_adjacent_pairs=False,
+        use_attn_scale=True,
+        attn_scale=hf_config.query_pre_attn_scalar**0.5,  # TransformerLens divides by it
+        use_local_attn=True,
+        window_size=hf_config.sliding_window,
+        attn_types=[_ATTENTION[kind] for kind in hf_config.layer_types],
+        attn_scores_soft_cap=hf_config.attn_logit_softcapping or -1.0,
+        output_logits_soft_cap=hf_config.final_logit_softcapping or -1.0,
+        original_architecture="Gemma3ForCausalLM" if is_gemma3 else "Gemma2ForCausalLM",
+        device="cpu",
+        **_rotary(hf_config, is_gemma3),
+    )
+
+
+def _rotary(hf_config: PretrainedConfig, is_gemma3: bool) -> dict[str, Any]:
+    rope = hf_config.rope_parameters
+    if not is_gemma3:
+        _only(rope, "default")
+        return {"rotary_base": int(rope["rope_theta"])}
+    spread, local = rope["full_attention"], rope["sliding_attention"]
+    _only(spread, "default", "linear")
+    _only(local, "default")
+    return {
+        "rotary_base": int(spread["rope_theta"]),
+        "rotary_base_local": int(local["rope_theta"]),
+        "rotary_scaling_factor": float(spread.get("factor") or 1.0),
+        "use_qk_norm": True,
+    }
+
+
+def _only(rope: dict[str, Any], *kinds: str) -> None:
+    kind = rope.get("rope_type", "default")
+    if kind not in kinds:
+        raise ModelError(
+            f"HookedTransformer cannot hold this model's scaled rotary embedding ({kind})",
+            exists=" and ".join(kinds),
+            fix='load_model(..., backend="bridge")',
+        )
 
 
 def bridge_from_hf(hf: PreTrainedModel, tokenizer: Any, name: str) -> Any:

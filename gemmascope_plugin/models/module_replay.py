@@ -27,6 +27,7 @@ from gemmascope_plugin.models.protocol import HookedModel, Runner
 from gemmascope_plugin.models.record import hooking, keeping, put
 from gemmascope_plugin.models.replay import Stage
 from gemmascope_plugin.models.threads import threads_for_tokens
+from gemmascope_plugin.models.unembed import soft_cap
 from gemmascope_plugin.types import Hooks
 
 
@@ -173,8 +174,8 @@ class Restart:
         """The logits of a stream before ``start_at_layer``, wherever they are asked for."""
         stream = self.blocks(stream, start_at_layer, n_layers(self._model))
         logits = self._model.unembed(self._model.ln_final(stream))
-        cap = getattr(self._model.cfg, "output_logits_soft_cap", None)
-        return cap * torch.tanh(logits / cap) if cap is not None and cap > 0 else logits
+        cap = soft_cap(self._model)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def blocks(
         self, stream: Float[torch.Tensor, "row pos d_model"], start: int, stop: int

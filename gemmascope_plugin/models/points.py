@@ -283,10 +283,11 @@ def norm_gain(model: HookedModel, layer: int) -> Float[torch.Tensor, " d_model"]
     return _gain(model, weight)
 
 
-def gain_of(model: HookedModel, norm: object) -> Float[torch.Tensor, " d_model"] | None:
-    """What a norm really multiplies by; None where folding took its gain away."""
-    weight = _weight(norm)
-    return None if weight is None else _gain(model, weight)
+def norm_of(model: HookedModel, module: object) -> Norm:
+    """A norm of the model as a function; without a gain where folding took it away."""
+    weight, eps = _weight(module), getattr(module, "eps", None)
+    gain = None if weight is None else _gain(model, weight)
+    return Norm(gain, float(model.cfg.eps if eps is None else eps))
 
 
 def _norm(model: HookedModel, layer: int) -> Any:

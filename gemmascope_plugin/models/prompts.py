@@ -35,9 +35,9 @@ from gemmascope_plugin.errors import (
     ModelError,
     TaskError,
 )
+from gemmascope_plugin.models.chat import is_chat, text_of
 from gemmascope_plugin.models.protocol import HookedModel, check_model, describe, device_of
-from gemmascope_plugin.models.text_ids import is_chat, refuse_unknown_words, text_ids
-from gemmascope_plugin.models.tokens import check_ids
+from gemmascope_plugin.models.tokens import check_ids, refuse_unknown_words, text_ids
 
 PromptLike = Any
 """One prompt or several, in any of the forms above."""
@@ -234,8 +234,9 @@ def _rows(model: HookedModel, prompts: PromptLike) -> list[Int[torch.Tensor, " _
         matrix = _integers(prompts)
         return list(matrix if matrix.ndim == 2 else matrix[None])
     if isinstance(prompts, str) or is_chat(prompts):
-        ids = text_ids(model, prompts)
-        refuse_unknown_words(model, prompts, ids)
+        text = text_of(model, prompts)
+        ids = text_ids(model, text)
+        refuse_unknown_words(model, text, ids)
         return [ids]
     if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable) or prompts is model:
         raise _not_a_prompt(prompts)

@@ -6,7 +6,8 @@ without (``" Paris"`` and ``"Paris"`` of Gemma are 9079 and 50429), and bytes th
 1. A word means the token that is exactly this text. Only where there is none, the one with a space.
 2. Where both exist the prompt decides (``_exact_follows``); where it does not, nothing is guessed.
 3. ``token_label`` is the one text for people; two tokens may share it, so nothing is looked up by it.
-4. An answer has any number of tokens, as they stand behind a prompt (``answer_ids``).
+4. A text has BOS in front exactly once (``text_ids``); a prompt has no word that the vocabulary lacks.
+5. An answer has any number of tokens, as they stand behind a prompt (``answer_ids``).
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ import torch
 from jaxtyping import Bool, Int
 
 from gemmascope_plugin.arguments import as_index, as_indices
-from gemmascope_plugin.errors import InputError, ModelError, TaskError, UnknownNameError, nearest
+from gemmascope_plugin.errors import (
+    EmptySelectionError,
+    InputError,
+    ModelError,
+    TaskError,
+    UnknownNameError,
+    nearest,
+    shorten,
+)
 from gemmascope_plugin.models.protocol import HookedModel
 
 SPECIAL_NAMES = ("bos", "eos", "pad")
@@ -212,6 +221,44 @@ def _name(model: HookedModel, number: int) -> str | None:
     return None if convert is None else convert(number)
 
 
+def text_ids(model: HookedModel, text: str) -> Int[torch.Tensor, " _"]:
+    """The ids of one text of any length, BOS in front, on the CPU."""
+    if not text.strip():
+        raise EmptySelectionError(
+            "The prompt is empty", fix="give at least one word, or token ids [batch, pos]"
+        )
+    if model.tokenizer is None:
+        raise ModelError("The model has no tokenizer", fix="give token ids [batch, pos]")
+    # without special tokens first: TransformerLens may hand over a tokenizer that adds BOS itself
+    ids, bos = _ids_of(model, text), model.tokenizer.bos_token_id
+    return torch.tensor(ids if bos is None or ids[:1] == [bos] else [bos, *ids])
+
+
+def refuse_unknown_words(model: HookedModel, text: str, ids: Int[torch.Tensor, " _"]) -> None:
+    """An unknown word becomes UNK, and every number would be about another text.
+
+    A corpus to train on may have some, so this is asked of prompts alone.
+    """
+    tokenizer: Any = model.tokenizer
+    unk = getattr(tokenizer, "unk_token_id", None)
+    if unk is None or unk not in ids:
+        return
+    if int((ids == unk).sum()) <= text.count(tokenizer.unk_token):
+        return
+    words = [text]
+    if getattr(tokenizer, "is_fast", False):
+        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        pairs = zip(spans["input_ids"], spans["offset_mapping"], strict=True)
+        texts = (text[start:stop] for number, (start, stop) in pairs if number == unk)
+        words = [word for word in texts if word != tokenizer.unk_token]
+    raise UnknownNameError(
+        f"The tokenizer of this model does not know {shorten(repr(w) for w in dict.fromkeys(words))}",
+        exists=f"{len(tokenizer)} tokens: model.tokenizer.get_vocab()",
+        nearest=nearest(words[0], tokenizer.get_vocab()),
+        fix=f"{tokenizer.unk_token!r} in its place if an unknown word is meant",
+    )
+
+
 def answer_ids(model: HookedModel, text: str | Sequence[int], end: int, noun: str) -> list[int]:
     """Token ids of an answer as it stands behind a prompt that ends with token ``end``, blanks included.
 
@@ -245,7 +292,7 @@ def answer_ids(model: HookedModel, text: str | Sequence[int], end: int, noun: st
 def _encode(model: HookedModel, text: str) -> list[int]:
     if model.tokenizer is None:
         raise TaskError("The model has no tokenizer", fix="answers as lists of token ids")
-    ids = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = _ids_of(model, text)
     unknown = model.tokenizer.unk_token_id
     if unknown is not None and unknown in ids:
         raise TaskError(

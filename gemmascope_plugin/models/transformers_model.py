@@ -6,6 +6,8 @@
 2. The tokenizer is the one beside the weights.  Where there is none transformers invents one of five
    words, so that every text is unknown; here that is an error.
 3. Every parameter must come from the files; transformers would fill what is missing with random numbers.
+4. The multimodal checkpoints (Gemma 3 from 4B on) are cut down to their text tower, a
+   ``Gemma3ForCausalLM`` on the same tensors; the vision part is let go.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemmascope_plugin.errors import GemmaScopeError, MissingFileError, ModelError
-from gemmascope_plugin.models.hooked_config import text_tower
 from gemmascope_plugin.models.weight_layout import PACKAGE_MODEL, Weights
 
 if TYPE_CHECKING:
@@ -98,6 +99,22 @@ def take_model(hf: Any, dtype: torch.dtype, tokenizer: Any) -> TransformersModel
     ends = _end_ids(hf, tokenizer)
     origin = f"{type(hf).__name__} in memory ({name})"
     return TransformersModel(text_tower(hf), tokenizer, name, origin, ends)
+
+
+def text_tower(hf: Any) -> Any:
+    """The text model of a multimodal checkpoint, on its tensors; a text model as it is."""
+    if hf.config.model_type != "gemma3":
+        return hf
+    from torch import device
+    from transformers import Gemma3ForCausalLM
+
+    config = hf.config.text_config
+    config.architectures = ["Gemma3ForCausalLM"]
+    with device("meta"):  # neither memory nor random numbers; both parts are replaced
+        text = Gemma3ForCausalLM(config)
+    text.model, text.lm_head = hf.model.language_model, hf.lm_head
+    text.generation_config = hf.generation_config
+    return text.eval()
 
 
 def check_config(config: PretrainedConfig, dtype: torch.dtype, name: str) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
-from gemmascope_plugin.models.points import Norm, gain_of
+from gemmascope_plugin.models.points import Norm, norm_of
 from gemmascope_plugin.models.protocol import HookedModel, wide
 
 TILE = 1 << 20
@@ -132,18 +132,21 @@ class Unembedding:
         return 1.0 if self.cap is None else 1 - (logits / self.cap).square()
 
 
+def soft_cap(model: HookedModel) -> float | None:
+    """The final soft-cap of the logits; None without one."""
+    cap = getattr(model.cfg, "output_logits_soft_cap", None)
+    return float(cap) if cap is not None and cap > 0 else None
+
+
 def unembedding(model: HookedModel, *, before_cap: bool = False) -> Unembedding:
     """That of the model, with or without its soft-cap: views, nothing is copied."""
     module: Any = model.unembed  # pyright: ignore[reportAttributeAccessIssue]
-    ln: Any = model.ln_final  # pyright: ignore[reportAttributeAccessIssue]
     bias = getattr(module, "b_U", None)
-    cap = getattr(model.cfg, "output_logits_soft_cap", None)
-    eps = getattr(ln, "eps", None)
     return Unembedding(
         module.W_U.detach().T,
         bias.detach() if bias is not None and bool(bias.any()) else None,
-        float(cap) if cap is not None and cap > 0 and not before_cap else None,
-        Norm(gain_of(model, ln), float(model.cfg.eps if eps is None else eps)),
+        None if before_cap else soft_cap(model),
+        norm_of(model, model.ln_final),  # pyright: ignore[reportAttributeAccessIssue]
     )
 
 

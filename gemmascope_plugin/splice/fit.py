@@ -39,7 +39,7 @@ from jaxtyping import Bool, Float, Int
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.errors import WidthMismatchError
 from gemmascope_plugin.models import flatten_heads, restore_heads
-from gemmascope_plugin.models.next_token_losses import NextTokenLosses
+from gemmascope_plugin.models.asked import NextTokenLosses
 from gemmascope_plugin.models.points import Reading, lowest_layer
 from gemmascope_plugin.models.protocol import HookedModel, check_finite
 from gemmascope_plugin.models.record import hooking, record, write

@@ -23,12 +23,12 @@ from gemmascope_plugin.errors import (
     shorten,
 )
 from gemmascope_plugin.models import hook_point
+from gemmascope_plugin.models.chat import Words, stop_ids
 from gemmascope_plugin.models.passes import PassWatch
 from gemmascope_plugin.models.points import Reading, reading
 from gemmascope_plugin.models.prompts import PromptLike, check_room, read_prompts
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.record import attached, claim, keep
-from gemmascope_plugin.models.stops import Words, stop_ids
 from gemmascope_plugin.models.threads import threads_for_tokens
 from gemmascope_plugin.splice.hooked_sae import HookedCrossLayer, HookedSAE
 from gemmascope_plugin.splice.hooked_site import HookedSite

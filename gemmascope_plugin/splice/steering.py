@@ -30,10 +30,10 @@ import torch
 
 from gemmascope_plugin.errors import EmptySelectionError, check_choice
 from gemmascope_plugin.models.asked import asked_positions
+from gemmascope_plugin.models.chat import Words, stop_ids
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.prompts import PromptLike, check_room, read_prompts
 from gemmascope_plugin.models.protocol import HookedModel, check_model
-from gemmascope_plugin.models.stops import Words, stop_ids
 from gemmascope_plugin.models.tokens import answer_ids
 from gemmascope_plugin.splice.hooked_sae import HookedSAE, Saes, as_list, check_saes
 from gemmascope_plugin.splice.sampling import Sampling, SteeringError

@@ -20,9 +20,9 @@ from gemmascope_plugin.arguments import feature_ids
 from gemmascope_plugin.errors import EmptySelectionError, check_feature
 from gemmascope_plugin.models import flatten_heads, special_ids, token_strings
 from gemmascope_plugin.models.asked import asked_positions, read_out
+from gemmascope_plugin.models.chat import stop_ids
 from gemmascope_plugin.models.protocol import HookedModel, check_finite, device_of
 from gemmascope_plugin.models.readout import Readout
-from gemmascope_plugin.models.stops import stop_ids
 from gemmascope_plugin.models.tokens import SPECIAL_NAMES, kept_positions
 from gemmascope_plugin.splice.edit import Edit
 from gemmascope_plugin.splice.edits import Add, Project

@@ -24,8 +24,8 @@ from gemmascope_plugin.errors import EmptySelectionError, TaskError
 from gemmascope_plugin.files.stored_result import ARRAY, TABLE, TENSORS, StoredResult
 from gemmascope_plugin.graphs.frames import SHOWN
 from gemmascope_plugin.graphs.graph import Graph
+from gemmascope_plugin.models.anatomy import HeadScores
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.head_scores import HeadScores
 from gemmascope_plugin.models.prompts import PromptLike
 from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.models.record import record

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Int
 from gemmascope_plugin.errors import EmptySelectionError, InputError, ModelError
 from gemmascope_plugin.models.prompts import pad_id, read_prompts
 from gemmascope_plugin.models.protocol import HookedModel, describe, device_of
-from gemmascope_plugin.models.text_ids import text_ids
+from gemmascope_plugin.models.tokens import text_ids
 
 Corpus = str | Iterable[Any]
 """One text, texts, token ids ``[row, pos]`` of any kind, conversations, or batches of ids."""

@@ -7,8 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from gemmascope_plugin.models.asked import asked_positions, final_residuals, no_logits
-from gemmascope_plugin.models.next_token_losses import NextTokenLosses
+from gemmascope_plugin.models.asked import (
+    NextTokenLosses,
+    asked_positions,
+    final_residuals,
+    no_logits,
+)
 from tests.support.rounding import TINY
 from tests.tiny_models import random_tokens
 

@@ -9,7 +9,7 @@ import torch
 
 from gemmascope_plugin.errors import MissingFileError, ModelError, UnknownNameError
 from gemmascope_plugin.models import load_model
-from gemmascope_plugin.models.hooked_config import hooked_config
+from gemmascope_plugin.models.load_model import hooked_config
 from gemmascope_plugin.models.weight_layout import hub_name
 from tests.factories import tiny_hf, tiny_tokenizer, unchecked
 from tests.tiny_models import gemma2, gemma3, random_tokens

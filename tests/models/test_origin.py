@@ -7,8 +7,8 @@ import copy
 import pytest
 
 import gemmascope_plugin as gs
+from gemmascope_plugin.models.chat import stop_ids
 from gemmascope_plugin.models.protocol import weights_of
-from gemmascope_plugin.models.stops import end_ids
 from gemmascope_plugin.pages import circuit_html, effects_html, trace_html
 from tests.factories import tiny_model
 
@@ -50,8 +50,8 @@ def test_graphs(suite) -> None:
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
 def test_models_made_elsewhere_say_nothing(backend) -> None:
     model = tiny_model("gemma2", backend)
-    assert weights_of(model) is None and end_ids(model) == (1,)
+    assert weights_of(model) is None and stop_ids(model) == [1]
     copied = copy.deepcopy(model) if backend == "hooked" else model
     copied.tokenizer, tokenizer = None, copied.tokenizer
-    assert end_ids(copied) == ()
+    assert stop_ids(copied) == [1]  # as the generation config says
     copied.tokenizer = tokenizer

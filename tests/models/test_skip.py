@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemmascope_plugin.models.next_token_losses import NextTokenLosses, SharedLayers
+from gemmascope_plugin.models.asked import NextTokenLosses, SharedLayers
 from gemmascope_plugin.models.points import lowest_layer
 from gemmascope_plugin.splice import HookedSAE, splice
 from tests.factories import n_hooks, residual

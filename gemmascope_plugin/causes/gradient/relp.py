@@ -35,7 +35,7 @@ from gemmascope_plugin.causes.experiment import Experiment
 from gemmascope_plugin.causes.gradient.slopes import Estimate, FwdHooks, NodeMethod, at_base
 from gemmascope_plugin.causes.nodes import Runner
 from gemmascope_plugin.errors import ModelError, TaskError
-from gemmascope_plugin.models.points import Norm, gain_of, hook_points, n_layers
+from gemmascope_plugin.models.points import hook_points, n_layers, norm_of
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.record import hooking, keep, write
 
@@ -130,8 +130,7 @@ def _norm(model: HookedModel, scale: str) -> FwdHooks:
     # The bridge rounds differently where a hook changes a scale, so its norms are left to run as they
     # are, and their output gets the other gradient.
     module = model.get_submodule(prefix)  # pyright: ignore[reportAttributeAccessIssue]
-    eps = getattr(module, "eps", None)
-    norm = Norm(gain_of(model, module), float(model.cfg.eps if eps is None else eps))
+    norm = norm_of(model, module)
     inputs: dict[str, torch.Tensor] = {}
 
     def replace(y: torch.Tensor) -> torch.Tensor:

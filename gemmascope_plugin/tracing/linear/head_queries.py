@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 
-from gemmascope_plugin.models.head_scores import HeadScores, Projection
+from gemmascope_plugin.models.anatomy import HeadScores, Projection
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
 from gemmascope_plugin.tracing.linear.sweep import Sweep
 from gemmascope_plugin.tracing.linear.trace_site import PER_LAYER
