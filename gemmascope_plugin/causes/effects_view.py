@@ -19,7 +19,7 @@ import gemmascope_plugin.figures as figures
 from gemmascope_plugin.causes.labelled_values import LabelledValues
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.figures.theme import plain, short_label
-from gemmascope_plugin.graphs.conservation import conservation_text
+from gemmascope_plugin.graphs.frames import conservation_text
 from gemmascope_plugin.graphs.node import FeatureId, Node, Reader
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ import torch
 
 from gemmascope_plugin.causes import Task
 from gemmascope_plugin.causes.bound_task import BoundTask
+from gemmascope_plugin.causes.gradient.integrated import checked_share
 from gemmascope_plugin.causes.gradient.site_runs import (
     METHODS,
     PartRun,
@@ -52,7 +53,6 @@ from gemmascope_plugin.circuits.feature_nodes import (
 from gemmascope_plugin.errors import TaskError, check_choice
 from gemmascope_plugin.graphs.adjacency import EdgeList
 from gemmascope_plugin.graphs.circuit import Circuit
-from gemmascope_plugin.graphs.conservation import checked_share
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.models.points import n_heads
 from gemmascope_plugin.models.protocol import HookedModel, weights_of

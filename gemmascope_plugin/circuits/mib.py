@@ -32,9 +32,9 @@ from gemmascope_plugin.causes.replace import Replacement
 from gemmascope_plugin.causes.task import check_task
 from gemmascope_plugin.circuits.ablator import ablator, metric_ends
 from gemmascope_plugin.circuits.select import top_n
-from gemmascope_plugin.graphs.dead_ends import prune
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.graph_arrays import Rank, check_ranking
+from gemmascope_plugin.graphs.pruning import without_dead_ends
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
@@ -186,7 +186,7 @@ def evaluate_ranking(
     full, empty = metric_ends(values, model)
     shares = ((values.mean(1) - empty) / (full - empty)).tolist()
     if graph.ranks_edges:
-        masks = [prune(graph, mask) for mask in masks]
+        masks = [without_dead_ends(graph, mask) for mask in masks]
     true_sizes = [int(mask.sum()) for mask in masks]
     half = len(masks) // 2
     curves = [

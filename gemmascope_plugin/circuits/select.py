@@ -21,9 +21,9 @@ from jaxtyping import Int64
 
 from gemmascope_plugin.errors import EmptySelectionError
 from gemmascope_plugin.graphs.circuit import Circuit
-from gemmascope_plugin.graphs.dead_ends import check_edges, ends
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.graph_arrays import Rank
+from gemmascope_plugin.graphs.pruning import check_edges, ends
 
 
 def top_n(graph: Graph, n: int, *, rank: Rank = "absolute") -> Circuit:

@@ -131,7 +131,7 @@ def trace_command(
     gemmascope trace --task ioi --model gemma-3-270m --width 16k --l0 small --no-affine \
     --transcoders gemma-scope-2-270m-pt-transcoders-all
     """
-    from gemmascope_plugin.graphs.json_folder import check_slug
+    from gemmascope_plugin.graphs.viewer_files import check_slug
 
     check_choice("backend", backend, get_args(Backend))
     check_out(out)
@@ -328,7 +328,7 @@ def _explained(graph: Graph) -> list[tuple[str, float]]:
 
 
 def _write_json(path: Path, request: _Request, graph: Graph) -> None:
-    from gemmascope_plugin.graphs.json_folder import write_json
+    from gemmascope_plugin.graphs.viewer_files import write_json
 
     content = graph.to_json(
         path.stem,

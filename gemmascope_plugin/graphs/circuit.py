@@ -21,14 +21,19 @@ from jaxtyping import Bool, Int64
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.errors import BadFileError, EmptySelectionError, GemmaScopeError
 from gemmascope_plugin.graphs.components_json import components_to_json
-from gemmascope_plugin.graphs.conservation import conservation_text
-from gemmascope_plugin.graphs.dead_ends import prune
 from gemmascope_plugin.graphs.edge_map import EdgeMap, places_in
-from gemmascope_plugin.graphs.frames import SHOWN, edge_frame, unit_figure, units_to_networkx
+from gemmascope_plugin.graphs.frames import (
+    SHOWN,
+    conservation_text,
+    edge_frame,
+    unit_figure,
+    units_to_networkx,
+)
 from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.graph_arrays import Labels, Rank, wrong_type
 from gemmascope_plugin.graphs.graph_file import RANKS, load_circuit, save_graph
 from gemmascope_plugin.graphs.node import PORTS, Node, Reader
+from gemmascope_plugin.graphs.pruning import without_dead_ends
 from gemmascope_plugin.graphs.read_json import read_graph
 from gemmascope_plugin.models.gate import gate
 
@@ -164,12 +169,12 @@ class Circuit:
         return replace(self, is_kept=is_kept)
 
     def pruned(self) -> Circuit:
-        """Without dead ends; see :func:`~gemmascope_plugin.graphs.dead_ends.prune`.
+        """Without dead ends; see :func:`~gemmascope_plugin.graphs.pruning.without_dead_ends`.
 
         Raises:
             GemmaScopeError: The circuit is one of nodes, or the graph has no embedding or no logits.
         """
-        return replace(self, is_kept=prune(self.graph, self.is_kept))
+        return replace(self, is_kept=without_dead_ends(self.graph, self.is_kept))
 
     @gate()
     def save(self, path: str | Path) -> Path:

@@ -1,7 +1,7 @@
 """One node for each group of nodes of an attribution graph, with the influence that its members have.
 
 With ``I`` the influence of nodes, ``w`` their weights, ``T = I + w`` and ``Abar`` the absolute matrix,
-each row divided by its sum (``influence.py``), for groups ``G`` and ``S`` of which single nodes are some:
+each row divided by its sum (``pruning.py``), for groups ``G`` and ``S`` of which single nodes are some:
 
 1. ``influence``: ``F_GS = sum_{i in G} T_i sum_{s in S} Abar_is`` is the influence that flows from ``G``
    to ``S``; divided by ``T_G = sum_i T_i`` it is the mean of the members' normalised rows, weighted by

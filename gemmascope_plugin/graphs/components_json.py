@@ -23,9 +23,8 @@ from gemmascope_plugin.files.bundle import as_json, from_json_value
 from gemmascope_plugin.graphs.adjacency import EdgeList
 from gemmascope_plugin.graphs.defects import Parts, find_defect
 from gemmascope_plugin.graphs.graph_arrays import GraphArrays
-from gemmascope_plugin.graphs.json_folder import check_slug
-from gemmascope_plugin.graphs.json_view import EMPTY
 from gemmascope_plugin.graphs.node import PORTS
+from gemmascope_plugin.graphs.viewer_files import EMPTY, check_slug
 from gemmascope_plugin.graphs.write_json import shortest
 
 Selection = tuple[np.ndarray, str]

@@ -10,7 +10,7 @@ has the kinds of nodes.
    or values of a key-value head.
 3. Edges of a trace are rows, one per explained node: the direct effect of each node on its
    pre-activation, everything frozen that makes the stream linear. A row sums to it, biases included:
-   ``residual`` is the largest difference. Influence, pruning and scores are in ``influence.py`` and leave
+   ``residual`` is the largest difference. Influence, pruning and scores are in ``pruning.py`` and leave
    biases out, as circuit-tracer does.
 
 Cost: indexing only, no loop over edges; 5 million edges are read in a fraction of a second.
@@ -49,14 +49,14 @@ from gemmascope_plugin.graphs.frames import (
 )
 from gemmascope_plugin.graphs.graph_arrays import GraphArrays
 from gemmascope_plugin.graphs.graph_file import load_graph, save_graph
-from gemmascope_plugin.graphs.influence import (
+from gemmascope_plugin.graphs.node import Node, node_columns
+from gemmascope_plugin.graphs.pruning import (
     Pruned,
     TraceScores,
     cumulative,
     prune_masks,
     scores_of,
 )
-from gemmascope_plugin.graphs.node import Node, node_columns
 from gemmascope_plugin.graphs.read_json import read_graph
 from gemmascope_plugin.graphs.write_json import to_json
 from gemmascope_plugin.models.gate import gate

@@ -10,7 +10,7 @@
    Their labels of tokens and targets are taken out of the words that the viewers put around them.
 3. A link to or from no node, and one that leads backwards, make the file a damaged one, and so does all
    that does not make a graph (``defects.py``): numbers that are not finite, positions beyond the prompt.
-4. The saved view of the viewers, ``qParams``, becomes part of the metadata (``json_view.py``).
+4. The saved view of the viewers, ``qParams``, becomes part of the metadata (``viewer_files.py``).
 
 Cost: a loop over nodes and links.
 """
@@ -37,8 +37,8 @@ from gemmascope_plugin.graphs.components_json import (
     is_of_components,
 )
 from gemmascope_plugin.graphs.defects import TRACE_COLUMNS, Parts, node_defect
-from gemmascope_plugin.graphs.json_view import changed_labels, read_view
 from gemmascope_plugin.graphs.node import table_columns
+from gemmascope_plugin.graphs.viewer_files import changed_labels, read_view
 from gemmascope_plugin.graphs.write_json import (
     EMBEDDING,
     FEATURE,

@@ -26,7 +26,7 @@ from gemmascope_plugin.errors import (
 from gemmascope_plugin.files.json_file import read_json
 from gemmascope_plugin.graphs.collapse import Edges, collapse
 from gemmascope_plugin.graphs.graph import Graph
-from gemmascope_plugin.graphs.json_folder import write_json
+from gemmascope_plugin.graphs.viewer_files import write_json
 
 if TYPE_CHECKING:
     import pandas as pd

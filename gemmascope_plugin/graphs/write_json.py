@@ -22,7 +22,7 @@ The keys are those of circuit-tracer's ``frontend/graph_models.py`` and of Neuro
    ``metadata.gemmascope``, beside all else that the format has no place for, and what a viewer will not
    show (``limits``).
 3. The view that a viewer has saved (``qParams``: pins, supernodes, the rest) is in the metadata, where
-   reading has put it, and goes back into the file (``json_view.py``).
+   reading has put it, and goes back into the file (``viewer_files.py``).
 
 Cost: about 75 bytes an edge and 400 a node.
 """
@@ -40,9 +40,8 @@ from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.files.bundle import as_json
 from gemmascope_plugin.graphs.defects import TRACE_COLUMNS
 from gemmascope_plugin.graphs.graph_arrays import GraphArrays
-from gemmascope_plugin.graphs.influence import TraceScores
-from gemmascope_plugin.graphs.json_folder import check_slug
-from gemmascope_plugin.graphs.json_view import VIEW, saved_view
+from gemmascope_plugin.graphs.pruning import TraceScores
+from gemmascope_plugin.graphs.viewer_files import VIEW, check_slug, saved_view
 
 if TYPE_CHECKING:
     import pandas as pd

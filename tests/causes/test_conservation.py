@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from gemmascope_plugin.causes.gradient.integrated import checked_share
 from gemmascope_plugin.errors import TaskError
-from gemmascope_plugin.graphs.conservation import checked_share, conservation_text
+from gemmascope_plugin.graphs.frames import conservation_text
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from gemmascope_plugin.circuits import top_n
 from gemmascope_plugin.errors import EmptySelectionError, GemmaScopeError
 from gemmascope_plugin.graphs import Circuit, Graph
 from gemmascope_plugin.graphs.adjacency import EdgeList
-from gemmascope_plugin.graphs.dead_ends import prune
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.graphs.node import Node
+from gemmascope_plugin.graphs.pruning import without_dead_ends
 from tests.graphs.graphs import EDGES, Recipe, edge_graph, node_graph
 
 
@@ -39,10 +39,10 @@ def slow_prune(graph: Graph, kept: torch.Tensor) -> torch.Tensor:
 def test_pruning_is_the_rule_of_mib(recipe: Recipe) -> None:
     graph = recipe.graph()
     kept = recipe.kept(graph.n_edges)
-    got = prune(graph, kept)
+    got = without_dead_ends(graph, kept)
     assert torch.equal(got, slow_prune(graph, kept))
     assert bool((got <= kept).all())
-    assert torch.equal(prune(graph, got), got)
+    assert torch.equal(without_dead_ends(graph, got), got)
 
 
 @settings(deadline=None, max_examples=40)
@@ -50,7 +50,7 @@ def test_pruning_is_the_rule_of_mib(recipe: Recipe) -> None:
 def test_more_edges_leave_more_edges(recipe: Recipe) -> None:
     graph = recipe.graph()
     one, other = recipe.kept(graph.n_edges), recipe.kept(graph.n_edges, seed=1)
-    assert bool((prune(graph, one) <= prune(graph, one | other)).all())
+    assert bool((without_dead_ends(graph, one) <= without_dead_ends(graph, one | other)).all())
 
 
 def test_dead_ends_go_and_paths_stay() -> None:
@@ -64,15 +64,15 @@ def test_dead_ends_go_and_paths_stay() -> None:
     labels = graph.edge_labels
     kept = torch.tensor([label in path | dead for label in labels])
     assert int(kept.sum()) == 6
-    got = prune(graph, kept)
+    got = without_dead_ends(graph, kept)
     assert {label for label, stays in zip(labels, got.tolist(), strict=True) if stays} == path
 
 
 def test_everything_and_nothing_stay_as_they_are() -> None:
     graph = edge_graph()
     everything = torch.ones(graph.n_edges, dtype=torch.bool)
-    assert bool(prune(graph, everything).all())
-    assert not bool(prune(graph, ~everything).any())
+    assert bool(without_dead_ends(graph, everything).all())
+    assert not bool(without_dead_ends(graph, ~everything).any())
 
 
 def test_a_pruned_circuit_shares_its_graph() -> None:

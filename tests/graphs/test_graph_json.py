@@ -19,9 +19,9 @@ from gemmascope_plugin.errors import (
     UnknownNameError,
 )
 from gemmascope_plugin.graphs import Graph
-from gemmascope_plugin.graphs.json_folder import INDEX, add_to_folder, write_json
 from gemmascope_plugin.graphs.node import table_columns
 from gemmascope_plugin.graphs.read_json import from_cantor
+from gemmascope_plugin.graphs.viewer_files import INDEX, add_to_folder, write_json
 from gemmascope_plugin.graphs.write_json import cantor, shortest
 from tests.graphs.graph_rules import check_rules, scores_from_file
 from tests.tracing.peer_graph import peer_file

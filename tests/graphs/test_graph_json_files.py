@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, UnknownNameError
 from gemmascope_plugin.graphs import Graph
-from gemmascope_plugin.graphs.json_folder import INDEX, add_to_folder, check_slug
+from gemmascope_plugin.graphs.viewer_files import INDEX, add_to_folder, check_slug
 from gemmascope_plugin.graphs.write_json import cantor
 from tests.graphs.graph_rules import check_rules
 from tests.tracing.peer_graph import peer_file

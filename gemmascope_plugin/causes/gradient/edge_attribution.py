@@ -36,6 +36,7 @@ from gemmascope_plugin.causes.gradient.edge_runs import (
     add_by_token,
     add_sums,
 )
+from gemmascope_plugin.causes.gradient.integrated import checked_share
 from gemmascope_plugin.causes.memory import logits_held
 from gemmascope_plugin.causes.method import pick, table_of
 from gemmascope_plugin.causes.replace import Replacement
@@ -43,7 +44,6 @@ from gemmascope_plugin.causes.replayed import Part
 from gemmascope_plugin.causes.task import Task, check_tasks
 from gemmascope_plugin.causes.writes import DeltaForm, Writes, replayed_writers
 from gemmascope_plugin.errors import TaskError, check_choice
-from gemmascope_plugin.graphs.conservation import checked_share
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.gate import gate

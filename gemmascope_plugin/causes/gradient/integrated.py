@@ -25,6 +25,7 @@ axis.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,6 @@ from gemmascope_plugin.causes.gradient.slopes import (
 from gemmascope_plugin.causes.replayed import Part, inside, position_axis
 from gemmascope_plugin.causes.task import Task
 from gemmascope_plugin.errors import TaskError
-from gemmascope_plugin.graphs.conservation import checked_share
 from gemmascope_plugin.models.gradients import frozen, gradients_of
 from gemmascope_plugin.models.module_replay import model_of
 from gemmascope_plugin.models.points import n_layers
@@ -59,6 +59,16 @@ from gemmascope_plugin.types import Direction
 
 STEPS = 10
 """Midpoints by default."""
+
+
+def checked_share(share: float) -> float:
+    """The share of the whole change that is missing, which is finite: else no number can be trusted."""
+    if not math.isfinite(share):
+        raise TaskError(
+            f"Integrated gradients miss {share} of the change of the metric, which is not finite",
+            fix="a metric that is finite on all prompts, and tells clean from corrupted ones",
+        )
+    return share
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,47 @@
-"""Which nodes and edges of an attribution graph matter, and how much of it errors explain.
+"""Pruning: which nodes and edges of a trace matter, and which edges of a circuit lead nowhere.
 
-With ``Abar`` the absolute matrix, each row divided by its sum, ``w`` the weights of the targets and
-``I = sum_k w Abar^k`` (Ameisen et al., "Circuit Tracing", 2025; the definitions are circuit-tracer's):
+*Traces* (Ameisen et al., "Circuit Tracing", 2025; the definitions are circuit-tracer's). With ``Abar``
+the absolute matrix, each row divided by its sum, ``w`` the weights of the targets and
+``I = sum_k w Abar^k``:
 
 1. Nodes: the fewest that hold ``node_threshold`` of all influence; tokens and targets always.
 2. Edges among them, ``Abar`` and ``I`` taken anew: the fewest that hold ``edge_threshold`` of
    ``Abar_ij (I_i + w_i)``.
 3. Features without inputs or outputs and errors without outputs go, until nothing changes.
 4. Replacement score: the share of tokens in the influence of tokens and errors. Completeness score: the
-   share of inputs other than errors, over all nodes by ``I + w``.
+   share of inputs other than errors, over all nodes by ``I + w``. Both are structural: whether the pruned
+   graph computes what the model does is for ``check_by_ablation`` to say.
 
-Both scores are structural. Whether the pruned graph computes what the model does is for
-``check_by_ablation`` to say.
+*Circuits of edges*, the rule of MIB's circuit track (arXiv 2504.13151): a node without kept inputs or
+without kept outputs loses its edges, repeated until nothing changes; the embedding needs no inputs, the
+logits no outputs. A head has inputs if any of its q, k, v has, and a key-value head leads on if any head
+of its group does.
 
-Cost: sorting the edges among the kept nodes; a few passes over all entries.
+1. Forward: from the embedding along kept edges, and from key-value heads to the heads they feed.
+2. Backward: from the logits the same way round.
+3. An edge stays if its source was reached forward and its target backward. On a graph without cycles this
+   is what the rule leaves. Positions of edges are not looked at: information that enters a node at one
+   position may leave it at another.
+
+Cost: of traces sorting the edges among the kept nodes and a few passes over all entries; of circuits
+every edge is looked at once per layer at most.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
+from jaxtyping import Bool, Int64
 
-from gemmascope_plugin.errors import UnknownNameError
+from gemmascope_plugin.errors import EmptySelectionError, GemmaScopeError, UnknownNameError
 from gemmascope_plugin.graphs.adjacency import Adjacency
+from gemmascope_plugin.graphs.node import NodeKind
+
+if TYPE_CHECKING:
+    from gemmascope_plugin.graphs.graph_arrays import GraphArrays
 
 Where = Callable[[str], np.ndarray]
 """From a kind to True at its nodes."""
@@ -85,7 +102,7 @@ def prune_masks(
     among = edges.subset(nodes)
     scores = _edge_scores(among, weights)
     entries = among.entries(scores >= _bar(scores, edge_threshold))
-    nodes, entries = _without_dead_ends(entries, nodes, where("feature"), where("error"), always)
+    nodes, entries = _without_idle_nodes(entries, nodes, where("feature"), where("error"), always)
     return Pruned(nodes, entries, cumulative(influence))
 
 
@@ -114,7 +131,7 @@ def _bar(scores: np.ndarray, share: float) -> float:
     return float(ordered[min(place, len(ordered) - 1)])
 
 
-def _without_dead_ends(
+def _without_idle_nodes(
     edges: Adjacency,
     nodes: np.ndarray,
     features: np.ndarray,
@@ -130,3 +147,47 @@ def _without_dead_ends(
         if (left == nodes).all():
             return nodes, edges
         nodes, edges = left, edges.subset(left)
+
+
+# --------------------------------------------------------------------------------------- dead ends
+def without_dead_ends(
+    graph: GraphArrays, is_kept: Bool[torch.Tensor, " edge"]
+) -> Bool[torch.Tensor, " edge"]:
+    """The kept edges that lie on a path from the embedding to the logits."""
+    check_edges(graph, "Dead ends")
+    begin, end = ends(graph, "embed"), ends(graph, "logits")
+    feeding, fed = graph.feeds.unbind(1)
+    source = torch.cat([graph.source[is_kept], feeding])
+    target = torch.cat([graph.target[is_kept], fed])
+    forward = _reached(begin, source, target)
+    backward = _reached(end, target, source)
+    return is_kept & forward[graph.source] & backward[graph.target]
+
+
+def check_edges(graph: GraphArrays, purpose: str) -> None:
+    """Refuses a graph that ranks nodes."""
+    if not graph.ranks_edges:
+        has = "ranks nodes" if graph.has_edges else "has none"
+        raise GemmaScopeError(f"{purpose} need edges, and {graph!r} {has}", fix="Graph.of_edges")
+
+
+def ends(graph: GraphArrays, kind: NodeKind) -> Bool[torch.Tensor, " node"]:
+    """Where the nodes of a kind are."""
+    is_end = torch.from_numpy(graph.where(kind))
+    if not bool(is_end.any()):
+        raise EmptySelectionError(f"{graph!r} has no node of kind {kind!r}")
+    return is_end
+
+
+def _reached(
+    begin: Bool[torch.Tensor, " node"],
+    source: Int64[torch.Tensor, " edge"],
+    target: Int64[torch.Tensor, " edge"],
+) -> Bool[torch.Tensor, " node"]:
+    """Nodes that edges lead to from the first ones; an edge is left behind once it has been walked."""
+    reached, n = begin.clone(), -1
+    while n != len(source):
+        n, walked = len(source), reached[source]
+        reached[target[walked]] = True
+        source, target = source[~walked], target[~walked]
+    return reached
