@@ -5,18 +5,18 @@ from gemmascope_plugin.measures.adaptivity import Adaptivity, adaptivity
 from gemmascope_plugin.measures.compare import compare, plot_comparison
 from gemmascope_plugin.measures.concepts import concept_scores, concept_scores_of
 from gemmascope_plugin.measures.cost import Cost, cost
-from gemmascope_plugin.measures.forest import sibling_overlap
-from gemmascope_plugin.measures.forest_edges import edge_frame, mcs_parents
+from gemmascope_plugin.measures.forest import edge_frame, mcs_parents
+from gemmascope_plugin.measures.forest_scores import (
+    Recovery,
+    chance_recovery,
+    concept_order,
+    sibling_overlap,
+    tree_recovery,
+)
 from gemmascope_plugin.measures.hierarchy import hierarchy
 from gemmascope_plugin.measures.measure import measure
 from gemmascope_plugin.measures.measure_results import Hierarchy, Measures
 from gemmascope_plugin.measures.probe import probe_edges
-from gemmascope_plugin.measures.tree_recovery import (
-    Recovery,
-    chance_recovery,
-    concept_order,
-    tree_recovery,
-)
 
 __all__ = [
     "Adaptivity",

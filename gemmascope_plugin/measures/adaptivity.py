@@ -31,7 +31,7 @@ from gemmascope_plugin.features.stream import (
     site_tensors,
 )
 from gemmascope_plugin.files.stored_result import TENSOR
-from gemmascope_plugin.measures.measure_results import Measured
+from gemmascope_plugin.measures.measure_results import Measured, subject
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.splice import HookedSAE
@@ -182,12 +182,7 @@ def adaptivity(
         budgets += _budget(hooked, x)
     k = torch.cat(counts)
     return Adaptivity(
-        hook_in=hooked.hook_in,
-        hook_out=hooked.hook_out,
-        d_sae=hooked.d_sae,
-        level=hooked.level,
-        n_tokens=len(k),
-        exclude=text.exclude,
+        **subject(hooked, len(k), text.exclude),
         k=k,
         budget=torch.cat(budgets) if budgets else None,
         n_concepts=None if n_concepts is None else n_concepts.cpu(),

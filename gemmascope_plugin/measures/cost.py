@@ -27,7 +27,7 @@ from typing_extensions import override
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.features.stream import Corpus, Tokens, corpus, hooked_for, site_tensors
-from gemmascope_plugin.measures.measure_results import Measured
+from gemmascope_plugin.measures.measure_results import Measured, subject
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.saes import Coder
@@ -120,12 +120,7 @@ def cost(
     encode_seconds, round_trip_seconds = _times(coder, x, repeats)
     tensors = _tensors(hooked)
     return Cost(
-        hook_in=hooked.hook_in,
-        hook_out=hooked.hook_out,
-        d_sae=hooked.d_sae,
-        level=hooked.level,
-        n_tokens=len(x),
-        exclude=text.exclude,
+        **subject(hooked, len(x), text.exclude),
         l0=acts.l0,
         n_parameters=sum(t.numel() for t in tensors if t.is_floating_point()),
         nbytes=sum(t.numel() * t.element_size() for t in tensors),

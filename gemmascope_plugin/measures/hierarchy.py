@@ -1,15 +1,15 @@
 """How hierarchical a dictionary is: its forest of features, measured on a corpus and known concepts.
 
 1. The forest is the dictionary's own (Tree SAE), one that is given, or read from activations by masked
-   cosine similarity (``forest_edges.py``); in a Matryoshka dictionary a feature has its parent in an
+   cosine similarity (``forest.py``); in a Matryoshka dictionary a feature has its parent in an
    earlier level then.
-2. Along its edges: coverage and similarity (``forest_edges.py``), and overlap of siblings
+2. Along its edges: coverage and similarity (``forest.py``), and overlap of siblings
    (``forest.py``).
 3. ``s_res``, the share of edges that meet the reconstruction condition (``probe.py``). The probes read
    the *output* site, whose space the decoder rows live in: for an SAE the tensor that it encodes, for a
    transcoder the one that it predicts. So probe and rows have one width for every dictionary.
 4. With known concepts: how far the forest is their hierarchy, and what chance gives
-   (``tree_recovery.py``).
+   (``forest_scores.py``).
 
 Cost: one forward pass over the corpus and one encode of it; 16 bytes per active entry are kept, and the
 tensor at ``probe_tokens`` tokens; then as the files named above say.
@@ -37,24 +37,26 @@ from gemmascope_plugin.features.stream import (
     kept_concepts,
     site_tensors,
 )
-from gemmascope_plugin.measures.forest import check_forest, depth, sibling_overlap
-from gemmascope_plugin.measures.forest_edges import (
+from gemmascope_plugin.measures.forest import (
     SIMILARITIES,
     Similarity,
     add_concepts,
     add_hits,
     candidate_rank,
+    check_forest,
+    depth,
     edge_frame,
     mcs_parents,
 )
-from gemmascope_plugin.measures.measure_results import Hierarchy
-from gemmascope_plugin.measures.probe import ProbedEdges, probe_edges
-from gemmascope_plugin.measures.tree_recovery import (
+from gemmascope_plugin.measures.forest_scores import (
     Recovery,
     chance_recovery,
     concept_order,
+    sibling_overlap,
     tree_recovery,
 )
+from gemmascope_plugin.measures.measure_results import Hierarchy, subject
+from gemmascope_plugin.measures.probe import ProbedEdges, probe_edges
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.saes import SparseActs
@@ -173,12 +175,7 @@ def _hierarchy(
     probed = _probe(y, at_tokens(acts, is_probed), hooked.weights.W_dec, parent, rules)
     add_hits(edges, probed)
     return Hierarchy(
-        hook_in=hooked.hook_in,
-        hook_out=hooked.hook_out,
-        d_sae=hooked.d_sae,
-        level=hooked.level,
-        n_tokens=acts.n_tokens,
-        exclude=text.exclude,
+        **subject(hooked, acts.n_tokens, text.exclude),
         forest=source,
         parent=parent,
         edges=edges,

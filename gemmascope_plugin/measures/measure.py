@@ -7,34 +7,46 @@
    section 4; see ``splice/fit.py``. They are read and changed at the same tokens.
 3. ``dead_share``, ``dense_share`` (features active on more than a tenth of the tokens) and the
    histogram of firing frequencies in half decades, from the same counts.
-4. ``r_l0``, evenness of importance (``importance.py``).
+4. ``r_l0``, how evenly a token's active features matter for the next token (see below).
 5. ``max_cosine`` of the decoder: for each row the largest cosine with any *other* row, the mean over the
    rows that are not zero. High values mean that features are compositions or copies of one another (the
    composition measure of Matryoshka SAEs, arXiv 2503.17547). Signed: opposite rows are not alike.
 
+``r_L0`` of Gemma Scope (appendix C.3): ``L`` is the logit of the correct next token minus the mean logit,
+``g = d L / d y`` its gradient with respect to the tensor at the output site, at the token itself, of the
+real model, at the real tensor: nothing is spliced. ``a_i = f_i * (W_dec[i] . g)`` is each feature's
+first-order effect, ``p = |a| / sum |a|``, and ``r_L0 = exp(S(p)) / L0`` with ``S`` the entropy in nats
+and ``L0`` the token's number of active features: ``1 / L0 <= r_L0 <= 1``, and 1 where all matter alike.
+The mean over tokens is reported; a token without active features, or whose features have no effect, is
+left out. Later tokens' logits also depend on the tensor, so each position needs a backward pass of its
+own; positions are sampled evenly, all documents of a batch at once.
+
 Cost: six forward passes over the corpus, one encode and sparse decode of it and one more in the
-spliced pass, ``n_positions`` backward passes a batch, and ``2 * d_sae ** 2 * d_out`` operations for the
-cosines, of which ``_VALUES`` are held and never ``d_sae ** 2``.
+spliced pass, ``n_positions`` backward passes a batch (logits at these positions only), and ``2 * d_sae **
+2 * d_out`` operations for the cosines, of which ``_VALUES`` are held and never ``d_sae ** 2``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.features.stream import Corpus, Tokens, corpus, hooked_for, site_tensors
-from gemmascope_plugin.measures.importance import importance
-from gemmascope_plugin.measures.measure_results import Measures
-from gemmascope_plugin.models.asked import NextTokenLosses
+from gemmascope_plugin.measures.measure_results import Measures, subject
+from gemmascope_plugin.models import flatten_heads
+from gemmascope_plugin.models.asked import NextTokenLosses, final_residuals
 from gemmascope_plugin.models.gate import gate
-from gemmascope_plugin.models.points import lowest_layer
+from gemmascope_plugin.models.gradients import frozen
+from gemmascope_plugin.models.points import lowest_layer, reading
 from gemmascope_plugin.models.protocol import HookedModel, check_model
-from gemmascope_plugin.models.record import hooking
+from gemmascope_plugin.models.record import hooking, keep
+from gemmascope_plugin.models.unembed import mean_logit, unembedding
 from gemmascope_plugin.saes import Coder
 from gemmascope_plugin.splice import HookedSAE, splice
 from gemmascope_plugin.splice.fit import SpliceLoss, mean_losses, putting
@@ -128,12 +140,7 @@ def _measure(model: HookedModel, hooked: HookedSAE, text: Corpus, n_positions: i
     losses = splice_loss(model, hooked, text, mean)
     r_l0, r_l0_tokens = importance(model, hooked, text, n_positions)
     return Measures(
-        hook_in=hooked.hook_in,
-        hook_out=hooked.hook_out,
-        d_sae=hooked.d_sae,
-        level=hooked.level,
-        n_tokens=sums.n,
-        exclude=text.exclude,
+        **subject(hooked, sums.n, text.exclude),
         l0=float(sums.fires.sum()) / sums.n,
         fvu=sums.fvu,
         losses=losses,
@@ -197,3 +204,85 @@ def mean_max_cosine(W_dec: Float[torch.Tensor, "d_sae d_out"]) -> float:
     """Mean over rows of the largest cosine with another row; NaN for fewer than two rows."""
     cosines = max_cosines(W_dec)
     return float(cosines.mean()) if len(cosines) else math.nan
+
+
+def importance(
+    model: HookedModel, hooked: HookedSAE, text: Corpus, n_positions: int
+) -> tuple[float, int]:
+    """Mean ``r_L0``, and the number of tokens it was measured on; NaN for none."""
+    total, n = 0.0, 0
+    for tokens in text.batches:
+        mask = text.readable(tokens)
+        positions = _spread(mask.any(0), n_positions)
+        if not positions:
+            continue
+        for values in _batch(model, hooked, tokens, mask, positions):
+            total += float(values.double().sum())
+            n += len(values)
+    return (total / n if n else math.nan), n
+
+
+def _batch(
+    model: HookedModel,
+    hooked: HookedSAE,
+    tokens: torch.Tensor,
+    mask: Bool[torch.Tensor, "batch next"],
+    positions: list[int],
+) -> list[torch.Tensor]:
+    read, seen = reading(model, hooked.hook_in), {}
+
+    def start(y: torch.Tensor, hook: Any) -> torch.Tensor:
+        seen["y"] = y.detach().requires_grad_(True)
+        return seen["y"]
+
+    hooks = [(read.hook, keep(seen, "x")), (hooked.hook_out, start)]
+    with (
+        torch.enable_grad(),
+        frozen(model.parameters()),
+        hooking(model, fwd_hooks=hooks),
+        final_residuals(model) as end,
+    ):
+        model(tokens)
+        (normed,) = end.normed
+        device = hooked.weights.W_dec.device
+        x, values = flatten_heads(read(seen["x"])).to(device), []
+        for pos in positions:
+            rows = mask[:, pos]
+            score = _scores(model, normed[rows, pos], tokens[rows, pos + 1]).sum()
+            (grad,) = torch.autograd.grad(score, seen["y"], retain_graph=True)
+            values.append(uniformity(hooked.weights, x[rows, pos], flatten_heads(grad)[rows, pos]))
+    return values
+
+
+def _scores(
+    model: HookedModel, normed: Float[torch.Tensor, "row d_model"], targets: torch.Tensor
+) -> Float[torch.Tensor, " row"]:
+    """The correct token's logit minus the mean logit."""
+    out = unembedding(model)
+    x = out.read(normed, normed=True)
+    correct = out.logits_each(x, targets[:, None].to(x.device))[:, 0]
+    return correct - mean_logit(out, x)
+
+
+@torch.no_grad()
+def uniformity(
+    coder: Coder,
+    x: Float[torch.Tensor, "token d_in"],
+    grad: Float[torch.Tensor, "token d_out"],
+) -> Float[torch.Tensor, " measured"]:
+    """``r_L0`` of each token that has one; a factor on all features of a token cancels."""
+    acts = coder.encode_sparse(x)
+    toward = grad.to(coder.W_dec.device, torch.float32)[acts.rows]
+    size = (acts.values.float() * (coder.W_dec[acts.indices].float() * toward).sum(-1)).abs()
+    whole = size.new_zeros(acts.n_tokens).index_add(0, acts.rows, size)
+    share = size / whole[acts.rows].clamp(min=torch.finfo(size.dtype).tiny)
+    entropy = torch.zeros_like(whole).index_add(0, acts.rows, torch.special.entr(share))
+    return (entropy.exp() / acts.offsets.diff())[whole > 0]
+
+
+def _spread(possible: Bool[torch.Tensor, " next"], n: int) -> list[int]:
+    """At most ``n`` of the possible positions, evenly spaced from the first to the last."""
+    places = possible.nonzero().flatten()
+    if len(places) <= n:
+        return places.tolist()
+    return places[torch.linspace(0, len(places) - 1, n).round().long().to(places.device)].tolist()

@@ -19,7 +19,8 @@ from typing_extensions import override
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.files.bundle import plain_values
 from gemmascope_plugin.files.stored_result import TABLE, TENSOR, StoredResult, record_of
-from gemmascope_plugin.measures.tree_recovery import Recovery
+from gemmascope_plugin.measures.forest_scores import Recovery
+from gemmascope_plugin.splice import HookedSAE
 from gemmascope_plugin.splice.fit import SpliceLoss
 
 DENSE = 0.1
@@ -78,6 +79,18 @@ class Measured(StoredResult, ABC):
 
     def _repr_html_(self) -> str:
         return figures.frame_html(self.to_frame())
+
+
+def subject(hooked: HookedSAE, n_tokens: int, exclude: tuple[str | int, ...]) -> dict[str, Any]:
+    """The fields of a result that say of what it is."""
+    return {
+        "hook_in": hooked.hook_in,
+        "hook_out": hooked.hook_out,
+        "d_sae": hooked.d_sae,
+        "level": hooked.level,
+        "n_tokens": n_tokens,
+        "exclude": exclude,
+    }
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

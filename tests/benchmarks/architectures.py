@@ -34,7 +34,7 @@ import torch
 import gemmascope_plugin as gs
 from gemmascope_plugin.demo.build.corpus import make_corpus
 from gemmascope_plugin.measures import compare, probe_absorption
-from gemmascope_plugin.measures.tree_recovery import concept_order
+from gemmascope_plugin.measures.forest_scores import concept_order
 from gemmascope_plugin.training import preset_spec, store_activations, train
 
 BROAD = 4

@@ -16,13 +16,15 @@ from gemmascope_plugin.features.cooccurrence import (
     joint_counts,
     joint_sums,
 )
-from gemmascope_plugin.measures.forest import check_forest, depth, sibling_overlap
-from gemmascope_plugin.measures.forest_edges import (
+from gemmascope_plugin.measures.forest import (
     SIMILARITIES,
     candidate_rank,
+    check_forest,
+    depth,
     edge_frame,
     mcs_parents,
 )
+from gemmascope_plugin.measures.forest_scores import sibling_overlap
 from gemmascope_plugin.saes import SparseActs
 from tests.factories import unchecked
 

@@ -16,7 +16,7 @@ from gemmascope_plugin.errors import (
     WidthMismatchError,
 )
 from gemmascope_plugin.measures import Hierarchy, hierarchy
-from gemmascope_plugin.measures.forest_edges import edge_frame, mcs_parents
+from gemmascope_plugin.measures.forest import edge_frame, mcs_parents
 from gemmascope_plugin.measures.probe import probe_edges
 from gemmascope_plugin.saes import SparseActs
 from gemmascope_plugin.splice import HookedSAE

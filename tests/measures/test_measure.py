@@ -18,8 +18,7 @@ from gemmascope_plugin.errors import (
     WidthMismatchError,
 )
 from gemmascope_plugin.measures import Measures, measure
-from gemmascope_plugin.measures.importance import uniformity
-from gemmascope_plugin.measures.measure import max_cosines, mean_max_cosine
+from gemmascope_plugin.measures.measure import max_cosines, mean_max_cosine, uniformity
 from gemmascope_plugin.models import flatten_heads, restore_heads
 from gemmascope_plugin.saes import weights_of
 from gemmascope_plugin.splice import HookedSAE

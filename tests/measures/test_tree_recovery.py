@@ -11,7 +11,7 @@ from gemmascope_plugin.demo.build.measure_suite import label_features
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.features.cooccurrence import best_concepts
 from gemmascope_plugin.measures.forest import check_forest
-from gemmascope_plugin.measures.tree_recovery import (
+from gemmascope_plugin.measures.forest_scores import (
     Recovery,
     chance_recovery,
     concept_order,

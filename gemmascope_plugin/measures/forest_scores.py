@@ -1,4 +1,4 @@
-"""How far a forest over features is the hierarchy of the concepts that they stand for.
+"""How far a forest over features is the hierarchy of known concepts, and how far siblings overlap.
 
 1. Known concepts: those that hold on at least ``min_tokens`` tokens, concepts with the same tokens taken
    as one. ``P`` is above ``C`` where every token of ``C`` is one of ``P`` and ``P`` has more tokens.
@@ -11,9 +11,11 @@
    feature of the other.
 5. Chance: the same after every judged edge is given a parent drawn from the parents of all judged edges,
    among those that could be the child's (of an earlier level, or more frequent); mean of several draws.
+6. Overlap of siblings (Tree SAE, arXiv 2605.07922, section 6.3): ``|A & B| / |A | B|`` of their token
+   sets, the mean over all pairs of children of one feature; children of the root are not siblings.
 
-Cost: the meetings of features and concepts, and of concepts (``cooccurrence.py``); each draw a few
-passes over the features per level of depth.
+Cost: the meetings of features and concepts, of concepts, and of siblings (``cooccurrence.py``); each draw
+a few passes over the features per level of depth.
 """
 
 from __future__ import annotations
@@ -25,9 +27,16 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Int, Int64
 
-from gemmascope_plugin.features.cooccurrence import joint_counts
+from gemmascope_plugin.features.cooccurrence import (
+    CELLS,
+    active_only,
+    entries,
+    joint_counts,
+    meetings,
+    token_counts,
+)
 from gemmascope_plugin.features.stream import check_names
-from gemmascope_plugin.measures.forest import ROOT
+from gemmascope_plugin.measures.forest import ROOT, judged_edges
 from gemmascope_plugin.saes import SparseActs
 
 
@@ -108,11 +117,11 @@ def tree_recovery(
     stands = stands[stands >= 0]
     is_needed = torch.zeros(len(above), dtype=torch.bool, device=above.device)
     is_needed[stands] = above[stands][:, stands].any(0)
-    is_found = _found(parent, concept, above) & is_needed
+    is_recalled = _recalled(parent, concept, above) & is_needed
     n_right, n_labelled = int(right.sum()), int(labelled.sum())
     return Recovery(
         precision=_share(n_right, n_labelled),
-        recall=_share(int(is_found.sum()), int(is_needed.sum())),
+        recall=_share(int(is_recalled.sum()), int(is_needed.sum())),
         edge_recovery=_share(n_right, len(judged)),
         n_labelled=n_labelled,
         n_children=int(is_needed.sum()),
@@ -191,22 +200,75 @@ def _right(
     return right, labelled
 
 
-def _found(
+def _recalled(
     parent: Int[torch.Tensor, " d_sae"],
     concept: Int64[torch.Tensor, " d_sae"],
     above: Bool[torch.Tensor, "concept concept"],
 ) -> Bool[torch.Tensor, " concept"]:
     """Concepts with a feature that has an ancestor whose concept is above them."""
-    is_found = torch.zeros(len(above), dtype=torch.bool, device=above.device)
+    is_recalled = torch.zeros(len(above), dtype=torch.bool, device=above.device)
     line = parent.long()
     while bool((line != ROOT).any()):
         feature = ((line != ROOT) & (concept >= 0)).nonzero()[:, 0]
         high, low = concept[line[feature]], concept[feature]
         low, high = low[high >= 0], high[high >= 0]
-        is_found[low[above[high, low]]] = True
+        is_recalled[low[above[high, low]]] = True
         line = torch.where(line == ROOT, ROOT, parent[line])
-    return is_found
+    return is_recalled
 
 
 def _share(part: int, whole: int) -> float:
     return part / whole if whole else math.nan
+
+
+def sibling_overlap(
+    acts: SparseActs,
+    parent: Int[torch.Tensor, " d_sae"],
+    *,
+    min_tokens: int = 20,
+    cells: int = CELLS,
+) -> float:
+    """Mean overlap of the token sets of siblings, step 6 at the top of this file.
+
+    Args:
+        acts: Activations at all tokens.
+        parent: The forest.
+        min_tokens: Tokens on which a sibling must be active.
+        cells: Meetings of entries at a time.
+
+    Returns:
+        Between 0 and 1; NaN where no feature has two children.
+    """
+    acts = active_only(acts)
+    counts = token_counts(acts)
+    child = judged_edges(parent, counts, min_tokens)
+    family = torch.bincount(parent[child], minlength=acts.d_sae)
+    n_pairs = int((family * (family - 1)).sum()) // 2
+    if not n_pairs:
+        return math.nan
+    chosen = torch.zeros_like(counts, dtype=torch.bool)
+    chosen[child] = True
+    acts = entries(acts, chosen[acts.indices])
+    a, b, both = _joint_siblings(acts, parent, cells)
+    return float((both / (counts[a] + counts[b] - both)).sum()) / n_pairs
+
+
+def _joint_siblings(
+    acts: SparseActs, parent: Int[torch.Tensor, " d_sae"], cells: int
+) -> tuple[
+    Int64[torch.Tensor, " pair"], Int64[torch.Tensor, " pair"], Int64[torch.Tensor, " pair"]
+]:
+    """Pairs of siblings that meet anywhere, and on how many tokens."""
+    families = acts.rows * acts.d_sae + parent[acts.indices]
+    order = families.argsort(stable=True)  # within a family features stay ascending
+    _, size = families[order].unique_consecutive(return_counts=True)
+    place = torch.arange(len(order), device=order.device)
+    later = size.cumsum(0).repeat_interleave(size) - place - 1
+    features, tables = acts.indices[order], [place.new_zeros(0, 2)]
+    for i, j in meetings(place + 1, later, cells):
+        keys, both = (features[i] * acts.d_sae + features[j]).unique(return_counts=True)
+        tables.append(torch.stack([keys, both], dim=1))
+    keys, both = torch.cat(tables).unbind(1)
+    keys, index = keys.unique(return_inverse=True)
+    both = torch.zeros_like(keys).index_add_(0, index, both)
+    return keys // acts.d_sae, keys % acts.d_sae, both
