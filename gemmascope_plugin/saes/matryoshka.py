@@ -107,14 +107,7 @@ class MatryoshkaSAEConfig(StrictConfig, JumpReLUSAEConfig):
 
 
 class MatryoshkaSAE(JumpReLUSAE):
-    """SAELens' ``JumpReLUSAE`` with levels; registered with SAELens when this module is imported.
-
-    Args:
-        cfg: Shapes and levels.
-
-    Raises:
-        ModelError: The levels in the config's metadata are others.
-    """
+    """SAELens' ``JumpReLUSAE`` with levels; registered with SAELens when this module is imported."""
 
     cfg: MatryoshkaSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 

@@ -112,12 +112,12 @@ class SoftSAE(SAE[SoftSAEConfig]):
         super().initialize_weights()
         add_soft_weights(self)
 
-    def budget(self, x: Float[torch.Tensor, "*given width"]) -> Float[torch.Tensor, "*tokens"]:
+    def budget(self, x: Float[torch.Tensor, "*axes width"]) -> Float[torch.Tensor, "*tokens"]:
         """``k_hat`` of raw inputs, a real number; its floor is how many features may be active."""
         return predict_budget(self.k_estimator, self.process_sae_in(x), self.cfg.k)
 
     @override
-    def encode(self, x: Float[torch.Tensor, "*given width"]) -> Acts:
+    def encode(self, x: Float[torch.Tensor, "*axes width"]) -> Acts:
         sae_in = self.process_sae_in(x)
         pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
         acts = self.hook_sae_acts_post(keep_top(pre.relu(), self._limits(sae_in)))
@@ -126,7 +126,7 @@ class SoftSAE(SAE[SoftSAEConfig]):
     @override
     def decode(
         self, feature_acts: Acts, like: Float[torch.Tensor, ...] | None = None
-    ) -> Float[torch.Tensor, "*given width"]:
+    ) -> Float[torch.Tensor, "*axes width"]:
         """The reconstruction in the units of the model.
 
         Args:
@@ -147,19 +147,11 @@ class SoftSAE(SAE[SoftSAEConfig]):
         """Whether each token is brought to mean 0 and deviation 1 first."""
         return self.cfg.normalize_activations == "layer_norm"
 
-    def _units(self, x: Float[torch.Tensor, "*given width"]) -> Units:
+    def _units(self, x: Float[torch.Tensor, "*axes width"]) -> Units:
         return standardise(self.reshape_fn_in(x.to(self.dtype)))
 
     def coder(self, level: int | None = None) -> RankCoder:
-        """The dictionary's tensors, as splicing reads them.
-
-        Args:
-            level: None: there are no levels.
-
-        Raises:
-            UnknownNameError: A level was asked for.
-            ModelError: The factor on its input is not folded into the weights.
-        """
+        """The dictionary's tensors, as splicing reads them; there are no levels."""
         return rank_coder(self, self._limits, level)
 
     def _limits(self, sae_in: Inputs) -> Int[torch.Tensor, "*tokens"]:

@@ -101,14 +101,7 @@ class SparseActs:
         return sum(t.numel() * t.element_size() for t in (self.offsets, self.indices, self.values))
 
     def columns(self, features: Int[torch.Tensor, " k"]) -> Float[torch.Tensor, "*tokens k"]:
-        """Dense activations of the chosen features, in the given order; differentiable.
-
-        Args:
-            features: Their indices; one may be named twice.
-
-        Raises:
-            FeatureIndexError: There is no such feature.
-        """
+        """Dense activations of features in the given order, one of them perhaps twice; differentiable."""
         for extreme in features.aminmax() if len(features) else ():
             check_feature(int(extreme), self.d_sae, f"{self!r}")
         distinct, place = features.to(self.indices.device).unique(return_inverse=True)

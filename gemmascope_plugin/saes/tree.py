@@ -123,15 +123,7 @@ class TreeDictionary(TreeLinks[Config], SAE[Config]):
     ``state_dict`` has ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_in]``, ``b_dec [d_in]``, the buffer
     ``parent [d_sae]`` and, if a layer fires by thresholds, ``threshold [d_sae]``.  Files have
     ``parent_digits [d_sae, 4]`` instead (``tree_config.py``).  Before anything is loaded every feature
-    hangs on the root.
-
-    Args:
-        cfg: Shapes and sparsity.
-        use_error_term: As in SAELens.
-
-    Raises:
-        ModelError: On loading or saving parents that are not a tree.
-        WidthMismatchError: On loading parents of another number of features.
+    hangs on the root. Parents are checked when they are loaded and saved.
     """
 
     parent: torch.Tensor
@@ -156,14 +148,7 @@ class TreeDictionary(TreeLinks[Config], SAE[Config]):
         return len(self.cfg.features_per_layer)
 
     def coder(self, level: int | None = None) -> TreeCoder:
-        """The dictionary's tensors, cut to its first layers.
-
-        Args:
-            level: 0 for the first layer alone, -1 for the whole; None for the whole as well.
-
-        Raises:
-            UnknownNameError: There is no such level.
-        """
+        """The dictionary's tensors, cut to its first layers; of level 0 the first alone."""
         level = -1 if level is None else level
         if not -self.n_layers <= level < self.n_layers:
             widths = self.cfg.bounds[1:]
@@ -193,17 +178,10 @@ class TreeDictionary(TreeLinks[Config], SAE[Config]):
 
     @override
     def encode(self, x: Float[torch.Tensor, ...]) -> Acts:
-        """Activations, gated from the root down.
+        """Activations, gated from the root down, of tokens at ``cfg.hook_name``.
 
-        Args:
-            x: Tokens at ``cfg.hook_name``, ``[*tokens, d_in]``, or ``[*tokens, head, d_head]`` where
-                ``reshape_activations`` is ``"hook_z"``.
-
-        Returns:
-            In layers with ``k`` at most ``k`` active features a token.
-
-        Raises:
-            WidthMismatchError: ``x`` has another width than the dictionary.
+        Tokens are ``[*tokens, d_in]``, or ``[*tokens, head, d_head]`` where ``reshape_activations`` is
+        ``"hook_z"``.
         """
         return self.encode_with_hidden_pre(x)[0]
 
@@ -238,12 +216,8 @@ class TreeDictionary(TreeLinks[Config], SAE[Config]):
                 the very tensor that ``encode`` returned, nor without standardisation.
             layers: Number of privilege layers to use; all when None.
 
-        Returns:
-            ``x_hat``.
-
         Raises:
             ModelError: Whose mean and deviation to use is not known.
-            UnknownNameError: There are not that many layers.
         """
         if layers is not None and not 1 <= layers <= self.n_layers:
             raise UnknownNameError(f"no prefix of {layers} layers", exists=f"1 to {self.n_layers}")
@@ -256,11 +230,7 @@ class TreeDictionary(TreeLinks[Config], SAE[Config]):
 
     @override
     def fold_W_dec_norm(self) -> None:
-        """Refuses: scaled pre-activations would compete and gate differently.
-
-        Raises:
-            ModelError: Always.
-        """
+        """Refuses: scaled pre-activations would compete and gate differently."""
         raise ModelError(
             "Folding decoder norms would change which features of a tree are active",
             fix="fold_W_dec_norm=False",

@@ -198,30 +198,18 @@ class TreeLinks(Generic[Config]):
     """Parent of each feature, ``[d_sae]``, ``ROOT`` for the root."""
 
     def parent_of(self, feature: int) -> int:
-        """The parent of a feature, ``-1`` for the root.
-
-        Raises:
-            FeatureIndexError: There is no such feature.
-        """
+        """The parent of a feature, ``-1`` for the root."""
         check_feature(feature, self.cfg.d_sae, self.cfg.hook_name)
         return int(self.parent[feature])
 
     def children_of(self, feature: int) -> list[int]:
-        """The features that a feature gates, ascending; of ``-1`` those that nothing gates.
-
-        Raises:
-            FeatureIndexError: There is no such feature.
-        """
+        """The features that a feature gates, ascending; of ``-1`` those that nothing gates."""
         if feature != ROOT:
             check_feature(feature, self.cfg.d_sae, self.cfg.hook_name)
         return (self.parent == feature).nonzero()[:, 0].tolist()
 
     def ancestors(self, feature: int) -> list[int]:
-        """Parent, grandparent and so on of a feature, up to but without the root.
-
-        Raises:
-            FeatureIndexError: There is no such feature.
-        """
+        """Parent, grandparent and so on of a feature, up to but without the root."""
         line: list[int] = []
         above = self.parent_of(feature)
         while above != ROOT:

@@ -110,11 +110,7 @@ class Bf16Prefilter:
         return f"Bf16Prefilter(d_in={d_in}, d_sae={d_sae}, {self.nbytes / 1e6:.3g} MB)"
 
     def check(self, sae: JumpReLUEncoder) -> None:
-        """Refuses a dictionary that this was not made from.
-
-        Raises:
-            ModelError: Another dictionary, or the same one with other weights.
-        """
+        """Refuses another dictionary than this was made from, also the same with other weights."""
         if not self._stamp.fits(sae.W_enc):
             raise ModelError(
                 f"{self!r} was made from another encoder of shape {list(sae.W_enc.shape)}, "
@@ -128,15 +124,9 @@ class Bf16Prefilter:
         limit: Float64[torch.Tensor, " d_sae"],
         tokens: Float64[torch.Tensor, " n"],
     ) -> tuple[Int64[torch.Tensor, " entries"], Int64[torch.Tensor, " entries"]]:
-        """Where ``x @ W_enc`` may be above ``limit``; never misses one that is.
+        """Token and feature, sorted, where ``x @ W_enc`` may be above ``limit``; misses none.
 
-        Args:
-            x: Inputs in float32, in range.
-            limit: A number for each feature.
-            tokens: Upper bounds of the norms of ``x``.
-
-        Returns:
-            Token and feature of every candidate, sorted.
+        ``x`` is in range, ``tokens`` are upper bounds of its norms.
         """
         x_bf16 = x.bfloat16()
         change = row_norms(x_bf16.double() - x)

@@ -181,7 +181,7 @@ class Replace(Edit):
                 f"Replace has activations of {n_batch} prompts with {n_pos} tokens",
                 exists=f"a batch of {window.batch} with {window.end} tokens each",
             )
-        if window.rows is not None:  # some rows of the batch, whose padding is no source
+        if window.rows is not None:  # some rows of the batch, whose padding is not a source
             source = source[list(window.rows) if n_batch > 1 else slice(None), : window.end]
         here = source[:, window.start : window.stop].to(acts)
         missing = acts.shape[1] - here.shape[1]

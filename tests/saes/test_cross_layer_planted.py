@@ -111,7 +111,7 @@ def test_how_it_begins(kind: str) -> None:
     assert (sae.W_skip is None) == (kind != "skip clt")
     assert sae.W_skip is None or not sae.W_skip.any()
     for norm in (None, 0.0):
-        with pytest.raises(ModelError, match=f"decoder_init_norm is {norm}, no norm.*=1.0"):
+        with pytest.raises(ModelError, match=f"decoder_init_norm is {norm}, not a norm.*=1.0"):
             built(kind, decoder_init_norm=norm)
 
 

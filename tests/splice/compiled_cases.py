@@ -21,8 +21,8 @@ EDIT = Add(features=3, amount=9.0)
 BUILDERS = {"hooked": hooked_from_hf, "bridge": bridge_from_hf}
 
 
-def compiled(what: Any) -> Any:
-    return torch.compile(what, backend="eager")
+def compiled(runnable: Any) -> Any:
+    return torch.compile(runnable, backend="eager")
 
 
 def inside_object(model: Any, spliced: Any) -> torch.Tensor:
@@ -58,12 +58,12 @@ def outcome(backend: str, model: Any, run: Callable[[Any], torch.Tensor]) -> str
             got = run(spliced)
     except GemmaScopeError as error:
         return type(error).__name__
-    found = [
+    names = [
         name
         for name, x in (("edited", edited), ("bare", bare))
         if torch.allclose(got, x, atol=1e-4)
     ]
-    return "".join(found) or "something else"
+    return "".join(names) or "something else"
 
 
 @torch.no_grad()
@@ -72,14 +72,14 @@ def main() -> None:
     for backend, cases in CASES.items():
         for case in cases:
             model = fresh(backend)
-            found = outcome(backend, model, lambda spliced, case=case, m=model: case(m, spliced))
-            print(case.__name__, backend, found)
+            result = outcome(backend, model, lambda spliced, case=case, m=model: case(m, spliced))
+            print(case.__name__, backend, result)
     for name in ("object", "function"):
         model = fresh("hooked")
         run = compiled(model if name == "object" else lambda tokens, m=model: m(tokens))
         bare = run(TOKENS)
-        found = outcome("hooked", model, lambda spliced, run=run: run(TOKENS))
-        print(f"{name}_run_before", "hooked", found)
+        result = outcome("hooked", model, lambda spliced, run=run: run(TOKENS))
+        print(f"{name}_run_before", "hooked", result)
         print(
             f"{name}_after_the_block", "hooked", "bare" if torch.equal(run(TOKENS), bare) else "not"
         )

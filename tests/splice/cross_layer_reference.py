@@ -125,7 +125,7 @@ class Replacement:
         self.after.append(torch.where(self.keep, change(acts), acts))
 
     def write(self, position: int, y: torch.Tensor) -> torch.Tensor:
-        own = self.code.weights(position)
+        weights = self.code.weights(position)
         decoders = [self.code.weights(i).W_dec[:, position] for i in range(position + 1)]
         if self.error == "keep":
             made = y + sum(
@@ -133,9 +133,9 @@ class Replacement:
                 for new, old, decoder in zip(self.after, self.before, decoders, strict=True)
             )
         else:
-            made = own.b_dec + sum(new @ W for new, W in zip(self.after, decoders, strict=True))
-            if own.A is not None and self.x is not None:
-                made = made + self.x @ own.A
+            made = weights.b_dec + sum(new @ W for new, W in zip(self.after, decoders, strict=True))
+            if weights.A is not None and self.x is not None:
+                made = made + self.x @ weights.A
         self.outputs.append(torch.where(self.keep, made, y))
         return self.outputs[-1]
 

@@ -34,10 +34,10 @@ def padded(side: str, filler: int) -> tuple[torch.Tensor, torch.Tensor, slice]:
     fill = torch.full((1, 6), filler)
     short = torch.cat([fill, SHORT] if side == "left" else [SHORT, fill], dim=1)
     mask = torch.ones(2, 20, dtype=torch.long)
-    own = slice(6, None) if side == "left" else slice(0, 14)
+    real = slice(6, None) if side == "left" else slice(0, 14)
     mask[0] = 0
-    mask[0, own] = 1
-    return torch.cat([short, LONG]), mask, own
+    mask[0, real] = 1
+    return torch.cat([short, LONG]), mask, real
 
 
 def grid(chosen: list[list[int]]) -> torch.Tensor:

@@ -17,21 +17,21 @@ def peer(family: str, backend: str) -> Any:
         from sae_lens import HookedSAETransformer
 
         cfg = copy.deepcopy(model.cfg)  # ``.to()`` writes into it
-        theirs = HookedSAETransformer(cfg, tokenizer=model.tokenizer, move_to_device=False)
-        theirs.load_state_dict(model.state_dict(), strict=False)
+        peer_model = HookedSAETransformer(cfg, tokenizer=model.tokenizer, move_to_device=False)
+        peer_model.load_state_dict(model.state_dict(), strict=False)
     else:
         from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
-        theirs = copy.deepcopy(model)
-        theirs.__class__ = SAETransformerBridge  # as their ``boot_transformers`` does it
-        theirs._acts_to_saes, theirs._transcoder_output_hooks = {}, {}
-    return theirs.eval().requires_grad_(False)
+        peer_model = copy.deepcopy(model)
+        peer_model.__class__ = SAETransformerBridge  # as their ``boot_transformers`` does it
+        peer_model._acts_to_saes, peer_model._transcoder_output_hooks = {}, {}
+    return peer_model.eval().requires_grad_(False)
 
 
-def their_name(theirs: Any, sae: Any, part: str) -> str:
+def name_in_peer(peer_model: Any, sae: Any, part: str) -> str:
     """The name of a sub-hook in SAELens' caches: the bridge takes canonical names only."""
-    if hasattr(theirs, "get_sae_hook_name"):
-        return theirs.get_sae_hook_name(sae, f"hook_sae_{part}")
+    if hasattr(peer_model, "get_sae_hook_name"):
+        return peer_model.get_sae_hook_name(sae, f"hook_sae_{part}")
     return f"{output_hook(sae)}.hook_sae_{part}"
 
 
@@ -56,6 +56,6 @@ def renamed(sae: Any, hook_in: str, hook_out: str | None = None) -> Any:
     return sae
 
 
-def theirs_without_error(theirs: Any, tokens: torch.Tensor, *saes: Any) -> torch.Tensor:
+def peer_without_error(peer_model: Any, tokens: torch.Tensor, *saes: Any) -> torch.Tensor:
     """Logits with SAELens' splice and nothing but reconstructions."""
-    return theirs.run_with_saes(tokens, saes=list(saes), use_error_term=False)
+    return peer_model.run_with_saes(tokens, saes=list(saes), use_error_term=False)

@@ -23,11 +23,11 @@ from tests.splice.gained_transcoders import gained_transcoder, transcoded
 from tests.splice.kinds import TWO_KINDS
 from tests.splice.reference import reconstruction
 from tests.splice.saelens_peers import (
+    name_in_peer,
     output_hook,
     peer,
+    peer_without_error,
     renamed,
-    their_name,
-    theirs_without_error,
     with_heads,
 )
 from tests.tiny_models import random_tokens
@@ -49,13 +49,13 @@ SITES = pytest.mark.parametrize("site", MAKERS)
 
 
 @pytest.fixture
-def theirs(kind) -> Any:
+def peer_model(kind) -> Any:
     """SAELens' class around the same weights as ``model``."""
     return peer(*kind)
 
 
 @pytest.fixture
-def theirs2() -> Any:
+def peer_model2() -> Any:
     """The same for ``hooked2``."""
     return peer("gemma2", "hooked")
 
@@ -78,39 +78,40 @@ def metric(logits: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 @SITES
 @pytest.mark.parametrize(("with_error", "error"), [(True, "keep"), (False, "drop")])
-def test_logits_are_equal(model, theirs, site: str, with_error: bool, error: str) -> None:
+def test_logits_are_equal(model, peer_model, site: str, with_error: bool, error: str) -> None:
     sae = MAKERS[site](model, 1)
-    expected = theirs.run_with_saes(TOKENS, saes=[sae], use_error_term=with_error)
+    expected = peer_model.run_with_saes(TOKENS, saes=[sae], use_error_term=with_error)
     assert largest(ours(model, sae, error=error) - expected) < 1e-5
     assert (largest(expected - model(TOKENS)) > 1e-2) != with_error
 
 
 @torch.no_grad()
-def test_logits_of_several_dictionaries_are_equal(model, theirs) -> None:
+def test_logits_of_several_dictionaries_are_equal(model, peer_model) -> None:
     saes = [make(model, layer) for layer, make in zip((0, 0, 1, 2), MAKERS.values(), strict=True)]
-    assert largest(ours(model, saes) - theirs_without_error(theirs, TOKENS, *saes)) < 1e-5
+    assert largest(ours(model, saes) - peer_without_error(peer_model, TOKENS, *saes)) < 1e-5
 
 
 @TWO_KINDS
 @torch.no_grad()
 @SITES
-def test_sub_hooks_hold_the_same_values(model, theirs, site: str) -> None:
+def test_sub_hooks_hold_the_same_values(model, peer_model, site: str) -> None:
     sae = MAKERS[site](model, 1)
-    with theirs.saes([sae], use_error_term=True):
-        names = [their_name(theirs, sae, part) for part in PARTS]
-        _, expected = theirs.run_with_cache(TOKENS, names_filter=names)
-    own_names = [f"{output_hook(sae)}.hook_sae_{part}" for part in PARTS]
+    with peer_model.saes([sae], use_error_term=True):
+        peer_names = [name_in_peer(peer_model, sae, part) for part in PARTS]
+        _, expected = peer_model.run_with_cache(TOKENS, names_filter=peer_names)
+    names = [f"{output_hook(sae)}.hook_sae_{part}" for part in PARTS]
     with splice(model, sae, exclude=()) as spliced:
-        _, cache = spliced.run_with_cache(TOKENS, names_filter=own_names)
-    for own, name in zip(own_names, names, strict=True):
-        assert largest(flatten_heads(cache[own]) - flatten_heads(expected[name])) < 1e-5, own
-    assert names == own_names or hasattr(theirs, "get_sae_hook_name")  # the bridge renames sites
+        _, cache = spliced.run_with_cache(TOKENS, names_filter=names)
+    for name, peer_name in zip(names, peer_names, strict=True):
+        assert largest(flatten_heads(cache[name]) - flatten_heads(expected[peer_name])) < 1e-5, name
+    # the bridge renames sites
+    assert peer_names == names or hasattr(peer_model, "get_sae_hook_name")
 
 
 @torch.no_grad()
-def test_excluded_tokens_change_the_logits_alike(hooked2, theirs2) -> None:
+def test_excluded_tokens_change_the_logits_alike(hooked2, peer_model2) -> None:
     sae = factories.residual(hooked2, 1)
-    expected = theirs2.run_with_saes(
+    expected = peer_model2.run_with_saes(
         TOKENS, saes=[sae], use_error_term=False, exclude_special_tokens=True
     )
     assert largest(ours(hooked2, sae, exclude=("bos", "eos", "pad")) - expected) < 1e-5
@@ -118,24 +119,24 @@ def test_excluded_tokens_change_the_logits_alike(hooked2, theirs2) -> None:
 
 
 @SITES
-def test_gradients_of_features_downstream_are_equal(hooked2, theirs2, site: str) -> None:
+def test_gradients_of_features_downstream_are_equal(hooked2, peer_model2, site: str) -> None:
     sae = MAKERS[site](hooked2, 1)
     name = f"{output_hook(sae)}.hook_sae_acts_post"
     with splice(hooked2, sae, exclude=()) as spliced:
         got = gradients(spliced, TOKENS, metric, [name])[name]
-    with theirs2.saes([sae], use_error_term=True):
-        expected = gradients(theirs2, TOKENS, metric, [name])[name]
+    with peer_model2.saes([sae], use_error_term=True):
+        expected = gradients(peer_model2, TOKENS, metric, [name])[name]
     assert largest(got - expected) < 1e-5 * largest(expected)
 
 
 # --------------------------------------------------------------------------- where they are not
 @torch.no_grad()
-def test_a_gemma_scope_2_transcoder_reads_the_norm_with_its_gain(model, hf, theirs) -> None:
+def test_a_gemma_scope_2_transcoder_reads_the_norm_with_its_gain(model, hf, peer_model) -> None:
     """F1: registered at ``hook_mlp_in``, it is fed its own target there; the error term hides it."""
     code = gained_transcoder(hf, 1, skip=False)
     registered = renamed(code, "blocks.1.hook_mlp_in")
-    fed_its_target = theirs_without_error(theirs, TOKENS, registered)
-    hidden = theirs.run_with_saes(TOKENS, saes=[registered], use_error_term=True)
+    fed_its_target = peer_without_error(peer_model, TOKENS, registered)
+    hidden = peer_model.run_with_saes(TOKENS, saes=[registered], use_error_term=True)
     with transcoded(hf, [code], TOKENS):
         expected = hf(TOKENS).logits
     assert largest(ours(model, code, exclude=("bos",)) - expected) < 1e-5
@@ -148,7 +149,7 @@ def test_a_gemma_scope_2_transcoder_reads_the_norm_with_its_gain(model, hf, thei
 
 
 @torch.no_grad()
-def test_an_affine_skip_is_kept(model, hf, theirs) -> None:
+def test_an_affine_skip_is_kept(model, hf, peer_model) -> None:
     """F2: SAELens encodes and decodes, and the skip lives in ``forward`` alone."""
     code = gained_transcoder(hf, 1, skip=True)
     without = copy.deepcopy(code)
@@ -157,7 +158,7 @@ def test_an_affine_skip_is_kept(model, hf, theirs) -> None:
     with splice(model, code, error="drop", exclude=()) as spliced:
         logits, cache = spliced.run_with_cache(TOKENS, names_filter=f"{MLP_OUT}.hook_sae_output")
     assert largest(cache[f"{MLP_OUT}.hook_sae_output"] - code.forward(x)) < 1e-5
-    lost = theirs_without_error(theirs, TOKENS, code)
+    lost = peer_without_error(peer_model, TOKENS, code)
     assert largest(lost - ours(model, without)) < 1e-5
     assert largest(lost - logits) > 0.5
 
@@ -172,7 +173,7 @@ def activations_with_gain(model: Any, code: Any) -> torch.Tensor:
 @pytest.mark.parametrize("name", [SITE, "blocks.1.attn.hook_z", MLP_OUT])
 def test_names_of_transformerlens_stay_alive_on_the_bridge(name: str) -> None:
     """F3: SAELens' bridge drops the aliases, so hooks on these names never fire and caches lack them."""
-    model, theirs = factories.tiny_model("gemma2", "bridge"), peer("gemma2", "bridge")
+    model, peer_model = factories.tiny_model("gemma2", "bridge"), peer("gemma2", "bridge")
     sae = factories.residual(model, 0)
     count = Counter()
     with splice(model, sae, error="drop") as spliced:
@@ -180,9 +181,9 @@ def test_names_of_transformerlens_stay_alive_on_the_bridge(name: str) -> None:
         _, cache = spliced.run_with_cache(TOKENS, names_filter=name)
     assert count.times == 1
     assert name in cache
-    theirs.run_with_hooks(TOKENS, fwd_hooks=[(name, count)])
+    peer_model.run_with_hooks(TOKENS, fwd_hooks=[(name, count)])
     assert count.times == 1
-    assert name not in theirs.run_with_cache(TOKENS)[1]
+    assert name not in peer_model.run_with_cache(TOKENS)[1]
 
 
 class Counter:
@@ -198,22 +199,22 @@ class Counter:
 @TWO_KINDS
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["blocks.1.hook_resid_pots", "blocks.7.hook_resid_post"])
-def test_a_hook_name_with_a_typo_is_an_error(model, theirs, name: str) -> None:
+def test_a_hook_name_with_a_typo_is_an_error(model, peer_model, name: str) -> None:
     """F4: SAELens logs a line and runs the bare model."""
     sae = renamed(factories.residual(model, 1), name)
-    assert torch.equal(theirs_without_error(theirs, TOKENS, sae), model(TOKENS))
+    assert torch.equal(peer_without_error(peer_model, TOKENS, sae), model(TOKENS))
     with pytest.raises(MissingHookError, match=f"no hook '{name}'"):
         ours(model, sae)
 
 
 @torch.no_grad()
-def test_the_input_of_an_earlier_pass_is_never_used(hooked2, theirs2) -> None:
+def test_the_input_of_an_earlier_pass_is_never_used(hooked2, peer_model2) -> None:
     """F5: a pass that stops between input and output leaves its input to the next one."""
     code = far_transcoder(hooked2)
     stream = activations(hooked2, OTHERS, "blocks.1.hook_resid_pre")
-    with theirs2.saes([code], use_error_term=False):
-        theirs2(TOKENS, stop_at_layer=1)
-        stale = theirs2(stream, start_at_layer=1)
+    with peer_model2.saes([code], use_error_term=False):
+        peer_model2(TOKENS, stop_at_layer=1)
+        stale = peer_model2(stream, start_at_layer=1)
     assert stale.shape == (*TOKENS.shape, hooked2.cfg.d_vocab)
     with (
         pytest.raises(HookNotFiredError, match="did not fire before"),
@@ -248,10 +249,10 @@ def fail(x: torch.Tensor, hook: Any) -> None:
 
 @TWO_KINDS
 @torch.no_grad()
-def test_two_dictionaries_on_one_hook_both_act(model, theirs) -> None:
+def test_two_dictionaries_on_one_hook_both_act(model, peer_model) -> None:
     """F6: in SAELens the last one is alone."""
     first, second = (factories.residual(model, 1, seed=seed) for seed in (1, 2))
-    last = theirs_without_error(theirs, TOKENS, first, second)
+    last = peer_without_error(peer_model, TOKENS, first, second)
     both = ours(model, [first, second])
     x = activations(model, TOKENS, SITE)
     twice = reconstruction(second, reconstruction(first, x))
@@ -262,22 +263,22 @@ def test_two_dictionaries_on_one_hook_both_act(model, theirs) -> None:
 
 
 @torch.no_grad()
-def test_a_nested_splice_gives_the_outer_one_back(hooked2, theirs2) -> None:
+def test_a_nested_splice_gives_the_outer_one_back(hooked2, peer_model2) -> None:
     """F7: after ``saes=[A, B]`` on the hook of P, SAELens keeps A and has lost P."""
     outer, a, b = (factories.residual(hooked2, 1, seed=seed) for seed in (1, 2, 3))
     with splice(hooked2, outer, error="drop", exclude=()) as spliced:
         before = spliced(TOKENS)
         ours(hooked2, [a, b])
         assert torch.equal(spliced(TOKENS), before)
-    theirs2.add_sae(outer, use_error_term=False)
-    assert largest(theirs2(TOKENS) - before) < 1e-5
-    theirs_without_error(theirs2, TOKENS, a, b)
-    assert largest(theirs2(TOKENS) - before) > 1e-2
+    peer_model2.add_sae(outer, use_error_term=False)
+    assert largest(peer_model2(TOKENS) - before) < 1e-5
+    peer_without_error(peer_model2, TOKENS, a, b)
+    assert largest(peer_model2(TOKENS) - before) > 1e-2
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_transcoder_and_an_sae_share_an_output(hooked2, theirs2, nested: bool) -> None:
+def test_a_transcoder_and_an_sae_share_an_output(hooked2, peer_model2, nested: bool) -> None:
     """F8: SAELens drops one of the two."""
     code, sae = factories.transcoder(hooked2, 1), factories.mlp(hooked2, 1)
     x = activations(hooked2, TOKENS, "blocks.1.ln2.hook_normalized")
@@ -287,17 +288,17 @@ def test_a_transcoder_and_an_sae_share_an_output(hooked2, theirs2, nested: bool)
     if nested:
         with splice(hooked2, code, error="drop", exclude=()):
             both = ours(hooked2, sae)
-        with theirs2.saes([code], use_error_term=False):
-            one = theirs_without_error(theirs2, TOKENS, sae)
+        with peer_model2.saes([code], use_error_term=False):
+            in_peer = peer_without_error(peer_model2, TOKENS, sae)
     else:
         both = ours(hooked2, [code, sae])
-        one = theirs_without_error(theirs2, TOKENS, code, sae)
+        in_peer = peer_without_error(peer_model2, TOKENS, code, sae)
     assert largest(both - expected) < 1e-5
-    assert largest(one - expected) > 1e-2
+    assert largest(in_peer - expected) > 1e-2
 
 
 @torch.no_grad()
-def test_two_transcoders_share_an_input(hooked2, theirs2) -> None:
+def test_two_transcoders_share_an_input(hooked2, peer_model2) -> None:
     """F9: the first one stays in SAELens' model for ever."""
     codes = [factories.transcoder(hooked2, 1), far_transcoder_of(hooked2)]
     bare, both = hooked2(TOKENS), ours(hooked2, codes)
@@ -307,8 +308,8 @@ def test_two_transcoders_share_an_input(hooked2, theirs2) -> None:
     with hooked2.hooks(fwd_hooks=hooks):
         assert largest(both - hooked2(TOKENS)) < 1e-5
     assert torch.equal(hooked2(TOKENS), bare)
-    theirs_without_error(theirs2, TOKENS, *codes)
-    assert largest(theirs2(TOKENS) - bare) > 1e-2
+    peer_without_error(peer_model2, TOKENS, *codes)
+    assert largest(peer_model2(TOKENS) - bare) > 1e-2
 
 
 def far_transcoder_of(model: Any) -> Any:
@@ -318,29 +319,29 @@ def far_transcoder_of(model: Any) -> Any:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", [SITE, MLP_OUT, "blocks.1.ln2.hook_normalized"])
-def test_permanent_hooks_of_users_fire_on_and_stay(hooked2, theirs2, name: str) -> None:
+def test_permanent_hooks_of_users_fire_on_and_stay(hooked2, peer_model2, name: str) -> None:
     """F10: SAELens replaces the point, or clears it, and the hooks are gone, also afterwards."""
     saes = [factories.residual(hooked2, 1), factories.transcoder(hooked2, 1)]
     counts = []
-    for model, run in ((hooked2, ours), (theirs2, None)):
+    for model, run in ((hooked2, ours), (peer_model2, None)):
         count, before = Counter(), n_hooks(model)
         model.hook_dict[name].add_hook(count, is_permanent=True)
         if run is None:
-            theirs_without_error(model, TOKENS, *saes)
+            peer_without_error(model, TOKENS, *saes)
         else:
             run(model, saes)
         model(TOKENS)
         counts.append(count.times)
         model.reset_hooks(including_permanent=True)
-        assert model is theirs2 or n_hooks(model) == before
+        assert model is peer_model2 or n_hooks(model) == before
     assert counts[0] == 2
     assert counts[1] < 2
 
 
 @TWO_KINDS
 @torch.no_grad()
-def test_the_name_of_a_spliced_point_keeps_its_meaning(model, theirs) -> None:
-    """F11: in SAELens it is no hook point any more, and the cache has no original activation."""
+def test_the_name_of_a_spliced_point_keeps_its_meaning(model, peer_model) -> None:
+    """F11: in SAELens it is not a hook point any more, and the cache lacks the original activation."""
     sae, count = factories.residual(model, 1), Counter()
     with splice(model, sae, error="drop") as spliced:
         spliced.run_with_hooks(TOKENS, fwd_hooks=[(SITE, count)])
@@ -348,36 +349,36 @@ def test_the_name_of_a_spliced_point_keeps_its_meaning(model, theirs) -> None:
         _, cache = spliced.run_with_cache(TOKENS, names_filter=SITE)
     assert count.times == 2
     assert torch.equal(cache[SITE], activations(model, TOKENS, SITE))
-    with theirs.saes([sae], use_error_term=False):
-        assert SITE not in theirs.run_with_cache(TOKENS)[1]
+    with peer_model.saes([sae], use_error_term=False):
+        assert SITE not in peer_model.run_with_cache(TOKENS)[1]
 
 
 @torch.no_grad()
-def test_a_hook_on_a_spliced_point_is_a_type_error_there(hooked2, theirs2) -> None:
+def test_a_hook_on_a_spliced_point_is_a_type_error_there(hooked2, peer_model2) -> None:
     """F11: the negative control of the test above."""
-    with theirs2.saes([factories.residual(hooked2, 1)]), pytest.raises(TypeError):
-        theirs2.run_with_hooks(TOKENS, fwd_hooks=[(SITE, Counter())])
+    with peer_model2.saes([factories.residual(hooked2, 1)]), pytest.raises(TypeError):
+        peer_model2.run_with_hooks(TOKENS, fwd_hooks=[(SITE, Counter())])
 
 
 @torch.no_grad()
-def test_excluded_tokens_have_no_features(hooked2, theirs2) -> None:
+def test_excluded_tokens_have_no_features(hooked2, peer_model2) -> None:
     """F12: SAELens leaves the stream alone there and shows features all the same."""
     sae, name = factories.residual(hooked2, 1), f"{SITE}.hook_sae_acts_post"
     with splice(hooked2, sae) as spliced:
         _, cache = spliced.run_with_cache(TOKENS, names_filter=name)
-    _, shown = theirs2.run_with_cache_with_saes(TOKENS, saes=[sae], exclude_special_tokens=True)
+    _, shown = peer_model2.run_with_cache_with_saes(TOKENS, saes=[sae], exclude_special_tokens=True)
     assert not cache[name][:, 0].any()
     assert shown[name][:, 0].any()
     assert largest(cache[name][:, 1:] - shown[name][:, 1:]) < 1e-5
 
 
 @torch.no_grad()
-def test_a_residual_is_not_taken_for_tokens(hooked2, theirs2) -> None:
+def test_a_residual_is_not_taken_for_tokens(hooked2, peer_model2) -> None:
     """F12: SAELens compares the floats of a residual with token ids, and so excludes nothing."""
     sae, name = factories.residual(hooked2, 1), "blocks.1.hook_resid_pre"
     stream = activations(hooked2, TOKENS, name)
-    with theirs2.saes([sae], use_error_term=False, exclude_special_tokens=True):
-        by_tokens, by_stream = theirs2(TOKENS), theirs2(stream, start_at_layer=1)
+    with peer_model2.saes([sae], use_error_term=False, exclude_special_tokens=True):
+        by_tokens, by_stream = peer_model2(TOKENS), peer_model2(stream, start_at_layer=1)
     assert largest(by_stream - ours(hooked2, sae)) < 1e-5
     assert largest(by_stream - by_tokens) > 1e-2
     with (
@@ -398,7 +399,7 @@ def test_a_bfloat16_stream_stays_bfloat16(site: str, error: Any) -> None:
     model = copy.deepcopy(factories.tiny_model("gemma2", "hooked")).to(
         torch.bfloat16, print_details=False
     )
-    theirs = peer("gemma2", "hooked").to(torch.bfloat16, print_details=False)
+    peer_model = peer("gemma2", "hooked").to(torch.bfloat16, print_details=False)
     sae = MAKERS[site](factories.tiny_model("gemma2", "hooked"), 1)
     with splice(model, sae, error=error) as spliced:
         logits, cache = spliced.run_with_cache(TOKENS)
@@ -406,7 +407,7 @@ def test_a_bfloat16_stream_stays_bfloat16(site: str, error: Any) -> None:
     kinds = {x.dtype for name, x in stream.items() if ".hook_sae_" not in name}
     assert kinds == {torch.bfloat16} == {logits.dtype}
     try:
-        _, shown = theirs.run_with_cache_with_saes(
+        _, shown = peer_model.run_with_cache_with_saes(
             TOKENS, saes=[sae], use_error_term=error == "keep"
         )
     except RuntimeError as refused:  # the next matrix product
@@ -415,7 +416,7 @@ def test_a_bfloat16_stream_stays_bfloat16(site: str, error: Any) -> None:
         assert shown["blocks.2.hook_resid_pre"].dtype == torch.float32
 
 
-def test_the_gradient_upstream_is_that_of_the_real_model(hooked2, theirs2) -> None:
+def test_the_gradient_upstream_is_that_of_the_real_model(hooked2, peer_model2) -> None:
     """F15: SAELens' error is a constant, so gradients upstream pass the dictionary's Jacobian alone."""
     sae, name = factories.residual(hooked2, 1), "blocks.0.hook_resid_post"
     bare = gradients(hooked2, TOKENS, metric, [name])[name]
@@ -423,83 +424,83 @@ def test_the_gradient_upstream_is_that_of_the_real_model(hooked2, theirs2) -> No
         got = gradients(spliced, TOKENS, metric, [name, f"{SITE}.hook_sae_acts_post"])[name]
     with splice(hooked2, sae, exclude=(), error="detach") as spliced:
         detached = gradients(spliced, TOKENS, metric, [name])[name]
-    with theirs2.saes([sae], use_error_term=True):
-        wrong = gradients(theirs2, TOKENS, metric, [name])[name]
+    with peer_model2.saes([sae], use_error_term=True):
+        wrong = gradients(peer_model2, TOKENS, metric, [name])[name]
     assert largest(got - bare) < 1e-5 * largest(bare)
     assert largest(detached - wrong) < 1e-5 * largest(wrong)
     assert torch.cosine_similarity(wrong.flatten(), bare.flatten(), dim=0) < 0.9
 
 
-def test_the_error_has_a_gradient(hooked2, theirs2) -> None:
+def test_the_error_has_a_gradient(hooked2, peer_model2) -> None:
     """F16: SAELens makes the error without a graph, so backward hooks on it never fire."""
     sae, name = factories.residual(hooked2, 1), f"{SITE}.hook_sae_error"
     g = gradients(hooked2, TOKENS, metric, [SITE])[SITE]
     with splice(hooked2, sae, exclude=()) as spliced:
         assert largest(gradients(spliced, TOKENS, metric, [name])[name] - g) < 1e-6
     with (
-        theirs2.saes([sae], use_error_term=True),
+        peer_model2.saes([sae], use_error_term=True),
         pytest.raises(HookNotFiredError, match="No gradient reached"),
     ):
-        gradients(theirs2, TOKENS, metric, [name])
+        gradients(peer_model2, TOKENS, metric, [name])
 
 
-def test_dictionaries_get_no_gradient_buffers(hooked2, theirs2) -> None:
+def test_dictionaries_get_no_gradient_buffers(hooked2, peer_model2) -> None:
     """F17: SAELens' dictionaries are trainable, and a backward pass allocates all their gradients."""
-    ours_, theirs_ = (copy.deepcopy(factories.residual(hooked2, 1)) for _ in range(2))
-    for sae in (ours_, theirs_):
+    sae_here, peer_sae = (copy.deepcopy(factories.residual(hooked2, 1)) for _ in range(2))
+    for sae in (sae_here, peer_sae):
         sae.requires_grad_(True).train()
-    with splice(hooked2, ours_) as spliced:
+    with splice(hooked2, sae_here) as spliced:
         gradients(spliced, TOKENS, metric, [f"{SITE}.hook_sae_acts_post"])
-    with theirs2.saes([theirs_], use_error_term=True):
-        gradients(theirs2, TOKENS, metric, [f"{SITE}.hook_sae_acts_post"])
-    assert all(p.grad is None for p in ours_.parameters())
-    assert not ours_.training
-    assert theirs_.W_dec.grad is not None
+    with peer_model2.saes([peer_sae], use_error_term=True):
+        gradients(peer_model2, TOKENS, metric, [f"{SITE}.hook_sae_acts_post"])
+    assert all(p.grad is None for p in sae_here.parameters())
+    assert not sae_here.training
+    assert peer_sae.W_dec.grad is not None
 
 
 @torch.no_grad()
-def test_heads_are_flattened_for_a_dictionary_that_does_not(hooked2, theirs2) -> None:
+def test_heads_are_flattened_for_a_dictionary_that_does_not(hooked2, peer_model2) -> None:
     """F21: attention SAEs of Gemma Scope 2 do not reshape, and SAELens gives them 4-D tensors."""
     sae = factories.attention(hooked2, 1)
     assert largest(ours(hooked2, sae) - ours(hooked2, with_heads(sae))) == 0
     with pytest.raises(RuntimeError, match="must match the size"):
-        theirs_without_error(theirs2, TOKENS, sae)
+        peer_without_error(peer_model2, TOKENS, sae)
 
 
 @torch.no_grad()
 def test_heads_keep_their_shape_after_a_splice_on_the_bridge() -> None:
     """F22: SAELens puts a new hook point there, without the conversion to heads, for good."""
-    model, theirs = factories.tiny_model("gemma2", "bridge"), peer("gemma2", "bridge")
+    model, peer_model = factories.tiny_model("gemma2", "bridge"), peer("gemma2", "bridge")
     sae, name = factories.attention(model, 1), "blocks.1.attn.hook_z"
     bare = model.run_with_cache(TOKENS, names_filter=[name])[1][name]
     assert bare.shape == (*TOKENS.shape, 4, 12)
     ours(model, sae)
     assert torch.equal(model.run_with_cache(TOKENS, names_filter=[name])[1][name], bare)
-    theirs_without_error(theirs, TOKENS, sae)
-    after = theirs.run_with_cache(TOKENS)[1]["blocks.1.attn.o.hook_in"]
+    peer_without_error(peer_model, TOKENS, sae)
+    after = peer_model.run_with_cache(TOKENS)[1]["blocks.1.attn.o.hook_in"]
     assert after.shape == (*TOKENS.shape, 48)
 
 
 @torch.no_grad()
-def test_the_norms_output_is_read_on_both_classes(model, hf, theirs) -> None:
+def test_the_norms_output_is_read_on_both_classes(model, hf, peer_model) -> None:
     """F24: ``ln2.hook_out`` is on the bridge alone; on the other class SAELens runs the bare model."""
     code = gained_transcoder(hf, 1, skip=False)
     named = renamed(code, "blocks.1.ln2.hook_out")
     assert largest(ours(model, named) - ours(model, code)) < 1e-6
     with transcoded(hf, [code], TOKENS):
         assert largest(ours(model, named, exclude="bos") - hf(TOKENS).logits) < 1e-5
-    shown = theirs_without_error(theirs, TOKENS, named)
+    shown = peer_without_error(peer_model, TOKENS, named)
     skipped = torch.equal(shown, model(TOKENS))
-    assert skipped == ("blocks.1.ln2.hook_out" not in theirs.hook_dict)
+    assert skipped == ("blocks.1.ln2.hook_out" not in peer_model.hook_dict)
 
 
 @torch.no_grad()
-def test_hooks_and_the_choice_of_error_go_together(hooked2, theirs2) -> None:
+def test_hooks_and_the_choice_of_error_go_together(hooked2, peer_model2) -> None:
     """F13: ``run_with_hooks_with_saes`` has no ``use_error_term``."""
     sae, count = factories.residual(hooked2, 1), Counter()
     with splice(hooked2, HookedSAE(sae, error="drop", exclude=())) as spliced:
         got = spliced.run_with_hooks(TOKENS, fwd_hooks=[(f"{SITE}.hook_sae_acts_post", count)])
-    assert largest(got - theirs_without_error(theirs2, TOKENS, sae)) < 1e-5
+    assert largest(got - peer_without_error(peer_model2, TOKENS, sae)) < 1e-5
     assert count.times == 1
     with pytest.raises(TypeError, match="use_error_term"):
-        theirs2.run_with_hooks_with_saes(TOKENS, saes=[sae], use_error_term=False)
+        peer_model2.run_with_hooks_with_saes(TOKENS, saes=[sae], use_error_term=False)

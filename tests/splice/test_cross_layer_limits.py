@@ -148,10 +148,10 @@ def test_positions_of_the_dictionary_hold_at_every_layer(
     code, keep = clt(hf), torch.zeros_like(TOKENS, dtype=torch.bool)
     keep[:, chosen] = True
     edit = Add(features=3, amount=2.0, layer=0)
-    one = torch.nn.functional.one_hot(torch.tensor(3), 48)
+    direction = torch.nn.functional.one_hot(torch.tensor(3), 48)
     with splice(model, code, error=error, positions=positions, edits=edit) as spliced:
         got = spliced(TOKENS)
-    changes = {0: lambda a: a + 2 * one}
+    changes = {0: lambda a: a + 2 * direction}
     with replaced(hf, code, TOKENS, error=error, keep=keep, changes=changes):
         assert largest(got - hf(TOKENS).logits) < 1e-5
 

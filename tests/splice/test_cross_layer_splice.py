@@ -192,8 +192,8 @@ def test_the_crosscoders_layers_go_by_their_own_numbers(model, hf, error: Any) -
     code = crosscoder(model, (0, 2))
     with splice(model, code, error=error, edits=Add(features=3, amount=2.0, layer=2)) as spliced:
         got = spliced(TOKENS)
-    one = torch.nn.functional.one_hot(torch.tensor(3), 48)
-    with replaced(hf, code, TOKENS, error=error, changes={1: lambda a: a + 2 * one}):
+    direction = torch.nn.functional.one_hot(torch.tensor(3), 48)
+    with replaced(hf, code, TOKENS, error=error, changes={1: lambda a: a + 2 * direction}):
         assert largest(got - hf(TOKENS).logits) < 1e-5
 
 

@@ -84,13 +84,13 @@ def test_what_depends_on_values_cannot_be_faked() -> None:
 def test_values_do_not_depend_on_the_device(
     hooked2, site: str, error: Any, edits: str, where
 ) -> None:
-    stream, own = where
+    stream, home = where
     sae = getattr(factories, site)(hooked2, 1)
     x, y = torch.randn(2, 2, 6, 32, generator=torch.Generator().manual_seed(0))
     y = x if site == "residual" else y
     keep = torch.ones(2, 6, dtype=torch.bool)
     expected = HookedSAE(sae, error=error)(x, y, keep, EDITS[edits])
-    moved = HookedSAE(copy.deepcopy(sae).to(own), error=error)
+    moved = HookedSAE(copy.deepcopy(sae).to(home), error=error)
     got = moved(x.to(stream), y.to(stream), keep.to(stream), EDITS[edits])
     assert got.device.type == stream
     assert torch.allclose(got.detach().cpu(), expected.detach(), atol=1e-4)
@@ -98,7 +98,7 @@ def test_values_do_not_depend_on_the_device(
 
 # --------------------------------------------------------------------------- compiled models
 @pytest.fixture(params=["hooked", "bridge"])
-def own(request: pytest.FixtureRequest) -> Any:
+def fresh_model(request: pytest.FixtureRequest) -> Any:
     """A model that a test may compile, of one layer: tracing takes long."""
     build = {"hooked": hooked_from_hf, "bridge": bridge_from_hf}[request.param]
     return build(gemma2(num_hidden_layers=1), tiny_tokenizer(), "tiny")
@@ -138,15 +138,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("change", REFUSED, ids=lambda change: change.__name__)
-def test_a_compiled_model_is_refused(own, sae, change) -> None:
-    before = n_hooks(own)
-    model = change(own)
+def test_a_compiled_model_is_refused(fresh_model, sae, change) -> None:
+    before = n_hooks(fresh_model)
+    model = change(fresh_model)
     with (
         pytest.raises(ModelError, match=f"{REFUSED[change]}.*as it was before torch.compile"),
         splice(model, sae),
     ):
         pass
-    assert n_hooks(own) == before
+    assert n_hooks(fresh_model) == before
 
 
 @pytest.fixture(scope="module")

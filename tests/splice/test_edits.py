@@ -76,11 +76,11 @@ def expected_tensor(model: Any, sae: Any, change: Any, positions: list[int]) -> 
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit_is_what_it_says(hooked2, name: str, where: str, listened: bool) -> None:
     kind, options, change = EDITS[name]
-    given, positions = POSITIONS[where]
+    positions, places = POSITIONS[where]
     sae = factories.residual(hooked2, 1)
-    edit = kind(features=FEATURES, positions=given, **options)
+    edit = kind(features=FEATURES, positions=positions, **options)
     got = edited_tensor(hooked2, sae, edit, listened=listened)
-    expected = expected_tensor(hooked2, sae, change, positions)
+    expected = expected_tensor(hooked2, sae, change, places)
     assert torch.allclose(got, expected, atol=1e-5)
     bare = activations(hooked2, TOKENS, "blocks.1.hook_resid_post")
     assert torch.allclose(got[:, 0], bare[:, 0], atol=TINY)
@@ -210,12 +210,14 @@ def test_ablation_is_idempotent_and_touches_only_what_it_names(chosen, at, to) -
 
 @given(subsets, subsets, places, places, factors)
 @settings(max_examples=60, deadline=None)
-def test_edits_of_different_features_may_come_in_any_order(one, other, here, there, a) -> None:
-    other = [i for i in other if i not in one] or [i for i in range(6) if i not in one]
-    if not other:
+def test_edits_of_different_features_may_come_in_any_order(
+    clamped, others, at_clamped, at_others, a
+) -> None:
+    others = [i for i in others if i not in clamped] or [i for i in range(6) if i not in clamped]
+    if not others:
         return
-    first = Clamp(features=one, positions=here, value=a)
-    second = Add(features=other, positions=there, amount=1.0)
+    first = Clamp(features=clamped, positions=at_clamped, value=a)
+    second = Add(features=others, positions=at_others, amount=1.0)
     assert torch.equal(applied(first, second), applied(second, first))
 
 
@@ -260,13 +262,13 @@ def test_every_feature_at_once() -> None:
 
 
 def test_the_mean_is_that_of_kept_tokens() -> None:
-    kept = torch.tensor([[False, True, True, True], [True, True, False, False]])
-    got = apply_edits([Ablate(features=3, to="mean")], ACTS, range(6), Window(kept))
-    assert torch.allclose(got[kept][:, 3], ACTS[kept][:, 3].mean().expand(5))
-    assert torch.equal(got[~kept], ACTS[~kept])
-    given = applied(Ablate(features=[3, 5], to=[0.25, 0.5]))
-    assert (given[..., 3] == 0.25).all()
-    assert (given[..., 5] == 0.5).all()
+    keep = torch.tensor([[False, True, True, True], [True, True, False, False]])
+    got = apply_edits([Ablate(features=3, to="mean")], ACTS, range(6), Window(keep))
+    assert torch.allclose(got[keep][:, 3], ACTS[keep][:, 3].mean().expand(5))
+    assert torch.equal(got[~keep], ACTS[~keep])
+    ablated = applied(Ablate(features=[3, 5], to=[0.25, 0.5]))
+    assert (ablated[..., 3] == 0.25).all()
+    assert (ablated[..., 5] == 0.5).all()
 
 
 def test_a_function_of_ones_own() -> None:

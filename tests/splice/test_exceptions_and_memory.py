@@ -256,7 +256,7 @@ def test_an_abandoned_generator_leaves_everything_as_it_was(model, end: str) -> 
 
 @TWO_KINDS
 def test_the_first_exception_is_the_one_that_is_seen(model) -> None:
-    """A dictionary that was never reached is no news after another error."""
+    """A dictionary that was never reached is not reported after another error."""
     with pytest.raises(StopError) as raised, splice(model, wrapped(model)) as spliced:
         spliced.run_with_hooks(
             TOKENS, fwd_hooks=[("blocks.0.hook_resid_pre", failing(StopError()))]
@@ -267,20 +267,20 @@ def test_the_first_exception_is_the_one_that_is_seen(model) -> None:
 @torch.no_grad()
 def test_a_dictionary_may_be_in_two_places_at_once(hooked2) -> None:
     """The same object twice works twice, or is refused; never once."""
-    one = HookedSAE(factories.residual(hooked2, 1), error="drop", exclude=())
+    hooked = HookedSAE(factories.residual(hooked2, 1), error="drop", exclude=())
     x = factories.activations(hooked2, TOKENS, SITE)
-    twice = reconstruction(one.sae, reconstruction(one.sae, x))
+    twice = reconstruction(hooked.sae, reconstruction(hooked.sae, x))
     with hooked2.hooks(fwd_hooks=[(SITE, lambda x, hook: twice)]):
         expected = hooked2(TOKENS)
-    with splice(hooked2, one), splice(hooked2, one) as inner:
+    with splice(hooked2, hooked), splice(hooked2, hooked) as inner:
         assert largest(inner(TOKENS) - expected) < 1e-5
     try:
-        with splice(hooked2, [one, one]) as spliced:
+        with splice(hooked2, [hooked, hooked]) as spliced:
             assert largest(spliced(TOKENS) - expected) < 1e-5
             assert len(spliced.sites) == 2
     except GemmaScopeError as refused:
         assert SITE in str(refused)
-    assert one.name == SITE
+    assert hooked.name == SITE
 
 
 # --------------------------------------------------------------------------- training
@@ -308,7 +308,7 @@ def test_the_models_flags_are_its_own(hooked2) -> None:
 # --------------------------------------------------------------------------- memory
 def live_tensors() -> int:
     gc.collect()
-    return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+    return sum(issubclass(type(value), torch.Tensor) for value in gc.get_objects())
 
 
 def resident() -> int:

@@ -110,11 +110,11 @@ def test_with_the_error_dropped_the_gradient_goes_through_the_skip(model, hf) ->
     name, code = "blocks.0.hook_resid_post", gained_transcoder(hf, 1, skip=True)
     without = copy.deepcopy(code)
     without.W_skip.data.zero_()
-    found = []
-    for one in (code, without):
-        with splice(model, one, error="drop") as spliced:
-            found.append(gradients(spliced, TOKENS, metric, [name])[name])
-    assert largest(found[0] - found[1]) > 1e-3
+    slopes = []
+    for transcoder in (code, without):
+        with splice(model, transcoder, error="drop") as spliced:
+            slopes.append(gradients(spliced, TOKENS, metric, [name])[name])
+    assert largest(slopes[0] - slopes[1]) > 1e-3
 
 
 def test_a_model_with_folded_norms_is_refused(model, hf) -> None:

@@ -80,14 +80,14 @@ def test_levels_that_do_not_exist_are_errors(hooked2) -> None:
 @pytest.mark.parametrize("error", ["keep", "drop"])
 def test_two_stages_encode_the_same_features(model, error) -> None:
     sae, name = factories.residual(model, 1), f"{SITE}.hook_sae_acts_post"
-    found = []
+    runs = []
     for two_stage in (False, True):
         hooked = HookedSAE(sae, error=error, two_stage=two_stage)
         with splice(model, hooked, edits=Add(features=3, amount=2.0)) as spliced:
-            found.append(
+            runs.append(
                 (spliced(TOKENS), spliced.run_with_cache(TOKENS, names_filter=name)[1][name])
             )
-    (logits, acts), (fast_logits, fast_acts) = found
+    (logits, acts), (fast_logits, fast_acts) = runs
     assert torch.equal(acts != 0, fast_acts != 0)
     assert torch.allclose(acts, fast_acts, atol=1e-5)
     assert torch.allclose(logits, fast_logits, atol=1e-5)

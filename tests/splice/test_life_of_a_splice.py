@@ -116,9 +116,9 @@ def test_a_users_hook_at_the_same_point_keeps_firing(model) -> None:
     with torch.no_grad(), model.hooks(fwd_hooks=hooks), splice(model, sae, error="drop") as spliced:
         spliced(TOKENS)  # attached before the splice
         spliced.run_with_hooks(TOKENS, fwd_hooks=hooks)  # and after
-    own = factories.activations(model, TOKENS, SITE)
+    stream = factories.activations(model, TOKENS, SITE)
     assert len(seen) == 3
-    assert all(torch.equal(own, other) for other in seen)
+    assert all(torch.equal(stream, other) for other in seen)
 
 
 @torch.no_grad()

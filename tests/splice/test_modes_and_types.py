@@ -134,9 +134,9 @@ def test_a_hook_in_place_does_not_write_into_the_stream(model, part: str, error)
         pytest.skip("there is no error")
     sae = factories.transcoder(model, 1)
     names = ["blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"]
-    own = sae.cfg.metadata.hook_name_out or sae.cfg.metadata.hook_name
+    site = sae.cfg.metadata.hook_name_out or sae.cfg.metadata.hook_name
     bare = {name: factories.activations(model, TOKENS, name) for name in names}
-    hooks = [(f"{own}.hook_sae_{part}", writing(part, "in place"))]
+    hooks = [(f"{site}.hook_sae_{part}", writing(part, "in place"))]
     with splice(model, sae, error=error) as spliced, spliced.hooks(hooks):
         _, cache = spliced.run_with_cache(TOKENS, names_filter=names)
     for name in names:

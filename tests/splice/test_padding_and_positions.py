@@ -41,9 +41,9 @@ from tests.tiny_models import PAD_ID
 @pytest.mark.parametrize("filler", [PAD_ID, 77])
 def test_the_bare_model_gives_padded_prompts_their_logits(model, side: str, filler: int) -> None:
     """What the tests below take for granted."""
-    tokens, mask, own = padded(side, filler)
+    tokens, mask, real = padded(side, filler)
     logits = model(tokens, attention_mask=mask)
-    assert largest(logits[0, own] - model(SHORT)[0]) < 1e-5
+    assert largest(logits[0, real] - model(SHORT)[0]) < 1e-5
     assert largest(logits[1] - model(LONG)[0]) < 1e-5
 
 
@@ -56,11 +56,11 @@ def test_the_bare_model_gives_padded_prompts_their_logits(model, side: str, fill
 def test_padding_changes_nothing_for_real_tokens(model, side, filler, name, site) -> None:
     """Whether the filler is the tokenizer's or, with a mask, an ordinary word."""
     sae = getattr(factories, site)(model, 1)
-    tokens, mask, own = padded(side, filler)
+    tokens, mask, real = padded(side, filler)
     with splice(model, sae, **SETTINGS[name]) as spliced:
         logits = spliced(tokens, attention_mask=mask)
         alone = spliced(SHORT), spliced(LONG)
-    assert largest(logits[0, own] - alone[0][0]) < 1e-5
+    assert largest(logits[0, real] - alone[0][0]) < 1e-5
     assert largest(logits[1] - alone[1][0]) < 1e-5
 
 
@@ -68,7 +68,7 @@ def test_padding_changes_nothing_for_real_tokens(model, side, filler, name, site
 @SIDES
 @pytest.mark.parametrize(("filler", "with_mask"), [(PAD_ID, False), (PAD_ID, True), (77, True)])
 def test_padding_is_left_alone_by_id_and_by_mask(model, side, filler, with_mask: bool) -> None:
-    tokens, mask, own = padded(side, filler)
+    tokens, mask, real = padded(side, filler)
     options = {"attention_mask": mask} if with_mask else {}
     names = [SITE, OUT, f"{SITE}.hook_sae_acts_post"]
     padding = mask == 0
@@ -77,7 +77,7 @@ def test_padding_is_left_alone_by_id_and_by_mask(model, side, filler, with_mask:
             _, cache = spliced.run_with_cache(tokens, names_filter=names, **options)
         assert torch.equal(cache[OUT][padding], cache[SITE][padding])
         assert not cache[names[2]][padding].any()
-        assert (cache[OUT] != cache[SITE]).any(-1)[0, own][1:].all()
+        assert (cache[OUT] != cache[SITE]).any(-1)[0, real][1:].all()
 
 
 @TWO_KINDS
@@ -128,9 +128,9 @@ def test_a_dictionary_works_at_its_positions_only(hooked2, where: str, wrapped: 
     sae, (positions, chosen) = factories.residual(hooked2, 1), PLACES[where]
     here = grid(chosen)
     x = activations(hooked2, TOKENS, SITE)
-    given = HookedSAE(sae, error="drop", positions=positions) if wrapped else sae
+    dictionary = HookedSAE(sae, error="drop", positions=positions) if wrapped else sae
     names = [OUT, f"{SITE}.hook_sae_acts_post"]
-    with splice(hooked2, given, error="drop", positions=positions) as spliced:
+    with splice(hooked2, dictionary, error="drop", positions=positions) as spliced:
         logits, cache = spliced.run_with_cache(TOKENS, names_filter=names)
         assert largest(spliced(TOKENS) - logits) < 1e-6
     expected = torch.where(here[..., None], reconstruction(sae, x), x)
@@ -145,11 +145,11 @@ def test_a_dictionary_works_at_its_positions_only(hooked2, where: str, wrapped: 
 def test_an_edit_works_at_its_positions_and_rows_only(model, where: str, rows) -> None:
     positions, chosen = PLACES[where]
     here = grid(chosen)
-    kept = torch.ones(2, dtype=torch.bool)
+    is_edited = torch.ones(2, dtype=torch.bool)
     if rows is not None:
-        kept[:] = False
-        kept[rows] = True
-    here &= kept[:, None]
+        is_edited[:] = False
+        is_edited[rows] = True
+    here &= is_edited[:, None]
     sae = factories.residual(model, 1)
     edit = Add(features=FEATURE, amount=AMOUNT, positions=positions, rows=rows)
     with splice(model, sae, edits=edit) as spliced:

@@ -52,13 +52,13 @@ CACHES = pytest.mark.parametrize("cached", [True, False])
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "stop_at_eos": False}
 
 
-def long_grid(chosen: Any, kept: Any = slice(None)) -> torch.Tensor:
+def long_grid(chosen: Any, rows: Any = slice(None)) -> torch.Tensor:
     made = torch.zeros(2, N + NEW, dtype=torch.bool)
     for row, positions in enumerate(chosen):
         made[row, list(positions)] = True
-    only = torch.zeros(2, 1, dtype=torch.bool)
-    only[kept] = True
-    return made & only
+    in_rows = torch.zeros(2, 1, dtype=torch.bool)
+    in_rows[rows] = True
+    return made & in_rows
 
 
 def by_hand(model: Any, here: torch.Tensor, change: Any) -> torch.Tensor:
@@ -198,10 +198,10 @@ def in_pieces(
     if hasattr(model, "enable_compatibility_mode"):
         logits, cache = [], None
         for piece, stop in zip(pieces, stops, strict=True):
-            given: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-            given |= {"use_cache": True, "return_type": "logits_and_cache"}
-            one, cache = run(piece, attention_mask=mask[:, :stop], **given)
-            logits.append(one)
+            options: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+            options |= {"use_cache": True, "return_type": "logits_and_cache"}
+            piece_logits, cache = run(piece, attention_mask=mask[:, :stop], **options)
+            logits.append(piece_logits)
     else:  # which keeps the mask of earlier pieces itself
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
@@ -281,12 +281,12 @@ def test_a_splice_may_begin_in_the_middle_of_a_text(model, positions, chosen) ->
 @torch.no_grad()
 def test_padding_with_a_cache_is_left_alone(model) -> None:
     """Left padding by an ordinary word, told by the mask of each piece."""
-    tokens, mask, own = padded("left", 77)
+    tokens, mask, real = padded("left", 77)
     sae = factories.residual(model, 1)
     with splice(model, sae, error="drop", edits=ADD) as spliced:
         alone = spliced(SHORT), spliced(LONG)
         got = in_pieces(model, spliced, list(tokens.split([12, 8], dim=1)), mask)
-    assert largest(got[0, own] - alone[0][0]) < 1e-5
+    assert largest(got[0, real] - alone[0][0]) < 1e-5
     assert largest(got[1] - alone[1][0]) < 1e-5
 
 

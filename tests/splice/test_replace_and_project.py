@@ -53,8 +53,8 @@ def test_features_of_another_run_are_patched_in(model, site: str, chosen) -> Non
     change = (acts - here)[..., index] @ sae.W_dec[index]
     expected = activations(model, TOKENS, name)
     expected[:, 1:] += change[:, 1:]
-    for given in (source, acts, SparseActs.from_dense(acts), acts[..., index]):
-        got = output(model, sae, name, Replace(features=chosen, source=given))
+    for values in (source, acts, SparseActs.from_dense(acts), acts[..., index]):
+        got = output(model, sae, name, Replace(features=chosen, source=values))
         assert torch.allclose(got, expected, atol=1e-5)
 
 
@@ -69,9 +69,9 @@ def test_patching_in_ones_own_features_changes_nothing(model) -> None:
 def test_one_prompt_can_be_patched_into_many(hooked2) -> None:
     sae, name = made(hooked2, "residual")
     acts = cache_of(hooked2, sae, OTHER)[f"{name}.hook_sae_acts_post"]
-    one = output(hooked2, sae, name, Replace(features=CHOSEN, source=acts[:1]))
+    single = output(hooked2, sae, name, Replace(features=CHOSEN, source=acts[:1]))
     many = output(hooked2, sae, name, Replace(features=CHOSEN, source=acts[[0, 0]]))
-    assert torch.equal(one, many)
+    assert torch.equal(single, many)
 
 
 @torch.no_grad()

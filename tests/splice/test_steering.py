@@ -52,12 +52,11 @@ def singular() -> Bundled:
     return suite.model, sae, suite.feature(sae, "next_is_singular_verb")
 
 
-def same(one: Steering, other: Steering) -> bool:
+def same(steering: Steering, other: Steering) -> bool:
     """Equal in everything that is measured, up to rounding."""
     plain = ("before", "after", "strength", "method", "site", "exclude", "tokens", "ids_after")
-    return all(getattr(one, name) == getattr(other, name) for name in plain) and torch.allclose(
-        one.kl, other.kl, atol=TINY
-    )
+    is_equal = all(getattr(steering, name) == getattr(other, name) for name in plain)
+    return is_equal and torch.allclose(steering.kl, other.kl, atol=TINY)
 
 
 def pushed_logits(
@@ -200,12 +199,12 @@ def test_both_classes_steer_alike() -> None:
     sae = factories.residual(tiny_model("gemma2", "hooked"), LAYER)
     cases: tuple[tuple[Method, float], ...] = (("add", 8.0), ("orthogonal", 20.0))
     for method, strength in cases:
-        one, other = (
+        hooked, bridge = (
             steer(model, sae, 3, strength, PROMPT, method=method, max_new_tokens=6)
             for model in (tiny_model("gemma2", "hooked"), tiny_model("gemma2", "bridge"))
         )
-        assert same(one, other)
-        assert one.max_kl > 1e-4
+        assert same(hooked, bridge)
+        assert hooked.max_kl > 1e-4
 
 
 @torch.no_grad()
@@ -244,10 +243,10 @@ def test_orthogonal_is_a_projection(model, factor: float) -> None:
     text = torch.tensor([[*to_tokens(model, PROMPT)[0].tolist(), *result.ids_before]])
     d = sae.W_dec[FEATURE].double().numpy()
     projection = np.outer(d, d) / (d @ d)
-    kept = np.eye(len(d)) - projection
+    complement = np.eye(len(d)) - projection
 
     def project(y: torch.Tensor, hook: Any) -> torch.Tensor:
-        new = torch.from_numpy(y.double().numpy() @ (kept + factor * projection)).to(y)
+        new = torch.from_numpy(y.double().numpy() @ (complement + factor * projection)).to(y)
         return torch.cat([y[:, :1], new[:, 1:]], dim=1)
 
     logits = model.run_with_hooks(text, fwd_hooks=[(f"blocks.{LAYER}.hook_resid_post", project)])
@@ -268,8 +267,8 @@ def test_transcoders_and_attention_steer_at_their_output(model, make) -> None:
     result = steer(model, sae, FEATURE, 30.0, PROMPT, max_new_tokens=3)
     assert result.site == (sae.cfg.metadata.hook_name_out or sae.cfg.metadata.hook_name)
     assert result.max_kl > 0
-    (one,) = steer(model, {"the only one": sae}, FEATURE, [30.0], PROMPT, max_new_tokens=3)
-    assert same(result, one)
+    (run,) = steer(model, {"the only one": sae}, FEATURE, [30.0], PROMPT, max_new_tokens=3)
+    assert same(result, run)
 
 
 def test_options_of_a_hooked_sae_are_its_own(hooked2) -> None:
@@ -342,13 +341,13 @@ def test_a_sweep_is_its_separate_runs(model, monkeypatch) -> None:
     sweep = steer(model, sae, FEATURE, (s for s in strengths), PROMPT, **options)
     assert len(calls) == 1 + len(strengths)
     assert isinstance(sweep, SteeringSweep)
-    assert all(same(one, other) for one, other in zip(sweep, alone, strict=True))
+    assert all(same(run, other) for run, other in zip(sweep, alone, strict=True))
     assert sweep[1:] == (sweep[1], sweep[2])
     frame = sweep.to_frame()
     assert frame["strength"].tolist() == strengths
-    assert frame["text"].tolist() == [one.after for one in alone]
-    assert frame["mean_kl"].tolist() == [one.mean_kl for one in alone]
-    assert frame["relative_push"].tolist() == [one.relative_push for one in alone]
+    assert frame["text"].tolist() == [run.after for run in alone]
+    assert frame["mean_kl"].tolist() == [run.mean_kl for run in alone]
+    assert frame["relative_push"].tolist() == [run.relative_push for run in alone]
     assert frame["tokens_changed"].tolist()[-1] == 0
 
 

@@ -57,9 +57,9 @@ def slow_features(sae: TreeSAE, x: torch.Tensor, n_layers: int = 2) -> torch.Ten
         for i in range(size) if start else ():
             if (p := int(sae.parent[start + i])) >= 0:
                 gate[..., i] = (blocks[0][..., p] > 1e-3).to(pre.dtype)
-        own = pre[..., start : start + size] * gate
-        rank = (own[..., None, :] > own[..., :, None]).sum(-1)
-        blocks.append(own * (rank < k) * (own > 0))
+        gated = pre[..., start : start + size] * gate
+        rank = (gated[..., None, :] > gated[..., :, None]).sum(-1)
+        blocks.append(gated * (rank < k) * (gated > 0))
         start += size
     return torch.cat(blocks, -1)
 

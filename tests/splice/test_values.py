@@ -228,11 +228,11 @@ def test_the_stream_keeps_its_type(double) -> None:
 def test_saelens_wrapper_agrees_for_one_residual_sae(hooked2) -> None:
     from sae_lens import HookedSAETransformer
 
-    theirs = HookedSAETransformer(hooked2.cfg, tokenizer=hooked2.tokenizer, move_to_device=False)
-    theirs.load_state_dict(hooked2.state_dict(), strict=False)
+    wrapped = HookedSAETransformer(hooked2.cfg, tokenizer=hooked2.tokenizer, move_to_device=False)
+    wrapped.load_state_dict(hooked2.state_dict(), strict=False)
     sae = factories.residual(hooked2, 1)
     for use_error_term, error in ((True, "keep"), (False, "drop")):
-        expected = theirs.run_with_saes(TOKENS, saes=[sae], use_error_term=use_error_term)
+        expected = wrapped.run_with_saes(TOKENS, saes=[sae], use_error_term=use_error_term)
         with splice(hooked2, sae, error=error, exclude=()) as spliced:
             assert largest(spliced(TOKENS) - expected) < 1e-5
 

@@ -109,11 +109,11 @@ def test_a_right_dictionary_fits(spec) -> None:
 @pytest.mark.parametrize("site", SITES)
 def test_the_bridge_says_the_same(site: str) -> None:
     sae = suite().load(site, 2)
-    ours, theirs = (verify(suite(b).model, sae, TOKENS) for b in ("hooked", "bridge"))
-    assert theirs.fits
-    assert theirs.l0 == pytest.approx(ours.l0, rel=1e-3)
-    assert theirs.fvu == pytest.approx(ours.fvu, rel=1e-3)
-    assert theirs.losses.spliced == pytest.approx(ours.losses.spliced, abs=1e-4)
+    hooked, bridge = (verify(suite(b).model, sae, TOKENS) for b in ("hooked", "bridge"))
+    assert bridge.fits
+    assert bridge.l0 == pytest.approx(hooked.l0, rel=1e-3)
+    assert bridge.fvu == pytest.approx(hooked.fvu, rel=1e-3)
+    assert bridge.losses.spliced == pytest.approx(hooked.losses.spliced, abs=1e-4)
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -304,7 +304,7 @@ def test_an_affine_skip_counts(transpose: bool) -> None:
     config = SAE.get_sae_config_class_for_architecture(name).from_dict(plain.cfg.to_dict())
     code: Any = SAE.get_sae_class_for_architecture(name)(config)
     code.load_state_dict({**plain.state_dict(), "W_skip": matrix if transpose else matrix.T})
-    fvu, before = (verify(model, one, TOKENS).fvu for one in (code, plain))
+    fvu, before = (verify(model, sae, TOKENS).fvu for sae in (code, plain))
     assert (fvu > before) if transpose else (fvu < 0.9 * before)
 
 

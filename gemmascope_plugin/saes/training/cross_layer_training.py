@@ -41,11 +41,7 @@ from gemmascope_plugin.saes.training.step_parts import paired_step
 
 @dataclass(kw_only=True)
 class CrossLayerTrainingConfig(CrossLayerSAEConfig, JumpReLUTrainingSAEConfig):
-    """Layers, and SAELens' settings of JumpReLU training.
-
-    Raises:
-        ModelError: As for ``CrossLayerSAEConfig``, or decoder rows that begin without a norm.
-    """
+    """Layers, and SAELens' settings of JumpReLU training."""
 
     apply_b_dec_to_input: bool = False
     decoder_init_norm: float | None = 1.0
@@ -55,7 +51,7 @@ class CrossLayerTrainingConfig(CrossLayerSAEConfig, JumpReLUTrainingSAEConfig):
         super().__post_init__()
         if self.decoder_init_norm is None or not self.decoder_init_norm > 0:
             raise ModelError(
-                f"decoder_init_norm is {self.decoder_init_norm}, no norm that a row can begin with",
+                f"decoder_init_norm is {self.decoder_init_norm}, not a norm that a row can begin with",
                 fix="decoder_init_norm=1.0",
             )
 
@@ -128,11 +124,7 @@ class CrossLayerTrainingSAE(CrossLayerWeights[Any], JumpReLUTrainingSAE):
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """One step on ``[batch, d_in]``, of a CLT ``[batch, d_in + d_out]``.
-
-        Raises:
-            WidthMismatchError: A batch of another width, such as a CLT's inputs without its targets.
-        """
+        """One step on ``[batch, d_in]``, of a CLT ``[batch, d_in + d_out]``."""
         width = step_input.sae_in.shape[-1]
         if width != self.cfg.batch_width:
             raise WidthMismatchError(

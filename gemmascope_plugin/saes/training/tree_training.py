@@ -112,12 +112,7 @@ _STATE = ("tokens_since_fired", "capacity")
 
 
 class TreeTrainingSAE(TreeDictionary[TreeTrainingSAEConfig], TrainingSAE[TreeTrainingSAEConfig]):
-    """A Tree SAE with losses and a tree that is learned; ``save_inference_model`` keeps the tree.
-
-    Args:
-        cfg: Shapes and hyperparameters.
-        use_error_term: As in SAELens.
-    """
+    """A Tree SAE with losses and a tree that is learned; ``save_inference_model`` keeps the tree."""
 
     tokens_since_fired: torch.Tensor
     """Tokens since each feature last fired, ``[d_sae]``."""
