@@ -1,6 +1,6 @@
 """Where the weights of a model are: a name, a folder or a file becomes something transformers reads.
 
-1. A folder is taken as it is; a GGUF file is converted into one, once (``gguf/``).
+1. A folder is taken as it is; a GGUF file is converted into one, once (``gguf_folder.py``).
 2. A name is resolved as ``find(model=...)`` does: ``4b-it`` is ``google/gemma-3-4b-it``.  A bare name
    that no Gemma 2 or 3 has is refused here; the hub would be asked for a minute.
 3. Of a name, ``source`` says which copy: files in the hub's cache, the package of the extra ``[gemma]``
@@ -17,10 +17,11 @@ from gemmascope_plugin.catalog.find import resolve_model
 from gemmascope_plugin.catalog.tables import models
 from gemmascope_plugin.errors import MissingFileError, ModelError, UnknownNameError, check_choice
 from gemmascope_plugin.errors import nearest as nearest_of
-from gemmascope_plugin.models.gguf import converted, converted_package
-from gemmascope_plugin.models.gguf.hf_folder import (
+from gemmascope_plugin.models.gguf_folder import (
     PACKAGE,
     PACKAGE_MODEL,
+    converted,
+    converted_package,
     package_version,
     recorded_quantisation,
 )

@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _linked(folder: Path) -> Path:
     """The converted model beside a tiny one that warms a process up."""
-    from gemmascope_plugin.models.gguf import converted_package
+    from gemmascope_plugin.models.gguf_folder import converted_package
 
     for path in converted_package().iterdir():
         (folder / path.name).symlink_to(path)

@@ -36,7 +36,7 @@ CASE, GRAPH = "case.safetensors", "peer.npz"
 def prepare(folder: Path) -> None:
     """Transcoders, tokens, and where the model lies."""
     from gemmascope_plugin import load_model
-    from gemmascope_plugin.models.gguf import converted_package
+    from gemmascope_plugin.models.gguf_folder import converted_package
     from tests.support.real_saes import fitted_transcoders
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gemmascope_plugin.models.gguf.config import _BLOCK, _ROOT
+from gemmascope_plugin.models.gguf_config import _BLOCK, _ROOT
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 SPACES = ["  ", "   "]

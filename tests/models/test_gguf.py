@@ -19,11 +19,11 @@ from gemmascope_plugin.errors import (
     MissingFileError,
     ModelError,
 )
+from gemmascope_plugin.models import gguf_folder as folder
 from gemmascope_plugin.models import load_model
-from gemmascope_plugin.models.gguf import converted
-from gemmascope_plugin.models.gguf import hf_folder as folder
-from gemmascope_plugin.models.gguf.config import hf_config, merges
-from gemmascope_plugin.models.gguf.reader import GgufFile, GgufTensor
+from gemmascope_plugin.models.gguf_config import hf_config, merges
+from gemmascope_plugin.models.gguf_folder import converted
+from gemmascope_plugin.models.gguf_reader import GgufFile, GgufTensor
 from tests.models import gguf_files
 from tests.tiny_models import gemma2, gemma3, random_tokens
 

@@ -57,7 +57,7 @@ def real_hf(dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     from gemmascope_plugin.arguments import as_dtype
-    from gemmascope_plugin.models.gguf import converted_package
+    from gemmascope_plugin.models.gguf_folder import converted_package
 
     hf = AutoModelForCausalLM.from_pretrained(
         converted_package(), dtype=as_dtype(dtype), attn_implementation="eager"

@@ -20,7 +20,7 @@ import re
 from typing import Any
 
 from gemmascope_plugin.errors import BadFileError, ModelError
-from gemmascope_plugin.models.gguf.reader import GgufFile, GgufTensor
+from gemmascope_plugin.models.gguf_reader import GgufFile, GgufTensor
 
 ARCHITECTURES = {"gemma2": "Gemma2ForCausalLM", "gemma3": "Gemma3ForCausalLM"}
 _PATTERN = {"gemma2": 2, "gemma3": 6}

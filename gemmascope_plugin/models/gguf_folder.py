@@ -31,14 +31,14 @@ from gemmascope_plugin.catalog.environment import home
 from gemmascope_plugin.errors import BadFileError
 from gemmascope_plugin.files.lock import folder_lock
 from gemmascope_plugin.files.whole import whole_folder, write_text_whole
-from gemmascope_plugin.models.gguf.config import (
+from gemmascope_plugin.models.gguf_config import (
     architecture,
     hf_config,
     hf_name,
     is_norm,
     tokenizer_files,
 )
-from gemmascope_plugin.models.gguf.reader import EXACT, GgufFile, GgufTensor, missing_extra
+from gemmascope_plugin.models.gguf_reader import EXACT, GgufFile, GgufTensor, missing_extra
 
 FORMAT = 2
 """Of the conversion; folders of another are made anew."""
