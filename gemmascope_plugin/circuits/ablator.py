@@ -42,6 +42,7 @@ from gemmascope_plugin.graphs.graph import Graph
 from gemmascope_plugin.graphs.node import Node
 from gemmascope_plugin.models.protocol import HookedModel, check_finite
 from gemmascope_plugin.models.record import write
+from gemmascope_plugin.models.replay_points import Entry
 from gemmascope_plugin.splice.hooked_sae import Saes
 
 Ablator = Callable[
@@ -166,7 +167,7 @@ def _measured(
         return part.base.expand(len(is_kept), -1)
     hooks = [(name, _replace(name, nodes, is_kept, x)) for name, x in other.items()]
     layer = 0 if part.replay.runs_whole else max(0, min(layer_of(n.hook) for n in removed))
-    return part.metric(part.replay.run(layer, window, copies=len(is_kept), hooks=hooks))
+    return part.metric(part.replay.run(Entry(layer, copies=len(is_kept), hooks=hooks), window))
 
 
 def _replace(

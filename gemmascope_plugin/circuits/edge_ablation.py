@@ -45,7 +45,7 @@ from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.protocol import HookedModel, wide
 from gemmascope_plugin.models.record import keep, write
-from gemmascope_plugin.models.replay import Stage
+from gemmascope_plugin.models.replay_points import Entry, Stage
 
 MAX_ROWS = 512
 """Prompt copies in one pass by default."""
@@ -118,9 +118,8 @@ class EdgeAblation:
         window = part.replay.window(part.start)
         run = _Run(self.anatomy, self.edges, removed.to(part.index.device), other.window(window))
         run.start(Writes.of(part.base_acts, self.anatomy.n_layers).window(window), layer, stage)
-        values = part.metric(
-            part.replay.run(layer, window, stage=stage, copies=len(is_kept), hooks=run.hooks())
-        )
+        entry = Entry(layer, stage, len(is_kept), run.hooks())
+        values = part.metric(part.replay.run(entry, window))
         return values.cpu()
 
 

@@ -14,7 +14,7 @@ Cost: one pass, and one more to restart from; then the layers that run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from gemmascope_plugin.models.asked import no_logits
 from gemmascope_plugin.models.points import can_restart, n_layers
 from gemmascope_plugin.models.protocol import HookedModel, Runner
 from gemmascope_plugin.models.record import hooking, keeping, put
-from gemmascope_plugin.models.replay import Stage
+from gemmascope_plugin.models.replay_points import Entry
 from gemmascope_plugin.models.threads import threads_for_tokens
 from gemmascope_plugin.models.unembed import soft_cap
 from gemmascope_plugin.types import Hooks
@@ -78,19 +78,9 @@ class ModuleReplay:
         self._end = Restart(self.model, self.tokens, range(n + 1)) if restarts else None
         return final
 
-    def run(
-        self,
-        layer: int,
-        window: slice,
-        *,
-        stage: Stage = "pre",
-        copies: int = 1,
-        hooks: Hooks = (),
-        values: Mapping[str, torch.Tensor] | None = None,
-        stream: torch.Tensor | None = None,
-    ) -> Float[torch.Tensor, "ask d_model"]:
+    def run(self, entry: Entry, window: slice) -> Float[torch.Tensor, "ask d_model"]:
         """What ``Replay.run`` says, always from the beginning of the layer; ``values`` saves nothing."""
-        hooks = list(hooks)
+        layer, copies, stream, hooks = entry.layer, entry.copies, entry.stream, list(entry.hooks)
         embeds = layer == 0 and any(name == "hook_embed" for name, _ in hooks)
         if self._end is not None and not embeds:
             rows = self._end.stream(layer, copies) if stream is None else stream

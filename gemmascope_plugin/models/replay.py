@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -29,42 +28,27 @@ from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.replay_points import (
     OUTSIDE,
     Earlier,
+    Entry,
     Points,
     Rows,
+    Stage,
     cut_out,
 )
 from gemmascope_plugin.models.threads import threads_for_tokens
 from gemmascope_plugin.types import Hooks
 
-Stage = Literal["pre", "mid", "post"]
-
-
-@dataclass(frozen=True, eq=False)
-class Entry:
-    """Where copies of the prompts start in a climb; hooks lie in the first layer alone."""
-
-    layer: int
-    stage: Stage
-    copies: int
-    hooks: Hooks
-    values: Mapping[str, torch.Tensor]
-
 
 @dataclass(eq=False)
 class Replay:
-    """Prompts that were run once, to be run again from a layer and a position.
-
-    Args:
-        arithmetic: The model's.
-        tokens: The prompts ``[prompt, pos]``; what follows a shorter one is padding.
-        at: The position that each is asked about, or several of them.
-        row: Which prompt each of the positions belongs to; None for one of each.
-    """
+    """Prompts that were run once, to be run again from a layer and a position."""
 
     arithmetic: Arithmetic
     tokens: Int[torch.Tensor, "prompt pos"]
+    """What follows a shorter prompt is padding."""
     at: Int[torch.Tensor, " ask"]
+    """The position that each is asked about, or several of them."""
     row: Int[torch.Tensor, " ask"] | None = None
+    """Which prompt each of the positions belongs to; None for one of each."""
     pre: list[torch.Tensor] = field(default_factory=list)
     """Streams before each layer, and behind the last."""
     mid: list[torch.Tensor] = field(default_factory=list)
@@ -93,46 +77,20 @@ class Replay:
             self.pre.append(x)
             return self._end(x, Rows(0), points)
 
-    def run(
-        self,
-        layer: int,
-        window: slice,
-        *,
-        stage: Stage = "pre",
-        copies: int = 1,
-        hooks: Hooks = (),
-        values: Mapping[str, torch.Tensor] | None = None,
-        stream: torch.Tensor | None = None,
-    ) -> Float[torch.Tensor, "ask d_model"]:
+    def run(self, entry: Entry, window: slice) -> Float[torch.Tensor, "ask d_model"]:
         """What the unembedding reads at the asked positions of the rows, copy after copy.
 
-        Args:
-            layer: The first that runs; ``n_layers`` for the final norm.
-            window: The positions that run: from the first that may differ to the last that is asked.
-            stage: Where in the layer to start: at its beginning (``pre``), between attention and MLP
-                (``mid``), or behind it (``post``), where only its last point is passed.
-            copies: Of the prompts.
-            hooks: What happens on the way, with tensors ``[row, some, ...]`` of the window's positions.
-            values: Values at points that need not be computed.
-            stream: Where to start instead of the recorded stream.
+        The window has the positions that run: from the first that may differ to the last that is asked.
         """
-        with self._threads(copies, window):
-            return self._run(layer, window, stage, copies, Points(hooks), values or {}, stream)
+        with self._threads(entry.copies, window):
+            return self._run(entry, window)
 
-    def _run(
-        self,
-        layer: int,
-        window: slice,
-        stage: Stage,
-        copies: int,
-        points: Points,
-        values: Mapping[str, torch.Tensor],
-        stream: torch.Tensor | None,
-    ) -> Float[torch.Tensor, "ask d_model"]:
+    def _run(self, entry: Entry, window: slice) -> Float[torch.Tensor, "ask d_model"]:
+        layer, stage, points = entry.layer, entry.stage, Points(entry.hooks)
         n, start = self.arithmetic.anatomy.n_layers, window.start
-        if stream is None:
-            stream = self._from(layer, stage)[:, window].repeat(copies, 1, 1)
-        x, last = stream, Rows(start, self._only(points, start, copies))
+        x, last = entry.stream, Rows(start, self._only(points, start, entry.copies))
+        if x is None:
+            x = self._from(layer, stage)[:, window].repeat(entry.copies, 1, 1)
         if layer == 0 and stage == "pre":
             x = points("hook_embed", x)
         if stage == "post":
@@ -143,8 +101,8 @@ class Replay:
             if index == layer and stage == "mid":
                 x = points(f"blocks.{layer}.hook_resid_mid", x)
             else:
-                x = block.attention(x, rows, self.earlier[index], points, values)
-            x = block.mlp(x, rows, points, values)
+                x = block.attention(x, rows, self.earlier[index], points, entry.values)
+            x = block.mlp(x, rows, points, entry.values)
         return self._end(x, last, points)
 
     def climb(self, window: slice, entries: Sequence[Entry]) -> Float[torch.Tensor, "ask d_model"]:
@@ -236,7 +194,7 @@ class Replay:
     ) -> Float[torch.Tensor, "ask d_model"]:
         """Other tokens, the same as the prompts before ``start``; hooks see the positions behind it."""
         stream = self.arithmetic.embedded(tokens[:, start:])
-        return self.run(0, slice(start, tokens.shape[1]), hooks=hooks, stream=stream)
+        return self.run(Entry(0, hooks=hooks, stream=stream), slice(start, tokens.shape[1]))
 
     def _only(self, points: Points, start: int, copies: int) -> torch.Tensor | None:
         """The position of each row that goes on in the last layer; None where several do."""

@@ -1,11 +1,11 @@
-"""Named points of a replayed pass, the positions of its rows, and the keys and values before them."""
+"""Where a replayed pass starts, its named points, its positions, and the keys and values before them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -30,6 +30,27 @@ _BEFORE = ("hook_resid_pre", "ln1.hook_scale", "ln1.hook_normalized", "attn.hook
 
 POINTS = frozenset((*_BEFORE, *QUERIES, *AFTER_Z, *AFTER_MID))
 """Points of a block, as hooks are called behind ``blocks.L.``."""
+
+
+Stage = Literal["pre", "mid", "post"]
+"""Where in a layer: at its beginning, between attention and MLP, or behind it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """Where copies of the prompts start, and what happens on the way."""
+
+    layer: int
+    """The first that runs; ``n_layers`` for the final norm."""
+    stage: Stage = "pre"
+    """Behind a layer (``"post"``) only its last point is passed."""
+    copies: int = 1
+    hooks: Hooks = ()
+    """With tensors ``[row, some, ...]`` of the positions that run."""
+    values: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Values at points that need not be computed."""
+    stream: Float[torch.Tensor, "row some d_model"] | None = None
+    """Where to start instead of the recorded stream."""
 
 
 class Points:

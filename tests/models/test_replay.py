@@ -11,7 +11,7 @@ from gemmascope_plugin.models.arithmetic import Arithmetic
 from gemmascope_plugin.models.block import gelu_times
 from gemmascope_plugin.models.record import keeping
 from gemmascope_plugin.models.replay import Replay
-from gemmascope_plugin.models.replay_points import POINTS, replayable
+from gemmascope_plugin.models.replay_points import POINTS, Entry, replayable
 from tests.factories import tiny_model
 from tests.support.rounding import TINY
 from tests.tiny_models import random_tokens
@@ -58,11 +58,11 @@ def test_in_double_precision(family: str, backend: str) -> None:
 def test_every_start_gives_the_same_end(model, start: int) -> None:
     run, final = replay(model)
     for layer in range(4):
-        again = run.run(layer, run.window(start), copies=2)
+        again = run.run(Entry(layer, copies=2), run.window(start))
         assert torch.allclose(again, final.repeat(2, 1), atol=1e-5)
     for layer in range(3):
         for stage in ("mid", "post"):
-            again = run.run(layer, run.window(start), stage=stage)
+            again = run.run(Entry(layer, stage), run.window(start))
             assert torch.allclose(again, final, atol=1e-5)
 
 
@@ -92,7 +92,7 @@ def test_points_see_and_change_what_hooks_do(name: str, model) -> None:
             patch.setattr("warnings.warn", lambda *args, **options: None)
             with torch.no_grad(), model.hooks(fwd_hooks=[(hook, change)]):
                 whole = model(TOKENS)[ROWS, AT]
-        late = run.run(0, run.window(0), hooks=[(hook, change)])
+        late = run.run(Entry(0, hooks=[(hook, change)]), run.window(0))
         assert torch.allclose(logits(run, late), whole, atol=2e-5)
 
 
@@ -106,14 +106,14 @@ def test_what_is_known_is_not_computed(model, name: str, layer: int) -> None:
     final = run.record(keeping(seen, [hook]))
     window = run.window(7)
     values = {hook: seen[hook][:, window]}
-    again = run.run(layer, window, values=values)
+    again = run.run(Entry(layer, values=values), window)
     assert torch.allclose(again, final, atol=1e-5)
 
     def roll(x: torch.Tensor, hook: Any) -> torch.Tensor:
         return x.roll(1, -1)
 
-    with_hook = run.run(layer, window, values=values, hooks=[(hook, roll)])
-    assert torch.allclose(with_hook, run.run(layer, window, hooks=[(hook, roll)]), atol=1e-5)
+    with_hook = run.run(Entry(layer, hooks=[(hook, roll)], values=values), window)
+    assert torch.allclose(with_hook, run.run(Entry(layer, hooks=[(hook, roll)]), window), atol=1e-5)
     assert not torch.allclose(with_hook, final, atol=1e-3)
 
 
@@ -129,7 +129,7 @@ def test_other_tokens_share_the_beginning(model) -> None:
 def test_gradients_are_the_models(model) -> None:
     run, _ = replay(model)
     stream = run.pre[1][:, 4:22].clone().requires_grad_(True)
-    logits(run, run.run(1, run.window(4), stream=stream))[:, 7].sum().backward()
+    logits(run, run.run(Entry(1, stream=stream), run.window(4)))[:, 7].sum().backward()
     held = {}
 
     def leaf(x: torch.Tensor, hook: Any) -> torch.Tensor:

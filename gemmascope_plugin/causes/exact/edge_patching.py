@@ -37,6 +37,7 @@ from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, check_model, dtype_of, wide
 from gemmascope_plugin.models.record import write
+from gemmascope_plugin.models.replay_points import Entry, Stage
 from gemmascope_plugin.types import Direction
 
 MAX_ROWS = 512
@@ -184,18 +185,16 @@ class _Patches:
         """Change of the metric under each edge alone; all readers are of one layer, MLPs or not."""
         start = int(self.starts[edges[0, 1]])
         moved = self.deltas[:, :, edges[:, 0]].movedim(2, 0)
-        replay, hooks, stream, stage = self.part.replay, [], None, "pre"
+        replay, hooks, stream = self.part.replay, [], None
+        stage: Stage = "pre"
         if start == self.anatomy.n_layers:
             stream = (replay.pre[start][:, self.window] + moved).flatten(0, 1).to(replay.pre[start])
         else:
             hooks = list(self._hooks(start, edges[:, 1], moved))
             readers = [self.edges.readers[i] for i in edges[:, 1].tolist()]
             stage = "mid" if all(reader.node.kind == "mlp" for reader in readers) else "pre"
-        values = self.part.metric(
-            self.part.replay.run(
-                start, self.window, stage=stage, copies=len(edges), hooks=hooks, stream=stream
-            )
-        )
+        entry = Entry(start, stage, len(edges), hooks, stream=stream)
+        values = self.part.metric(self.part.replay.run(entry, self.window))
         return values.cpu() - self.part.base
 
     def _hooks(

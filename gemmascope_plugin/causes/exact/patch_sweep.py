@@ -28,7 +28,8 @@ from gemmascope_plugin.causes.experiment import Experiment
 from gemmascope_plugin.causes.nodes import Patch, inserting
 from gemmascope_plugin.causes.replayed import Part, inside
 from gemmascope_plugin.models.points import n_layers
-from gemmascope_plugin.models.replay import Entry, Replay, Stage
+from gemmascope_plugin.models.replay import Replay
+from gemmascope_plugin.models.replay_points import Entry, Stage
 
 _KNOWN = ("attn.hook_z", "hook_attn_out", "mlp.hook_post", "hook_mlp_out")
 """Points whose recorded value spares what lies before them in their layer."""
@@ -180,21 +181,7 @@ def _chunk_metric(
     if part.replay.runs_whole:
         patches = [run.grid.patches[live.index] for live in chunk]
         entries = [_entry(run, part, 0, patches, window)]
-    return torch.cat(
-        [
-            part.metric(
-                part.replay.run(
-                    entry.layer,
-                    window,
-                    stage=entry.stage,
-                    copies=entry.copies,
-                    hooks=entry.hooks,
-                    values=entry.values,
-                )
-            )
-            for entry in entries
-        ]
-    )
+    return torch.cat([part.metric(part.replay.run(entry, window)) for entry in entries])
 
 
 def _entry(

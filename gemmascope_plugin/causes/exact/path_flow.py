@@ -29,6 +29,7 @@ from gemmascope_plugin.causes.replayed import Part
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.protocol import dtype_of, wide
 from gemmascope_plugin.models.record import keeping, write
+from gemmascope_plugin.models.replay_points import Entry
 
 Paths = Literal["direct", "mlps", "total"]
 Difference = Float[torch.Tensor, "prompt pos d_model"]
@@ -133,13 +134,9 @@ class Flow:
                 hooks.setdefault(place, []).append(_add(value[:, window], rows))
         edits = [(name, _clone_and(edit)) for name, edit in hooks.items()]
         seen: dict[str, torch.Tensor] = {}
-        replay.run(
-            0 if replay.runs_whole else max(0, first),
-            window,
-            copies=len(changes),
-            hooks=[*edits, *keeping(seen, streams)],
-            values=values,
-        )
+        layer = 0 if replay.runs_whole else max(0, first)
+        hooked = [*edits, *keeping(seen, streams)]
+        replay.run(Entry(layer, copies=len(changes), hooks=hooked, values=values), window)
         return [
             {hook: self._placed(x[j * n : (j + 1) * n], hook) for hook, x in seen.items()}
             for j in range(len(changes))

@@ -58,6 +58,7 @@ from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, check_model
+from gemmascope_plugin.models.replay_points import Entry
 from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
 from gemmascope_plugin.types import Direction
 
@@ -261,9 +262,8 @@ class _Sweep:
             for d in deliveries:
                 stream[d.rows] += d.difference.to(stream)
         layer = 0 if part.replay.runs_whole else start
-        return part.metric(
-            part.replay.run(layer, window, copies=len(pairs), hooks=hooks, stream=stream)
-        ).cpu()
+        entry = Entry(layer, copies=len(pairs), hooks=hooks, stream=stream)
+        return part.metric(part.replay.run(entry, window)).cpu()
 
     def _reached(self) -> dict[tuple[int, int], list[Receiver]]:
         """Sender and receiver sets to the receivers that anything reaches."""

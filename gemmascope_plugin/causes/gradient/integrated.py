@@ -54,6 +54,7 @@ from gemmascope_plugin.models.points import n_layers
 from gemmascope_plugin.models.protocol import wide
 from gemmascope_plugin.models.record import put, record
 from gemmascope_plugin.models.replay import Replay
+from gemmascope_plugin.models.replay_points import Entry
 from gemmascope_plugin.models.threads import threads_for_tokens
 from gemmascope_plugin.types import Direction
 
@@ -195,16 +196,14 @@ class _Line:
         last = n_layers(self.run.model)
         layer = 0 if self.part.replay.runs_whole else min(max(layer_of(self.name), 0), last)
         stage, spares = starting_at(layer, {self.name})
-        return self.part.metric(
-            self.part.replay.run(
-                layer,
-                self.window,
-                stage=stage,
-                copies=len(points) // len(self.part.index),
-                hooks=[(self.name, put(points))],
-                values={self.name: points} if spares else {},
-            )
+        entry = Entry(
+            layer,
+            stage,
+            copies=len(points) // len(self.part.index),
+            hooks=[(self.name, put(points))],
+            values={self.name: points} if spares else {},
         )
+        return self.part.metric(self.part.replay.run(entry, self.window))
 
 
 def integrated_inputs(run: Experiment, steps: int, max_rows: int) -> Estimate:

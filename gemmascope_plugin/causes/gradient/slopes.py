@@ -37,6 +37,7 @@ from gemmascope_plugin.errors import HookNotFiredError, TaskError
 from gemmascope_plugin.models.gradients import frozen, gradients_of
 from gemmascope_plugin.models.protocol import wide
 from gemmascope_plugin.models.record import put
+from gemmascope_plugin.models.replay_points import Entry
 from gemmascope_plugin.models.threads import threads_for_tokens
 from gemmascope_plugin.types import Direction
 
@@ -228,18 +229,11 @@ def _late_metric(
 ) -> Float[torch.Tensor, "copy part"]:
     copies = len(leaf) // len(part.index)
     if hook == EMBED:
-        return part.metric(part.replay.run(0, window, copies=copies, hooks=hooks, stream=leaf))
+        return part.metric(
+            part.replay.run(Entry(0, copies=copies, hooks=hooks, stream=leaf), window)
+        )
     layer = layer_of(hook)
     stage, spares = starting_at(layer, {hook})
-
     values = {hook: leaf} if spares else {}
-    return part.metric(
-        part.replay.run(
-            layer,
-            window,
-            stage=stage,
-            copies=copies,
-            hooks=[(hook, put(leaf)), *hooks],
-            values=values,
-        )
-    )
+    entry = Entry(layer, stage, copies, [(hook, put(leaf)), *hooks], values)
+    return part.metric(part.replay.run(entry, window))
