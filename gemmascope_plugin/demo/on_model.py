@@ -30,7 +30,7 @@ from gemmascope_plugin.demo.model_page import N_FEATURES, ModelReport, SplicedSa
 from gemmascope_plugin.demo.progress import Steps
 from gemmascope_plugin.errors import UnknownNameError, check_choice
 from gemmascope_plugin.features import Features, analyze
-from gemmascope_plugin.features.top_words import top_words
+from gemmascope_plugin.features.analyze import top_words
 from gemmascope_plugin.loading import load
 from gemmascope_plugin.loading.sources import is_here
 from gemmascope_plugin.models import load_model

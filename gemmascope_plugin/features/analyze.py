@@ -1,13 +1,16 @@
-"""Which features are active on a text: per token and site, with how well the dictionary fits.
+"""Which features are active on a text, how well the dictionaries fit, and the words that features write.
 
 1. One forward pass with the dictionaries spliced in, error kept, so that every site sees the real
    model's activations.
 2. Per site: active features of every token, mean L0, and the share of variance explained
-   ``1 - sum |y - y_hat|^2 / sum |y - mean(y)|^2`` over the text's own tokens.
+   ``1 - sum |y - y_hat|^2 / sum |y - mean(y)|^2`` over the text's own tokens. Excluded tokens (BOS, EOS,
+   PAD by default) have no features and count in no figure.
+3. ``top_words``: ``(direction * gain) @ W_U``, the gain being that of the last norm, is what a direction
+   of the residual stream adds to each logit up to a factor, if nothing reads it on the way; the words
+   with the largest and smallest sums are those that it speaks for and against.
 
-Excluded tokens (BOS, EOS, PAD by default) have no features and count in no figure.
-
-Cost: one forward pass, one encode and one decode per site.
+Cost: one forward pass, one encode and one decode per site; for words ``2 * directions * d_model *
+d_vocab`` operations, in chunks of ``CHUNK`` numbers.
 """
 
 from __future__ import annotations
@@ -16,19 +19,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from jaxtyping import Float, Int
 
 import gemmascope_plugin.figures as figures
-from gemmascope_plugin.errors import check_choice, check_feature
-from gemmascope_plugin.models import special_ids, token_strings
+from gemmascope_plugin.errors import EmptySelectionError, check_choice, check_feature
+from gemmascope_plugin.models import special_ids
+from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.asked import no_logits
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.prompts import PromptLike, read_prompts
 from gemmascope_plugin.models.protocol import HookedModel, check_model
-from gemmascope_plugin.models.tokens import kept_positions
+from gemmascope_plugin.models.tokens import kept_positions, token_strings
 from gemmascope_plugin.splice import splice
 from gemmascope_plugin.splice.hooked_sae import Saes, as_list, check_saes
 
@@ -221,3 +225,36 @@ def _fit(site: str, cache: Mapping[str, torch.Tensor], keep: torch.Tensor) -> Si
     spread = (target - target.mean(0)).pow(2).sum()
     explained = 1 - error.pow(2).sum() / spread if len(target) > 1 else torch.tensor(float("nan"))
     return SiteFit(float((acts > 0).sum(-1).float().mean()), float(explained))
+
+
+CHUNK = 1 << 26
+
+
+class TopWords(NamedTuple):
+    """Words, the strongest first."""
+
+    top: tuple[str, ...]
+    """Whose logits rise most."""
+    bottom: tuple[str, ...]
+    """Whose logits fall most."""
+
+
+def top_words(
+    model: HookedModel, directions: Float[torch.Tensor, "direction d_model"], k: int = 5
+) -> list[TopWords]:
+    """Words of each direction."""
+    anatomy = Anatomy(model)
+    W_U, gain = anatomy.W_U, anatomy.ln_final.gain
+    if not 1 <= k <= W_U.shape[1]:
+        raise EmptySelectionError(f"k={k} is not a number of words", exists=f"1 to {W_U.shape[1]}")
+    pairs = []
+    for part in directions.split(max(1, CHUNK // W_U.shape[1])):
+        read = part.to(W_U) if gain is None else part.to(W_U) * gain.to(W_U)
+        logits = read @ W_U
+        best, worst = logits.topk(k).indices.tolist(), (-logits).topk(k).indices.tolist()
+        pairs += list(zip(best, worst, strict=True))
+    tokens = torch.tensor(
+        sorted({i for pair in pairs for ids in pair for i in ids}), dtype=torch.long
+    )
+    names = dict(zip(tokens.tolist(), token_strings(model, tokens), strict=True))
+    return [TopWords(*(tuple(names[i] for i in ids) for ids in pair)) for pair in pairs]

@@ -15,12 +15,12 @@ Matryoshka SAEs, arXiv 2503.17547):
 
 The paper lists the best children of each parent; here each child has one parent, as in its trees.
 
-**The table of edges**: what holds along them, what they stand for, which were hit.
+**The table of edges**: what holds along them.
 
 1. Activation coverage ``S_cov(p, c) = n_pc / n_c`` (equation 4 of the same paper): the share of the
    child's tokens on which the parent is active; exactly 1 where the parent gates the child.
 2. Masked cosine similarity.
-3. Where known, the concepts at both ends (``forest_scores.py``) and the probes' hits (``probe.py``).
+3. Where known, ``forest_scores.py`` adds the concepts at both ends, ``probe.py`` the probes' hits.
 
 Cost: the meetings and tables of ``joint_sums`` (``cooccurrence.py``). The table: a few look-ups in the
 active entries per active entry.
@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float64, Int, Int64
@@ -45,12 +45,6 @@ from gemmascope_plugin.features.cooccurrence import (
     token_counts,
 )
 from gemmascope_plugin.saes import SparseActs
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
-    from gemmascope_plugin.measures.forest_scores import ConceptOrder
-    from gemmascope_plugin.measures.probe import ProbedEdges
 
 Similarity = Literal["cosine", "scaled", "binary"]
 SIMILARITIES = ("cosine", "scaled", "binary")
@@ -245,36 +239,3 @@ def edge_frame(
         "mcs": parent_similarity(acts, parent, similarity=similarity)[child],
     }
     return pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
-
-
-def add_concepts(
-    edges: DataFrame, order: ConceptOrder | None, stands: Int64[torch.Tensor, " d_sae"] | None
-) -> None:
-    """Adds ``parent_concept``, ``child_concept`` (None for none) and ``is_ancestor`` (NA then)."""
-    import pandas as pd
-
-    names: Sequence[str] = () if order is None else order.names
-    above: list[list[bool]] = [] if order is None else order.above.tolist()
-    of = {} if stands is None else dict(enumerate(stands.tolist()))
-    pairs = [
-        (of.get(p, -1), of.get(c, -1)) for p, c in zip(edges["parent"], edges["child"], strict=True)
-    ]
-    for place, column in enumerate(("parent_concept", "child_concept")):
-        values = [names[pair[place]] if pair[place] >= 0 else None for pair in pairs]
-        edges[column] = pd.Series(values, dtype=object)
-    edges["is_ancestor"] = _booleans([above[p][c] if min(p, c) >= 0 else None for p, c in pairs])
-
-
-def add_hits(edges: DataFrame, probed: ProbedEdges | None) -> None:
-    """Adds ``hit``, whether an edge meets the reconstruction condition; NA where it was not probed."""
-    hits: dict[int, bool] = {}
-    if probed is not None:
-        hits = dict(zip(probed.child.tolist(), probed.hits.tolist(), strict=True))
-    edges["hit"] = _booleans([hits.get(child) for child in edges["child"]])
-
-
-def _booleans(values: Sequence[bool | None]) -> Any:
-    """A column of Booleans, some of them NA."""
-    import pandas as pd
-
-    return pd.array(list(values), dtype="boolean")

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Int, Int64
@@ -38,6 +39,9 @@ from gemmascope_plugin.features.cooccurrence import (
 from gemmascope_plugin.features.stream import check_names
 from gemmascope_plugin.measures.forest import ROOT, judged_edges
 from gemmascope_plugin.saes import SparseActs
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,6 +223,26 @@ def _recalled(
 
 def _share(part: int, whole: int) -> float:
     return part / whole if whole else math.nan
+
+
+def add_concepts(
+    edges: DataFrame, order: ConceptOrder | None, stands: Int64[torch.Tensor, " d_sae"] | None
+) -> None:
+    """Adds ``parent_concept``, ``child_concept`` (None for none) and ``is_ancestor`` (NA then)."""
+    import pandas as pd
+
+    names: Sequence[str] = () if order is None else order.names
+    above: list[list[bool]] = [] if order is None else order.above.tolist()
+    of = {} if stands is None else dict(enumerate(stands.tolist()))
+    pairs = [
+        (of.get(p, -1), of.get(c, -1)) for p, c in zip(edges["parent"], edges["child"], strict=True)
+    ]
+    for place, column in enumerate(("parent_concept", "child_concept")):
+        values = [names[pair[place]] if pair[place] >= 0 else None for pair in pairs]
+        edges[column] = pd.Series(values, dtype=object)
+    edges["is_ancestor"] = pd.array(
+        [above[p][c] if min(p, c) >= 0 else None for p, c in pairs], dtype="boolean"
+    )
 
 
 def sibling_overlap(

@@ -40,8 +40,6 @@ from gemmascope_plugin.features.stream import (
 from gemmascope_plugin.measures.forest import (
     SIMILARITIES,
     Similarity,
-    add_concepts,
-    add_hits,
     candidate_rank,
     check_forest,
     depth,
@@ -50,13 +48,14 @@ from gemmascope_plugin.measures.forest import (
 )
 from gemmascope_plugin.measures.forest_scores import (
     Recovery,
+    add_concepts,
     chance_recovery,
     concept_order,
     sibling_overlap,
     tree_recovery,
 )
 from gemmascope_plugin.measures.measure_results import Hierarchy, subject
-from gemmascope_plugin.measures.probe import ProbedEdges, probe_edges
+from gemmascope_plugin.measures.probe import ProbedEdges, add_hits, probe_edges
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.saes import SparseActs

@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int, Int64
@@ -33,6 +34,9 @@ from gemmascope_plugin.errors import ModelError, WidthMismatchError
 from gemmascope_plugin.features.cooccurrence import CELLS, active_only, token_counts
 from gemmascope_plugin.measures.forest import check_forest, judged_edges
 from gemmascope_plugin.saes import SparseActs
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 TOP = 5
 """Both decoder rows must be among so many."""
@@ -221,3 +225,13 @@ def _check(
     for name, value in numbers.items():
         if value < 1:
             raise ModelError(f"{name}={value} is less than one", fix=f"{name}=5")
+
+
+def add_hits(edges: DataFrame, probed: ProbedEdges | None) -> None:
+    """Adds ``hit``, whether an edge meets the reconstruction condition; NA where it was not probed."""
+    import pandas as pd
+
+    hits: dict[int, bool] = {}
+    if probed is not None:
+        hits = dict(zip(probed.child.tolist(), probed.hits.tolist(), strict=True))
+    edges["hit"] = pd.array([hits.get(child) for child in edges["child"]], dtype="boolean")

@@ -41,7 +41,7 @@ from gemmascope_plugin.errors import (
     UnknownNameError,
     check_choice,
 )
-from gemmascope_plugin.features.top_words import TopWords, top_words
+from gemmascope_plugin.features.analyze import TopWords, top_words
 from gemmascope_plugin.graphs.combine import positions_of
 from gemmascope_plugin.graphs.frames import SHOWN
 from gemmascope_plugin.graphs.graph import Graph
