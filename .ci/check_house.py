@@ -25,7 +25,7 @@ _LAYERS = re.compile(r"^layers = \[\n(.*?)^\]", re.MULTILINE | re.DOTALL)
 _DRAWN = re.compile(r"<!-- floors -->\n```\n(.*?)```", re.DOTALL)
 ROOMS = {
     "cli": "gemmascope ...: thin commands",
-    "demo": "the bundled suite and the demo on a real model; demo/build/ trains the suite",
+    "demo": "the bundled suite and the demo on a real model; demo/build.py trains the suite",
     "pages": "one-file HTML pages",
     "circuits": "discover (a class for each method), select, ablate, evaluate",
     "tracing": "attribution graphs of prompts; linear/ holds the adjoint sweep",

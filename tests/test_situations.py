@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import gemmascope_plugin as gs
-from gemmascope_plugin.demo.build.corpus import make_corpus
+from gemmascope_plugin.demo.corpus import make_corpus
 from gemmascope_plugin.errors import GemmaScopeError, ModelError
 from tests.support.arguments import ARGUMENTS, ELSEWHERE, FLOORS, METRICS, call, public
 from tests.support.calls import Numbers, Scene, bundled, numbers

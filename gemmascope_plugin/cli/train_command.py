@@ -171,7 +171,7 @@ def _text(path: Path | None, model: str) -> list[str] | None:
 
 
 def _generated() -> Any:
-    from gemmascope_plugin.demo.build.corpus import make_corpus
+    from gemmascope_plugin.demo.corpus import make_corpus
 
     return make_corpus(_DOCUMENTS, _CORPUS_SEED).tokens
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 import gemmascope_plugin.demo.steps as steps
-from gemmascope_plugin.demo.progress import Steps, versions
+from gemmascope_plugin.demo.model_page import aligned, versions
+from gemmascope_plugin.demo.steps import Steps
 from gemmascope_plugin.demo.tiny_suite import TinySuite, tiny
 from gemmascope_plugin.features import analyze
 from gemmascope_plugin.models.protocol import HookedModel
@@ -68,8 +69,7 @@ class DemoReport:
             ),
             ("time", f"{self.seconds:.0f} s"),
         ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+        return aligned(rows)
 
     def __repr__(self) -> str:
         return f"DemoReport({str(self.path)!r})\n{self.summary()}"

@@ -5,7 +5,10 @@ Cost: that of its figures.
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,6 @@ import gemmascope_plugin.figures as figures
 from gemmascope_plugin.catalog import SaeSpec, SpecList
 from gemmascope_plugin.causes import Effects, Task
 from gemmascope_plugin.circuits import Scores
-from gemmascope_plugin.demo.progress import versions
 from gemmascope_plugin.features import Features
 from gemmascope_plugin.figures.theme import visible
 from gemmascope_plugin.pages.report_page import Section, write_page
@@ -28,8 +30,15 @@ from gemmascope_plugin.pages.sections import (
     site_name,
 )
 
+LIBRARIES = ("gemmascope_plugin", "torch", "transformer-lens", "sae-lens", "transformers")
 N_FEATURES = 8
 """Features of spliced SAEs that are shown."""
+
+
+def aligned(rows: Sequence[tuple[str, str]]) -> str:
+    """Names and figures, one pair per line."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
 
 
 @dataclass(frozen=True)
@@ -89,8 +98,7 @@ class ModelReport:
             ),
             ("time", f"{self.seconds:.0f} s"),
         ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+        return aligned(rows)
 
     def _local(self) -> str:
         if self.spliced is None:
@@ -229,3 +237,16 @@ def _spliced_parts(spliced: SplicedSaes) -> list[Any]:
         f"Excluded tokens: {', '.join(map(str, features.exclude))}.",
         Markup(figures.frame_html(pd.DataFrame(rows), N_FEATURES)),
     ]
+
+
+def versions() -> str:
+    """Python's and the libraries' versions, in one line."""
+    names = [f"{name} {_version(name)}" for name in LIBRARIES]
+    return ", ".join([f"Python {platform.python_version()}", *names])
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # this package itself, used from a source tree
+        return "from source"

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from gemmascope_plugin.catalog import SaeSpec, SpecList, find
-from gemmascope_plugin.causes import Task, activation_patching, attribution_patching
+from gemmascope_plugin.causes import Task, activation_patching
 from gemmascope_plugin.causes.builtin import TASKS
 from gemmascope_plugin.circuits import Scores, discover, evaluate
 from gemmascope_plugin.demo.model_page import N_FEATURES, ModelReport, SplicedSaes, write
-from gemmascope_plugin.demo.progress import Steps
+from gemmascope_plugin.demo.steps import Steps, compare, logit_change
 from gemmascope_plugin.errors import UnknownNameError, check_choice
 from gemmascope_plugin.features import Features, analyze
 from gemmascope_plugin.features.analyze import top_words
@@ -36,10 +36,6 @@ from gemmascope_plugin.loading.sources import is_here
 from gemmascope_plugin.models import load_model
 from gemmascope_plugin.models.protocol import HookedModel, device_of, weights_of
 from gemmascope_plugin.pages import prepare
-from gemmascope_plugin.pages.sections import (
-    Comparison,
-)
-from gemmascope_plugin.splice import splice
 
 N_STEPS = 8
 N_PROMPTS = 8
@@ -91,7 +87,7 @@ def run_on_model(
         positions = step(
             "patch layers and positions", activation_patching, model, first, "resid_pre"
         )
-        heads = step("patch heads", compared, model, held_out.first(N_PATCHED))
+        heads = step("patch heads", compare, model, held_out.first(N_PATCHED), "z")
         scores = step("discover and evaluate", checked_circuit, model, train, held_out)
         report = ModelReport(
             path=path,
@@ -147,7 +143,7 @@ def splice_local(
     features = analyze(model, saes, prompt)
     return SplicedSaes(
         names=tuple(f"{spec.release} {spec.sae_id}" for spec in chosen),
-        logit_difference=_logit_difference(model, saes, prompt),
+        logit_difference=logit_change(model, saes, prompt),
         features=features,
         words=_words(model, dict(zip(chosen, saes, strict=True)), features),
     )
@@ -157,19 +153,6 @@ def _spread(specs: Sequence[SaeSpec]) -> list[SaeSpec]:
     """At most ``N_SAES``, from the first to the last."""
     n = min(N_SAES, len(specs))
     return [specs[round(i * (len(specs) - 1) / max(n - 1, 1))] for i in range(n)]
-
-
-@torch.no_grad()
-def _logit_difference(model: HookedModel, saes: Sequence[Any], prompt: str) -> float:
-    bare = model(prompt)
-    with splice(model, saes) as spliced:
-        # asking for the reconstructions makes every SAE run; otherwise none would have to
-        logits, _ = spliced.run_with_cache(prompt, names_filter=_is_reconstruction)
-    return float((logits - bare).abs().max())
-
-
-def _is_reconstruction(name: str) -> bool:
-    return name.endswith("sae_recons")
 
 
 def _words(
@@ -186,13 +169,6 @@ def _words(
 
 
 # --------------------------------------------------------------------------- causes
-def compared(model: HookedModel, task: Task) -> Comparison:
-    """Heads patched exactly and by attribution."""
-    exact = activation_patching(model, task, "z")
-    estimate = attribution_patching(model, task, "z")
-    return Comparison(exact, estimate, exact.spearman(estimate))
-
-
 def checked_circuit(model: HookedModel, train: Task, held_out: Task) -> Scores:
     """A circuit of edges from training prompts, evaluated on held-out ones."""
     edges = discover(model, train, method="eap-ig")

@@ -1,13 +1,14 @@
-"""The steps of the demo, one function each, from dictionaries to steering.
+"""The steps of the demo, one function each, from dictionaries to steering, and their progress bar.
 
 Each takes the suite's model and dictionaries and returns values that a page or a test can show.
-Cost: named in ``run``; the exact sweeps dominate.
+Cost: named in ``bundled_run.py``; the exact sweeps dominate.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +23,7 @@ from gemmascope_plugin.causes import (
     probability,
 )
 from gemmascope_plugin.circuits import Scores, discover, evaluate
-from gemmascope_plugin.demo.build.measure_suite import Label
+from gemmascope_plugin.demo.corpus import Label
 from gemmascope_plugin.demo.tasks import make_task
 from gemmascope_plugin.demo.tiny_suite import TinySuite
 from gemmascope_plugin.features import Features
@@ -55,6 +56,32 @@ STEERED = 0.9
 Dictionaries = dict[SaeSpec, Any]
 """Loaded dictionaries by their spec."""
 Labels = dict[FeatureId, Label]
+_BAR = "{desc:<32} |{bar}| {n_fmt}/{total_fmt} {elapsed}"
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Steps:
+    """A progress bar over ``total`` steps that names the running one."""
+
+    def __init__(self, total: int, progress: bool) -> None:
+        from tqdm.auto import tqdm
+
+        self._bar = tqdm(total=total, disable=not progress, bar_format=_BAR)
+
+    def __call__(self, name: str, run: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs one step under its name."""
+        self._bar.set_description_str(name)
+        result = run(*args, **kwargs)
+        self._bar.update()
+        return result
+
+    def __enter__(self) -> Steps:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
 
 
 # --------------------------------------------------------------------------- dictionaries
@@ -107,17 +134,23 @@ def splice_difference(model: HookedModel, saes: Dictionaries, task: Task) -> flo
         [sae for spec, sae in saes.items() if spec.kind != "transcoder"],
         [sae for spec, sae in saes.items() if spec.kind == "transcoder" or spec.site != "mlp"],
     )
-    with torch.no_grad():
-        bare = model(tokens)
-        return max(float((_spliced_logits(model, g, tokens) - bare).abs().max()) for g in groups)
+    return max(logit_change(model, group, tokens) for group in groups)
 
 
-def _spliced_logits(
-    model: HookedModel, saes: list[Any], tokens: Int[torch.Tensor, "prompt pos"]
-) -> Float[torch.Tensor, "prompt pos d_vocab"]:
+@torch.no_grad()
+def logit_change(
+    model: HookedModel, saes: Sequence[Any], prompts: str | Int[torch.Tensor, "prompt pos"]
+) -> float:
+    """Largest change of a logit when dictionaries are spliced in and the error is kept."""
+    bare = model(prompts)
     with splice(model, saes) as spliced:
         # Asking for the reconstructions makes every dictionary run; otherwise none would have to.
-        return spliced.run_with_cache(tokens, names_filter=lambda n: n.endswith("sae_recons"))[0]
+        logits, _ = spliced.run_with_cache(prompts, names_filter=_is_reconstruction)
+    return float((logits - bare).abs().max())
+
+
+def _is_reconstruction(name: str) -> bool:
+    return name.endswith("sae_recons")
 
 
 # --------------------------------------------------------------------------- features

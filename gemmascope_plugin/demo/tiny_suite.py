@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -13,14 +15,7 @@ from gemmascope_plugin.arguments import as_device, as_dtype
 from gemmascope_plugin.catalog import SaeSpec, SpecList, find
 from gemmascope_plugin.causes import Task
 from gemmascope_plugin.causes.builtin import Split
-from gemmascope_plugin.demo.assets import (
-    ASSETS,
-    LABELS_FILE,
-    MODEL_FOLDER,
-    SUITE_FILE,
-    read_json,
-)
-from gemmascope_plugin.demo.build.measure_suite import Label, labels_from_json
+from gemmascope_plugin.demo.corpus import Label, labels_from_json
 from gemmascope_plugin.demo.tasks import TASK_NAMES, make_task
 from gemmascope_plugin.errors import (
     InputError,
@@ -30,6 +25,7 @@ from gemmascope_plugin.errors import (
     nearest,
 )
 from gemmascope_plugin.loading import load, spec_of
+from gemmascope_plugin.loading.sources import ASSETS
 from gemmascope_plugin.models import load_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, describe
@@ -37,6 +33,8 @@ from gemmascope_plugin.splice.hooked_sae import check_sae
 from gemmascope_plugin.types import Backend
 
 MODEL = "gemma-2-tiny"
+MODEL_FOLDER, SUITE_FILE, LABELS_FILE = "model", "suite.json", "labels.json"
+"""In ``ASSETS``."""
 SOURCE = f"{MODEL}, the model that ships with this package"
 """Where its weights come from, in words for pages and results."""
 _SUITES: dict[str, dict[str, Any]] = {
@@ -45,6 +43,11 @@ _SUITES: dict[str, dict[str, Any]] = {
     "matryoshka": {"site": "res", "variant": "matryoshka"},
 }
 """Words of ``TinySuite.load`` that are not sites, as arguments of ``find``."""
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 class _Tasks(dict[str, Task]):

@@ -92,7 +92,7 @@ def load_model(
         BadFileError: A GGUF file is damaged.
 
     Example:
-        >>> from gemmascope_plugin.demo.assets import ASSETS, MODEL_FOLDER
+        >>> from gemmascope_plugin.demo.tiny_suite import ASSETS, MODEL_FOLDER
         >>> model = gs.load_model(ASSETS / MODEL_FOLDER, backend="bridge", dtype="bfloat16")
         >>> type(model).__name__, model.cfg.n_layers
         ('TransformerBridge', 4)

@@ -32,7 +32,7 @@ import pandas as pd
 import torch
 
 import gemmascope_plugin as gs
-from gemmascope_plugin.demo.build.corpus import make_corpus
+from gemmascope_plugin.demo.corpus import make_corpus
 from gemmascope_plugin.measures import compare, probe_absorption
 from gemmascope_plugin.measures.forest_scores import concept_order
 from gemmascope_plugin.training import preset_spec, store_activations, train

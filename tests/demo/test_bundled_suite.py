@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 
 from gemmascope_plugin.demo import TASK_NAMES, tiny
-from gemmascope_plugin.demo.assets import ASSETS
-from gemmascope_plugin.demo.build.corpus import make_corpus
-from gemmascope_plugin.demo.build.measure_suite import dictionary_scores, task_scores
-from gemmascope_plugin.demo.build.train_saes import HELD_OUT_SEED, label_corpus
+from gemmascope_plugin.demo.build import HELD_OUT_SEED, dictionary_scores, label_corpus, task_scores
+from gemmascope_plugin.demo.corpus import make_corpus
 from gemmascope_plugin.errors import InputError, UnknownNameError
 from gemmascope_plugin.loading import load
+from gemmascope_plugin.loading.sources import ASSETS
 from gemmascope_plugin.measures import measure
 from gemmascope_plugin.saes import MatryoshkaSAE
 from gemmascope_plugin.splice import HookedSAE

@@ -7,9 +7,8 @@ from random import Random
 import pytest
 import torch
 
-from gemmascope_plugin.demo import grammar
+from gemmascope_plugin.demo import corpus, grammar
 from gemmascope_plugin.demo import lexicon as lex
-from gemmascope_plugin.demo.build import corpus
 from gemmascope_plugin.demo.tasks import TASK_NAMES, make_task
 from gemmascope_plugin.errors import UnknownNameError
 

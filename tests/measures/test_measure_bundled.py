@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import gemmascope_plugin as gs
-from gemmascope_plugin.demo.build.corpus import make_corpus
-from gemmascope_plugin.demo.build.measure_suite import dictionary_scores
+from gemmascope_plugin.demo.build import dictionary_scores
+from gemmascope_plugin.demo.corpus import make_corpus
 from gemmascope_plugin.demo.tiny_suite import TinySuite, tiny
 
 DOCUMENTS = make_corpus(24, seed=4321)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from gemmascope_plugin.demo.build.measure_suite import label_features
+from gemmascope_plugin.demo.corpus import label_features
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.features.cooccurrence import best_concepts
 from gemmascope_plugin.measures.forest import check_forest

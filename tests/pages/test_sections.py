@@ -10,7 +10,7 @@ import torch
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.causes import Effects, FeatureId
 from gemmascope_plugin.circuits import Scores, top_n
-from gemmascope_plugin.demo.build.measure_suite import Label
+from gemmascope_plugin.demo.corpus import Label
 from gemmascope_plugin.features import Features
 from gemmascope_plugin.features.analyze import SiteFit
 from gemmascope_plugin.graphs import Graph

@@ -12,9 +12,8 @@ import torch
 
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.demo import tiny
-from gemmascope_plugin.demo.build.corpus import make_corpus
-from gemmascope_plugin.demo.build.measure_suite import dictionary_scores
-from gemmascope_plugin.demo.build.train_saes import HELD_OUT_SEED
+from gemmascope_plugin.demo.build import dictionary_scores
+from gemmascope_plugin.demo.corpus import HELD_OUT_SEED, make_corpus
 from gemmascope_plugin.errors import (
     EmptySelectionError,
     MissingHookError,
@@ -49,7 +48,7 @@ def steep(backend: str = "hooked") -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    from gemmascope_plugin.demo.assets import ASSETS, MODEL_FOLDER
+    from gemmascope_plugin.demo.tiny_suite import ASSETS, MODEL_FOLDER
     from gemmascope_plugin.models.load_model import bridge_from_hf
 
     hf = AutoModelForCausalLM.from_pretrained(ASSETS / MODEL_FOLDER, attn_implementation="eager")

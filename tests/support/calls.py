@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 import gemmascope_plugin as gs
-from gemmascope_plugin.demo.assets import ASSETS, MODEL_FOLDER
-from gemmascope_plugin.demo.build.corpus import make_corpus
+from gemmascope_plugin.demo.corpus import make_corpus
+from gemmascope_plugin.demo.tiny_suite import ASSETS, MODEL_FOLDER
 from gemmascope_plugin.graphs.node import FeatureId
 
 Numbers = dict[str, torch.Tensor]

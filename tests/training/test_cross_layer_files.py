@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import gemmascope_plugin as gs
 from gemmascope_plugin.catalog import SaeSpec
-from gemmascope_plugin.demo.build.corpus import make_corpus
+from gemmascope_plugin.demo.corpus import make_corpus
 from gemmascope_plugin.errors import BadFileError, UnknownNameError
 from gemmascope_plugin.loading import load
 from gemmascope_plugin.splice import splice

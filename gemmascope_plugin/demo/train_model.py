@@ -1,9 +1,10 @@
-"""Trains the bundled model: a small Gemma 2 on the bundled grammar.
+"""Trains the bundled model, a small Gemma 2 on the bundled grammar, and makes its tokenizer.
 
 1. ``Gemma2ForCausalLM`` with grouped-query attention, pre and post norms, alternating sliding
    window and both soft-caps; embeddings tied as in Gemma.
 2. Next-token cross-entropy on fresh documents, padding ignored; AdamW, linear warm-up, cosine decay.
-3. The state is saved as an ordinary Hugging Face folder (safetensors, no pickle).
+3. The state is saved as an ordinary Hugging Face folder (safetensors, no pickle). The tokenizer is one of
+   words: an id for each, BOS in front.
 
 Cost: about 12 minutes for 3,500 steps of 4,096 tokens on two cores.
 """
@@ -19,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 
 import gemmascope_plugin.demo.lexicon as lexicon
-from gemmascope_plugin.demo.build.corpus import DOCUMENT_LENGTH, token_batches
+from gemmascope_plugin.demo.corpus import DOCUMENT_LENGTH, token_batches
 
 if TYPE_CHECKING:
     from transformers import Gemma2ForCausalLM
@@ -141,3 +142,24 @@ def _groups(model: torch.nn.Module, recipe: ModelRecipe) -> list[dict]:
         {"params": matrices, "weight_decay": recipe.weight_decay},
         {"params": gains, "weight_decay": 0.0},
     ]
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Writes the tokenizer as Hugging Face files that ``AutoTokenizer`` reads back."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {word: i for i, word in enumerate(lexicon.vocabulary())}
+    core = Tokenizer(models.WordLevel(vocab, unk_token=lexicon.UNK))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{lexicon.BOS} $A", special_tokens=[(lexicon.BOS, vocab[lexicon.BOS])]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=lexicon.BOS,
+        eos_token=lexicon.EOS,
+        pad_token=lexicon.PAD,
+        unk_token=lexicon.UNK,
+    )
+    fast.save_pretrained(str(folder))

@@ -1,1 +1,0 @@
-"""Trains the bundled suite: ``python -m gemmascope_plugin.demo.build``."""
