@@ -1,6 +1,6 @@
 """Built-in causal questions for any tokenizer (``build.py``), and tasks from one's own sentence."""
 
-from gemmascope_plugin.causes.builtin.build import (
+from gemmascope_plugin.causes.builtin.builtin_tasks import (
     SPLITS,
     TASKS,
     ModelTasks,

@@ -7,7 +7,7 @@ from random import Random
 from types import SimpleNamespace
 from typing import Any
 
-from gemmascope_plugin.causes.builtin.build import RECIPES, SPLITS, TASKS
+from gemmascope_plugin.causes.builtin.builtin_tasks import RECIPES, SPLITS, TASKS
 from gemmascope_plugin.causes.builtin.drafts import Draft, Half
 
 
