@@ -108,7 +108,7 @@ class Task:
     def builtin(
         cls, name: str, model: HookedModel, *, n: int = 64, split: Split = "train", seed: int = 0
     ) -> Task:
-        """A task by name, in prompts that fit the model's tokenizer; see ``causes/builtin/builtin_tasks.py``.
+        """A task by name, in prompts that fit the model's tokenizer; see ``builtin_tasks.py``.
 
         Args:
             name: ``ioi``, ``greater_than``, ``agreement``, ``agreement_es``, ``capitals``,

@@ -1,4 +1,4 @@
-"""Built-in causal questions for any tokenizer (``build.py``), and tasks from one's own sentence."""
+"""Built-in causal questions for any tokenizer (``builtin_tasks.py``), and tasks from a sentence."""
 
 from gemmascope_plugin.causes.builtin.builtin_tasks import (
     SPLITS,
