@@ -76,19 +76,19 @@ ANY = recipes(None, (2, 1), (4, 2))
 """The same, and graphs of nodes."""
 
 
-def equal(one: Circuit, other: Circuit) -> bool:
+def equal(first: Circuit, second: Circuit) -> bool:
     """Whether two circuits are the same in everything, bit for bit."""
     names = ("node_scores", "source", "target", "port", "pos", "edge_scores")
-    pairs = [(getattr(one.graph, name), getattr(other.graph, name)) for name in names]
+    pairs = [(getattr(first.graph, name), getattr(second.graph, name)) for name in names]
     return (
-        one.graph.components == other.graph.components
-        and all(same_array(*pair) for pair in [*pairs, (one.is_kept, other.is_kept)])
-        and one.rank == other.rank
-        and one.metadata == other.metadata
+        first.graph.components == second.graph.components
+        and all(same_array(*pair) for pair in [*pairs, (first.is_kept, second.is_kept)])
+        and first.rank == second.rank
+        and first.metadata == second.metadata
     )
 
 
-def same_array(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return one.dtype == other.dtype and torch.equal(one, other)
+def same_array(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return first.dtype == second.dtype and torch.equal(first, second)

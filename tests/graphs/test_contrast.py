@@ -32,15 +32,19 @@ def difference() -> Graph:
 
 
 def test_edges_and_activations_are_differences(difference: Graph) -> None:
-    one, other = entries(graph("clean")), entries(graph("corrupt"))
-    expected = {k: one.get(k, 0) - other.get(k, 0) for k in {*one, *other}}
+    clean, corrupt = entries(graph("clean")), entries(graph("corrupt"))
+    expected = {k: clean.get(k, 0) - corrupt.get(k, 0) for k in {*clean, *corrupt}}
     assert_close(entries(difference), expected)
-    one, other = values(graph("clean")), values(graph("corrupt"))
-    assert set(one) - set(other) and set(other) - set(one), "both have features of their own"
-    assert_close(values(difference), {k: one.get(k, 0) - other.get(k, 0) for k in {*one, *other}})
+    clean, corrupt = values(graph("clean")), values(graph("corrupt"))
+    assert set(clean) - set(corrupt) and set(corrupt) - set(clean), (
+        "each has features that the other lacks"
+    )
+    assert_close(
+        values(difference), {k: clean.get(k, 0) - corrupt.get(k, 0) for k in {*clean, *corrupt}}
+    )
     for row in difference.nodes[difference.where("feature")].itertuples():
-        assert row.activation_clean == one.get(key(row), 0)
-        assert row.activation_corrupt == other.get(key(row), 0)
+        assert row.activation_clean == clean.get(key(row), 0)
+        assert row.activation_corrupt == corrupt.get(key(row), 0)
 
 
 def test_every_node_is_there_once(difference: Graph) -> None:
@@ -79,42 +83,42 @@ def test_words_of_both_prompts(difference: Graph) -> None:
 
 
 def test_the_same_prompt_twice_leaves_nothing() -> None:
-    found = contrast(graph("clean"), graph("clean"))
-    assert found.n_edges == 0 and found.metadata["residual"] == 0
+    difference = contrast(graph("clean"), graph("clean"))
+    assert difference.n_edges == 0 and difference.metadata["residual"] == 0
 
 
 def test_targets_in_order() -> None:
     clean, corrupt = graph("clean", (7, (9, 10))), graph("corrupt", (8, (10, 9)))
-    found = contrast(clean, corrupt, targets="order")
-    own = found.nodes[found.where("target")]
+    difference = contrast(clean, corrupt, targets="order")
+    targets = difference.nodes[difference.where("target")]
     ends = [g.nodes[g.where("target")] for g in (clean, corrupt)]
-    assert list(own["label"]) == [
+    assert list(targets["label"]) == [
         f"{a} | {b}" for a, b in zip(*(e["label"] for e in ends), strict=True)
     ]
     expected = ends[0]["activation"].to_numpy() - ends[1]["activation"].to_numpy()
-    np.testing.assert_allclose(own["activation"], expected)
+    np.testing.assert_allclose(targets["activation"], expected)
 
 
 def test_rows_that_one_graph_alone_explains_are_left_out() -> None:
     some = graph("corrupt", max_feature_nodes=9)
-    found = contrast(graph("clean"), some)
-    ids = set(found.nodes["id"].iloc[found.edges.nodes])
+    difference = contrast(graph("clean"), some)
+    ids = set(difference.nodes["id"].iloc[difference.edges.nodes])
     unexplained = some.where("feature") & (some.edges.row_of < 0)
     missing = set(some.nodes["id"][unexplained])
     assert not ids & missing
-    own = set(graph("clean").nodes["id"])
-    assert found.metadata["rows_left_out"] == len(missing & own) > 0
-    assert found.metadata["residual"] < 1e-5
+    clean = set(graph("clean").nodes["id"])
+    assert difference.metadata["rows_left_out"] == len(missing & clean) > 0
+    assert difference.metadata["residual"] < 1e-5
 
 
 def test_a_graph_that_lost_effects_has_no_residual() -> None:
-    found = contrast(graph("clean", min_share=0.01), graph("corrupt"))
-    assert math.isnan(found.metadata["residual"])
+    difference = contrast(graph("clean", min_share=0.01), graph("corrupt"))
+    assert math.isnan(difference.metadata["residual"])
 
 
 def test_a_target_of_the_corrupted_graph_alone_is_left_out() -> None:
-    found = contrast(graph("clean", (7,)), graph("corrupt"))
-    assert list(found.nodes["label"][found.where("target")]) == ["w7"]
+    difference = contrast(graph("clean", (7,)), graph("corrupt"))
+    assert list(difference.nodes["label"][difference.where("target")]) == ["w7"]
 
 
 def test_prompts_that_do_not_match() -> None:

@@ -16,11 +16,11 @@ from gemmascope_plugin.graphs.pruning import without_dead_ends
 from tests.graphs.graphs import EDGES, Recipe, edge_graph, node_graph
 
 
-def slow_prune(graph: Graph, kept: torch.Tensor) -> torch.Tensor:
+def slow_prune(graph: Graph, is_kept: torch.Tensor) -> torch.Tensor:
     """Nodes without kept inputs or without kept outputs lose their edges, until nothing changes."""
     nodes, feeds = graph.components, graph.feeds.tolist()
     sources, targets = graph.source.tolist(), graph.target.tolist()
-    edges = set(kept.nonzero().flatten().tolist())
+    edges = set(is_kept.nonzero().flatten().tolist())
     while True:
         read = {targets[e] for e in edges}
         read |= {head for kv, head in feeds if kv in read}
@@ -38,10 +38,10 @@ def slow_prune(graph: Graph, kept: torch.Tensor) -> torch.Tensor:
 @given(recipe=EDGES)
 def test_pruning_is_the_rule_of_mib(recipe: Recipe) -> None:
     graph = recipe.graph()
-    kept = recipe.kept(graph.n_edges)
-    got = without_dead_ends(graph, kept)
-    assert torch.equal(got, slow_prune(graph, kept))
-    assert bool((got <= kept).all())
+    is_kept = recipe.kept(graph.n_edges)
+    got = without_dead_ends(graph, is_kept)
+    assert torch.equal(got, slow_prune(graph, is_kept))
+    assert bool((got <= is_kept).all())
     assert torch.equal(without_dead_ends(graph, got), got)
 
 
@@ -49,8 +49,8 @@ def test_pruning_is_the_rule_of_mib(recipe: Recipe) -> None:
 @given(recipe=EDGES)
 def test_more_edges_leave_more_edges(recipe: Recipe) -> None:
     graph = recipe.graph()
-    one, other = recipe.kept(graph.n_edges), recipe.kept(graph.n_edges, seed=1)
-    assert bool((without_dead_ends(graph, one) <= without_dead_ends(graph, one | other)).all())
+    first, second = recipe.kept(graph.n_edges), recipe.kept(graph.n_edges, seed=1)
+    assert bool((without_dead_ends(graph, first) <= without_dead_ends(graph, first | second)).all())
 
 
 def test_dead_ends_go_and_paths_stay() -> None:
@@ -62,9 +62,9 @@ def test_dead_ends_go_and_paths_stay() -> None:
         "L1H1->MLP1",  # reached through MLP0's edge only, and leads nowhere
     }
     labels = graph.edge_labels
-    kept = torch.tensor([label in path | dead for label in labels])
-    assert int(kept.sum()) == 6
-    got = without_dead_ends(graph, kept)
+    is_kept = torch.tensor([label in path | dead for label in labels])
+    assert int(is_kept.sum()) == 6
+    got = without_dead_ends(graph, is_kept)
     assert {label for label, stays in zip(labels, got.tolist(), strict=True) if stays} == path
 
 

@@ -38,14 +38,14 @@ def test_every_edge_of_a_model_has_the_score_of_its_writer_and_reader() -> None:
     scores = matrix(EDGE_MAP)
     graph = Graph.of_edges(EDGE_MAP, scores)
     assert graph.n_edges == EDGE_MAP.n_edges
-    found = {}
+    by_ends = {}
     for i in range(graph.n_edges):
         reader = Reader(graph.components[graph.target[i]], PORTS[graph.port[i]])
-        found[graph.components[graph.source[i]], reader] = float(graph.edge_scores[i])
+        by_ends[graph.components[graph.source[i]], reader] = float(graph.edge_scores[i])
     for row, writer in enumerate(EDGE_MAP.writers):
         for column, reader in enumerate(EDGE_MAP.readers):
             expected = float(scores[row, column]) if EDGE_MAP.mask[row, column] else None
-            assert found.get((writer, reader)) == expected
+            assert by_ends.get((writer, reader)) == expected
 
 
 def test_edges_at_positions_have_scores_of_their_own() -> None:
@@ -218,8 +218,8 @@ def test_a_circuit_of_nodes() -> None:
         map(abs, circuit.scores), reverse=True
     )
     assert circuit.edges == ()
-    kept = torch.tensor([True, False, False, False, True, True])
-    assert set(Circuit(circuit.graph, kept).nodes) == {
+    is_kept = torch.tensor([True, False, False, False, True, True])
+    assert set(Circuit(circuit.graph, is_kept).nodes) == {
         circuit.graph.components[i] for i in (0, 4, 5)
     }
 

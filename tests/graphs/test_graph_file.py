@@ -206,12 +206,14 @@ def test_mistakes(tmp_path: Path) -> None:
 
 def test_networkx_has_the_same_nodes_and_edges() -> None:
     graph = traced().prune()
-    found = graph.to_networkx()
-    assert list(found.nodes) == list(graph.nodes["id"])
-    assert found.number_of_edges() == graph.n_edges
+    result = graph.to_networkx()
+    assert list(result.nodes) == list(graph.nodes["id"])
+    assert result.number_of_edges() == graph.n_edges
     row = graph.edge_frame(1).iloc[0]
-    assert found.edges[row["source"], row["target"]]["weight"] == pytest.approx(row["weight"])
-    assert "activation" not in found.nodes["token@1"] and found.nodes["token@1"]["label"] == "w142"
+    assert result.edges[row["source"], row["target"]]["weight"] == pytest.approx(row["weight"])
+    assert (
+        "activation" not in result.nodes["token@1"] and result.nodes["token@1"]["label"] == "w142"
+    )
 
 
 def test_the_figure_has_tokens_below_and_targets_on_top() -> None:

@@ -42,13 +42,13 @@ def test_files_obey_the_rules_and_come_back(name: str) -> None:
 @pytest.mark.parametrize("name", GRAPHS)
 def test_rows_sum_to_what_they_explain_after_reading(name: str) -> None:
     graph = traced(name)
-    found = Graph.from_json(graph.to_json("a"))
+    again = Graph.from_json(graph.to_json("a"))
     active = graph.nodes["activation"].to_numpy()[graph.edges.nodes]
     size = np.abs(active).max()
-    assert found.where("bias").sum() == graph.where("bias").sum() > 0
-    assert np.abs(found.edges.sums - graph.edges.sums).max() <= 1e-6 * size
-    assert np.abs(found.edges.sums - active).max() <= 1e-6 * size
-    assert found.metadata["residual"] == graph.metadata["residual"] < 1e-6
+    assert again.where("bias").sum() == graph.where("bias").sum() > 0
+    assert np.abs(again.edges.sums - graph.edges.sums).max() <= 1e-6 * size
+    assert np.abs(again.edges.sums - active).max() <= 1e-6 * size
+    assert again.metadata["residual"] == graph.metadata["residual"] < 1e-6
 
 
 def test_a_file_with_fewer_links_does_not_say_that_rows_sum() -> None:
@@ -58,15 +58,15 @@ def test_a_file_with_fewer_links_does_not_say_that_rows_sum() -> None:
         for name in place:
             links = links[name]
         links.pop()
-        found = Graph.from_json(content)
-        assert np.isnan(found.metadata["residual"]) and found.n_edges == traced().n_edges - 1
+        again = Graph.from_json(content)
+        assert np.isnan(again.metadata["residual"]) and again.n_edges == traced().n_edges - 1
 
 
 def test_a_file_without_biases_does_not_say_that_rows_sum() -> None:
     content = traced().to_json("a")
     del content["metadata"]["gemmascope"]["biases"]
-    found = Graph.from_json(content)
-    assert not found.where("bias").any() and np.isnan(found.metadata["residual"])
+    again = Graph.from_json(content)
+    assert not again.where("bias").any() and np.isnan(again.metadata["residual"])
     assert "residual" not in Graph.from_json(peer_file()).metadata
 
 
@@ -105,17 +105,17 @@ def test_the_viewers_compute_our_scores(name: str) -> None:
     for graph in (traced(name), traced(name).prune()):
         content = graph.to_json("scores")
         assert scores_from_file(content) == pytest.approx(tuple(graph.scores), rel=1e-6)
-        own = content["metadata"]["gemmascope"]
-        assert own["replacement_score"] == graph.scores.replacement
-        assert own["completeness_score"] == graph.scores.completeness
+        details = content["metadata"]["gemmascope"]
+        assert details["replacement_score"] == graph.scores.replacement
+        assert details["completeness_score"] == graph.scores.completeness
 
 
 def test_influence_falls_with_importance() -> None:
     graph = traced()
     content = graph.to_json("x")
     shown = {n["gemmascope"]["id"]: n["influence"] for n in content["nodes"]}
-    kept = [i for i in np.argsort(-graph.influence, kind="stable") if graph.influence[i] > 0]
-    shares = [shown[graph.nodes["id"][i]] for i in kept]
+    influential = [i for i in np.argsort(-graph.influence, kind="stable") if graph.influence[i] > 0]
+    shares = [shown[graph.nodes["id"][i]] for i in influential]
     assert shares == sorted(shares) and shares[0] > 0
 
 
@@ -153,9 +153,9 @@ def test_names_of_nodes() -> None:
     assert from_cantor(att["feature"])[1] >> 21 == 1 and att["node_id"].startswith("2_att_")
     errors = {n["node_id"] for n in nodes if n["feature"] == -1}
     assert {"1_error_res_3", "2_error_att_3", "2_error_mlp_3"} <= errors
-    own = content["metadata"]["gemmascope"]
-    assert set(own["metadata"]["dictionaries"]) == set(by_site) - {""}
-    assert own["limits"] == ["dictionaries beside the MLPs' are shown without examples"]
+    details = content["metadata"]["gemmascope"]
+    assert set(details["metadata"]["dictionaries"]) == set(by_site) - {""}
+    assert details["limits"] == ["dictionaries beside the MLPs' are shown without examples"]
 
 
 def test_targets_of_every_kind() -> None:
@@ -235,8 +235,8 @@ def test_files_of_circuit_tracer_are_read() -> None:
         ["error:0_1_1", "error", 1, -1, 0.0],
         ["target:3_9_1", "target", 2, 9, 0.25],
     ]
-    found = graph.sources_of("target:3_9_1")
-    assert dict(zip(found["id"], found["weight"], strict=True)) == {
+    sources = graph.sources_of("target:3_9_1")
+    assert dict(zip(sources["id"], sources["weight"], strict=True)) == {
         "feature:1_7_1": 3.0,
         "feature:0_1_1": 4.0,
         "error:0_1_1": -5.0,

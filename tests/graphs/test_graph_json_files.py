@@ -63,9 +63,9 @@ def test_the_view_goes_through_files_and_pruning(tmp_path: Path) -> None:
     graph = Graph.from_json(saved_by_a_viewer())
     again = Graph.load(graph.save(tmp_path / "a"))
     same(again, graph)
-    own = traced("some")
-    features = own.nodes["id"][own.where("feature")].tolist()
-    content = own.to_json("x", groups={"all": features}, pinned=features[:1])
+    plain = traced("some")
+    features = plain.nodes["id"][plain.where("feature")].tolist()
+    content = plain.to_json("x", groups={"all": features}, pinned=features[:1])
     shown = Graph.from_json(content)
     assert shown.metadata["view"]["supernodes"] == (("all", *features),)
     pruned = shown.prune(0.5)
@@ -75,7 +75,7 @@ def test_the_view_goes_through_files_and_pruning(tmp_path: Path) -> None:
     assert name == "all" and len(members) == len(left)
     assert shown.to_json("x", groups={})["qParams"]["supernodes"] == []
     with pytest.raises(UnknownNameError, match="A pin has the node 'no such'"):
-        own.to_json("x", pinned=["no such"])
+        plain.to_json("x", pinned=["no such"])
 
 
 def test_labels_are_wrapped_once() -> None:
@@ -218,9 +218,9 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(data=st.data(), value=VALUES, own=st.booleans(), gone=st.booleans())
-def test_no_content_makes_another_error(data, value, own, gone) -> None:
-    content = copy.deepcopy(SMALL if own else saved_by_a_viewer())
+@given(data=st.data(), value=VALUES, is_plain=st.booleans(), gone=st.booleans())
+def test_no_content_makes_another_error(data, value, is_plain, gone) -> None:
+    content = copy.deepcopy(SMALL if is_plain else saved_by_a_viewer())
     path = data.draw(st.sampled_from(places(content)[1:]))
     parent = content
     for key in path[:-1]:

@@ -120,9 +120,9 @@ def test_nothing_is_loaded() -> None:
     circuit = top_n(edge_graph(), 20)
     page = circuit_html(circuit, scores(circuit))
     assert page.count(get_plotlyjs()) == 1
-    found, rest = Loads(page), page.replace(get_plotlyjs(), "")
-    assert found.urls == ["data:,"]
-    assert not {"iframe", "img", "object", "embed", "base"} & set(found.tags)
+    loads, rest = Loads(page), page.replace(get_plotlyjs(), "")
+    assert loads.urls == ["data:,"]
+    assert not {"iframe", "img", "object", "embed", "base"} & set(loads.tags)
     for forbidden in ("http://", "https://", "@import", "fetch(", "XMLHttpRequest", "url("):
         assert forbidden not in rest, forbidden
     assert "default-src 'none'; script-src 'unsafe-inline'" in page

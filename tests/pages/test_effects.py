@@ -48,8 +48,10 @@ def test_the_table_has_standard_errors_where_every_prompt_was_patched() -> None:
     assert frame["share"].tolist() == [-0.5, 0.25, 0.0]
     # the scatter of an estimate is not its error, and one prompt scatters nowhere
     assert "se" not in top_frame(effects(method="AtP*"), 3)
-    one = Effects(BY_PROMPT[..., 0], ("layer", "head"), effects().labels, META, BY_PROMPT[..., :1])
-    assert "se" not in top_frame(one, 3)
+    of_one_prompt = Effects(
+        BY_PROMPT[..., 0], ("layer", "head"), effects().labels, META, BY_PROMPT[..., :1]
+    )
+    assert "se" not in top_frame(of_one_prompt, 3)
 
 
 def test_words_of_noising() -> None:
@@ -106,8 +108,8 @@ def test_the_page_shows_figure_table_and_metadata() -> None:
 
 
 def test_one_axis_and_three_are_bars() -> None:
-    one = effects().at(layer=0)
-    assert "layer" not in top_frame(one, 2) and '"type":"bar"' in effects_html(one)
+    of_heads = effects().at(layer=0)
+    assert "layer" not in top_frame(of_heads, 2) and '"type":"bar"' in effects_html(of_heads)
     labels = {"layer": (0, 1, 2), "head": (0, 1, 2), "pos": (0, 1, 2)}
     three = Effects(torch.arange(27.0).reshape(3, 3, 3), tuple(labels), labels, META)
     page = effects_html(three)
@@ -116,17 +118,17 @@ def test_one_axis_and_three_are_bars() -> None:
 
 
 def test_one_effect() -> None:
-    one = effects().at(layer=0, head=1)
-    assert "run if z, alone, is replaced" in how_to_read(one)
-    assert "Most is changed by z: -2.000" in effects_html(one)
+    effect = effects().at(layer=0, head=1)
+    assert "run if z, alone, is replaced" in how_to_read(effect)
+    assert "Most is changed by z: -2.000" in effects_html(effect)
 
 
 def test_nothing_is_loaded_and_no_text_is_html() -> None:
     bad = effects(**{"task": BAD, "metric": BAD, "tokens": [BAD], BAD: BAD})
     page = effects_html(bad, title=BAD)
     assert page.count(get_plotlyjs()) == 1
-    found, rest = Loads(page), page.replace(get_plotlyjs(), "")
-    assert found.urls == ["data:,"]
+    loads, rest = Loads(page), page.replace(get_plotlyjs(), "")
+    assert loads.urls == ["data:,"]
     for forbidden in (BAD, "http://", "https://", "@import", "fetch(", "XMLHttpRequest", "url("):
         assert forbidden not in rest, forbidden
     assert "default-src 'none'; script-src 'unsafe-inline'" in page

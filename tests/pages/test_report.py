@@ -67,10 +67,10 @@ def test_library_is_inlined_once_and_only_with_figures(tmp_path: Path) -> None:
 
 def test_nothing_is_loaded(tmp_path: Path) -> None:
     html = full_page(tmp_path / "page.html", "text").replace(get_plotlyjs(), "")
-    found = Loads()
-    found.feed(html)
-    assert found.urls == ["data:,"]  # the empty icon that keeps browsers from asking for one
-    assert not {"iframe", "img", "object", "embed", "base"} & set(found.tags)
+    loads = Loads()
+    loads.feed(html)
+    assert loads.urls == ["data:,"]  # the empty icon that keeps browsers from asking for one
+    assert not {"iframe", "img", "object", "embed", "base"} & set(loads.tags)
     for forbidden in ("http://", "https://", "@import", "fetch(", "XMLHttpRequest", "url("):
         assert forbidden not in html, forbidden
     assert "default-src 'none'; script-src 'unsafe-inline'" in html

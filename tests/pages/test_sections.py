@@ -57,7 +57,7 @@ def effects(axes: dict[str, int], method: str) -> Effects:
 
 
 def hostile_steering() -> Steering:
-    one = torch.tensor([1.0])
+    value = torch.tensor([1.0])
     yes = torch.tensor([True])
     return Steering(
         prompt=BAD,
@@ -74,7 +74,7 @@ def hostile_steering() -> Steering:
         ids_after=(),
         is_kept=yes,
         steered=yes,
-        next_tokens=NextTokens(one, (BAD,), one, one, (BAD,), one),
+        next_tokens=NextTokens(value, (BAD,), value, value, (BAD,), value),
         relative_push=1.0,
     )
 

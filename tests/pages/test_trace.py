@@ -94,8 +94,8 @@ def test_the_page_has_the_graph_and_what_was_measured() -> None:
     ends = zip(
         data["edges"]["source"], data["edges"]["target"], data["edges"]["weight"], strict=True
     )
-    found = {(data["nodes"]["id"][s], data["nodes"]["id"][t]): w for s, t, w in ends}
-    assert found[row["source"], row["target"]] == pytest.approx(row["weight"], rel=1e-3)
+    weights = {(data["nodes"]["id"][s], data["nodes"]["id"][t]): w for s, t, w in ends}
+    assert weights[row["source"], row["target"]] == pytest.approx(row["weight"], rel=1e-3)
     n_nodes = int((~whole.where("bias")).sum())
     assert f"<b>{len(graph)} of {n_nodes}</b>" in page
     assert f"({whole.scores.replacement:.3f} unpruned)</b>" in page
@@ -107,9 +107,9 @@ def test_the_page_has_the_graph_and_what_was_measured() -> None:
 def test_biases_are_left_out_and_shares_are_of_what_is_left() -> None:
     graph = traced()
     data = Page(trace_html(graph)).data
-    kept = graph.nodes["id"][~graph.where("bias")]
-    assert data["nodes"]["id"] == list(kept)
-    sums = np.zeros(len(kept))
+    ids = graph.nodes["id"][~graph.where("bias")]
+    assert data["nodes"]["id"] == list(ids)
+    sums = np.zeros(len(ids))
     np.add.at(sums, data["edges"]["target"], data["edges"]["share"])
     assert sums[sums > 0] == pytest.approx(1, abs=1e-2)
 
@@ -128,10 +128,10 @@ def test_nothing_is_loaded_and_no_text_is_html() -> None:
     graph = replace(graph, columns=columns, tokens=(BAD,) * 12, metadata={"prompt": BAD, BAD: BAD})
     name = graph.nodes["id"].iloc[-1]
     page = trace_html(graph, groups={BAD: [name]}, top_tokens={name: ((BAD,), (BAD,))})
-    found = Page(page)
-    assert found.tags.count("script") == 2 and found.urls == ["data:,"]
+    shown = Page(page)
+    assert shown.tags.count("script") == 2 and shown.urls == ["data:,"]
     assert "alert(1)</script>" not in page
-    assert found.data["nodes"]["label"][0] == BAD and found.data["groups"][0][0] == BAD
+    assert shown.data["nodes"]["label"][0] == BAD and shown.data["groups"][0][0] == BAD
     for forbidden in (
         "http://",
         "https://",
@@ -202,8 +202,8 @@ def test_search_keys_groups_and_sliders_in_a_browser(tmp_path: Path) -> None:
     graph = traced("mixed").prune()
     document = opened(write_trace(tmp_path / "page.html", graph), tmp_path / "profile", STEPS)
     text = attribute(document, "data-log").replace("&quot;", '"').replace("&amp;", "&")
-    found, cleared, chosen, groups, button, shown, drawn, theme = json.loads(text)
-    assert found == "w178" and cleared == "Nothing selected"
+    match, cleared, chosen, groups, button, shown, drawn, theme = json.loads(text)
+    assert match == "w178" and cleared == "Nothing selected"
     assert chosen in set(graph.nodes["label"])
     ((name, members),) = json.loads(groups).items()
     assert name == "mine" and len(members) == 2 and set(members) <= set(graph.nodes["id"])

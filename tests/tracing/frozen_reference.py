@@ -43,12 +43,12 @@ class FrozenModel:
             for norm in ("ln1", "ln1_post", "ln2"):
                 hooks.append((f"{block}.{norm}.hook_scale", lambda x, hook: x.detach()))
         hooks.append(("ln_final.hook_scale", lambda x, hook: x.detach()))
-        for own in traced.layout.activities:
-            site = own.site
+        for activity in traced.layout.activities:
+            site = activity.site
             read = reading(model, site.hooked.hook_in)
             if site.kind == "transcoder":
                 hooks.append((read.hook, self._look(site, read)))
-            hooks.append((reading(model, site.hooked.hook_out).hook, self._source(own)))
+            hooks.append((reading(model, site.hooked.hook_out).hook, self._source(activity)))
         hooks.append(("unembed.hook_in", lambda x, hook: self.seen.setdefault("end", x)))
         with ignore_bridge_norm_warning(), torch.enable_grad(), model.hooks(fwd_hooks=hooks):
             self.logits = model(traced.frozen.tokens[None], return_type="logits")[0]
@@ -66,16 +66,18 @@ class FrozenModel:
 
         return hook_fn
 
-    def _source(self, own: Any) -> Callable[..., torch.Tensor]:
+    def _source(self, activity: Any) -> Callable[..., torch.Tensor]:
         """The site's own value as a leaf; what passes it keeps its history."""
-        site = own.site
+        site = activity.site
 
         def hook_fn(x: torch.Tensor, hook: Any) -> torch.Tensor:
             if site.kind in ("resid", "attention"):
                 self.seen[site.label] = x.flatten(2)
             leaf = x.detach().clone().requires_grad_(True)
             self.leaves[site.label] = leaf
-            keep = own.keep[None, :, None] if x.ndim == 3 else own.keep[None, :, None, None]
+            keep = (
+                activity.keep[None, :, None] if x.ndim == 3 else activity.keep[None, :, None, None]
+            )
             if site.kind in ("resid", "attention"):
                 return torch.where(keep, leaf, x + leaf - leaf.detach())
             if site.skip is None:
@@ -87,11 +89,12 @@ class FrozenModel:
 
     def pre_activation(self, site: int, entry: int) -> torch.Tensor:
         """Of an active feature."""
-        own = self.traced.layout.activities[site]
-        pos, feature = int(own.acts.rows[entry]), int(own.acts.indices[entry])
-        weights = own.site.weights
+        activity = self.traced.layout.activities[site]
+        pos, feature = int(activity.acts.rows[entry]), int(activity.acts.indices[entry])
+        weights = activity.site.weights
         return (
-            self.seen[own.site.label][0, pos] @ weights.W_enc[:, feature] + weights.b_enc[feature]
+            self.seen[activity.site.label][0, pos] @ weights.W_enc[:, feature]
+            + weights.b_enc[feature]
         )
 
     def effects(self, target: torch.Tensor) -> np.ndarray:
@@ -101,7 +104,7 @@ class FrozenModel:
         grads = torch.autograd.grad(
             target, [self.leaves[n] for n in names], retain_graph=True, allow_unused=True
         )
-        found = np.zeros(layout.n_nodes)
+        total = np.zeros(layout.n_nodes)
         by_name = dict(zip(names, grads, strict=True))
 
         def at(name: str) -> torch.Tensor:
@@ -109,25 +112,25 @@ class FrozenModel:
             return torch.zeros_like(self.leaves[name]) if grad is None else grad
 
         embed = at("hook_embed")[0]
-        found[: layout.n_pos] = (embed * self.traced.frozen.embed).sum(-1).numpy()
-        for j, own in enumerate(layout.activities):
-            grad = at(own.site.label)[0].flatten(1)
+        total[: layout.n_pos] = (embed * self.traced.frozen.embed).sum(-1).numpy()
+        for j, activity in enumerate(layout.activities):
+            grad = at(activity.site.label)[0].flatten(1)
             for i, source in enumerate(layout.activities[: j + 1]):
-                if i != j and source.site.hooked not in _siblings(own):
+                if i != j and source.site.hooked not in _siblings(activity):
                     continue
-                W_dec = own.site.hooked.decoder_from(source.site.place)
+                W_dec = activity.site.hooked.decoder_from(source.site.place)
                 writes = source.acts.values[:, None] * W_dec[source.acts.indices]
                 products = (writes * grad[source.acts.rows]).sum(-1)
-                found[layout.features(i)] += products.detach().numpy()
-            errors = (own.rest * grad).sum(-1)
-            found[layout.errors(j)] = errors[own.keep].numpy()
-            found[layout.passed(j)] = float(errors[~own.keep].sum())
-            found[layout.b_dec(j)] = float((grad[own.keep] @ own.b_dec).sum())
-        return found
+                total[layout.features(i)] += products.detach().numpy()
+            errors = (activity.rest * grad).sum(-1)
+            total[layout.errors(j)] = errors[activity.keep].numpy()
+            total[layout.passed(j)] = float(errors[~activity.keep].sum())
+            total[layout.b_dec(j)] = float((grad[activity.keep] @ activity.b_dec).sum())
+        return total
 
 
-def _siblings(own: Any) -> list[Any]:
-    dictionary = getattr(own.site.hooked, "dictionary", None)
+def _siblings(activity: Any) -> list[Any]:
+    dictionary = getattr(activity.site.hooked, "dictionary", None)
     return [] if dictionary is None else _Family(dictionary)
 
 

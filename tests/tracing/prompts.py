@@ -65,8 +65,8 @@ def values(graph: Graph, names: Any = None) -> dict[Any, float]:
 def assert_close(got: dict[Any, float], expected: dict[Any, float]) -> None:
     """Equal up to rounding of float32; a key that is missing stands for 0."""
     keys = sorted({*got, *expected}, key=repr)
-    one, other = (np.array([d.get(k, 0.0) for k in keys]) for d in (got, expected))
-    np.testing.assert_allclose(one, other, atol=1e-6 * np.abs(other).max())
+    left, right = (np.array([d.get(k, 0.0) for k in keys]) for d in (got, expected))
+    np.testing.assert_allclose(left, right, atol=1e-6 * np.abs(right).max())
 
 
 def influence(graph: Graph) -> np.ndarray:
@@ -75,8 +75,8 @@ def influence(graph: Graph) -> np.ndarray:
     dense[:, graph.where("bias")] = 0
     sums = dense.sum(1, keepdims=True)
     dense /= np.where(sums == 0, 1, sums)
-    found, step = np.zeros(len(dense)), graph.weights
+    total, step = np.zeros(len(dense)), graph.weights
     while step.sum() > 1e-12:
         step = step @ dense
-        found = found + step
-    return found
+        total = total + step
+    return total

@@ -126,7 +126,7 @@ def test_rows_sum_to_pre_activations(name: str, model: Any, hf: Any) -> None:
     seeds = seeds_of(traced)
     edges = rows_of(traced, seeds)
     targets = [activity for activity in traced.layout.activities if activity.site.is_target]
-    acts = np.concatenate([one.acts.values.numpy() for one in targets])
+    acts = np.concatenate([activity.acts.values.numpy() for activity in targets])
     values = np.concatenate([acts, [seed.value for seed in seeds]])
     sums = np.asarray(edges.matrix.sum(1)).ravel()
     np.testing.assert_allclose(sums, values, atol=1e-5 * np.abs(values).max())

@@ -40,22 +40,22 @@ def end_entry(traced: TracedPrompt) -> Any:
 
 def entries(traced: TracedPrompt) -> dict[str, Any]:
     """A logit, and the last feature of each kind of site that has targets."""
-    found = {"logit": end_entry(traced)}
-    for site, own in enumerate(traced.layout.activities):
-        if own.site.is_target and own.n_features:
+    entries = {"logit": end_entry(traced)}
+    for site, activity in enumerate(traced.layout.activities):
+        if activity.site.is_target and activity.n_features:
             last = traced.layout.features(site).stop - 1
-            found[own.site.kind] = traced.entry(last)
-    return found
+            entries[activity.site.kind] = traced.entry(last)
+    return entries
 
 
 def some_of_each(traced: TracedPrompt, entry: Any) -> list[int]:
     """Tokens and biases, and of features and errors a few of each site."""
     layout = traced.layout
-    found = [*range(layout.constant), *range(layout.constant + 1, layout.n_fixed)]
+    nodes = [*range(layout.constant), *range(layout.constant + 1, layout.n_fixed)]
     for site in range(len(layout.activities)):
-        own, rest = layout.features(site), layout.errors(site)
-        found += [*range(own.start, own.stop, 7), *range(rest.start, rest.stop, 7)]
-    return [node for node in found if node < entry.n_below]
+        features, errors = layout.features(site), layout.errors(site)
+        nodes += [*range(features.start, features.stop, 7), *range(errors.start, errors.stop, 7)]
+    return [node for node in nodes if node < entry.n_below]
 
 
 def without(layer: int, heads: list[int]) -> Cut:
@@ -77,8 +77,8 @@ def effects(model: Any, traced: TracedPrompt, name: str, entry: Any, cut: Cut) -
         column = W_U[:, 10] - W_U.mean(1)
         return frozen.effects(frozen.seen["end"][0, -1] @ column)
     site = next(i for i, a in enumerate(traced.layout.activities) if a.site.time == entry.after)
-    own = traced.layout.activities[site]
-    return frozen.effects(frozen.pre_activation(site, own.n_features - 1))
+    activity = traced.layout.activities[site]
+    return frozen.effects(frozen.pre_activation(site, activity.n_features - 1))
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -87,11 +87,11 @@ def test_heads_carry_what_is_lost_without_them(name: str, model: Any, hf: Any) -
     n_heads = traced.frozen.anatomy.n_heads
     for kind, entry in entries(traced).items():
         below = some_of_each(traced, entry)
-        found = loadings(traced.sweep, entry, below)
+        carriers = loadings(traced.sweep, entry, below)
         whole = effects(model, traced, kind, entry, [])[below]
         scale = np.abs(whole).max()
-        np.testing.assert_allclose(found.effects / scale, whole / scale, atol=TINY)
-        loads = found.loads.sum(-1)
+        np.testing.assert_allclose(carriers.effects / scale, whole / scale, atol=TINY)
+        loads = carriers.loads.sum(-1)
         for layer, heads in ((0, [3]), (1, [*range(n_heads)]), (2, [1])):
             if 4 * layer > entry.after:
                 assert not loads[:, layer].any()
@@ -105,9 +105,9 @@ def test_heads_carry_what_is_lost_without_them(name: str, model: Any, hf: Any) -
 def test_every_layer_sums_to_the_edge(name: str, model: Any, hf: Any) -> None:
     traced = traced_of(model, dictionaries(name, model, hf))
     for entry in entries(traced).values():
-        found = loadings(traced.sweep, entry, some_of_each(traced, entry))
-        assert float(found.gaps.max()) <= 1e-6 * float(found.effects.abs().max())
-        assert found.between.any(1)[: traced.layout.n_pos].all()
+        carriers = loadings(traced.sweep, entry, some_of_each(traced, entry))
+        assert float(carriers.gaps.max()) <= 1e-6 * float(carriers.effects.abs().max())
+        assert carriers.between.any(1)[: traced.layout.n_pos].all()
 
 
 def test_attention_biases_are_carried_too() -> None:
@@ -117,18 +117,18 @@ def test_attention_biases_are_carried_too() -> None:
     traced = traced_of(model, [*saes, factories.attention(plain, 1)])
     entry = end_entry(traced)
     sources = [traced.layout.attention_bias(layer) for layer in LAYERS]
-    found = loadings(traced.sweep, entry, sources)
-    assert float(found.gaps.max()) <= 1e-6 * float(found.effects.abs().max())
-    assert found.loads[0, 1:].abs().max() > 1e-3 and not found.loads[2].any()
+    carriers = loadings(traced.sweep, entry, sources)
+    assert float(carriers.gaps.max()) <= 1e-6 * float(carriers.effects.abs().max())
+    assert carriers.loads[0, 1:].abs().max() > 1e-3 and not carriers.loads[2].any()
 
 
 def test_the_token_that_was_read(hooked2: Any) -> None:
     traced = traced_of(hooked2, [factories.transcoder(hooked2, layer) for layer in LAYERS])
-    found = loadings(traced.sweep, end_entry(traced), [4])
+    carriers = loadings(traced.sweep, end_entry(traced), [4])
     # the source is the token at 4 alone: below the first layer nothing has left it
-    assert found.loads[0, 0, :, 4].abs().min() > 0
-    assert not found.loads[0, 0, :, [i for i in range(20) if i != 4]].any()
-    assert not found.loads[0, 2, :, :4].any()
+    assert carriers.loads[0, 0, :, 4].abs().min() > 0
+    assert not carriers.loads[0, 0, :, [i for i in range(20) if i != 4]].any()
+    assert not carriers.loads[0, 2, :, :4].any()
 
 
 def test_few_writes_at_a_time_are_the_same(
@@ -159,20 +159,20 @@ def graph(saes: list[Any]) -> Graph:
 def test_edges_of_a_graph(graph: Graph, saes: list[Any], hooked2: Any) -> None:
     frame = graph.edge_frame()
     crossing = frame[~frame["source"].str.startswith("bias:b_enc")].head(12)
-    found = head_loadings(hooked2, graph, saes, crossing)
-    np.testing.assert_allclose(found.weights, crossing["weight"], rtol=1e-4)
-    assert found.metadata["residual"] < 1e-6
-    rows = found.to_frame()
+    result = head_loadings(hooked2, graph, saes, crossing)
+    np.testing.assert_allclose(result.weights, crossing["weight"], rtol=1e-4)
+    assert result.metadata["residual"] < 1e-6
+    rows = result.to_frame()
     assert set(rows) >= {"source", "target", "layer", "head", "load", "share", "key", "token"}
-    assert len(rows) == found.between.sum() * found.values.shape[2]
-    for i, (source, target) in enumerate(found.edges):
-        own = rows[(rows["source"] == source) & (rows["target"] == target)]
-        sums = own.groupby("layer")["load"].sum()
-        for layer in np.flatnonzero(found.between[i]):
-            parts = sums[layer] + found.bypass[i, layer]
-            assert parts == pytest.approx(found.weights[i], abs=1e-5)
-    assert found.plot(0).data and repr(found).startswith("HeadLoadings(12 edges, 3 layers of 4")
-    assert "<table" in found._repr_html_()
+    assert len(rows) == result.between.sum() * result.values.shape[2]
+    for i, (source, target) in enumerate(result.edges):
+        of_edge = rows[(rows["source"] == source) & (rows["target"] == target)]
+        sums = of_edge.groupby("layer")["load"].sum()
+        for layer in np.flatnonzero(result.between[i]):
+            parts = sums[layer] + result.bypass[i, layer]
+            assert parts == pytest.approx(result.weights[i], abs=1e-5)
+    assert result.plot(0).data and repr(result).startswith("HeadLoadings(12 edges, 3 layers of 4")
+    assert "<table" in result._repr_html_()
 
 
 def test_targets_that_are_asked_for(saes: list[Any], hooked2: Any) -> None:
@@ -187,23 +187,23 @@ def test_targets_that_are_asked_for(saes: list[Any], hooked2: Any) -> None:
     graph = trace(hooked2, TOKENS, saes, targets=targets)
     ends = graph.nodes["id"].iloc[graph.targets]
     edges = [("token@1", end) for end in ends]
-    found = head_loadings(hooked2, graph, saes, edges, targets=targets)
+    result = head_loadings(hooked2, graph, saes, edges, targets=targets)
     dense = graph.adjacency.toarray()
     expected = [dense[graph.find(end), graph.find("token@1")] for end in ends]
-    np.testing.assert_allclose(found.weights, expected, atol=1e-5)
+    np.testing.assert_allclose(result.weights, expected, atol=1e-5)
     named = head_loadings(hooked2, graph, saes, edges[:2])  # the feature and the difference
-    np.testing.assert_allclose(named.values, found.values[:2], atol=TINY)
+    np.testing.assert_allclose(named.values, result.values[:2], atol=TINY)
     with pytest.raises(UnknownNameError, match="targets=\\[StreamDirection"):
         head_loadings(hooked2, graph, saes, edges[2])
     same = head_loadings(hooked2, TOKENS, saes, edges[0], targets=targets)
-    np.testing.assert_allclose(same.values[0], found.values[0], atol=TINY)
+    np.testing.assert_allclose(same.values[0], result.values[0], atol=TINY)
 
 
 def test_a_prompt_has_its_likeliest_tokens(graph: Graph, saes: list[Any], hooked2: Any) -> None:
     end = graph.nodes["id"].iloc[-1]
-    one = head_loadings(hooked2, TOKENS, saes, [("token@2", end)])
-    other = head_loadings(hooked2, graph, saes, [("token@2", end)])
-    np.testing.assert_allclose(one.by_key, other.by_key, atol=TINY)
+    of_prompt = head_loadings(hooked2, TOKENS, saes, [("token@2", end)])
+    of_graph = head_loadings(hooked2, graph, saes, [("token@2", end)])
+    np.testing.assert_allclose(of_prompt.by_key, of_graph.by_key, atol=TINY)
 
 
 @pytest.mark.parametrize(
@@ -232,9 +232,9 @@ def test_edges_that_are_none(
         "early": transcoded[(transcoded["layer"] == 0) & (transcoded["pos"] < 12)]["id"].iloc[-1],
         "late": transcoded[transcoded["layer"] == 2]["id"].iloc[-1],
     }
-    given = tuple(names.get(node, node) for node in edge)
+    pair = tuple(names.get(node, node) for node in edge)
     with pytest.raises(error, match=words):
-        head_loadings(hooked2, graph, saes, [given])
+        head_loadings(hooked2, graph, saes, [pair])
 
 
 def test_parts_that_do_not_sum_to_their_edge_are_refused(
@@ -249,8 +249,8 @@ def test_parts_that_do_not_sum_to_their_edge_are_refused(
     whole = module.loadings
 
     def wrong(*args: Any) -> Any:
-        found = whole(*args)
-        return dataclasses.replace(found, effects=found.effects * 1.01)
+        result = whole(*args)
+        return dataclasses.replace(result, effects=result.effects * 1.01)
 
     head_loadings(hooked2, graph, saes, [edge])
     monkeypatch.setattr(module, "loadings", wrong)
@@ -268,12 +268,12 @@ def test_no_edges(graph: Graph, saes: list[Any], hooked2: Any) -> None:
 def test_plots_of_what_there_is(graph: Graph, saes: list[Any], hooked2: Any) -> None:
     end = graph.nodes["id"].iloc[-1]
     last = graph.nodes.query("kind == 'feature' and layer == 2 and pos == 19")["id"].iloc[0]
-    found = head_loadings(hooked2, graph, saes, [("token@2", end), (last, end)])
-    assert found.plot(("token@2", end)).data
+    result = head_loadings(hooked2, graph, saes, [("token@2", end), (last, end)])
+    assert result.plot(("token@2", end)).data
     with pytest.raises(TaskError, match="No attention lies between"):
-        found.plot(1)
+        result.plot(1)
     with pytest.raises(TaskError, match="2 is not one of these edges. There is: edges 0 to 1"):
-        found.plot(2)
+        result.plot(2)
 
 
 def test_graphs_of_several_prompts(graph: Graph, saes: list[Any], hooked2: Any) -> None:

@@ -46,7 +46,7 @@ class TurnedModel(FrozenModel):
         # [pos, head, d_head] on one class, [head, pos, d_head] on the other
         x = x if x.shape[1] == TOKENS.shape[1] else x.transpose(0, 1)
         vector = x[head * len(x) // self._heads, pos]
-        return np.stack([self.effects(one) for one in vector], 1)
+        return np.stack([self.effects(direction) for direction in vector], 1)
 
 
 def observed(model: Any, layer: int, head: int, query: int) -> torch.Tensor:
@@ -62,14 +62,14 @@ def observed(model: Any, layer: int, head: int, query: int) -> torch.Tensor:
 def test_pairs_equal_autograd(name: str, place: int, model: Any, hf: Any) -> None:
     layer, head, query, key = HEADS[place]
     saes = dictionaries(name, model, hf)
-    found = qk_attribution(model, TOKENS, saes, layer, head, query, key)
-    assert found.parts is not None
+    result = qk_attribution(model, TOKENS, saes, layer, head, query, key)
+    assert result.parts is not None
     traced = traced_of(model, saes)
     frozen = TurnedModel(model, traced, layer)
     asked = frozen.parts("q", head, query) / SCALE
     seen = frozen.parts("k", head, key)
-    nodes = np.arange(len(found.nodes)) != traced.layout.constant
-    for part, expected in zip(found.parts, (asked, seen), strict=True):
+    nodes = np.arange(len(result.nodes)) != traced.layout.constant
+    for part, expected in zip(result.parts, (asked, seen), strict=True):
         rows = part.numpy()[nodes]
         assert not expected[len(nodes) :].any()
         scale = np.abs(expected).max()
@@ -81,19 +81,19 @@ def test_pairs_sum_to_the_score(
     layer: int, head: int, query: int, key: int, model: Any, hf: Any
 ) -> None:
     saes = dictionaries("mixed", model, hf)
-    found = qk_attribution(model, TOKENS, saes, layer, head, query, key)
-    own = observed(model, layer, head, query)
-    scale = float(own[own > -1e30].abs().max())
-    assert found.parts is not None
-    pairs = (found.parts[0].double() @ found.parts[1].double().T).numpy()
+    result = qk_attribution(model, TOKENS, saes, layer, head, query, key)
+    scores = observed(model, layer, head, query)
+    scale = float(scores[scores > -1e30].abs().max())
+    assert result.parts is not None
+    pairs = (result.parts[0].double() @ result.parts[1].double().T).numpy()
     cap = 5.0 if model.cfg.attn_scores_soft_cap == 5.0 else None
     capped = pairs.sum() if cap is None else cap * np.tanh(pairs.sum() / cap)
-    assert capped == pytest.approx(float(own[key]), abs=TINY * scale)
-    assert found.capped == pytest.approx(float(own[key]), abs=TINY * scale)
-    assert found.score == pytest.approx(pairs.sum(), abs=TINY * scale)
-    assert found.residual < TINY
+    assert capped == pytest.approx(float(scores[key]), abs=TINY * scale)
+    assert result.capped == pytest.approx(float(scores[key]), abs=TINY * scale)
+    assert result.score == pytest.approx(pairs.sum(), abs=TINY * scale)
+    assert result.residual < TINY
     for sums, marginal in ((pairs.sum(1), "query"), (pairs.sum(0), "key")):
-        np.testing.assert_allclose(getattr(found, f"{marginal}_weights"), sums, atol=TINY * scale)
+        np.testing.assert_allclose(getattr(result, f"{marginal}_weights"), sums, atol=TINY * scale)
 
 
 @pytest.mark.parametrize(("place", "contrast"), [(1, False), (2, False), (2, True)])
@@ -113,16 +113,16 @@ def test_marginals_without_pairs(place: int, contrast: bool, model: Any, hf: Any
 def test_a_contrast_is_less_the_mean_of_the_keys(hooked2: Any) -> None:
     model, (layer, head, query, key) = hooked2, HEADS[2]
     saes = [factories.transcoder(model, layer) for layer in LAYERS]
-    found = qk_attribution(model, TOKENS, saes, layer, head, query, key, contrast=True)
-    own = observed(model, layer, head, query)
-    keys = (own > -1e30).nonzero()[:, 0].tolist()
+    result = qk_attribution(model, TOKENS, saes, layer, head, query, key, contrast=True)
+    scores = observed(model, layer, head, query)
+    keys = (scores > -1e30).nonzero()[:, 0].tolist()
     assert keys == [*range(4, 20)]  # the window
     each = [qk_attribution(model, TOKENS, saes, layer, head, query, j, pairs=False) for j in keys]
-    weights = np.stack([one.key_weights for one in each])
-    scale = max(abs(one.score) for one in each)
+    weights = np.stack([part.key_weights for part in each])
+    scale = max(abs(part.score) for part in each)
     expected = weights[keys.index(key)] - weights.mean(0)
-    np.testing.assert_allclose(found.key_weights, expected, atol=TINY * scale)
-    assert found.residual < TINY and found.capped == pytest.approx(float(own[key]), abs=1e-5)
+    np.testing.assert_allclose(result.key_weights, expected, atol=TINY * scale)
+    assert result.residual < TINY and result.capped == pytest.approx(float(scores[key]), abs=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
@@ -136,11 +136,11 @@ def test_biases_of_queries_and_keys_are_sources(family: str) -> None:
             bias.data = torch.randn(bias.shape, generator=generator) * 0.5
     saes = [factories.transcoder(plain, layer) for layer in LAYERS]
     for contrast in (False, True):
-        found = qk_attribution(model, TOKENS, saes, 1, 3, 17, 2, contrast=contrast)
-        own = observed(model, 1, 3, 17)
-        assert found.capped == pytest.approx(float(own[2]), abs=1e-5)
-        assert found.residual < TINY
-        for frame in (found.by_query, found.by_key):
+        result = qk_attribution(model, TOKENS, saes, 1, 3, 17, 2, contrast=contrast)
+        scores = observed(model, 1, 3, 17)
+        assert result.capped == pytest.approx(float(scores[2]), abs=1e-5)
+        assert result.residual < TINY
+        for frame in (result.by_query, result.by_key):
             bias = frame[frame["id"] == "bias:b_Q_and_b_K"]
             assert contrast or abs(float(bias["weight"].iloc[0])) > 1e-3
 
@@ -152,34 +152,34 @@ def test_few_targets_at_a_time_are_the_same(hooked2: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(kind, "fitting", lambda *args: 5)
     few = qk_attribution(hooked2, TOKENS, saes, 2, 1, 19, 5, contrast=True)
     assert whole.parts is not None and few.parts is not None
-    for one, other in zip(whole.parts, few.parts, strict=True):
-        torch.testing.assert_close(one, other, atol=TINY, rtol=0)
+    for part, expected in zip(whole.parts, few.parts, strict=True):
+        torch.testing.assert_close(part, expected, atol=TINY, rtol=0)
 
 
 def test_tables_and_figures(hooked2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     saes = [factories.transcoder(hooked2, layer) for layer in LAYERS]
-    found = qk_attribution(hooked2, trace(hooked2, TOKENS, saes), saes, 2, 1, -1, 5)
-    assert found.parts is not None
+    result = qk_attribution(hooked2, trace(hooked2, TOKENS, saes), saes, 2, 1, -1, 5)
+    assert result.parts is not None
     monkeypatch.setattr("gemmascope_plugin.tracing.linear.head_queries.ROWS", 7)
-    pairs = (found.parts[0] @ found.parts[1].T).double().numpy()
+    pairs = (result.parts[0] @ result.parts[1].T).double().numpy()
     best = np.sort(np.abs(pairs).ravel())[::-1][:15]
-    frame = found.pairs(15)
+    frame = result.pairs(15)
     np.testing.assert_allclose(frame["weight"].abs(), best, rtol=1e-5)
-    ids = found.nodes["id"].tolist()
+    ids = result.nodes["id"].tolist()
     for _, row in frame.iterrows():
         value = pairs[ids.index(row["query"]), ids.index(row["key"])]
         assert value == pytest.approx(row["weight"], rel=1e-5)
-    assert found.by_key["weight"].sum() == pytest.approx(found.score, abs=1e-5)
-    assert found.by_query["weight"].sum() == pytest.approx(found.score, abs=1e-5)
-    assert (found.by_key["pos"] <= 5).all() and len(found.pairs(10**9)) == (pairs != 0).sum()
-    assert repr(found).startswith("QkAttribution(layer 2 head 1, ") and found.plot(4).data
-    assert "<table" in found._repr_html_()
+    assert result.by_key["weight"].sum() == pytest.approx(result.score, abs=1e-5)
+    assert result.by_query["weight"].sum() == pytest.approx(result.score, abs=1e-5)
+    assert (result.by_key["pos"] <= 5).all() and len(result.pairs(10**9)) == (pairs != 0).sum()
+    assert repr(result).startswith("QkAttribution(layer 2 head 1, ") and result.plot(4).data
+    assert "<table" in result._repr_html_()
     few = qk_attribution(hooked2, TOKENS, saes, 2, 1, -1, 5, pairs=False)
     assert few.plot(4).data and "<table" in few._repr_html_()
     with pytest.raises(EmptySelectionError, match="Pairs were not asked for.*pairs=True"):
         few.pairs()
     with pytest.raises(EmptySelectionError, match="top=0 leaves no pair"):
-        found.pairs(0)
+        result.pairs(0)
 
 
 @pytest.mark.parametrize(

@@ -46,31 +46,31 @@ def unit(vector: np.ndarray) -> np.ndarray:
     return vector / size if size else vector
 
 
-def similarity(found: Graph, one: Any, other: Any, by: str) -> float:
+def similarity(whole: Graph, first: Any, second: Any, by: str) -> float:
     """Of two rows of the table, one pair at a time."""
-    nodes = found.nodes
+    nodes = whole.nodes
     if by == "decoder":
         saes = {"blocks.1.hook_resid_post": 3, "blocks.2.attn.hook_z": 4}
         W = [
             dictionaries()[saes.get(row.site, row.layer)].W_dec[row.index].numpy(force=True)
-            for row in (one, other)
+            for row in (first, second)
         ]
-        if one.site != other.site and "hook_z" in one.site + other.site:
+        if first.site != second.site and "hook_z" in first.site + second.site:
             return 0.0
         return float(unit(W[0]) @ unit(W[1]))
     if by == "activation":
-        if one.pos != other.pos:
+        if first.pos != second.pos:
             return 0.0
         profiles = []
-        for row in (one, other):
-            own = nodes[(nodes["site"] == row.site) & (nodes["index"] == row.index)]
-            own = own[own["kind"] == "feature"]
-            profile = np.zeros(len(found.tokens))
-            profile[own["pos"]] = own["activation"]
+        for row in (first, second):
+            rows = nodes[(nodes["site"] == row.site) & (nodes["index"] == row.index)]
+            rows = rows[rows["kind"] == "feature"]
+            profile = np.zeros(len(whole.tokens))
+            profile[rows["pos"]] = rows["activation"]
             profiles.append(unit(profile))
         return float(profiles[0] @ profiles[1])
-    dense = found.adjacency.toarray()
-    i, j = found.find(one.id), found.find(other.id)
+    dense = whole.adjacency.toarray()
+    i, j = whole.find(first.id), whole.find(second.id)
     return float((unit(dense[i]) @ unit(dense[j]) + unit(dense[:, i]) @ unit(dense[:, j])) / 2)
 
 
@@ -101,38 +101,38 @@ def test_groups_are_those_of_average_linkage(by: tuple[str, ...]) -> None:
     threshold = min(float(np.quantile(table, 0.8)) + 1e-4, 0.9)
     ids = [row.id for row in rows]
     expected = {frozenset(ids[i] for i in group) for group in linked(table, threshold)}
-    found = supernodes(pruned(), dictionaries(), by=by, threshold=threshold)
-    assert {frozenset(own) for own in found.values()} == expected and expected
+    groups = supernodes(pruned(), dictionaries(), by=by, threshold=threshold)
+    assert {frozenset(members) for members in groups.values()} == expected and expected
 
 
 def test_a_number_of_groups() -> None:
     n_features = int(pruned().where("feature").sum())
     for n in (1, 3, n_features):
-        found = supernodes(pruned(), dictionaries(), n=n)
-        alone = n_features - sum(map(len, found.values()))
-        assert len(found) + alone == n
+        groups = supernodes(pruned(), dictionaries(), n=n)
+        alone = n_features - sum(map(len, groups.values()))
+        assert len(groups) + alone == n
 
 
 def test_only_features_that_are_no_targets_are_grouped() -> None:
     whole = graph("clean")
     row = whole.nodes[whole.where("feature") & (whole.nodes["layer"] == 2)].iloc[-1]
     target = gs.tracing.FeatureTarget(row["site"], int(row["index"]), int(row["pos"]))
-    found = trace(model(), CLEAN, dictionaries(), targets=[target]).prune()
-    groups = supernodes(found, n=1)
+    before = trace(model(), CLEAN, dictionaries(), targets=[target]).prune()
+    groups = supernodes(before, n=1)
     (ids,) = groups.values()
-    kinds = found.nodes.set_index("id").loc[list(ids), "kind"]
+    kinds = before.nodes.set_index("id").loc[list(ids), "kind"]
     assert set(kinds) == {"feature"} and row["id"] not in ids
     with pytest.raises(GemmaScopeError, match=f"The group 'a' has the target '{row['id']}'"):
-        Supernodes({"a": [row["id"]]}).collapse(found)
+        Supernodes({"a": [row["id"]]}).collapse(before)
 
 
 def test_most_influential_groups_first_and_named_after_their_best_member() -> None:
     nodes = pruned().nodes.set_index("id")
     sums = []
     for name, ids in grouped().items():
-        own = pruned().influence[[pruned().find(i) for i in ids]]
-        sums.append(own.sum())
-        assert name.startswith(nodes.loc[ids[int(own.argmax())], "label"])
+        shares = pruned().influence[[pruned().find(i) for i in ids]]
+        sums.append(shares.sum())
+        assert name.startswith(nodes.loc[ids[int(shares.argmax())], "label"])
     assert sums == sorted(sums, reverse=True)
     same = pruned().with_labels(lambda node: "plural" if node.kind == "feature" else None)
     names = list(supernodes(same, dictionaries()))
@@ -141,58 +141,60 @@ def test_most_influential_groups_first_and_named_after_their_best_member() -> No
     )
 
 
-def collapsed_influence(found: Graph, groups: Supernodes) -> dict[str, float]:
+def collapsed_influence(before: Graph, groups: Supernodes) -> dict[str, float]:
     """Of each group: that of its members, less what flows from one to another of them."""
-    dense = np.abs(found.adjacency.toarray().astype(np.float64))
-    dense[:, found.where("bias")] = 0
+    dense = np.abs(before.adjacency.toarray().astype(np.float64))
+    dense[:, before.where("bias")] = 0
     sums = dense.sum(1, keepdims=True)
-    flow = (influence(found) + found.weights)[:, None] * dense / np.where(sums == 0, 1, sums)
+    flow = (influence(before) + before.weights)[:, None] * dense / np.where(sums == 0, 1, sums)
     result = {}
     for name, ids in groups.items():
-        own = [found.find(i) for i in ids]
-        result[name] = influence(found)[own].sum() - flow[np.ix_(own, own)].sum()
+        members = [before.find(i) for i in ids]
+        result[name] = influence(before)[members].sum() - flow[np.ix_(members, members)].sum()
     return result
 
 
-def without_internal_edges(found: Graph) -> Supernodes:
+def without_internal_edges(before: Graph) -> Supernodes:
     """Features of one site and token reach each other on no way; some sites have a node between."""
-    rows = found.nodes[found.where("feature")]
-    groups = {f"{s}@{p}": list(own["id"]) for (s, p), own in rows.groupby(["site", "pos"])}
+    rows = before.nodes[before.where("feature")]
+    groups = {f"{s}@{p}": list(members["id"]) for (s, p), members in rows.groupby(["site", "pos"])}
     return Supernodes(groups)
 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_group_has_the_influence_of_its_members(whole: bool) -> None:
-    found = graph("clean") if whole else pruned()
-    groups = without_internal_edges(found)
-    one = groups.collapse(found)
+    before = graph("clean") if whole else pruned()
+    groups = without_internal_edges(before)
+    after = groups.collapse(before)
     for name, ids in groups.items():
-        expected = found.influence[[found.find(i) for i in ids]].sum()
-        assert one.influence[one.find(f"group:{name}")] == pytest.approx(expected, abs=1e-6)
-    assert_others_are_the_same(found, one)
-    np.testing.assert_allclose(one.influence, influence(one), atol=1e-6)
+        expected = before.influence[[before.find(i) for i in ids]].sum()
+        assert after.influence[after.find(f"group:{name}")] == pytest.approx(expected, abs=1e-6)
+    assert_others_are_the_same(before, after)
+    np.testing.assert_allclose(after.influence, influence(after), atol=1e-6)
 
 
-def assert_others_are_the_same(found: Graph, one: Graph) -> None:
-    for node in one.nodes["id"]:
+def assert_others_are_the_same(before: Graph, after: Graph) -> None:
+    for node in after.nodes["id"]:
         if not node.startswith("group:"):
-            places = found.find(node), one.find(node)
-            assert found.influence[places[0]] == pytest.approx(one.influence[places[1]], abs=1e-6)
-    assert one.scores.replacement == pytest.approx(found.scores.replacement, abs=1e-6)
+            places = before.find(node), after.find(node)
+            assert before.influence[places[0]] == pytest.approx(
+                after.influence[places[1]], abs=1e-6
+            )
+    assert after.scores.replacement == pytest.approx(before.scores.replacement, abs=1e-6)
 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_groups_that_lead_into_each_other_both_ways(whole: bool) -> None:
-    found = graph("clean") if whole else pruned()
-    groups = supernodes(found, by=("edges",), threshold=0.1)
-    one = groups.collapse(found)
-    sources = one.edges.matrix.indices
-    assert (sources >= np.repeat(one.edges.nodes, np.diff(one.edges.matrix.indptr))).any()
-    for name, expected in collapsed_influence(found, groups).items():
-        assert one.influence[one.find(f"group:{name}")] == pytest.approx(expected, abs=1e-6)
-    assert_others_are_the_same(found, one)
-    np.testing.assert_allclose(one.influence, influence(one), atol=1e-6)
-    again = one.prune(0.9, 0.99)
+    before = graph("clean") if whole else pruned()
+    groups = supernodes(before, by=("edges",), threshold=0.1)
+    after = groups.collapse(before)
+    sources = after.edges.matrix.indices
+    assert (sources >= np.repeat(after.edges.nodes, np.diff(after.edges.matrix.indptr))).any()
+    for name, expected in collapsed_influence(before, groups).items():
+        assert after.influence[after.find(f"group:{name}")] == pytest.approx(expected, abs=1e-6)
+    assert_others_are_the_same(before, after)
+    np.testing.assert_allclose(after.influence, influence(after), atol=1e-6)
+    again = after.prune(0.9, 0.99)
     np.testing.assert_allclose(again.influence, influence(again), atol=1e-6)
 
 
@@ -209,94 +211,96 @@ def small() -> Graph:
 
 
 def test_a_group_with_a_node_between_its_members() -> None:
-    found = small()
+    before = small()
     # half of the target each, a quarter of what is above, half of that
-    np.testing.assert_allclose(found.influence[[3, 2, 1]], [0.5, 0.625, 0.3125])
-    one = Supernodes({"ends": ["low", "high"]}).collapse(found)
-    assert list(one.nodes["id"]) == ["token", "middle", "group:ends", "target"]
-    np.testing.assert_allclose(one.influence, [1, 0.625, 0.8125, 0])
+    np.testing.assert_allclose(before.influence[[3, 2, 1]], [0.5, 0.625, 0.3125])
+    after = Supernodes({"ends": ["low", "high"]}).collapse(before)
+    assert list(after.nodes["id"]) == ["token", "middle", "group:ends", "target"]
+    np.testing.assert_allclose(after.influence, [1, 0.625, 0.8125, 0])
     # the group's row: a quarter of 0.5 comes from between, the rest from the token; 5 in all
     flow = np.array([0.375 + 0.3125, 0.125]) / 0.8125
     expected = [[1, 0, -1, 0], [*(5 * flow), 0, 0], [0, -2, 2, 0]]
-    np.testing.assert_allclose(one.edges.matrix.toarray(), expected)
-    signed = Supernodes({"ends": ["low", "high"]}).collapse(found, edges="effects")
+    np.testing.assert_allclose(after.edges.matrix.toarray(), expected)
+    signed = Supernodes({"ends": ["low", "high"]}).collapse(before, edges="effects")
     np.testing.assert_allclose(signed.edges.matrix.toarray()[1], [4, 1, 0, 0])
 
 
 def test_a_group_whose_members_touch() -> None:
-    found = small()
-    one = Supernodes({"upper": ["middle", "high"]}).collapse(found)
+    before = small()
+    after = Supernodes({"upper": ["middle", "high"]}).collapse(before)
     # of 0.5 and 0.625, 0.125 flows from one to the other
-    assert one.influence[one.find("group:upper")] == pytest.approx(1.0)
-    assert one.influence[one.find("low")] == pytest.approx(0.3125)
+    assert after.influence[after.find("group:upper")] == pytest.approx(1.0)
+    assert after.influence[after.find("low")] == pytest.approx(0.3125)
 
 
 def test_signed_effects_are_summed() -> None:
-    found = graph("clean")
-    groups = supernodes(found, n=30)
-    one = groups.collapse(found, edges="effects")
+    before = graph("clean")
+    groups = supernodes(before, n=30)
+    after = groups.collapse(before, edges="effects")
     at = {node: f"group:{name}" for name, ids in groups.items() for node in ids}
     member = np.array(
-        [[at.get(node, node) == new for node in found.nodes["id"]] for new in one.nodes["id"]],
+        [[at.get(node, node) == new for node in before.nodes["id"]] for new in after.nodes["id"]],
         float,
     )
-    dense = found.adjacency.toarray()
+    dense = before.adjacency.toarray()
     expected = member @ dense @ member.T
     np.fill_diagonal(expected, 0)
-    got = one.adjacency.toarray()
+    got = after.adjacency.toarray()
     np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
-    whole = without_internal_edges(found).collapse(found, edges="effects")
+    whole = without_internal_edges(before).collapse(before, edges="effects")
     sums = whole.adjacency.sum(1)[whole.edges.nodes]
     values = whole.nodes["activation"].to_numpy()[whole.edges.nodes]
     np.testing.assert_allclose(sums, values, atol=1e-5 * np.abs(values).max())
 
 
 def test_edges_between_single_nodes_stay() -> None:
-    found, groups = pruned(), grouped()
-    one = groups.collapse(found)
-    alone = [node for node in one.nodes["id"] if not node.startswith("group:")]
-    cells = [np.ix_([g.find(n) for n in alone], [g.find(n) for n in alone]) for g in (found, one)]
-    got, expected = one.adjacency.toarray()[cells[1]], found.adjacency.toarray()[cells[0]]
+    before, groups = pruned(), grouped()
+    after = groups.collapse(before)
+    alone = [node for node in after.nodes["id"] if not node.startswith("group:")]
+    cells = [
+        np.ix_([g.find(n) for n in alone], [g.find(n) for n in alone]) for g in (before, after)
+    ]
+    got, expected = after.adjacency.toarray()[cells[1]], before.adjacency.toarray()[cells[0]]
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
     assert (expected != 0).any()
 
 
 def test_the_node_of_a_group() -> None:
-    found, groups = pruned(), grouped()
-    one = groups.collapse(found)
+    before, groups = pruned(), grouped()
+    after = groups.collapse(before)
     name, ids = next(iter(groups.items()))
-    row = one.nodes.iloc[one.find(f"group:{name}")]
-    own = found.nodes.set_index("id").loc[list(ids)]
+    row = after.nodes.iloc[after.find(f"group:{name}")]
+    members = before.nodes.set_index("id").loc[list(ids)]
     assert row["label"] == name and row["members"] == len(ids) and row["kind"] == "feature"
-    assert row["activation"] == pytest.approx(own["activation"].sum())
-    assert row["influence"] == own["influence"].min()
-    best = own.iloc[int(found.influence[[found.find(i) for i in ids]].argmax())]
+    assert row["activation"] == pytest.approx(members["activation"].sum())
+    assert row["influence"] == members["influence"].min()
+    best = members.iloc[int(before.influence[[before.find(i) for i in ids]].argmax())]
     assert (row["layer"], row["pos"], row["site"]) == (best["layer"], best["pos"], best["site"])
-    assert set(one.nodes["members"]) > {1}
-    assert one.metadata["supernodes"] == dict(groups)
-    assert len(one) == len(found) - sum(len(ids) - 1 for ids in groups.values())
+    assert set(after.nodes["members"]) > {1}
+    assert after.metadata["supernodes"] == dict(groups)
+    assert len(after) == len(before) - sum(len(ids) - 1 for ids in groups.values())
 
 
 def test_collapsed_graphs_are_kept_and_shown(tmp_path: Any) -> None:
-    found = pruned()
-    one = supernodes(found, by=("edges",), threshold=0.1).collapse(found)
-    again = Graph.load(one.save(tmp_path / "a"))
-    np.testing.assert_array_equal(again.influence, one.influence)
-    assert again.nodes.equals(one.nodes) and again.metadata == one.metadata
-    assert "group" in one._repr_html_()
-    assert one.plot().data
-    content = found.to_json("a", groups=grouped())
+    before = pruned()
+    after = supernodes(before, by=("edges",), threshold=0.1).collapse(before)
+    again = Graph.load(after.save(tmp_path / "a"))
+    np.testing.assert_array_equal(again.influence, after.influence)
+    assert again.nodes.equals(after.nodes) and again.metadata == after.metadata
+    assert "group" in after._repr_html_()
+    assert after.plot().data
+    content = before.to_json("a", groups=grouped())
     assert [name for name, *_ in content["qParams"]["supernodes"]] == list(grouped())
 
 
 def test_contrasts_and_means_are_grouped_too() -> None:
     both = contrast(graph("clean"), graph("corrupt")).prune()
     groups = supernodes(both, dictionaries())
-    one = groups.collapse(both)
+    after = groups.collapse(both)
     name, ids = next(iter(groups.items()))
-    row = one.nodes.iloc[one.find(f"group:{name}")]
-    own = both.nodes.set_index("id").loc[list(ids)]
-    assert row["activation_corrupt"] == pytest.approx(own["activation_corrupt"].sum())
+    row = after.nodes.iloc[after.find(f"group:{name}")]
+    members = both.nodes.set_index("id").loc[list(ids)]
+    assert row["activation_corrupt"] == pytest.approx(members["activation_corrupt"].sum())
     many = gs.union([graph("clean"), graph("other")]).prune()
     assert_others_are_the_same(many, supernodes(many).collapse(many))
 
@@ -324,10 +328,10 @@ def labelled(suite: Any, task: str, number: int) -> tuple[Graph, list[Any]]:
 
 
 def test_features_of_one_concept_come_together(suite: Any) -> None:
-    found, saes = labelled(suite, "agreement", 0)
-    groups = supernodes(found, saes)
-    nodes = found.nodes.set_index("id")
-    assert found.tokens[1] == "yesterday" and found.tokens[3] == "teachers"
+    before, saes = labelled(suite, "agreement", 0)
+    groups = supernodes(before, saes)
+    nodes = before.nodes.set_index("id")
+    assert before.tokens[1] == "yesterday" and before.tokens[3] == "teachers"
     cues = set(nodes.index[nodes["label"] == "time_cue"])
     assert set(groups["time_cue"]) == cues and len(cues) >= 3
     # no group mixes the subject with the attractor, whose features are partly the same
@@ -336,15 +340,15 @@ def test_features_of_one_concept_come_together(suite: Any) -> None:
 
 
 def test_features_of_a_word_are_told_from_those_of_what_follows(suite: Any) -> None:
-    found, saes = labelled(suite, "two_hop", 0)
-    nodes = found.nodes.set_index("id")
-    groups = supernodes(found, saes)
+    before, saes = labelled(suite, "two_hop", 0)
+    nodes = before.nodes.set_index("id")
+    groups = supernodes(before, saes)
     labels = {name: list(nodes.loc[list(ids), "label"]) for name, ids in groups.items()}
     assert set(labels["word=is"]) == {"word=is"} and len(labels["word=is"]) >= 5
     assert "word=is" not in labels["next_is_capital"]
     assert labels["next_is_capital"].count("next_is_capital") >= 2
-    one = groups.collapse(found)
-    assert_others_are_the_same(found, one)
+    after = groups.collapse(before)
+    assert_others_are_the_same(before, after)
 
 
 def test_edits_make_new_groups() -> None:
@@ -412,60 +416,63 @@ def test_groups_that_are_none() -> None:
 
 
 def test_what_cannot_be_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = pruned()
+    before = pruned()
     with pytest.raises(UnknownNameError, match=r"similarity 'decode'.*decoder, activation, edges"):
-        supernodes(found, by=("decode",))
+        supernodes(before, by=("decode",))
     with pytest.raises(EmptySelectionError, match=r"needs the dictionaries.*transcoders"):
-        supernodes(found, by=("decoder",))
+        supernodes(before, by=("decoder",))
     with pytest.raises(EmptySelectionError, match=r"by=\(\) is not a measure"):
-        supernodes(found, by=())
+        supernodes(before, by=())
     with pytest.raises(UnknownNameError, match=r"threshold=0.0 is not a similarity.*up to 1"):
-        supernodes(found, threshold=0.0)
+        supernodes(before, threshold=0.0)
     with pytest.raises(UnknownNameError, match="n=0 is not a number of groups"):
-        supernodes(found, n=0)
+        supernodes(before, n=0)
     with pytest.raises(UnknownNameError, match=r"features of blocks.*hook_resid_post.*no dict"):
-        supernodes(found, dictionaries()[:3])
+        supernodes(before, dictionaries()[:3])
     with pytest.raises(GemmaScopeError, match="grouped nodes already"):
-        supernodes(grouped().collapse(found))
+        supernodes(grouped().collapse(before))
     monkeypatch.setattr("gemmascope_plugin.tracing.graph_features.MAX_FEATURES", 3)
     with pytest.raises(GemmaScopeError, match=r"features; similarities.*graph.prune\(\)"):
-        supernodes(found)
+        supernodes(before)
 
 
 def test_what_cannot_be_collapsed() -> None:
-    found = graph("clean")
-    feature = found.nodes["id"][found.where("feature")].iloc[0]
-    error = found.nodes["id"][found.where("error")].iloc[0]
+    before = graph("clean")
+    feature = before.nodes["id"][before.where("feature")].iloc[0]
+    error = before.nodes["id"][before.where("error")].iloc[0]
     with pytest.raises(UnknownNameError, match=rf"no node '{feature}0'.*{feature}.*nodes.id"):
-        Supernodes({"a": [f"{feature}0"]}).collapse(found)
-    for node, kind in (("token@1", "token"), (found.nodes["id"].iloc[-1], "target")):
+        Supernodes({"a": [f"{feature}0"]}).collapse(before)
+    for node, kind in (("token@1", "token"), (before.nodes["id"].iloc[-1], "target")):
         with pytest.raises(GemmaScopeError, match=rf"'a' has the {kind} .*that are not targets"):
-            Supernodes({"a": [feature, node]}).collapse(found)
+            Supernodes({"a": [feature, node]}).collapse(before)
     with pytest.raises(GemmaScopeError, match=r"'a' has features and errors.*group of each"):
-        Supernodes({"a": [feature, error]}).collapse(found)
+        Supernodes({"a": [feature, error]}).collapse(before)
     some = graph("clean", max_feature_nodes=9)
-    known = some.edges.row_of >= 0
-    ids = [some.nodes["id"][some.where("feature") & mask].iloc[0] for mask in (known, ~known)]
+    is_explained = some.edges.row_of >= 0
+    ids = [
+        some.nodes["id"][some.where("feature") & mask].iloc[0]
+        for mask in (is_explained, ~is_explained)
+    ]
     with pytest.raises(GemmaScopeError, match=r"1 nodes that the graph explains and 1 .*None"):
         Supernodes({"a": ids}).collapse(some)
     with pytest.raises(UnknownNameError, match=r"sort of edges 'sum'.*influence, effects"):
-        factories.unchecked(collapse)(found, {}, edges="sum")
-    one = Supernodes({"a": [feature]}).collapse(found)
+        factories.unchecked(collapse)(before, {}, edges="sum")
+    after = Supernodes({"a": [feature]}).collapse(before)
     with pytest.raises(GemmaScopeError, match="grouped nodes already"):
-        Supernodes({"a": ["token@1"]}).collapse(one)
+        Supernodes({"a": ["token@1"]}).collapse(after)
 
 
 def test_features_of_a_clt_write_to_all_later_layers() -> None:
     dictionary = clt(factories.tiny_hf("gemma2"))
-    found = trace(model(), CLEAN, dictionary).prune()
-    places = found.where("feature").nonzero()[0]
-    nodes = found.nodes.iloc[places]
+    before = trace(model(), CLEAN, dictionary).prune()
+    places = before.where("feature").nonzero()[0]
+    nodes = before.nodes.iloc[places]
     written = []
     for layer, index in zip(nodes["layer"], nodes["index"], strict=True):
         W_dec = dictionary.weights(layer).W_dec[index]
         written.append(unit(W_dec[layer:].sum(0).numpy(force=True)))
     assert len(set(nodes["layer"])) > 1
-    got = by_decoder(found, places, dictionary)
+    got = by_decoder(before, places, dictionary)
     np.testing.assert_allclose(got, np.array(written) @ np.array(written).T, atol=1e-5)
 
 

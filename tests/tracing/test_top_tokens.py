@@ -29,8 +29,8 @@ def test_words_are_those_that_the_direction_raises_and_lowers() -> None:
     saes = [factories.transcoder(model, layer, seed=layer) for layer in range(3)]
     saes += [factories.residual(model, 1), factories.attention(model, 2)]
     graph = trace(model, TOKENS, saes)
-    found = top_tokens(graph, model, saes, k=3)
-    assert list(found) == list(graph.nodes["id"][graph.where("feature")])
+    by_node = top_tokens(graph, model, saes, k=3)
+    assert list(by_node) == list(graph.nodes["id"][graph.where("feature")])
     by_hook = {sae.cfg.metadata.hook_name_out or sae.cfg.metadata.hook_name: sae for sae in saes}
     for row in graph.nodes[graph.where("feature")].groupby("site").head(5).itertuples():
         direction = by_hook[row.site].W_dec[row.index]
@@ -39,21 +39,21 @@ def test_words_are_those_that_the_direction_raises_and_lowers() -> None:
             out = direction @ block.attn.W_O.flatten(0, 1)
             direction = block.ln1_post(out[None, None])[0, 0]
         logits = logits_of(model, direction)
-        assert found[row.id].top == words(model, logits, 3)
-        assert found[row.id].bottom == words(model, -logits, 3)
+        assert by_node[row.id].top == words(model, logits, 3)
+        assert by_node[row.id].bottom == words(model, -logits, 3)
 
 
 def test_features_of_a_clt_write_to_all_later_layers() -> None:
     model = factories.tiny_model("gemma2", "hooked")
     dictionary = clt(factories.tiny_hf("gemma2"))
     graph = trace(model, TOKENS, [dictionary])
-    found = top_tokens(graph, model, dictionary, k=2)
+    by_node = top_tokens(graph, model, dictionary, k=2)
     rows = graph.nodes[graph.where("feature")]
     for layer in range(3):
         row = rows[rows["layer"] == layer].iloc[0]
         W_dec = dictionary.weights(layer).W_dec[row["index"]]
         logits = logits_of(model, W_dec[layer:].sum(0))
-        assert found[row["id"]].top == words(model, logits, 2)
+        assert by_node[row["id"]].top == words(model, logits, 2)
 
 
 def test_mistakes() -> None:

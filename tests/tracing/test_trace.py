@@ -73,19 +73,19 @@ def test_words_pairs_and_features_as_targets(hooked2: Any, graph: Graph) -> None
         gs.tracing.StreamDirection(vector, layer=0, position=7, name="probe"),
         gs.tracing.FeatureTarget(SITE, feature, pos),
     ]
-    found = traced(hooked2, targets=targets)
-    rows = found.nodes[found.where("target")]
+    graph = traced(hooked2, targets=targets)
+    rows = graph.nodes[graph.where("target")]
     assert rows["label"].tolist() == ["w9", "w9 - w10", "w11", "probe"]
     assert rows["pos"].tolist() == [19, 19, 4, 7]
-    assert found.weights.sum() == pytest.approx(1.0)
-    assert found.nodes["id"][found.targets[0]] == f"{SITE}/{feature}@{pos}"
-    assert found.metadata["residual"] < 1e-6
-    reaching = found.sources_of(rows.index[3])
+    assert graph.weights.sum() == pytest.approx(1.0)
+    assert graph.nodes["id"][graph.targets[0]] == f"{SITE}/{feature}@{pos}"
+    assert graph.metadata["residual"] < 1e-6
+    reaching = graph.sources_of(rows.index[3])
     assert (reaching["layer"] <= 0).all() and (reaching["pos"] <= 7).all()
 
 
 def test_logit_differences_are_those_of_logits(hooked2: Any) -> None:
-    found = traced(hooked2, targets=[("w9", "w10")])
+    graph = traced(hooked2, targets=[("w9", "w10")])
     end = {}
 
     def keep(x: torch.Tensor, hook: Any) -> None:
@@ -94,7 +94,7 @@ def test_logit_differences_are_those_of_logits(hooked2: Any) -> None:
     with torch.no_grad(), hooked2.hooks(fwd_hooks=[("unembed.hook_in", keep)]):
         hooked2(TOKENS)
     expected = end["x"][0, -1] @ (hooked2.W_U[:, 9] - hooked2.W_U[:, 10])
-    assert found.nodes["activation"].iloc[-1] == pytest.approx(float(expected), rel=1e-5)
+    assert graph.nodes["activation"].iloc[-1] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_pruning_is_monotone_and_leaves_no_dead_ends(graph: Graph) -> None:
@@ -195,9 +195,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("options", "error", "words"), REFUSED)
 def test_refused(options: dict[str, Any], error: type, words: str, hooked2: Any) -> None:
-    given = {"exclude": ("bos",), **options}
+    arguments = {"exclude": ("bos",), **options}
     with pytest.raises(error, match=words):
-        unchecked(gs.trace)(hooked2, TOKENS, transcoders(hooked2), **given)
+        unchecked(gs.trace)(hooked2, TOKENS, transcoders(hooked2), **arguments)
 
 
 def test_what_is_no_target_is_refused() -> None:
@@ -219,12 +219,12 @@ def test_two_dictionaries_at_one_site_are_refused(hooked2: Any) -> None:
 def test_transcoders_of_another_model_are_refused(hooked2: Any) -> None:
     hooks = "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"
     other = factories.random_sae(16, 8, *hooks, d_out=16)
-    given = transcoders(hooked2)
+    saes = transcoders(hooked2)
     with pytest.raises(WidthMismatchError, match="width 16, the model's tensor 32"):
-        gs.trace(hooked2, TOKENS, [given[0], other, given[2]])
+        gs.trace(hooked2, TOKENS, [saes[0], other, saes[2]])
     hooks = "blocks.7.ln2.hook_normalized", "blocks.7.hook_mlp_out"
     with pytest.raises(MissingHookError, match="blocks.7"):
-        gs.trace(hooked2, TOKENS, [*given, factories.random_sae(32, 8, *hooks, d_out=32)])
+        gs.trace(hooked2, TOKENS, [*saes, factories.random_sae(32, 8, *hooks, d_out=32)])
 
 
 def test_a_folded_gain_is_refused(hooked2: Any) -> None:
@@ -239,10 +239,10 @@ def test_a_folded_gain_is_refused(hooked2: Any) -> None:
     )
     hooks = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
     gained = factories.random_sae(32, 8, *hooks, d_out=32)
-    given = transcoders(hooked2)
+    saes = transcoders(hooked2)
     with pytest.raises(MissingHookError, match="folded"):
-        gs.trace(folded, TOKENS, [given[0], gained, given[2]])
-    assert gs.trace(folded, TOKENS, given, exclude=("bos",)).metadata["residual"] < 1e-6
+        gs.trace(folded, TOKENS, [saes[0], gained, saes[2]])
+    assert gs.trace(folded, TOKENS, saes, exclude=("bos",)).metadata["residual"] < 1e-6
 
 
 def test_a_prompt_without_active_features_is_refused(hooked2: Any) -> None:

@@ -35,24 +35,24 @@ def places(graph: Graph, stored: Golden) -> np.ndarray:
     n_layers, n_pos = len(stored.transcoders), len(stored.tokens)
     ids = stored.tokens.tolist()
     active = [tuple(row) for row in stored.active_features.tolist() if row[1]]
-    found = [keys[("feature", *row)] for row in active]
-    assert len(found) == stored.n_features, "features at the first token are no nodes"
-    found += [keys.get(("error", i, p, -1), -1) for i in range(n_layers) for p in range(n_pos)]
-    found += [keys["token", -1, p, ids[p]] for p in range(n_pos)]
+    nodes = [keys[("feature", *row)] for row in active]
+    assert len(nodes) == stored.n_features, "features at the first token are no nodes"
+    nodes += [keys.get(("error", i, p, -1), -1) for i in range(n_layers) for p in range(n_pos)]
+    nodes += [keys["token", -1, p, ids[p]] for p in range(n_pos)]
     last = n_pos - 1
     return np.array(
-        [*found, *(keys["target", n_layers, last, int(t)] for t in stored.logit_tokens)]
+        [*nodes, *(keys["target", n_layers, last, int(t)] for t in stored.logit_tokens)]
     )
 
 
-def theirs(values: np.ndarray, at: np.ndarray) -> np.ndarray:
+def in_peer_order(values: np.ndarray, at: np.ndarray) -> np.ndarray:
     """Values of our nodes in their order, zero where we have no node."""
     return np.where(at >= 0, values[at], 0)
 
 
 def test_the_same_features_are_active(graph: Graph, stored: Golden) -> None:
-    own = graph.nodes[graph.where("feature")]
-    got = own.sort_values(["layer", "pos", "index"])
+    features = graph.nodes[graph.where("feature")]
+    got = features.sort_values(["layer", "pos", "index"])
     expected = stored.active_features.numpy()
     np.testing.assert_array_equal(got[["layer", "pos", "index"]].to_numpy(), expected)
     np.testing.assert_allclose(
@@ -75,7 +75,7 @@ def test_influence_and_scores(graph: Graph, stored: Golden) -> None:
         graph.weights[at[stored.targets]], stored.logit_probabilities.numpy(), rtol=1e-5
     )
     np.testing.assert_allclose(
-        theirs(graph.influence, at), stored.node_influence.numpy(), rtol=1e-4, atol=1e-6
+        in_peer_order(graph.influence, at), stored.node_influence.numpy(), rtol=1e-4, atol=1e-6
     )
     assert graph.scores.replacement == pytest.approx(stored.replacement_score, rel=1e-5)
     assert graph.scores.completeness == pytest.approx(stored.completeness_score, rel=1e-5)
@@ -85,7 +85,7 @@ def test_pruning(graph: Graph, stored: Golden) -> None:
     at = places(graph, stored)
     for pruned in stored.pruned:
         masks = graph.prune_masks(pruned.node_threshold, pruned.edge_threshold)
-        np.testing.assert_array_equal(theirs(masks.nodes, at), pruned.node_mask.numpy())
+        np.testing.assert_array_equal(in_peer_order(masks.nodes, at), pruned.node_mask.numpy())
         dense = masks.edges.matrix.toarray() != 0
         rows = np.where(at >= 0, masks.edges.row_of[at], -1)
         got = np.where((rows >= 0)[:, None], dense[rows][:, at], False) & (at >= 0)

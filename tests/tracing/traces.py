@@ -36,16 +36,16 @@ def traced(name: str = "plain") -> Graph:
     return trace(model, TOKENS, saes, **options)
 
 
-def same(one: Graph, other: Graph) -> None:
+def same(first: Graph, second: Graph) -> None:
     """Asserts that two graphs are equal, exactly."""
     import numpy as np
     import pandas as pd
 
-    pd.testing.assert_frame_equal(one.nodes, other.nodes)
-    np.testing.assert_array_equal(one.edges.nodes, other.edges.nodes)
-    a, b = one.edges.matrix, other.edges.matrix
+    pd.testing.assert_frame_equal(first.nodes, second.nodes)
+    np.testing.assert_array_equal(first.edges.nodes, second.edges.nodes)
+    a, b = first.edges.matrix, second.edges.matrix
     assert a.dtype == b.dtype and a.shape == b.shape
     for name in ("indptr", "indices", "data"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
-    assert one.tokens == other.tokens
-    assert repr(one.metadata) == repr(other.metadata)
+    assert first.tokens == second.tokens
+    assert repr(first.metadata) == repr(second.metadata)
