@@ -47,20 +47,14 @@ _UNITS = "_gemmascope_token_units"
 """Attribute of activations that ``encode`` returned: means and deviations of their tokens."""
 
 Units = tuple[
-    Inputs,
-    Float[torch.Tensor, "*tokens 1"] | None,
-    Float[torch.Tensor, "*tokens 1"] | None,
+    Inputs, Float[torch.Tensor, "*tokens 1"] | None, Float[torch.Tensor, "*tokens 1"] | None
 ]
 """Tokens as the encoder takes them, and mean and deviation; None where nothing was taken off."""
 
 
 def standardise(
     x: Inputs,
-) -> tuple[
-    Inputs,
-    Float[torch.Tensor, "*tokens 1"],
-    Float[torch.Tensor, "*tokens 1"],
-]:
+) -> tuple[Inputs, Float[torch.Tensor, "*tokens 1"], Float[torch.Tensor, "*tokens 1"]]:
     """The standardised tokens, their means and their deviations."""
     mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
     return (x - mean) / (std + EPS), mean, std

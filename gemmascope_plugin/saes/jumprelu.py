@@ -141,9 +141,7 @@ def encode_sparse(
 
 
 def _check_shapes(
-    sae: JumpReLUEncoder,
-    x: Inputs,
-    keep: Bool[torch.Tensor, "*others"] | None,
+    sae: JumpReLUEncoder, x: Inputs, keep: Bool[torch.Tensor, "*others"] | None
 ) -> None:
     if x.shape[-1] != sae.W_enc.shape[0]:
         raise WidthMismatchError(

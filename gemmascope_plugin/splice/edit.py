@@ -20,11 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from gemmascope_plugin.arguments import feature_ids
-from gemmascope_plugin.errors import (
-    EmptySelectionError,
-    InputError,
-    check_feature,
-)
+from gemmascope_plugin.errors import EmptySelectionError, InputError, check_feature
 from gemmascope_plugin.models.protocol import is_finite
 from gemmascope_plugin.splice.window import Positions, Rows, Window
 

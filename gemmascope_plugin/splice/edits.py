@@ -13,12 +13,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 
-from gemmascope_plugin.errors import (
-    EmptySelectionError,
-    InputError,
-    ModelError,
-    check_choice,
-)
+from gemmascope_plugin.errors import EmptySelectionError, InputError, ModelError, check_choice
 from gemmascope_plugin.models.protocol import is_finite
 from gemmascope_plugin.saes import SparseActs
 from gemmascope_plugin.splice.edit import Acts, Amount, Edit, amount_like, edited_tokens

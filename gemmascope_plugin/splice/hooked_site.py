@@ -39,7 +39,7 @@ from gemmascope_plugin.models.protocol import HookedModel, check_finite, is_fini
 from gemmascope_plugin.saes import Bf16Prefilter, Coder, Weights
 from gemmascope_plugin.saes.cross_layer import CrossLayerDictionary
 from gemmascope_plugin.splice.edit import Edit
-from gemmascope_plugin.splice.pass_features import PassFeatures, SubHooks, leaf
+from gemmascope_plugin.splice.pass_features import SUB_HOOKS, PassFeatures, leaf, listened
 from gemmascope_plugin.splice.window import Positions, Window
 from gemmascope_plugin.types import ErrorMode
 
@@ -69,7 +69,7 @@ class HookedSite(torch.nn.Module, ABC):
         self.exclude = (exclude,) if isinstance(exclude, (str, int)) else tuple(exclude)
         self.positions = positions
         self.two_stage = two_stage
-        self.points = SubHooks()
+        self.points = {name: HookPoint() for name in SUB_HOOKS}
         for name, point in self.points.items():
             self.add_module(name, point)
         self.name = hook_out
@@ -108,7 +108,8 @@ class HookedSite(torch.nn.Module, ABC):
     @name.setter
     def name(self, name: str) -> None:
         self._name = name
-        self.points.rename(name)
+        for part, point in self.points.items():
+            point.name = f"{name}.{part}"
 
     @property
     def is_transcoder(self) -> bool:
@@ -134,13 +135,10 @@ class HookedSite(torch.nn.Module, ABC):
     def idle(self, edits: Sequence[Edit]) -> bool:
         """Whether the tensor flows on unchanged, so that nothing needs computing."""
         constant = self.error == "keep" or (self.error == "detach" and not torch.is_grad_enabled())
-        return constant and not edits and not self.points.listened()
+        return constant and not edits and not listened(self.points)
 
     def read(
-        self,
-        x: Float[torch.Tensor, "batch pos ..."],
-        window: Window,
-        edits: Sequence[Edit] = (),
+        self, x: Float[torch.Tensor, "batch pos ..."], window: Window, edits: Sequence[Edit] = ()
     ) -> PassFeatures:
         """The features of a tensor at the input hook, in one pass."""
         flat = flatten_heads(x)
@@ -158,9 +156,9 @@ class HookedSite(torch.nn.Module, ABC):
         """The tensor that takes the place of ``y``."""
         flat = flatten_heads(y)
         self._check_width(flat, self.hook_out, self.widths[1])
-        if self.points.listened(*FEATURE_HOOKS):
+        if listened(self.points, *FEATURE_HOOKS):
             features.materialise(as_leaf=self.error == "keep")
-        whole = self.error != "keep" or self.points.listened("hook_sae_recons", "hook_sae_error")
+        whole = self.error != "keep" or listened(self.points, "hook_sae_recons", "hook_sae_error")
         # only what writes here is opened: other layers' decoders stay on disk
         sources = [
             (part, self.decoder_from(position))
@@ -181,18 +179,15 @@ class HookedSite(torch.nn.Module, ABC):
             written = torch.where(chosen, out, torch.zeros_like(out))
             check_finite(written, f"What the dictionary at {self.name} writes")
         # edits alone leave excluded tokens as they are, hooks need not
-        if self.error != "keep" or any(part.points.listened() for part in (*earlier, features)):
+        if self.error != "keep" or any(listened(part.points) for part in (*earlier, features)):
             out = torch.where(window.keep.to(out.device)[..., None], out, flat)
         return restore_heads(self.points["hook_sae_output"](out), y)
 
     def _with_error(
-        self,
-        y: torch.Tensor,
-        features: PassFeatures,
-        sources: Sources,
+        self, y: torch.Tensor, features: PassFeatures, sources: Sources
     ) -> torch.Tensor:
         """``y + D(f') - D(f)``, and what hooks make of reconstruction and error."""
-        if not self.points.listened("hook_sae_recons", "hook_sae_error"):
+        if not listened(self.points, "hook_sae_recons", "hook_sae_error"):
             return _carry(y, features, sources)
         with torch.no_grad():
             real = self._reconstruction(features.x, y, sources)
@@ -201,12 +196,7 @@ class HookedSite(torch.nn.Module, ABC):
         # Written as differences, so that what nobody changed adds exactly nothing to the stream.
         return y + (recons - real) + self._error_change(y, real)
 
-    def _rebuilt(
-        self,
-        y: torch.Tensor,
-        features: PassFeatures,
-        sources: Sources,
-    ) -> torch.Tensor:
+    def _rebuilt(self, y: torch.Tensor, features: PassFeatures, sources: Sources) -> torch.Tensor:
         """``D(f')``, or, with a constant error, ``y + D(f') - D(f)`` with the gradient of ``D(f')``."""
         written = [part.written(W_dec).to(y.device, y.dtype) for part, W_dec in sources]
         bias = self.weights.bias(features.read).to(y.device, y.dtype)
@@ -224,7 +214,7 @@ class HookedSite(torch.nn.Module, ABC):
 
     def _error_change(self, y: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """What hooks add to the error; it is a leaf that collects gradients."""
-        if not self.points.listened("hook_sae_error"):
+        if not listened(self.points, "hook_sae_error"):
             return torch.zeros_like(real)
         error = y.detach() - real
         return self.points["hook_sae_error"](leaf(error.clone())) - error

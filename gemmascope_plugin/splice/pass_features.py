@@ -21,7 +21,7 @@ where features were changed; backward one product with ``W_dec``, without a buff
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -43,27 +43,18 @@ SUB_HOOKS = (
     "hook_sae_error",
     "hook_sae_output",
 )
+"""The hook points of one site of a dictionary."""
 
 
-class SubHooks(dict[str, HookPoint]):
-    """The hook points of one site of a dictionary, by the names in ``SUB_HOOKS``."""
+def listened(points: Mapping[str, HookPoint], *names: str) -> bool:
+    """Whether any hook is attached to one of these points; to any of all without names."""
+    chosen = (points[name] for name in names or SUB_HOOKS)
+    return any(p._forward_hooks or p._backward_hooks for p in chosen)
 
-    def __init__(self) -> None:
-        super().__init__((name, HookPoint()) for name in SUB_HOOKS)
 
-    def rename(self, site: str) -> None:
-        """Puts the name of the site in front of every point's name."""
-        for name, point in self.items():
-            point.name = f"{site}.{name}"
-
-    def listened(self, *names: str) -> bool:
-        """Whether any hook is attached to one of these points; to any of all without names."""
-        points = (self[name] for name in names or SUB_HOOKS)
-        return any(p._forward_hooks or p._backward_hooks for p in points)
-
-    def listened_backward(self, *names: str) -> bool:
-        """Whether a backward hook is attached to one of these points."""
-        return any(self[name]._backward_hooks for name in names)
+def listened_backward(points: Mapping[str, HookPoint], *names: str) -> bool:
+    """Whether a backward hook is attached to one of these points."""
+    return any(points[name]._backward_hooks for name in names)
 
 
 class PassFeatures:
@@ -75,7 +66,7 @@ class PassFeatures:
     def __init__(
         self,
         coder: Callable[[], Coder],
-        points: SubHooks,
+        points: Mapping[str, HookPoint],
         x: Float[torch.Tensor, "batch pos d_in"],
         window: Window,
         edits: Sequence[Edit],
@@ -150,7 +141,7 @@ class PassFeatures:
         As a leaf they are cut off from ``x``, whose gradient the stream carries where the error is kept.
         """
         points, recording = self.points, torch.is_grad_enabled()
-        upstream = not as_leaf or points.listened_backward("hook_sae_input", "hook_sae_acts_pre")
+        upstream = not as_leaf or listened_backward(points, "hook_sae_input", "hook_sae_acts_pre")
         with torch.set_grad_enabled(recording and upstream):
             acts, rebuilt = self._activate(as_leaf)
         start = acts if acts.requires_grad else leaf(acts)
@@ -232,7 +223,7 @@ class PassFeatures:
     def _activate(self, as_leaf: bool) -> tuple[torch.Tensor, bool]:
         """Dense activations, and whether hooks on input or pre-activations changed them."""
         points = self.points
-        if not points.listened("hook_sae_input", "hook_sae_acts_pre"):
+        if not listened(points, "hook_sae_input", "hook_sae_acts_pre"):
             recording = torch.is_grad_enabled() and self.x.requires_grad
             return (self._encoded if recording else self.real).to_dense(), False
         # A copy: a hook may write into what it gets, and the stream is not its own.

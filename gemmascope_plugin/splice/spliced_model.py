@@ -16,12 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 
-from gemmascope_plugin.errors import (
-    HookNotFiredError,
-    MissingHookError,
-    nearest,
-    shorten,
-)
+from gemmascope_plugin.errors import HookNotFiredError, MissingHookError, nearest, shorten
 from gemmascope_plugin.models import hook_point
 from gemmascope_plugin.models.chat import Words, stop_ids
 from gemmascope_plugin.models.passes import PassWatch
@@ -50,10 +45,7 @@ class SplicedModel:
     """
 
     def __init__(
-        self,
-        model: HookedModel,
-        saes: Sequence[HookedSAE | HookedCrossLayer],
-        watch: PassWatch,
+        self, model: HookedModel, saes: Sequence[HookedSAE | HookedCrossLayer], watch: PassWatch
     ) -> None:
         self.model = model
         self.saes = tuple(saes)
@@ -113,11 +105,7 @@ class SplicedModel:
         return hook_point(self.model, name, self._points)
 
     @contextmanager
-    def hooks(
-        self,
-        fwd_hooks: Hooks = (),
-        bwd_hooks: Hooks = (),
-    ) -> Iterator[SplicedModel]:
+    def hooks(self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = ()) -> Iterator[SplicedModel]:
         """Attaches hooks by name, on model and dictionaries alike, and removes them."""
         with_direction = [(n, f, "fwd") for n, f in fwd_hooks] + [
             (n, f, "bwd") for n, f in bwd_hooks
@@ -127,12 +115,7 @@ class SplicedModel:
             yield self
 
     def run_with_hooks(
-        self,
-        text: PromptLike,
-        *,
-        fwd_hooks: Hooks = (),
-        bwd_hooks: Hooks = (),
-        **kwargs: Any,
+        self, text: PromptLike, *, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **kwargs: Any
     ) -> Any:
         """Logits with temporary hooks."""
         with self.hooks(fwd_hooks, bwd_hooks):

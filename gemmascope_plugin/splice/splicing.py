@@ -25,12 +25,7 @@ from typing import Any
 import torch
 from transformer_lens.hook_points import HookPoint
 
-from gemmascope_plugin.errors import (
-    HookNotFiredError,
-    InputError,
-    UnknownNameError,
-    shorten,
-)
+from gemmascope_plugin.errors import HookNotFiredError, InputError, UnknownNameError, shorten
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.passes import PassWatch
 from gemmascope_plugin.models.points import hook_points, reading

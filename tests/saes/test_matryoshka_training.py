@@ -6,17 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted import (
-    BATCH,
-    D_IN,
-    D_SAE,
-    fitted,
-    fvu,
-    l0,
-    planted_batches,
-    randomised,
-    step_input,
-)
+from planted import BATCH, D_IN, D_SAE, fitted, fvu, l0, planted_batches, randomised, step_input
 from sae_lens import SAE, TrainingSAE, TrainingSAEConfig
 from sae_lens import MatryoshkaBatchTopKTrainingSAE as TheirSAE
 from sae_lens import MatryoshkaBatchTopKTrainingSAEConfig as TheirConfig

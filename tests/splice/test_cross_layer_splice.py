@@ -10,15 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemmascope_plugin.splice import (
-    Ablate,
-    Add,
-    Clamp,
-    Project,
-    Replace,
-    Scale,
-    splice,
-)
+from gemmascope_plugin.splice import Ablate, Add, Clamp, Project, Replace, Scale, splice
 from tests import factories
 from tests.factories import tiny_hf
 from tests.splice.cross_layer_cases import (

@@ -194,13 +194,7 @@ class SoftTopKTrainingSAE(TrainingSAE[Config], Generic[Config]):
         """The loss terms that the budget adds: none, it is fixed."""
         return {}
 
-    def _encode(
-        self, x: Inputs
-    ) -> tuple[
-        Acts,
-        Acts,
-        Float[torch.Tensor, "*tokens"],
-    ]:
+    def _encode(self, x: Inputs) -> tuple[Acts, Acts, Float[torch.Tensor, "*tokens"]]:
         """Activations, non-negative scores and budgets."""
         sae_in = self.process_sae_in(x)
         scores = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc).relu()
