@@ -11,15 +11,15 @@ Cost: one pass over the catalog.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gemmascope_plugin.catalog.site_names import human_size
+from gemmascope_plugin.cli.options import AsJson, table, typed_one_by_one
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from gemmascope_plugin.catalog import SaeSpec, SpecList
 
 _COLUMNS = (
@@ -28,48 +28,41 @@ _COLUMNS = (
 )
 _RIGHT = {"layer", "width", "l0", "size"}
 
-Model = Annotated[str | None, typer.Option(help="Model, e.g. gemma-2-2b or 4b-it.")]
-Site = Annotated[str | None, typer.Option(help="Site: res, att, mlp, transcoder.")]
-Layer = Annotated[int | None, typer.Option(help="Layer, from 0.")]
 Width = Annotated[str | None, typer.Option(help="Number of features, e.g. 16k.")]
 Level = Annotated[
     str | None, typer.Option("--l0", help="canonical, medium, a number, nearest:80 or 50-100.")
 ]
-Kind = Annotated[str | None, typer.Option(help="sae, transcoder, crosscoder or clt.")]
-Release = Annotated[str | None, typer.Option(help="Name of the release.")]
 Affine = Annotated[
     bool | None, typer.Option("--affine/--no-affine", help="With or without an affine skip.")
 ]
-Variant = Annotated[str | None, typer.Option(help="plain, all, seed_1...")]
-Provenance = Annotated[str | None, typer.Option(help="listed or derived; both by default.")]
+Release = Annotated[str | None, typer.Option(help="Name of the release.")]
 
 
-def find_command(
-    model: Model = None,
-    site: Site = None,
-    layer: Layer = None,
-    width: Width = None,
-    l0: Level = None,
-    kind: Kind = None,
-    release: Release = None,
-    affine: Affine = None,
-    variant: Variant = None,
-    provenance: Provenance = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """List the dictionaries that match."""
-    specs = search(
-        model=model,
-        site=site,
-        layer=layer,
-        width=width,
-        l0=l0,
-        kind=kind,
-        release=release,
-        affine=affine,
-        variant=variant,
-        provenance=provenance,
+@dataclass(frozen=True, kw_only=True)
+class Filters:
+    """Arguments of ``find``, as they were typed."""
+
+    model: Annotated[str | None, typer.Option(help="Model, e.g. gemma-2-2b or 4b-it.")] = None
+    site: Annotated[str | None, typer.Option(help="Site: res, att, mlp, transcoder.")] = None
+    layer: Annotated[int | None, typer.Option(help="Layer, from 0.")] = None
+    width: Width = None
+    l0: Level = None
+    kind: Annotated[str | None, typer.Option(help="sae, transcoder, crosscoder or clt.")] = None
+    affine: Affine = None
+    variant: Annotated[str | None, typer.Option(help="plain, all, seed_1...")] = None
+    provenance: Annotated[str | None, typer.Option(help="listed or derived; both by default.")] = (
+        None
     )
+
+    def find(self, **others: Any) -> SpecList:
+        """The dictionaries that match, and ``others`` too."""
+        return search(**vars(self), **others)
+
+
+@typed_one_by_one
+def find_command(filters: Filters, release: Release = None, as_json: AsJson = False) -> None:
+    """List the dictionaries that match."""
+    specs = filters.find(release=release)
     if as_json:
         typer.echo(json.dumps([spec.to_dict() for spec in specs], indent=2))
         return
@@ -92,22 +85,6 @@ def search(*, l0: str | None, **arguments: Any) -> SpecList:
     from gemmascope_plugin.catalog import find
 
     return find(l0=_number_or_word(l0), **arguments)
-
-
-def table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[str] = ()
-) -> list[str]:
-    """Lines of an aligned plain-text table; the columns in ``right`` are aligned to the right."""
-    lines = [list(columns), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    to_right = [column in set(right) for column in columns]
-    return [
-        "  ".join(
-            cell.rjust(width) if aligned else cell.ljust(width)
-            for cell, width, aligned in zip(line, widths, to_right, strict=True)
-        ).rstrip()
-        for line in lines
-    ]
 
 
 def _row(spec: SaeSpec) -> list[str]:
@@ -140,19 +117,12 @@ def _number_or_word(text: str | None) -> str | float | tuple[float, float] | Non
         return text
 
 
+@typed_one_by_one
 def info_command(
+    filters: Filters,
     release: Annotated[str | None, typer.Argument(help="Name of the release.")] = None,
     sae_id: Annotated[str | None, typer.Argument(help="Id in the release.")] = None,
-    model: Model = None,
-    site: Site = None,
-    layer: Layer = None,
-    width: Width = None,
-    l0: Level = None,
-    kind: Kind = None,
-    affine: Affine = None,
-    variant: Variant = None,
-    provenance: Provenance = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show one dictionary: RELEASE SAE_ID, or arguments of find that match one."""
     from gemmascope_plugin.catalog import get
@@ -160,18 +130,7 @@ def info_command(
     if release is not None and sae_id is not None:
         spec = get(release, sae_id)
     else:
-        spec = search(
-            model=model,
-            site=site,
-            layer=layer,
-            width=width,
-            l0=l0,
-            kind=kind,
-            release=release,
-            affine=affine,
-            variant=variant,
-            provenance=provenance,
-        ).one()
+        spec = filters.find(release=release).one()
     if as_json:
         typer.echo(json.dumps({**spec.to_dict(), "url": spec.url}, indent=2))
         return

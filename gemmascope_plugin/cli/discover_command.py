@@ -1,6 +1,6 @@
 """``gemmascope discover``: a circuit for a task, and what ablating all the rest does to the answer.
 
-1. The task is named or given, see ``task_options.py``.
+1. The task is named, or its prompts are typed, see ``options.py``.
 2. Edges or nodes are scored on training prompts and the best of them kept.
 3. The circuit is evaluated on held-out prompts of the task. Own prompts have no others: they are used
    twice, and the output says so.
@@ -17,25 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from gemmascope_plugin.cli.catalog_commands import table
-from gemmascope_plugin.cli.task_options import (
-    BUNDLED,
-    Answer,
-    BackendName,
-    BeforeCap,
-    Clean,
-    Corrupt,
-    Device,
-    MetricName,
-    ModelName,
+from gemmascope_plugin.cli.options import (
+    AsJson,
     Out,
-    Prompts,
     Question,
-    Seed,
-    TaskName,
-    Wrong,
     check_out,
     refuse_dictionaries,
+    table,
+    typed_one_by_one,
 )
 from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choice
 
@@ -46,16 +35,9 @@ if TYPE_CHECKING:
 _N_PROMPTS, _N_RANDOM = 32, 10
 
 
+@typed_one_by_one
 def discover_command(
-    task: TaskName = None,
-    prompts: Prompts = None,
-    seed: Seed = 0,
-    clean: Clean = None,
-    corrupt: Corrupt = None,
-    answer: Answer = None,
-    wrong: Wrong = None,
-    metric: MetricName = None,
-    before_cap: BeforeCap = False,
+    question: Question,
     method: Annotated[
         str,
         typer.Option(
@@ -88,12 +70,9 @@ def discover_command(
     random: Annotated[
         int | None, typer.Option(help="Random circuits of each size beside it; 10 if not given.")
     ] = None,
-    model: ModelName = BUNDLED,
-    backend: BackendName = "hooked",
-    device: Device = "auto",
     out: Out = None,
     save: Annotated[Path | None, typer.Option(help="File to keep the circuit in.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     r"""Find the circuit of a task, and check it on other prompts.
 
@@ -103,20 +82,6 @@ def discover_command(
 
     and on a real one: gemmascope discover --task ioi --model gemma-3-270m --n 16 --size 200
     """
-    question = Question(
-        task=task,
-        prompts=prompts,
-        seed=seed,
-        clean=clean,
-        corrupt=corrupt,
-        answer=answer,
-        wrong=wrong,
-        metric=metric,
-        before_cap=before_cap,
-        model=model,
-        backend=backend,
-        device=device,
-    )
     question.check()
     options = {"method": method, "units": units, "size": size, "tau": tau}
     options |= {"select": select, "rank": rank}
@@ -143,12 +108,7 @@ def discover_command(
 
 
 def _check_random(random: int | None, evaluate: bool) -> None:
-    """Refuses random circuits that nobody evaluates.
-
-    Raises:
-        EmptySelectionError: A negative number.
-        TaskError: The circuit is not evaluated.
-    """
+    """Refuses random circuits that nobody evaluates."""
     if random is not None and random < 0:
         raise EmptySelectionError(
             f"--random {random} is not a number of circuits", fix=f"--random {_N_RANDOM}"
@@ -158,12 +118,7 @@ def _check_random(random: int | None, evaluate: bool) -> None:
 
 
 def _check(options: dict[str, Any], nodes: str | None) -> tuple[str, ...]:
-    """Refuses what says nothing or contradicts itself; the kinds of nodes.
-
-    Raises:
-        UnknownNameError: An unknown method, unit, selection, rank or kind of node.
-        TaskError: Options that do not go together.
-    """
+    """Refuses what says nothing or contradicts itself; the kinds of nodes."""
     from gemmascope_plugin.circuits.circuit_methods import Selection
     from gemmascope_plugin.circuits.discover import find_method
     from gemmascope_plugin.graphs.graph_arrays import Rank

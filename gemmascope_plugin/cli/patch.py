@@ -1,6 +1,6 @@
 """``gemmascope patch``: what replacing each part of a model, alone, does to its answer.
 
-1. The task is named or given, see ``task_options.py``.
+1. The task is named, or its prompts are typed, see ``options.py``.
 2. ``exact`` runs every patch; the other methods estimate all of them from gradients.
 3. The largest effects are printed; ``--out`` writes a page with a figure, and says how to read it.
 
@@ -15,27 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from gemmascope_plugin.cli.catalog_commands import table
-from gemmascope_plugin.cli.task_options import (
-    BUNDLED,
-    Answer,
-    BackendName,
-    BeforeCap,
-    Clean,
-    Corrupt,
-    Device,
-    MetricName,
-    ModelName,
+from gemmascope_plugin.cli.options import (
+    AsJson,
     Out,
-    Prompts,
     Question,
-    Seed,
     SplitName,
-    TaskName,
-    Wrong,
     check_out,
     refuse_dictionaries,
     split_of,
+    table,
+    typed_one_by_one,
 )
 from gemmascope_plugin.errors import EmptySelectionError, check_choice
 from gemmascope_plugin.types import Direction
@@ -46,17 +35,10 @@ if TYPE_CHECKING:
 _N_PROMPTS = 64
 
 
+@typed_one_by_one
 def patch_command(
-    task: TaskName = None,
-    prompts: Prompts = None,
+    question: Question,
     split: SplitName = None,
-    seed: Seed = 0,
-    clean: Clean = None,
-    corrupt: Corrupt = None,
-    answer: Answer = None,
-    wrong: Wrong = None,
-    metric: MetricName = None,
-    before_cap: BeforeCap = False,
     component: Annotated[
         str, typer.Option(help="What is patched: z, q, k, v, pattern, mlp_out, resid_post...")
     ] = "z",
@@ -74,11 +56,8 @@ def patch_command(
         str, typer.Option(help="exact, or an estimate: atp, ig, ig-inputs, atp*, relp.")
     ] = "exact",
     top: Annotated[int, typer.Option(help="Effects to show, the largest.")] = 20,
-    model: ModelName = BUNDLED,
-    backend: BackendName = "hooked",
-    device: Device = "auto",
     out: Out = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     r"""Replace parts of a model one at a time, and show what that does to its answer.
 
@@ -88,20 +67,6 @@ def patch_command(
 
     and on a real one: gemmascope patch --task ioi --model gemma-3-270m --n 16
     """
-    question = Question(
-        task=task,
-        prompts=prompts,
-        seed=seed,
-        clean=clean,
-        corrupt=corrupt,
-        answer=answer,
-        wrong=wrong,
-        metric=metric,
-        before_cap=before_cap,
-        model=model,
-        backend=backend,
-        device=device,
-    )
     question.check()
     named = [name.strip() for name in axes.split(",")] if axes is not None else None
     options = {"direction": direction, "axes": named, "replacement": replacement}

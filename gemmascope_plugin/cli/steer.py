@@ -16,18 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
-from gemmascope_plugin.cli.catalog_commands import (
-    Affine,
-    Kind,
-    Layer,
-    Level,
-    Model,
-    Release,
-    Site,
-    Variant,
-    Width,
-    search,
+from gemmascope_plugin.cli.catalog_commands import Filters, Release
+from gemmascope_plugin.cli.options import (
+    BUNDLED,
+    AsJson,
+    BackendName,
+    LocalDir,
+    load_named,
     table,
+    typed_one_by_one,
 )
 from gemmascope_plugin.errors import (
     EmptySelectionError,
@@ -42,11 +39,11 @@ if TYPE_CHECKING:
     from gemmascope_plugin.splice import Steering, SteeringSweep
     from gemmascope_plugin.splice.steering_report import AnswerChange, Method
 
-_BUNDLED = "gemma-2-tiny"
 _N_POSITIONS = 6
 """Positions shown of one run, those where the prediction changed most."""
 
 
+@typed_one_by_one
 def steer_command(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     feature: Annotated[
@@ -55,16 +52,9 @@ def steer_command(
     strength: Annotated[
         list[float], typer.Option(help="How hard to push; given several times, a table.")
     ],
-    model: Model = None,
-    site: Site = None,
-    layer: Layer = None,
-    width: Width = None,
-    l0: Level = None,
-    kind: Kind = None,
+    filters: Filters,
     release: Release = None,
     sae_id: Annotated[str | None, typer.Option(help="Id in the release.")] = None,
-    affine: Affine = None,
-    variant: Variant = None,
     method: Annotated[
         str, typer.Option(help="add the direction, or orthogonal: multiply what points along it.")
     ] = "add",
@@ -78,11 +68,9 @@ def steer_command(
         typer.Option(help="Text behind the prompt, of any length: its log-probability, both ways."),
     ] = None,
     wrong: Annotated[str | None, typer.Option(help="Text to compare the answer with.")] = None,
-    backend: Annotated[str, typer.Option(help="Model class: hooked or bridge.")] = "hooked",
-    local_dir: Annotated[
-        str | None, typer.Option(help="Folder that mirrors the dictionary's repository.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    backend: BackendName = "hooked",
+    local_dir: LocalDir = None,
+    as_json: AsJson = False,
 ) -> None:
     r"""Continue a prompt with a feature pushed, and show what that changed.
 
@@ -94,18 +82,7 @@ def steer_command(
 
     With --answer " is clean ." also how likely that text is, before and after.
     """
-    spec = search(
-        model=model,
-        site=site,
-        layer=layer,
-        width=width,
-        l0=l0,
-        kind=kind,
-        release=release,
-        sae_id=sae_id,
-        affine=affine,
-        variant=variant,
-    ).one()
+    spec = filters.find(release=release, sae_id=sae_id).one()
     check_choice("backend", backend, get_args(Backend))
     if answer is None and wrong is not None:
         raise EmptySelectionError(
@@ -123,7 +100,7 @@ def steer_command(
     Sampling(**drawn)
     sae = gs.load(spec, local_dir=local_dir)
     runs = gs.steer(
-        _model(spec, backend),
+        load_named(spec.model, backend, "auto"),
         sae,
         index,
         strength,
@@ -143,20 +120,15 @@ def steer_command(
 
 
 def _feature(spec: SaeSpec, text: str) -> tuple[int, str | None]:
-    """Index and description of a feature given by index or label.
-
-    Raises:
-        FeatureIndexError: No such index.
-        UnknownNameError: No such label, or a label for a dictionary without labels.
-    """
-    bundled = spec.model == _BUNDLED
+    """Index and description of a feature that was typed by index or label."""
+    bundled = spec.model == BUNDLED
     index = int(text) if re.fullmatch(r"[+-]?[0-9]+", text) else None
     if index is not None:
         check_feature(index, spec.d_sae, spec.sae_id)
     elif not bundled:
         raise UnknownNameError(
             f"--feature {text!r} is not a number, and the features of {spec.model} have no labels here",
-            exists=f"features 0 to {spec.d_sae - 1}; labels for {_BUNDLED} only",
+            exists=f"features 0 to {spec.d_sae - 1}; labels for {BUNDLED} only",
             fix="--feature 219",
         )
     if index is not None and not bundled:
@@ -167,14 +139,6 @@ def _feature(spec: SaeSpec, text: str) -> tuple[int, str | None]:
     index = suite.feature(spec, text) if index is None else index
     label = suite.labels_of(spec).get(index)
     return index, None if label is None else str(label)
-
-
-def _model(spec: SaeSpec, backend: Any) -> Any:
-    import gemmascope_plugin as gs
-
-    if spec.model == _BUNDLED:
-        return gs.tiny(backend=backend).model
-    return gs.load_model(spec.model, backend=backend)
 
 
 def _text(run: Steering) -> list[str]:

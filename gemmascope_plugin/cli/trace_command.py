@@ -19,20 +19,20 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from gemmascope_plugin.cli.catalog_commands import Affine, Level, Width, table
-from gemmascope_plugin.cli.task_options import (
+from gemmascope_plugin.cli.catalog_commands import Affine, Level, Width
+from gemmascope_plugin.cli.options import (
     BUNDLED,
-    BackendName,
-    Device,
-    ModelName,
+    LocalDir,
+    ModelOptions,
     Seed,
     SplitName,
     TaskName,
     builtin_task,
     check_out,
-    load_named,
     split_of,
+    table,
     task_names,
+    typed_one_by_one,
 )
 from gemmascope_plugin.cli.trace_dictionaries import dictionaries, find_files
 from gemmascope_plugin.errors import (
@@ -67,9 +67,7 @@ class _Request:
     prompt: str | None
     """None until the task has said."""
     drawn: _Drawn
-    model: str
-    backend: str
-    device: str
+    choice: ModelOptions
     specs: Sequence[SaeSpec]
     local_dir: str | None
     options: dict[str, Any]
@@ -78,7 +76,9 @@ class _Request:
     """Of ``prune``."""
 
 
+@typed_one_by_one
 def trace_command(
+    choice: ModelOptions,
     prompt: Annotated[
         str | None, typer.Argument(help="Text whose next token is explained.")
     ] = None,
@@ -86,7 +86,6 @@ def trace_command(
     row: Annotated[int, typer.Option("--row", help="Which prompt of the task.")] = 0,
     split: SplitName = None,
     seed: Seed = 0,
-    model: ModelName = BUNDLED,
     transcoders: Annotated[
         str | None, typer.Option(help="Release of the dictionaries, or transcoder or clt.")
     ] = None,
@@ -107,11 +106,7 @@ def trace_command(
         float, typer.Option(help="Share of the influence that the kept edges carry.")
     ] = 0.98,
     memory_budget: Annotated[str, typer.Option(help="For all but the graph.")] = "4 GB",
-    backend: BackendName = "hooked",
-    device: Device = "auto",
-    local_dir: Annotated[
-        str | None, typer.Option(help="Folder that mirrors the dictionaries' repository.")
-    ] = None,
+    local_dir: LocalDir = None,
     out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("gemmascope_trace.html"),
     as_json: Annotated[
         Path | None,
@@ -133,23 +128,21 @@ def trace_command(
     """
     from gemmascope_plugin.graphs.viewer_files import check_slug
 
-    check_choice("backend", backend, get_args(Backend))
+    check_choice("backend", choice.backend, get_args(Backend))
     check_out(out)
     check_out(as_json, "--json")
     if as_json is not None:
         check_slug(as_json.stem)
-    _check_prompt(prompt, task, row, model)
+    _check_prompt(prompt, task, row, choice.model)
     drawn = _Drawn(task, row, split_of(split, task is not None), seed)
     options = _options(targets, max_features, memory_budget)
     thresholds = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
     _check_shares(thresholds)
-    specs = dictionaries(model, transcoders, width=width, l0=l0, affine=affine)
+    specs = dictionaries(choice.model, transcoders, width=width, l0=l0, affine=affine)
     request = _Request(
         prompt=prompt,
         drawn=drawn,
-        model=model,
-        backend=backend,
-        device=device,
+        choice=choice,
         specs=specs,
         local_dir=local_dir,
         options=options,
@@ -169,11 +162,7 @@ def trace_command(
 
 
 def parse_targets(text: str | None) -> list[Any] | None:
-    """``a,b-c`` is the word ``a`` and the difference of ``b`` and ``c``.
-
-    Raises:
-        TaskError: A part without a word.
-    """
+    """``a,b-c`` is the word ``a`` and the difference of ``b`` and ``c``."""
     if text is None:
         return None
     targets: list[Any] = []
@@ -186,13 +175,7 @@ def parse_targets(text: str | None) -> list[Any] | None:
 
 
 def _check_prompt(prompt: str | None, task: str | None, row: int, model: str) -> None:
-    """Refuses no prompt, and two.
-
-    Raises:
-        EmptySelectionError: No prompt.
-        TaskError: A prompt and a task.
-        UnknownNameError: No such task.
-    """
+    """Refuses no prompt, and two."""
     if task is None:
         if prompt is None or not prompt.strip():
             raise EmptySelectionError(
@@ -224,13 +207,7 @@ def _single(side: Any) -> str | int | None:
 
 
 def _options(targets: str | None, max_features: int | None, memory_budget: str) -> dict[str, Any]:
-    """Arguments of ``trace``.
-
-    Raises:
-        EmptySelectionError: No features.
-        TaskError: Targets that cannot be read.
-        UnknownNameError: The budget is not a size.
-    """
+    """Arguments of ``trace``."""
     from gemmascope_plugin.arguments import parse_size
 
     if max_features is not None and max_features < 1:
@@ -260,7 +237,7 @@ def _traced(request: _Request) -> tuple[_Request, Graph, Any]:
     from gemmascope_plugin.tracing.graph_features import top_tokens
 
     find_files(request.specs, request.local_dir)
-    model = load_named(request.model, request.backend, request.device)
+    model = request.choice.load()
     if request.drawn.task is not None:
         prompt, targets = _from_task(model, request.drawn)
         options = {**request.options, "targets": request.options["targets"] or targets}
@@ -271,7 +248,7 @@ def _traced(request: _Request) -> tuple[_Request, Graph, Any]:
     watched = sys.stderr.isatty()
     graph = gs.trace(model, request.prompt, saes, progress=watched, **request.options)
     graph = graph.prune(**request.thresholds)
-    if request.model == BUNDLED:
+    if request.choice.model == BUNDLED:
         graph = graph.with_labels(_labels(request.specs))
     return request, graph, top_tokens(graph, model, saes)
 
@@ -314,7 +291,7 @@ def _report(request: _Request, graph: Graph) -> list[str]:
         for row in best.itertuples()
     ]
     return [
-        f"{request.model}: {len(nodes)} of {whole['n_nodes']} nodes, "
+        f"{request.choice.model}: {len(nodes)} of {whole['n_nodes']} nodes, "
         f"{graph.n_edges} of {whole['n_edges']} edges",
         *(f"  {name.ljust(14)}{text}" for name, text in pairs),
         "",
@@ -334,7 +311,7 @@ def _write_json(path: Path, request: _Request, graph: Graph) -> None:
         path.stem,
         scan=request.specs[0].model,
         source_set=_source_set(request.specs),
-        description=f"{request.prompt} ({request.model})",
+        description=f"{request.prompt} ({request.choice.model})",
     )
     write_json(path, content)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemmascope_plugin.catalog.site_names import human_size
 from gemmascope_plugin.cli.catalog_commands import search
-from gemmascope_plugin.cli.task_options import BUNDLED
+from gemmascope_plugin.cli.options import BUNDLED
 from gemmascope_plugin.errors import AmbiguousSpecError, MissingFileError, shorten
 
 if TYPE_CHECKING:
@@ -30,17 +30,7 @@ _MAX_PATTERNS = 3
 
 
 def dictionaries(model: str, transcoders: str | None, **filters: Any) -> list[SaeSpec]:
-    """One dictionary for every layer, or one of all.
-
-    Args:
-        model: Name of the model.
-        transcoders: A release, or ``transcoder`` or ``clt``.
-        filters: Other arguments of ``find``.
-
-    Raises:
-        UnknownNameError: None that match.
-        AmbiguousSpecError: Several for a layer.
-    """
+    """One dictionary for every layer, or one of all; ``filters`` are other arguments of ``find``."""
     named = transcoders or _DEFAULTS.get(model, "transcoder")
     kind = {"kind" if named in _KINDS else "release": named}
     specs = list(search(model=model, **kind, **filters))
@@ -60,8 +50,7 @@ def dictionaries(model: str, transcoders: str | None, **filters: Any) -> list[Sa
 def find_files(specs: Sequence[SaeSpec], local_dir: str | None) -> None:
     """Finds the files of all dictionaries, and downloads what is missing where that can be.
 
-    Raises:
-        MissingFileError: Says how many are missing, how large they are, and how they are fetched.
+    The error says how many are missing, how large they are, and how they are fetched.
     """
     from gemmascope_plugin.loading.sources import is_here, locate
 

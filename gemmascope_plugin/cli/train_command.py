@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemmascope_plugin.cli.options import BUNDLED, BackendName, load_named
 from gemmascope_plugin.errors import (
     BadFileError,
     EmptySelectionError,
@@ -27,9 +28,8 @@ from gemmascope_plugin.errors import (
 if TYPE_CHECKING:
     from gemmascope_plugin.training import TrainSpec
 
-_BUNDLED = "gemma-2-tiny"
-_DOCUMENTS, _CORPUS_SEED = 2000, 1000
-"""The generated corpus; held-out documents of the suite have another seed."""
+_DOCUMENTS = 2000
+"""Of the generated corpus."""
 
 
 def train_command(
@@ -51,7 +51,7 @@ def train_command(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 1000,
-    backend: Annotated[str, typer.Option(help="Model class: hooked or bridge.")] = "hooked",
+    backend: BackendName = "hooked",
     device: Annotated[
         str, typer.Option(help="Where model and dictionary go: auto, cpu, cuda, cuda:1...")
     ] = "auto",
@@ -77,7 +77,7 @@ def train_command(
     from gemmascope_plugin.training import train
 
     sae = train(
-        _model(model, backend, device),
+        load_named(model, backend, device),
         spec,
         _generated() if text is None else text,
         run_dir=out,
@@ -120,13 +120,7 @@ def _spec(model: str, values: dict[str, Any], preset: str | None) -> TrainSpec:
 
 
 def _resumed(out: Path, values: dict[str, Any], preset: str | None) -> TrainSpec:
-    """The spec of the run that goes on.
-
-    Raises:
-        MissingFileError: There is no run.
-        BadFileError: Its config is damaged.
-        GemmaScopeError: A field is given as well.
-    """
+    """The spec of the run that goes on."""
     from gemmascope_plugin.files.json_file import Record, read_json
     from gemmascope_plugin.training import TrainSpec
     from gemmascope_plugin.training.run_folder import CONFIG
@@ -150,14 +144,9 @@ def _resumed(out: Path, values: dict[str, Any], preset: str | None) -> TrainSpec
 
 
 def _text(path: Path | None, model: str) -> list[str] | None:
-    """The documents of a file; None for the generated corpus.
-
-    Raises:
-        MissingFileError: No file, and no generated corpus for this model.
-        EmptySelectionError: The file has no text.
-    """
+    """The documents of a file; None for the generated corpus."""
     if path is None:
-        if model != _BUNDLED:
+        if model != BUNDLED:
             raise MissingFileError(
                 f"There is no corpus for {model}", fix="--corpus FILE, one document per line"
             )
@@ -171,18 +160,9 @@ def _text(path: Path | None, model: str) -> list[str] | None:
 
 
 def _generated() -> Any:
-    from gemmascope_plugin.demo.corpus import make_corpus
+    from gemmascope_plugin.demo.corpus import TRAIN_SEED, make_corpus
 
-    return make_corpus(_DOCUMENTS, _CORPUS_SEED).tokens
-
-
-def _model(name: str, backend: str, device: str) -> Any:
-    import gemmascope_plugin as gs
-
-    if name != _BUNDLED:
-        return gs.load_model(name, backend=cast("Any", backend), device=device)
-    place = "cpu" if device == "auto" else device  # quicker for a model as small as this
-    return gs.tiny(backend=cast("Any", backend), device=place).model
+    return make_corpus(_DOCUMENTS, TRAIN_SEED).tokens
 
 
 def _report(sae: Any, spec: TrainSpec, out: Path) -> list[str]:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from gemmascope_plugin.catalog import find
 from gemmascope_plugin.cli.app import app
-from gemmascope_plugin.cli.catalog_commands import table
+from gemmascope_plugin.cli.options import table
 
 ARGUMENTS = [
     *("find", "--model", "gemma-2-2b", "--site", "res", "--layer", "20"),

@@ -6,8 +6,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from gemmascope_plugin.cli.app import app
-from gemmascope_plugin.cli.wording import on_the_command_line
+from gemmascope_plugin.cli.app import app, on_the_command_line
 
 TINY = ("--model", "gemma-2-tiny", "--site", "res", "--layer", "2", "--l0", "canonical")
 

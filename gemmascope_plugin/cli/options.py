@@ -1,4 +1,7 @@
-"""What ``gemmascope patch`` and ``gemmascope discover`` ask: options that name a task and a model.
+"""Options that commands share, each declared once, and what they ask: a task, and a model.
+
+A parameter of a command that is annotated with a group of options, a dataclass of them, is typed option
+by option (``typed_one_by_one``). Of a ``Question``
 
 1. ``--task`` is a built-in task, which makes prompts for any model (``causes/builtin``); or
    ``--clean``, ``--corrupt``, ``--answer`` and ``--wrong`` give prompts, each option once per prompt.
@@ -10,10 +13,11 @@ Cost: loading the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args, get_type_hints
 
 import typer
 
@@ -46,62 +50,99 @@ _PROMPTS = "--clean TEXT --corrupt TEXT --answer WORD --wrong WORD"
 TaskName = Annotated[
     str | None, typer.Option("--task", help="Built-in task, e.g. ioi or agreement.")
 ]
-Prompts = Annotated[int | None, typer.Option("--n", help="Prompts of that task.")]
 SplitName = Annotated[
     str | None, typer.Option("--split", help="Its prompts: held_out (default) or train.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of the draw of its prompts.")]
-Clean = Annotated[list[str] | None, typer.Option(help="Own clean prompt; once per prompt.")]
-Corrupt = Annotated[
-    list[str] | None, typer.Option(help="Its corruption, as long in tokens as the clean prompt.")
-]
-Answer = Annotated[
-    list[str] | None,
-    typer.Option(help="Right next word of a clean prompt, with its blank: ' Paris'."),
-]
-Wrong = Annotated[list[str] | None, typer.Option(help="Word to compare the answer with.")]
-MetricName = Annotated[
-    str | None,
-    typer.Option(
-        "--metric",
-        help="logit_diff, probability, margin, cross_entropy, kl_divergence, sequence_logprob.",
-    ),
-]
-BeforeCap = Annotated[
-    bool, typer.Option("--before-cap", help="Read logits before the final soft-cap.")
-]
-ModelName = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        help="Model: gemma-2-tiny, gemma-3-270m (extra [gemma]), any name on the hub, a folder or a "
-        "GGUF file.",
-    ),
-]
-BackendName = Annotated[str, typer.Option("--backend", help="Model class: hooked or bridge.")]
+Seed = Annotated[int, typer.Option(help="Of the draw of its prompts.")]
+BackendName = Annotated[str, typer.Option(help="Model class: hooked or bridge.")]
 Device = Annotated[
     str,
     typer.Option(help="Where the model goes: auto (a GPU if there is one), cpu, cuda, cuda:1..."),
 ]
+LocalDir = Annotated[
+    str | None, typer.Option(help="Folder that mirrors the dictionaries' repository.")
+]
 Out = Annotated[Path | None, typer.Option(help="HTML page to write.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def typed_one_by_one(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of its groups as options of its own."""
+    groups: dict[str, Any] = {}
+    options: list[Parameter] = []
+    for option in signature(command, eval_str=True).parameters.values():
+        if not is_dataclass(option.annotation):
+            options.append(option.replace(kind=Parameter.KEYWORD_ONLY))
+            continue
+        groups[option.name] = group = option.annotation
+        hints = get_type_hints(group, include_extras=True)
+        options += [
+            Parameter(
+                field.name,
+                Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=hints[field.name],
+            )
+            for field in fields(group)
+        ]
+
+    def run(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        command(**values)
+
+    run.__doc__ = command.__doc__
+    vars(run)["__signature__"] = Signature(options)
+    return run
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class ModelOptions:
+    """A model, as it was typed."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Model: gemma-2-tiny, gemma-3-270m (extra gemma), any name on the hub, a folder or a "
+            "GGUF file.",
+        ),
+    ] = BUNDLED
+    backend: BackendName = "hooked"
+    device: Device = "auto"
+
+    def load(self) -> HookedModel:
+        """The model; an error where there is none of this name."""
+        return load_named(self.model, self.backend, self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question(ModelOptions):
     """A task and a model, as they were typed."""
 
-    task: str | None
-    prompts: int | None
-    seed: int
-    clean: Sequence[str] | None
-    corrupt: Sequence[str] | None
-    answer: Sequence[str] | None
-    wrong: Sequence[str] | None
-    metric: str | None
-    before_cap: bool
-    model: str
-    backend: str
-    device: str
+    task: TaskName = None
+    prompts: Annotated[int | None, typer.Option("--n", help="Prompts of that task.")] = None
+    seed: Seed = 0
+    clean: Annotated[
+        list[str] | None, typer.Option(help="Clean prompt of your own; once per prompt.")
+    ] = None
+    corrupt: Annotated[
+        list[str] | None,
+        typer.Option(help="Its corruption, as long in tokens as the clean prompt."),
+    ] = None
+    answer: Annotated[
+        list[str] | None,
+        typer.Option(help="Right next word of a clean prompt, with its blank: ' Paris'."),
+    ] = None
+    wrong: Annotated[list[str] | None, typer.Option(help="Word to compare the answer with.")] = None
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="logit_diff, probability, margin, cross_entropy, kl_divergence, sequence_logprob."
+        ),
+    ] = None
+    before_cap: Annotated[
+        bool, typer.Option("--before-cap", help="Read logits before the final soft-cap.")
+    ] = False
 
     @property
     def builtin(self) -> bool:
@@ -109,17 +150,13 @@ class Question:
         return self.task is not None
 
     def check(self) -> None:
-        """Refuses what cannot be asked.
-
-        Raises:
-            EmptySelectionError: No prompts.
-            TaskError: Prompts and answers that differ in number, or options that do not go together.
-            UnknownNameError: No such task, metric or backend.
-        """
+        """Refuses what cannot be asked."""
         if self.metric is not None:
             check_choice("metric", self.metric, _READS)
         check_choice("backend", self.backend, get_args(Backend))
-        texts = [f"--{name}" for name in ("clean", "corrupt", "answer", "wrong") if self._own(name)]
+        texts = [
+            f"--{name}" for name in ("clean", "corrupt", "answer", "wrong") if self._typed(name)
+        ]
         if self.task is None and not texts:
             raise EmptySelectionError(
                 "No prompts are named",
@@ -127,7 +164,7 @@ class Question:
                 fix=f"--task ioi, or {_PROMPTS}",
             )
         if self.task is None:
-            self._check_own()
+            self._check_prompts()
             return
         if texts:
             raise TaskError(
@@ -144,54 +181,40 @@ class Question:
         if self.prompts is not None and self.prompts < 1:
             raise EmptySelectionError(f"--n {self.prompts} leaves no prompt", fix="--n 32")
 
-    def _check_own(self) -> None:
+    def _check_prompts(self) -> None:
         if self.prompts is not None or self.seed:
             raise TaskError("--n is for built-in tasks, which draw their prompts", fix="--task")
         metric = self.metric or "logit_diff"
         reads = _READS[metric]
-        unread = [name for name in ("answer", "wrong") if self._own(name) and name not in reads]
+        unread = [name for name in ("answer", "wrong") if self._typed(name) and name not in reads]
         if unread:
             raise TaskError(
                 f"--metric {metric} does not read --{unread[0]}", fix=f"leave --{unread[0]} out"
             )
         optional = _MAY_LACK.get(metric)
-        names = [n for n in ("clean", "corrupt", *reads) if n != optional or self._own(n)]
-        counts = [len(self._own(name)) for name in names]
+        names = [n for n in ("clean", "corrupt", *reads) if n != optional or self._typed(n)]
+        counts = [len(self._typed(name)) for name in names]
         if len(set(counts)) > 1:
             numbers = ", ".join(f"{n} --{name}" for n, name in zip(counts, names, strict=True))
             raise TaskError(
                 f"There are {numbers}", fix=f"one of each for every prompt: --{' --'.join(names)}"
             )
 
-    def _own(self, name: str) -> list[str]:
-        """What was given of one option."""
+    def _typed(self, name: str) -> list[str]:
+        """What was typed for an option."""
         return list(getattr(self, name) or ())
 
     def n_prompts(self, default: int) -> int:
         """How many prompts of one split there are; ``default`` where ``--n`` does not say."""
-        return (self.prompts or default) if self.builtin else len(self._own("clean"))
-
-    def load(self) -> HookedModel:
-        """The model.
-
-        Raises:
-            MissingFileError: There is none of this name.
-        """
-        return load_named(self.model, self.backend, self.device)
+        return (self.prompts or default) if self.builtin else len(self._typed("clean"))
 
     def ask(self, model: HookedModel, split: Split, default: int) -> Task:
-        """The task.
-
-        Args:
-            model: The model that is asked.
-            split: Which prompts of a built-in task; own prompts are all that there are.
-            default: Prompts of a built-in task, where ``--n`` does not say.
-        """
+        """The task: prompts that were typed, or of a built-in one ``--n`` (``default``) of a split."""
         from gemmascope_plugin.causes import Task
 
         if self.task is None:
             metric = self._metric(self.metric or "logit_diff", self.answer, self.wrong)
-            return Task(self._own("clean"), self._own("corrupt"), metric, "own prompts")
+            return Task(self._typed("clean"), self._typed("corrupt"), metric, "own prompts")
         task = builtin_task(self.task, model, self.n_prompts(default), split, self.seed)
         asked = cast("Any", task.asked)
         if self.metric is None:
@@ -215,15 +238,7 @@ def task_names(model: str) -> tuple[str, ...]:
 
 
 def builtin_task(name: str, model: HookedModel, n: int, split: Any, seed: int) -> Task:
-    """A built-in task.
-
-    Args:
-        name: One of :func:`task_names`; those of the suite may be called as it calls them.
-        model: The model.
-        n: Prompts.
-        split: ``train`` or ``held_out``.
-        seed: Of the draw.
-    """
+    """A task of ``task_names``; those of the suite may be called as it calls them."""
     from gemmascope_plugin.causes import Task
     from gemmascope_plugin.causes.builtin import TASKS
     from gemmascope_plugin.demo.tasks import make_task
@@ -234,12 +249,7 @@ def builtin_task(name: str, model: HookedModel, n: int, split: Any, seed: int) -
 
 
 def split_of(text: str | None, builtin: bool) -> Any:
-    """The split that was typed, ``held_out`` by default; blanks may be of any kind.
-
-    Raises:
-        TaskError: A split of prompts that are not a built-in task.
-        UnknownNameError: No such split.
-    """
+    """The split that was typed, ``held_out`` by default; blanks may be of any kind."""
     from gemmascope_plugin.causes.builtin import SPLITS
 
     if text is not None and not builtin:
@@ -250,39 +260,18 @@ def split_of(text: str | None, builtin: bool) -> Any:
 
 
 def load_named(name: str, backend: str, device: str) -> HookedModel:
-    """A model by its name.
-
-    Args:
-        name: The bundled one, a name on the hub or a folder.
-        backend: Model class.
-        device: Where it goes.
-
-    Raises:
-        MissingFileError: There is none of this name.
-    """
+    """The bundled model, one on the hub, or one in a folder."""
     import gemmascope_plugin as gs
 
     chosen = cast("Any", backend)
     if name != BUNDLED:
         return gs.load_model(name, backend=chosen, device=device)
-    return gs.tiny(backend=chosen, device=_bundled_device(device)).model
-
-
-def _bundled_device(device: str) -> str:
-    """A model as small as the bundled one is quicker on the CPU."""
-    return "cpu" if device == "auto" else device
+    # A model as small as this one is quicker on the CPU.
+    return gs.tiny(backend=chosen, device="cpu" if device == "auto" else device).model
 
 
 def check_out(path: Path | None, option: str = "--out") -> None:
-    """Refuses a place that cannot be written to, before any work is done.
-
-    Args:
-        path: The file or folder to be written; None for none.
-        option: The option.
-
-    Raises:
-        MissingFileError: It lies in a folder that does not exist.
-    """
+    """Refuses a place that cannot be written to, before any work is done."""
     if path is not None and not path.expanduser().parent.is_dir():
         raise MissingFileError(
             f"There is no folder {str(path.parent)!r} for {option} {str(path)!r}",
@@ -291,11 +280,23 @@ def check_out(path: Path | None, option: str = "--out") -> None:
 
 
 def refuse_dictionaries(option: str, call: str) -> None:
-    """Says that features are for Python.
-
-    Raises:
-        TaskError: Always.
-    """
+    """Says that features are for Python."""
     raise TaskError(
         f"{option} needs dictionaries, which this command does not load", fix=f"in Python, {call}"
     )
+
+
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[str] = ()
+) -> list[str]:
+    """Lines of an aligned plain-text table; the columns in ``right`` are aligned to the right."""
+    lines = [list(columns), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    to_right = [column in set(right) for column in columns]
+    return [
+        "  ".join(
+            cell.rjust(width) if aligned else cell.ljust(width)
+            for cell, width, aligned in zip(line, widths, to_right, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
