@@ -44,7 +44,7 @@ from gemmascope_plugin.models.protocol import describe, with_call
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from gemmascope_plugin.figures.page import Figure
+    from gemmascope_plugin.figures.fragments import Figure
 
 SHOWN = 10
 """Rows of a table in a notebook."""

@@ -25,7 +25,7 @@ from gemmascope_plugin.graphs.node import FeatureId, Node, Reader
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from gemmascope_plugin.figures.page import Figure
+    from gemmascope_plugin.figures.fragments import Figure
 
 MAX_BARS = 20
 

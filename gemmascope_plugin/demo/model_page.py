@@ -20,15 +20,15 @@ from gemmascope_plugin.causes import Effects, Task
 from gemmascope_plugin.circuits import Scores
 from gemmascope_plugin.features import Features
 from gemmascope_plugin.figures.theme import visible
-from gemmascope_plugin.pages.report_page import Section, write_page
-from gemmascope_plugin.pages.sections import (
+from gemmascope_plugin.pages.circuit_page import circuit_section
+from gemmascope_plugin.pages.effects_page import (
     Comparison,
     agreement,
-    circuit_section,
     heads_section,
     positions_section,
-    site_name,
 )
+from gemmascope_plugin.pages.report_page import Section, write_page
+from gemmascope_plugin.pages.walkthrough import site_name
 
 LIBRARIES = ("gemmascope_plugin", "torch", "transformer-lens", "sae-lens", "transformers")
 N_FEATURES = 8

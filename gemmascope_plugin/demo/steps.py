@@ -31,7 +31,7 @@ from gemmascope_plugin.loading import load
 from gemmascope_plugin.models import to_tokens, token_strings
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.tokens import token_id
-from gemmascope_plugin.pages.sections import Comparison
+from gemmascope_plugin.pages.effects_page import Comparison
 from gemmascope_plugin.pages.walkthrough import Ablation
 from gemmascope_plugin.splice import Ablate, Add, Steering, splice, steer
 from gemmascope_plugin.splice.edit import Edit

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from gemmascope_plugin.figures.charts import bars, curves, heatmap
-from gemmascope_plugin.figures.page import figure_fragment, frame_html
+from gemmascope_plugin.figures.fragments import (
+    figure_fragment,
+    frame_html,
+    token_rows_html,
+    tokens_html,
+)
 from gemmascope_plugin.figures.theme import PAGE_CSS, FigureInputError
-from gemmascope_plugin.figures.token_text import token_rows_html, tokens_html
 
 __all__ = [
     "PAGE_CSS",

@@ -1,18 +1,20 @@
 """Pages: one self-contained HTML file each, nothing loaded from a network."""
 
-from gemmascope_plugin.pages.circuit_page import circuit_html, write_circuit
-from gemmascope_plugin.pages.effects_page import effects_html, write_effects
-from gemmascope_plugin.pages.report_page import Columns, PageError, Section, prepare, write_page
-from gemmascope_plugin.pages.sections import (
-    circuit_section,
-    feature_frame,
-    features_section,
+from gemmascope_plugin.pages.circuit_page import circuit_html, circuit_section, write_circuit
+from gemmascope_plugin.pages.effects_page import (
+    effects_html,
     heads_section,
     positions_section,
+    write_effects,
+)
+from gemmascope_plugin.pages.report_page import Columns, PageError, Section, prepare, write_page
+from gemmascope_plugin.pages.trace_page import trace_html, write_trace
+from gemmascope_plugin.pages.walkthrough import (
+    feature_frame,
+    features_section,
     site_name,
     steering_html,
 )
-from gemmascope_plugin.pages.trace_page import trace_html, write_trace
 
 __all__ = [
     "Columns",

@@ -5,11 +5,14 @@
 3. Where scores are given, faithfulness by size beside random circuits, as a curve and a table.
 4. The ranking, kept or not, with a box that filters its rows.
 
+Pages of several results take a circuit as one section.
+
 One file, as ``report_page.py`` makes them. Cost: about 5 MB per page, for the plotting library.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ import gemmascope_plugin.figures as figures
 from gemmascope_plugin.circuits import Scores
 from gemmascope_plugin.graphs import Circuit
 from gemmascope_plugin.pages.report_page import (
+    Columns,
     PageError,
     Section,
     even_digits,
@@ -32,6 +36,17 @@ from gemmascope_plugin.pages.report_page import (
 TEMPLATE = "circuit.html.jinja"
 MAX_ROWS = 500
 """Rows of the ranking."""
+MAX_NODES = 20
+"""Rows of a circuit's table."""
+MAX_EDGES = 40
+"""Edges of a circuit's picture."""
+_LAYERS = ("source_layer", "target_layer")
+_RANKED = {
+    "node": "Nodes ranked on training prompts by how much the metric falls when a node alone gets its "
+    "corrupted value.",
+    "edge": "An edge is what one head or MLP reads of what another wrote. Edges are ranked on training "
+    "prompts by an estimate of how much the metric falls when the edge alone is corrupted.",
+}
 FAITHFUL = 0.9
 """Faithfulness from which on a circuit counts as one that does the task."""
 _HALF = 1.15
@@ -218,3 +233,38 @@ def _ranking(circuit: Circuit) -> Section:
     lead = f"All {unit}s, most important first." + (f" Scores: {sign}." if sign else "")
     part = Markup(template(TEMPLATE).render(table=Markup(table + note)))
     return Section("Ranking", lead, (part,))
+
+
+# ---------------------------------------------------------------------- a section of another page
+def circuit_section(scores: Scores) -> Section:
+    """The ranked nodes, or edges, and how faithful the circuit is beside random ones."""
+    circuit = scores.circuit
+    unit, shown = circuit.graph.unit, min(circuit.size, MAX_NODES)
+    ranked = circuit.to_frame().drop(columns="kept")
+    ranked = ranked.drop(columns=[name for name in _LAYERS if name in ranked])
+    if unit == "edge":  # more would hide each other
+        pictures = (scores.plot(), spread(circuit.top(min(circuit.size, MAX_EDGES)).plot()))
+    else:
+        pictures = (circuit.plot(), scores.plot())
+    return Section(
+        "The circuit, checked by ablation",
+        f"{_RANKED[unit]} The curve keeps the best 0, 1, 2, ... {unit}s and corrupts all others, on "
+        f"{scores.metadata['n_prompts']} held-out prompts: 1 is the full model, 0 is everything "
+        "corrupted. The grey band spans random circuits of the same size.",
+        (
+            f"The best {circuit.size} of {circuit.n_units} {unit}s: faithfulness "
+            f"{scores.faithfulness:.3f}{_beside(scores.random)}.",
+            *([Columns(pictures)] if unit == "node" else pictures),
+            *([f"The best {shown} edges:"] if unit == "edge" else []),
+            Markup(figures.frame_html(ranked, max(shown, 1))),
+        ),
+    )
+
+
+def _beside(random: Sequence[float]) -> str:
+    """Random circuits of the same size; one of several may hold all that matters, so their mean too."""
+    if not random:
+        return ""
+    n = "one random circuit" if len(random) == 1 else f"{len(random)} random circuits"
+    mean = sum(random) / len(random)
+    return f"; {n} of that size: {mean:.3f} on average, {max(random):.3f} at best"

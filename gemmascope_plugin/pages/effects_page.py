@@ -6,11 +6,14 @@
    where the effects are not estimates.
 4. The metadata.
 
+Pages of several results take effects as sections: positions, and heads beside their estimate.
+
 One file, as ``report_page.py`` makes them. Cost: about 5 MB per page, for the plotting library.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,7 @@ from gemmascope_plugin.causes.gradient.attribution_patching import METHODS
 from gemmascope_plugin.causes.gradient.edge_attribution import METHODS as EDGE_METHODS
 from gemmascope_plugin.pages.report_page import (
     MAX_TABLE_ROWS,
+    Columns,
     Section,
     even_digits,
     facts,
@@ -228,3 +232,76 @@ def _table(effects: Effects, n: int) -> Any:
         place = list(frame.columns).index("pos") + 1
         frame.insert(place, "token of the first prompt", [tokens[p] for p in frame["pos"]])
     return even_digits(frame, [name for name in NUMBERS if name in frame])
+
+
+# ---------------------------------------------------------------------- sections of another page
+@dataclass(frozen=True)
+class Comparison:
+    """The same patches measured exactly and estimated from gradients."""
+
+    exact: Effects
+    estimate: Effects
+    spearman: float
+    """Rank correlation of the two over all patches."""
+
+
+def agreement(comparison: Comparison) -> str:
+    """How well the estimate agrees, one sentence."""
+    return (
+        f"Attribution patching estimates the same {comparison.exact.values.numel()} effects from one "
+        f"backward pass; its rank correlation (Spearman) with the exact ones is "
+        f"{comparison.spearman:.3f}."
+    )
+
+
+def positions_section(effects: Effects, agreement: str) -> Section:
+    """Layer by position patching.
+
+    Args:
+        effects: Two axes, layer and position.
+        agreement: How well the estimate from gradients agrees, one sentence.
+    """
+    meta = effects.metadata
+    figure = figures.heatmap(
+        effects.share.cpu().numpy(),
+        x=list(meta["tokens"]),
+        y=[f"layer {layer}" for layer in effects.labels["layer"]],
+        x_title="token (of the first prompt)",
+        title="Share that one patch brings back",
+        color_title="share",
+    )
+    return Section(
+        "Where the answer is decided",
+        "Each cell copies the residual stream of the clean run into the corrupted run at one layer "
+        f"and position, and runs the rest of the model. 1 (blue) brings back the whole {meta['metric']}, "
+        f"0 (white) nothing. {_mean_over(meta['n_prompts'])}.",
+        (figure, agreement),
+    )
+
+
+def _mean_over(n_prompts: int) -> str:
+    return f"Mean over {n_prompts} held-out prompts" if n_prompts > 1 else "One held-out prompt"
+
+
+def heads_section(exact: Effects, estimate: Effects, agreement: str) -> Section:
+    """Heads patched one by one beside the estimate of the same from one backward pass."""
+    note = f"{_mean_over(exact.metadata['n_prompts'])}."
+    limit = max(float(effects.share.abs().max()) for effects in (exact, estimate))
+    panels = Columns(tuple(_heads(e, e.metadata["method"], limit) for e in (exact, estimate)))
+    return Section(
+        "Which attention heads matter, exactly and by estimate",
+        "Left: every head's output replaced by its clean value, one run per head. Right: the "
+        f"first-order estimate of the same numbers from a single backward pass. {note}",
+        (panels, agreement),
+    )
+
+
+def _heads(effects: Effects, title: str, limit: float) -> Any:
+    return figures.heatmap(
+        effects.share.cpu().numpy(),
+        x=[f"head {head}" for head in effects.labels["head"]],
+        y=[f"layer {layer}" for layer in effects.labels["layer"]],
+        title=title,
+        color_title="share",
+        limit=limit,
+    )

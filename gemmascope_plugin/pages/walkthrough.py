@@ -1,5 +1,7 @@
 """The page of a whole walk: dictionaries, features, an edit, patching, a circuit, steering.
 
+Sections of effects and of circuits stand with their pages; those of features and of steering are here.
+
 Cost: that of its figures; about 5 MB of page, nearly all of it the plotting library.
 """
 
@@ -12,22 +14,28 @@ from typing import Any
 
 from markupsafe import Markup
 
+import gemmascope_plugin.figures as figures
 from gemmascope_plugin.causes import FeatureId
 from gemmascope_plugin.circuits import Scores
 from gemmascope_plugin.features import Features
-from gemmascope_plugin.pages.report_page import Section, write_page
-from gemmascope_plugin.pages.sections import (
+from gemmascope_plugin.pages.circuit_page import circuit_section
+from gemmascope_plugin.pages.effects_page import (
     Comparison,
     agreement,
-    circuit_section,
-    feature_frame,
-    feature_name,
-    features_section,
     heads_section,
     positions_section,
-    steering_html,
 )
+from gemmascope_plugin.pages.report_page import Section, write_page
 from gemmascope_plugin.splice import Steering
+
+_SITES = {
+    "hook_resid_post": "res",
+    "hook_mlp_out": "mlp",
+    "attn.hook_z": "att",
+}
+
+Labels = Mapping[FeatureId, Any]
+"""Feature to its label: ``concept``, ``precision`` and ``recall``."""
 
 
 @dataclass(frozen=True)
@@ -198,3 +206,102 @@ def _steering(walk: Walkthrough) -> Section:
         "goes on with, the most probable one at every step.",
         tuple(parts),
     )
+
+
+# ------------------------------------------------------------------- sections of features and steering
+def site_name(site: str) -> str:
+    """A hook name in short: ``res 2`` for ``blocks.2.hook_resid_post``."""
+    parts = site.split(".", 2)
+    if len(parts) == 3 and parts[2] in _SITES:
+        return f"{_SITES[parts[2]]} {parts[1]}"
+    return site
+
+
+def feature_name(feature: FeatureId) -> str:
+    """``res 2 / 17``."""
+    return f"{site_name(feature.site)} / {feature.feature}"
+
+
+def feature_frame(rows: Sequence[tuple[FeatureId, Mapping[str, Any]]], labels: Labels) -> Any:
+    """A table of features with their labels.
+
+    Args:
+        rows: Features and what else is known of each, as columns.
+        labels: What the features stand for.
+    """
+    import pandas as pd
+
+    lines = []
+    for feature, columns in rows:
+        label = labels.get(feature)
+        described = (
+            {"label": "none", "precision": "", "recall": ""}
+            if label is None
+            else {
+                "label": label.concept,
+                "precision": f"{label.precision:.2f}",
+                "recall": f"{label.recall:.2f}",
+            }
+        )
+        lines.append({"feature": feature_name(feature), **described, **columns})
+    return pd.DataFrame(lines)
+
+
+def features_section(
+    features: Features, chosen: Sequence[FeatureId], labels: Labels, *, n: int = 10
+) -> Section:
+    """The text once per chosen feature, then the features that are most active on it.
+
+    Args:
+        features: From :func:`gemmascope_plugin.analyze`.
+        chosen: Features that the tokens are coloured by.
+        labels: What the features stand for.
+        n: Rows of the table.
+    """
+    rows = [(_described(f, labels), features.activations(f.site, f.feature)) for f in chosen]
+    strongest = [
+        (FeatureId(row.site, row.feature), {"token": row.token, "activation": row.activation})
+        for row in features.top(n).itertuples()
+    ]
+    fits = "; ".join(
+        f"{site_name(site)}: L0 {fit.l0:.1f}, variance explained {fit.variance_explained:.2f}"
+        for site, fit in features.fits.items()
+    )
+    return Section(
+        "What the dictionaries see in a sentence",
+        "One line per feature: the darker a token, the more active the feature there (hover for the "
+        "number). A label is a concept of the grammar; precision is the share of the feature's "
+        "tokens where the concept holds, recall the share of the concept's tokens that it finds, "
+        "both on held-out text.",
+        (
+            _token_rows(features.tokens, rows),
+            f"Fit on this sentence. {fits}. Excluded tokens: {', '.join(map(str, features.exclude))}.",
+            "The features with the highest activation, whatever their label:",
+            feature_frame(strongest, labels),
+        ),
+    )
+
+
+def _token_rows(tokens: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> Markup:
+    """Rows of tokens, set apart from each other where the tokens carry no blanks of their own."""
+    style = "tokens" if any(token.startswith(" ") for token in tokens) else "words"
+    html = Markup(figures.token_rows_html(tokens, rows))
+    return Markup('<div class="{}">{}</div>').format(style, html)
+
+
+def steering_html(steering: Steering) -> Markup:
+    """The continuation without and with steering, side by side."""
+    card = Markup(
+        '<div class="steering"><h3>{}</h3><span class="prompt">{}</span><mark>{}</mark></div>'
+    )
+    cards = [
+        card.format("before", steering.prompt, steering.before),
+        card.format("after", steering.prompt, steering.after),
+    ]
+    return Markup('<div class="columns">{}</div>').format(Markup("").join(cards))
+
+
+def _described(feature: FeatureId, labels: Labels) -> str:
+    label = labels.get(feature)
+    name = feature_name(feature)
+    return name if label is None else f"{label.concept}  ({name})"

@@ -44,7 +44,7 @@ from gemmascope_plugin.tracing.traced_prompt import TracedPrompt
 if TYPE_CHECKING:
     import pandas as pd
 
-    from gemmascope_plugin.figures.page import Figure
+    from gemmascope_plugin.figures.fragments import Figure
 
 
 @dataclass(frozen=True, eq=False, repr=False)
