@@ -18,10 +18,6 @@ CHOSEN = [3, 17, 40]
 OUTS = [f"blocks.{i}.hook_mlp_out" for i in range(3)]
 
 
-def largest(difference: torch.Tensor) -> float:
-    return float(difference.abs().max())
-
-
 def made(kind_of: str, model: Any, hf: Any) -> Any:
     affine = kind_of.startswith("affine")
     if kind_of.endswith("clt"):

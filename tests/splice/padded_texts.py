@@ -25,10 +25,6 @@ SETTINGS = {
 OPTIONS = pytest.mark.parametrize("name", SETTINGS)
 
 
-def largest(difference: torch.Tensor) -> float:
-    return float(difference.abs().max())
-
-
 def padded(side: str, filler: int) -> tuple[torch.Tensor, torch.Tensor, slice]:
     """A batch of a short and a long prompt, its mask, and where the short one's tokens are."""
     fill = torch.full((1, 6), filler)

@@ -37,6 +37,10 @@ def _hooks(hf: Any, sae: Any, keep: torch.Tensor) -> list[Any]:
     return _transcoder_hooks(hf, layer, sae, keep)
 
 
+def largest(difference: torch.Tensor) -> float:
+    return float(difference.detach().abs().max())
+
+
 def features(sae: Any, x: torch.Tensor) -> torch.Tensor:
     """JumpReLU, equation 1 of arXiv 2407.14435."""
     pre = x @ sae.W_enc + sae.b_enc

@@ -21,7 +21,7 @@ from tests import factories
 from tests.factories import activations, dictionary, n_hooks
 from tests.splice.gained_transcoders import gained_transcoder, transcoded
 from tests.splice.kinds import TWO_KINDS
-from tests.splice.reference import reconstruction
+from tests.splice.reference import largest, reconstruction
 from tests.splice.saelens_peers import (
     name_in_peer,
     output_hook,
@@ -58,10 +58,6 @@ def peer_model(kind) -> Any:
 def peer_model2() -> Any:
     """The same for ``hooked2``."""
     return peer("gemma2", "hooked")
-
-
-def largest(difference: torch.Tensor) -> float:
-    return float(difference.abs().max())
 
 
 def ours(model: Any, saes: Any, *, error: Any = "drop", exclude: Any = ()) -> torch.Tensor:

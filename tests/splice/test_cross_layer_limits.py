@@ -21,10 +21,11 @@ from gemmascope_plugin.models import gradients
 from gemmascope_plugin.saes import CrossCoderSAE, CrossCoderSAEConfig, CrossLayerTranscoder
 from gemmascope_plugin.splice import Ablate, Add, HookedCrossLayer, Scale, splice
 from tests.factories import activations, n_hooks, residual, tiny_hf
-from tests.splice.cross_layer_cases import ERRORS, ONE, OUTS, TOKENS, largest, metric, outputs
+from tests.splice.cross_layer_cases import ERRORS, ONE, OUTS, TOKENS, metric, outputs
 from tests.splice.cross_layer_reference import D, clt, crosscoder, replaced
 from tests.splice.gained_transcoders import folded
 from tests.splice.kinds import TWO_KINDS
+from tests.splice.reference import largest
 from tests.tiny_models import EOS_ID, FIRST_WORD_ID, PAD_ID, random_tokens
 
 

@@ -19,12 +19,12 @@ from tests.splice.cross_layer_cases import (
     KINDS,
     OUTS,
     TOKENS,
-    largest,
     made,
     outputs,
 )
 from tests.splice.cross_layer_reference import D, clt, crosscoder, replaced
 from tests.splice.kinds import TWO_KINDS
+from tests.splice.reference import largest
 from tests.tiny_models import random_tokens
 
 

@@ -21,12 +21,12 @@ from gemmascope_plugin.errors import (
 )
 from gemmascope_plugin.models import gradients
 from gemmascope_plugin.splice import Add, Custom, HookedSAE, splice
-from gemmascope_plugin.splice.pass_features import SUB_HOOKS
+from gemmascope_plugin.splice.pass_features import SUB_HOOKS, listened
 from tests import factories
 from tests.factories import n_hooks, random_sae, tiny_hf
 from tests.splice.cross_layer_reference import clt
 from tests.splice.kinds import TWO_KINDS
-from tests.splice.reference import reconstruction
+from tests.splice.reference import largest, reconstruction
 from tests.tiny_models import random_tokens
 
 TOKENS = random_tokens()
@@ -34,10 +34,6 @@ FEW = TOKENS[:1, :6]
 SITE = "blocks.1.hook_resid_post"
 ACTS = f"{SITE}.hook_sae_acts_post"
 PARTS = [name.removeprefix("hook_sae_") for name in SUB_HOOKS]
-
-
-def largest(difference: torch.Tensor) -> float:
-    return float(difference.detach().abs().max())
 
 
 def metric(logits: torch.Tensor) -> torch.Tensor:
@@ -62,7 +58,7 @@ def state(model: Any, saes: list[Any]) -> dict[str, Any]:
         "attributes": sorted(set(vars(model)) - OWN_NOTES),
         "recording": torch.is_grad_enabled(),
         "names": [site.name for sae in saes for site in sae.sites],
-        "listened": [site.points.listened() for sae in saes for site in sae.sites],
+        "listened": [listened(site.points) for sae in saes for site in sae.sites],
         "forwards": [sorted(k for k in vars(m) if k == "forward") for m in model.modules()],
     }
 

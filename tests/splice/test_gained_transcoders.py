@@ -12,15 +12,11 @@ from gemmascope_plugin.models.gradients import gradients
 from gemmascope_plugin.splice import Ablate, Clamp, splice
 from tests import factories
 from tests.splice.gained_transcoders import folded, gained_transcoder, skip_matrix, transcoded
-from tests.splice.reference import features
+from tests.splice.reference import features, largest
 from tests.tiny_models import random_tokens
 
 TOKENS = random_tokens()
 KINDS = pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
-
-
-def largest(difference: torch.Tensor) -> float:
-    return float(difference.abs().max())
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from gemmascope_plugin.splice import Ablate, Add, Clamp, Scale, splice
 from gemmascope_plugin.splice.pass_features import SUB_HOOKS
 from tests import factories
 from tests.splice.kinds import TWO_KINDS
-from tests.splice.reference import features
+from tests.splice.reference import features, largest
 from tests.tiny_models import random_tokens
 
 TOKENS = random_tokens()
@@ -22,10 +22,6 @@ FEW = TOKENS[:1, :6]
 SITE = "blocks.1.hook_resid_post"
 ACTS = f"{SITE}.hook_sae_acts_post"
 PARTS = [name.removeprefix("hook_sae_") for name in SUB_HOOKS]
-
-
-def largest(difference: torch.Tensor) -> float:
-    return float(difference.detach().abs().max())
 
 
 def metric(logits: torch.Tensor) -> torch.Tensor:

@@ -28,10 +28,9 @@ from tests.splice.padded_texts import (
     TOKENS,
     adding,
     grid,
-    largest,
     padded,
 )
-from tests.splice.reference import features, reconstruction
+from tests.splice.reference import features, largest, reconstruction
 from tests.tiny_models import PAD_ID
 
 

@@ -23,10 +23,9 @@ from tests.splice.padded_texts import (
     TOKENS,
     adding,
     grid,
-    largest,
     padded,
 )
-from tests.splice.reference import reconstruction
+from tests.splice.reference import largest, reconstruction
 from tests.tiny_models import BOS_ID, EOS_ID, FIRST_WORD_ID, PAD_ID, random_tokens
 
 # --------------------------------------------------------------------------- generation

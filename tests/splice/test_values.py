@@ -13,7 +13,7 @@ from gemmascope_plugin.splice import HookedSAE, splice
 from tests import factories
 from tests.factories import activations, dictionary
 from tests.splice.gained_transcoders import folded
-from tests.splice.reference import features, reconstructed, reconstruction
+from tests.splice.reference import features, largest, reconstructed, reconstruction
 from tests.tiny_models import BOS_ID, EOS_ID, FIRST_WORD_ID, PAD_ID, random_tokens
 
 TOKENS = random_tokens()
@@ -33,10 +33,6 @@ SETS = {
 
 def is_sub_hook(name: str) -> bool:
     return ".hook_sae_" in name
-
-
-def largest(difference: torch.Tensor) -> float:
-    return float(difference.abs().max())
 
 
 @torch.no_grad()
