@@ -9,11 +9,13 @@
    or a whole float as a row of a DataFrame makes it; several are a list, a range, a tensor, an array or
    a column.  Texts and booleans are refused: identity is a number, text is for people.
 4. A size is a number of bytes, or a text with a unit: ``"8 GB"``, ``"512 MiB"``.
+5. ``offline=None`` is what ``HF_HUB_OFFLINE`` says: the one rule for all that could reach the network.
 """
 
 from __future__ import annotations
 
 import operator
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -183,3 +185,23 @@ def _whole(size: object) -> int | None:
         return operator.index(size)  # pyright: ignore[reportArgumentType]
     except TypeError:
         return int(size) if isinstance(size, float) and size.is_integer() else None
+
+
+_TRUE = {"1", "ON", "YES", "TRUE"}
+
+
+def asked_to_stay_offline() -> bool:
+    """Whether ``HF_HUB_OFFLINE`` says so now; imports nothing."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
+
+
+def is_offline(offline: bool | None = None) -> bool:
+    """Whether the network may not be used: the argument, else ``HF_HUB_OFFLINE``.
+
+    huggingface_hub reads the variable once, when it is imported; either reading counts.
+    """
+    if offline is not None:
+        return offline
+    from huggingface_hub import constants
+
+    return asked_to_stay_offline() or bool(constants.HF_HUB_OFFLINE)

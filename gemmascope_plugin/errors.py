@@ -147,6 +147,15 @@ def check_feature(index: object, d_sae: int, where: str) -> None:
         )
 
 
+def number_of(n: int, noun: str) -> str:
+    """``1 dictionary``, ``2 dictionaries``, ``13 biases``."""
+    if n == 1:
+        return f"1 {noun}"
+    if noun.endswith("y"):
+        return f"{n} {noun[:-1]}ies"
+    return f"{n} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
 def shorten(options: Iterable[object], limit: int = 8) -> str:
     """A readable list of options: the first few and how many more."""
     items = [str(option) for option in options]

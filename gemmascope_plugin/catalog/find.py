@@ -1,4 +1,4 @@
-"""``find()``: dictionaries by what they are, never by path.
+"""``find()``: dictionaries by what they are, never by path, in a list that explains itself.
 
 1. A model or a release narrows the pool; every other argument becomes a criterion (``criteria``).
 2. A criterion that no spec of the pool meets is a mistake on its own: unknown name, nearest match.
@@ -14,59 +14,22 @@ Gemma Scope comes before the suites of others, and within a model residual dicti
 MLP, transcoders and those of several layers.  Canonical releases list the same files again and are
 searched only when named.  Listed and derived entries are both found.  The first search builds the
 tables it needs, 2 ms for one model and 35 ms for all; later ones cost below a microsecond per spec.
-
-What people type for a model (``resolve_model``):
-
-1. ``google/gemma-3-4b-it``, ``gemma-3-4b-it`` and ``4b-it`` are one model; case does not matter.
-2. The pretrained models of Gemma 3 end in ``-pt`` (``gemma-3-4b`` is understood), but for the 270M
-   (``gemma-3-270m-pt`` is understood); those of Gemma 2 have no ending (``gemma-2-2b-pt`` is understood).
-3. A short name that two models share, ``27b``, is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import gemmascope_plugin.catalog.criteria as criteria
 from gemmascope_plugin.catalog.criteria import Criterion
+from gemmascope_plugin.catalog.site_names import human_size, resolve_model
 from gemmascope_plugin.catalog.spec import SaeSpec
-from gemmascope_plugin.catalog.spec_list import SpecList
 from gemmascope_plugin.catalog.tables import canonical_releases, models, specs_of
-from gemmascope_plugin.errors import UnknownNameError
+from gemmascope_plugin.errors import AmbiguousSpecError, number_of, shorten
 
-_OWNERS = ("google/", "openai-community/")
-_FAMILIES = ("gemma-2-", "gemma-3-")
-_OTHER_NAMES = {"gpt2-small": ("gpt2",)}
-
-
-def resolve_model(text: str, names: Iterable[str]) -> str | None:
-    """The one of ``names`` that is meant; None when none is. Refuses what could be several."""
-    word = text.lower().replace("gemma-v3-", "gemma-3-")
-    for owner in _OWNERS:
-        word = word.removeprefix(owner)
-    options = sorted(set(names))
-    if word in options:
-        return word
-    matches = [name for name in options if word in _other_names(name)]
-    if len(matches) > 1:
-        raise UnknownNameError(
-            f"model {text!r} could be several",
-            exists=", ".join(matches),
-            fix=" or ".join(f"model={name!r}" for name in matches),
-        )
-    return matches[0] if matches else None
-
-
-def _other_names(name: str) -> set[str]:
-    full = {name, *_OTHER_NAMES.get(name, ())}
-    if name.startswith("gemma-3-") and name.endswith("-pt"):
-        full.add(name.removesuffix("-pt"))
-    elif name.startswith(_FAMILIES) and not name.endswith("-it"):
-        full.add(f"{name}-pt")
-    short = {each.removeprefix(family) for each in full for family in _FAMILIES}
-    return full | short
-
+if TYPE_CHECKING:
+    import pandas as pd
 
 _Words = str | Sequence[str]
 _Numbers = int | range | Sequence[int]
@@ -166,7 +129,7 @@ def find(
           canonical  size      provenance
         gemma-scope-2b-pt-res  layer_12/width_16k/average_l0_82  sae   res   12     16k    82  *
           302.1 MB  listed
-        1 dictionaries
+        1 dictionary
     """
     arguments = {name: value for name, value in locals().items() if value is not None}
     pool, where = _pool(arguments.pop("release", None), arguments.get("model"))
@@ -255,3 +218,121 @@ def _nearest_l0(specs: Sequence[SaeSpec], target: float | None) -> list[SaeSpec]
         if nearest is None or distance < (abs((nearest.l0 or 0.0) - target), nearest.l0):
             best[key] = spec
     return list(best.values())
+
+
+COLUMNS = (
+    *("release", "id", "kind", "site", "layer", "width", "l0", "canonical", "size"),
+    "provenance",
+)
+TEXT_ROWS = 10
+HTML_ROWS = 50
+_TELLING = ("model", "kind", "site", "layer", "width", "variant", "affine", "l0", "release")
+
+
+class SpecList(Sequence[SaeSpec]):
+    """An immutable list of specs.
+
+    Args:
+        specs: What it holds, in order.
+    """
+
+    def __init__(self, specs: Iterable[SaeSpec] = ()) -> None:
+        self._specs = tuple(specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    @overload
+    def __getitem__(self, index: int) -> SaeSpec: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> SpecList: ...
+
+    def __getitem__(self, index: int | slice) -> SaeSpec | SpecList:
+        if isinstance(index, slice):
+            return SpecList(self._specs[index])
+        return self._specs[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SpecList) and self._specs == other._specs
+
+    def __hash__(self) -> int:
+        return hash(self._specs)
+
+    def one(self) -> SaeSpec:
+        """The only spec in the list.
+
+        Raises:
+            AmbiguousSpecError: There are none or several; says which argument tells them apart.
+        """
+        if len(self) == 1:
+            return self[0]
+        if not self:
+            raise AmbiguousSpecError("one() of an empty list", fix="find(...) with other arguments")
+        raise AmbiguousSpecError(
+            f"{len(self)} dictionaries match, one is needed",
+            exists=shorten([f"{s.release} {s.sae_id}" for s in self], 4),
+            fix=" or ".join(self._telling_arguments()),
+        )
+
+    def _telling_arguments(self) -> list[str]:
+        """Arguments of ``find`` that take several values here, each with those values."""
+        hints = []
+        for name in _TELLING:
+            values = sorted({getattr(s, name) for s in self}, key=lambda v: (v is None, v))
+            if name == "width":
+                values = list(
+                    dict.fromkeys(w for _, w in sorted({(s.d_sae, s.width) for s in self}))
+                )
+            elif name == "variant":
+                values = ["plain" if v is None else v for v in values]
+            elif name == "l0":
+                values = [v for v in values if v is not None]
+            if len(values) > 1:
+                marked = (
+                    "'canonical' or " if name == "l0" and any(s.canonical for s in self) else ""
+                )
+                shown = [f"{v:g}" if isinstance(v, float) else repr(v) for v in values]
+                hints.append(f"{name}={marked}one of {shorten(shown, 6)}")
+        return hints or [f"sae_id={self[0].sae_id!r}"]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per spec, one column per field."""
+        import pandas as pd
+
+        return pd.DataFrame([spec.to_dict() for spec in self])
+
+    def _rows(self, limit: int) -> list[tuple[str, ...]]:
+        return [
+            (
+                s.release,
+                s.sae_id,
+                s.kind,
+                s.site,
+                s.layer_text,
+                s.width,
+                s.l0_text,
+                "*" if s.canonical else "",
+                human_size(s.nbytes),
+                s.provenance,
+            )
+            for s in self._specs[:limit]
+        ]
+
+    def _note(self, limit: int) -> str:
+        more = f", {len(self) - limit} more not shown" if len(self) > limit else ""
+        return number_of(len(self), "dictionary") + more
+
+    def __repr__(self) -> str:
+        lines = [COLUMNS, *self._rows(TEXT_ROWS)]
+        widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+        text = "\n".join(
+            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+        return f"{text}\n{self._note(TEXT_ROWS)}"
+
+    def _repr_html_(self) -> str:
+        from gemmascope_plugin.figures.page import table
+
+        return table(COLUMNS, self._rows(HTML_ROWS), self._note(HTML_ROWS))

@@ -35,9 +35,9 @@ from pathlib import Path
 import gemmascope_plugin.catalog.community as community
 import gemmascope_plugin.catalog.gemma_scope_1 as gemma_scope_1
 import gemmascope_plugin.catalog.gemma_scope_2 as gemma_scope_2
-from gemmascope_plugin.catalog.environment import VARIABLE, home
 from gemmascope_plugin.catalog.site_names import WIDTHS, hooks, raw_nbytes
 from gemmascope_plugin.catalog.spec import SaeSpec, unchecked
+from gemmascope_plugin.files.home import VARIABLE, home
 from gemmascope_plugin.files.json_file import Record, read_json
 from gemmascope_plugin.files.lock import file_lock
 from gemmascope_plugin.files.whole import write_text_whole

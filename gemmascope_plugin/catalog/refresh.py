@@ -19,8 +19,7 @@ from typing import Any
 
 import gemmascope_plugin.catalog.manifest as manifest
 import gemmascope_plugin.catalog.tables as tables
-from gemmascope_plugin.catalog.cards import table
-from gemmascope_plugin.catalog.environment import is_offline
+from gemmascope_plugin.arguments import is_offline
 from gemmascope_plugin.catalog.manifest import Listing, spec_of_folder
 from gemmascope_plugin.catalog.site_names import PARAMETER_FILES
 from gemmascope_plugin.catalog.spec import SaeSpec
@@ -81,6 +80,8 @@ class RefreshReport:
         return f"{text}\nwritten to {self.path}"
 
     def _repr_html_(self) -> str:
+        from gemmascope_plugin.figures.page import table
+
         return table(COLUMNS, self.rows(), f"written to {self.path}")
 
 

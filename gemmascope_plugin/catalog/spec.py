@@ -11,7 +11,6 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from gemmascope_plugin.catalog.cards import card
 from gemmascope_plugin.catalog.folder import folder_fields, layers_fields
 from gemmascope_plugin.catalog.site_names import (
     CONFIG_FILES,
@@ -288,6 +287,8 @@ class SaeSpec:
         return f"{self.l0:g} {self.l0_is}{label}"
 
     def _repr_html_(self) -> str:
+        from gemmascope_plugin.figures.page import card
+
         return card(f"{self.release} {self.sae_id}", self.facts())
 
 

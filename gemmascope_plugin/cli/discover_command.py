@@ -26,7 +26,7 @@ from gemmascope_plugin.cli.options import (
     table,
     typed_one_by_one,
 )
-from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choice
+from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choice, number_of
 
 if TYPE_CHECKING:
     from gemmascope_plugin.circuits import Scores
@@ -172,7 +172,7 @@ def _report(question: Question, circuit: Circuit, scores: Scores | None) -> list
 
     meta, unit = circuit.metadata, circuit.graph.unit
     kind, n = "training" if question.builtin else "own", question.n_prompts(_N_PROMPTS)
-    pairs = [("found on", f"{_count(n, 'prompt', kind)}, {meta['metric']}")]
+    pairs = [("found on", f"{number_of(n, f'{kind} prompt')}, {meta['metric']}")]
     pairs += [] if scores is None else _measured(question, scores)
     frame = ranked(circuit)
     frame = frame[frame["kept"]].drop(columns="kept")
@@ -194,13 +194,13 @@ def _measured(question: Question, scores: Scores) -> list[tuple[str, str]]:
     between = "" if interval is None else f", 95 % {_fixed(interval[0])} to {_fixed(interval[1])}"
     n = meta["n_prompts"]
     where = (
-        _count(n, "prompt", "held-out")
+        number_of(n, "held-out prompt")
         if question.builtin
-        else f"the same {_count(n, 'prompt')}, as there are no others: this tests nothing new"
+        else f"the same {number_of(n, 'prompt')}, as there are no others: this tests nothing new"
     )
     beside = "none"
     if scores.random:
-        n_random = _count(len(scores.random), "random circuit")
+        n_random = number_of(len(scores.random), "random circuit")
         beside = f"{_fixed(max(scores.random))}, the best of {n_random} of this size"
     from_there = f"{smallest} {unit}s, with faithfulness of at least {FAITHFUL} from there on"
     return [
@@ -216,11 +216,6 @@ def _measured(question: Question, scores: Scores) -> list[tuple[str, str]]:
 def _fixed(value: float) -> str:
     """Three digits, and no minus before zero."""
     return f"{round(value, 3) + 0.0:.3f}"
-
-
-def _count(n: int, noun: str, kind: str = "") -> str:
-    """``1 own prompt``, ``2 own prompts``."""
-    return " ".join([str(n), *([kind] if kind else []), noun if n == 1 else f"{noun}s"])
 
 
 def _interval(scores: Scores) -> tuple[float, float] | None:

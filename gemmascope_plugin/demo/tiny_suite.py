@@ -23,6 +23,7 @@ from gemmascope_plugin.errors import (
     UnknownNameError,
     check_choice,
     nearest,
+    number_of,
 )
 from gemmascope_plugin.loading import load, spec_of
 from gemmascope_plugin.loading.sources import ASSETS
@@ -191,7 +192,7 @@ class TinySuite:
 
     def __repr__(self) -> str:
         tasks = ", ".join(TASK_NAMES)
-        return f"TinySuite({MODEL!r}, {len(self.specs)} dictionaries, tasks: {tasks})"
+        return f"TinySuite({MODEL!r}, {number_of(len(self.specs), 'dictionary')}, tasks: {tasks})"
 
 
 def tiny(

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Int64
 
 import gemmascope_plugin.figures as figures
-from gemmascope_plugin.errors import MissingExtraError
+from gemmascope_plugin.errors import MissingExtraError, number_of
 from gemmascope_plugin.figures.layered_graph import layered_graph
 from gemmascope_plugin.graphs.graph_arrays import GraphArrays
 from gemmascope_plugin.graphs.node import PORTS, TRACE_KINDS, layer_of
@@ -176,10 +176,10 @@ def graph_text(graph: GraphArrays) -> str:
     """What a graph is, in a line."""
     if graph.is_trace:
         counts = {kind: int(graph.where(kind).sum()) for kind in TRACE_KINDS}
-        parts = ", ".join(_number_of(n, kind) for kind, n in counts.items() if n)
+        parts = ", ".join(number_of(n, kind) for kind, n in counts.items() if n)
         text = "".join(graph.tokens)
         shown = text if len(text) <= 60 else f"{text[:57]}..."
-        return f"Graph({shown!r}: {parts}, {_number_of(graph.n_edges, 'edge')})"
+        return f"Graph({shown!r}: {parts}, {number_of(graph.n_edges, 'edge')})"
     edges = f", {graph.n_edges} edges" if graph.has_edges else ""
     return (
         f"Graph({graph.metadata.get('task')}, {len(graph)} nodes{edges} by "
@@ -212,11 +212,6 @@ def graph_html(graph: GraphArrays, influence: np.ndarray | None) -> str:
     else:
         frame, title = unit_frame(graph, graph.order()[:SHOWN]), "the largest scores"
     return f"<p>{escape(graph_text(graph))}; {title}:</p>{figures.frame_html(frame, SHOWN)}"
-
-
-def _number_of(n: int, noun: str) -> str:
-    """``1 target``, ``13 biases``."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 # ---------------------------------------------------------------------------------------- networkx

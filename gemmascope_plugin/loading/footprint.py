@@ -20,9 +20,8 @@ import torch
 
 from gemmascope_plugin.arguments import as_dtype, as_index
 from gemmascope_plugin.catalog import SaeSpec
-from gemmascope_plugin.catalog.find import resolve_model
-from gemmascope_plugin.catalog.site_names import human_size
-from gemmascope_plugin.errors import InputError, UnknownNameError, nearest, shorten
+from gemmascope_plugin.catalog.site_names import human_size, resolve_model
+from gemmascope_plugin.errors import InputError, UnknownNameError, nearest, number_of, shorten
 from gemmascope_plugin.loading.sae_suite import as_specs
 
 
@@ -79,8 +78,8 @@ class Footprint:
     def __repr__(self) -> str:
         rows = (
             ("model", self.model),
-            (f"{self.n_dictionaries} dictionaries", self.dictionaries),
-            (f"features and hooks of {self.n_tokens} tokens", self.activations),
+            (number_of(self.n_dictionaries, "dictionary"), self.dictionaries),
+            (f"features and hooks of {number_of(self.n_tokens, 'token')}", self.activations),
             ("logits", self.logits),
             ("total", self.total),
         )

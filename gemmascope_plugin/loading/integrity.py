@@ -45,9 +45,9 @@ import torch
 from jaxtyping import Shaped
 
 from gemmascope_plugin.catalog import SaeSpec
-from gemmascope_plugin.catalog.environment import home
 from gemmascope_plugin.catalog.headers import Member, read_headers
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, WidthMismatchError, shorten
+from gemmascope_plugin.files.home import home
 from gemmascope_plugin.files.whole import write_whole
 from gemmascope_plugin.loading.arrays import (
     FLOATS,

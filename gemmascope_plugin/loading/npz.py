@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from gemmascope_plugin.catalog.environment import HOME_FIX, home
 from gemmascope_plugin.catalog.headers import FORMAT_FAULTS, Member
 from gemmascope_plugin.errors import BadFileError, shorten
+from gemmascope_plugin.files.home import HOME_FIX, home
 from gemmascope_plugin.files.whole import write_whole
 from gemmascope_plugin.loading.arrays import NPZ_DTYPES, header_bytes, identity
 

@@ -27,6 +27,7 @@ from gemmascope_plugin.errors import (
     InputError,
     UnknownNameError,
     nearest,
+    number_of,
     shorten,
 )
 from gemmascope_plugin.loading.load import load
@@ -145,10 +146,9 @@ class SaeSuite(Mapping[SaeSpec, Any]):
         total = human_size(sum(map(self.nbytes, self.specs)))
         limit = "no limit" if self.memory_budget is None else human_size(self.memory_budget)
         models = shorten(sorted({spec.model for spec in self.specs}), 3)
-        return (
-            f"SaeSuite({len(self)} dictionaries of {models}, {total}; {len(self._open)} open, "
-            f"{human_size(self.open_nbytes)}; budget: {limit})"
-        )
+        opened = f"{len(self._open)} open, {human_size(self.open_nbytes)}"
+        n = number_of(len(self), "dictionary")
+        return f"SaeSuite({n} of {models}, {total}; {opened}; budget: {limit})"
 
 
 def _means(key: object, spec: SaeSpec) -> bool:

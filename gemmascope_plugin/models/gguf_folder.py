@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gemmascope_plugin.catalog.environment import home
 from gemmascope_plugin.errors import BadFileError
+from gemmascope_plugin.files.home import home
 from gemmascope_plugin.files.lock import folder_lock
 from gemmascope_plugin.files.whole import whole_folder, write_text_whole
 from gemmascope_plugin.models.gguf_config import (

@@ -21,6 +21,7 @@ from markupsafe import Markup
 
 import gemmascope_plugin.figures as figures
 from gemmascope_plugin.circuits import Scores
+from gemmascope_plugin.errors import number_of
 from gemmascope_plugin.graphs import Circuit
 from gemmascope_plugin.pages.report_page import (
     Columns,
@@ -164,8 +165,9 @@ def _interval(scores: Scores) -> str:
 
 def _prompts(scores: Scores, held_out: bool) -> str:
     n = scores.metadata.get("n_prompts")
-    noun = "prompt" if n == 1 else "prompts"
-    return f"{n} held-out {noun}" if held_out else f"the {n} {noun} that it was found on"
+    if held_out:
+        return number_of(n, "held-out prompt")
+    return f"the {number_of(n, 'prompt')} that it was found on"
 
 
 def _meaning(scores: Scores, held_out: bool) -> str:

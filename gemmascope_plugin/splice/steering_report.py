@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 
 import gemmascope_plugin.figures as figures
+from gemmascope_plugin.errors import number_of
 from gemmascope_plugin.splice.sampling import Sampling
 
 Method = Literal["add", "orthogonal"]
@@ -274,7 +275,7 @@ class SteeringSweep(Sequence[Steering]):
         lines += [
             f"  {run.strength:g}: {one_line(run.after)}  "
             f"(KL mean {run.mean_kl:.3g}, max {run.max_kl:.3g}; push {run.relative_push:.3g}; "
-            f"{run.tokens_changed} {'token' if run.tokens_changed == 1 else 'tokens'} changed)"
+            f"{number_of(run.tokens_changed, 'token')} changed)"
             for run in self
         ]
         return "\n".join(lines)

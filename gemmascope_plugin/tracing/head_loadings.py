@@ -25,6 +25,7 @@ from gemmascope_plugin.errors import (
     TaskError,
     UnknownNameError,
     nearest,
+    number_of,
 )
 from gemmascope_plugin.files.stored_result import ARRAY, StoredResult
 from gemmascope_plugin.graphs.frames import SHOWN
@@ -138,9 +139,8 @@ class HeadLoadings(StoredResult):
 
     def __repr__(self) -> str:
         _, layers, heads, _ = self.by_key.shape
-        noun = "edge" if len(self) == 1 else "edges"
         return (
-            f"HeadLoadings({len(self)} {noun}, {layers} layers of {heads} heads, "
+            f"HeadLoadings({number_of(len(self), 'edge')}, {layers} layers of {heads} heads, "
             f"residual {self.metadata.get('residual', float('nan')):.1e})"
         )
 

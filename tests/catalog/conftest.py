@@ -27,7 +27,7 @@ def saelens() -> dict[str, Any]:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty home folder for one test; afterwards the catalog is as before."""
     from gemmascope_plugin.catalog import tables
-    from gemmascope_plugin.catalog.environment import VARIABLE
+    from gemmascope_plugin.files.home import VARIABLE
 
     monkeypatch.setenv(VARIABLE, str(tmp_path / "home"))
     tables.clear_caches()

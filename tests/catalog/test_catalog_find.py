@@ -325,6 +325,7 @@ def test_a_list_shows_itself_as_text_html_and_frame() -> None:
     ]
     assert lines[3].split()[-5:] == ["71", "*", "302.1", "MB", "listed"]
     assert repr(find(model="2b")).endswith(" dictionaries, 902 more not shown")
+    assert repr(specs[:1]).endswith("\n1 dictionary") and repr(specs[:2]).endswith("2 dictionaries")
     frame = specs.to_frame()
     assert list(frame["l0"])[:5] == [22, 38, 71, 139, 294] and frame.shape[0] == len(specs)
     html = find(model="2b")._repr_html_()

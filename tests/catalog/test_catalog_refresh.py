@@ -224,7 +224,7 @@ def test_a_damaged_manifest_is_an_error_that_says_how_to_mend_it(home: Path, tex
 
 
 def test_home_follows_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gemmascope_plugin.catalog import environment as module
+    from gemmascope_plugin.files import home as module
 
     monkeypatch.delenv(module.VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")

@@ -13,8 +13,10 @@ from gemmascope_plugin.loading.integrity import check_file, open_npz
 D_IN, D_SAE = 8, 24
 
 
-def arrays(d_in: int = D_IN, d_sae: int = D_SAE, d_out: int = D_IN) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
+def arrays(
+    d_in: int = D_IN, d_sae: int = D_SAE, d_out: int = D_IN, seed: int = 0
+) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
     normal = {
         "W_enc": rng.normal(size=(d_in, d_sae)),
         "W_dec": rng.normal(size=(d_sae, d_out)),

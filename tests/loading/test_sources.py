@@ -4,7 +4,7 @@ import httpx
 import pytest
 from npz_files import arrays, save, spec
 
-from gemmascope_plugin.catalog.environment import is_offline
+from gemmascope_plugin.arguments import is_offline
 from gemmascope_plugin.catalog.spec import BUNDLED_PREFIX
 from gemmascope_plugin.errors import BadFileError, MissingFileError
 from gemmascope_plugin.loading.sources import locate

@@ -9,6 +9,7 @@ from gemmascope_plugin.errors import (
     AmbiguousSpecError,
     EmptySelectionError,
     GemmaScopeError,
+    MissingFileError,
     UnknownNameError,
 )
 from gemmascope_plugin.loading import footprint, load_suite
@@ -67,6 +68,27 @@ def test_it_says_what_it_is(specs) -> None:
     assert repr(suite) == (
         "SaeSuite(4 dictionaries of gemma-2-test, 7.0 kB; 1 open, 1.8 kB; budget: 4.0 kB)"
     )
+
+
+def test_a_suite_of_one_is_singular(specs) -> None:
+    assert repr(load_suite(specs[:1])).startswith("SaeSuite(1 dictionary of gemma-2-test")
+
+
+def test_files_come_from_where_it_is_told(hub_cache, tmp_path) -> None:
+    """``local_dir``, ``revision`` and ``offline`` are those of ``load``, for every dictionary."""
+    remote = spec(repo_id="google/gemma-scope-test", release="gemma-scope-test")
+    for seed, revision in enumerate(("main", "v2")):
+        hub_cache(remote, revision=revision, **arrays(seed=seed))
+    save(tmp_path / "mirror" / remote.filename, **arrays(seed=2))
+    options = ({}, {"revision": "v2"}, {"local_dir": tmp_path / "mirror", "offline": True})
+    for seed, where in enumerate(options):
+        (sae,) = load_suite([remote], **where).values()
+        assert torch.equal(sae.W_enc, torch.from_numpy(arrays(seed=seed)["W_enc"]))
+    suite = load_suite([remote], revision="v3", offline=True)  # looked for at the first use
+    with pytest.raises(MissingFileError, match="offline mode is on.*--revision v3"):
+        suite[remote]
+    with pytest.raises(MissingFileError, match="in local_dir"):
+        load_suite([remote], local_dir=tmp_path / "nowhere")[remote]
 
 
 def test_refusals(specs) -> None:

