@@ -139,7 +139,7 @@ def _features(features: Any, sites: Sequence[str]) -> tuple[FeatureId, ...]:
     """Features with their sites; plain indices are those of the only dictionary."""
     indices = as_indices(features)
     if indices is None and isinstance(features, Iterable):
-        pairs = [features] if isinstance(features, FeatureId) else list(features)
+        pairs: list[Any] = [features] if isinstance(features, FeatureId) else list(features)
         if all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
             return tuple(FeatureId(*pair) for pair in pairs)
     if indices is None or (indices and len(sites) > 1):

@@ -164,7 +164,7 @@ def _interval(scores: Scores) -> str:
 
 
 def _prompts(scores: Scores, held_out: bool) -> str:
-    n = scores.metadata.get("n_prompts")
+    n = scores.metadata["n_prompts"]
     if held_out:
         return number_of(n, "held-out prompt")
     return f"the {number_of(n, 'prompt')} that it was found on"
