@@ -333,6 +333,6 @@ class SpecList(Sequence[SaeSpec]):
         return f"{text}\n{self._note(TEXT_ROWS)}"
 
     def _repr_html_(self) -> str:
-        from gemmascope_plugin.figures.page import table
+        from gemmascope_plugin.figures.fragments import table
 
         return table(COLUMNS, self._rows(HTML_ROWS), self._note(HTML_ROWS))

@@ -80,7 +80,7 @@ class RefreshReport:
         return f"{text}\nwritten to {self.path}"
 
     def _repr_html_(self) -> str:
-        from gemmascope_plugin.figures.page import table
+        from gemmascope_plugin.figures.fragments import table
 
         return table(COLUMNS, self.rows(), f"written to {self.path}")
 

@@ -287,7 +287,7 @@ class SaeSpec:
         return f"{self.l0:g} {self.l0_is}{label}"
 
     def _repr_html_(self) -> str:
-        from gemmascope_plugin.figures.page import card
+        from gemmascope_plugin.figures.fragments import card
 
         return card(f"{self.release} {self.sae_id}", self.facts())
 

@@ -18,6 +18,7 @@ import typer
 
 from gemmascope_plugin.catalog.site_names import human_size
 from gemmascope_plugin.cli.options import AsJson, table, typed_one_by_one
+from gemmascope_plugin.errors import number_of
 
 if TYPE_CHECKING:
     from gemmascope_plugin.catalog import SaeSpec, SpecList
@@ -68,7 +69,7 @@ def find_command(filters: Filters, release: Release = None, as_json: AsJson = Fa
         return
     for line in table(_COLUMNS, [_row(spec) for spec in specs], right=_RIGHT):
         typer.echo(line)
-    count = f"{len(specs)} {'dictionary' if len(specs) == 1 else 'dictionaries'}"
+    count = number_of(len(specs), "dictionary")
     notes = [
         *(["* the canonical choice"] if any(s.canonical for s in specs) else []),
         *(

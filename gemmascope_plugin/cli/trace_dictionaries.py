@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from gemmascope_plugin.catalog.site_names import human_size
 from gemmascope_plugin.cli.catalog_commands import search
 from gemmascope_plugin.cli.options import BUNDLED
-from gemmascope_plugin.errors import AmbiguousSpecError, MissingFileError, shorten
+from gemmascope_plugin.errors import AmbiguousSpecError, MissingFileError, number_of, shorten
 
 if TYPE_CHECKING:
     from gemmascope_plugin.catalog import SaeSpec
@@ -105,8 +105,7 @@ def _size(specs: Sequence[SaeSpec]) -> int:
 
 def _count(specs: Sequence[SaeSpec]) -> str:
     noun = "CLT" if specs[0].kind == "clt" else "dictionary"
-    nouns = f"{noun}s" if noun == "CLT" else "dictionaries"
-    return f"{len(specs)} {noun if len(specs) == 1 else nouns}, {human_size(_size(specs))}"
+    return f"{number_of(len(specs), noun)}, {human_size(_size(specs))}"
 
 
 def _share(absent: Sequence[SaeSpec], specs: Sequence[SaeSpec]) -> str:

@@ -1,7 +1,8 @@
-"""Fragments of a self-contained page: figures with the plotting library inlined, tables, coloured tokens.
+"""Fragments of HTML: cards and tables, figures with the plotting library inlined, coloured tokens.
 
-All text is escaped. Tokens are coloured by a value each: white is 0, orange a positive and blue a
-negative value; the number is in the tooltip, and blanks and line ends are drawn.
+All text is escaped, and nothing is loaded from anywhere. Tokens are coloured by a value each: white is
+0, orange a positive and blue a negative value; the number is in the tooltip, and blanks and line ends
+are drawn.
 
 Cost: linear in rows and tokens; 5 MB for the plotting library.
 """
@@ -9,7 +10,7 @@ Cost: linear in rows and tokens; 5 MB for the plotting library.
 from __future__ import annotations
 
 import html
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from plotly.graph_objects import Figure
 
+_CELL = "padding:2px 10px 2px 0;text-align:left;vertical-align:top"
 _CONFIG = {
     "responsive": True,
     "displaylogo": False,
@@ -47,6 +49,34 @@ _CONFIG = {
         "autoScale2d",
     ],
 }
+
+
+def card(title: str, facts: Iterable[tuple[str, object]]) -> str:
+    """A titled list of facts."""
+    rows = "".join(
+        f'<tr><td style="{_CELL};opacity:.65">{html.escape(name)}</td>'
+        f'<td style="{_CELL}">{html.escape(str(value))}</td></tr>'
+        for name, value in facts
+    )
+    return (
+        '<div style="border:1px solid #8884;border-radius:6px;padding:8px 12px;'
+        'display:inline-block;font-family:sans-serif;font-size:13px">'
+        f"<b>{html.escape(title)}</b><table>{rows}</table></div>"
+    )
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], note: str = "") -> str:
+    """A plain table with a note below."""
+    head = "".join(f'<th style="{_CELL}">{html.escape(name)}</th>' for name in header)
+    body = "".join(
+        "<tr>" + "".join(f'<td style="{_CELL}">{html.escape(str(c))}</td>' for c in row) + "</tr>"
+        for row in rows
+    )
+    foot = f'<div style="opacity:.65">{html.escape(note)}</div>' if note else ""
+    return (
+        '<div style="font-family:sans-serif;font-size:13px">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{foot}</div>"
+    )
 
 
 def figure_fragment(fig: Figure, include_js: bool, *, div_id: str | None = None) -> str:

@@ -28,7 +28,7 @@ from jaxtyping import Int
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.catalog.site_names import L0Kind
 from gemmascope_plugin.errors import EmptySelectionError
-from gemmascope_plugin.figures.page import card
+from gemmascope_plugin.figures.fragments import card
 from gemmascope_plugin.loading import spec_of
 from gemmascope_plugin.models import special_ids
 from gemmascope_plugin.models.gate import gate
