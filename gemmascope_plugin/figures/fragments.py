@@ -178,15 +178,13 @@ def token_rows_html(
     rows: Sequence[tuple[str, Numbers]],
     *,
     title: str | None = None,
-    max_value: float | None = None,
 ) -> str:
     """The same tokens once per row, e.g. one row per feature.
 
     Args:
         tokens: Text of each token.
         rows: A label and one value per token for every row.
-        title: A line above.
-        max_value: Value of the full colour; each row's largest absolute value when None.
+        title: A line above. Each row has the full colour at its largest absolute value.
 
     Returns:
         An HTML fragment.
@@ -197,7 +195,7 @@ def token_rows_html(
     label_style = f"color:{MUTED};font-size:12px;padding:2px 12px 2px 0;vertical-align:top"
     lines = "".join(
         f'<tr><td style="{label_style}">{html.escape(label)}</td>'
-        f"<td>{_spans(tokens, values, None, max_value)}</td></tr>"
+        f"<td>{_spans(tokens, values, None, None)}</td></tr>"
         for label, values in rows
     )
     table = f'<table style="border-collapse:collapse">{lines}</table>'

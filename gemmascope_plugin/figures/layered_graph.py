@@ -66,27 +66,12 @@ def layered_graph(
     title: str = "",
     max_edges: int = MAX_EDGES,
 ) -> Figure:
-    """Draw a graph.
+    """A figure of the largest ``max_edges`` edges, which lie between places in ``labels``.
 
-    Args:
-        labels: Name of every node.
-        kinds: Kind of every node: its colour, and its height within the layer.
-        layers: Layer of every node; None puts it on top of all.
-        source: Where each edge begins, as a place in ``labels``.
-        target: Where it ends.
-        weights: Its signed weight.
-        edge_labels: Its name.
-        links: Pairs of nodes that belong together, joined by a dotted line where both are drawn.
-        nodes: Nodes that are drawn whether edges touch them or not.
-        node_weights: Signed weight of every node: a negative one puts a ring around it.
-        title: Title of the figure; says so itself when edges are left out.
-        max_edges: Draw only so many edges, the largest.
-
-    Returns:
-        A plotly figure.
-
-    Raises:
-        FigureInputError: Kinds, layers, edges, or weights of nodes differ in number.
+    A kind is a colour and a height within the layer; a layer of None is on top of all. ``links`` are
+    pairs of nodes that belong together, joined by a dotted line where both are drawn; ``nodes`` are drawn
+    whether edges touch them or not; a negative ``node_weights`` puts a ring around a node. The title says
+    itself when edges are left out.
     """
     import plotly.graph_objects as go
 

@@ -33,22 +33,8 @@ def token_graph(
     weights: Float[np.ndarray, " edge"],
     max_edges: int,
 ) -> Figure:
-    """Draw a graph.
-
-    Args:
-        nodes: With the columns ``label, kind, layer, pos``; tokens have layer -1, and what has position
-            -1 is not drawn.
-        tokens: The text.
-        source: Where each edge begins, as a place in ``nodes``.
-        target: Where it ends.
-        weights: Its signed weight.
-        max_edges: Draw only so many edges, the largest.
-
-    Returns:
-        A plotly figure.
-
-    Raises:
-        FigureInputError: Ends and weights of edges differ in number.
+    """A figure of the largest ``max_edges`` edges between nodes with the columns ``label, kind, layer,
+    pos``; tokens have layer -1, and what has position -1 is not drawn.
     """
     import plotly.graph_objects as go
 

@@ -12,8 +12,8 @@ each row divided by its sum (``pruning.py``), for groups ``G`` and ``S`` of whic
 3. Edges within a group are left out.
 
 By 1. ``sum_G T_G F_GS / T_G = sum_{s in S} I_s``: a group's influence is the sum of its members', less
-what flows between them; all others keep theirs. Groups that lead into each other both ways are no
-exception (``adjacency.py``). By 2. influence is another: effects that cancel count less.
+what flows between them; all others keep theirs. Groups that lead into each other both ways are not
+an exception (``adjacency.py``). By 2. influence is another: effects that cancel count less.
 
 Cost: one pass over the entries and a sort of them.
 """
@@ -73,7 +73,7 @@ def collapse(
 
 
 def check_members(graph: Graph, name: str, places: np.ndarray) -> None:
-    """Refuses nodes that make no group."""
+    """Refuses nodes that cannot be a group."""
     rows, kinds = graph.nodes.iloc[places], set(graph.nodes["kind"].iloc[places])
     for node, kind, weight in zip(rows["id"], rows["kind"], rows["weight"], strict=True):
         if kind not in GROUPABLE or weight:

@@ -7,7 +7,8 @@ labels, links carry ports and positions; what the viewers have no place for stan
    kept and what they are ranked by.
 2. In a node: its site, layer, score and meaning. In a link: its port and position.
 
-The viewers show no such graph: its nodes have no token. Other programs read it without this package.
+The viewers do not show such a graph: its nodes have no token. Other programs can read it without this
+package.
 
 Cost: a loop over nodes and edges.
 """

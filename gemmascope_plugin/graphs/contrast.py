@@ -145,7 +145,7 @@ def _scale(nodes: pd.DataFrame) -> float:
 
 
 def _check(clean: Graph, corrupt: Graph) -> None:
-    """Refuses what has no difference."""
+    """Refuses graphs that cannot be subtracted from one another."""
     for name, graph in (("The clean graph", clean), ("The corrupted graph", corrupt)):
         check_alike(graph, clean, name)
         if not is_whole(graph):

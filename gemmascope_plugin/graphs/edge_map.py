@@ -34,17 +34,13 @@ Places = tuple[Int64[torch.Tensor, " edge"], Int64[torch.Tensor, " edge"]]
 
 @dataclass(frozen=True)
 class EdgeMap:
-    """Writers, readers and the edges between them.
-
-    Args:
-        n_layers: Blocks.
-        n_heads: Query heads of each.
-        n_kv: Key-value heads of each.
-    """
+    """Writers, readers and the edges between them."""
 
     n_layers: int
     n_heads: int
+    """Query heads of each layer."""
     n_kv: int
+    """Key-value heads of each layer."""
 
     @classmethod
     def of(cls, anatomy: Anatomy) -> EdgeMap:

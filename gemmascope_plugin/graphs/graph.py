@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -94,7 +94,6 @@ class Graph(GraphArrays):
         metadata: Mapping[str, Any] | None = None,
         *,
         edges: EdgeList | None = None,
-        ranked: Literal["edge", "node"] | None = None,
     ) -> Graph:
         """A graph of components or features.
 
@@ -103,7 +102,6 @@ class Graph(GraphArrays):
             scores: One each; None where only edges have scores.
             metadata: What to know about them; ``sign`` is filled in.
             edges: Edges between places in ``nodes``, see ``EdgeList.of``.
-            ranked: What is ranked; edges where there are any.
 
         Raises:
             ModelError: A score is NaN or infinite.
@@ -113,7 +111,7 @@ class Graph(GraphArrays):
             values = torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
             columns["score"] = finite_scores(values).numpy().copy()
         details = {"sign": SIGN, **(metadata or {})}
-        graph = cls(columns, edges or EdgeList(), (), details, ranked)
+        graph = cls(columns, edges or EdgeList(), (), details)
         # need not be made from the columns
         graph.__dict__["components"] = tuple(nodes)
         return graph

@@ -248,7 +248,7 @@ class GraphArrays:
         """The edges of a trace.
 
         Raises:
-            GemmaScopeError: It is none.
+            GemmaScopeError: The graph is not a trace.
         """
         if not isinstance(self.edges, Adjacency):
             raise GemmaScopeError(

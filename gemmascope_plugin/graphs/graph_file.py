@@ -53,12 +53,7 @@ _KEPT = "is_kept"
 def save_graph(
     path: str | Path, parts: Parts, is_kept: np.ndarray | None = None, rank: str | None = None
 ) -> Path:
-    """Writes a graph, with a selection of its units a circuit; an older file is replaced.
-
-    Raises:
-        GemmaScopeError: The file cannot be written, the metadata do not fit into JSON, or the parts are
-            not a graph.
-    """
+    """Writes a graph, with a selection of its units a circuit; an older file is replaced."""
     arrays: Arrays = {}
     texts: dict[str, list[str]] = {}
     for name, column in parts.columns.items():
@@ -88,12 +83,7 @@ def save_graph(
 
 
 def load_graph(path: str | Path) -> Parts:
-    """Reads the graph of a file.
-
-    Raises:
-        MissingFileError: There is no such file.
-        BadFileError: It is damaged, contradicts itself, or is of another version.
-    """
+    """Reads the graph of a file, or of a circuit in a file."""
     return _load(path, "graph")[0]
 
 
@@ -204,7 +194,7 @@ def _edges(n_nodes: int, arrays: Arrays, is_grouped: bool) -> Adjacency | EdgeLi
             raise ValueError(defect)
         return edges
     rows, indptr, source, weight = (_array(arrays, name) for name in _ROWS)
-    # scipy makes no matrix of what is none
+    # first: scipy does not say what is wrong
     defect = row_defect(n_nodes, rows, indptr, source, weight, grouped=is_grouped)
     if defect is not None:
         raise ValueError(defect)

@@ -245,7 +245,7 @@ class Supernodes(Mapping[str, tuple[str, ...]]):
         """The graph with one node per group; see ``collapse.py`` for what its edges are.
 
         Raises:
-            UnknownNameError: A node that the graph has not.
+            UnknownNameError: A node that the graph does not have.
             GemmaScopeError: A token or target in a group, or nodes of different sorts in one.
         """
         return collapse(graph, self, edges)

@@ -122,7 +122,7 @@ def _named(ids: Iterable[str], names: Mapping[str, str], whose: str) -> list[str
     for node in ids:
         if node not in names:
             raise UnknownNameError(
-                f"{whose} has the node {node!r}, which the graph has not",
+                f"{whose} has the node {node!r}, which the graph does not have",
                 nearest=nearest(node, names),
                 fix="graph.nodes.id",
             )

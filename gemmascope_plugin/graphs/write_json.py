@@ -247,7 +247,7 @@ def node_records(
             "feature_type": TYPES[kind],
             # null is shown whatever the threshold is, a missing key never
             "influence": None if kind == "target" else row["share"],
-            # null is not is_explained, as in files of others; JSON has no NaN
+            # null is unknown, as in files of others; JSON has no NaN
             "activation": active if kind == "feature" and not math.isnan(active) else None,
             "run_idx": 0,
             "reverse_ctx_idx": 0,

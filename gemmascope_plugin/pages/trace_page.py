@@ -65,7 +65,7 @@ def trace_html(
         The whole page.
 
     Raises:
-        UnknownNameError: A group or ``selected`` has a node that the graph has not.
+        UnknownNameError: A group or ``selected`` has a node that the graph does not have.
     """
     data = _data(graph, top_tokens or {}, groups or {}, selected)
     text = json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=True)
@@ -106,7 +106,7 @@ def write_trace(
 
     Raises:
         PageError: The file cannot be written there.
-        UnknownNameError: A group or ``selected`` has a node that the graph has not.
+        UnknownNameError: A group or ``selected`` has a node that the graph does not have.
     """
     page = trace_html(graph, title=title, top_tokens=top_tokens, groups=groups, selected=selected)
     return write_html(path, page)

@@ -149,5 +149,7 @@ def test_a_page_is_written_and_the_same_each_time(tmp_path: Path) -> None:
     path = write_circuit(tmp_path / "new" / "page.html", circuit)
     assert path.read_text(encoding="utf-8") == circuit_html(circuit)
     assert [p.name for p in path.parent.iterdir()] == ["page.html"]
+    path = write_circuit(path, circuit, title="Who did it")
+    assert "<title>Who did it</title>" in path.read_text(encoding="utf-8")
     with pytest.raises(PageError, match="is a folder"):
         write_circuit(tmp_path, circuit)

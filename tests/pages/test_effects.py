@@ -88,7 +88,7 @@ def test_words_of_other_effects() -> None:
     assert how_to_read(direct) == (
         "Each number is by how much one entry raises the logit difference; direct logit attribution."
     )
-    # contributions add up, and are no estimates
+    # contributions add up, and are not estimates
     assert meaning(direct) == (
         "Most is changed by layer 0, head 1: -2.000 ± 0.408 (standard error). 2 of 4 effects are more "
         "than two standard errors from 0."
@@ -137,5 +137,7 @@ def test_nothing_is_loaded_and_no_text_is_html() -> None:
 def test_a_page_is_written(tmp_path: Path) -> None:
     path = write_effects(tmp_path / "new" / "page.html", effects(), n=2)
     assert path.read_text(encoding="utf-8") == effects_html(effects(), n=2)
+    path = write_effects(path, effects(), title="Who did it")
+    assert "<title>Who did it</title>" in path.read_text(encoding="utf-8")
     with pytest.raises(PageError, match="is a folder"):
         write_effects(tmp_path, effects())

@@ -165,6 +165,10 @@ def test_a_page_is_written_and_the_same_each_time(tmp_path: Path) -> None:
     graph = traced().prune()
     path = write_trace(tmp_path / "new" / "page.html", graph)
     assert path.read_text(encoding="utf-8") == trace_html(graph)
+    options: Any = {"title": "Who did it", "selected": graph.nodes["id"].iloc[0]}
+    path = write_trace(path, graph, **options)
+    assert path.read_text(encoding="utf-8") == trace_html(graph, **options)
+    assert "<title>Who did it</title>" in path.read_text(encoding="utf-8")
     with pytest.raises(PageError, match="is a folder"):
         write_trace(tmp_path, graph)
 

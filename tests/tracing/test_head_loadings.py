@@ -13,7 +13,13 @@ import pytest
 import torch
 
 from gemmascope_plugin import head_loadings
-from gemmascope_plugin.errors import EmptySelectionError, ModelError, TaskError, UnknownNameError
+from gemmascope_plugin.errors import (
+    EmptySelectionError,
+    GemmaScopeError,
+    ModelError,
+    TaskError,
+    UnknownNameError,
+)
 from gemmascope_plugin.graphs import Graph
 from gemmascope_plugin.tracing import FeatureTarget, trace
 from gemmascope_plugin.tracing.linear.head_shares import loadings
@@ -274,6 +280,16 @@ def test_plots_of_what_there_is(graph: Graph, saes: list[Any], hooked2: Any) -> 
         result.plot(1)
     with pytest.raises(TaskError, match="2 is not one of these edges. There is: edges 0 to 1"):
         result.plot(2)
+
+
+def test_special_tokens_and_memory(graph: Graph, saes: list[Any], hooked2: Any) -> None:
+    edge = ("token@1", graph.nodes["id"].iloc[-1])
+    every = trace(hooked2, TOKENS, saes, exclude=())
+    result = head_loadings(hooked2, TOKENS, saes, edge, exclude=())
+    weight = every.adjacency[every.find(edge[1]), every.find(edge[0])]
+    assert result.weights[0] == pytest.approx(float(weight), abs=1e-6)
+    with pytest.raises(GemmaScopeError, match="attention patterns of 20 tokens"):
+        head_loadings(hooked2, graph, saes, edge, memory_budget=4000)
 
 
 def test_graphs_of_several_prompts(graph: Graph, saes: list[Any], hooked2: Any) -> None:

@@ -9,7 +9,12 @@ import pytest
 import torch
 
 import gemmascope_plugin as gs
-from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError
+from gemmascope_plugin.errors import (
+    EmptySelectionError,
+    GemmaScopeError,
+    TaskError,
+    UnknownNameError,
+)
 from gemmascope_plugin.tracing.ablation_check import ablated_run, check_by_ablation
 from gemmascope_plugin.tracing.intervention import intervene, through
 from gemmascope_plugin.tracing.traced_prompt import TracedPrompt
@@ -119,6 +124,8 @@ def test_check_by_ablation(hooked2: Any) -> None:
     ]
     assert small.frame["features"].iloc[1] == graph.prune(0.6).where("feature").sum()
     assert "AblationCheck(faithfulness" in repr(small)
+    other = check_by_ablation(hooked2, graph.prune(0.6), saes, n_random=2, seed=1)
+    assert other.faithfulness == small.faithfulness and other.random != small.random
 
 
 def test_refused(hooked2: Any) -> None:
@@ -142,6 +149,11 @@ def test_refused(hooked2: Any) -> None:
     only = gs.trace(hooked2, TOKENS, saes, exclude=("bos",), targets=[target])
     with pytest.raises(TaskError, match="explains features only"):
         check_by_ablation(hooked2, only, saes)
+    budget: Any = {"memory_budget": 4000}
+    with pytest.raises(GemmaScopeError, match="attention patterns of 20 tokens"):
+        check_by_ablation(hooked2, graph, saes, **budget)
+    with pytest.raises(GemmaScopeError, match="attention patterns of 20 tokens"):
+        intervene(hooked2, graph, saes, {"token@3": 0.0}, **budget)
 
 
 @pytest.mark.parametrize("constrained", [True, False])

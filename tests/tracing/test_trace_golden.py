@@ -36,7 +36,7 @@ def places(graph: Graph, stored: Golden) -> np.ndarray:
     ids = stored.tokens.tolist()
     active = [tuple(row) for row in stored.active_features.tolist() if row[1]]
     nodes = [keys[("feature", *row)] for row in active]
-    assert len(nodes) == stored.n_features, "features at the first token are no nodes"
+    assert len(nodes) == stored.n_features, "features at the first token are not nodes"
     nodes += [keys.get(("error", i, p, -1), -1) for i in range(n_layers) for p in range(n_pos)]
     nodes += [keys["token", -1, p, ids[p]] for p in range(n_pos)]
     last = n_pos - 1

@@ -47,7 +47,7 @@ from gemmascope_plugin.tracing.linear.transport import (
 )
 
 MAX_TARGETS = 256
-"""Targets of a chunk at most: more are no faster, and their tokens lie further apart."""
+"""Targets of a chunk at most: more are not faster, and their tokens lie further apart."""
 MIN_CHUNK = 32
 """Targets of a chunk that may end before it is full."""
 SMALL = 1 << 20
