@@ -2,12 +2,9 @@
 
 from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.exact.activation_patching import activation_patching
-from gemmascope_plugin.causes.exact.direct_logits import (
-    accumulated_logit_diff,
-    direct_logit_attribution,
-)
+from gemmascope_plugin.causes.exact.direct_logits import direct_logit_attribution
 from gemmascope_plugin.causes.exact.edge_patching import edge_patching
-from gemmascope_plugin.causes.exact.logit_lens import logit_lens
+from gemmascope_plugin.causes.exact.logit_lens import accumulated_logit_diff, logit_lens
 from gemmascope_plugin.causes.exact.path_patching import path_patching
 from gemmascope_plugin.causes.gradient.attribution_patching import attribution_patching
 from gemmascope_plugin.causes.gradient.edge_attribution import edge_attribution

@@ -25,15 +25,26 @@ All but the last three also have the axis ``layer``; features have ``feature``, 
 **Stream time** is when a hook's tensor has been added to the residual stream, in half layers. The
 embedding comes at -1, the attention of layer ``L`` at ``2 L``, its MLP at ``2 L + 1``. The stream at a
 hook has the number of what was added to it last, so it contains all that is not later.
+
+Features and errors need a model with dictionaries spliced in, their error kept: ``patchable`` makes it.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from gemmascope_plugin.errors import ModelError
+from gemmascope_plugin.errors import ModelError, UnknownNameError
 from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.splice.hooked_sae import HookedCrossLayer, HookedSAE, Saes, as_list
+from gemmascope_plugin.splice.hooked_site import HookedSite
+from gemmascope_plugin.splice.spliced_model import SplicedModel
+from gemmascope_plugin.splice.splicing import splice
+
+Runner = HookedModel | SplicedModel
+"""A model, or one with dictionaries spliced in."""
 
 
 @dataclass(frozen=True)
@@ -162,3 +173,43 @@ def is_z(hook: str) -> bool:
 def is_stream(hook: str) -> bool:
     """Whether the tensor is the stream itself, all that was written so far."""
     return ".hook_resid_" in hook
+
+
+def acts_hook(site: str) -> str:
+    """Hook of the feature activations of the dictionary at ``site``."""
+    return COMPONENTS["feature"].hook.format(site=site)
+
+
+def needs_dictionaries(component: str) -> bool:
+    """Whether a component belongs to dictionaries and not to the model itself."""
+    return "{site}" in COMPONENTS[component].hook
+
+
+def sites_in(runner: Runner) -> Mapping[str, HookedSite]:
+    """The sites of the dictionaries that are spliced in, by name."""
+    return runner.sites if isinstance(runner, SplicedModel) else {}
+
+
+def excluded(sites: Iterable[HookedSite]) -> tuple[str | int, ...]:
+    """The tokens that any of the dictionaries leaves alone."""
+    return tuple(dict.fromkeys(token for site in sites for token in site.exclude))
+
+
+@contextmanager
+def patchable(model: HookedModel, component: str, saes: Saes) -> Iterator[Runner]:
+    """The model itself, or spliced with the error kept when features or errors are to be patched."""
+    if not needs_dictionaries(component):
+        yield model
+        return
+    if saes is None:
+        raise UnknownNameError(
+            f'component="{component}" needs dictionaries',
+            fix="saes=[gemmascope_plugin.load(spec)]",
+        )
+    # A dictionary that was wrapped for another error mode is wrapped again: here the error is kept.
+    hooked = [
+        sae.with_error("keep") if isinstance(sae, (HookedSAE, HookedCrossLayer)) else sae
+        for sae in as_list(saes)
+    ]
+    with splice(model, hooked) as spliced:
+        yield spliced

@@ -20,10 +20,22 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.causes.bound_task import BoundTask
-from gemmascope_plugin.causes.components import COMPONENTS, layer_of, sizes_of
+from gemmascope_plugin.causes.components import (
+    COMPONENTS,
+    Runner,
+    acts_hook,
+    excluded,
+    layer_of,
+    needs_dictionaries,
+    patchable,
+    sites_in,
+    sizes_of,
+)
 from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.grid import (
     Choice,
+    Grid,
+    Patch,
     component_grid,
     coordinates,
     error_grid,
@@ -31,16 +43,6 @@ from gemmascope_plugin.causes.grid import (
 )
 from gemmascope_plugin.causes.memory import Limit, footprint
 from gemmascope_plugin.causes.method import unused_option
-from gemmascope_plugin.causes.nodes import (
-    Grid,
-    Patch,
-    Runner,
-    acts_hook,
-    excluded,
-    needs_dictionaries,
-    patchable,
-    sites_in,
-)
 from gemmascope_plugin.causes.replace import PatchReplacement, check_replacement, replaced
 from gemmascope_plugin.causes.replayed import Part, joined, replayed
 from gemmascope_plugin.causes.task import Task

@@ -1,11 +1,14 @@
-"""All patches of one sweep: which entries of which activations, in the order of the axes.
+"""All patches of one sweep: which entries of which activations, in the order of the axes; puts them in.
 
 1. An axis that is named has one patch per coordinate. Along one that is not, a patch covers every
    coordinate at once, several layers included.
 2. ``layers``, ``heads``, ``positions``, ``neurons`` restrict both: fewer coordinates along a named axis,
    fewer entries in each patch otherwise.
+3. Every copy of the prompts gets its own patch, whatever the number of patches. Those that touch a hook
+   name the same dimensions; these are moved to the front, copies before them, so that all patches are one
+   indexed assignment. Of a dimension that is not named a patch covers all, or a part that is masked.
 
-Cost: one small object per patch.
+Cost: one small object per patch, one copy of the activation per hook.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import torch
+from jaxtyping import Bool, Float, Shaped
+
 from gemmascope_plugin.arguments import as_indices
 from gemmascope_plugin.causes.components import COMPONENTS
-from gemmascope_plugin.causes.nodes import At, Grid, Patch
 from gemmascope_plugin.errors import (
     EmptySelectionError,
     FeatureIndexError,
@@ -27,8 +32,70 @@ from gemmascope_plugin.errors import (
     check_feature,
 )
 from gemmascope_plugin.graphs.node import FeatureId
+from gemmascope_plugin.models.record import write
 
 _WORDS = {"pos": "position"}
+At = int | slice | tuple[int, ...]
+"""One coordinate, all of them, or some."""
+NamedHooks = list[tuple[str, Callable[..., Any]]]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One intervention: entries that are replaced, at one hook or at several."""
+
+    hooks: tuple[str, ...]
+    index: tuple[At, ...]
+    """Index after the batch axis, the same at every hook: ``(pos,)``, ``(all, head)`` or the like."""
+
+    @property
+    def hook(self) -> str:
+        """The only hook."""
+        assert len(self.hooks) == 1, "the patch covers several layers"
+        return self.hooks[0]
+
+    def entries(self, x: Shaped[torch.Tensor, "prompt ..."]) -> Shaped[torch.Tensor, "prompt ..."]:
+        """What the patch covers of an activation at one of its hooks."""
+        for axis, at in reversed(list(enumerate(self.index, start=1))):
+            if isinstance(at, int):
+                x = x.select(axis, at)
+            elif isinstance(at, tuple):
+                x = x.index_select(axis, torch.tensor(at, device=x.device))
+        return x
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All interventions of one sweep, in the order of the flattened axes."""
+
+    component: str
+    axes: tuple[str, ...]
+    labels: dict[str, tuple[Any, ...]]
+    patches: tuple[Patch, ...]
+
+    @property
+    def hooks(self) -> list[str]:
+        """The hooks that the patches touch."""
+        return list(dict.fromkeys(hook for patch in self.patches for hook in patch.hooks))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Number of coordinates along each axis."""
+        return tuple(len(self.labels[axis]) for axis in self.axes)
+
+    def sums(
+        self, products: Mapping[str, Float[torch.Tensor, "prompt ..."]]
+    ) -> Float[torch.Tensor, "patch prompt"]:
+        """Sum of a quantity per entry over what each patch covers, prompt by prompt."""
+        sums = []
+        for patch in self.patches:
+            parts = [_row_sums(patch.entries(products[hook])) for hook in patch.hooks]
+            sums.append(torch.stack(parts).sum(0))
+        return torch.stack(sums)
+
+
+def _row_sums(x: Float[torch.Tensor, "prompt ..."]) -> Float[torch.Tensor, " prompt"]:
+    return x.reshape(len(x), -1).sum(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +117,7 @@ class Choice:
         return getattr(self, names[dim])
 
     def indices(self) -> dict[str, tuple[int, ...] | None]:
-        """What is chosen along the dimensions of the model, as plain numbers.
-
-        ``noun`` says what they count, e.g. ``"layer"``, for errors.
-        """
+        """What is chosen along the dimensions of the model, as plain numbers."""
         names = ("layers", "heads", "positions", "neurons")
         numbers = {name: as_indices(getattr(self, name)) for name in names}
         return {name: None if chosen is None else tuple(chosen) for name, chosen in numbers.items()}
@@ -209,3 +273,57 @@ def coordinates(noun: str, chosen: Sequence[int] | None, size: int) -> tuple[int
     if len(set(numbers)) < len(numbers):
         raise UnknownNameError(f"A {noun} is named twice in {numbers}")
     return tuple(numbers)
+
+
+def inserting(chunk: Sequence[Patch], other: Mapping[str, torch.Tensor]) -> NamedHooks:
+    """Hooks that give copy ``j`` of the prompts the patch ``chunk[j]``."""
+    by_hook: dict[str, list[int]] = {}
+    for copy, patch in enumerate(chunk):
+        for hook in patch.hooks:
+            by_hook.setdefault(hook, []).append(copy)
+    return [
+        (name, _replace(copies, [chunk[copy].index for copy in copies], other[name]))
+        for name, copies in by_hook.items()
+    ]
+
+
+def inserted(
+    x: Float[torch.Tensor, "row ..."],
+    copies: Sequence[int],
+    indices: Sequence[tuple[At, ...]],
+    other: Float[torch.Tensor, "prompt ..."],
+) -> Float[torch.Tensor, "row ..."]:
+    """A copy of ``x`` with patches in some copies of the prompts."""
+    out = x.clone()
+    named = [dim for dim, at in enumerate(indices[0]) if isinstance(at, int)]
+    where = [torch.tensor([index[dim] for index in indices], device=x.device) for dim in named]
+    rows = out.unflatten(0, (-1, len(other)))
+    rows = rows.movedim([2 + dim for dim in named], list(range(1, 1 + len(named))))
+    new = other.to(x.device, x.dtype).movedim([1 + dim for dim in named], list(range(len(named))))
+    # [patch, prompt, dimensions that are not named]
+    new = new[tuple(where)] if named else new.expand(len(copies), *new.shape)
+    place = (torch.tensor(list(copies), device=x.device), *where)
+    inside = _inside(indices[0], x)
+    rows[place] = new if inside is None else torch.where(inside, new, rows[place])
+    return out
+
+
+def _inside(index: tuple[At, ...], x: torch.Tensor) -> Bool[torch.Tensor, "*dims"] | None:
+    """True at what a patch covers of the dimensions that it does not name; None for all of it."""
+    if not any(isinstance(at, tuple) for at in index):
+        return None
+    mask = torch.ones((), dtype=torch.bool, device=x.device)
+    for axis, size in enumerate(x.shape[1:]):
+        at = index[axis] if axis < len(index) else slice(None)
+        if isinstance(at, int):
+            continue
+        along = torch.zeros(size, dtype=torch.bool, device=x.device)
+        along[list(at) if isinstance(at, tuple) else at] = True
+        mask = mask[..., None] & along
+    return mask
+
+
+def _replace(
+    copies: Sequence[int], indices: Sequence[tuple[At, ...]], other: torch.Tensor
+) -> Callable[..., torch.Tensor]:
+    return write(lambda x: inserted(x, copies, indices, other))

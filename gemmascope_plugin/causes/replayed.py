@@ -20,20 +20,24 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.causes.bound_task import BoundTask
-from gemmascope_plugin.causes.nodes import Runner
+from gemmascope_plugin.causes.components import Runner
 from gemmascope_plugin.models.arithmetic import Arithmetic
 from gemmascope_plugin.models.module_replay import ModuleReplay, model_of
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.readout import OfResiduals
 from gemmascope_plugin.models.record import check_reached, keeping
 from gemmascope_plugin.models.replay import Replay
-from gemmascope_plugin.models.replay_points import replayable
+from gemmascope_plugin.models.replay_points import Stage, replayable
 from gemmascope_plugin.models.unembed import unembedding
 
 _ROWS = 128
 """Rows whose logits are all formed at once."""
 _A_PART = 24
 """What a part costs beside its positions (weights are read once more), in positions."""
+_KNOWN = ("attn.hook_z", "hook_attn_out", "mlp.hook_post", "hook_mlp_out")
+"""Points whose recorded value spares what lies before them in their layer."""
+_MID = ("ln2.", "mlp.", "ln2_post.", "hook_mlp_out")
+"""Points between attention and the end of the layer."""
 
 
 @dataclass(eq=False)
@@ -128,6 +132,19 @@ def _part(
         changed[name] = torch.cat([acts[name].narrow(axis, 0, start), x], axis)
     before, after = (metric_of(bound, replay.model, final).cpu() for final in (end, away))
     return Part(index, 0 if whole else start, bound, replay, before, after, acts, changed)
+
+
+def starting_at(layer: int, names: set[str]) -> tuple[Stage, bool]:
+    """Where in a layer a pass starts whose first changes are at these points.
+
+    Also whether a known value at the only point of the layer spares what lies before it.
+    """
+    prefix = f"blocks.{layer}."
+    first = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    if first and all(name == "hook_resid_post" for name in first):
+        return "post", False
+    within = bool(first) and all(name.startswith(_MID) for name in first)
+    return "mid" if within else "pre", len(first) == 1 and next(iter(first)) in _KNOWN
 
 
 def position_axis(name: str) -> int:

@@ -20,12 +20,12 @@ from jaxtyping import Bool
 from gemmascope_plugin.arguments import as_index
 from gemmascope_plugin.causes.bound_task import BoundTask, TaskFigures, figures_of, right_prompts
 from gemmascope_plugin.causes.builtin import Fill, Split, Template, build, build_from_template
-from gemmascope_plugin.causes.builtin.template_arguments import (
+from gemmascope_plugin.causes.builtin.build import check_task_name
+from gemmascope_plugin.causes.builtin.template import (
     check_ask,
     check_corrupt,
     check_fill,
     check_needed_text,
-    check_task_name,
     check_text,
     check_wrong,
     needs_wrong,

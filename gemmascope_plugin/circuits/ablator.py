@@ -23,9 +23,8 @@ import torch
 from jaxtyping import Bool, Float
 
 from gemmascope_plugin.causes.bound_task import MIN_GAP, BoundTask
-from gemmascope_plugin.causes.components import layer_of
+from gemmascope_plugin.causes.components import layer_of, patchable
 from gemmascope_plugin.causes.memory import Limit
-from gemmascope_plugin.causes.nodes import patchable
 from gemmascope_plugin.causes.replace import Replacement, replaced
 from gemmascope_plugin.causes.replayed import Part, joined, replayed
 from gemmascope_plugin.circuits.ablation_values import keep_units

@@ -38,9 +38,8 @@ from jaxtyping import Bool, Float
 from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.exact.edge_patching import edge_footprint
 from gemmascope_plugin.causes.memory import Limit
-from gemmascope_plugin.causes.replace import Replacement
+from gemmascope_plugin.causes.replace import Replacement, Writes, replayed_writers
 from gemmascope_plugin.causes.replayed import Part
-from gemmascope_plugin.causes.writes import Writes, replayed_writers
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.protocol import HookedModel, wide

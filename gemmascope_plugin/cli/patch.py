@@ -90,10 +90,9 @@ def patch_command(
 
 def _check(component: str, method: str, top: int, options: dict[str, Any]) -> None:
     """Refuses, without the model, what would be refused with it."""
-    from gemmascope_plugin.causes.components import COMPONENTS
+    from gemmascope_plugin.causes.components import COMPONENTS, needs_dictionaries
     from gemmascope_plugin.causes.gradient.attribution_patching import METHODS
     from gemmascope_plugin.causes.grid import Choice
-    from gemmascope_plugin.causes.nodes import needs_dictionaries
     from gemmascope_plugin.causes.replace import check_replacement
 
     check_choice("component", component, COMPONENTS)

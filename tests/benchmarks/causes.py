@@ -39,7 +39,7 @@ from gemmascope_plugin.causes import Task, activation_patching, logit_diff
 from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.exact.edge_patching import edge_patching
 from gemmascope_plugin.causes.gradient.edge_attribution import edge_attribution
-from gemmascope_plugin.causes.writes import DeltaForm
+from gemmascope_plugin.causes.replace import DeltaForm
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
 from gemmascope_plugin.models.load_model import bridge_from_hf, hooked_from_hf
 from tests import tiny_models

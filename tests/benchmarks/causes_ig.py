@@ -24,7 +24,7 @@ import torch
 
 from gemmascope_plugin.causes import Task
 from gemmascope_plugin.causes.bound_task import BoundTask
-from gemmascope_plugin.causes.writes import Writes, write_deltas
+from gemmascope_plugin.causes.replace import Writes, write_deltas
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.gradients import gradients_of

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gemmascope_plugin.causes import FeatureId, activation_patching, attribution_patching
-from gemmascope_plugin.causes.exact.patch_sweep import sweep
+from gemmascope_plugin.causes.exact.activation_patching import sweep
 from gemmascope_plugin.causes.experiment import experiment
 from gemmascope_plugin.causes.grid import Choice
 from gemmascope_plugin.causes.memory import Limit

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from gemmascope_plugin.causes.components import COMPONENTS, sizes_of
-from gemmascope_plugin.causes.grid import Choice, component_grid
-from gemmascope_plugin.causes.nodes import Grid, Patch, inserted
+from gemmascope_plugin.causes.grid import Choice, Grid, Patch, component_grid, inserted
 from gemmascope_plugin.errors import EmptySelectionError, UnknownNameError
 
 EVERY = slice(None)

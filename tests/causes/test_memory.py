@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from gemmascope_plugin.causes import Task, activation_patching, custom, kl_divergence, logit_diff
 from gemmascope_plugin.causes.bound_task import BoundTask
+from gemmascope_plugin.causes.exact.activation_patching import sweep
 from gemmascope_plugin.causes.exact.edge_patching import edge_footprint
-from gemmascope_plugin.causes.exact.patch_sweep import sweep
 from gemmascope_plugin.causes.experiment import experiment
 from gemmascope_plugin.causes.gradient.edge_attribution import pass_bytes
 from gemmascope_plugin.causes.gradient.site_runs import site_footprint

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from gemmascope_plugin.causes import significance
-from gemmascope_plugin.causes.significance import bootstrap, permutation_test, standard_error
+from gemmascope_plugin.causes import effects as significance
+from gemmascope_plugin.causes.effects import bootstrap, permutation_test, standard_error
 from gemmascope_plugin.errors import TaskError
 
 CHANGES = (

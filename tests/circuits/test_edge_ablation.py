@@ -7,7 +7,7 @@ import torch
 
 from gemmascope_plugin.causes.exact.edge_patching import edge_patching
 from gemmascope_plugin.causes.memory import Limit
-from gemmascope_plugin.causes.writes import Writes
+from gemmascope_plugin.causes.replace import Writes
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
 from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.models.anatomy import Anatomy

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gemmascope_plugin.causes import FeatureId, Task, logit_diff
-from gemmascope_plugin.causes.nodes import patchable
+from gemmascope_plugin.causes.components import patchable
 from gemmascope_plugin.circuits import discover, evaluate, top_n
 from gemmascope_plugin.circuits.ablator import node_metric
 from gemmascope_plugin.errors import EmptySelectionError, TaskError, UnknownNameError

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gemmascope_plugin as gs
-from gemmascope_plugin.causes.nodes import acts_hook
+from gemmascope_plugin.causes.components import acts_hook
 from gemmascope_plugin.circuits import Scores
 from gemmascope_plugin.demo import TinySuite
 from gemmascope_plugin.models import to_tokens

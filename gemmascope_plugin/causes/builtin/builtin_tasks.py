@@ -47,8 +47,8 @@ from gemmascope_plugin.causes.builtin.sentences import agreement, agreement_es, 
 from gemmascope_plugin.causes.builtin.template import Template
 from gemmascope_plugin.causes.metric import Metric
 from gemmascope_plugin.causes.metrics import logit_diff, probability
-from gemmascope_plugin.errors import EmptySelectionError, TaskError, check_choice
-from gemmascope_plugin.models.protocol import HookedModel, describe
+from gemmascope_plugin.errors import EmptySelectionError, InputError, TaskError, check_choice
+from gemmascope_plugin.models.protocol import HookedModel, describe, is_model
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -76,6 +76,16 @@ RECIPES = {
 }
 TASKS = tuple(RECIPES)
 """Names of the built-in tasks."""
+
+
+def check_task_name(name: object, call: str) -> None:
+    """Refuses what is not a text."""
+    if not isinstance(name, str):
+        order = f'{call}: the name comes first: Task.builtin("ioi", model)'
+        problem = "The model stands where the name of a task belongs"
+        raise InputError(
+            problem if is_model(name) else f"{describe(name)} is not the name of a task", fix=order
+        )
 
 
 class Built(NamedTuple):

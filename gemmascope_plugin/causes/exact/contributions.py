@@ -29,9 +29,13 @@ from gemmascope_plugin.causes.task import Prompts, Task
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.prompts import padded
-from gemmascope_plugin.models.protocol import HookedModel, check_all, wide
+from gemmascope_plugin.models.protocol import HookedModel, check_all, check_finite, weights_of, wide
 from gemmascope_plugin.models.readout import Readout
 from gemmascope_plugin.models.record import keep
+from gemmascope_plugin.models.tokens import token_strings
+
+BATCH = 32
+"""Prompts in one forward pass."""
 
 PerPrompt = Float[torch.Tensor, " prompt"]
 
@@ -174,6 +178,48 @@ class AnswerRun:
         right, wrong = self.bound.metric.right, self.bound.metric.wrong
         assert right is not None and wrong is not None
         return right, wrong
+
+
+class Totals:
+    """Totals over prompts that the result states."""
+
+    def __init__(self) -> None:
+        self.n_prompts = 0
+        self.before = self.after = self.residual = 0.0
+
+    def add(self, run: AnswerRun, total: torch.Tensor) -> None:
+        """Counts the prompts of a run, whose contributions sum to ``total``."""
+        before = run.difference
+        self.n_prompts += len(before)
+        self.before += float(before.sum())
+        self.after += float(run.capped.sum())
+        # a NaN would get lost in max()
+        gap = check_finite(
+            (total - before).abs().max(), "The sum of contributions", run.anatomy.model
+        )
+        self.residual = max(self.residual, float(gap))
+
+    def metadata(self, model: HookedModel, bound: BoundTask) -> dict[str, Any]:
+        """What is the same for every form of the result."""
+        sets = [entries for entries in (bound.metric.right, bound.metric.wrong) if entries]
+        single = all(entries.ids.shape[1] == 1 for entries in sets)
+        return {
+            "task": bound.name,
+            "metric": "logit difference" if single else "difference of mean logits",
+            "answers": bound.answers(model),
+            "logits": "before the final soft-cap",
+            "sign": "positive = raises the logit difference",
+            "n_prompts": len(bound),
+            "weights": weights_of(model),
+            "tokens": token_strings(model, bound.clean[0]),
+            "metric_clean": self.before / len(bound),
+            # nothing adds nothing: ``share`` is the part of the whole
+            "metric_corrupt": 0.0,
+            "residual": self.residual,
+            "soft_cap": Anatomy(model).soft_cap,
+            "capped": self.after / len(bound),
+            "cap_slope": self.after / self.before if self.before else float("nan"),
+        }
 
 
 def component_hooks(n_layers: int) -> list[str]:

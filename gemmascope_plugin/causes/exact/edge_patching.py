@@ -27,10 +27,15 @@ from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.memory import Footprint, Limit, logits_held
 from gemmascope_plugin.causes.names import Named, edges_of
-from gemmascope_plugin.causes.replace import REPLACEMENTS, Replacement
+from gemmascope_plugin.causes.replace import (
+    REPLACEMENTS,
+    Replacement,
+    Writes,
+    replayed_writers,
+    write_deltas,
+)
 from gemmascope_plugin.causes.replayed import Part
 from gemmascope_plugin.causes.task import Task, check_task
-from gemmascope_plugin.causes.writes import Writes, replayed_writers, write_deltas
 from gemmascope_plugin.errors import EmptySelectionError, check_choice
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy

@@ -1,31 +1,44 @@
-"""Logit lens: what the model would predict if it stopped after each layer (nostalgebraist 2020).
+"""What the model would say if it stopped after each layer: its predictions, and a logit difference.
+
+The logit lens (nostalgebraist 2020):
 
 1. Run the prompt once and keep the residual stream after each layer at the wanted positions.
 2. Each goes through the final norm, with its own scale, the unembedding and the soft-cap: the same end as
    the model's own, so the last layer's row is the model's prediction.
 3. Of each distribution the ``top_k`` tokens are kept, and probability and rank of tokens asked for.
 
-Cost: one forward pass up to the last of the layers, and one unembedding per layer and position, two where
-tokens are asked for; a tile of logits at a time, however many layers and positions there are.
+The accumulated logit difference is read after each half layer at the answer position, before the
+soft-cap, with the stream's own scale or with that of its end; then it is the sum of the direct
+contributions so far (``direct_logits.py``).
+
+Cost: one forward pass, of the lens up to the last of the layers; one unembedding per layer and position,
+two where tokens are asked for, a tile of logits at a time; a product per half layer and prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.causes.effects import Effects
+from gemmascope_plugin.causes.exact.contributions import BATCH, AnswerRun, Totals, asked
 from gemmascope_plugin.causes.metric import Answers, TokenSets, answer_list
-from gemmascope_plugin.errors import EmptySelectionError
+from gemmascope_plugin.causes.metrics import LogitDiff
+from gemmascope_plugin.causes.task import Prompts, Task
+from gemmascope_plugin.errors import EmptySelectionError, check_choice
 from gemmascope_plugin.models import token_strings
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.gate import gate
+from gemmascope_plugin.models.points import n_layers
 from gemmascope_plugin.models.prompts import PromptLike, one_prompt
 from gemmascope_plugin.models.protocol import HookedModel, check_finite, check_model
 from gemmascope_plugin.models.record import record
 from gemmascope_plugin.models.unembed import Unembedding, top_logits
+
+Scale = Literal["own", "final"]
 
 
 @gate(model=check_model)
@@ -107,6 +120,55 @@ def logit_lens(
         "token": (*(f"#{rank + 1}" for rank in range(top_k)), *titles),
     }
     return Effects(values, tuple(labels), labels, metadata, None, _columns(best, ranks, asked))
+
+
+@gate(model=check_model)
+@torch.no_grad()
+def accumulated_logit_diff(
+    model: HookedModel,
+    prompts: Task | Prompts,
+    *,
+    metric: LogitDiff | None = None,
+    scale: Scale = "own",
+    batch_size: int = BATCH,
+) -> Effects:
+    """The logit difference of the residual stream after each half layer, before the final soft-cap.
+
+    Args:
+        model: ``HookedTransformer`` or ``TransformerBridge``.
+        prompts: A task, whose clean prompts are run, or prompts of any lengths.
+        metric: ``logit_diff(answer, wrong)``; the task's own if None. Sets count with their mean.
+        scale: ``own`` normalises each stream by itself, as the logit lens does. ``final`` uses the scale
+            of the end of the stream, so that what lies between two entries is the direct contribution of
+            the components between them.
+        batch_size: Prompts in one forward pass.
+
+    Returns:
+        Effects along ``layer`` and ``stream``: ``pre``, ``mid`` (after attention), ``post``.
+
+    Raises:
+        TaskError: The metric is not a logit difference.
+        UnknownNameError: An unknown ``scale``.
+    """
+    check_choice("scale", scale, get_args(Scale))
+    bound = asked(model, prompts, metric)
+    layers, points = tuple(range(n_layers(model))), ("pre", "mid", "post")
+    names = [f"blocks.{layer}.hook_resid_{point}" for layer in layers for point in points]
+    sums, curves = Totals(), []
+    for part in bound.parts(batch_size):
+        run = AnswerRun.of(model, part, names)
+        ln = run.anatomy.ln_final
+        streams = (run.at[name] for name in names)
+        normed = [ln(x) if scale == "own" else ln.frozen(run.end, x) for x in streams]
+        values = torch.stack([(x * run.question).sum(-1) + run.bias for x in normed])
+        curves.append(values.cpu())
+        sums.add(run, values[-1])
+    each = torch.cat(curves, -1).unflatten(0, (len(layers), len(points)))
+    method = "logit lens" if scale == "own" else "final norm frozen"
+    metadata = sums.metadata(model, bound) | {"component": "stream", "method": method}
+    metadata |= {"form": "accumulated", "exclude": ()}
+    labels = {"layer": layers, "stream": points}
+    return Effects(each.mean(-1), ("layer", "stream"), labels, metadata, each)
 
 
 def _columns(

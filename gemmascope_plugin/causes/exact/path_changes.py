@@ -16,9 +16,8 @@ from typing import Any, TypeGuard
 import torch
 from jaxtyping import Float, Int
 
-from gemmascope_plugin.causes.components import is_z, stream_time
+from gemmascope_plugin.causes.components import Runner, acts_hook, is_z, sites_in, stream_time
 from gemmascope_plugin.causes.names import Stream
-from gemmascope_plugin.causes.nodes import Runner, acts_hook, sites_in
 from gemmascope_plugin.errors import TaskError, UnknownNameError, check_choice, check_feature
 from gemmascope_plugin.graphs.node import Node
 from gemmascope_plugin.models.asked import model_of

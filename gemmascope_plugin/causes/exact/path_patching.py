@@ -29,7 +29,14 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.causes.bound_task import BoundTask
-from gemmascope_plugin.causes.components import layer_of, stream_time
+from gemmascope_plugin.causes.components import (
+    Runner,
+    excluded,
+    layer_of,
+    patchable,
+    sites_in,
+    stream_time,
+)
 from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.exact.path_changes import (
     Sender,
@@ -48,7 +55,6 @@ from gemmascope_plugin.causes.exact.path_receivers import (
     stream_of,
 )
 from gemmascope_plugin.causes.names import Name, Named, node_of, reader_of
-from gemmascope_plugin.causes.nodes import Runner, excluded, patchable, sites_in
 from gemmascope_plugin.causes.replayed import Part, replayed
 from gemmascope_plugin.causes.task import Task, check_task
 from gemmascope_plugin.errors import EmptySelectionError, check_choice, shorten

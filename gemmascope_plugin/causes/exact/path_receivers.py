@@ -30,10 +30,9 @@ from typing import Any, TypeGuard
 import torch
 from jaxtyping import Float
 
-from gemmascope_plugin.causes.components import is_stream, layer_of
+from gemmascope_plugin.causes.components import Runner, acts_hook, is_stream, layer_of
 from gemmascope_plugin.causes.exact.path_changes import is_feature, site_of
 from gemmascope_plugin.causes.names import Stream
-from gemmascope_plugin.causes.nodes import Runner, acts_hook
 from gemmascope_plugin.errors import TaskError, UnknownNameError
 from gemmascope_plugin.graphs.node import Node, Reader
 from gemmascope_plugin.models.anatomy import Anatomy

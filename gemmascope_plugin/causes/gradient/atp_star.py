@@ -53,7 +53,7 @@ from gemmascope_plugin.causes.gradient.slopes import (
     differences,
     slopes,
 )
-from gemmascope_plugin.causes.nodes import At
+from gemmascope_plugin.causes.grid import At
 from gemmascope_plugin.errors import ModelError
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.points import n_layers

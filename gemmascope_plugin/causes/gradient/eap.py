@@ -25,8 +25,7 @@ from gemmascope_plugin.causes.gradient.edge_runs import EdgeMethod, EdgeRuns, Pa
 from gemmascope_plugin.causes.gradient.slopes import EMBED
 from gemmascope_plugin.causes.metric import Metric
 from gemmascope_plugin.causes.metrics import KLDivergence
-from gemmascope_plugin.causes.replace import Replacement
-from gemmascope_plugin.causes.writes import Writes
+from gemmascope_plugin.causes.replace import Replacement, Writes
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.types import Direction

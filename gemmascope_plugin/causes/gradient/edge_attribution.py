@@ -39,10 +39,9 @@ from gemmascope_plugin.causes.gradient.edge_runs import (
 from gemmascope_plugin.causes.gradient.integrated import checked_share
 from gemmascope_plugin.causes.memory import logits_held
 from gemmascope_plugin.causes.method import pick, table_of
-from gemmascope_plugin.causes.replace import Replacement
+from gemmascope_plugin.causes.replace import DeltaForm, Replacement, Writes, replayed_writers
 from gemmascope_plugin.causes.replayed import Part
 from gemmascope_plugin.causes.task import Task, check_tasks
-from gemmascope_plugin.causes.writes import DeltaForm, Writes, replayed_writers
 from gemmascope_plugin.errors import TaskError, check_choice
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy

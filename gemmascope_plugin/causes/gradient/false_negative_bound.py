@@ -27,7 +27,7 @@ from gemmascope_plugin.causes.exact.activation_patching import MAX_ROWS
 from gemmascope_plugin.causes.experiment import Experiment
 from gemmascope_plugin.causes.gradient.slopes import ignore_bridge_norm_warning, parts_of
 from gemmascope_plugin.causes.gradient.verify_top import ranking, reopened
-from gemmascope_plugin.causes.nodes import At
+from gemmascope_plugin.causes.grid import At
 from gemmascope_plugin.causes.task import Task, check_task
 from gemmascope_plugin.errors import EmptySelectionError, TaskError
 from gemmascope_plugin.models.gate import gate

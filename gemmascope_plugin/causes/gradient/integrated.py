@@ -34,7 +34,6 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.causes.components import layer_of
-from gemmascope_plugin.causes.exact.patch_sweep import starting_at
 from gemmascope_plugin.causes.experiment import Experiment
 from gemmascope_plugin.causes.gradient.slopes import (
     EMBED,
@@ -45,7 +44,7 @@ from gemmascope_plugin.causes.gradient.slopes import (
     differentiable,
     late_slopes,
 )
-from gemmascope_plugin.causes.replayed import Part, inside, position_axis
+from gemmascope_plugin.causes.replayed import Part, inside, position_axis, starting_at
 from gemmascope_plugin.causes.task import Task
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.gradients import frozen, gradients_of

@@ -31,9 +31,9 @@ from typing import Any
 
 import torch
 
+from gemmascope_plugin.causes.components import Runner
 from gemmascope_plugin.causes.experiment import Experiment
 from gemmascope_plugin.causes.gradient.slopes import Estimate, FwdHooks, NodeMethod, at_base
-from gemmascope_plugin.causes.nodes import Runner
 from gemmascope_plugin.errors import ModelError, TaskError
 from gemmascope_plugin.models.points import hook_points, n_layers, norm_of
 from gemmascope_plugin.models.protocol import HookedModel

@@ -26,12 +26,11 @@ import torch
 from jaxtyping import Float
 
 from gemmascope_plugin.causes.components import layer_of
-from gemmascope_plugin.causes.exact.patch_sweep import starting_at
 from gemmascope_plugin.causes.experiment import Experiment
+from gemmascope_plugin.causes.grid import Grid
 from gemmascope_plugin.causes.method import Method
 from gemmascope_plugin.causes.metrics import KLDivergence
-from gemmascope_plugin.causes.nodes import Grid
-from gemmascope_plugin.causes.replayed import Part
+from gemmascope_plugin.causes.replayed import Part, starting_at
 from gemmascope_plugin.causes.task import Task
 from gemmascope_plugin.errors import HookNotFiredError, TaskError
 from gemmascope_plugin.models.gradients import frozen, gradients_of

@@ -21,12 +21,10 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.causes.effects import Effects, check_effects
-from gemmascope_plugin.causes.exact.activation_patching import MAX_ROWS
-from gemmascope_plugin.causes.exact.patch_sweep import sweep
+from gemmascope_plugin.causes.exact.activation_patching import MAX_ROWS, sweep
 from gemmascope_plugin.causes.experiment import Experiment, experiment
-from gemmascope_plugin.causes.grid import Choice
+from gemmascope_plugin.causes.grid import Choice, Grid
 from gemmascope_plugin.causes.memory import Limit
-from gemmascope_plugin.causes.nodes import Grid
 from gemmascope_plugin.causes.task import Task, check_task
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.gate import gate

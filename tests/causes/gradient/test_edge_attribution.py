@@ -16,7 +16,7 @@ from gemmascope_plugin.causes import (
     logit_diff,
 )
 from gemmascope_plugin.causes.exact.edge_patching import edge_patching
-from gemmascope_plugin.causes.writes import Writes, head_deltas
+from gemmascope_plugin.causes.replace import Writes, head_deltas
 from gemmascope_plugin.errors import TaskError, UnknownNameError
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.arithmetic import Arithmetic
