@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from gemmascope_plugin.causes import Effects, Task, logit_diff, probability
-from gemmascope_plugin.causes.exact.direct_logits import (
+from gemmascope_plugin.causes import (
+    Effects,
+    Task,
     accumulated_logit_diff,
     direct_logit_attribution,
+    logit_diff,
+    probability,
 )
 from gemmascope_plugin.errors import ModelError, TaskError, UnknownNameError
 from tests import factories
