@@ -27,6 +27,7 @@ from gemmascope_plugin.models.asked import read_out
 from gemmascope_plugin.models.protocol import HookedModel, check_finite, weights_of
 from gemmascope_plugin.models.readout import Readout
 from gemmascope_plugin.models.record import hooking
+from gemmascope_plugin.types import Direction
 
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
 
@@ -89,6 +90,13 @@ class BoundTask:
             "n_prompts": self.n_prompts,
             "weights": weights_of(model),
         }
+
+    def runs(
+        self, direction: Direction
+    ) -> tuple[Int[torch.Tensor, "prompt pos"], Int[torch.Tensor, "prompt pos"]]:
+        """Tokens of the run that is patched, and of the other, whose activations are inserted."""
+        noising = direction == "noising"
+        return (self.clean, self.corrupt) if noising else (self.corrupt, self.clean)
 
     @property
     def mask(self) -> Bool[torch.Tensor, "prompt pos"]:

@@ -143,7 +143,7 @@ def experiment(
     choice.check(component)
     bound = task.bind(model)
     denoising = direction == "denoising"
-    base, away = (bound.corrupt, bound.clean) if denoising else (bound.clean, bound.corrupt)
+    base, away = bound.runs(direction)
     with patchable(model, component, saes) as runner:
         sizes = sizes_of(model, component, base.shape[1])
         sites = _sites(runner, component, choice.layers, sizes["layer"])

@@ -107,6 +107,11 @@ class KLDivergence(Metric):
         return -said.divergence_from(bound.reference)
 
 
+def divergence_at(question: Metric) -> KLDivergence:
+    """The divergence where another metric asks."""
+    return KLDivergence(position=question.position, before_cap=question.before_cap)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Custom(Metric):
     """Any function of the logits."""

@@ -49,6 +49,7 @@ from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.protocol import HookedModel, wide
 from gemmascope_plugin.models.record import record
+from gemmascope_plugin.types import Direction
 
 Replacement = Literal["other", "zero", "overall_mean", "mean"]
 REPLACEMENTS = get_args(Replacement)
@@ -251,7 +252,7 @@ def head_deltas(
 def replayed_writers(
     runner: HookedModel,
     bound: BoundTask,
-    tokens: Callable[[BoundTask], tuple[torch.Tensor, torch.Tensor]],
+    direction: Direction,
     n_layers: int,
     replacement: Replacement,
     *,
@@ -260,19 +261,18 @@ def replayed_writers(
 ) -> Iterator[tuple[Part, Writes]]:
     """The parts of a task, with what replaces the writers of each.
 
-    ``tokens`` gives those of the base run and of the other, of a part of the task; ``rows`` are the
-    prompts of one pass for means, ``size`` those of a part at most.
+    ``rows`` are the prompts of one pass for means, ``size`` those of a part at most.
     """
     check_choice("replacement", replacement, REPLACEMENTS)
     names, is_other = Writes.hooks(n_layers), replacement == "other"
     means = None
     if replacement in ("mean", "overall_mean"):
-        others = ((tokens(part)[1], part.mask) for part in bound.parts(rows))
+        others = ((part.runs(direction)[1], part.mask) for part in bound.parts(rows))
         means = _means(runner, others, n_layers, replacement == "overall_mean")
     parts = replayed(
         runner,
         bound,
-        *tokens(bound),
+        *bound.runs(direction),
         rows=size,
         base_points=names,
         other_points=names if is_other else (),

@@ -19,14 +19,14 @@ Cost: one row per prompt and tried circuit, each edge being tried once, or again
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
 
 from gemmascope_plugin.causes import Task
 from gemmascope_plugin.causes.memory import Limit
-from gemmascope_plugin.causes.metrics import kl_divergence
+from gemmascope_plugin.causes.metrics import divergence_at
 from gemmascope_plugin.circuits.circuit_methods import CircuitMethod, Options
 from gemmascope_plugin.circuits.edge_ablation import EdgeAblation
 from gemmascope_plugin.graphs.circuit import Circuit
@@ -46,9 +46,8 @@ class Acdc(CircuitMethod):
     def find(self, model: HookedModel, task: Task, options: Options) -> Circuit:
         """The edges that stay."""
         tau = TAU if options.tau is None else options.tau
-        question = task.asked
-        metric = kl_divergence(position=question.position, before_cap=question.before_cap)
-        bound = Task(task.clean, task.corrupt, metric, task.name, task.mask).bind(model)
+        metric = divergence_at(task.asked)
+        bound = replace(task, metric=metric).bind(model)
         ablation = EdgeAblation(model, bound, options.replacement, Limit(_MAX_ROWS, options.memory))
         pruned = acdc(ablation, tau, progress=options.progress)
         details = {

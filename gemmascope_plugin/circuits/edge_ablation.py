@@ -71,7 +71,7 @@ class EdgeAblation:
         parts = replayed_writers(
             self.model,
             self.bound,
-            lambda part: (part.clean, part.corrupt),
+            "noising",
             anatomy.n_layers,
             self.replacement,
             rows=size,

@@ -27,7 +27,7 @@ from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.exact.activation_patching import MAX_ROWS
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.method import unused_option
-from gemmascope_plugin.causes.metrics import kl_divergence
+from gemmascope_plugin.causes.metrics import divergence_at
 from gemmascope_plugin.causes.replace import REPLACEMENTS, Replacement
 from gemmascope_plugin.causes.task import check_task
 from gemmascope_plugin.circuits.ablator import Ablator, ablator, metric_ends
@@ -238,7 +238,5 @@ def _divergence(
     run: Ablator, model: HookedModel, task: Task, is_kept: Bool[torch.Tensor, " unit"]
 ) -> float:
     """Mean divergence of the circuit's next-token distribution from the clean run's."""
-    question = task.asked
-    metric = kl_divergence(position=question.position, before_cap=question.before_cap)
-    bound = Task(task.clean, task.corrupt, metric, task.name, task.mask).bind(model)
+    bound = replace(task, metric=divergence_at(task.asked)).bind(model)
     return -float(run(bound, is_kept[None], torch.zeros(1, dtype=torch.bool)).mean())

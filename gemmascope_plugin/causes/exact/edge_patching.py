@@ -149,7 +149,13 @@ class _Run:
         size = max(1, min(len(bound), rows))
         anatomy, replacement = self.anatomy, self.replacement
         parts = replayed_writers(
-            anatomy.model, bound, self._tokens, anatomy.n_layers, replacement, rows=size, size=size
+            anatomy.model,
+            bound,
+            self.direction,
+            anatomy.n_layers,
+            replacement,
+            rows=size,
+            size=size,
         )
         out = torch.zeros(len(bound), *EdgeMap.of(self.anatomy).mask.shape)
         out = out.to(torch.float64 if dtype_of(self.anatomy.model) == torch.float64 else out.dtype)
@@ -170,10 +176,6 @@ class _Run:
         starts = (2 * _start_layers(edges) + mlp)[self.places[:, 1]]
         for start in starts.unique().tolist():
             yield from self.places[starts == start].split(copies)
-
-    def _tokens(self, part: BoundTask) -> tuple[torch.Tensor, torch.Tensor]:
-        noising = self.direction == "noising"
-        return (part.clean, part.corrupt) if noising else (part.corrupt, part.clean)
 
 
 class _Patches:

@@ -131,13 +131,11 @@ def path_patching(
     for group in receiving:
         check_overlap(group)
     bound = task.bind(model)
-    denoising = direction == "denoising"
-    tokens = (bound.corrupt, bound.clean) if denoising else (bound.clean, bound.corrupt)
     with nullcontext(model) if saes is None else patchable(model, "feature", saes) as runner:
         with torch.no_grad():
             clean, corrupt = (bound.measure(runner, t).cpu() for t in (bound.clean, bound.corrupt))
         ends = bound.metric_values(float(clean.mean()), float(corrupt.mean()), model)
-        sweep = _Sweep(runner, anatomy, bound, tokens, sending, receiving, paths)
+        sweep = _Sweep(runner, anatomy, bound, bound.runs(direction), sending, receiving, paths)
         each = sweep.run(max_rows)
         metadata = _described(model, runner, bound, saes is not None)
     metadata |= {"method": f"path patching, {paths}", "direction": direction, **ends}

@@ -200,7 +200,7 @@ class _Scorer:
         parts = replayed_writers(
             self.model,
             task,
-            self._runs,
+            self.direction,
             self.anatomy.n_layers,
             self.replacement,
             rows=rows,
@@ -225,7 +225,7 @@ class _Scorer:
     def _edge_runs(self, part: Part, other: Writes, copies: int) -> EdgeRuns:
         window = part.replay.window(part.start)
         base = Writes.of(part.base_acts, self.anatomy.n_layers).window(window)
-        other, tokens = other.window(window), self._runs(part.bound)[1]
+        other, tokens = other.window(window), part.bound.runs(self.direction)[1]
         return EdgeRuns(self.anatomy, part, window, base, other, tokens, self.writer_delta, copies)
 
     def _part_scores(self, runs: EdgeRuns, block: int) -> torch.Tensor:
@@ -248,11 +248,6 @@ class _Scorer:
         values = blank(*shape, bound.clean.shape[1])  # nothing differs before the window
         values[:, :, window] = by_row.sum(0).permute(1, 2, 0)
         return values
-
-    def _runs(self, part: BoundTask) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens of the base run and of the other."""
-        noising = self.direction == "noising"
-        return (part.clean, part.corrupt) if noising else (part.corrupt, part.clean)
 
     def _sizes(self, task: BoundTask) -> tuple[int, int]:
         """Rows of a pass and tokens of a block that fit the budget."""

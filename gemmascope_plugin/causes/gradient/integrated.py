@@ -178,7 +178,7 @@ class _Line:
             n_tokens = len(start) * (self.window.stop - self.window.start)
             threads = threads_for_tokens(model, n_tokens)
             with threads, torch.enable_grad(), frozen(model.parameters()):
-                value = differentiable(self._metric(start), self.run).sum()
+                value = differentiable(self._metric(start), self.part.bound).sum()
                 (grad,) = torch.autograd.grad(value, start)
             total += grad.to(total).unflatten(0, (len(alphas), -1)).sum(0)
         return total
@@ -226,8 +226,7 @@ def _part_inputs(
 ) -> tuple[slice, dict[str, torch.Tensor], Float[torch.Tensor, " part"]]:
     """Mean slopes at the nodes of some prompts, in a window, and what they say of the embedding."""
     window, names = part.replay.window(part.start), list(dict.fromkeys([*run.grid.hooks, EMBED]))
-    denoising = run.metadata["direction"] == "denoising"
-    away = part.bound.clean if denoising else part.bound.corrupt
+    away = part.bound.runs(run.metadata["direction"])[1]
     base, other = _embeddings(run, part, away, window)
     mean: dict[str, torch.Tensor] = {}
     for alphas in _chunks(steps, max_rows // len(part.index)):
@@ -258,7 +257,7 @@ def _slopes(
     tokens = part.replay.tokens.repeat(len(points) // len(part.index), 1)
 
     def total() -> torch.Tensor:
-        return differentiable(part.bound.measure(run.runner, tokens), run).sum()
+        return differentiable(part.bound.measure(run.runner, tokens), part.bound).sum()
 
     return gradients_of(run.runner, total, names, fwd_hooks=[(EMBED, put(points))])
 

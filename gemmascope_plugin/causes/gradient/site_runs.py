@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from gemmascope_plugin.causes.bound_task import BoundTask
-from gemmascope_plugin.causes.gradient.slopes import ignore_bridge_norm_warning
+from gemmascope_plugin.causes.gradient.slopes import differentiable, ignore_bridge_norm_warning
 from gemmascope_plugin.causes.gradient.task_site import (
     TaskSite,
     Values,
@@ -51,7 +51,6 @@ from gemmascope_plugin.causes.memory import (
     logits_held,
 )
 from gemmascope_plugin.causes.method import Method, table_of
-from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models import flatten_heads
 from gemmascope_plugin.models.gradients import frozen, gradients_of
 from gemmascope_plugin.models.module_replay import Restart
@@ -283,9 +282,4 @@ def frozen_model(model: HookedModel) -> Any:
 
 
 def _total(bound: BoundTask, values: Float[torch.Tensor, " row"]) -> Float[torch.Tensor, ""]:
-    if not values.requires_grad:
-        raise TaskError(
-            f"The metric {bound.metric.metric.name!r} has no gradient with respect to the logits",
-            fix='a metric that is a differentiable function of the logits, or nodes="feature"',
-        )
-    return values.sum()
+    return differentiable(values, bound, 'nodes="feature"').sum()

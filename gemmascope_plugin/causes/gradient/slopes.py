@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 
+from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.components import layer_of
 from gemmascope_plugin.causes.experiment import Experiment
 from gemmascope_plugin.causes.grid import Grid
@@ -145,18 +146,20 @@ def slopes(
     return {name: grad.unflatten(0, (copies, len(run.base))) for name, grad in gradients.items()}
 
 
-def total(run: Experiment, copies: int, fwd_hooks: FwdHooks = ()) -> Float[torch.Tensor, ""]:
+def total(run: Experiment, copies: int) -> Float[torch.Tensor, ""]:
     """Sum of the metric over copies of the base run."""
     tokens = run.base.repeat(copies, 1)
-    return differentiable(run.bound.measure(run.runner, tokens, fwd_hooks=fwd_hooks), run).sum()
+    return differentiable(run.bound.measure(run.runner, tokens), run.bound).sum()
 
 
-def differentiable(values: torch.Tensor, run: Experiment) -> torch.Tensor:
-    """The values of the metric, if they are part of a graph."""
+def differentiable(
+    values: torch.Tensor, bound: BoundTask, instead: str = "activation_patching"
+) -> torch.Tensor:
+    """The values of the metric, if they are part of a graph; ``instead`` needs no gradient."""
     if not values.requires_grad:
         raise TaskError(
-            f"The metric {run.metadata['metric']!r} has no gradient with respect to the logits",
-            fix="a metric that is a differentiable function of the logits, or activation_patching",
+            f"The metric {bound.metric.metric.name!r} has no gradient with respect to the logits",
+            fix=f"a metric that is a differentiable function of the logits, or {instead}",
         )
     return values
 
