@@ -46,12 +46,12 @@ def difference(model: Any, sent: Sent, stream: str, paths: str = "direct") -> to
 
     def edited(x: torch.Tensor, name: str) -> torch.Tensor:
         x = (base[name] if name in names else x).clone()
-        what = sent.get(name, [])
-        if isinstance(what, torch.Tensor):
-            return x + what
-        if what is None:
+        change = sent.get(name, [])
+        if isinstance(change, torch.Tensor):
+            return x + change
+        if change is None:
             return clean[name]
-        for head in what:
+        for head in change:
             x[:, :, head] = clean[name][:, :, head]
         return x
 

@@ -49,12 +49,12 @@ CHOICE = {"pos": "positions", "head": "heads", "neuron": "neurons"}
 RUNS = {"denoising": (CORRUPT, CLEAN), "noising": (CLEAN, CORRUPT)}
 
 
-def put(there: torch.Tensor, place: tuple):
+def put(other: torch.Tensor, place: tuple):
     """A hook function that inserts some entries of another run."""
 
     def patch(x):
         x = x.clone()
-        x[place] = there[place]
+        x[place] = other[place]
         return x
 
     return patch
@@ -69,10 +69,10 @@ def slow(model, component: str, direction: str, layers, columns=None) -> tuple[s
     effects = torch.zeros(len(layers), len(columns))
     for row, layer in enumerate(layers):
         name = hook.format(layer)
-        there = values_at(model, other, name)
+        acts = values_at(model, other, name)
         for i, column in enumerate(columns):
             where = tuple(column if part == axis else part for part in place)
-            effects[row, i] = metric_under(model, base, {name: put(there, where)}) - before
+            effects[row, i] = metric_under(model, base, {name: put(acts, where)}) - before
     return axis, effects
 
 
@@ -111,15 +111,15 @@ def test_the_middle_of_the_stream_is_that_of_the_other_run(kind, direction: str)
     before = metric_under(bare, base, {})
     for row, layer in enumerate((0, 2)):
         name = f"blocks.{layer}.hook_resid_mid"
-        there = values_at(bare, other, name)
+        acts = values_at(bare, other, name)
         for column, pos in enumerate((3, 7)):
-            expected = metric_under(bare, base, {name: put(there, (EVERY, pos))}) - before
+            expected = metric_under(bare, base, {name: put(acts, (EVERY, pos))}) - before
             assert float(got.values[row, column]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_last_norm(model) -> None:
-    there = values_at(model, CLEAN, "ln_final.hook_scale")
-    patch = put(there, (EVERY, 7))
+    scale = values_at(model, CLEAN, "ln_final.hook_scale")
+    patch = put(scale, (EVERY, 7))
     expected = metric_under(model, CORRUPT, {"ln_final.hook_scale": patch})
     got = activation_patching(model, TASK, "ln_final_scale")
     assert got.axes == ("pos",)
@@ -132,27 +132,27 @@ def test_three_axes_and_a_covered_one(model) -> None:
     grid = activation_patching(model, TASK, "z", axes=("head", "layer", "pos"), positions=[3, 7])
     some = activation_patching(model, TASK, "z", axes=("layer",), heads=[1, 2], positions=[3, 7])
     name = "blocks.1.attn.hook_z"
-    there, before = values_at(model, CLEAN, name), metric_under(model, CORRUPT, {})
-    one = metric_under(model, CORRUPT, {name: put(there, (EVERY, 7, 2))}) - before
+    acts, before = values_at(model, CLEAN, name), metric_under(model, CORRUPT, {})
+    single = metric_under(model, CORRUPT, {name: put(acts, (EVERY, 7, 2))}) - before
 
     def block(x):
         x = x.clone()
-        x[:, [3, 7], 1:3] = there[:, [3, 7], 1:3]
+        x[:, [3, 7], 1:3] = acts[:, [3, 7], 1:3]
         return x
 
     several = metric_under(model, CORRUPT, {name: block}) - before
     assert grid.values.shape == (4, 3, 2)
-    assert float(grid.values[2, 1, 1]) == pytest.approx(one, abs=1e-5)
+    assert float(grid.values[2, 1, 1]) == pytest.approx(single, abs=1e-5)
     assert float(some.values[1]) == pytest.approx(several, abs=1e-5)
 
 
 def test_layers_that_are_no_axis_are_patched_together(model) -> None:
     got = activation_patching(model, TASK, "attn_out", axes=("pos",), layers=[0, 2]).at(pos=[3, 7])
     names = [f"blocks.{layer}.hook_attn_out" for layer in (0, 2)]
-    there = {name: values_at(model, CLEAN, name) for name in names}
+    acts = {name: values_at(model, CLEAN, name) for name in names}
     before = metric_under(model, CORRUPT, {})
     for i, pos in enumerate((3, 7)):
-        hooks = {name: put(there[name], (EVERY, pos)) for name in names}
+        hooks = {name: put(acts[name], (EVERY, pos)) for name in names}
         expected = metric_under(model, CORRUPT, hooks) - before
         assert float(got.values[i]) == pytest.approx(expected, abs=1e-5)
 
@@ -263,8 +263,8 @@ def test_feature_patches_equal_edits_of_the_bare_model(model, site: str, directi
 def test_features_that_do_not_differ_are_left_out(hooked2) -> None:
     sae = factories.residual(hooked2, 1)
     name = sae.cfg.metadata.hook_name
-    one, other = (features(sae, values_at(hooked2, t, name))[:, 1:] for t in (CLEAN, CORRUPT))
-    expected = (one - other).abs().amax((0, 1)).gt(1e-6).nonzero().flatten().tolist()
+    clean, corrupt = (features(sae, values_at(hooked2, t, name))[:, 1:] for t in (CLEAN, CORRUPT))
+    expected = (clean - corrupt).abs().amax((0, 1)).gt(1e-6).nonzero().flatten().tolist()
     got = activation_patching(hooked2, TASK, "feature", saes=sae).labels["feature"]
     assert [f.feature for f in got] == expected
 
@@ -409,8 +409,8 @@ def test_unknown_names_are_errors(hooked2) -> None:
 
 
 def test_both_classes_agree() -> None:
-    one, other = (
+    hooked, bridge = (
         activation_patching(tiny_model("gemma3", backend), TASK, "z").values
         for backend in ("hooked", "bridge")
     )
-    assert torch.allclose(one, other, atol=1e-5)
+    assert torch.allclose(hooked, bridge, atol=1e-5)

@@ -107,12 +107,12 @@ def test_transformer_lens_head_results_do_not_sum(model) -> None:
     naive = cache.logit_attrs(
         results, tokens=RIGHT[0], incorrect_tokens=WRONG[0], pos_slice=-1, has_batch_dim=True
     )
-    ours = direct_logit_attribution(model, tokens, metric=logit_diff(RIGHT[:1], WRONG[:1]))
-    theirs = float(naive.sum()) + sum(
-        value(ours, label) for label in ours.labels["component"] if "ATTN" not in label
+    effects = direct_logit_attribution(model, tokens, metric=logit_diff(RIGHT[:1], WRONG[:1]))
+    naive_sum = float(naive.sum()) + sum(
+        value(effects, label) for label in effects.labels["component"] if "ATTN" not in label
     )
-    assert sums(ours)
-    assert abs(theirs - ours.metadata["metric_clean"]) > 0.05
+    assert sums(effects)
+    assert abs(naive_sum - effects.metadata["metric_clean"]) > 0.05
 
 
 def test_prompts_of_several_lengths_each_at_its_own_end(hooked2) -> None:
@@ -161,9 +161,9 @@ def test_the_capped_difference_is_stated_beside_it(model) -> None:
 
 
 def test_folded_models(model) -> None:
-    ours, raw = (direct_logit_attribution(m, TASK, by="head") for m in (folded(model), model))
-    assert sums(ours)
-    assert torch.allclose(ours.values, raw.values, atol=1e-4)
+    after, before = (direct_logit_attribution(m, TASK, by="head") for m in (folded(model), model))
+    assert sums(after)
+    assert torch.allclose(after.values, before.values, atol=1e-4)
 
 
 def test_in_half_precision_the_sum_is_as_exact_as_the_model(hooked2) -> None:
@@ -202,10 +202,10 @@ def test_features_error_and_bias_sum_to_what_they_replace(model) -> None:
         ("blocks.1.attn.hook_z", HEADS[4:8]),
         ("blocks.2.hook_mlp_out", ["MLP2"]),
     ):
-        own = [label for label in split.labels["component"] if label.startswith(site)]
-        assert {f"{site} error", f"{site} b_dec"} <= set(own)
-        assert len(own) > 2  # some features are active
-        assert close(sum(value(split, x) for x in own), sum(value(whole, x) for x in replaced))
+        labels = [label for label in split.labels["component"] if label.startswith(site)]
+        assert {f"{site} error", f"{site} b_dec"} <= set(labels)
+        assert len(labels) > 2  # some features are active
+        assert close(sum(value(split, x) for x in labels), sum(value(whole, x) for x in replaced))
         assert not set(replaced) & set(split.labels["component"])
 
 
@@ -251,8 +251,8 @@ def test_cross_layer_features_add_up_over_their_outputs(model, hf) -> None:
     assert not [label for label in split.labels["component"] if label.startswith("MLP")]
     whole = direct_logit_attribution(model, TASK, by="head")
     mlps = sum(value(whole, f"MLP{layer}") for layer in range(3))
-    own = [label for label in split.labels["component"] if label.startswith("blocks.")]
-    assert close(sum(value(split, label) for label in own), mlps)
+    labels = [label for label in split.labels["component"] if label.startswith("blocks.")]
+    assert close(sum(value(split, label) for label in labels), mlps)
 
 
 def test_what_would_be_counted_twice_is_refused(hooked2) -> None:

@@ -42,21 +42,21 @@ def test_edges_equal_brute_force(model, direction: str) -> None:
 def test_the_true_edges_of_hand_built_circuits(case) -> None:
     got = edge_patching(case.make("hooked"), case.task)
     places = got.edges.mask.nonzero().tolist()
-    found = {
+    large_edges = {
         (got.edges.writers[u], got.edges.readers[v])
         for u, v in places
         if abs(float(got.values[u, v])) > 0.05 * abs(got.gap)
     }
-    assert found == case.true_edges
+    assert large_edges == case.true_edges
     rest = [abs(v) for v in got.flat.tolist() if abs(v) <= 0.05 * abs(got.gap)]
     assert max(rest) < 1e-5 * abs(got.gap)
 
 
 def test_batches_and_parts_do_not_matter(hooked2) -> None:
     whole = edge_patching(hooked2, TASK)
-    one = edge_patching(hooked2, TASK, max_rows=1)
-    assert torch.allclose(whole.values, one.values, atol=TINY)
-    assert torch.allclose(whole.values_by_prompt, one.values_by_prompt, atol=TINY)
+    single = edge_patching(hooked2, TASK, max_rows=1)
+    assert torch.allclose(whole.values, single.values, atol=TINY)
+    assert torch.allclose(whole.values_by_prompt, single.values_by_prompt, atol=TINY)
     assert torch.allclose(whole.values_by_prompt.mean(-1), whole.values, atol=TINY)
 
 

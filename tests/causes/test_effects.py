@@ -92,8 +92,8 @@ def test_one_coordinate_drops_an_axis_and_several_keep_it() -> None:
     column = BY_PROMPT.at(layer=[1, 0], head=1)
     assert column.labels == {"layer": (1, 0)}
     assert column.values.tolist() == [0.0, -2.0]
-    one = FEATURES.at(feature=FEATURES.labels["feature"][1])
-    assert (one.axes, float(one.values)) == ((), -1.0)
+    cell = FEATURES.at(feature=FEATURES.labels["feature"][1])
+    assert (cell.axes, float(cell.values)) == ((), -1.0)
     assert GRID.at(head=1).values_by_prompt is None
 
 
@@ -122,9 +122,9 @@ def test_means_alone_say_nothing_about_how_sure_they_are() -> None:
             TaskError, match="exact patching gives means .* only.*activation_patching"
         ):
             measure()
-    one = Effects(EACH[..., 0], GRID.axes, GRID.labels, META, EACH[..., :1])
+    of_one_prompt = Effects(EACH[..., 0], GRID.axes, GRID.labels, META, EACH[..., :1])
     with pytest.raises(TaskError, match="One prompt"):
-        one.to_frame(significance=True)
+        of_one_prompt.to_frame(significance=True)
 
 
 def test_three_axes_are_drawn_one_layer_at_a_time() -> None:
@@ -140,8 +140,8 @@ def test_three_axes_are_drawn_one_layer_at_a_time() -> None:
 
 
 def test_chosen_positions_keep_their_tokens() -> None:
-    one = Effects(torch.ones(2, 1), ("layer", "pos"), {"layer": (0, 1), "pos": (1,)}, META)
-    assert one.plot().data[0].x == ("b",)
+    chosen = Effects(torch.ones(2, 1), ("layer", "pos"), {"layer": (0, 1), "pos": (1,)}, META)
+    assert chosen.plot().data[0].x == ("b",)
 
 
 def test_labels_must_fit_the_values() -> None:

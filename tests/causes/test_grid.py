@@ -29,7 +29,7 @@ def test_default_axes_and_sizes(hooked2) -> None:
     assert shapes["ln_final_scale"] == (("pos",), (8,))
 
 
-MODEL_PARTS = [name for name, known in COMPONENTS.items() if "{site}" not in known.hook]
+MODEL_PARTS = [name for name, component in COMPONENTS.items() if "{site}" not in component.hook]
 
 
 @pytest.mark.parametrize("component", MODEL_PARTS)
@@ -59,8 +59,8 @@ def test_an_axis_without_a_name_is_covered(hooked2) -> None:
     assert grid(hooked2, "z", axes="layer").patches[1] == Patch(
         ("blocks.1.attn.hook_z",), (EVERY, EVERY)
     )
-    (one,) = grid(hooked2, "mlp_out", axes=("pos",), positions=[3]).patches
-    assert one.hooks == tuple(f"blocks.{layer}.hook_mlp_out" for layer in range(3))
+    (patch,) = grid(hooked2, "mlp_out", axes=("pos",), positions=[3]).patches
+    assert patch.hooks == tuple(f"blocks.{layer}.hook_mlp_out" for layer in range(3))
 
 
 def test_entries_and_their_sums() -> None:

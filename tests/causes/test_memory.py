@@ -37,7 +37,7 @@ class Peak(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live, self.peak = 0, 0
-        self.known: dict[int, int] = {}
+        self.sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -45,15 +45,15 @@ class Peak(TorchDispatchMode):
             if isinstance(x, torch.Tensor):
                 storage = x.untyped_storage()
                 key = storage._cdata
-                if key not in self.known:
-                    self.known[key] = storage.nbytes()
+                if key not in self.sizes:
+                    self.sizes[key] = storage.nbytes()
                     self.live += storage.nbytes()
                     self.peak = max(self.peak, self.live)
                     weakref.finalize(storage, self.free, key)
         return out
 
     def free(self, key: int) -> None:
-        self.live -= self.known.pop(key)
+        self.live -= self.sizes.pop(key)
 
 
 WORDS = logit_diff([10] * 4, [11] * 4)
@@ -81,9 +81,9 @@ def test_the_estimate_of_a_row_is_an_upper_bound(backend: str, shape: dict[str, 
         parts = {rows: bound.part(torch.arange(rows)) for rows in (1, 4)}
 
         def peak(part: BoundTask) -> int:
-            with torch.no_grad(), Peak() as found:
+            with torch.no_grad(), Peak() as memory:
                 part.measure(model, part.clean, fwd_hooks=hooks)
-            return found.peak
+            return memory.peak
 
         peak(parts[1])
         measured = (peak(parts[4]) - peak(parts[1])) / 3

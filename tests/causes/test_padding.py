@@ -32,12 +32,12 @@ def as_alone(model, component: str, **options) -> None:
     """Each prompt's effects in the batch are those of the prompt in a task of its own."""
     whole = activation_patching(model, TASK, component, **options)
     for i in range(3):
-        one = activation_patching(model, alone(i), component, **options)
+        single = activation_patching(model, alone(i), component, **options)
         got = whole.values_by_prompt[..., i]
         if whole.axes[-1] == "pos":
-            got, behind = got.split([n := one.values.shape[-1], got.shape[-1] - n], dim=-1)
+            got, behind = got.split([n := single.values.shape[-1], got.shape[-1] - n], dim=-1)
             assert not behind.abs().gt(1e-6).any()
-        assert torch.allclose(got, one.values, atol=1e-5)
+        assert torch.allclose(got, single.values, atol=1e-5)
     assert whole.values.abs().max() > 1e-4
 
 
@@ -55,8 +55,8 @@ def test_features_of_each_prompt_are_as_alone(hooked2) -> None:
     whole = activation_patching(hooked2, TASK, "feature", saes=sae)
     for i in range(3):
         features = whole.labels["feature"]
-        one = activation_patching(hooked2, alone(i), "feature", saes=sae, features=features)
-        assert torch.allclose(whole.values_by_prompt[:, i], one.values, atol=1e-5)
+        single = activation_patching(hooked2, alone(i), "feature", saes=sae, features=features)
+        assert torch.allclose(whole.values_by_prompt[:, i], single.values, atol=1e-5)
 
 
 def test_means_are_over_prompts_that_reach_a_position(hooked2) -> None:

@@ -138,9 +138,11 @@ def test_the_copy_of_one_query_head(model, port) -> None:
 def test_copies_for_a_whole_group_are_the_group(hooked2) -> None:
     copies = [["L1H0.k", "L1H1.k", "L2H2.k", "L2H3.k", "L2H2.v", "L2H3.v", "L2H3.q"]]
     groups = [["L1KV0.k", "L2KV1.k", "L2KV1.v", "L2H3.q"]]
-    one, other = (path_patching(hooked2, TASK, "embed", r).values for r in (copies, groups))
-    assert abs(float(one - other)) < 1e-5
-    assert abs(float(one)) > 1e-3
+    of_copies, of_groups = (
+        path_patching(hooked2, TASK, "embed", r).values for r in (copies, groups)
+    )
+    assert abs(float(of_copies - of_groups)) < 1e-5
+    assert abs(float(of_copies)) > 1e-3
 
 
 def test_sets_change_together(model) -> None:
@@ -283,18 +285,18 @@ def test_prompts_of_several_lengths(hooked2) -> None:
 
 
 def test_nodes_stand_for_their_names(hooked2) -> None:
-    one = path_patching(
+    by_node = path_patching(
         hooked2, TASK, [Node.head(0, 1), Stream("blocks.1.hook_resid_pre")], "logits"
     )
-    other = path_patching(
+    by_name = path_patching(
         hooked2, TASK, ["L0H1", "blocks.1.hook_resid_pre"], Reader(Node.logits()), max_rows=1
     )
-    assert one.labels == other.labels
-    assert torch.allclose(one.values, other.values, atol=TINY)
-    assert one.values_by_prompt is not None
-    assert one.values_by_prompt.shape == (2, 1, len(CLEAN))
-    assert other.to_frame()["sender"].tolist() == ["L0H1", "blocks.1.hook_resid_pre"]
-    assert one.plot().data[0].type == "heatmap"
+    assert by_node.labels == by_name.labels
+    assert torch.allclose(by_node.values, by_name.values, atol=TINY)
+    assert by_node.values_by_prompt is not None
+    assert by_node.values_by_prompt.shape == (2, 1, len(CLEAN))
+    assert by_name.to_frame()["sender"].tolist() == ["L0H1", "blocks.1.hook_resid_pre"]
+    assert by_node.plot().data[0].type == "heatmap"
 
 
 def test_mistakes(hooked2) -> None:
@@ -338,11 +340,11 @@ def test_late_passes_give_what_whole_ones_do(paths: str, backend: str, monkeypat
     half = build(copy.deepcopy(tiny_hf("gemma3")).to(torch.bfloat16), tiny_tokenizer(), "half")
     senders = ["embed", "L0H1", "MLP0", "L1H2", "MLP1", "blocks.1.hook_resid_pre"]
     receivers = ["L1H1.q", "L2H0.k", "L2H3.v", "MLP1", "MLP2", "blocks.2.hook_resid_pre", "logits"]
-    for own, share in ((tiny_model("gemma3", backend), 1e-5), (half, 0.1)):
-        late = path_patching(own, LATE, senders, receivers, paths=paths)
+    for model, share in ((tiny_model("gemma3", backend), 1e-5), (half, 0.1)):
+        late = path_patching(model, LATE, senders, receivers, paths=paths)
         with monkeypatch.context() as patched:
             patched.setattr(Arithmetic, "of", lambda *args: None)
-            whole = path_patching(own, LATE, senders, receivers, paths=paths)
+            whole = path_patching(model, LATE, senders, receivers, paths=paths)
         assert late.values_by_prompt is not None and whole.values_by_prompt is not None
         difference = late.values_by_prompt - whole.values_by_prompt
         assert float(difference.norm()) < share * float(whole.values_by_prompt.norm())

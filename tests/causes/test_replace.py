@@ -49,12 +49,12 @@ def test_seeds_differ() -> None:
 @pytest.mark.parametrize("replacement", ["zero", "mean", "overall_mean", "resample"])
 def test_the_sweep_inserts_it_into_the_base_run(model, replacement: str) -> None:
     name = "blocks.1.attn.hook_z"
-    there = values_at(model, CORRUPT, name)
+    acts = values_at(model, CORRUPT, name)
     value = {
-        "zero": torch.zeros_like(there),
-        "mean": there.mean(0, keepdim=True).expand_as(there),
-        "overall_mean": there.mean((0, 1), keepdim=True).expand_as(there),
-        "resample": there.flip(0),  # of two prompts
+        "zero": torch.zeros_like(acts),
+        "mean": acts.mean(0, keepdim=True).expand_as(acts),
+        "overall_mean": acts.mean((0, 1), keepdim=True).expand_as(acts),
+        "resample": acts.flip(0),  # of two prompts
     }[replacement]
 
     def patch(x):

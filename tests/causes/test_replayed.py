@@ -51,9 +51,9 @@ def test_each_part_starts_where_its_prompts_differ(model) -> None:
         index, width = part.index, part.bound.clean.shape[1]
         seen += index.tolist()
         assert part.start == min(STARTS[i] for i in index)
-        for found, expected in zip((part.base_acts, part.other_acts), whole, strict=True):
+        for acts, expected in zip((part.base_acts, part.other_acts), whole, strict=True):
             inside = MASK[index, :width]
-            difference = found[names[0]] - expected[index, :width]
+            difference = acts[names[0]] - expected[index, :width]
             assert float(difference[inside].abs().max()) < 1e-5
     assert sorted(seen) == [0, 1, 2, 3]
 
@@ -69,10 +69,10 @@ def test_effects_are_those_of_whole_passes(model, metric: str, rows: int, monkey
         model, task(metric), "pattern", direction="noising", max_rows=rows
     )
     monkeypatch.setattr(Arithmetic, "of", lambda *args: None)
-    for found, component in ((late, "z"), (by_pos, "resid_post"), (pattern, "pattern")):
+    for effects, component in ((late, "z"), (by_pos, "resid_post"), (pattern, "pattern")):
         whole = activation_patching(model, task(metric), component, direction="noising")
-        assert whole.values_by_prompt is not None and found.values_by_prompt is not None
-        assert torch.allclose(found.values_by_prompt, whole.values_by_prompt, atol=1e-5)
+        assert whole.values_by_prompt is not None and effects.values_by_prompt is not None
+        assert torch.allclose(effects.values_by_prompt, whole.values_by_prompt, atol=1e-5)
 
 
 def test_what_does_not_change_has_no_effect_at_all(model) -> None:

@@ -71,11 +71,11 @@ def test_one_token_is_a_logit_difference(model: Any) -> None:
     right, wrong = [10, 20, 30], [40, 50, 60]
     sequences = sequence_logprob([[i] for i in right], [[i] for i in wrong])
     tasks = [Task(CLEAN, CORRUPT, m) for m in (sequences, gs.logit_diff(right, wrong))]
-    one, other = (gs.activation_patching(model, task, "z") for task in tasks)
-    assert torch.allclose(one.values, other.values, atol=1e-5)
-    assert torch.allclose(one.values_by_prompt, other.values_by_prompt, atol=1e-5)
-    assert one.metadata["n_prompts"] == 3
-    assert one.metadata["metric"] == "sequence log-probability"
+    by_sequence, by_logits = (gs.activation_patching(model, task, "z") for task in tasks)
+    assert torch.allclose(by_sequence.values, by_logits.values, atol=1e-5)
+    assert torch.allclose(by_sequence.values_by_prompt, by_logits.values_by_prompt, atol=1e-5)
+    assert by_sequence.metadata["n_prompts"] == 3
+    assert by_sequence.metadata["metric"] == "sequence log-probability"
 
 
 def test_an_answer_of_two_tokens_is_a_sum_of_two_questions(model: Any) -> None:
@@ -116,8 +116,8 @@ def test_patching_is_that_of_a_loop(model: Any) -> None:
                 hook = ("blocks.1.hook_mlp_out", _put(pos, other[2 * prompt + i, pos]))
                 values.append(slow(model, text, answer, [hook]))
             expected.append(values[0] - values[1] - base[prompt])
-        found = effects.values_by_prompt[0, pos].tolist()
-        assert found == pytest.approx(expected, abs=1e-4)
+        effect = effects.values_by_prompt[0, pos].tolist()
+        assert effect == pytest.approx(expected, abs=1e-4)
     # position 6 is the answer's in the second prompt and the prompt's in the others
     assert effects.axes == ("layer", "pos") and effects.values.shape[1] == 9
 

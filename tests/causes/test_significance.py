@@ -47,18 +47,18 @@ def by_enumeration(cells: np.ndarray) -> tuple[list[float], list[float]]:
         return np.abs(x.mean(-1) / x.std(-1, ddof=1))
 
     flipped = np.stack([t(cells * row) for row in signs])
-    found = t(cells) - 1e-9
-    single = (flipped >= found).mean(0)
-    corrected = (flipped.max(1, keepdims=True) >= found).mean(0)
+    reached = t(cells) - 1e-9
+    single = (flipped >= reached).mean(0)
+    corrected = (flipped.max(1, keepdims=True) >= reached).mean(0)
     return single.tolist(), corrected.tolist()
 
 
 def test_few_prompts_try_every_sign_pattern() -> None:
     cells = CHANGES.reshape(6, 6).double()
     single, corrected = by_enumeration(cells.numpy())
-    found = permutation_test(cells, n=64, seed=0)
-    assert found.single.tolist() == pytest.approx(single)
-    assert found.corrected.tolist() == pytest.approx(corrected)
+    p_values = permutation_test(cells, n=64, seed=0)
+    assert p_values.single.tolist() == pytest.approx(single)
+    assert p_values.corrected.tolist() == pytest.approx(corrected)
     assert permutation_test(CHANGES, n=64, seed=0).single.shape == (2, 3)
 
 
@@ -69,10 +69,10 @@ def test_random_patterns_come_close_to_all_of_them(monkeypatch) -> None:
     monkeypatch.setattr(significance, "_AT_ONCE", 50)  # some patterns at a time
     # fewer than 64, so that they are drawn
     means = [permutation_test(cells, n=63, seed=seed) for seed in range(100)]
-    found = torch.stack([p.single for p in means]).mean(0)
-    both = torch.stack([p.corrected for p in means]).mean(0)
-    assert found.tolist() == pytest.approx(single, abs=0.03)
-    assert both.tolist() == pytest.approx(corrected, abs=0.03)
+    alone = torch.stack([p.single for p in means]).mean(0)
+    together = torch.stack([p.corrected for p in means]).mean(0)
+    assert alone.tolist() == pytest.approx(single, abs=0.03)
+    assert together.tolist() == pytest.approx(corrected, abs=0.03)
 
 
 def test_without_effects_one_sweep_in_twenty_has_a_finding() -> None:

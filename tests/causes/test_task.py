@@ -152,8 +152,10 @@ def test_words_and_ids_mean_the_same(hooked2) -> None:
         torch.tensor([[2, 5, 9, 7], [2, 8, 6, 7]]),
         logit_diff([10, 11], [12, 13]),
     )
-    one, other = (activation_patching(hooked2, task, "z").values for task in (by_word, by_id))
-    assert torch.equal(one, other)
+    from_words, from_ids = (
+        activation_patching(hooked2, task, "z").values for task in (by_word, by_id)
+    )
+    assert torch.equal(from_words, from_ids)
     assert by_word.first(1).clean == ["w5 w6 w7"]
     assert len(by_word) == len(by_id) == 2
 
@@ -234,12 +236,12 @@ def test_answers_may_be_of_any_integers(hooked2) -> None:
     for right in (np.array([10, 20]), torch.tensor([10, 20]), (np.int64(10), torch.tensor(20))):
         other = logit_diff(right, [torch.tensor([30, 31]), np.int32(40)])
         assert (other.answer, other.wrong) == (plain.answer, plain.wrong)
-    one = Task("w5 w6", "w7 w6", logit_diff("w10", torch.tensor(11)))
-    assert one.metric.answer == ["w10"] and one.metric.wrong == [11]
-    metadata = activation_patching(hooked2, one, "z").metadata
+    task = Task("w5 w6", "w7 w6", logit_diff("w10", torch.tensor(11)))
+    assert task.metric.answer == ["w10"] and task.metric.wrong == [11]
+    metadata = activation_patching(hooked2, task, "z").metadata
     assert metadata["answers"] == "'w10' (10) against 'w11' (11)"
     assert "first prompt 'w10' (10) against 'w11' (11)" in repr(
-        activation_patching(hooked2, one, "z")
+        activation_patching(hooked2, task, "z")
     )
 
 

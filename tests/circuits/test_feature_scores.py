@@ -98,7 +98,7 @@ def test_batches_do_not_matter(hooked2) -> None:
 
 
 def test_prompts_of_several_lengths(hooked2) -> None:
-    """Padding is no token: the mean of two tasks is that of both."""
+    """Padding is not a token: the mean of two tasks is that of both."""
     saes = [dictionaries(hooked2)[0]]
     short = Task(CLEAN[:1, :7], CORRUPT[:1, :7], logit_diff([10], [30]))
     long = Task(CLEAN[1:], CORRUPT[1:], logit_diff([20], [40]))

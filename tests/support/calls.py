@@ -118,32 +118,32 @@ def dictionaries(dtype: torch.dtype) -> dict[str, Any]:
 
 def numbers(result: Any) -> Numbers:
     """All numbers of a result: tensors, arrays, floats and frames, by the name of their field."""
-    found: Numbers = {}
-    _collect("", result, found, 0)
-    return found
+    fields: Numbers = {}
+    _collect("", result, fields, 0)
+    return fields
 
 
-def _collect(name: str, value: Any, found: Numbers, depth: int) -> None:
+def _collect(name: str, value: Any, fields: Numbers, depth: int) -> None:
     if isinstance(value, torch.Tensor):
         if value.is_floating_point():
-            found[name] = value.detach().double().flatten()
+            fields[name] = value.detach().double().flatten()
     elif isinstance(value, np.ndarray):
         if value.dtype.kind == "f":
-            found[name] = torch.from_numpy(value.astype(np.float64)).flatten()
+            fields[name] = torch.from_numpy(value.astype(np.float64)).flatten()
     elif isinstance(value, float):
-        found[name] = torch.tensor([value], dtype=torch.float64)
+        fields[name] = torch.tensor([value], dtype=torch.float64)
     elif hasattr(value, "select_dtypes"):
         for column in value.select_dtypes("float").columns:
-            found[f"{name}.{column}"] = torch.tensor(value[column].to_numpy(dtype=np.float64))
+            fields[f"{name}.{column}"] = torch.tensor(value[column].to_numpy(dtype=np.float64))
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            _collect(f"{name}.{key}", item, found, depth + 1)
+            _collect(f"{name}.{key}", item, fields, depth + 1)
     elif isinstance(value, (list, tuple)) and depth < 6:
         for index, item in enumerate(value):
-            _collect(f"{name}.{index}", item, found, depth + 1)
+            _collect(f"{name}.{index}", item, fields, depth + 1)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type) and depth < 6:
         for part in dataclasses.fields(value):
-            _collect(f"{name}.{part.name}", getattr(value, part.name), found, depth + 1)
+            _collect(f"{name}.{part.name}", getattr(value, part.name), fields, depth + 1)
 
 
 CALLS: dict[str, Callable[[Scene], Any]] = {}

@@ -108,5 +108,5 @@ def _values(result: Any) -> dict[str, Any]:
     names = ("values", "probabilities", "bound")
     if hasattr(result, "columns"):
         return {c: result[c].fillna(0) for c in result.columns if c in ("fvu", "l0", "f1")}
-    found = {n: getattr(result, n) for n in names if hasattr(result, n)}
-    return {n: v.float() if isinstance(v, torch.Tensor) else v for n, v in found.items()}
+    fields = {n: getattr(result, n) for n in names if hasattr(result, n)}
+    return {n: v.float() if isinstance(v, torch.Tensor) else v for n, v in fields.items()}

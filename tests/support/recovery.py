@@ -50,6 +50,6 @@ def mib_auroc(graph: Graph, truth: Bool[torch.Tensor, " edge"]) -> float:
     if bool(truth.all()) or not bool(truth.any()):
         raise EmptySelectionError(f"The known circuit has {int(truth.sum())} of {len(truth)} edges")
     circuits = [greedy(graph, n).is_kept for n in sizes_of(graph.n_edges)]
-    found = [float((kept & truth).sum() / truth.sum()) for kept in circuits]
-    wrong = [float((kept & ~truth).sum() / (~truth).sum()) for kept in circuits]
-    return trapezoid([rate / wrong[-1] for rate in wrong], found)
+    right = [float((circuit & truth).sum() / truth.sum()) for circuit in circuits]
+    wrong = [float((circuit & ~truth).sum() / (~truth).sum()) for circuit in circuits]
+    return trapezoid([rate / wrong[-1] for rate in wrong], right)

@@ -145,8 +145,8 @@ def test_drafting_ends_where_nothing_new_is_drawn() -> None:
         rng = Random(0)
         while True:
             n_draws += 1
-            one, two = rng.sample(WORD_PAIRS, 2)
-            yield Draft(f"I saw {one} and", f"I saw {two} and", (" John",), (" Mary",))
+            first, second = rng.sample(WORD_PAIRS, 2)
+            yield Draft(f"I saw {first} and", f"I saw {second} and", (" John",), (" Mary",))
 
     fitting = fit(WORDS, draws(), 10**6, 10**9)
     n = len(WORD_PAIRS) * (len(WORD_PAIRS) - 1)
@@ -159,8 +159,8 @@ def test_fitting_in_batches_is_fitting_one_by_one() -> None:
         several, single = (fit(WORDS, iter(rows), n, 150) for n in (150, 1))
         assert several.pairs[:1] == single.pairs
         alone = [fit(WORDS, iter([draft]), 1, 1) for draft in rows]
-        assert several.pairs == tuple(pair for one in alone for pair in one.pairs)
-        assert several.n_dropped == sum(one.n_dropped for one in alone)
+        assert several.pairs == tuple(pair for fitting in alone for pair in fitting.pairs)
+        assert several.n_dropped == sum(fitting.n_dropped for fitting in alone)
 
 
 def test_a_model_without_a_tokenizer_is_an_error() -> None:
@@ -176,19 +176,20 @@ def suite() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "there"),
+    ("name", "suite_name"),
     [("ioi", "ioi"), ("greater_than", "years"), ("induction", "induction"), ("two_hop", "two_hop")],
 )
-def test_the_bundled_suite_gives_its_own(suite: Any, name: str, there: str) -> None:
+def test_the_bundled_suite_gives_its_own(suite: Any, name: str, suite_name: str) -> None:
     task = gs.Task.builtin(name, suite.model, n=6, split="held_out", seed=2)
-    expected = suite.task(there, n=6, seed=2)
+    expected = suite.task(suite_name, n=6, seed=2)
     assert (task.clean, task.corrupt, task.metric) == (
         expected.clean,
         expected.corrupt,
         expected.metric,
     )
     assert (
-        gs.Task.builtin(name, suite.model, n=6).clean == suite.task(there, n=6, split="train").clean
+        gs.Task.builtin(name, suite.model, n=6).clean
+        == suite.task(suite_name, n=6, split="train").clean
     )
     assert gs.activation_patching(suite.model, task, "z").metadata["task"] == name
 

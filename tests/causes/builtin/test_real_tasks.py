@@ -54,12 +54,12 @@ def test_answers_of_several_tokens(real_model: Any) -> None:
     task = gs.Task(prompts, corrupt, gs.sequence_logprob(answers, wrong))
     bound = task.bind(real_model)
     with torch.no_grad():
-        found = bound.fold(bound.measure(real_model, bound.clean)).tolist()
+        metric = bound.fold(bound.measure(real_model, bound.clean)).tolist()
     expected = [
         _slow(real_model, prompt, right) - _slow(real_model, prompt, other)
         for prompt, right, other in zip(prompts, answers, wrong, strict=True)
     ]
-    assert found == pytest.approx(expected, abs=2e-3)
+    assert metric == pytest.approx(expected, abs=2e-3)
     glued = gs.Task(prompts, corrupt, gs.sequence_logprob(["New York City", " San Francisco"]))
     with pytest.raises(
         TaskError, match="answer 0 is 'New York City', which would run into .*' is'"
@@ -90,9 +90,9 @@ def test_a_sentence_and_lists(real_model: Any) -> None:
         fill={"A": names, "B": names, "place": ["park"], "thing": ["book"]},
     )
     assert len(task) == 12 and task.origin is not None and task.origin.n_dropped == 8
-    kept = task.filtered(real_model)
-    assert len(kept) >= 11
-    assert (kept.figures(real_model).metric > 0).all()
+    filtered = task.filtered(real_model)
+    assert len(filtered) >= 11
+    assert (filtered.figures(real_model).metric > 0).all()
 
 
 def test_the_sentence_of_the_readme(real_model: Any) -> None:

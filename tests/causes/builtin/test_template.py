@@ -34,20 +34,21 @@ def test_every_combination_is_drawn_once() -> None:
     for clean, corrupt, right, wrong in zip(
         task.clean, task.corrupt, task.metric.answer, task.metric.wrong, strict=True
     ):
-        found = re.fullmatch(r"When (\w+) and (\w+) went to the \w+, (\w+) gave a book to", clean)
-        assert found and found[2] == found[3] != found[1]
-        assert (text(right[0]), text(wrong[0])) == (f" {found[1]}", f" {found[2]}")
-        assert corrupt == clean.translate(str.maketrans({})).replace(found[1], "@").replace(
-            found[2], found[1]
-        ).replace("@", found[2])
+        names = re.fullmatch(r"When (\w+) and (\w+) went to the \w+, (\w+) gave a book to", clean)
+        assert names and names[2] == names[3] != names[1]
+        assert (text(right[0]), text(wrong[0])) == (f" {names[1]}", f" {names[2]}")
+        assert corrupt == clean.translate(str.maketrans({})).replace(names[1], "@").replace(
+            names[2], names[1]
+        ).replace("@", names[2])
     assert made(n=5, seed=1).clean == made(n=5, seed=1).clean != made(n=5, seed=2).clean
     assert made().metric.wrong == made(wrong=None).metric.wrong
 
 
 def test_a_corruption_may_be_a_template_or_another_filler() -> None:
-    own = made(corrupt="When {A} and {B} went to the {place}, {A} gave a {thing} to")
+    swapped = made(corrupt="When {A} and {B} went to the {place}, {A} gave a {thing} to")
     assert all(
-        c.endswith("book to") and c != d for c, d in zip(own.clean, own.corrupt, strict=True)
+        c.endswith("book to") and c != d
+        for c, d in zip(swapped.clean, swapped.corrupt, strict=True)
     )
     other = made(corrupt={"A": "other"}, wrong=" {other A}")
     assert other.metric.wrong == made(corrupt={"A": "other"}, wrong=None).metric.wrong

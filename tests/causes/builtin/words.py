@@ -13,8 +13,8 @@ from gemmascope_plugin.causes.builtin.drafts import Draft, Half
 
 def drafts(name: str, split: str, n: int, seed: int = 0) -> list[Draft]:
     """Some drafts of a task, whatever the tokenizer."""
-    found = RECIPES[name].draw(Random(seed), Half(SPLITS.index(split)))
-    return [next(found) for _ in range(n)]
+    drawn = RECIPES[name].draw(Random(seed), Half(SPLITS.index(split)))
+    return [next(drawn) for _ in range(n)]
 
 
 @cache

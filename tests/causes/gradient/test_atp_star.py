@@ -51,29 +51,29 @@ def pattern_with(model, tokens: torch.Tensor, name: str, change) -> torch.Tensor
 def by_hand(model, task: Task, port: str, places) -> torch.Tensor:
     """``<change of the pattern, dm/dp>`` with one head's query or key replaced at some positions."""
     name = f"blocks.{LAYER}.attn.hook_{port}"
-    there = values_at(model, LONG_CLEAN, name)
+    clean = values_at(model, LONG_CLEAN, name)
     slope = pattern_slopes(model, task, LONG_CORRUPT)
     before = pattern_with(model, LONG_CORRUPT, name, lambda x: x)
-    found = torch.zeros(len(places), there.shape[2])
+    effects = torch.zeros(len(places), clean.shape[2])
     for i, place in enumerate(places):
-        for head in range(there.shape[2]):
+        for head in range(clean.shape[2]):
 
             def put(x, place=place, head=head):
                 x = x.clone()
-                x[:, place, head] = there[:, place, head]
+                x[:, place, head] = clean[:, place, head]
                 return x
 
             after = pattern_with(model, LONG_CORRUPT, name, put)
-            found[i, head] = ((after - before) * slope).sum()
-    return found
+            effects[i, head] = ((after - before) * slope).sum()
+    return effects
 
 
 def fixed(model, port: str, axes: tuple[str, ...]) -> torch.Tensor:
     """What the fixes say of one layer, without GradDrop."""
     with experiment(model, LONG, port, Choice(axes=axes), direction="denoising") as run:
         fixes = attention_fixes(run, Anatomy(model))
-        found = slopes(run, [pattern_hook(name) for name in fixes])
-        products = {name: fix.effects(found[pattern_hook(name)]) for name, fix in fixes.items()}
+        gradient = slopes(run, [pattern_hook(name) for name in fixes])
+        products = {name: fix.effects(gradient[pattern_hook(name)]) for name, fix in fixes.items()}
         values = by_patch(run.grid, products)[0].mean(1)
     return values.reshape(run.grid.shape)[LAYER]
 
@@ -130,10 +130,10 @@ def test_grad_drop_equals_one_pass_per_layer(backend: str, component: str) -> No
             for name in ("hook_attn_out", "hook_mlp_out")
         ]
         with model.hooks(bwd_hooks=stop):
-            found = gradients(model, CORRUPT, lambda logits: metric(logits).sum(), wanted)
+            grads = gradients(model, CORRUPT, lambda logits: metric(logits).sum(), wanted)
         for layer, (name, at) in enumerate(zip(names, wanted, strict=True)):
             fix = fixes.get(name)
-            product = found[at] * deltas[name] if fix is None else fix.effects(found[at][None])[0]
+            product = grads[at] * deltas[name] if fix is None else fix.effects(grads[at][None])[0]
             each = (product.sum(1) if product.ndim == 4 else product).sum(-1)
             if layer != dropped or component == "resid_pre":
                 expected[layer] += each.abs().mean(0)
@@ -166,8 +166,8 @@ def test_one_layer_cannot_be_dropped() -> None:
     from gemmascope_plugin.models.load_model import hooked_from_hf
 
     overrides = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
-    one = hooked_from_hf(tiny_models.gemma2(**overrides), factories.tiny_tokenizer(), "tiny")
-    hooks = n_hooks(one)
+    shallow = hooked_from_hf(tiny_models.gemma2(**overrides), factories.tiny_tokenizer(), "tiny")
+    hooks = n_hooks(shallow)
     with pytest.raises(ModelError, match='this model has one.*method="atp"'):
-        attribution_patching(one, TASK, "z", method="atp*")
-    assert n_hooks(one) == hooks
+        attribution_patching(shallow, TASK, "z", method="atp*")
+    assert n_hooks(shallow) == hooks

@@ -54,11 +54,11 @@ def test_feature_estimates_are_slopes_of_the_bare_model(double, direction: str) 
     effects = attribution_patching(double, TASK, "feature", direction=direction, saes=saes)
     keep = (base >= FIRST_WORD_ID)[..., None]
     for site, sae in saes.items():
-        here, there = (values_at(double, tokens, site) for tokens in (base, other))
-        step = (features(sae, flatten_heads(there)) - features(sae, flatten_heads(here))) * keep
+        before, after = (values_at(double, tokens, site) for tokens in (base, other))
+        step = (features(sae, flatten_heads(after)) - features(sae, flatten_heads(before))) * keep
         for i, (where, index) in enumerate(effects.labels["feature"]):
             if where == site:
-                direction = restore_heads(step[..., [index]] * sae.W_dec[index], here)
+                direction = restore_heads(step[..., [index]] * sae.W_dec[index], before)
                 expected = slope(double, base, site, direction)
                 assert float(effects.values[i]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
@@ -66,12 +66,12 @@ def test_feature_estimates_are_slopes_of_the_bare_model(double, direction: str) 
 def test_the_estimate_becomes_exact_as_the_corruption_shrinks(double) -> None:
     """Interpolated prompts: halving the step divides the gap to the exact effect by about four."""
     name = "blocks.1.hook_resid_pre"
-    here, there = values_at(double, CORRUPT, name), values_at(double, CLEAN, name)
+    corrupt, clean = values_at(double, CORRUPT, name), values_at(double, CLEAN, name)
     estimate = attribution_patching(double, TASK, "resid_pre", per_position=False)
     base = metric_under(double, CORRUPT, {})
     gaps = []
     for share in (0.02, 0.01):
-        step = share * (there - here)
+        step = share * (clean - corrupt)
         exact = metric_under(double, CORRUPT, {name: lambda x, step=step: x + step}) - base
         gaps.append(abs(exact - share * float(estimate.values[1])))
     assert gaps[0] / gaps[1] == pytest.approx(4, rel=0.2)
@@ -97,18 +97,18 @@ def test_features_and_error_share_out_the_estimate_of_the_stream(model) -> None:
 def test_exact_and_estimate_have_the_same_form(hooked2) -> None:
     sae = factories.residual(hooked2, 1)
     for component, saes in (("z", None), ("mlp_out", None), ("feature", sae)):
-        one = activation_patching(hooked2, TASK, component, saes=saes)
-        other = attribution_patching(hooked2, TASK, component, saes=saes)
-        assert one.axes == other.axes
-        assert one.labels == other.labels
-        assert one.gap == pytest.approx(other.gap)
-        assert other.metadata["method"] == "attribution"
+        exact = activation_patching(hooked2, TASK, component, saes=saes)
+        estimate = attribution_patching(hooked2, TASK, component, saes=saes)
+        assert exact.axes == estimate.axes
+        assert exact.labels == estimate.labels
+        assert exact.gap == pytest.approx(estimate.gap)
+        assert estimate.metadata["method"] == "attribution"
 
 
 @pytest.mark.parametrize("component", ["resid_pre", "z", "feature"])
 def test_both_classes_agree(component: str) -> None:
     saes = factories.four_dictionaries(tiny_model("gemma2", "hooked"))
-    one, other = (
+    hooked, bridge = (
         attribution_patching(
             tiny_model("gemma2", backend),
             TASK,
@@ -117,7 +117,7 @@ def test_both_classes_agree(component: str) -> None:
         ).values
         for backend in ("hooked", "bridge")
     )
-    assert torch.allclose(one, other, atol=1e-5)
+    assert torch.allclose(hooked, bridge, atol=1e-5)
 
 
 def test_nothing_is_left_behind(model) -> None:

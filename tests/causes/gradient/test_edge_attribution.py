@@ -73,11 +73,11 @@ def test_exact_deltas_sum_to_what_the_layer_would_write(model) -> None:
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
 def test_both_classes_agree(family: str) -> None:
     for options in ({"method": "eap"}, {"method": "eap-ig", "steps": 3}):
-        one, other = (
+        hooked, bridge = (
             edge_attribution(tiny_model(family, backend), TASK, **options).values
             for backend in ("hooked", "bridge")
         )
-        assert largest(one - other) < 5e-6
+        assert largest(hooked - bridge) < 5e-6
 
 
 def scaled(factor: float):
@@ -90,14 +90,15 @@ def scaled(factor: float):
 
 def test_the_size_of_attention_outputs_does_not_matter() -> None:
     """The negative control is what other tools compute: it grows with the factor."""
-    one, ten = scaled(1.0), scaled(10.0)
+    plain, large = scaled(1.0), scaled(10.0)
     for form in ("exact", "jacobian", "frozen"):
         first, second = (
-            edge_attribution(m, TASK, method="eap", writer_delta=form).values for m in (one, ten)
+            edge_attribution(m, TASK, method="eap", writer_delta=form).values
+            for m in (plain, large)
         )
         assert largest(first - second) < 2e-4 * largest(first), form
     first, second = (
-        edge_attribution(m, TASK, method="eap", writer_delta="naive").values for m in (one, ten)
+        edge_attribution(m, TASK, method="eap", writer_delta="naive").values for m in (plain, large)
     )
     heads = slice(1, 5)
     assert largest(second[heads]) > 5 * largest(first[heads])
@@ -105,10 +106,10 @@ def test_the_size_of_attention_outputs_does_not_matter() -> None:
 
 def test_a_small_difference_is_first_order(double) -> None:
     """Halving the difference divides what is missing from the exact effect by about four."""
-    own, gaps = copy.deepcopy(double), []
+    model, gaps = copy.deepcopy(double), []
     for share in (0.02, 0.01):
-        task = _nudged(own, share)
-        exact, guess = edge_patching(own, task), edge_attribution(own, task, method="eap")
+        task = _nudged(model, share)
+        exact, guess = edge_patching(model, task), edge_attribution(model, task, method="eap")
         gaps.append(largest(exact.flat - guess.flat))
     assert gaps[0] / gaps[1] == pytest.approx(4, rel=0.35)
 
@@ -185,8 +186,8 @@ def test_parts_positions_and_prompts_do_not_matter(hooked2, method: str) -> None
     for other in (parts.values, by_pos.total, by_prompt.values):
         assert torch.allclose(whole.values, other, atol=TINY)
     assert by_pos.values.shape == (*whole.values.shape, CLEAN.shape[1])
-    one = Task(CLEAN[:1], CORRUPT[:1], logit_diff(RIGHT[:1], WRONG[:1]))
-    alone = edge_attribution(hooked2, one, method=method, **line)
+    first = Task(CLEAN[:1], CORRUPT[:1], logit_diff(RIGHT[:1], WRONG[:1]))
+    alone = edge_attribution(hooked2, first, method=method, **line)
     assert torch.allclose(by_prompt.values_by_prompt[..., 0], alone.values, atol=TINY)
 
 
@@ -237,8 +238,8 @@ def test_hand_built_circuits_rank_first(case) -> None:
         effects = edge_attribution(case.make("hooked"), case.task, method=method, **line)
         best = effects.flat.abs().topk(len(case.true_edges)).indices
         places = effects.edges.mask.nonzero()[best].tolist()
-        found = {(effects.edges.writers[u], effects.edges.readers[v]) for u, v in places}
-        assert found == case.true_edges, method
+        best_edges = {(effects.edges.writers[u], effects.edges.readers[v]) for u, v in places}
+        assert best_edges == case.true_edges, method
 
 
 def test_edges_rank_as_exactly_patched_ones_do_and_the_norm_matters() -> None:
@@ -304,19 +305,21 @@ def test_late_passes_give_what_whole_ones_do(method: str, backend: str, monkeypa
     models = [(tiny_model(family, backend), 1e-5) for family in families]
     build = {"hooked": hooked_from_hf, "bridge": bridge_from_hf}[backend]
     half = build(copy.deepcopy(tiny_hf("gemma3")).to(torch.bfloat16), tiny_tokenizer(), "half")
-    for own, share in [*models, (half, 0.1)]:
+    for model, share in [*models, (half, 0.1)]:
         for form in forms:
-            late = edge_attribution(own, LATE, writer_delta=form, **options)
+            late = edge_attribution(model, LATE, writer_delta=form, **options)
             by_pos = edge_attribution(
-                own, LATE, writer_delta=form, **{**options, "by_prompt": False}, per_position=True
+                model, LATE, writer_delta=form, **{**options, "by_prompt": False}, per_position=True
             )
             with monkeypatch.context() as patched:
                 patched.setattr(Arithmetic, "of", lambda *args: None)
-                whole = edge_attribution(own, LATE, writer_delta=form, **options)
+                whole = edge_attribution(model, LATE, writer_delta=form, **options)
             assert late.values_by_prompt is not None and whole.values_by_prompt is not None
-            for one, other in (
+            for late_values, whole_values in (
                 (late.values_by_prompt, whole.values_by_prompt),
                 (by_pos.values.sum(-1), whole.values),
             ):
-                assert float((one - other).norm()) < share * float(other.norm())
+                assert float((late_values - whole_values).norm()) < share * float(
+                    whole_values.norm()
+                )
             assert not by_pos.values[..., :2].any()

@@ -25,15 +25,15 @@ NAME = "blocks.1.hook_resid_pre"
 
 def slow(model, alphas: list[float]) -> torch.Tensor:
     """Effects by position at one hook, one backward pass per step."""
-    here, there = values_at(model, CORRUPT, NAME), values_at(model, CLEAN, NAME)
+    corrupt, clean = values_at(model, CORRUPT, NAME), values_at(model, CLEAN, NAME)
     metric = TASK.bind(model).metric
-    slope = torch.zeros_like(here)
+    slope = torch.zeros_like(corrupt)
     for alpha in alphas:
-        point = here + alpha * (there - here)
+        point = corrupt + alpha * (clean - corrupt)
         hook = (NAME, lambda x, hook, point=point: x + (point - x).detach())
         with model.hooks(fwd_hooks=[hook]):
             slope += gradients(model, CORRUPT, lambda logits: metric(logits).mean(), [NAME])[NAME]
-    return (slope / len(alphas) * (there - here)).sum((0, 2))
+    return (slope / len(alphas) * (clean - corrupt)).sum((0, 2))
 
 
 @pytest.mark.parametrize(("method", "direction"), [("ig", "noising"), ("ig-inputs", "denoising")])
@@ -93,8 +93,8 @@ def test_every_component_explains_what_moving_its_layer_does(double, component: 
     for layer, name in enumerate(hooks):
         if component == "resid_mid":
             continue  # what is written is not what the other run has at that hook
-        there = values_at(double, CLEAN, name)
-        exact = metric_under(double, CORRUPT, {name: lambda x, there=there: there})
+        clean = values_at(double, CLEAN, name)
+        exact = metric_under(double, CORRUPT, {name: lambda x, clean=clean: clean})
         change = exact - metric_under(double, CORRUPT, {})
         assert float(by_layer[layer]) == pytest.approx(change, abs=3e-3 * abs(effects.gap))
 
@@ -173,11 +173,11 @@ def test_late_passes_give_what_whole_ones_do(component: str, backend: str, monke
     build = {"hooked": hooked_from_hf, "bridge": bridge_from_hf}[backend]
     half = build(copy.deepcopy(tiny_hf("gemma3")).to(torch.bfloat16), tiny_tokenizer(), "half")
     options = {"method": "ig-inputs", "steps": 3, "max_rows": 8}
-    for own, share in ((tiny_model("gemma3", backend), 1e-5), (half, 0.1)):
-        late = attribution_patching(own, LATE, component, **options)
+    for model, share in ((tiny_model("gemma3", backend), 1e-5), (half, 0.1)):
+        late = attribution_patching(model, LATE, component, **options)
         with monkeypatch.context() as patched:
             patched.setattr(Arithmetic, "of", lambda *args: None)
-            whole = attribution_patching(own, LATE, component, **options)
+            whole = attribution_patching(model, LATE, component, **options)
         assert late.values_by_prompt is not None and whole.values_by_prompt is not None
         difference = late.values_by_prompt - whole.values_by_prompt
         assert float(difference.norm()) < share * float(whole.values_by_prompt.norm())

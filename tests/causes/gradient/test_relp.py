@@ -22,9 +22,9 @@ def relevance(model, rules: RelpRules | None) -> tuple[list[float], float]:
     """Sum of relevance at three points of the stream, and the metric."""
     metric = TASK.bind(model).metric
     with model.hooks(fwd_hooks=[] if rules is None else rules.hooks(model)):
-        found = gradients(model, CORRUPT, lambda logits: metric(logits).mean(), STREAM)
+        coefficients = gradients(model, CORRUPT, lambda logits: metric(logits).mean(), STREAM)
         value = float(metric(model(CORRUPT)).mean())
-    return [float((found[n] * values_at(model, CORRUPT, n)).sum()) for n in STREAM], value
+    return [float((coefficients[n] * values_at(model, CORRUPT, n)).sum()) for n in STREAM], value
 
 
 def test_relevance_sums_to_the_metric_with_all_rules_and_only_then(model) -> None:
@@ -42,8 +42,8 @@ def test_logits_before_the_cap_have_no_cap_to_pass(hooked2) -> None:
     task = Task(CLEAN, CORRUPT, logit_diff(RIGHT, WRONG, before_cap=True))
     bound, name = task.bind(hooked2), "blocks.0.hook_resid_pre"
     with ALL.on(hooked2, hooked2, before_cap=True):
-        found = gradients_of(hooked2, lambda: bound.measure(hooked2, CORRUPT).sum(), [name])[name]
-    total = float((found * values_at(hooked2, CORRUPT, name)).sum())
+        slope = gradients_of(hooked2, lambda: bound.measure(hooked2, CORRUPT).sum(), [name])[name]
+    total = float((slope * values_at(hooked2, CORRUPT, name)).sum())
     assert total == pytest.approx(float(bound.measure(hooked2, CORRUPT).sum()), rel=1e-4)
 
 
@@ -70,7 +70,7 @@ def test_values_stay_to_the_last_bit_and_the_model_is_left_alone(model) -> None:
 )
 def test_both_classes_agree(family: str, component: str) -> None:
     saes = factories.four_dictionaries(tiny_model(family, "hooked"))
-    one, other = (
+    hooked, bridge = (
         attribution_patching(
             tiny_model(family, backend),
             TASK,
@@ -81,16 +81,16 @@ def test_both_classes_agree(family: str, component: str) -> None:
         )
         for backend in ("hooked", "bridge")
     )
-    assert torch.allclose(one.values, other.values, atol=1e-5)
-    assert float(one.values.abs().max()) > 1e-3
+    assert torch.allclose(hooked.values, bridge.values, atol=1e-5)
+    assert float(hooked.values.abs().max()) > 1e-3
     plain = attribution_patching(
         tiny_model(family, "hooked"),
         TASK,
         component,
         saes=saes if component == "feature" else None,
     )
-    assert not torch.allclose(one.values, plain.values, rtol=0.05)
-    assert (one.axes, one.labels) == (plain.axes, plain.labels)
+    assert not torch.allclose(hooked.values, plain.values, rtol=0.05)
+    assert (hooked.axes, hooked.labels) == (plain.axes, plain.labels)
 
 
 def test_constants_get_no_relevance(hooked2) -> None:

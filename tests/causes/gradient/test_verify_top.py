@@ -96,13 +96,13 @@ def test_subsets_are_patched_together(component: str) -> None:
         hooks = {}
         for layer, chosen in zip((0, 2), row, strict=True):
             hook = f"{name.format(layer)}{component}"
-            there = values_at(model, CLEAN, hook)
+            clean = values_at(model, CLEAN, hook)
 
-            def put(x, chosen=chosen, there=there):
+            def put(x, chosen=chosen, clean=clean):
                 x = x.clone()
                 axis = 1 if component == "attn_out" else 2
                 at = chosen.nonzero().flatten()
-                x.index_copy_(axis, at, there.index_select(axis, at))
+                x.index_copy_(axis, at, clean.index_select(axis, at))
                 return x
 
             hooks[hook] = put
