@@ -108,25 +108,11 @@ class BoundTask:
         """The metric of each row of a run; arguments as for :meth:`said`."""
         return self.metric.of_rows(self.said(runner, tokens, **kwargs))
 
-    def answer_logits(
-        self, runner: Any, tokens: Any, **kwargs: Any
-    ) -> Float[torch.Tensor, "ask d_vocab"]:
-        """All logits at what is asked of each row; arguments as for :meth:`said`."""
-        return self.said(runner, tokens, **kwargs).all()
-
-    def said(
-        self,
-        runner: Any,
-        tokens: Any,
-        *,
-        fwd_hooks: Hooks = (),
-        bwd_hooks: Hooks = (),
-        **kwargs: Any,
-    ) -> Readout:
+    def said(self, runner: Any, tokens: Any, *, fwd_hooks: Hooks = (), **kwargs: Any) -> Readout:
         """What a run with hooks says at the position, or positions, that each row is asked about."""
         before_cap = self.metric.metric.before_cap
         with (
-            hooking(runner, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks)),
+            hooking(runner, fwd_hooks=list(fwd_hooks)),
             read_out(runner, self.metric.places, before_cap=before_cap) as readouts,
         ):
             runner(tokens, **kwargs)

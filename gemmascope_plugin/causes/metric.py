@@ -246,10 +246,10 @@ class TokenSets:
             mask[row, : len(tokens)] = True
         return cls(ids.to(device_of(model)), mask.to(device_of(model)))
 
-    def label(self, model: HookedModel, row: int = 0, limit: int = 3) -> str:
-        """The tokens of one prompt for people, with their ids."""
+    def label(self, model: HookedModel, row: int = 0) -> str:
+        """The tokens of one prompt for people, three at most, with their ids."""
         tokens = self.ids[row][self.mask[row]].tolist()
-        shown = [quoted_label(model, token) for token in tokens[:limit]]
+        shown = [quoted_label(model, token) for token in tokens[:3]]
         more = len(tokens) - len(shown)
         return ", ".join(shown) + (f" and {more} more" if more else "")
 

@@ -20,7 +20,7 @@ from jaxtyping import Bool
 from gemmascope_plugin.arguments import as_index
 from gemmascope_plugin.causes.bound_task import BoundTask, TaskFigures, figures_of, right_prompts
 from gemmascope_plugin.causes.builtin import Fill, Split, Template, build, build_from_template
-from gemmascope_plugin.causes.builtin.build import check_task_name
+from gemmascope_plugin.causes.builtin.builtin_tasks import check_task_name
 from gemmascope_plugin.causes.builtin.template import (
     check_ask,
     check_corrupt,

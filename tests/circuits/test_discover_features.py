@@ -172,6 +172,9 @@ def test_the_same_task_in_several_dictionaries(hooked2) -> None:
     assert 0 <= frame.loc["a", "overlap c"] < 0.5
     assert frame.loc["a", "faithfulness"] == frame.loc["b", "faithfulness"]
     assert frame.loc["c", "features"] == factories.D_SAE
+    loose = {"cosine": -1.0, "at_least": -1e9, "sizes": (5, 10), "n": 10, "method": "atp"}
+    frame = stability(hooked2, TASK, TASK, sets={"a": [first], "c": [second]}, **loose)
+    assert frame.loc["a", "overlap c"] == 1 and frame.loc["a", "size"] == 5
     with pytest.raises(EmptySelectionError, match="There are 1 sets of dictionaries to compare"):
         stability(hooked2, TASK, TASK, sets={"a": [first]})
 

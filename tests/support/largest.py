@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LargestTensor(TorchDispatchMode):
-    """Looks at the results of every operation, backward passes included, that are no views of its inputs.
+    """Looks at the results of every operation that are not views of its inputs, backward passes included.
 
     ``numel`` is the largest number of entries among matrices whose last dimension is ``width`` or more;
     with ``exact`` is ``width``.

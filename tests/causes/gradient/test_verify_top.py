@@ -144,5 +144,7 @@ def test_the_bound_covers_what_was_left_out_and_shrinks(hooked2) -> None:
     assert narrow.n_nodes == int((outside % CLEAN.shape[1] >= first).sum())
     assert "with 95% confidence" in repr(narrow) and "outside the top 5" in repr(narrow)
     assert narrow == false_negative_bound(hooked2, TASK, guess, 5, n_subsets=800)
+    sure = false_negative_bound(hooked2, TASK, guess, 5, n_subsets=800, confidence=0.99)
+    assert sure.bound > narrow.bound and "with 99% confidence" in repr(sure)
     with pytest.raises(TaskError, match="n_subsets=3"):
         false_negative_bound(hooked2, TASK, guess, 5, n_subsets=3)
