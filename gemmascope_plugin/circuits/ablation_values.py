@@ -119,7 +119,7 @@ def _nothing(site: TaskSite, values: Values) -> tuple[torch.Tensor, SparseActs |
 def _means(
     site: TaskSite,
     runs: Sequence[Values],
-    keeps: Sequence[Bool[torch.Tensor, "prompt pos"]],
+    keeps: Sequence[Bool[torch.Tensor, "_ pos"]],
     *,
     over_positions: bool,
 ) -> list[tuple[torch.Tensor, SparseActs | None]]:

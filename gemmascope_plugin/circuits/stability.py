@@ -39,8 +39,8 @@ from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, check_model, describe, wide
 from gemmascope_plugin.splice.hooked_sae import Saes
 
-Directions = dict[str, Float[torch.Tensor, "feature width"]]
-"""Unit decoder rows by site."""
+Directions = dict[str, Float[torch.Tensor, "_ _"]]
+"""Unit decoder rows ``[feature, width]`` by site."""
 
 
 @gate(model=check_model, task=check_task, held_out=check_task)

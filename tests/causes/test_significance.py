@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from gemmascope_plugin.causes import effects as significance
 from gemmascope_plugin.causes.effects import bootstrap, permutation_test, standard_error
 from gemmascope_plugin.errors import TaskError
 
@@ -66,7 +65,7 @@ def test_random_patterns_come_close_to_all_of_them(monkeypatch) -> None:
     cells = CHANGES.reshape(6, 6).double()
     single, corrected = by_enumeration(cells.numpy())
     cells = cells.repeat(1, 1)
-    monkeypatch.setattr(significance, "_AT_ONCE", 50)  # some patterns at a time
+    monkeypatch.setattr("gemmascope_plugin.causes.effects._AT_ONCE", 50)  # some patterns at a time
     # fewer than 64, so that they are drawn
     means = [permutation_test(cells, n=63, seed=seed) for seed in range(100)]
     alone = torch.stack([p.single for p in means]).mean(0)

@@ -48,7 +48,7 @@ def sources_of(sites: Sequence[TaskSite], target: TaskSite) -> list[TaskSite]:
 
 def direct_slopes(
     part: PartRun, target: TaskSite, probe: Probe, copies: int
-) -> dict[str, Float[torch.Tensor, "copy prompt pos width"]]:
+) -> dict[str, Float[torch.Tensor, "copy prompt pos _"]]:
     """Gradients of what is asked at a target, at each site with a direct path to it.
 
     Copy ``j`` of the prompts may ask for something of its own. By the hook of the source, heads
