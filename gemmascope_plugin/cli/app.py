@@ -88,7 +88,7 @@ def options(
 def demo_command(
     model: Annotated[
         str | None,
-        typer.Option(help="Another model, such as gemma-3-270m (extra [gemma]), and a page on it."),
+        typer.Option(help="Another model, such as gemma-3-270m (extra gemma), and a page on it."),
     ] = None,
     task: Annotated[
         str | None,

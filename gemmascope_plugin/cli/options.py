@@ -51,9 +51,9 @@ TaskName = Annotated[
     str | None, typer.Option("--task", help="Built-in task, e.g. ioi or agreement.")
 ]
 SplitName = Annotated[
-    str | None, typer.Option("--split", help="Its prompts: held_out (default) or train.")
+    str | None, typer.Option("--split", help="Prompts of that task: held_out (default) or train.")
 ]
-Seed = Annotated[int, typer.Option(help="Of the draw of its prompts.")]
+Seed = Annotated[int, typer.Option(help="Seed of the draw of that task's prompts.")]
 BackendName = Annotated[str, typer.Option(help="Model class: hooked or bridge.")]
 Device = Annotated[
     str,
@@ -120,7 +120,9 @@ class Question(ModelOptions):
     """A task and a model, as they were typed."""
 
     task: TaskName = None
-    prompts: Annotated[int | None, typer.Option("--n", help="Prompts of that task.")] = None
+    prompts: Annotated[int | None, typer.Option("--n", help="Number of prompts of that task.")] = (
+        None
+    )
     seed: Seed = 0
     clean: Annotated[
         list[str] | None, typer.Option(help="Clean prompt of your own; once per prompt.")

@@ -105,7 +105,7 @@ def trace_command(
     edge_threshold: Annotated[
         float, typer.Option(help="Share of the influence that the kept edges carry.")
     ] = 0.98,
-    memory_budget: Annotated[str, typer.Option(help="For all but the graph.")] = "4 GB",
+    memory_budget: Annotated[str, typer.Option(help="Memory for all but the graph.")] = "4 GB",
     local_dir: LocalDir = None,
     out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("gemmascope_trace.html"),
     as_json: Annotated[

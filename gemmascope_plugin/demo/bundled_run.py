@@ -80,13 +80,7 @@ def run_demo(
 ) -> DemoReport:
     """Runs the whole path on the bundled suite and writes its page; needs no network.
 
-    Args:
-        out: The page; an older one is replaced.
-        progress: Show a progress bar.
-
-    Raises:
-        PageError: The page cannot be written there; found out before any work is done.
-        MissingFileError: The package was installed without its data.
+    That the page cannot be written there is found out before any work is done.
     """
     started = time.monotonic()
     path = prepare(out)

@@ -58,11 +58,7 @@ class Corpus:
 
 
 def encode_words(words: list[str]) -> list[int]:
-    """Ids of known words.
-
-    Raises:
-        KeyError: A word is not in the vocabulary; the grammar never produces one.
-    """
+    """Ids of known words."""
     return [_IDS[word] for word in words]
 
 
@@ -88,13 +84,11 @@ def make_corpus(n_documents: int, seed: int, length: int = DOCUMENT_LENGTH) -> C
     return Corpus(tokens, tuple(tuple(doc.concepts) for doc in docs))
 
 
-def token_batches(
-    batch_size: int, seed: int, length: int = DOCUMENT_LENGTH
-) -> Iterator[Int[torch.Tensor, "batch pos"]]:
+def token_batches(batch_size: int, seed: int) -> Iterator[Int[torch.Tensor, "batch pos"]]:
     """An endless stream of document batches."""
     rng = Random(seed)
     while True:
-        docs = [encode_words(document(rng, length).words) for _ in range(batch_size)]
+        docs = [encode_words(document(rng).words) for _ in range(batch_size)]
         yield torch.tensor(docs)
 
 
@@ -118,13 +112,7 @@ def label_features(
     concepts: Bool[torch.Tensor, "token concept"],
     names: Sequence[str],
 ) -> dict[int, Label]:
-    """The best concept of every feature whose F1 reaches ``MIN_F1``.
-
-    Args:
-        active: Where each feature fires.
-        concepts: Where each concept holds, at the same tokens.
-        names: One name per concept.
-    """
+    """The best concept of every feature whose F1 reaches ``MIN_F1``, by feature."""
     best = best_concepts(SparseActs.from_dense(active.float()), concepts)
     labels = {}
     for i in (best.f1 >= MIN_F1).nonzero().flatten().tolist():

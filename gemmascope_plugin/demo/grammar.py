@@ -62,14 +62,9 @@ IOI_OPENINGS = (
 
 
 def ioi(rng: Random, first: str, second: str, giver: str, *, with_object: bool = True) -> Sentence:
-    """``when mary and john went to the store , john gave a drink to mary``.
+    """``when mary and john went to the store , john gave a drink to mary``: the giver is named again.
 
-    Args:
-        rng: Picks template, place, verb and object.
-        first: Name in first place.
-        second: Name in second place.
-        giver: ``first`` or ``second``, named again; the other one is the indirect object.
-        with_object: Whether the closing indirect object is written; prompts end before it.
+    Prompts end before the closing indirect object.
     """
     receiver = first if giver == second else second
     opening, motion = rng.choice(IOI_OPENINGS)
@@ -128,14 +123,7 @@ def agreement(
 ) -> Sentence:
     """``today the keys near the cabinet are old``; the verb follows the subject, not the attractor.
 
-    Args:
-        rng: Picks preposition and adjective.
-        subject: Index into ``NOUNS``.
-        attractor: Index into ``NOUNS``, or None for a sentence without one.
-        plural: Whether the subject is plural.
-        attractor_plural: Whether the attractor is plural.
-        past: ``yesterday ... were`` instead of ``today ... are``.
-        with_verb: Whether verb and adjective are written; prompts end before them.
+    Nouns are indices into ``NOUNS``; the attractor may be None. Prompts end before the verb.
     """
     number = "plural" if plural else "singular"
     tense = "past" if past else "present"
@@ -180,11 +168,7 @@ def noun_pair(rng: Random, *, held_out: bool) -> tuple[int, int]:
 def years(event: str, century: str, start: int, end: int | None) -> Sentence:
     """``the war lasted from the year c17 32 to the year c17 58``: the end year is the greater one.
 
-    Args:
-        event: Word of ``EVENTS``.
-        century: Two digits.
-        start: Start year within the century, 0 to 98.
-        end: End year, or None for a prompt that ends before it.
+    Years are within the century; prompts have no end year.
     """
     decade = f"start_decade_{start // 10}"
     s = Sentence().add("the").add(event, "event", "year_sentence")
@@ -218,12 +202,7 @@ def year_start(rng: Random, *, held_out: bool) -> tuple[str, str, int]:
 
 # --------------------------------------------------------------------------- induction
 def induction(words: list[str], repeated: int) -> Sentence:
-    """``sing ka lo mi pu again ka lo mi``: a nonsense list and the start of its repetition.
-
-    Args:
-        words: The list, each word once.
-        repeated: How many of them are said again.
-    """
+    """``sing ka lo mi pu again ka lo mi``: a nonsense list and the first words of its repetition."""
     s = Sentence().add("sing", "nonsense_sentence", "next_is_nonsense")
     for word in words:
         s.add(word, "nonsense", "nonsense_first_time", "nonsense_sentence", "next_is_nonsense")
@@ -268,13 +247,7 @@ def one_hop(rng: Random) -> Sentence:
 
 
 def two_hop(city: str, relation: str, *, with_answer: bool = True) -> Sentence:
-    """``the capital of the state containing dallas is austin``.
-
-    Args:
-        city: Key of ``STATE_OF``.
-        relation: Word of ``RELATIONS``.
-        with_answer: Whether the answer is written; prompts end before it.
-    """
+    """``the capital of the state containing dallas is austin``; prompts end before the answer."""
     state = lex.STATE_OF[city]
     s = Sentence().add("the").add(relation, "relation", f"relation_{relation}", "fact_sentence")
     s.add("of the state containing", "fact_sentence", "two_hop", f"asked_{relation}")

@@ -61,18 +61,9 @@ def run_on_model(
 ) -> ModelReport:
     """Runs find, task, patch, discover, evaluate on a model and writes a page.
 
-    Args:
-        name: As for :func:`gemmascope_plugin.load_model`.
-        out: The page; an older one is replaced.
-        task: Name of a built-in task.
-        n: Prompts for checking the circuit, the first of them for patching; as many others to find it on.
-        local_dir: Folder that mirrors the SAEs' repository, looked at instead of the hub's cache.
-        progress: Show a progress bar.
-
-    Raises:
-        PageError: The page cannot be written there; found out before any work is done.
-        MissingFileError: The model is nowhere, and may not or could not be downloaded.
-        UnknownNameError: There is no such task, or no such model.
+    ``n`` prompts check the circuit, the first of them are patched, as many others find it. ``local_dir``
+    mirrors the SAEs' repository and is looked at instead of the hub's cache. That the page cannot be
+    written is found out before any work is done.
     """
     started = time.monotonic()
     path = prepare(out)
@@ -123,14 +114,7 @@ def both_splits(task: str, model: HookedModel, n: int) -> tuple[Task, Task]:
 def splice_local(
     model: HookedModel, specs: SpecList, prompt: str, local_dir: str | Path | None = None
 ) -> SplicedSaes | None:
-    """Splices in SAEs whose files are on this machine and looks at what they see in a prompt.
-
-    Args:
-        model: The model.
-        specs: Dictionaries for it; the smallest local SAE of a hook is taken, of the first hooks.
-        prompt: A text.
-        local_dir: Folder that mirrors the repository.
-    """
+    """Splices in SAEs whose files are on this machine, the smallest of a hook, and looks at a prompt."""
     smallest: dict[str, SaeSpec] = {}
     for spec in sorted(specs, key=lambda spec: spec.nbytes):
         if spec.kind == "sae" and spec.hook_out not in smallest and is_here(spec, local_dir):

@@ -277,12 +277,7 @@ def steer_towards(
 ) -> Steering:
     """Steers with the feature that makes its word the next one with the least strength.
 
-    Args:
-        model: The model.
-        sae: The dictionary.
-        labels: Its labels.
-        prompt: Text to continue.
-        wanted: Concept to the word that a feature of that label should bring about.
+    ``wanted`` has the concepts that may be pushed, and the word that each should bring about.
     """
     options = [(i, wanted[x.concept]) for i, x in labels.items() if x.concept in wanted]
     assert options, f"no feature is labelled {' or '.join(wanted)}"

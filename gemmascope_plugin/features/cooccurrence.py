@@ -104,11 +104,11 @@ def joint_sums(
 
 
 def joint_counts(
-    left: SparseActs, right: SparseActs, *, cells: int = CELLS
+    left: SparseActs, right: SparseActs
 ) -> Iterator[tuple[Int64[torch.Tensor, " block"], Int64[torch.Tensor, "block d_right"]]]:
     """Number of tokens on which both features are active, block by block as ``joint_sums``."""
     ones = (torch.ones_like(left.values), torch.ones_like(right.values))
-    for features, (table,) in joint_sums(left, right, [ones], cells=cells):
+    for features, (table,) in joint_sums(left, right, [ones]):
         yield features, table.long()
 
 
