@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"tables: {specs} specs in {len(tables.tables())} releases")
     print(f"data {data / 1e3:.1f} kB, all code of the catalog {rules / 1e3:.1f} kB")
     print(f"building all tables: {median_ms(tables.tables, tables.clear_caches):.1f} ms")
-    one = {"model": "4b-it", "site": "res", "layer": 17, "width": "16k"}
-    print(f"find(model, site, layer, width), warm: {median_ms(lambda: find(**one)):.2f} ms")
+    query = {"model": "4b-it", "site": "res", "layer": 17, "width": "16k"}
+    print(f"find(model, site, layer, width), warm: {median_ms(lambda: find(**query)):.2f} ms")
     print(f"find(), warm: {median_ms(find):.1f} ms")
     print(f"bare interpreter: {median_ms(cold('pass')):.0f} ms")
     narrow = COLD.format("model='2b', site='res', layer=20")

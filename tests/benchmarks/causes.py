@@ -58,7 +58,7 @@ def medians(*runs: Callable[[], object], seconds: float = 15) -> list[float]:
         run()
     rounds = 3 if 3 * (time.perf_counter() - start) < seconds else 1
     times = [[once(run) for run in runs] for _ in range(rounds)]
-    return [statistics.median(own) for own in zip(*times, strict=True)]
+    return [statistics.median(series) for series in zip(*times, strict=True)]
 
 
 def once(run: Callable[[], object]) -> float:
@@ -116,13 +116,13 @@ def sweep_pair(title: str, model: Any, task: Task) -> None:
 
     got, bound = ours(), task.bind(model)
     expected = theirs() - got.metadata["metric_corrupt"]
-    seconds, own = medians(theirs, ours)
+    seconds, our_seconds = medians(theirs, ours)
     first = int((bound.clean != bound.corrupt).any(0).nonzero()[0])
     cells = got.values.numel()
     live = cells * (bound.clean.shape[1] - first) // bound.clean.shape[1]
     print(
         f"{title}: {cells} cells, prompts differ at {live}; TransformerLens {seconds:.2f} s, "
-        f"ours {own:.2f} s: {seconds / own:.1f}x; largest difference "
+        f"ours {our_seconds:.2f} s: {seconds / our_seconds:.1f}x; largest difference "
         f"{float((got.values - expected).abs().max()):.0e} of {float(expected.abs().max()):.2f}",
         flush=True,
     )
@@ -145,7 +145,7 @@ def ig(smoke: bool = False) -> None:
 def ig_pair(title: str, model: Any, task: Task) -> None:
     """Left ends that are as good as 5 to 10 midpoints, and the time of both where that is the median."""
     steps = equal_steps(model, task, range(5, 11))
-    found = ", ".join(f"{k} ~ {left} ({residual:.4f})" for k, (left, residual) in steps.items())
+    pairs = ", ".join(f"{k} ~ {left} ({residual:.4f})" for k, (left, residual) in steps.items())
     n = sorted(steps, key=lambda k: steps[k][0] / k)[(len(steps) - 1) // 2]
     left = steps[n][0]
 
@@ -156,16 +156,16 @@ def ig_pair(title: str, model: Any, task: Task) -> None:
     same = (
         split_input_scores(model, task, midpoints(3), 1) - equal
     ).abs().max() / equal.abs().max()
-    (own,) = medians(ours)
+    (seconds,) = medians(ours)
     single, batched = (
         once(lambda rows=rows: split_input_scores(model, task, left_ends(left), rows))
         for rows in (1, len(task))
     )
     print(
-        f"{title}: midpoints ~ left ends (residual of the midpoints): {found}\n"
-        f"  {n} midpoints {own:.2f} s; {left} left ends, one prompt per pass {single:.2f} s: "
-        f"{single / own:.1f}x; all prompts per pass {batched:.2f} s: {batched / own:.1f}x; at equal "
-        f"points the scores differ by {float(same):.0e} of the largest",
+        f"{title}: midpoints ~ left ends (residual of the midpoints): {pairs}\n"
+        f"  {n} midpoints {seconds:.2f} s; {left} left ends, one prompt per pass {single:.2f} s: "
+        f"{single / seconds:.1f}x; all prompts per pass {batched:.2f} s: {batched / seconds:.1f}x; at "
+        f"equal points the scores differ by {float(same):.0e} of the largest",
         flush=True,
     )
 
@@ -185,17 +185,17 @@ def correlation(smoke: bool = False) -> None:
             f"random {family}, Pearson of EAP with exact edges, mean of {n_seeds} sets of prompts:"
         )
         for form in forms:
-            found = {
+            scores = {
                 model: [edge_attribution(model, t, method="eap", writer_delta=form) for t in tasks]
                 for model in (plain, louder)
             }
             means = [
                 statistics.mean(a.pearson(b) for a, b in zip(got, exact, strict=True))
-                for got in found.values()
+                for got in scores.values()
             ]
             moved = max(
                 float((a.flat - b.flat).abs().max() / a.flat.abs().max())
-                for a, b in zip(*found.values(), strict=True)
+                for a, b in zip(*scores.values(), strict=True)
             )
             print(
                 f"  {form:>8}: {means[0]:.3f}; after W_O *= 10 {means[1]:.3f}, scores moved by up to "
@@ -256,13 +256,13 @@ def wide_runs(model: Any, task: Task) -> dict[str, Callable[[], object]]:
     bound = task.bind(model)
     ablation = EdgeAblation(model, bound)
     generator = torch.Generator().manual_seed(0)
-    kept = torch.rand(20, *ablation.edges.mask.shape, generator=generator) < 0.1
+    masks = torch.rand(20, *ablation.edges.mask.shape, generator=generator) < 0.1
     return {
         "a forward pass": torch.no_grad()(lambda: bound.measure(model, bound.clean)),
         "EAP": lambda: edge_attribution(model, task, method="eap"),
         "EAP-IG, 5 midpoints": lambda: edge_attribution(model, task, method="eap-ig", steps=5),
         "heads of the third layer": lambda: activation_patching(model, task, "z", layers=[2]),
-        "20 circuits of a tenth of the edges": lambda: ablation.metric(kept),
+        "20 circuits of a tenth of the edges": lambda: ablation.metric(masks),
     }
 
 

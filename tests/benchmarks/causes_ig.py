@@ -67,8 +67,8 @@ def split_input_scores(model: Any, task: Task, alphas: np.ndarray, rows: int) ->
             deltas = write_deltas(anatomy, clean, corrupt)
             for alpha in alphas.tolist():
                 embed = torch.lerp(clean.embed, corrupt.embed, alpha)
-                found = slopes_at(model, part, embed, names)
-                readers = [found[name] for name in names]
+                slopes = slopes_at(model, part, embed, names)
+                readers = [slopes[name] for name in names]
                 readers = [g if g.ndim == 4 else g[:, :, None] for g in readers]
                 total += torch.einsum("bpwm,bprm->wr", deltas, torch.cat(readers, 2))
     finally:
@@ -106,19 +106,19 @@ def equal_steps(model: Any, task: Task, numbers: Iterable[int]) -> dict[int, tup
         return abs(float(slope(alphas).mean()) / whole - 1)
 
     lefts = [residual(left_ends(m)) for m in range(1, MOST_LEFT_ENDS)]
-    found = {}
+    steps = {}
     for n in numbers:
         target = residual(midpoints(n))
         worse = [m for m, left in enumerate(lefts, 1) if left > target]
-        found[n] = (1 + max(worse, default=0), target)
-    return found
+        steps[n] = (1 + max(worse, default=0), target)
+    return steps
 
 
 def _slopes(model: Any, bound: BoundTask, alphas: np.ndarray) -> np.ndarray:
     """Derivative of the mean metric along the line at each point."""
     clean, corrupt = (Writes.read(model, t, 1).embed for t in (bound.clean, bound.corrupt))
-    found = []
+    values = []
     for alpha in alphas.tolist():
         slope = slopes_at(model, bound, torch.lerp(clean, corrupt, alpha), ["hook_embed"])
-        found.append(float((slope["hook_embed"] * (corrupt - clean)).sum()) / len(bound))
-    return np.array(found)
+        values.append(float((slope["hook_embed"] * (corrupt - clean)).sum()) / len(bound))
+    return np.array(values)

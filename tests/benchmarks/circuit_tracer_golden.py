@@ -99,11 +99,11 @@ def with_thresholds(case: Case, density: float) -> Case:
     )
     generator = torch.Generator().manual_seed(SEED)
     weights = dict(case.transcoders)
-    for layer, own in enumerate(pre[:, 1:]):
-        share = 2 * density * torch.rand(own.shape[1], generator=generator)
-        columns = zip(own.T, 1 - share, strict=True)
+    for layer, acts in enumerate(pre[:, 1:]):
+        share = 2 * density * torch.rand(acts.shape[1], generator=generator)
+        columns = zip(acts.T, 1 - share, strict=True)
         threshold = torch.stack([column.quantile(q) for column, q in columns]).clamp(min=0.05)
-        while (close := (own - threshold).abs().amin(0) < MARGIN).any():
+        while (close := (acts - threshold).abs().amin(0) < MARGIN).any():
             threshold[close] += MARGIN
         weights[f"{layer}.threshold"] = threshold
     return replace(case, transcoders=weights)
@@ -111,7 +111,7 @@ def with_thresholds(case: Case, density: float) -> Case:
 
 def prune(graph: Graph, thresholds: tuple[float, float]) -> tuple[torch.Tensor, ...]:
     """Masks and cumulative scores in float32, after float64 has given the same masks."""
-    found = tuple(prune_graph(graph, *thresholds))
+    masks = tuple(prune_graph(graph, *thresholds))
     single = graph.adjacency_matrix, graph.logit_probabilities
     graph.adjacency_matrix, graph.logit_probabilities = (tensor.double() for tensor in single)
     torch.set_default_dtype(torch.float64)  # it makes a tensor of weights in the default type
@@ -120,9 +120,11 @@ def prune(graph: Graph, thresholds: tuple[float, float]) -> tuple[torch.Tensor, 
     finally:
         torch.set_default_dtype(torch.float32)
         graph.adjacency_matrix, graph.logit_probabilities = single
-    for name, ours, theirs in zip(("nodes", "edges"), found, exact, strict=False):
-        assert torch.equal(ours, theirs), f"{thresholds}: {name} depend on rounding: another seed"
-    return found
+    for name, mask, reference in zip(("nodes", "edges"), masks, exact, strict=False):
+        assert torch.equal(mask, reference), (
+            f"{thresholds}: {name} depend on rounding: another seed"
+        )
+    return masks
 
 
 def bits(mask: torch.Tensor) -> torch.Tensor:
@@ -186,15 +188,15 @@ def main() -> None:
         logits, _ = model.get_activations(torch.tensor(tokens))
         # A skip is added and taken off again, which rounds.
         assert torch.allclose(logits[0], tensors.setdefault("logits", logits[0].clone()), atol=1e-5)
-        found, numbers = results(trace(model, tokens, batch_size=64))
-        tensors |= {f"{name}.{key}": value for key, value in found.items()}
+        arrays, numbers = results(trace(model, tokens, batch_size=64))
+        tensors |= {f"{name}.{key}": value for key, value in arrays.items()}
         tensors |= {f"transcoders.{name}.{key}": value for key, value in case.transcoders.items()}
         hooks = {"hook_in": case.hook_in, "hook_out": case.hook_out}
         words["cases"][name] = {**hooks, **numbers}
-        active = len(found["active_features"])
-        share = len(found["adjacency_values"]) / numbers["nodes"] ** 2
-        kept = [int(found[f"prune.{i}.node_mask"].sum()) for i in range(len(THRESHOLDS))]
-        print(f"{name}: {active} features, {numbers}, {share:.2f} of entries, {kept} nodes kept")
+        active = len(arrays["active_features"])
+        share = len(arrays["adjacency_values"]) / numbers["nodes"] ** 2
+        n_kept = [int(arrays[f"prune.{i}.node_mask"].sum()) for i in range(len(THRESHOLDS))]
+        print(f"{name}: {active} features, {numbers}, {share:.2f} of entries, {n_kept} nodes kept")
     OUT.parent.mkdir(exist_ok=True)
     save_file(tensors, OUT, metadata={"golden": json.dumps(words)})
     print(f"{OUT.name}: {OUT.stat().st_size / 1e3:.0f} kB")

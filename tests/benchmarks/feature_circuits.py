@@ -46,12 +46,12 @@ TASKS = ("ioi", "agreement", "two_hop")
 def timed(function: Callable[[], Any], repeats: int) -> float:
     """Median seconds after one warm-up."""
     function()
-    found = []
+    times = []
     for _ in range(repeats):
         start = time.perf_counter()
         function()
-        found.append(time.perf_counter() - start)
-    return median(found)
+        times.append(time.perf_counter() - start)
+    return median(times)
 
 
 def large_model(width: int) -> Any:
@@ -221,13 +221,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.part == "cost":
         return
     names = ["attention"] if smoke else list(choices(gs.tiny()))
-    found = table(
+    frame = table(
         TASKS[: 1 if smoke else None],
         names,
         4 if smoke else 64,
         (False,) if smoke else (False, True),
     )
-    print("\n" + found.round(3).to_string(index=False))
+    print("\n" + frame.round(3).to_string(index=False))
 
 
 if __name__ == "__main__":

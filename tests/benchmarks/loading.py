@@ -130,13 +130,13 @@ def measure(smoke: bool) -> None:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     specs = [spec for spec in specs_of(RELEASE) if spec.width == "16k"][: 2 if smoke else LAYERS]
-    one = specs[20 % len(specs)]
+    first_spec = specs[20 % len(specs)]
 
     def often(run: Callable[[], object], repeats: int) -> float:
         return median(run, 1 if smoke else repeats)
 
     start = time.perf_counter()
-    load(one)
+    load(first_spec)
     print(
         f"first opening of a file in its life, with all checks: {time.perf_counter() - start:.2f} s"
     )
@@ -144,24 +144,30 @@ def measure(smoke: bool) -> None:
         load(spec)  # every name is verified once
 
     def theirs() -> object:
-        return gemma_2_sae_huggingface_loader(one.repo_id, one.path)
+        return gemma_2_sae_huggingface_loader(first_spec.repo_id, first_spec.path)
 
-    a, b = often(theirs, 5), often(lambda: load(one), 50)
+    a, b = often(theirs, 5), often(lambda: load(first_spec), 50)
     print(f"opening, SAELens' loader {a * 1e3:.0f} ms, ours {b * 1e3:.2f} ms: ratio {a / b:.0f}")
-    c = often(lambda: SAE.from_pretrained(one.release, one.sae_id), 3)
+    c = often(lambda: SAE.from_pretrained(first_spec.release, first_spec.sae_id), 3)
     print(
         f"opening, SAE.from_pretrained {c * 1e3:.0f} ms, ours {b * 1e3:.2f} ms: ratio {c / b:.0f}"
     )
-    sae, resident, anonymous, _ = grown(lambda: load(one))
+    sae, resident, anonymous, _ = grown(lambda: load(first_spec))
     print(f"memory after opening: resident {resident:+.1f} MB, anonymous {anonymous:+.1f} MB")
     x = torch.randn(TOKENS, D_IN)
     sae.encode(x)  # the first one here also warms the matrix library up
     del sae
-    stock, resident, anonymous, peak = grown(lambda: SAE.from_pretrained(one.release, one.sae_id))
+    stock, resident, anonymous, peak = grown(
+        lambda: SAE.from_pretrained(first_spec.release, first_spec.sae_id)
+    )
     print(f"SAELens' memory: resident {resident:+.0f} MB, anonymous peak {peak:+.0f} MB")
     stock.encode(x)
     del stock
-    openers = (lambda: SAE.from_pretrained(*key(one)), lambda: load(one), lambda: copied(one))
+    openers = (
+        lambda: SAE.from_pretrained(*key(first_spec)),
+        lambda: load(first_spec),
+        lambda: copied(first_spec),
+    )
     first, later = encodes(openers, x, 1 if smoke else 15)
     for name, times in (("first encode", first), ("later encodes", later)):
         stock_ms, ours_ms, copy_ms = (1e3 * t for t in times)
@@ -170,19 +176,19 @@ def measure(smoke: bool) -> None:
             f"{ours_ms:.1f} ms: ratio {stock_ms / ours_ms:.2f}; ours after copying W_enc to memory "
             f"{copy_ms:.1f} ms"
         )
-    both = often(lambda: SAE.from_pretrained(*key(one)).encode(x), 3)
-    ours = often(lambda: load(one).encode(x), 10)
+    both = often(lambda: SAE.from_pretrained(*key(first_spec)).encode(x), 3)
+    our_seconds = often(lambda: load(first_spec).encode(x), 10)
     print(
-        f"opening and first encode, SAELens {both * 1e3:.0f} ms, ours {ours * 1e3:.0f} ms: "
-        f"ratio {both / ours:.1f}"
+        f"opening and first encode, SAELens {both * 1e3:.0f} ms, ours {our_seconds * 1e3:.0f} ms: "
+        f"ratio {both / our_seconds:.1f}"
     )
     suite_time = often(lambda: list(load_suite(specs).values()), 10)
     print(f"opening a suite of {len(specs)}: {suite_time:.3f} s")
     _, resident, anonymous, _ = grown(lambda: list(load_suite(specs).values()))
     print(f"its memory: resident {resident:+.1f} MB, anonymous {anonymous:+.1f} MB")
-    _, _, anonymous, peak = grown(lambda: load(one, dtype=torch.bfloat16))
+    _, _, anonymous, peak = grown(lambda: load(first_spec, dtype=torch.bfloat16))
     print(f"opening as bfloat16: anonymous {anonymous:+.0f} MB, peak {peak:+.0f} MB")
-    _, _, anonymous, peak = grown(lambda: SAE.from_pretrained(*key(one), dtype="bfloat16"))
+    _, _, anonymous, peak = grown(lambda: SAE.from_pretrained(*key(first_spec), dtype="bfloat16"))
     print(f"SAELens as bfloat16: anonymous {anonymous:+.0f} MB, peak {peak:+.0f} MB")
 
 

@@ -190,10 +190,10 @@ def head_contributions(model: Any, task: Any) -> Iterator[Row]:
     sums = [str(over_prompts(lambda x: float(x.sum()), values)) for values in (usual, here)]
     yield ("direct logit attribution: sum over heads", *sums, f"{float(truth.mean()):.3f}")
     belongs = set(here.mean(0).abs().topk(10).indices.tolist())
-    found = set(usual.mean(0).abs().topk(10).indices.tolist())
+    largest = set(usual.mean(0).abs().topk(10).indices.tolist())
     yield (
         "direct logit attribution: of the ten largest heads, right ones",
-        str(len(belongs & found)),
+        str(len(belongs & largest)),
         "10",
         "10",
     )

@@ -45,9 +45,12 @@ def table(model: Any, task: Any) -> Iterator[Row]:
     peer = saelens_model(model)
     for lower, upper in pairs:
         features, truth = differences(model, bound, saes[lower])
-        theirs = gradient(peer, bound, [saes[lower], saes[upper]], features)
-        ours = spliced_gradient(model, bound, [saes[lower], saes[upper]], features)
-        cells = [f"{float(torch.cosine_similarity(g, truth, dim=0)):.4f}" for g in (theirs, ours)]
+        from_saelens = gradient(peer, bound, [saes[lower], saes[upper]], features)
+        from_splice = spliced_gradient(model, bound, [saes[lower], saes[upper]], features)
+        cells = [
+            f"{float(torch.cosine_similarity(g, truth, dim=0)):.4f}"
+            for g in (from_saelens, from_splice)
+        ]
         title = f"gradient at features of layer {lower} below an SAE of layer {upper}: cosine"
         yield (title, *cells, "1")
 

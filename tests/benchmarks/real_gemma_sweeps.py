@@ -65,15 +65,15 @@ def median(run: Callable[[], object], rounds: int = 3, clock: Clock = time.proce
 def heads(model: Any, task: Any, rounds: int) -> None:
     """The sweep over all heads."""
     bound, anatomy = task.bind(model), Anatomy(model)
-    ours = gs.activation_patching(model, task, "z")
+    swept = gs.activation_patching(model, task, "z")
     seconds = median(lambda: gs.activation_patching(model, task, "z"), rounds)
     sample = [(0, 0), (anatomy.n_layers // 2, 1), (anatomy.n_layers - 1, anatomy.n_heads - 1)]
     effects: list[torch.Tensor] = []
     # the loop begins with a pass for each run
     each = median(lambda: effects.append(loop(model, bound, sample)), 1) / (len(sample) + 2)
     n_heads = anatomy.n_layers * anatomy.n_heads
-    found = torch.stack([ours.values[place] for place in sample])
-    off = float((effects[-1] - found).abs().max() / abs(ours.gap))
+    values = torch.stack([swept.values[place] for place in sample])
+    off = float((effects[-1] - values).abs().max() / abs(swept.gap))
     least, between = floor(anatomy, bound)
     usual = each * (n_heads + 2)
     print(
@@ -182,11 +182,12 @@ def edges(model: Any, task: Any, rounds: int) -> None:
     named = [(edge_map.writers[w], edge_map.readers[r]) for w, r in chosen]
     seconds = median(lambda: edge_patching(model, task, edges=named), rounds)
     none = median(lambda: edge_patching(model, task, edges=named[:1]), rounds)
-    one = (seconds - none) / (len(named) - 1)
+    per_edge = (seconds - none) / (len(named) - 1)
     with torch.no_grad():
         whole = median(lambda: bound.measure(model, bound.clean), rounds)
     print(
-        f"  edges: {1000 * one:.1f} ms each, a whole pass {1000 * whole:.0f} ms ({whole / one:.1f}x)",
+        f"  edges: {1000 * per_edge:.1f} ms each, a whole pass {1000 * whole:.0f} ms "
+        f"({whole / per_edge:.1f}x)",
         flush=True,
     )
 
@@ -194,8 +195,8 @@ def edges(model: Any, task: Any, rounds: int) -> None:
 def threads(model: Any, task: Any, rounds: int) -> None:
     """A circuit of edges beside a busy process."""
     ablation = EdgeAblation(model, task.bind(model))
-    kept = ablation.edges.mask.clone()
-    kept[:, ::2] = False
+    mask = ablation.edges.mask.clone()
+    mask[:, ::2] = False
     before, times = torch.get_num_threads(), []
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
@@ -205,15 +206,15 @@ def threads(model: Any, task: Any, rounds: int) -> None:
                 nullcontext() if by_size else patch("gemmascope_plugin.models.threads.SHARE", 1.0)
             )
             with share:
-                run = lambda: ablation.metric(kept[None])  # noqa: E731
+                run = lambda: ablation.metric(mask[None])  # noqa: E731
                 times.append(median(run, rounds, time.perf_counter))
     finally:
         busy.kill()
         busy.wait()
         torch.set_num_threads(before)
-    one, sized, split = times
+    single, sized, split = times
     print(
-        f"  threads: one {one:.2f} s, two by size ({SHARE:.1e} operations each) {sized:.2f} s, "
+        f"  threads: one {single:.2f} s, two by size ({SHARE:.1e} operations each) {sized:.2f} s, "
         f"two for everything {split:.2f} s",
         flush=True,
     )

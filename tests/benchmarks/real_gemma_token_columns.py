@@ -107,13 +107,13 @@ def compare(folder: Path) -> None:
             getattr(sae, name).data = value
         saes.append(sae)
     graph = trace(load_model("gemma-3-270m", source="package"), tokens, saes)
-    theirs = np.load(folder / GRAPH)
+    peer_graph = np.load(folder / GRAPH)
     places = {
         (row.kind, row.layer, row.pos, row.index): place
         for place, row in enumerate(graph.nodes.itertuples(index=False))
     }
     ids, n_layers = tokens.tolist(), int(facts["n_layers"])
-    features = [("feature", *map(int, row)) for row in theirs["features"]]
+    features = [("feature", *map(int, row)) for row in peer_graph["features"]]
     words = [("token", -1, pos, token) for pos, token in enumerate(ids)]
     first = len(features) + n_layers * len(ids)
     columns = {
@@ -125,10 +125,10 @@ def compare(folder: Path) -> None:
     residual = graph.metadata["residual"]
     print(f"{len(features)} features, rows sum to pre-activations within {residual:.1e}")
     for kind, (keys, at) in columns.items():
-        ours = dense[np.ix_(rows, [places[key] for key in keys])]
-        peers = theirs["adjacency"][: len(features)][:, list(at)]
-        factor = float((ours * peers).sum() / np.square(ours).sum())
-        rest = float(np.abs(peers - factor * ours).max() / np.abs(peers).max())
+        block = dense[np.ix_(rows, [places[key] for key in keys])]
+        peers = peer_graph["adjacency"][: len(features)][:, list(at)]
+        factor = float((block * peers).sum() / np.square(block).sum())
+        rest = float(np.abs(peers - factor * block).max() / np.abs(peers).max())
         print(f"columns of {kind}: circuit-tracer's are {factor:.6f} of ours, rest {rest:.1e}")
     print(f"1 / sqrt(d_model) = {tensors['0.W_enc'].shape[0] ** -0.5:.6f}")
     print(json.dumps({"replacement": graph.scores.replacement}))

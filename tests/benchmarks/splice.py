@@ -52,13 +52,13 @@ def medians(*runs: Callable[[], object], repeats: int) -> list[float]:
     """Median seconds of each call; they take turns, after one round that does not count."""
     times: list[list[float]] = [[] for _ in runs]
     for i in range(repeats + 1):
-        for run, own in zip(runs, times, strict=True):
+        for run, series in zip(runs, times, strict=True):
             start = time.perf_counter()
             result = run()
             if i:
-                own.append(time.perf_counter() - start)
+                series.append(time.perf_counter() - start)
             del result
-    return [statistics.median(own) for own in times]
+    return [statistics.median(series) for series in times]
 
 
 def status(key: str) -> float:
@@ -93,9 +93,12 @@ def dictionary(sizes: Sizes) -> Any:
     return sae
 
 
-def report(what: str, theirs: float, *ours: tuple[str, float]) -> None:
-    parts = [f"{name} {seconds * 1e3:.0f} ms: {theirs / seconds:.2f}x" for name, seconds in ours]
-    print(f"{what}: SAELens {theirs * 1e3:.0f} ms; " + "; ".join(parts))
+def report(title: str, peer_seconds: float, *variants: tuple[str, float]) -> None:
+    parts = [
+        f"{name} {seconds * 1e3:.0f} ms: {peer_seconds / seconds:.2f}x"
+        for name, seconds in variants
+    ]
+    print(f"{title}: SAELens {peer_seconds * 1e3:.0f} ms; " + "; ".join(parts))
 
 
 @torch.no_grad()
@@ -128,11 +131,13 @@ def one_site(sizes: Sizes, two_stage: bool) -> None:
     )
     report("error kept, features read", times[0], *zip(variants, times[1:], strict=True))
     editing, edit = HookedSAE(sae), [Ablate(features=7)]
-    theirs, ours = medians(lambda: sae(x), lambda: editing(x, x, keep, edit), repeats=repeats)
+    peer_seconds, seconds = medians(
+        lambda: sae(x), lambda: editing(x, x, keep, edit), repeats=repeats
+    )
     sae.use_error_term = False
     print(
-        f"one edited feature, error kept: {ours * 1e3:.1f} ms, {ours / encode:.1%} of a full encode "
-        f"(SAELens' forward with error term, without any edit: {theirs * 1e3:.0f} ms)"
+        f"one edited feature, error kept: {seconds * 1e3:.1f} ms, {seconds / encode:.1%} of a full "
+        f"encode (SAELens' forward with error term, without any edit: {peer_seconds * 1e3:.0f} ms)"
     )
     backward(sae, x, keep)
 
@@ -194,20 +199,20 @@ def whole_model(layers: int, passes: int) -> None:
     times: dict[str, list[float]] = {"bare": [], "spliced": []}
     logits = {}
     for _ in range(passes):
-        for name, own in times.items():
+        for name, series in times.items():
             with ExitStack() as stack:
                 run = model
                 if name == "spliced":
                     run = stack.enter_context(splice(model, dictionaries, exclude=exclude))
                 start = time.perf_counter()
                 logits[name] = run(tokens)
-                own.append(time.perf_counter() - start)
-    bare, ours = (statistics.median(own[3:]) for own in times.values())
+                series.append(time.perf_counter() - start)
+    bare, spliced = (statistics.median(series[3:]) for series in times.values())
     equal = "bitwise equal" if torch.equal(*logits.values()) else "DIFFERENT"
     print(
         f"\n{layers} layers of width {model.cfg.d_model}, {tokens.shape[1]} tokens, an SAE at every "
-        f"layer, error kept, nothing asked for: bare {bare * 1e3:.1f} ms, spliced {ours * 1e3:.1f} ms: "
-        f"{ours / bare:.3f} of the bare forward, logits {equal}"
+        f"layer, error kept, nothing asked for: bare {bare * 1e3:.1f} ms, spliced {spliced * 1e3:.1f} "
+        f"ms: {spliced / bare:.3f} of the bare forward, logits {equal}"
     )
 
 

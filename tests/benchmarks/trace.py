@@ -67,8 +67,10 @@ def transcoders_of(case: Case) -> list[Any]:
     made = []
     name = "jumprelu_transcoder"
     for layer in range(case.config["n_layers"]):
-        own = f"{layer}."
-        state = {k.removeprefix(own): v for k, v in case.transcoders.items() if k.startswith(own)}
+        prefix = f"{layer}."
+        state = {
+            k.removeprefix(prefix): v for k, v in case.transcoders.items() if k.startswith(prefix)
+        }
         d_in, d_sae = state["W_enc"].shape
         hooks = (f"blocks.{layer}.{hook}" for hook in (case.hook_in, case.hook_out))
         metadata = dict(zip(("hook_name", "hook_name_out"), hooks, strict=True))
@@ -127,8 +129,8 @@ def in_their_order(graph: Any, case: Case) -> np.ndarray:
     nodes = graph.nodes.reset_index()
     n_layers, n_pos = case.config["n_layers"], len(case.tokens)
     features = nodes[nodes["kind"] == "feature"].sort_values(["layer", "pos", "index"])
-    found = {(r.layer, r.pos): r.Index for r in nodes[nodes["kind"] == "error"].itertuples()}
-    errors = [found.get((i, p), -1) for i in range(n_layers) for p in range(n_pos)]
+    error_rows = {(r.layer, r.pos): r.Index for r in nodes[nodes["kind"] == "error"].itertuples()}
+    errors = [error_rows.get((i, p), -1) for i in range(n_layers) for p in range(n_pos)]
     tokens = nodes[nodes["kind"] == "token"].index
     targets = nodes[nodes["kind"] == "target"].index
     at = np.concatenate([features.index, errors, tokens, targets]).astype(int)
@@ -172,19 +174,19 @@ def compare(options: argparse.Namespace, name: str, root: Path) -> None:
         sides = {"circuit-tracer": peers[-1], "ours": owns[-1]}
         print(f"  batch {size}: {', '.join(map(timed, sides, sides.values()))}", flush=True)
     times = ("seconds", "cpu_seconds")
-    own = {**owns[-1], **{name: statistics.median(run[name] for run in owns) for name in times}}
+    our_run = {**owns[-1], **{name: statistics.median(run[name] for run in owns) for name in times}}
     best, least = (min(peers, key=lambda peer: peer[name]) for name in times)
     got, expected = (np.load(files[who]) for who in ("ours", "peer"))
     gap = np.abs(got - expected).max() / np.abs(expected).max()
     ratio, cpu_ratio = (
-        peer[unit] / own[unit] for peer, unit in zip((best, least), times, strict=True)
+        peer[unit] / our_run[unit] for peer, unit in zip((best, least), times, strict=True)
     )
     print(
-        f"{name}: {own['active_features']} active features; {ratio:.1f}x, of CPU {cpu_ratio:.1f}x: "
+        f"{name}: {our_run['active_features']} active features; {ratio:.1f}x, of CPU {cpu_ratio:.1f}x: "
         f"{timed('circuit-tracer', {**best, 'cpu_seconds': least['cpu_seconds']})} (batch "
         f"{best['batch_size']}, of CPU {least['batch_size']}; +{best['peak_mb']:.0f} MB), "
-        f"{timed('ours', own)} (+{own['peak_mb']:.0f} MB); largest difference {gap:.1e} "
-        f"of the largest entry; rows sum to pre-activations to {own['residual']:.1e}"
+        f"{timed('ours', our_run)} (+{our_run['peak_mb']:.0f} MB); largest difference {gap:.1e} "
+        f"of the largest entry; rows sum to pre-activations to {our_run['residual']:.1e}"
     )
 
 
@@ -244,12 +246,12 @@ def bound(repeat: int, *, small: bool = False) -> None:
         cpu_seconds.append(time.process_time() - spent)
     assert graph is not None
     operations, speed = needed(graph, config), rate(config)
-    own = statistics.median(cpu_seconds[1:])
+    seconds = statistics.median(cpu_seconds[1:])
     print(
         f"{int(graph.where('feature').sum())} active features, {graph.n_edges} edges "
-        f"({8e-6 * graph.n_edges:.0f} MB): {own:.2f} s of CPU; {operations / 1e9:.0f} billion operations "
-        f"at {speed / 1e9:.0f} billion a second: {operations / speed:.2f} s, "
-        f"{own * speed / operations:.2f}x; rows sum to pre-activations to "
+        f"({8e-6 * graph.n_edges:.0f} MB): {seconds:.2f} s of CPU; {operations / 1e9:.0f} billion "
+        f"operations at {speed / 1e9:.0f} billion a second: {operations / speed:.2f} s, "
+        f"{seconds * speed / operations:.2f}x; rows sum to pre-activations to "
         f"{graph.metadata['residual']:.1e}"
     )
 

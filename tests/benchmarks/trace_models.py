@@ -171,7 +171,7 @@ def random_transcoders(
     level = spread * float(torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - density)))
     weights = {}
     for layer in range(config["n_layers"]):
-        own = {
+        tensors = {
             "W_enc": torch.randn(d, d_sae, generator=generator) * d**-0.5,
             "W_dec": torch.randn(d_sae, d, generator=generator) * 0.3,
             "b_enc": torch.randn(d_sae, generator=generator) * 0.1,
@@ -179,8 +179,8 @@ def random_transcoders(
             "threshold": torch.full((d_sae,), level),
         }
         if skip:
-            own["W_skip"] = torch.randn(d, d, generator=generator) * 0.5 * d**-0.5
-        weights |= {f"{layer}.{name}": value for name, value in own.items()}
+            tensors["W_skip"] = torch.randn(d, d, generator=generator) * 0.5 * d**-0.5
+        weights |= {f"{layer}.{name}": value for name, value in tensors.items()}
     return weights
 
 

@@ -90,22 +90,22 @@ def transcoder_set(case: Case) -> TranscoderSet:
     sets = {}
     for layer in range(case.config["n_layers"]):
         prefix = f"{layer}."
-        own = {
+        tensors = {
             name.removeprefix(prefix): value
             for name, value in case.transcoders.items()
             if name.startswith(prefix)
         }
-        d_model, d_sae = own["W_enc"].shape
+        d_model, d_sae = tensors["W_enc"].shape
         made = SingleLayerTranscoder(
             d_model,
             d_sae,
-            JumpReLU(own.pop("threshold")),
+            JumpReLU(tensors.pop("threshold")),
             layer,
-            skip_connection="W_skip" in own,
+            skip_connection="W_skip" in tensors,
             dtype=torch.float32,
         )
-        own["W_enc"] = own["W_enc"].T
-        for name, value in own.items():
+        tensors["W_enc"] = tensors["W_enc"].T
+        for name, value in tensors.items():
             getattr(made, name).data = value.contiguous()
         sets[layer] = made
     return TranscoderSet(sets, case.hook_in, case.hook_out, scan="random")

@@ -53,12 +53,12 @@ def medians(trainers: dict[str, Any], batches: Iterator[torch.Tensor]) -> dict[s
     times: dict[str, list[float]] = {name: [] for name in trainers}
     for i in range(REPEATS + 2):
         x = next(batches)
-        for name, one in trainers.items():
+        for name, learner in trainers.items():
             start = time.perf_counter()
-            one.step(x)
+            learner.step(x)
             if i > 1:
                 times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(own) for name, own in times.items()}
+    return {name: statistics.median(series) for name, series in times.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -101,14 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             MatryoshkaJumpReLUConfig(**shapes, levels=levels, **scope_2)
         ),
     }
-    found = medians(
+    times = medians(
         {n: trainer(sae, batches, options.batch_size) for n, sae in trainers.items()}, batches
     )
     print(f"{options.batch_size} tokens, {options.d_in} x {options.d_sae}, {threads} threads")
     peer = ""
-    for name, seconds in found.items():
+    for name, seconds in times.items():
         peer = name if name.startswith("SAELens") else peer
-        ratio = "" if peer == name else f", {seconds / found[peer]:.2f} of {peer}"
+        ratio = "" if peer == name else f", {seconds / times[peer]:.2f} of {peer}"
         print(f"{name}: {seconds * 1e3:.0f} ms{ratio}")
 
 

@@ -95,8 +95,8 @@ def test_nodes_are_printed_with_what_was_measured() -> None:
 
 def test_own_prompts_are_used_twice_and_that_is_said(tmp_path: Path) -> None:
     out = tmp_path / "page.html"
-    given = (*OWN, "--method", "exact", "--nodes", "head", "--size", "3", "--random", "0")
-    lines = run(*given, "--out", str(out)).splitlines()
+    arguments = (*OWN, "--method", "exact", "--nodes", "head", "--size", "3", "--random", "0")
+    lines = run(*arguments, "--out", str(out)).splitlines()
     assert lines[0] == "own prompts on gemma-2-tiny: 3 of 16 nodes by exact"
     assert lines[1] == "  found on      1 own prompt, logit difference"
     assert lines[2] == (
@@ -106,15 +106,15 @@ def test_own_prompts_are_used_twice_and_that_is_said(tmp_path: Path) -> None:
     assert re.fullmatch(r"  faithfulness  -?\d\.\d+", lines[3])
     assert lines[4] == "  random        none"
     assert "on the 1 prompt that it was found on" in out.read_text(encoding="utf-8")
-    assert json.loads(run(*given, "--json"))["scores"]["interval"] is None
+    assert json.loads(run(*arguments, "--json"))["scores"]["interval"] is None
 
 
 def test_without_evaluation(suite: Any) -> None:
-    given = (*BARE, "--select", "greedy", "--size", "4", "--no-evaluate")
-    lines = run(*given).splitlines()
+    arguments = (*BARE, "--select", "greedy", "--size", "4", "--no-evaluate")
+    lines = run(*arguments).splitlines()
     assert lines[0] == "ioi on gemma-2-tiny: 4 of 343 edges by eap-ig"
     assert lines[2] == "" and len(lines) == 8
-    printed = json.loads(run(*given, "--json"))
+    printed = json.loads(run(*arguments, "--json"))
     assert printed["scores"] is None and len(printed["kept"]) == 4
     task = suite.task("ioi", split="train", n=3)
     grown = gs.discover(suite.model, task, method="eap-ig", select="greedy", size=4)
@@ -122,8 +122,8 @@ def test_without_evaluation(suite: Any) -> None:
 
 
 def test_a_bar_for_the_scores() -> None:
-    kept = json.loads(run(*BARE, "--tau", "2.5", "--no-evaluate", "--json"))["kept"]
-    assert kept and all(abs(row["score"]) >= 2.5 for row in kept)
+    units = json.loads(run(*BARE, "--tau", "2.5", "--no-evaluate", "--json"))["kept"]
+    assert units and all(abs(row["score"]) >= 2.5 for row in units)
 
 
 def test_page_and_circuit_are_kept(tmp_path: Path) -> None:
@@ -133,9 +133,9 @@ def test_page_and_circuit_are_kept(tmp_path: Path) -> None:
     page = out.read_text(encoding="utf-8")
     assert page.count("Plotly.newPlot(") == 2
     assert "Faithfulness on 3 held-out prompts" in page
-    kept = gs.Circuit.load(folder)
-    assert kept.size == 5 and kept.metadata["task"] == "ioi"
-    assert torch.equal(kept.kept_order, kept.order[:5])
+    circuit = gs.Circuit.load(folder)
+    assert circuit.size == 5 and circuit.metadata["task"] == "ioi"
+    assert torch.equal(circuit.kept_order, circuit.order[:5])
 
 
 def test_the_example_of_the_help_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ SECRET = "hf_veryverysecret"
 
 
 def row(report: DoctorReport, name: str) -> Row:
-    (found,) = (each for each in report.rows if each.name == name)
-    return found
+    (match,) = (each for each in report.rows if each.name == name)
+    return match
 
 
 def test_every_topic_has_a_row() -> None:
@@ -51,9 +51,9 @@ def test_token_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_missing_token_says_how_to_log_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    found = row(doctor(), "Hub token")
-    assert found.status == "note"
-    assert "hf auth login" in found.todo
+    finding = row(doctor(), "Hub token")
+    assert finding.status == "note"
+    assert "hf auth login" in finding.todo
 
 
 @pytest.mark.parametrize(("value", "status"), [("1", "note"), ("0", "ok"), ("", "ok")])

@@ -117,7 +117,7 @@ def test_options_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "given", "name"),
+    ("metric", "typed", "name"),
     [
         (None, OWN, "logit difference"),
         ("probability", OWN, "probability"),
@@ -129,16 +129,16 @@ def test_options_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_own_prompts_with_every_metric(
-    suite: Any, metric: str | None, given: tuple[str, ...], name: str
+    suite: Any, metric: str | None, typed: tuple[str, ...], name: str
 ) -> None:
     import gemmascope_plugin.causes as causes
 
     asked = () if metric is None else ("--metric", metric)
-    printed = json.loads(run(*given, *given, *asked, "--component", "mlp_out", "--json"))
+    printed = json.loads(run(*typed, *typed, *asked, "--component", "mlp_out", "--json"))
     assert printed["metric"] == name and printed["n_prompts"] == 2
     words = {"answer": ["anna"], "wrong": ["george"]}
-    reads = {key: words[key] for key in words if f"--{key}" in given}
-    task = gs.Task(given[1], given[3], getattr(causes, metric or "logit_diff")(**reads))
+    reads = {key: words[key] for key in words if f"--{key}" in typed}
+    task = gs.Task(typed[1], typed[3], getattr(causes, metric or "logit_diff")(**reads))
     effects = gs.activation_patching(suite.model, task, "mlp_out")
     for row in printed["effects"]:
         expected = float(effects.values[row["layer"], row["pos"]])

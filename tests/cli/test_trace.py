@@ -81,8 +81,8 @@ def test_a_summary_a_page_and_a_file_for_other_viewers(graph: Any, tmp_path: Pat
     assert sites["blocks.2.hook_mlp_out"].startswith(
         "gemma-2-tiny-skip-transcoders/transcoder/layer_2"
     )
-    kept = gs.Graph.from_json(content)
-    assert list(kept.nodes["id"]) == list(graph.nodes["id"])
+    restored = gs.Graph.from_json(content)
+    assert list(restored.nodes["id"]) == list(graph.nodes["id"])
 
 
 def test_options_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,9 +94,9 @@ def test_options_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(model, prompt, saes, **options)
 
     monkeypatch.setattr(gs, "trace", watched)
-    given = ("--transcoders", "gemma-2-tiny-transcoders", "--targets", "is-are,of")
+    choice = ("--transcoders", "gemma-2-tiny-transcoders", "--targets", "is-are,of")
     limits = ("--max-features", "20", "--memory-budget", "1 GB", "--node-threshold", "0.9")
-    lines = run("the capital of", *given, *limits, "--out", "other.html").splitlines()
+    lines = run("the capital of", *choice, *limits, "--out", "other.html").splitlines()
     assert seen["targets"] == [("is", "are"), "of"] and seen["max_feature_nodes"] == 20
     assert seen["memory_budget"] == 10**9
     assert seen["releases"] == {"gemma-2-tiny-transcoders"}
@@ -120,8 +120,8 @@ def test_targets() -> None:
 def test_one_dictionary_for_each_layer() -> None:
     specs = dictionaries("gemma-2-2b", None, width=None, l0=None, affine=None)
     assert [spec.layer for spec in specs] == list(range(26))
-    one = dictionaries("270m", "clt", width="262k", l0="big", affine=True)
-    assert [spec.kind for spec in one] == ["clt"]
+    clts = dictionaries("270m", "clt", width="262k", l0="big", affine=True)
+    assert [spec.kind for spec in clts] == ["clt"]
     with pytest.raises(AmbiguousSpecError, match=r"8 dictionaries match as a CLT.*--transcoders"):
         dictionaries("270m", "clt", width=None, l0=None, affine=None)
 
@@ -136,8 +136,8 @@ def test_where_several_match_the_smallest_suite_of_all_layers_is_what_to_type() 
     line = mistake("x", "--model", "270m")
     typed = f"Try: {' '.join(WHOLE[2:])} (18 dictionaries, 1.51 GB)"
     assert line.endswith(typed)
-    given = {"width": "16k", "l0": "small", "affine": False}
-    specs = dictionaries("270m", WHOLE[3], **given)
+    filters = {"width": "16k", "l0": "small", "affine": False}
+    specs = dictionaries("270m", WHOLE[3], **filters)
     assert [spec.layer for spec in specs] == list(range(18))
     line = mistake("x", "--model", "270m", "--transcoders", "clt")
     assert "--width 262k --l0 medium --no-affine (1 CLT, 12.75 GB)" in line

@@ -78,9 +78,9 @@ def test_presets_settings_and_text_of_ones_own(tmp_path) -> None:
     (spec,) = config["specs"].values()
     assert (spec["lr"], spec["gain"], spec["options"]) == (7e-5, "with", {"tied_init": True})
     (folder,) = (out / "export/transcoder").iterdir()
-    own = SaeSpec.from_folder(folder, model="gemma-2-tiny", site="transcoder", layer=1)
-    sae = gs.load(own)
-    assert own.affine and own.hook_in == "blocks.1.mlp.hook_in"
+    entry = SaeSpec.from_folder(folder, model="gemma-2-tiny", site="transcoder", layer=1)
+    sae = gs.load(entry)
+    assert entry.affine and entry.hook_in == "blocks.1.mlp.hook_in"
     described = json.loads((folder / "config.json").read_text())
     assert described["hf_hook_point_in"] == "model.layers.1.pre_feedforward_layernorm.output"
     assert sae.W_skip.shape == (128, 128)

@@ -50,7 +50,7 @@ def test_feature_gradients_are_those_of_the_real_model(suite, n):
     hooks = [acts_hook(sae.cfg.metadata.hook_name) for sae in saes]
     with gs.splice(model, saes) as spliced:
         _, acts = spliced.run_with_cache(task.clean, names_filter=hooks)
-        found = gradients(spliced, task.clean, metric, hooks)
+        grads = gradients(spliced, task.clean, metric, hooks)
     for sae, hook in zip(saes, hooks, strict=True):
         for row, pos, feature in active_places(acts[hook]):
             step = 0.02 * float(acts[hook][row, pos, feature])
@@ -66,7 +66,7 @@ def test_feature_gradients_are_those_of_the_real_model(suite, n):
                     return float(metric(model(task.clean)))
 
             expected = (moved(1) - moved(-1)) / (2 * step)
-            assert float(found[hook][row, pos, feature]) == pytest.approx(
+            assert float(grads[hook][row, pos, feature]) == pytest.approx(
                 expected, rel=0.05, abs=5e-3
             )
 
@@ -115,6 +115,6 @@ def test_a_bundled_dictionary_is_an_ordinary_release_of_saelens():
 
     gs.register()
     spec = gs.find(model="gemma-2-tiny", site="mlp", kind="transcoder", layer=1, affine=False).one()
-    theirs, ours = SAE.from_pretrained(spec.release, spec.sae_id), gs.load(spec)
-    assert type(theirs) is type(ours)
-    assert all(torch.equal(v, ours.state_dict()[k]) for k, v in theirs.state_dict().items())
+    from_saelens, loaded = SAE.from_pretrained(spec.release, spec.sae_id), gs.load(spec)
+    assert type(from_saelens) is type(loaded)
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in from_saelens.state_dict().items())

@@ -64,6 +64,8 @@ def test_a_tree_has_its_own_forest_and_covers_it(hooked2) -> None:
     assert (result.edges["coverage"] == 1).all() and result.binary_mcs == 1
     assert result.n_edges > 5 and 0 <= result.sibling_iou <= 1
     assert (result.edges["child"] >= 8).all() and (result.edges["parent"] < 8).all()
+    binary = hierarchy(hooked2, sae, TOKENS, similarity="binary", n_parents=0, **RULES)
+    assert binary.mcs == pytest.approx(binary.binary_mcs) == pytest.approx(result.binary_mcs)
     other = hierarchy(hooked2, sae, TOKENS, forest="mcs", n_parents=0, **RULES)
     assert other.forest == "mcs" and (other.parent[:8] == -1).all()  # its layers are levels
     assert other.parent.max() < 8 and not torch.equal(other.parent, result.parent)

@@ -133,6 +133,7 @@ def test_a_planted_tree_is_recovered_and_chance_is_far_below() -> None:
     assert chance.precision < 0.4 and chance.f1 < 0.6 and chance.n_children == 30
     again = chance_recovery(parent, judged, stands, order.above, rank, seed=3)
     assert again == chance
+    assert chance_recovery(parent, judged, stands, order.above, rank, n_draws=1, seed=3) != chance
 
 
 def test_ancestors_at_any_distance_count_for_recall_alone() -> None:

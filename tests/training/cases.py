@@ -33,11 +33,13 @@ def spec(**changes: Any) -> TrainSpec:
     return TrainSpec.from_dict(values | changes)
 
 
-def run(model: Any, given: TrainSpec | None = None, text: Any = None, **options: Any) -> Any:
+def run(model: Any, recipe: TrainSpec | None = None, text: Any = None, **options: Any) -> Any:
     text = corpus() if text is None else text
-    return train(model, given or spec(), text, progress=False, **options)
+    return train(model, recipe or spec(), text, progress=False, **options)
 
 
 def same(a: Any, b: Any) -> bool:
-    one, other = a.state_dict(), b.state_dict()
-    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+    first, second = a.state_dict(), b.state_dict()
+    return set(first) == set(second) and all(
+        torch.equal(first[name], second[name]) for name in first
+    )

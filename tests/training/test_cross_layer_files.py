@@ -45,15 +45,15 @@ def exported(run_dir: Path) -> Path:
 def test_nothing_need_be_said_to_read_the_same_tensors(hooked2, tmp_path, changes: dict) -> None:
     sae = run(hooked2, several(changes), run_dir=tmp_path / "r")
     folder = exported(tmp_path / "r")
-    own = SaeSpec.from_layers_folder(folder, model="gemma-2-toy", kind=sae.cfg.kind)
-    assert own.layers == sae.cfg.layers == (0, 2)
-    assert own.hooks_in == sae.cfg.hooks_in and own.hooks_out == sae.cfg.hooks_out
-    read, x = load(own), torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
+    entry = SaeSpec.from_layers_folder(folder, model="gemma-2-toy", kind=sae.cfg.kind)
+    assert entry.layers == sae.cfg.layers == (0, 2)
+    assert entry.hooks_in == sae.cfg.hooks_in and entry.hooks_out == sae.cfg.hooks_out
+    read, x = load(entry), torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
     layers = list(x.split(32, -1))
     # the same weights at other addresses: rounding may differ
     assert_rounded(torch.cat(read.encode(layers), -1), sae.encode(x), 32)
-    for ours, theirs in zip(sae.dictionary()(layers), read(layers), strict=True):
-        assert_rounded(ours, theirs, 64)
+    for trained, loaded in zip(sae.dictionary()(layers), read(layers), strict=True):
+        assert_rounded(trained, loaded, 64)
     for i, name in enumerate(("params_layer_0", "params_layer_1")):
         decoder = load_file(folder / f"{name}.safetensors")["w_dec"]
         assert not decoder[:, :i].any() and decoder[:, i:].any(-1).all()
@@ -107,17 +107,17 @@ def test_checkpoints_of_another_dictionary(hooked2, tmp_path) -> None:
 def test_a_tensor_of_any_layer_that_is_not_finite(
     hooked2, monkeypatch: pytest.MonkeyPatch, changes: dict
 ) -> None:
-    given = several(changes)
-    _, written = given.sites("clt" if "clt" in given.architecture else "crosscoder")
+    recipe = several(changes)
+    _, written = recipe.sites("clt" if "clt" in recipe.architecture else "crosscoder")
 
     def spoilt(bucket: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         bucket[written[-1]][3, 5] = float("nan")
         return bucket
 
     place = "gemmascope_plugin.training.buckets.read_activations"
-    monkeypatch.setattr(place, lambda *given: spoilt(read_activations(*given)))
+    monkeypatch.setattr(place, lambda *arguments: spoilt(read_activations(*arguments)))
     with pytest.raises(BadFileError, match=f"{written[-1]}.*not finite"):
-        run(hooked2, given)
+        run(hooked2, recipe)
 
 
 def test_a_clt_of_the_bundled_model_splices_as_its_files_do(tmp_path) -> None:
@@ -126,14 +126,14 @@ def test_a_clt_of_the_bundled_model_splices_as_its_files_do(tmp_path) -> None:
     sae = gs.train(
         model, {**CLT, **short, "model": "gemma-2-tiny"}, tokens, run_dir=tmp_path, progress=False
     )
-    own = SaeSpec.from_layers_folder(exported(tmp_path), model="gemma-2-tiny", kind="clt")
-    read = load(own, check=True)
+    entry = SaeSpec.from_layers_folder(exported(tmp_path), model="gemma-2-tiny", kind="clt")
+    read = load(entry, check=True)
     text = tokens[:2] != PAD_ID  # padding is masked where dictionaries are spliced in
     with torch.no_grad():
         whole, logits = model(tokens[:2])[text], []
-        for one in (sae, read):
-            with splice(model, one, error="drop") as spliced:
+        for dictionary in (sae, read):
+            with splice(model, dictionary, error="drop") as spliced:
                 logits.append(spliced(tokens[:2])[text])
-            with splice(model, one) as spliced:
+            with splice(model, dictionary) as spliced:
                 assert torch.equal(spliced(tokens[:2])[text], whole)
     assert torch.equal(*logits) and not torch.allclose(logits[0], whole, atol=1e-2)

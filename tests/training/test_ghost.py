@@ -22,12 +22,12 @@ def test_it_equals_the_loop() -> None:
     loss = ghost_loss(residual, pre, decoder, dead)
     torch.testing.assert_close(loss, total)
     torch.testing.assert_close(loss, residual.pow(2).sum(-1).mean(), rtol=1e-5, atol=1e-5)
-    found = torch.autograd.grad(loss, (pre, decoder))
+    gradients = torch.autograd.grad(loss, (pre, decoder))
     expected = torch.autograd.grad(total, (pre, decoder))
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
-        assert one.any()
-    assert not found[0][:, ~dead].any() and not found[1][~dead].any()
+    for gradient, reference in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, reference)
+        assert gradient.any()
+    assert not gradients[0][:, ~dead].any() and not gradients[1][~dead].any()
 
 
 def test_nothing_dead_costs_nothing() -> None:

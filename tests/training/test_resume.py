@@ -49,15 +49,15 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 @pytest.mark.parametrize("changes", ARCHITECTURES, ids=lambda c: c.get("architecture", "jumprelu"))
 def test_an_exception_in_mid_step(hooked2, tmp_path, monkeypatch, changes: dict) -> None:
-    given = spec(**changes)
-    whole = run(hooked2, given)
+    recipe = spec(**changes)
+    whole = run(hooked2, recipe)
     options: dict[str, Any] = {"run_dir": tmp_path / "r", "checkpoint_every": 5, "log_every": 1}
     with monkeypatch.context() as patch:
         kill_at(patch, 13)
         with pytest.raises(KilledError):
-            run(hooked2, given, **options)
+            run(hooked2, recipe, **options)
     assert [path.name for path in checkpoints(tmp_path / "r/checkpoints")] == ["step_5", "step_10"]
-    resumed = run(hooked2, given, **options, resume=True)
+    resumed = run(hooked2, recipe, **options, resume=True)
     assert same(resumed, whole)
     rows = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if not row.get("final")] == list(range(1, 25))
@@ -136,8 +136,8 @@ def test_several_dictionaries_and_a_finished_run(hooked2, tmp_path, monkeypatch)
     first = train_many(hooked2, specs, corpus(), progress=False, **options)
     assert len(checkpoints(tmp_path / "r/checkpoints")) == 3
     second = train_many(hooked2, specs, corpus(), progress=False, **options)
-    for name, one in first.items():
-        assert same(one, second[name])
+    for name, sae in first.items():
+        assert same(sae, second[name])
     assert same(first["res_2"], run(hooked2, specs[1]))
 
 
@@ -149,9 +149,9 @@ def stopped(hooked2, tmp_path_factory) -> Path:
 
 
 def test_another_run_is_refused_with_the_keys(hooked2, stopped, monkeypatch) -> None:
-    def refused(given: Any, message: str, text: Any = None) -> None:
+    def refused(recipe: Any, message: str, text: Any = None) -> None:
         with pytest.raises(BadFileError, match=message):
-            run(hooked2, given, text, run_dir=stopped, resume=True)
+            run(hooked2, recipe, text, run_dir=stopped, resume=True)
 
     refused(spec(lr=0.1), r"another one: specs.res_1.lr was 0.005 and is 0.1")
     refused(spec(architecture="topk"), "specs.res_1.architecture was 'jumprelu' and is 'topk'")
@@ -197,15 +197,17 @@ def test_taking_out_and_putting_back_changes_nothing(hooked2) -> None:
     generator = torch.Generator().manual_seed(0)
     bucket = {"blocks.1.hook_resid_post": torch.randn(32, 32, generator=generator)}
     place = torch.device("cpu")
-    one = Learner(spec(), bucket, model_name="m", device=place)
+    first = Learner(spec(), bucket, model_name="m", device=place)
     for _ in range(3):
-        one.step(bucket)
-    tensors = {name: value.clone() for name, value in one.tensors().items()}
-    numbers = json.loads(json.dumps(one.numbers()))
-    two = Learner(spec(), {k: 2 * v for k, v in bucket.items()}, model_name="m", device=place)
-    two.restore(tensors, numbers)
-    for learner in (one, two):
+        first.step(bucket)
+    tensors = {name: value.clone() for name, value in first.tensors().items()}
+    numbers = json.loads(json.dumps(first.numbers()))
+    second = Learner(spec(), {k: 2 * v for k, v in bucket.items()}, model_name="m", device=place)
+    second.restore(tensors, numbers)
+    for learner in (first, second):
         learner.step(bucket)
-    assert one.scales == two.scales
-    assert json.dumps(one.numbers()) == json.dumps(two.numbers())
-    assert all(torch.equal(value, two.tensors()[name]) for name, value in one.tensors().items())
+    assert first.scales == second.scales
+    assert json.dumps(first.numbers()) == json.dumps(second.numbers())
+    assert all(
+        torch.equal(value, second.tensors()[name]) for name, value in first.tensors().items()
+    )

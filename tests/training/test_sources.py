@@ -30,8 +30,8 @@ HOOKS = ("blocks.1.hook_resid_post", "blocks.0.attn.hook_z")
 
 
 def reader(model: Any, text: Any = None, hooks: Any = HOOKS, bucket: int = 96) -> ForwardReader:
-    given = corpus() if text is None else text
-    stream = TokenStream(model, given, context=8, rows=5, seed=3)
+    text = corpus() if text is None else text
+    stream = TokenStream(model, text, context=8, rows=5, seed=3)
     return ForwardReader(model, stream, hooks, exclude=EXCLUDE, bucket=bucket)
 
 
@@ -55,11 +55,11 @@ def test_an_epoch_is_every_kept_token_once(model) -> None:
 
 def test_the_gained_tensor_of_gemma_scope_2_is_read_everywhere(model) -> None:
     name = "blocks.1.mlp.hook_in"
-    found = reader(model, hooks=(name,), bucket=10_000).next_bucket()[name]
+    x = reader(model, hooks=(name,), bucket=10_000).next_bucket()[name]
     how = reading(model, name)
     _, cache = model.run_with_cache(corpus())
-    expected = how(cache[how.hook])[:, 1:].reshape(-1, found.shape[1])
-    torch.testing.assert_close(sorted_rows(found), sorted_rows(expected), atol=1e-5, rtol=1e-5)
+    expected = how(cache[how.hook])[:, 1:].reshape(-1, x.shape[1])
+    torch.testing.assert_close(sorted_rows(x), sorted_rows(expected), atol=1e-5, rtol=1e-5)
 
 
 def batches(source: ShuffledActivations, n: int) -> list[dict[str, torch.Tensor]]:
@@ -67,8 +67,8 @@ def batches(source: ShuffledActivations, n: int) -> list[dict[str, torch.Tensor]
 
 
 def assert_equal(a: list[dict[str, torch.Tensor]], b: list[dict[str, torch.Tensor]]) -> None:
-    for one, other in zip(a, b, strict=True):
-        assert all(torch.equal(one[name], other[name]) for name in one)
+    for left, right in zip(a, b, strict=True):
+        assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2, 5, 11, 17])
@@ -172,9 +172,9 @@ def test_activations_that_are_not_finite(hooked2, monkeypatch) -> None:
     real = source.run
 
     def broken(rows: Any) -> Any:
-        found = real(rows)
-        found[HOOKS[0]][2, 3] = float("nan")
-        return found
+        bucket = real(rows)
+        bucket[HOOKS[0]][2, 3] = float("nan")
+        return bucket
 
     monkeypatch.setattr(source, "run", broken)
     with pytest.raises(BadFileError, match="activations at 'blocks.1.hook_resid_post' hold values"):
@@ -188,16 +188,16 @@ def test_a_dictionary_from_disk_and_without_the_model(hooked2, tmp_path) -> None
     )
     assert (len(store), store.widths) == (384, {hook: 32})
     assert "384 activations" in repr(store)
-    given = spec(exclude=list(EXCLUDE))
-    first = run(None, given, store)
-    assert same(first, run(None, given, ActivationStore(tmp_path / "s")))
+    recipe = spec(exclude=list(EXCLUDE))
+    first = run(None, recipe, store)
+    assert same(first, run(None, recipe, ActivationStore(tmp_path / "s")))
     assert first.cfg.metadata.hook_name == hook
     with pytest.raises(GemmaScopeError, match="stored with exclude="):
         run(None, spec(exclude=[]), store)
     with pytest.raises(MissingHookError, match="'blocks.2.hook_resid_post' were not stored"):
         run(None, spec(layer=2, exclude=list(EXCLUDE)), store)
     with pytest.raises(ModelError, match="no model"):
-        run(None, given, corpus())
+        run(None, recipe, corpus())
 
 
 def test_stores_that_are_not_whole(hooked2, tmp_path) -> None:

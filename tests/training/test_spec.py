@@ -51,9 +51,9 @@ def test_presets_are_the_published_recipes() -> None:
 def test_scales_are_those_the_architectures_are_meant_for() -> None:
     levels = {"levels": [8, 64], "d_sae": 64, "layer": 0}
     for name, scale in (("tree", "layer_norm"), ("softsae", "sqrt_d"), ("batchtopk", "sqrt_d")):
-        given = {"architecture": name, **(levels if name == "tree" else {"layer": 0})}
-        assert preset_spec("quick", given).scale == scale
-        assert preset_spec("quick", {**given, "scale": "none"}).scale == "none"
+        values = {"architecture": name, **(levels if name == "tree" else {"layer": 0})}
+        assert preset_spec("quick", values).scale == scale
+        assert preset_spec("quick", {**values, "scale": "none"}).scale == "none"
 
 
 def test_what_is_given_goes_before_the_preset() -> None:
@@ -123,8 +123,8 @@ def test_selective_fields_exist_and_are_used() -> None:
 
 
 def test_the_learning_rate_warms_up_and_ends_where_it_should() -> None:
-    given = spec(steps=101, lr=1e-2, lr_end=1e-4, lr_warm_up=20)
-    rates = [lr_share(given, step) for step in range(101)]
+    recipe = spec(steps=101, lr=1e-2, lr_end=1e-4, lr_warm_up=20)
+    rates = [lr_share(recipe, step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1) and rates[20] == 1.0
     assert rates[100] == pytest.approx(0.01)
     assert rates[60] == pytest.approx((1 + 0.01) / 2)

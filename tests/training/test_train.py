@@ -72,25 +72,25 @@ def activations(model: Any, hook: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("changes", EXPORTED, ids=str)
 def test_both_formats_give_identical_activations(hooked2, tmp_path, changes: dict) -> None:
-    given = spec(**changes, model="gemma-2-toy")
-    sae = run(hooked2, given, run_dir=tmp_path / "r")
-    theirs = SAE.load_from_disk(tmp_path / "r/final")
-    transcoder = "transcoder" in given.architecture
-    kind, site = ("transcoder", "mlp") if transcoder else ("sae", given.site)
+    recipe = spec(**changes, model="gemma-2-toy")
+    sae = run(hooked2, recipe, run_dir=tmp_path / "r")
+    from_saelens = SAE.load_from_disk(tmp_path / "r/final")
+    transcoder = "transcoder" in recipe.architecture
+    kind, site = ("transcoder", "mlp") if transcoder else ("sae", recipe.site)
     (file,) = (tmp_path / "r/export").rglob("params.*")
-    own = SaeSpec.from_folder(file.parent, model="gemma-2-toy", site=site, layer=1, kind=kind)
-    assert own.gain == given.gain and own.hook_in == given.hooks(kind)[0]
-    ours = load(own)
-    assert type(theirs) is type(ours) is type(sae)
-    assert same(theirs, sae) and same(ours, sae)
-    assert own.hook_in == sae.cfg.metadata.hook_name
-    read, _ = given.hooks(kind)
+    entry = SaeSpec.from_folder(file.parent, model="gemma-2-toy", site=site, layer=1, kind=kind)
+    assert entry.gain == recipe.gain and entry.hook_in == recipe.hooks(kind)[0]
+    from_export = load(entry)
+    assert type(from_saelens) is type(from_export) is type(sae)
+    assert same(from_saelens, sae) and same(from_export, sae)
+    assert entry.hook_in == sae.cfg.metadata.hook_name
+    read, _ = recipe.hooks(kind)
     x = torch.randn(40, sae.cfg.d_in, generator=torch.Generator().manual_seed(0))
-    acts = [saes.encode(one, x) for one in (sae, theirs, ours)]
+    acts = [saes.encode(dictionary, x) for dictionary in (sae, from_saelens, from_export)]
     # the same weights at other addresses: rounding may differ
     for other in acts[1:]:
         assert_rounded(other, acts[0], sae.cfg.d_in)
-    out = [saes.decode(one, acts[0], x) for one in (sae, theirs, ours)]
+    out = [saes.decode(dictionary, acts[0], x) for dictionary in (sae, from_saelens, from_export)]
     for other in out[1:]:
         assert_rounded(other, out[0], sae.cfg.d_sae)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(24))
@@ -102,23 +102,23 @@ def test_both_formats_give_identical_activations(hooked2, tmp_path, changes: dic
 def test_embeddings_are_written_without_their_factor(hooked2, tmp_path) -> None:
     sae = run(hooked2, spec(site="embedding", layer=0), run_dir=tmp_path / "r")
     (file,) = (tmp_path / "r/export/embedding").rglob("params.npz")
-    own = SaeSpec.from_folder(file.parent, model="toy", site="embedding", layer=0)
-    for name, value in load(own).state_dict().items():
+    entry = SaeSpec.from_folder(file.parent, model="toy", site="embedding", layer=0)
+    for name, value in load(entry).state_dict().items():
         torch.testing.assert_close(value, sae.state_dict()[name], rtol=1e-5, atol=1e-7)
-    assert own.hook_in == sae.cfg.metadata.hook_name == "hook_embed"
+    assert entry.hook_in == sae.cfg.metadata.hook_name == "hook_embed"
 
 
 @pytest.mark.parametrize("changes", KEPT, ids=str)
 def test_saelens_reads_back_what_splices(hooked2, tmp_path, changes: dict) -> None:
     sae = run(hooked2, spec(**changes), run_dir=tmp_path / "r")
-    theirs = SAE.load_from_disk(tmp_path / "r/final")
-    assert type(theirs) is type(sae) and same(theirs, sae)
+    loaded = SAE.load_from_disk(tmp_path / "r/final")
+    assert type(loaded) is type(sae) and same(loaded, sae)
     assert not any(parameter.requires_grad for parameter in sae.parameters())
     tokens = corpus()[:3]
-    with splice(hooked2, sae, error="drop", exclude=(2, 1, 0)) as one:
-        logits = one(tokens)
-    with splice(hooked2, theirs, error="drop", exclude=(2, 1, 0)) as other:
-        assert torch.equal(other(tokens), logits)
+    with splice(hooked2, sae, error="drop", exclude=(2, 1, 0)) as spliced:
+        logits = spliced(tokens)
+    with splice(hooked2, loaded, error="drop", exclude=(2, 1, 0)) as respliced:
+        assert torch.equal(respliced(tokens), logits)
     x = activations(hooked2, RESIDUAL)
     acts = sae.encode(x)
     torch.testing.assert_close(saes.coder_of(sae).encode_sparse(x).to_dense(), acts)
@@ -137,7 +137,7 @@ def test_the_result_is_the_trained_dictionary_in_raw_units(hooked2, monkeypatch,
 
     learners: list[Learner] = []
     real = module.finished
-    monkeypatch.setattr(module, "finished", lambda one: learners.append(one) or real(one))
+    monkeypatch.setattr(module, "finished", lambda item: learners.append(item) or real(item))
     sae = run(hooked2, spec(**changes))
     (learner,) = learners
     generator = torch.Generator().manual_seed(1)
@@ -164,8 +164,8 @@ def test_the_result_is_the_trained_dictionary_in_raw_units(hooked2, monkeypatch,
 
 
 def test_training_explains_the_activations_and_says_how_much(hooked2, tmp_path) -> None:
-    given = spec(d_sae=64, steps=250, target_l0=6.0, lr=1e-2, sparsity_coefficient=0.05)
-    sae = run(hooked2, given, run_dir=tmp_path / "r")
+    recipe = spec(d_sae=64, steps=250, target_l0=6.0, lr=1e-2, sparsity_coefficient=0.05)
+    sae = run(hooked2, recipe, run_dir=tmp_path / "r")
     x = activations(hooked2, RESIDUAL)
     acts = saes.encode(sae, x)
     fvu = (x - saes.decode(sae, acts)).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
@@ -199,8 +199,8 @@ def test_trained_together_is_trained_alone(hooked2) -> None:
     ]
     together = train_many(hooked2, specs, corpus(), progress=False)
     assert list(together) == ["res_1", "att_0", "jumprelu_skip_transcoder_1", "res_1-2"]
-    for one, sae in zip(specs, together.values(), strict=True):
-        assert same(sae, run(hooked2, one))
+    for recipe, sae in zip(specs, together.values(), strict=True):
+        assert same(sae, run(hooked2, recipe))
     assert same(together["res_1"], together["res_1-2"])
     assert list(unique_names(specs)) == list(together)
     with pytest.raises(GemmaScopeError, match="differ in batch"):
@@ -221,8 +221,8 @@ def test_the_affine_skip_starts_at_zero_and_learns_what_is_linear(hooked2) -> No
     bucket = {
         name: torch.randn(8, width) for name, width in zip(hooks.values(), (48, 32), strict=True)
     }
-    given = spec(architecture="jumprelu_skip_transcoder", **values)
-    fresh = Learner(given, bucket, model_name="m", device=torch.device("cpu"))
+    recipe = spec(architecture="jumprelu_skip_transcoder", **values)
+    fresh = Learner(recipe, bucket, model_name="m", device=torch.device("cpu"))
     assert not fresh.sae.W_skip.any()
     assert not torch.equal(fresh.sae.W_enc[:32].T, fresh.sae.W_dec)
 
@@ -291,10 +291,10 @@ def test_any_training_class_of_saelens_is_one_entry(hooked2, tmp_path, monkeypat
         sae_class, config_class, lambda spec: {}, frozenset({"options", "subtract_b_dec"})
     )
     monkeypatch.setitem(ARCHITECTURES, name, row)
-    given = spec(architecture=name, options={"decoder_init_norm": 1.0})
-    sae = run(hooked2, given, run_dir=tmp_path / "r", checkpoint_every=10)
+    recipe = spec(architecture=name, options={"decoder_init_norm": 1.0})
+    sae = run(hooked2, recipe, run_dir=tmp_path / "r", checkpoint_every=10)
     remove(tmp_path / "r/checkpoints/step_24")
-    resumed = run(hooked2, given, run_dir=tmp_path / "r", resume=True)
+    resumed = run(hooked2, recipe, run_dir=tmp_path / "r", resume=True)
     assert sae.cfg.architecture() == name and same(sae, resumed)
     assert same(sae, SAE.load_from_disk(tmp_path / "r/final"))
 
@@ -347,12 +347,12 @@ def test_gradients_that_are_not_finite_change_no_weight(hooked2) -> None:
 @pytest.mark.parametrize("clip", [0.01, 1.0, 50.0])
 def test_gradients_are_clipped_where_the_spec_says(clip: float) -> None:
     bucket = {RESIDUAL: torch.randn(64, 32, generator=torch.Generator().manual_seed(0))}
-    given = spec(max_grad_norm=clip)
-    learner = Learner(given, bucket, model_name="m", device=torch.device("cpu"))
-    twin = Learner(given, bucket, model_name="m", device=torch.device("cpu"))
+    recipe = spec(max_grad_norm=clip)
+    learner = Learner(recipe, bucket, model_name="m", device=torch.device("cpu"))
+    twin = Learner(recipe, bucket, model_name="m", device=torch.device("cpu"))
     step_input = SimpleNamespace(
         sae_in=twin.inputs(bucket),
-        coefficients={"l0": given.sparsity_coefficient},
+        coefficients={"l0": recipe.sparsity_coefficient},
         dead_neuron_mask=torch.zeros(24, dtype=torch.bool),
     )
     twin.sae.training_forward_pass(step_input).loss.backward()
@@ -362,8 +362,8 @@ def test_gradients_are_clipped_where_the_spec_says(clip: float) -> None:
         lambda *_: seen.extend(p.grad.clone() for p in learner.sae.parameters())
     )
     learner.step(bucket)
-    for found, parameter in zip(seen, twin.sae.parameters(), strict=True):
-        torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-7)
+    for gradient, parameter in zip(seen, twin.sae.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_wandb_only_if_asked_for(hooked2, monkeypatch) -> None:

@@ -36,24 +36,24 @@ def several(changes: dict[str, Any], **more: Any) -> TrainSpec:
 
 @EACH
 def test_both_formats_splice_alike(hooked2, tmp_path, changes: dict) -> None:
-    given = several(changes)
-    sae = run(hooked2, given, run_dir=tmp_path / "r")
-    theirs = SAE.load_from_disk(tmp_path / "r/final")
-    assert type(theirs) is type(sae) and same(theirs, sae)
+    recipe = several(changes)
+    sae = run(hooked2, recipe, run_dir=tmp_path / "r")
+    from_saelens = SAE.load_from_disk(tmp_path / "r/final")
+    assert type(from_saelens) is type(sae) and same(from_saelens, sae)
     (file,) = (tmp_path / "r/export").rglob("params_layer_0.safetensors")
-    own = SaeSpec.from_layers_folder(
-        file.parent, model="gemma-2-toy", kind=sae.cfg.kind, gain=given.gain
+    entry = SaeSpec.from_layers_folder(
+        file.parent, model="gemma-2-toy", kind=sae.cfg.kind, gain=recipe.gain
     )
-    assert own.hooks_in == sae.cfg.hooks_in and own.hooks_out == sae.cfg.hooks_out
-    ours = load(own, check=True)
-    assert ours.cfg.affine == sae.cfg.affine == bool(changes.get("options"))
+    assert entry.hooks_in == sae.cfg.hooks_in and entry.hooks_out == sae.cfg.hooks_out
+    from_export = load(entry, check=True)
+    assert from_export.cfg.affine == sae.cfg.affine == bool(changes.get("options"))
     tokens = corpus()[:3]
     with torch.no_grad():
         logits = []
-        for one in (sae, theirs, ours):
-            with splice(hooked2, one, error="drop", exclude=(2, 1, 0)) as spliced:
+        for dictionary in (sae, from_saelens, from_export):
+            with splice(hooked2, dictionary, error="drop", exclude=(2, 1, 0)) as spliced:
                 logits.append(spliced(tokens))
-            with splice(hooked2, one, exclude=(2, 1, 0)) as spliced:
+            with splice(hooked2, dictionary, exclude=(2, 1, 0)) as spliced:
                 assert torch.equal(spliced(tokens), hooked2(tokens))
         assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
         assert not torch.allclose(logits[0], hooked2(tokens), atol=1e-2)
@@ -72,10 +72,10 @@ def test_it_explains_what_it_was_trained_on(hooked2, changes: dict) -> None:
 
 @EACH
 def test_it_goes_on_bit_by_bit(hooked2, tmp_path, changes: dict) -> None:
-    given = several(changes)
-    whole = run(hooked2, given, run_dir=tmp_path / "r", checkpoint_every=10)
+    recipe = several(changes)
+    whole = run(hooked2, recipe, run_dir=tmp_path / "r", checkpoint_every=10)
     remove(tmp_path / "r/checkpoints/step_24")
-    assert same(whole, run(hooked2, given, run_dir=tmp_path / "r", resume=True))
+    assert same(whole, run(hooked2, recipe, run_dir=tmp_path / "r", resume=True))
 
 
 @pytest.mark.parametrize(
