@@ -247,7 +247,7 @@ class DecoderWrites:
         return torch.stack([activity.rest, b_dec.to(activity.rest)], 1)
 
     @cached_property
-    def _gathered(self) -> list[Float[torch.Tensor, "row d_out"]] | None:
+    def _gathered(self) -> list[Float[torch.Tensor, "_ d_out"]] | None:
         """Rows by source; None where they do not fit."""
         rest = self._activity.rest
         if self.n_rows * rest.shape[1] * rest.element_size() > self._budget:
