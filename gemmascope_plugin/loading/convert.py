@@ -19,7 +19,6 @@ Costs about two milliseconds, whatever the size.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -156,16 +155,6 @@ def _scale_embedding(tensors: dict[str, Float[torch.Tensor, "*_"]], scale: float
     tensors["W_enc"] = tensors["W_enc"] / scale
     tensors["W_dec"] = tensors["W_dec"] * scale
     tensors["b_dec"] = tensors["b_dec"] * scale
-
-
-def spec_from_metadata(metadata: Mapping[str, Any]) -> SaeSpec | None:
-    """The spec that ``config`` put into the metadata; None when it is not there."""
-    fields = dict(metadata.items()).get(SPEC_KEY)
-    if fields is None:
-        return None
-    tuples = {name: tuple(fields.get(name, ())) for name in ("levels", "layers")}
-    names = {field.name for field in dataclasses.fields(SaeSpec)}
-    return SaeSpec(**{n: v for n, v in {**fields, **tuples}.items() if n in names})
 
 
 def skeleton(cfg: Mapping[str, Any]) -> SAE[Any]:

@@ -14,6 +14,7 @@ size.  SAELens' import on the first call of a process costs several seconds.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,11 @@ from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.loading.arrays import ArrayFile
 from gemmascope_plugin.loading.config_json import check_config
 from gemmascope_plugin.loading.convert import (
+    SPEC_KEY,
     config,
     fill,
     metadata,
     skeleton,
-    spec_from_metadata,
     state,
 )
 from gemmascope_plugin.loading.integrity import check_causal, check_file, open_checked
@@ -190,7 +191,11 @@ def spec_of(sae: SAE) -> SaeSpec | None:
     Returns:
         The spec, equal to the one it was loaded with.
     """
-    metadata = sae.cfg.metadata
-    return spec_from_metadata(
-        metadata.to_dict() if hasattr(type(metadata), "to_dict") else metadata
-    )
+    details: Any = sae.cfg.metadata
+    values = details.to_dict() if hasattr(type(details), "to_dict") else details
+    fields = dict(values.items()).get(SPEC_KEY)
+    if fields is None:
+        return None
+    tuples = {name: tuple(fields.get(name, ())) for name in ("levels", "layers")}
+    names = {field.name for field in dataclasses.fields(SaeSpec)}
+    return SaeSpec(**{n: v for n, v in {**fields, **tuples}.items() if n in names})
