@@ -187,6 +187,16 @@ def _whole(size: object) -> int | None:
         return int(size) if isinstance(size, float) and size.is_integer() else None
 
 
+def human_size(nbytes: int) -> str:
+    """A size for people, in decimal units: ``302.1 MB``."""
+    size = float(nbytes)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"
+
+
 _TRUE = {"1", "ON", "YES", "TRUE"}
 
 

@@ -22,10 +22,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import gemmascope_plugin.catalog.criteria as criteria
+from gemmascope_plugin.arguments import human_size
 from gemmascope_plugin.catalog.criteria import Criterion
-from gemmascope_plugin.catalog.site_names import human_size, resolve_model
 from gemmascope_plugin.catalog.spec import SaeSpec
-from gemmascope_plugin.catalog.tables import canonical_releases, models, specs_of
+from gemmascope_plugin.catalog.tables import canonical_releases, models, resolve_model, specs_of
 from gemmascope_plugin.errors import AmbiguousSpecError, number_of, shorten
 
 if TYPE_CHECKING:

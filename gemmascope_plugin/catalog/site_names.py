@@ -1,4 +1,4 @@
-"""The words of the catalog: sites and their aliases, hook names, width labels, sizes, models.
+"""The words of the catalog: sites and their aliases, hook names, width labels, sizes.
 
 A site is where a dictionary lives; the hook is the TransformerLens name of the tensor there.
 
@@ -8,20 +8,14 @@ A site is where a dictionary lives; the hook is the TransformerLens name of the 
    (``mlp.hook_in``; a model without that hook has it as the other tensor times the gain).
 2. An attention dictionary reads the head outputs ``z``, heads flattened, before ``W_O``.
 3. An embedding dictionary reads ``hook_embed``, which carries the factor sqrt(d_model).
-4. ``google/gemma-3-4b-it``, ``gemma-3-4b-it`` and ``4b-it`` are one model (``resolve_model``); case
-   does not matter.  The pretrained models of Gemma 3 end in ``-pt`` (``gemma-3-4b`` is understood),
-   but for the 270M (``gemma-3-270m-pt`` is understood); those of Gemma 2 have no ending
-   (``gemma-2-2b-pt`` is understood).  A short name that two models share, ``27b``, is refused.
 
 Costs nothing: no imports beyond the standard library.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Literal, get_args
 
-from gemmascope_plugin.errors import UnknownNameError
 from gemmascope_plugin.types import Kind, Site
 
 Format = Literal["npz", "gemma-scope-2", "crosscoder", "clt", "sae_lens", "tree"]
@@ -95,10 +89,6 @@ WIDTHS: dict[str, int] = {
 }
 """Gemma Scope's width labels; they are powers of two although they read like thousands."""
 
-_OWNERS = ("google/", "openai-community/")
-_FAMILIES = ("gemma-2-", "gemma-3-")
-_OTHER_NAMES = {"gpt2-small": ("gpt2",)}
-
 STANDARD_PATH = "layer_{layer}/width_{width}/average_l0_{l0:.0f}"
 EMBEDDING_PATH = "embedding/width_{width}/average_l0_{l0:.0f}"
 GEMMA_SCOPE_2_PATH = "{folder}/layer_{{layer}}_width_{{width}}_l0_{{l0:.0f}}{ending}"
@@ -152,41 +142,3 @@ def multi_layer_nbytes(d: int, d_sae: int, n_layers: int, *, affine: bool = Fals
     """
     per_layer = d_sae // n_layers * (d * (1 + n_layers) + 2) + d + (d * d if affine else 0)
     return 4 * n_layers * per_layer
-
-
-def human_size(nbytes: int) -> str:
-    """A size in decimal units, e.g. ``302.1 MB``."""
-    size = float(nbytes)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"
-
-
-def resolve_model(text: str, names: Iterable[str]) -> str | None:
-    """The one of ``names`` that is meant; None when none is. Refuses what could be several."""
-    word = text.lower().replace("gemma-v3-", "gemma-3-")
-    for owner in _OWNERS:
-        word = word.removeprefix(owner)
-    options = sorted(set(names))
-    if word in options:
-        return word
-    matches = [name for name in options if word in _other_names(name)]
-    if len(matches) > 1:
-        raise UnknownNameError(
-            f"model {text!r} could be several",
-            exists=", ".join(matches),
-            fix=" or ".join(f"model={name!r}" for name in matches),
-        )
-    return matches[0] if matches else None
-
-
-def _other_names(name: str) -> set[str]:
-    full = {name, *_OTHER_NAMES.get(name, ())}
-    if name.startswith("gemma-3-") and name.endswith("-pt"):
-        full.add(name.removesuffix("-pt"))
-    elif name.startswith(_FAMILIES) and not name.endswith("-it"):
-        full.add(f"{name}-pt")
-    short = {each.removeprefix(family) for each in full for family in _FAMILIES}
-    return full | short

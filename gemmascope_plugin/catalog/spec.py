@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from gemmascope_plugin.arguments import human_size
 from gemmascope_plugin.catalog.folder import folder_fields, layers_fields
 from gemmascope_plugin.catalog.site_names import (
     CONFIG_FILES,
@@ -19,7 +20,6 @@ from gemmascope_plugin.catalog.site_names import (
     Gain,
     L0Kind,
     at_layer,
-    human_size,
 )
 from gemmascope_plugin.types import Kind, Provenance, Site
 

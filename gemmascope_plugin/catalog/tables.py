@@ -6,6 +6,10 @@
 3. Where ``refresh()`` has listed a repository, its specs are corrected by what was found there.
 4. A canonical release lists files of another release again under ids such as
    ``layer_20/width_16k/canonical``.
+5. ``google/gemma-3-4b-it``, ``gemma-3-4b-it`` and ``4b-it`` are one model (``resolve_model``); case does
+   not matter.  The pretrained models of Gemma 3 end in ``-pt`` (``gemma-3-4b`` is understood), but for
+   the 270M (``gemma-3-270m-pt`` is understood); those of Gemma 2 have no ending (``gemma-2-2b-pt`` is
+   understood).  A short name that two models share, ``27b``, is refused.
 
 Building everything, 12,194 specs and 429 canonical aliases, costs about 35 ms once per process.
 
@@ -30,7 +34,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,6 +48,10 @@ from gemmascope_plugin.catalog.site_names import at_layer, path_template, raw_nb
 from gemmascope_plugin.catalog.spec import DEFAULTS, SaeSpec
 from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError, nearest, shorten
 from gemmascope_plugin.files.whole import write_text_whole
+
+_OWNERS = ("google/", "openai-community/")
+_FAMILIES = ("gemma-2-", "gemma-3-")
+_OTHER_NAMES = {"gpt2-small": ("gpt2",)}
 
 FORMAT = 1
 TABLES = Path(__file__).with_name("tables")
@@ -221,6 +229,34 @@ def clear_caches() -> None:
     """Forget what was built; the next question reads tables and manifest again."""
     for cached in (_files, _models, _canonical, models, built_in, _build, manifest.listings):
         cached.cache_clear()
+
+
+def resolve_model(text: str, names: Iterable[str]) -> str | None:
+    """The one of ``names`` that is meant; None when none is. Refuses what could be several."""
+    word = text.lower().replace("gemma-v3-", "gemma-3-")
+    for owner in _OWNERS:
+        word = word.removeprefix(owner)
+    options = sorted(set(names))
+    if word in options:
+        return word
+    matches = [name for name in options if word in _other_names(name)]
+    if len(matches) > 1:
+        raise UnknownNameError(
+            f"model {text!r} could be several",
+            exists=", ".join(matches),
+            fix=" or ".join(f"model={name!r}" for name in matches),
+        )
+    return matches[0] if matches else None
+
+
+def _other_names(name: str) -> set[str]:
+    full = {name, *_OTHER_NAMES.get(name, ())}
+    if name.startswith("gemma-3-") and name.endswith("-pt"):
+        full.add(name.removesuffix("-pt"))
+    elif name.startswith(_FAMILIES) and not name.endswith("-it"):
+        full.add(f"{name}-pt")
+    short = {each.removeprefix(family) for each in full for family in _FAMILIES}
+    return full | short
 
 
 def tables() -> dict[str, tuple[SaeSpec, ...]]:

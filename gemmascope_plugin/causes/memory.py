@@ -24,8 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemmascope_plugin.arguments import parse_size
-from gemmascope_plugin.catalog.site_names import human_size
+from gemmascope_plugin.arguments import human_size, parse_size
 from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.components import COMPONENTS, sizes_of
 from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError

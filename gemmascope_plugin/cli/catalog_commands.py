@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemmascope_plugin.catalog.site_names import human_size
+from gemmascope_plugin.arguments import human_size
 from gemmascope_plugin.cli.options import AsJson, table, typed_one_by_one
 from gemmascope_plugin.errors import number_of
 

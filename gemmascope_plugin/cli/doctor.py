@@ -19,8 +19,7 @@ from typing import Literal
 
 import typer
 
-from gemmascope_plugin.arguments import asked_to_stay_offline
-from gemmascope_plugin.catalog.site_names import human_size
+from gemmascope_plugin.arguments import asked_to_stay_offline, human_size
 from gemmascope_plugin.cli.catalog_commands import table
 
 Status = Literal["ok", "note", "problem"]

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from gemmascope_plugin.catalog.site_names import human_size
+from gemmascope_plugin.arguments import human_size
 from gemmascope_plugin.cli.catalog_commands import search
 from gemmascope_plugin.cli.options import BUNDLED
 from gemmascope_plugin.errors import AmbiguousSpecError, MissingFileError, number_of, shorten

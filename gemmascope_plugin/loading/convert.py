@@ -14,12 +14,24 @@
 6. ``fill``: the tensors become its parameters as they are, mapped or moved; evaluation mode; no
    parameter asks for a gradient.
 
+``check_config`` asks whether the ``config.json`` of a Gemma Scope 2 folder describes the same
+dictionary as the spec. Fields that are not there are not missed: some folders were published without
+the file.
+
+1. ``type``, ``architecture``, ``width`` (of all layers together), ``affine_connection``: equal.
+2. ``model_name``: equal once ``google/``, a ``v`` before the number, ``-pt`` are left away; the
+   published files spell it ``gemma-v3-...``.
+3. ``hf_hook_point_in`` and ``..._out``: the same layers, written out or as ``{5,9,12,15}`` or
+   ``{all}``, and the same module below the layer.
+4. ``layers`` and ``gain``, which our exports write and the published files do not have: equal.
+
 Costs about two milliseconds, whatever the size.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +41,8 @@ from jaxtyping import Float, Shaped
 
 from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, shorten
+from gemmascope_plugin.files.json_file import read_json
 from gemmascope_plugin.loading.arrays import ArrayFile
-from gemmascope_plugin.loading.config_json import check_config, hf_hooks
 from gemmascope_plugin.loading.integrity import check_file, open_checked
 
 if TYPE_CHECKING:
@@ -47,6 +59,19 @@ SINGLE_LAYER = ("npz", "gemma-scope-2")
 SPEC_KEY = "gemmascope_spec"
 _TRAINING = {"dataset_path": "monology/pile-uncopyrighted", "context_size": 1024}
 """What SAELens records for Gemma Scope; not true of bundled or local dictionaries."""
+
+_NORM_IN, _NORM_OUT = "pre_feedforward_layernorm.output", "post_feedforward_layernorm.output"
+MODULES = {
+    ("sae", "res"): ("output", "output"),
+    ("sae", "att"): ("self_attn.o_proj.input", "self_attn.o_proj.input"),
+    ("sae", "mlp"): (_NORM_OUT, _NORM_OUT),
+    ("transcoder", "mlp"): (_NORM_IN, _NORM_OUT),
+    ("clt", "mlp"): (_NORM_IN, _NORM_OUT),
+    ("crosscoder", "res"): ("output", "output"),
+}
+"""Kind and site to what is read and written, below ``model.layers.L`` of the Hugging Face model."""
+_NESTED = re.compile(r"gemma-3-(4|12|27)b")
+"""Models whose text part lies in ``language_model``."""
 
 
 def config(spec: SaeSpec, *, device: str = "cpu", dtype: str = "float32") -> dict[str, Any]:
@@ -203,3 +228,72 @@ def _contiguous(_: object, state: dict[str, Any], prefix: str, __: object) -> No
     """The skip is a transposed view of the file; whoever saves a state needs plain rows."""
     name = f"{prefix}W_skip"
     state[name] = state[name].contiguous()
+
+
+def hf_hooks(spec: SaeSpec) -> tuple[str, str] | None:
+    """What Gemma Scope 2 reads and writes in the Hugging Face model; None where that has no name."""
+    modules = MODULES.get((spec.kind, spec.site))
+    if modules is None:
+        return None
+    stem = "model.language_model" if _NESTED.match(spec.model) else "model"
+    read, write = (f"{stem}.layers.{spec.layer}.{module}" for module in modules)
+    return read, write
+
+
+def check_config(path: Path, spec: SaeSpec) -> None:
+    """Compares a Gemma Scope 2 ``config.json`` with a spec, field by field."""
+    content = read_json(path)
+    for name, value, expected in (
+        ("type", content.get("type"), spec.kind),
+        ("architecture", _letters(content.get("architecture")), "jumprelu"),
+        ("width", content.get("width"), spec.d_sae),
+        ("affine_connection", content.get("affine_connection"), spec.affine),
+        ("model_name", _model(content.get("model_name")), _model(spec.model)),
+        ("layers", content.get("layers"), list(spec.layers)),
+        ("gain", content.get("gain"), spec.gain),
+    ):
+        if value is not None and value != expected:
+            raise contradiction(path, spec, name, content.get(name), expected)
+    modules = MODULES.get((spec.kind, spec.site))
+    for name, module in zip(("hf_hook_point_in", "hf_hook_point_out"), modules or (), strict=False):
+        value = content.get(name)
+        if value is None:
+            continue
+        if not _names(value, spec.all_layers, module):
+            layers = ",".join(map(str, spec.all_layers))
+            raise contradiction(path, spec, name, value, f"model.layers.{layers}.{module}")
+
+
+def contradiction(
+    path: Path, spec: SaeSpec, name: str, value: object, expected: object
+) -> BadFileError:
+    """The refusal of a file that describes another dictionary than the spec."""
+    return BadFileError(
+        f"{str(path)!r} says {name} {value!r}, but {spec.release} {spec.sae_id} has {expected!r}",
+        fix="the folder of another dictionary lies here; check the folder and the spec",
+    )
+
+
+def _letters(text: object) -> object:
+    return re.sub("[^a-z]", "", text.lower()) if isinstance(text, str) else text
+
+
+def _model(name: object) -> object:
+    if not isinstance(name, str):
+        return name
+    return name.lower().rpartition("/")[2].replace("-v3", "-3").removesuffix("-pt")
+
+
+def _names(hooks: object, layers: tuple[int, ...], module: str) -> bool:
+    """Whether a hook string, or a list of one per layer, means this module at these layers."""
+    if isinstance(hooks, list):
+        return len(hooks) == len(layers) and all(
+            _names(hook, (layer,), module) for hook, layer in zip(hooks, layers, strict=True)
+        )
+    match = re.fullmatch(r".*?layers\.(\d+|\{[\d, ]+\}|\{all\})\.(.+)", str(hooks)[:500])
+    if match is None or match[2] != module:
+        return False
+    layer_text = match[1].strip("{}")
+    return (
+        layer_text == "all" or tuple(int(n) for n in layer_text.split(",") if n.strip()) == layers
+    )

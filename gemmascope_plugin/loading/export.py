@@ -26,21 +26,22 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.catalog.site_names import Format, Gain, path_template, width_label
-from gemmascope_plugin.errors import GemmaScopeError
+from gemmascope_plugin.errors import BadFileError, GemmaScopeError, shorten
 from gemmascope_plugin.files.whole import whole_folder, write_text_whole, write_whole
-from gemmascope_plugin.loading.arrays import write_safetensors
-from gemmascope_plugin.loading.config_json import MODULES, hf_hooks
-from gemmascope_plugin.loading.npz import write_npz
+from gemmascope_plugin.loading.arrays import header_bytes
+from gemmascope_plugin.loading.convert import MODULES, hf_hooks
 from gemmascope_plugin.saes.coder import ARCHITECTURES
 from gemmascope_plugin.types import SAE, Kind, Site
 
@@ -186,3 +187,44 @@ def _layers_config(cfg: CrossLayerSAEConfig, l0: float, gain: Gain) -> dict[str,
         content["hf_hook_point_in"] = f"model.layers.{layers}.{read}"
         content["hf_hook_point_out"] = f"model.layers.{layers}.{write}"
     return content
+
+
+def write_safetensors(file: BinaryIO, tensors: Mapping[str, Shaped[torch.Tensor, "*_"]]) -> None:
+    """Write tensors in their own types."""
+    file.write(header_bytes({n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}))
+    for tensor in tensors.values():
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+        file.write(flat.view(torch.uint8).numpy().data)
+
+
+def write_npz(
+    path: str | Path, tensors: dict[str, Float[torch.Tensor, "*_"]], *, compress: bool = False
+) -> Path:
+    """Writes tensors, as float32, into an ``.npz`` file whose stored values are aligned to 64 bytes."""
+    path = Path(path)
+    if not tensors:
+        raise BadFileError(f"no arrays to write into {str(path)!r}")
+    return write_whole(path, lambda file: _write(file, tensors, compress))
+
+
+def _write(
+    file: BinaryIO, tensors: Mapping[str, Float[torch.Tensor, "*_"]], compress: bool
+) -> None:
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, tensor in tensors.items():
+            entry = zipfile.ZipInfo(f"{shorten([name])}.npy")
+            entry.compress_type = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
+            entry.extra = _padding(archive, entry.filename)
+            array = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+            with archive.open(entry, "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, array, version=(1, 0), allow_pickle=False)
+
+
+def _padding(archive: zipfile.ZipFile, name: str) -> bytes:
+    """An extra field that makes the member begin at a multiple of 64 bytes."""
+    assert archive.fp is not None
+    zip64, field_header = 20, 4
+    start = archive.fp.tell() + 30 + len(name) + zip64 + field_header
+    pad = -start % 64
+    # 0xD935 is the id that Android's zipalign uses for the same purpose.
+    return (0xD935).to_bytes(2, "little") + pad.to_bytes(2, "little") + bytes(pad)

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from gemmascope_plugin.arguments import as_dtype, as_index
+from gemmascope_plugin.arguments import as_dtype, as_index, human_size
 from gemmascope_plugin.catalog import SaeSpec
-from gemmascope_plugin.catalog.site_names import human_size, resolve_model
+from gemmascope_plugin.catalog.tables import resolve_model
 from gemmascope_plugin.errors import InputError, UnknownNameError, nearest, number_of, shorten
 from gemmascope_plugin.loading.sae_suite import as_specs
 

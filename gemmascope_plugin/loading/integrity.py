@@ -6,7 +6,7 @@
 2. Names: those of the format; a ``scaling_factor`` of ones may be there too.  Gemma Scope 2 writes
    ``w_enc`` and ``affine_skip_connection``; here they are ``W_enc`` and ``A``.
 3. Shapes against the spec, before anything is converted or read.
-4. A compressed archive is converted into the cache folder (``npz.py``); everything else is used as it
+4. A compressed archive is converted into the cache folder (``arrays.py``); everything else is used as it
    lies.
 
 ``check_file``, one streaming pass over the values, through one buffer of 8 MB and not mapped, so that a
@@ -53,11 +53,11 @@ from gemmascope_plugin.loading.arrays import (
     FLOATS,
     ArrayFile,
     StoredArray,
+    convert_npz,
     identity,
     npz_arrays,
     safetensors_arrays,
 )
-from gemmascope_plugin.loading.npz import convert_npz
 
 Shape = tuple[int, ...]
 

@@ -26,9 +26,9 @@ from gemmascope_plugin.arguments import as_device, as_dtype, dtype_name
 from gemmascope_plugin.catalog import SaeSpec, get
 from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.loading.arrays import ArrayFile
-from gemmascope_plugin.loading.config_json import check_config
 from gemmascope_plugin.loading.convert import (
     SPEC_KEY,
+    check_config,
     config,
     fill,
     metadata,

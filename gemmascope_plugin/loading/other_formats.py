@@ -36,7 +36,7 @@ from gemmascope_plugin.catalog import SaeSpec
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, ModelError, WidthMismatchError
 from gemmascope_plugin.files.json_file import read_json
 from gemmascope_plugin.loading.arrays import ArrayFile, safetensors_arrays
-from gemmascope_plugin.loading.convert import fill, metadata, skeleton
+from gemmascope_plugin.loading.convert import contradiction, fill, metadata, skeleton
 from gemmascope_plugin.loading.integrity import check_file, open_checked
 
 if TYPE_CHECKING:
@@ -94,11 +94,7 @@ def _config(path: Path, spec: SaeSpec) -> dict[str, Any]:
         ("hook_name", saved.get("hook_name"), spec.hook_in),
     ):
         if value != expected:
-            raise BadFileError(
-                f"{str(path)!r} says {name} {value!r}, but {spec.release} {spec.sae_id} has "
-                f"{expected!r}",
-                fix="the folder of another dictionary lies here; check the folder and the spec",
-            )
+            raise contradiction(path, spec, name, value, expected)
     if cfg.get("normalize_activations") == "expected_average_only_in":
         raise BadFileError(
             f"{str(path)!r} expects activations scaled by a factor that the folder does not hold",
@@ -187,11 +183,7 @@ def tree_config(
         )
     for name, expected in (("d_in", spec.d_in), ("hook_name", spec.hook_in)):
         if content.get(name, expected) != expected:
-            raise BadFileError(
-                f"{str(path)!r} says {name} {content[name]!r}, but {spec.release} {spec.sae_id} "
-                f"has {expected!r}",
-                fix="the folder of another dictionary lies here; check the folder and the spec",
-            )
+            raise contradiction(path, spec, name, content[name], expected)
     sizes, ks = _layers(path, content, spec, flat="tree" not in kind)
     return {
         "architecture": "tree",

@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 
-from gemmascope_plugin.arguments import as_device, as_dtype, parse_size
+from gemmascope_plugin.arguments import as_device, as_dtype, human_size, parse_size
 from gemmascope_plugin.catalog import SaeSpec, get
-from gemmascope_plugin.catalog.site_names import human_size
 from gemmascope_plugin.errors import (
     AmbiguousSpecError,
     EmptySelectionError,

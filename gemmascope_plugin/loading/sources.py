@@ -20,9 +20,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from gemmascope_plugin.arguments import is_offline
+from gemmascope_plugin.arguments import human_size, is_offline
 from gemmascope_plugin.catalog import SaeSpec
-from gemmascope_plugin.catalog.site_names import human_size
 from gemmascope_plugin.catalog.spec import BUNDLED_PREFIX
 from gemmascope_plugin.errors import BadFileError, InputError, MissingFileError, nearest, shorten
 

@@ -22,6 +22,8 @@ from gemmascope_plugin.models.tokens import check_ids, token_id
 _START, _END = "<start_of_turn>", "<end_of_turn>"
 Messages = Sequence[Mapping[str, Any]]
 """One conversation: ``{"role": ..., "content": ...}`` each."""
+Words = str | SupportsIndex | Iterable[str | SupportsIndex] | None
+"""Tokens by word or id, one or several."""
 _ROLES = {"user": "user", "model": "model", "assistant": "model"}
 
 
@@ -61,13 +63,11 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
     return f"{text}{_START}model\n" if opens else text
 
 
-def text_of(model: HookedModel, prompt: str | Messages) -> str:
-    """One text as it is, or the text of a conversation."""
-    if isinstance(prompt, str):
-        return prompt
+def conversation_text(model: HookedModel, messages: Messages) -> str:
+    """The text of a conversation in the words of the model's tokenizer."""
     if model.tokenizer is None:
         raise ModelError("The model has no tokenizer", fix="give token ids [batch, pos]")
-    return render(model.tokenizer, prompt)
+    return render(model.tokenizer, messages)
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, str]:
@@ -83,10 +83,6 @@ def _message(message: Mapping[str, Any]) -> dict[str, str]:
     return {"role": str(message["role"]), "content": content.strip()}
 
 
-Words = str | SupportsIndex | Iterable[str | SupportsIndex] | None
-"""Tokens by word or id, one or several."""
-
-
 def stop_ids(model: HookedModel, stop: Words = (), *, with_own: bool = True) -> list[int]:
     """Ids of the tokens after which a continuation ends, sorted; empty where none is known.
 
@@ -99,6 +95,7 @@ def stop_ids(model: HookedModel, stop: Words = (), *, with_own: bool = True) -> 
 
 
 def _named(model: HookedModel) -> list[int]:
+    """Those that the model's own files name."""
     holders = (model, getattr(model, "original_model", None))
     for holder in holders:
         config = getattr(holder, "generation_config", None)

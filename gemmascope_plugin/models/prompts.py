@@ -35,7 +35,7 @@ from gemmascope_plugin.errors import (
     ModelError,
     TaskError,
 )
-from gemmascope_plugin.models.chat import is_chat, text_of
+from gemmascope_plugin.models.chat import conversation_text, is_chat
 from gemmascope_plugin.models.protocol import HookedModel, check_model, describe, device_of
 from gemmascope_plugin.models.tokens import check_ids, refuse_unknown_words, text_ids
 
@@ -234,7 +234,7 @@ def _rows(model: HookedModel, prompts: PromptLike) -> list[Int[torch.Tensor, " _
         matrix = _integers(prompts)
         return list(matrix if matrix.ndim == 2 else matrix[None])
     if isinstance(prompts, str) or is_chat(prompts):
-        text = text_of(model, prompts)
+        text = prompts if isinstance(prompts, str) else conversation_text(model, prompts)
         ids = text_ids(model, text)
         refuse_unknown_words(model, text, ids)
         return [ids]

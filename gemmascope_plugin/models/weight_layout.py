@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from gemmascope_plugin.catalog.site_names import resolve_model
-from gemmascope_plugin.catalog.tables import models
+from gemmascope_plugin.catalog.tables import models, resolve_model
 from gemmascope_plugin.errors import MissingFileError, ModelError, UnknownNameError, check_choice
 from gemmascope_plugin.errors import nearest as nearest_of
 from gemmascope_plugin.models.gguf_folder import (

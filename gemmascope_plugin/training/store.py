@@ -33,7 +33,8 @@ from gemmascope_plugin.errors import (
 from gemmascope_plugin.files.json_file import Record, read_json
 from gemmascope_plugin.files.lock import LOCK, folder_lock
 from gemmascope_plugin.files.whole import write_text_whole, write_whole
-from gemmascope_plugin.loading.arrays import ArrayFile, safetensors_arrays, write_safetensors
+from gemmascope_plugin.loading.arrays import ArrayFile, safetensors_arrays
+from gemmascope_plugin.loading.export import write_safetensors
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.training.buckets import Bucket, ForwardReader

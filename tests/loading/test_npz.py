@@ -17,7 +17,7 @@ from npz_files import arrays, read_npz, save
 from gemmascope_plugin.catalog.headers import read_headers
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, MissingFileError
 from gemmascope_plugin.loading import integrity
-from gemmascope_plugin.loading.npz import write_npz
+from gemmascope_plugin.loading.export import write_npz
 
 
 def npy_bytes(array: np.ndarray) -> bytes:

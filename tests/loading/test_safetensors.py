@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from npz_files import arrays
 
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError, MissingFileError
-from gemmascope_plugin.loading.arrays import ArrayFile, safetensors_arrays, write_safetensors
+from gemmascope_plugin.loading.arrays import ArrayFile, safetensors_arrays
+from gemmascope_plugin.loading.export import write_safetensors
 
 FAST = settings(
     max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

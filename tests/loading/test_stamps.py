@@ -10,7 +10,7 @@ from npz_files import arrays, read_npz, save
 from gemmascope_plugin.errors import BadFileError, GemmaScopeError
 from gemmascope_plugin.files import whole
 from gemmascope_plugin.loading import integrity
-from gemmascope_plugin.loading.npz import write_npz
+from gemmascope_plugin.loading.export import write_npz
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
-from gemmascope_plugin.catalog.site_names import human_size
+from gemmascope_plugin.arguments import human_size
 from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.models.anatomy import Anatomy
 from gemmascope_plugin.models.points import Norm, flatten_heads, reading

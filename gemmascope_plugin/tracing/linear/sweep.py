@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 
-from gemmascope_plugin.catalog.site_names import human_size
+from gemmascope_plugin.arguments import human_size
 from gemmascope_plugin.errors import GemmaScopeError
 from gemmascope_plugin.tracing.linear.frozen_pass import FrozenPass
 from gemmascope_plugin.tracing.linear.targets import Seed
