@@ -25,6 +25,7 @@ from gemmascope_plugin.models.prompts import PromptLike, check_room, read_prompt
 from gemmascope_plugin.models.protocol import HookedModel
 from gemmascope_plugin.models.record import attached, claim, keep
 from gemmascope_plugin.models.threads import threads_for_tokens
+from gemmascope_plugin.models.tokens import kept_positions, special_ids
 from gemmascope_plugin.splice.hooked_sae import HookedCrossLayer, HookedSAE
 from gemmascope_plugin.splice.hooked_site import HookedSite
 from gemmascope_plugin.splice.window import refuse_empty
@@ -67,8 +68,9 @@ class SplicedModel:
         prompts = read_prompts(self.model, text, kwargs.pop("attention_mask", None))
         if prompts.is_padded:
             kwargs["attention_mask"] = prompts.mask.long()
-        for site in {site.exclude: site for site in self.sites.values()}.values():
-            refuse_empty(self.model, site, prompts.tokens)
+        for exclude in dict.fromkeys(site.exclude for site in self.sites.values()):
+            special = special_ids(self.model, exclude)
+            refuse_empty(kept_positions(prompts.tokens, special), exclude)
         return self.model(prompts.tokens, **kwargs)
 
     forward = __call__

@@ -47,6 +47,7 @@ from gemmascope_plugin.splice.diagnose import (
 )
 from gemmascope_plugin.splice.fit import Batches, Candidate, Fit, SpliceLoss, losses_of, measure
 from gemmascope_plugin.splice.hooked_sae import HookedSAE, check_sae
+from gemmascope_plugin.splice.window import refuse_empty
 from gemmascope_plugin.types import SAE
 
 _BATCH = 16
@@ -236,7 +237,8 @@ def verify(
     if not batches:
         raise EmptySelectionError("There is no prompt", fix="give text or token ids [batch, pos]")
     excluded = special_ids(model, exclude)
-    _refuse_empty(batches, excluded, exclude)
+    for tokens in batches:
+        refuse_empty(kept_positions(tokens, excluded), exclude)
     read, readable = reading_of(model, hooked.hook_in)
     named = Candidate(
         read=read,
@@ -313,14 +315,3 @@ def _bos_l0(model: HookedModel, sae: SAE, batches: Batches, named: Candidate) ->
         active += int((coder.activate(coder.pre_activations(x), x) > 0).sum())
         n += len(x)
     return active / n if n else None
-
-
-def _refuse_empty(
-    batches: Batches, excluded: frozenset[int], exclude: tuple[str | int, ...]
-) -> None:
-    if not all(kept_positions(tokens, excluded).any(-1).all() for tokens in batches):
-        raise EmptySelectionError(
-            "A prompt has only excluded tokens",
-            exists=f"exclude={exclude}",
-            fix="prompts with at least one word, or exclude=()",
-        )

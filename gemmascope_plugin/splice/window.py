@@ -242,8 +242,8 @@ class TokenMask:
         if run.attention is not None:
             keep = keep & run.attention.to(keep.device)
         # A pass of one token belongs to a generation, as a rule, and that token may be special.
-        if keep.shape[1] > 1 and not keep.any(-1).all():
-            raise _empty(site)
+        if keep.shape[1] > 1:
+            refuse_empty(keep, site.exclude)
         batch = (run.rows, run.n_rows)
         ends = _ends(run, keep.shape[1])
         window = Window(keep, run.start, run.prompt, run.horizon, ends, *batch, run.grown)
@@ -267,17 +267,11 @@ def _ends(run: Pass, n_pos: int) -> Int[torch.Tensor, " batch"] | None:
     return None if bool((ends == n_pos).all()) else ends
 
 
-def refuse_empty(
-    model: HookedModel, site: TokenChoice, tokens: Int[torch.Tensor, "batch pos"]
-) -> None:
-    """Refuses prompts in which ``site`` would do nothing at all."""
-    if not kept_positions(tokens, special_ids(model, site.exclude)).any(-1).all():
-        raise _empty(site)
-
-
-def _empty(site: TokenChoice) -> EmptySelectionError:
-    return EmptySelectionError(
-        "The prompt has only excluded tokens",
-        exists=f"exclude={site.exclude}",
-        fix="a prompt with at least one word, or exclude=()",
-    )
+def refuse_empty(keep: Bool[torch.Tensor, "batch pos"], exclude: tuple[str | int, ...]) -> None:
+    """Refuses prompts of which nothing is left."""
+    if not keep.any(-1).all():
+        raise EmptySelectionError(
+            "A prompt has only excluded tokens",
+            exists=f"exclude={exclude}",
+            fix="prompts with at least one word, or exclude=()",
+        )
