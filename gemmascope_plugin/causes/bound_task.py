@@ -105,10 +105,10 @@ class BoundTask:
         return at < self.lengths[:, None]
 
     def measure(self, runner: Any, tokens: Any, **kwargs: Any) -> Float[torch.Tensor, " row"]:
-        """The metric of each row of a run; arguments as for :meth:`said`."""
-        return self.metric.of_rows(self.said(runner, tokens, **kwargs))
+        """The metric of each row of a run; arguments as for :meth:`readout`."""
+        return self.metric.of_rows(self.readout(runner, tokens, **kwargs))
 
-    def said(self, runner: Any, tokens: Any, *, fwd_hooks: Hooks = (), **kwargs: Any) -> Readout:
+    def readout(self, runner: Any, tokens: Any, *, fwd_hooks: Hooks = (), **kwargs: Any) -> Readout:
         """What a run with hooks says at the position, or positions, that each row is asked about."""
         before_cap = self.metric.metric.before_cap
         with (
@@ -141,7 +141,7 @@ class BoundTask:
     @torch.no_grad()
     def with_reference(self, model: HookedModel) -> BoundTask:
         """The same with what the clean run says."""
-        reference = self.said(model, self.clean)
+        reference = self.readout(model, self.clean)
         return replace(self, metric=replace(self.metric, reference=reference))
 
     def ends(self, runner: Any) -> dict[str, float]:
@@ -201,11 +201,11 @@ def figures_of(model: HookedModel, bound: BoundTask) -> TaskFigures:
     """Runs the clean prompts of a task."""
     metrics, first = [], []
     for part in bound.parts(BATCH):
-        said = part.said(model, part.clean)
-        metrics.append(part.metric.of_rows(said).cpu())
+        readout = part.readout(model, part.clean)
+        metrics.append(part.metric.of_rows(readout).cpu())
         if part.metric.right is not None:
             ids, mask = part.metric.right.ids, part.metric.right.mask
-            first.append(((ids == said.top(1)[1]) & mask).any(-1).cpu())
+            first.append(((ids == readout.top(1)[1]) & mask).any(-1).cpu())
     metric = bound.fold(torch.cat(metrics))
     top = torch.cat(first) if first else None
     return TaskFigures(metric, metric > 0 if _compares(bound.metric.metric) else top, top)

@@ -44,7 +44,7 @@ def save_effects(path: str | Path, effects: LabelledValues) -> Path:
     plain = {name: array.detach().cpu().numpy() for name, array in arrays.items()}
     if (defect := _array_defect(plain)) is not None:
         raise GemmaScopeError(f"The effects cannot be saved: {defect}")
-    content = {"format": FORMAT, "version": VERSION, **_said(effects)}
+    content = {"format": FORMAT, "version": VERSION, **_header(effects)}
     return write_bundle(path, content, plain, kind=KIND)
 
 
@@ -61,7 +61,7 @@ def plain_effects(effects: LabelledValues) -> dict[str, Any]:
     """Effects as plain values."""
     each = effects.values_by_prompt
     return {
-        **_said(effects),
+        **_header(effects),
         "values": as_json(effects.values.tolist(), "values"),
         "values_by_prompt": None if each is None else as_json(each.tolist(), "values_by_prompt"),
         "columns": {name: column.tolist() for name, column in effects.columns.items()},
@@ -72,7 +72,7 @@ def _columns(effects: LabelledValues) -> dict[str, torch.Tensor]:
     return {f"{_COLUMN}{name}": column for name, column in effects.columns.items()}
 
 
-def _said(effects: LabelledValues) -> dict[str, Any]:
+def _header(effects: LabelledValues) -> dict[str, Any]:
     """Axes, labels and metadata; a coordinate that was chosen has its kind as well."""
     metadata = dict(effects.metadata)
     chosen = metadata.pop("at", {})

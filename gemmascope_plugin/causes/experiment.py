@@ -189,11 +189,11 @@ def _sites(
         return {}
     if layers is None:
         return dict(sites_in(runner))
-    wanted = coordinates("layer", layers, n_layers)
-    sites = {name: site for name, site in sites_in(runner).items() if layer_of(name) in wanted}
+    numbers = coordinates("layer", layers, n_layers)
+    sites = {name: site for name, site in sites_in(runner).items() if layer_of(name) in numbers}
     if not sites:
         raise EmptySelectionError(
-            f"No dictionary lies in layers {list(wanted)}", exists=", ".join(sites_in(runner))
+            f"No dictionary lies in layers {list(numbers)}", exists=", ".join(sites_in(runner))
         )
     return sites
 

@@ -168,13 +168,13 @@ class LabelledValues:
             ids = (
                 self.columns["id"].movedim(self.axes.index("token"), -1).reshape(-1, len(labels))[0]
             )
-            asked = self.metadata["asked"]
+            titles = self.metadata["asked"]
             for place, i in enumerate(ids.tolist()):
-                if i == label and labels[place] in asked:
+                if i == label and labels[place] in titles:
                     return place
             raise UnknownNameError(
                 f"The token {label!r} was not asked for",
-                exists=shorten(asked) or "none",
+                exists=shorten(titles) or "none",
                 fix=f"logit_lens(..., tokens=[{label!r}])",
             )
         raise UnknownNameError(

@@ -55,12 +55,12 @@ class Limit:
         budget = parse_size(self.memory)
         if budget is None:
             return self.max_rows
-        fitting = (budget - need.held) // need.row
+        fitting = (budget - need.fixed) // need.row
         if fitting < 1:
             raise GemmaScopeError(
                 f"The memory budget of {human_size(budget)} is too small: activations take about "
-                f"{human_size(need.held)}, and each prompt of a forward pass {human_size(need.row)}",
-                fix=f"memory_budget={need.held + need.row:_} or more, fewer or shorter prompts, or "
+                f"{human_size(need.fixed)}, and each prompt of a forward pass {human_size(need.row)}",
+                fix=f"memory_budget={need.fixed + need.row:_} or more, fewer or shorter prompts, or "
                 "fewer layers",
             )
         return min(self.max_rows, fitting)
@@ -70,7 +70,7 @@ class Limit:
 class Footprint:
     """Bytes that a sweep needs."""
 
-    held: int
+    fixed: int
     """As long as it lasts."""
     row: int
     """For each row of a forward pass."""
@@ -97,9 +97,9 @@ def footprint(
     n_kv = int(getattr(cfg, "n_key_value_heads", None) or n_heads(model))
     streams = 2 * (n_layers(model) + 1) * stream  # before and within each layer
     earlier = 2 * n_layers(model) * n_pos * n_kv * int(cfg.d_head)  # keys and values
-    held = n_prompts * (copies * activations + streams + earlier)
+    fixed = n_prompts * (copies * activations + streams + earlier)
     size = max(4, dtype_of(model).itemsize)  # norms and softmax are taken in float32
-    return Footprint(size * held, size * row)
+    return Footprint(size * fixed, size * row)
 
 
 def logits_held(model: HookedModel, bound: BoundTask) -> int:

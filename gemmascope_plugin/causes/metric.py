@@ -30,7 +30,7 @@ from gemmascope_plugin.models.readout import OfLogits, Readout
 from gemmascope_plugin.models.tokens import quoted_label, token_id
 
 Logits = Float[torch.Tensor, "row d_vocab"]
-Asked = Logits | Readout
+RowLogits = Logits | Readout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Metric(ABC):
         """
 
     @abstractmethod
-    def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+    def score(self, readout: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
         """One number per row from what is said at ``position``; ``bound`` has what rows need."""
 
     def take(self, index: Sequence[int]) -> Metric:
@@ -151,13 +151,13 @@ class BoundMetric:
         at = self.at if self.at is not None else self._positions(logits)
         return self.of_rows(logits[rows, at[rows % self.n_prompts]])
 
-    def of_rows(self, asked: Asked) -> Float[torch.Tensor, " row"]:
+    def of_rows(self, logits: RowLogits) -> Float[torch.Tensor, " row"]:
         """The same from logits at the position of each row, or from what makes them."""
-        said = OfLogits.of(asked) if isinstance(asked, torch.Tensor) else asked
-        times, rest = divmod(len(said), self.n_prompts)
-        assert rest == 0, f"{len(said)} rows are not copies of {self.n_prompts} prompts"
-        index = torch.arange(self.n_prompts, device=said.device).repeat(times)
-        return self.metric.score(said, self.part(index))
+        readout = OfLogits.of(logits) if isinstance(logits, torch.Tensor) else logits
+        times, rest = divmod(len(readout), self.n_prompts)
+        assert rest == 0, f"{len(readout)} rows are not copies of {self.n_prompts} prompts"
+        index = torch.arange(self.n_prompts, device=readout.device).repeat(times)
+        return self.metric.score(readout, self.part(index))
 
     def part(self, index: Int[torch.Tensor, " row"]) -> BoundMetric:
         """What belongs to these prompts, in this order."""

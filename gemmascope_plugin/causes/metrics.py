@@ -35,11 +35,11 @@ class LogitDiff(AnswerMetric):
 
     name = "logit difference"
 
-    def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+    def score(self, readout: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
         """Difference in logits, in nats of odds."""
         assert bound.right is not None and bound.wrong is not None
         right, wrong = (
-            tokens.filled(said.pick(tokens.ids), -torch.inf).logsumexp(-1)
+            tokens.filled(readout.pick(tokens.ids), -torch.inf).logsumexp(-1)
             for tokens in (bound.right, bound.wrong)
         )
         return right - wrong
@@ -50,12 +50,14 @@ class Probability(AnswerMetric):
 
     name = "probability"
 
-    def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+    def score(self, readout: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
         """Probability mass, 0 to 1, or a difference of two."""
         assert bound.right is not None
-        whole = said.log_normaliser()[:, None]
+        whole = readout.log_normaliser()[:, None]
         right, wrong = (
-            None if sets is None else sets.filled((said.pick(sets.ids) - whole).exp(), 0.0).sum(-1)
+            None
+            if sets is None
+            else sets.filled((readout.pick(sets.ids) - whole).exp(), 0.0).sum(-1)
             for sets in (bound.right, bound.wrong)
         )
         assert right is not None
@@ -67,16 +69,16 @@ class Margin(AnswerMetric):
 
     name = "margin"
 
-    def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+    def score(self, readout: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
         """Difference in logits; positive where the answer is the prediction."""
         assert bound.right is not None
         sets = bound.right
-        right = sets.filled(said.pick(sets.ids), -torch.inf).amax(-1)
+        right = sets.filled(readout.pick(sets.ids), -torch.inf).amax(-1)
         # one more than there are answers: the best of the others is among them
-        best, ids, _ = said.top(sets.ids.shape[1] + 1)
+        best, ids, _ = readout.top(sets.ids.shape[1] + 1)
         inside = ((ids[:, :, None] == sets.ids[:, None]) & sets.mask[:, None]).any(-1)
         other = ids.gather(1, best.masked_fill(inside, -torch.inf).argmax(1, keepdim=True))
-        return right - said.pick(other)[:, 0]
+        return right - readout.pick(other)[:, 0]
 
 
 class CrossEntropy(AnswerMetric):
@@ -84,10 +86,10 @@ class CrossEntropy(AnswerMetric):
 
     name = "minus cross-entropy"
 
-    def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+    def score(self, readout: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
         """In nats, at most 0."""
         assert bound.right is not None
-        return bound.right.filled(said.log_probs(bound.right.ids), -torch.inf).logsumexp(-1)
+        return bound.right.filled(readout.log_probs(bound.right.ids), -torch.inf).logsumexp(-1)
 
 
 class KLDivergence(Metric):
@@ -101,10 +103,10 @@ class KLDivergence(Metric):
         """Knows the clean run only once the task has run it."""
         return BoundMetric(self, n_prompts)
 
-    def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+    def score(self, readout: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
         """In nats, at most 0."""
         assert bound.reference is not None, "the task gives what the clean run says"
-        return -said.divergence_from(bound.reference)
+        return -readout.divergence_from(bound.reference)
 
 
 def divergence_at(question: Metric) -> KLDivergence:
@@ -127,9 +129,9 @@ class Custom(Metric):
         """Nothing to look up."""
         return BoundMetric(self, n_prompts)
 
-    def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+    def score(self, readout: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
         """What the function says."""
-        logits = said.all().float()
+        logits = readout.all().float()
         value = self.fn(logits, bound.prompts)
         if not isinstance(value, torch.Tensor) or value.shape != logits.shape[:1]:
             shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
-from gemmascope_plugin.causes.metric import Asked, BoundMetric, Metric
+from gemmascope_plugin.causes.metric import BoundMetric, Metric, RowLogits
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.prompts import pad_id
@@ -49,7 +49,7 @@ class SequenceLogprob(Metric):
         """Knows its rows only once prompts are there, see :meth:`rows`."""
         return BoundMetric(self, n_prompts)
 
-    def score(self, said: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
+    def score(self, readout: Readout, bound: BoundMetric) -> Float[torch.Tensor, " row"]:
         """In nats; see :class:`BoundSequences`."""
         raise AssertionError("a task binds this metric to rows")
 
@@ -169,14 +169,14 @@ class BoundSequences(BoundMetric):
         copies = torch.arange(times, device=self.row.device)[:, None] * self.n_prompts
         return (copies + self.row).flatten(), self.at.repeat(times)
 
-    def of_rows(self, asked: Asked) -> Float[torch.Tensor, " answer"]:
+    def of_rows(self, logits: RowLogits) -> Float[torch.Tensor, " answer"]:
         """Weighted sums over the tokens of each row's answer."""
-        said = OfLogits.of(asked) if isinstance(asked, torch.Tensor) else asked
-        times, rest = divmod(len(said), len(self.token))
-        assert rest == 0, f"{len(said)} positions are not copies of {len(self.token)}"
-        each = said.log_probs(self.token.to(said.device).repeat(times)[:, None])[:, 0]
+        readout = OfLogits.of(logits) if isinstance(logits, torch.Tensor) else logits
+        times, rest = divmod(len(readout), len(self.token))
+        assert rest == 0, f"{len(readout)} positions are not copies of {len(self.token)}"
+        each = readout.log_probs(self.token.to(readout.device).repeat(times)[:, None])[:, 0]
         rows = each.new_zeros(times * self.n_prompts)
-        places = self.places(len(rows))[0].to(said.device)
+        places = self.places(len(rows))[0].to(readout.device)
         return rows.index_add(0, places, each) * self.weight.to(each).repeat(times)
 
     def part(self, index: Int[torch.Tensor, " row"]) -> BoundSequences:

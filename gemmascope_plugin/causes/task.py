@@ -98,7 +98,7 @@ class Task:
             object.__setattr__(self, name, _one_by_one(getattr(self, name)))
 
     @property
-    def asked(self) -> Metric:
+    def question(self) -> Metric:
         """The metric as an object."""
         assert isinstance(self.metric, Metric)
         return self.metric
@@ -234,7 +234,7 @@ class Task:
         words = [repr(self.name), f"{len(self)} prompts"]
         if self.origin is not None and self.origin.split is not None:
             words[-1] = f"{len(self)} {self.origin.split} prompts"
-        words.append(self.asked.name)
+        words.append(self.question.name)
         if self._figures is not None:
             words[-1] += " {} on {}".format(*self._figures)
         if self.origin is not None and self.origin.n_dropped:
@@ -253,7 +253,7 @@ class Task:
         chosen = list(index)
         clean, corrupt = (_taken(prompts, chosen) for prompts in (self.clean, self.corrupt))
         mask = None if self.mask is None else self.mask[chosen]
-        metric = self.asked.take(chosen)
+        metric = self.question.take(chosen)
         return replace(self, clean=clean, corrupt=corrupt, metric=metric, mask=mask)
 
     def bind(self, model: HookedModel) -> BoundTask:
@@ -278,14 +278,14 @@ class Task:
             )
         if torch.equal(clean, corrupt):
             raise TaskError("Clean and corrupted prompts are the same tokens")
-        if isinstance(self.asked, SequenceLogprob):
-            rows = self.asked.rows(model, (clean, corrupt), lengths)
+        if isinstance(self.question, SequenceLogprob):
+            rows = self.question.rows(model, (clean, corrupt), lengths)
             return BoundTask(rows.clean, rows.corrupt, rows.lengths, rows.metric, self.name)
-        at = self.asked.positions(lengths)
+        at = self.question.positions(lengths)
         before = [row[: int(end) + 1] for row, end in zip(clean, at, strict=True)]
-        bound = replace(self.asked.bind(model, len(clean), before), at=at)
+        bound = replace(self.question.bind(model, len(clean), before), at=at)
         task = BoundTask(clean, corrupt, lengths, bound, self.name)
-        return task.with_reference(model) if isinstance(self.asked, KLDivergence) else task
+        return task.with_reference(model) if isinstance(self.question, KLDivergence) else task
 
     def _tokens(self, model: HookedModel, prompts: Prompts) -> Any:
         if self.mask is None:

@@ -46,7 +46,7 @@ class Acdc(CircuitMethod):
     def find(self, model: HookedModel, task: Task, options: Options) -> Circuit:
         """The edges that stay."""
         tau = TAU if options.tau is None else options.tau
-        metric = divergence_at(task.asked)
+        metric = divergence_at(task.question)
         bound = replace(task, metric=metric).bind(model)
         ablation = EdgeAblation(model, bound, options.replacement, Limit(_MAX_ROWS, options.memory))
         pruned = acdc(ablation, tau, progress=options.progress)

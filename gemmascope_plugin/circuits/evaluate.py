@@ -238,5 +238,5 @@ def _divergence(
     run: Ablator, model: HookedModel, task: Task, is_kept: Bool[torch.Tensor, " unit"]
 ) -> float:
     """Mean divergence of the circuit's next-token distribution from the clean run's."""
-    bound = replace(task, metric=divergence_at(task.asked)).bind(model)
+    bound = replace(task, metric=divergence_at(task.question)).bind(model)
     return -float(run(bound, is_kept[None], torch.zeros(1, dtype=torch.bool)).mean())

@@ -72,9 +72,9 @@ class FeatureCircuits(CircuitMethod):
     def find(self, model: HookedModel, task: Task, options: Options) -> Circuit:
         """By default 60 nodes, or all if there are fewer."""
         refuse_size_and_tau(options)
-        if self.name == "atp" and isinstance(task.asked, KLDivergence):
+        if self.name == "atp" and isinstance(task.question, KLDivergence):
             raise TaskError(
-                f"The gradient of {task.asked.name} is zero on the clean run, where atp takes it",
+                f"The gradient of {task.question.name} is zero on the clean run, where atp takes it",
                 fix='method="ig", or metric=logit_diff(answer, wrong)',
             )
         sites = sites_of(model, options.saes, _raw(options.nodes), level=options.level)

@@ -89,7 +89,7 @@ class NodeCircuits(CircuitMethod):
                 estimate = {"steps": effects.metadata["steps"], "residual_max": worst}
         details = {
             "task": task.name,
-            "metric": task.asked.name,
+            "metric": task.question.name,
             "method": self.name,
             "kinds": options.nodes,
             "rank": options.rank,

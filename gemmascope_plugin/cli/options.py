@@ -218,10 +218,10 @@ class Question(ModelOptions):
             metric = self._metric(self.metric or "logit_diff", self.answer, self.wrong)
             return Task(self._typed("clean"), self._typed("corrupt"), metric, "own prompts")
         task = builtin_task(self.task, model, self.n_prompts(default), split, self.seed)
-        asked = cast("Any", task.asked)
+        question = cast("Any", task.question)
         if self.metric is None:
-            return replace(task, metric=replace(asked, before_cap=self.before_cap))
-        return replace(task, metric=self._metric(self.metric, asked.answer, asked.wrong))
+            return replace(task, metric=replace(question, before_cap=self.before_cap))
+        return replace(task, metric=self._metric(self.metric, question.answer, question.wrong))
 
     def _metric(self, name: str, answer: Any, wrong: Any) -> Any:
         import gemmascope_plugin.causes as causes

@@ -193,8 +193,8 @@ def _from_task(model: Any, drawn: _Drawn) -> tuple[str, list[Any] | None]:
     """A prompt, and its answer against the wrong one; None where either is several tokens."""
     assert drawn.task is not None
     task = builtin_task(drawn.task, model, drawn.row + 1, drawn.split, drawn.seed)
-    asked: Any = task.asked
-    answer, wrong = (_single(side[drawn.row]) for side in (asked.answer, asked.wrong))
+    question: Any = task.question
+    answer, wrong = (_single(side[drawn.row]) for side in (question.answer, question.wrong))
     several = answer is None or wrong is None
     return str(task.clean[drawn.row]), None if several else [(answer, wrong)]
 

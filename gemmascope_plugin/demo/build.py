@@ -197,7 +197,7 @@ def _kept(
 def task_score(model: HookedModel, task: Task) -> float:
     """Share of prompts whose most probable next token is right; for years, the greater years' mass."""
     bound = task.bind(model)
-    logits = bound.said(model, bound.clean).all()
+    logits = bound.readout(model, bound.clean).all()
     right = bound.metric.right
     assert right is not None, "the tasks of the suite have answers"
     if task.name == "years":

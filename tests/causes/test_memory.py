@@ -123,11 +123,11 @@ def test_what_is_held_is_counted(hooked2) -> None:
                 earlier = [x for e in part.replay.earlier for x in (e.keys, e.values)]
                 held += sum(x.nbytes for x in (*part.replay.pre, *part.replay.mid, *earlier))
             need = footprint(hooked2, component, run.bound, run.grid.hooks, {})
-        assert held <= need.held <= 4 * held
+        assert held <= need.fixed <= 4 * held
 
 
 def test_a_budget_decides_the_rows() -> None:
-    need = Footprint(held=1_000_000, row=300_000)
+    need = Footprint(fixed=1_000_000, row=300_000)
     assert Limit(512).rows(need) == 512
     assert Limit(512, "2 MB").rows(need) == 3
     assert Limit(2, "2 MB").rows(need) == 2

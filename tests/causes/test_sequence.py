@@ -204,7 +204,7 @@ def test_words_are_taken_as_they_stand(hooked2: Any) -> None:
     bound = texts.bind(hooked2)
     assert bound.clean.tolist() == [[2, 5, 6, 10], [2, 8, 9, 0]]
     assert bound.lengths.tolist() == [4, 3]
-    assert texts.take([1]).asked.answer == [" w12"]
+    assert texts.take([1]).question.answer == [" w12"]
 
 
 BAD = {

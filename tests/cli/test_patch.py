@@ -105,7 +105,7 @@ def test_options_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = ("--component", "mlp_out", "--axes", "layer, pos", "--replacement", "mean")
     run(*SUITE, *chosen, "--direction", "noising", "--backend", "bridge", "--before-cap")
     task = seen.pop("task")
-    assert len(task) == 4 and task.asked.before_cap and task.asked.name == "logit difference"
+    assert len(task) == 4 and task.question.before_cap and task.question.name == "logit difference"
     assert seen == {
         "model": "TransformerBridge",
         "component": "mlp_out",

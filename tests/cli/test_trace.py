@@ -212,8 +212,8 @@ def test_a_task_on_a_real_model_asks_for_its_answer_against_the_wrong_one(real_m
     """Built-in tasks have lists of ids, of one id where one token is right."""
     prompt, targets = _from_task(real_model, _Drawn("ioi", 1, "held_out", 0))
     task = gs.Task.builtin("ioi", real_model, n=2, split="held_out")
-    asked: Any = task.asked
+    question: Any = task.question
     assert prompt == task.clean[1]
-    assert targets == [(asked.answer[1][0], asked.wrong[1][0])]
+    assert targets == [(question.answer[1][0], question.wrong[1][0])]
     # Several years are right.
     assert _from_task(real_model, _Drawn("greater_than", 0, "held_out", 0))[1] is None

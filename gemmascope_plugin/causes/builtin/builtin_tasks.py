@@ -103,12 +103,12 @@ def build_from_template(
     """Prompts and a metric from a sentence and lists."""
     if n is not None and n < 1:
         raise EmptySelectionError(f"n={n} leaves no prompt", fix="n=64")
-    wanted = _MOST if n is None else n
-    tries = 500 + 50 * wanted
-    fitting = fit(model, template.drafts(Random(seed), tries), wanted, tries)
+    n_wanted = _MOST if n is None else n
+    tries = 500 + 50 * n_wanted
+    fitting = fit(model, template.drafts(Random(seed), tries), n_wanted, tries)
     if len(fitting.pairs) < (1 if n is None else n):
         sides = (("answer", template.answer), ("wrong", template.wrong))
-        raise too_few(fitting, wanted, template.clean, sides)
+        raise too_few(fitting, n_wanted, template.clean, sides)
     clean, corrupt, metric = fitting.columns(ask)
     if not isinstance(metric, Metric):
         raise TaskError(

@@ -121,16 +121,16 @@ def fit(model: HookedModel, drafts: Iterator[Draft], n: int, tries: int) -> Fitt
 
 def _without_repeats(drafts: Iterator[Draft]) -> Iterator[Draft]:
     """Each draft once, until draws have long brought nothing new."""
-    seen: set[tuple[str, str]] = set()
+    drafted: set[tuple[str, str]] = set()
     repeats = 0
     for draft in drafts:
-        if (draft.clean, draft.corrupt) in seen:
+        if (draft.clean, draft.corrupt) in drafted:
             repeats += 1
-            if repeats > PATIENCE[0] + PATIENCE[1] * len(seen):
+            if repeats > PATIENCE[0] + PATIENCE[1] * len(drafted):
                 return
             continue
         repeats = 0
-        seen.add((draft.clean, draft.corrupt))
+        drafted.add((draft.clean, draft.corrupt))
         yield draft
 
 

@@ -40,12 +40,12 @@ LANDMARK = ("The {} is in a country whose capital is", "The capital of the count
 
 def capitals(rng: Random, half: Half) -> Iterator[Draft]:
     """Two examples with other capitals."""
-    return _asked(rng, half(CAPITALS), half(CAPITAL))
+    return _analogies(rng, half(CAPITALS), half(CAPITAL))
 
 
 def city_state(rng: Random, half: Half) -> Iterator[Draft]:
     """Two examples from other states."""
-    return _asked(rng, half(STATES), half(STATE))
+    return _analogies(rng, half(STATES), half(STATE))
 
 
 def antonyms(rng: Random, half: Half) -> Iterator[Draft]:
@@ -57,7 +57,7 @@ def antonyms(rng: Random, half: Half) -> Iterator[Draft]:
         if pair.strip()
     ]
     both = [(a, b) for first, second in half(pairs) for a, b in ((first, second), (second, first))]
-    return _asked(rng, both, half(OPPOSITE))
+    return _analogies(rng, both, half(OPPOSITE))
 
 
 def two_hop(rng: Random, half: Half) -> Iterator[Draft]:
@@ -74,7 +74,7 @@ def two_hop(rng: Random, half: Half) -> Iterator[Draft]:
         yield Draft(clean, corrupt, (f" {capital}",), (f" {city}",))
 
 
-def _asked(
+def _analogies(
     rng: Random, facts: Sequence[tuple[str, str]], templates: Sequence[str]
 ) -> Iterator[Draft]:
     while True:

@@ -236,10 +236,10 @@ class _Live:
 
 def _live(run: Experiment, part: Part) -> list[_Live]:
     """Patches that change something that is asked about, from the lowest layer and position on."""
-    changes, asked = _Changes.of(run, part), part.before_asked()
+    changes, is_asked = _Changes.of(run, part), part.before_asked()
     live = []
     for i, patch in enumerate(run.grid.patches):
-        changed = changes.by_position(patch)[:, : asked.shape[1]] & asked
+        changed = changes.by_position(patch)[:, : is_asked.shape[1]] & is_asked
         if bool(changed.any()):
             window = part.replay.window(int(changed.any(0).int().argmax()))
             layer = 0 if part.replay.runs_whole else first_layer(patch)

@@ -52,7 +52,9 @@ class Contribution(NamedTuple):
     of_dictionary: bool = False
 
 
-def asked(model: HookedModel, prompts: Task | Prompts, metric: LogitDiff | None) -> BoundTask:
+def bind_logit_diff(
+    model: HookedModel, prompts: Task | Prompts, metric: LogitDiff | None
+) -> BoundTask:
     """Prompts and a logit difference before the soft-cap, in the ids of the model."""
     if isinstance(prompts, Task):
         task = prompts if metric is None else replace(prompts, metric=metric)
@@ -88,7 +90,7 @@ class AnswerRun:
     bound: BoundTask
     at: dict[str, torch.Tensor]
     """Activations ``[prompt, ...]`` by hook name."""
-    said: Readout
+    logits: Readout
     """Before the final soft-cap."""
 
     @classmethod
@@ -105,9 +107,9 @@ class AnswerRun:
         anatomy = Anatomy(model)
         names = dict.fromkeys([*hooks, _last(anatomy)])
         reads = [(name, keep(at, name, answer)) for name in names]
-        said = bound.said(model, bound.clean, fwd_hooks=reads)
+        logits = bound.readout(model, bound.clean, fwd_hooks=reads)
         check_all(at, "the run of the prompts, at their answers", model)
-        return cls(anatomy, bound, at, said)
+        return cls(anatomy, bound, at, logits)
 
     @property
     def end(self) -> Float[torch.Tensor, "prompt d_model"]:
@@ -147,7 +149,7 @@ class AnswerRun:
     @cached_property
     def difference(self) -> PerPrompt:
         """Mean over right answers minus mean over wrong ones, before the final soft-cap."""
-        return self._difference(self.said.pick)
+        return self._difference(self.logits.pick)
 
     def _difference(self, logits: Callable[[torch.Tensor], torch.Tensor]) -> PerPrompt:
         """Of the logits of the answers' ids."""
@@ -171,7 +173,7 @@ class AnswerRun:
         cap = self.anatomy.soft_cap
         if cap is None:
             return self.difference
-        return self._difference(lambda ids: cap * (self.said.pick(ids) / cap).tanh())
+        return self._difference(lambda ids: cap * (self.logits.pick(ids) / cap).tanh())
 
     @property
     def _sets(self) -> tuple[TokenSets, TokenSets]:

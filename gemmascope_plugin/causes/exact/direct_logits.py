@@ -57,7 +57,7 @@ from gemmascope_plugin.causes.exact.contributions import (
     AnswerRun,
     Contribution,
     Totals,
-    asked,
+    bind_logit_diff,
     component_hooks,
     components,
     heads,
@@ -130,7 +130,7 @@ def direct_logit_attribution(
     check_choice("by", by, get_args(Parts))
     if saes is not None and by != "feature":
         raise UnknownNameError(f"Dictionaries have no part in by={by!r}", fix='by="feature"')
-    bound = asked(model, prompts, metric)
+    bound = bind_logit_diff(model, prompts, metric)
     hooks, sums = component_hooks(n_layers(model)), Totals()
     pieces: dict[str, torch.Tensor] = {}
     with patchable(model, "feature", saes) if by == "feature" else nullcontext() as spliced:

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 
 from gemmascope_plugin.causes.effects import Effects
-from gemmascope_plugin.causes.exact.contributions import BATCH, AnswerRun, Totals, asked
+from gemmascope_plugin.causes.exact.contributions import BATCH, AnswerRun, Totals, bind_logit_diff
 from gemmascope_plugin.causes.metric import Answers, TokenSets, answer_list
 from gemmascope_plugin.causes.metrics import LogitDiff
 from gemmascope_plugin.causes.task import Prompts, Task
@@ -93,19 +93,19 @@ def logit_lens(
             f"top_k={top_k} keeps no prediction", exists=f"1 to {model.cfg.d_vocab} tokens"
         )
     words = answer_list("tokens", tokens)
-    asked = tuple(TokenSets.of(model, words).ids[:, 0].tolist()) if words else ()
+    asked_ids = tuple(TokenSets.of(model, words).ids[:, 0].tolist()) if words else ()
     hooks = [f"blocks.{layer}.hook_resid_post" for layer in rows]
     cache = record(model, ids, hooks)
     streams = torch.stack([cache.pop(hook)[0, list(columns)] for hook in hooks])
     out = anatomy.unembedding()
-    fields = _predictions(out, out.read(streams).flatten(0, 1), top_k, asked)
+    fields = _predictions(out, out.read(streams).flatten(0, 1), top_k, asked_ids)
     best, p, asked_p, ranks = (field.unflatten(0, streams.shape[:2]).cpu() for field in fields)
     values = torch.cat([p, asked_p], -1)
     check_finite(values, "The probability by layer, position and token", model)
-    used = torch.cat([best.flatten(), torch.tensor(asked, dtype=best.dtype)]).unique()
+    used = torch.cat([best.flatten(), torch.tensor(asked_ids, dtype=best.dtype)]).unique()
     names = dict(zip(used.tolist(), token_strings(model, used), strict=True))
-    texts = [names[i] for i in asked]
-    titles = [f"{names[i]} ({i})" if texts.count(names[i]) > 1 else names[i] for i in asked]
+    texts = [names[i] for i in asked_ids]
+    titles = [f"{names[i]} ({i})" if texts.count(names[i]) > 1 else names[i] for i in asked_ids]
     metadata = {
         "component": "stream",
         "method": "logit lens",
@@ -119,7 +119,7 @@ def logit_lens(
         "pos": columns,
         "token": (*(f"#{rank + 1}" for rank in range(top_k)), *titles),
     }
-    return Effects(values, tuple(labels), labels, metadata, None, _columns(best, ranks, asked))
+    return Effects(values, tuple(labels), labels, metadata, None, _columns(best, ranks, asked_ids))
 
 
 @gate(model=check_model)
@@ -151,7 +151,7 @@ def accumulated_logit_diff(
         UnknownNameError: An unknown ``scale``.
     """
     check_choice("scale", scale, get_args(Scale))
-    bound = asked(model, prompts, metric)
+    bound = bind_logit_diff(model, prompts, metric)
     layers, points = tuple(range(n_layers(model))), ("pre", "mid", "post")
     names = [f"blocks.{layer}.hook_resid_{point}" for layer in layers for point in points]
     sums, curves = Totals(), []
@@ -174,11 +174,11 @@ def accumulated_logit_diff(
 def _columns(
     best: Int[torch.Tensor, "layer pos k"],
     ranks: Int[torch.Tensor, "layer pos asked"],
-    asked: Sequence[int],
+    asked_ids: Sequence[int],
 ) -> dict[str, Int[torch.Tensor, "layer pos token"]]:
     """Id and rank of each token, whether it was asked for, and the most likely id beside it."""
-    n_asked, top_k = len(asked), best.shape[-1]
-    ids = torch.cat([best, torch.tensor(asked, dtype=best.dtype).expand_as(ranks)], -1)
+    n_asked, top_k = len(asked_ids), best.shape[-1]
+    ids = torch.cat([best, torch.tensor(asked_ids, dtype=best.dtype).expand_as(ranks)], -1)
     orders = torch.arange(1, top_k + 1).expand_as(best)
     is_asked = torch.arange(top_k + n_asked) >= top_k
     return {
@@ -190,11 +190,11 @@ def _columns(
 
 
 def _predictions(
-    out: Unembedding, x: Float[torch.Tensor, "row d_model"], top_k: int, asked: Sequence[int]
+    out: Unembedding, x: Float[torch.Tensor, "row d_model"], top_k: int, asked_ids: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Best ids, their probabilities, probabilities and ranks of the tokens asked for."""
     best, ids, lse = top_logits(out, x, top_k)
-    index = torch.tensor(asked, dtype=torch.long, device=x.device)
+    index = torch.tensor(asked_ids, dtype=torch.long, device=x.device)
     logits = out.logits(x, index)
     p, asked_p = ((some - lse[:, None]).exp() for some in (best, logits))
     return ids, p, asked_p, _ranks(out, x, index, logits)

@@ -133,12 +133,12 @@ class Flow:
                 place = name.replace("hook_resid_mid", "hook_attn_out")
                 hooks.setdefault(place, []).append(_add(value[:, window], rows))
         edits = [(name, _clone_and(edit)) for name, edit in hooks.items()]
-        seen: dict[str, torch.Tensor] = {}
+        acts: dict[str, torch.Tensor] = {}
         layer = 0 if replay.runs_whole else max(0, first)
-        hooked = [*edits, *keeping(seen, streams)]
+        hooked = [*edits, *keeping(acts, streams)]
         replay.run(Entry(layer, copies=len(changes), hooks=hooked, values=values), window)
         return [
-            {hook: self._placed(x[j * n : (j + 1) * n], hook) for hook, x in seen.items()}
+            {hook: self._placed(x[j * n : (j + 1) * n], hook) for hook, x in acts.items()}
             for j in range(len(changes))
         ]
 

@@ -112,10 +112,10 @@ def delivering(
         run.watch(f"blocks.{layer}.attn.hook_pattern")
         with torch.no_grad(), hooking(runner, fwd_hooks=run.hooks()):
             runner(tokens, stop_at_layer=layer + 1)
-        seen = run.live[f"blocks.{layer}.attn.hook_pattern"]
+        pattern = run.live[f"blocks.{layer}.attn.hook_pattern"]
         for d, node in copied:
             if node.layer == layer:
-                patterns[layer, d.rows.start, node.index] = seen[d.rows, node.index].clone()
+                patterns[layer, d.rows.start, node.index] = pattern[d.rows, node.index].clone()
     run = _Pass(runner, anatomy, patterns)
     run.deliver(deliveries)
     return run.hooks()
@@ -226,8 +226,8 @@ class _Pass:
 
         def edit(z: torch.Tensor) -> None:
             added = change()  # at the keys that run in this pass, the last ones
-            seen = wide(self.live[pattern][d.rows, head])[..., -added.shape[1] :]
-            z[d.rows, :, head] += (seen @ added).to(z)
+            weights = wide(self.live[pattern][d.rows, head])[..., -added.shape[1] :]
+            z[d.rows, :, head] += (weights @ added).to(z)
 
         self._edit(f"blocks.{layer}.attn.hook_z", edit)
 

@@ -118,7 +118,7 @@ def edge_attribution(
     tasks = [task] if isinstance(task, Task) else list(task)
     if not tasks:
         raise TaskError("There is no task", fix="a Task, or several")
-    chosen.check([task.asked for task in tasks], direction, replacement)
+    chosen.check([task.question for task in tasks], direction, replacement)
     scorer = _Scorer(
         model,
         chosen,

@@ -157,11 +157,11 @@ class _Line:
     ) -> _Line | None:
         """None where nothing moves that is asked about."""
         axis = position_axis(name)
-        asked = part.before_asked()
-        delta = delta[part.index].narrow(axis, 0, asked.shape[1])
+        is_asked = part.before_asked()
+        delta = delta[part.index].narrow(axis, 0, is_asked.shape[1])
         shape = [1] * delta.ndim
-        shape[0], shape[axis] = asked.shape
-        delta = delta * asked.reshape(shape).to(delta)
+        shape[0], shape[axis] = is_asked.shape
+        delta = delta * is_asked.reshape(shape).to(delta)
         moves = (delta != 0).movedim(axis, 0).flatten(1).any(1)
         if not bool(moves.any()):
             return None

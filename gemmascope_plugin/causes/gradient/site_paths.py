@@ -82,11 +82,11 @@ def _passed(
     copies: int,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """What the target's dictionary encodes, and its tensor, in a pass over the layers between."""
-    held: dict[str, torch.Tensor] = {}
+    acts: dict[str, torch.Tensor] = {}
     hooks: Hooks = [(site.hook, put(leaves[site.hook])) for site in sources if not site.is_stream]
-    hooks.append((target.hook, keep(held, target.hook, None)))
+    hooks.append((target.hook, keep(acts, target.hook, None)))
     if target.reads is not None and target.reads.hook != target.hook:
-        hooks.append((target.reads.hook, keep(held, target.reads.hook, None)))
+        hooks.append((target.reads.hook, keep(acts, target.reads.hook, None)))
     first = sources[0]
     if first.is_stream:
         start, stream = start_of(first), leaves[first.hook]
@@ -94,7 +94,7 @@ def _passed(
         start, stream = first.layer, part.end.stream(first.layer, copies)
     with hooking(part.end, fwd_hooks=hooks):
         part.end.blocks(stream, start, target.layer + 1)
-    y = flatten_heads(held[target.hook])
+    y = flatten_heads(acts[target.hook])
     if target.reads is None:
         return None, y
-    return flatten_heads(target.reads(held[target.reads.hook])), y
+    return flatten_heads(target.reads(acts[target.reads.hook])), y

@@ -158,8 +158,8 @@ def site_footprint(model: HookedModel, bound: BoundTask, sites: Sequence[TaskSit
     layer += SCORES * n_pos * n_pos * (heads + 1)
     longest = max(n_layers(model) - min(start_of(site) for site in sites), 1)
     row = longest * layer + logits_held(model, bound)
-    held = n_pos * (3 * sum(site.width for site in sites) + (n_layers(model) + 1) * d)
-    return Footprint(4 * n_prompts * held, 4 * row)
+    fixed = n_pos * (3 * sum(site.width for site in sites) + (n_layers(model) + 1) * d)
+    return Footprint(4 * n_prompts * fixed, 4 * row)
 
 
 Hooks = list[tuple[str, Callable[..., Any]]]

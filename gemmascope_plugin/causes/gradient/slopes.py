@@ -77,10 +77,10 @@ class NodeMethod(Method):
     def check(self, task: Task, direction: Direction, replacement: str) -> None:
         """Refuses what would give zeros or nonsense."""
         # A divergence from the clean run is smallest there: its gradient is zero.
-        at_minimum = direction == "noising" and isinstance(task.asked, KLDivergence)
+        at_minimum = direction == "noising" and isinstance(task.question, KLDivergence)
         if at_minimum and not self.follows_line:
             raise TaskError(
-                f"The gradient of {task.asked.name} is zero on the clean run, where noising takes it: "
+                f"The gradient of {task.question.name} is zero on the clean run, where noising takes it: "
                 f"method={self.name!r} would give 0 to every node",
                 fix='method="ig", direction="denoising", or metric=logit_diff(answer, wrong)',
             )
@@ -189,10 +189,10 @@ def late_slopes(
     window: slice,
     hook: str,
     start: Float[torch.Tensor, "row pos ..."],
-    wanted: Sequence[str],
+    names: Sequence[str],
     acts: Sequence[str] = (),
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Activations at ``acts`` and gradients at ``wanted``, ``[row, pos, ...]``, of a late pass.
+    """Activations at ``acts`` and gradients at ``names``, ``[row, pos, ...]``, of a late pass.
 
     The pass runs the positions of a window, of copies of the prompts, from ``start`` at a hook on. Only
     for prompts whose replay knows the model as functions of its weights.
@@ -208,21 +208,21 @@ def late_slopes(
         return name, hook_fn
 
     leaf = start.detach().requires_grad_(True)
-    hooks = [keep(name) for name in dict.fromkeys([*wanted, *acts])]
+    hooks = [keep(name) for name in dict.fromkeys([*names, *acts])]
     model = part.replay.model
     threads = threads_for_tokens(model, len(leaf) * (window.stop - window.start))
     with threads, torch.enable_grad(), frozen(model.parameters()):
         value = _late_metric(part, window, hook, leaf, hooks).sum()
-        tensors = [points[name] for name in wanted]
+        tensors = [points[name] for name in names]
         depends = value.requires_grad
         gradients = torch.autograd.grad(value, tensors, allow_unused=True) if depends else [None]
-    missing = [name for name, x in zip(wanted, gradients, strict=False) if x is None]
+    missing = [name for name, x in zip(names, gradients, strict=False) if x is None]
     if missing:
         raise HookNotFiredError(
             f"No gradient reached {', '.join(missing)}",
             fix="check that the metric depends on the logits and that the hooks lie before them",
         )
-    slopes = {name: x for name, x in zip(wanted, gradients, strict=True) if x is not None}
+    slopes = {name: x for name, x in zip(names, gradients, strict=True) if x is not None}
     return {name: points[name].detach() for name in acts}, slopes
 
 

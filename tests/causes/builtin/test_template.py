@@ -93,14 +93,14 @@ def test_what_does_not_fit_is_dropped_and_counted() -> None:
 def test_metrics_may_do_without_wrong_answers(metric: Any) -> None:
     task = made(metric=metric, wrong=None, corrupt={"place": "other"})
     assert len(task) == 24
-    assert task.asked == metric(task.metric.answer)
+    assert task.question == metric(task.metric.answer)
     swapped = made(metric=metric, wrong=None)  # the answer to the corrupted prompt is only compared
     assert (swapped.metric.wrong is None) == (metric is not gs.probability)
 
 
 def test_a_metric_may_have_its_options() -> None:
     task = made(metric=partial(gs.logit_diff, before_cap=True))
-    assert task.asked.before_cap and task.metric.wrong == made().metric.wrong
+    assert task.question.before_cap and task.metric.wrong == made().metric.wrong
     long = {**FILL, "A": ["Xylophonia"]}
     whole = made(metric=partial(gs.sequence_logprob), fill=long, corrupt={"place": "other"})
     assert all(len(ids) > 1 for ids in whole.metric.answer)
