@@ -109,16 +109,7 @@ def nearest(name: str, options: Iterable[str], n: int = 3) -> str | None:
 
 
 def check_choice(noun: str, value: object, options: Iterable[str]) -> None:
-    """Refuses a name that is not one of the options.
-
-    Args:
-        noun: What the name names, e.g. ``"error mode"``.
-        value: The name.
-        options: All valid names.
-
-    Raises:
-        UnknownNameError: With the options and the nearest of them.
-    """
+    """Refuses a name that is not one of the options; ``noun`` is what it names, e.g. ``"error mode"``."""
     names = tuple(options)
     if value not in names:
         raise UnknownNameError(
@@ -135,11 +126,7 @@ def _shown(value: object) -> str:
 
 
 def check_feature(index: object, d_sae: int, where: str) -> None:
-    """Refuses a feature index outside a dictionary.
-
-    Raises:
-        FeatureIndexError: The index is no integer, negative or too large.
-    """
+    """Refuses a feature index outside a dictionary."""
     if not isinstance(index, SupportsIndex) or not 0 <= operator.index(index) < d_sae:
         raise FeatureIndexError(
             f"Feature {index!r} does not exist in the dictionary at {where}",

@@ -61,7 +61,7 @@ def test_several_are_a_tuple(values: object) -> None:
         object,
     ],
 )
-def test_what_is_no_number_is_refused_whole(wrong: object) -> None:
+def test_what_is_not_a_number_is_refused_whole(wrong: object) -> None:
     with pytest.raises(FeatureIndexError, match="does not say which features.*features=12.*top"):
         feature_ids(wrong)
 
@@ -79,7 +79,7 @@ def test_sizes() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["many", "0", 0, -1, "3 parsecs", 1.5, True, "", [4], "nan GB"])
-def test_what_is_no_size_is_refused(wrong: object) -> None:
+def test_what_is_not_a_size_is_refused(wrong: object) -> None:
     with pytest.raises(UnknownNameError, match="is not a size.*'8 GB'"):
         unchecked(parse_size)(wrong)
 

@@ -75,8 +75,8 @@ def test_functions_of_one_prompt_end_where_it_ends(backend: str) -> None:
         return gs.trace(model, prompt, transcoders, max_feature_nodes=8).edges.matrix.data
 
     def qk(prompt: Any) -> np.ndarray:
-        found = gs.qk_attribution(model, prompt, transcoders, layer=2, head=1, query=5, key=2)
-        return np.array([found.score, *found.by_query["weight"], *found.by_key["weight"]])
+        paths = gs.qk_attribution(model, prompt, transcoders, layer=2, head=1, query=5, key=2)
+        return np.array([paths.score, *paths.by_query["weight"], *paths.by_key["weight"]])
 
     for function in (lens, traced, qk):
         np.testing.assert_array_equal(function(torch.cat([ids, pad], 1)), function(ids))
@@ -167,7 +167,7 @@ def test_several_prompts_give_several_results() -> None:
     alone = gs.analyze(real_like(), real_like_sae(), SHORT)
     assert listed[0].frame.equals(alone.frame)
     steered = gs.steer(real_like(), real_like_sae(), 3, 9.0, PROMPTS[:2], max_new_tokens=2)
-    assert [one.prompt.endswith(p) for one, p in zip(steered, PROMPTS, strict=False)] == [True] * 2
+    assert [run.prompt.endswith(p) for run, p in zip(steered, PROMPTS, strict=False)] == [True] * 2
 
 
 @pytest.mark.parametrize(

@@ -158,10 +158,10 @@ def _names(case: tuple[Any, ...]) -> str:
 
 def _all(result: Any) -> dict[str, torch.Tensor]:
     """All numbers of a result, and what a circuit keeps in which order."""
-    found = numbers(result)
+    values = numbers(result)
     if isinstance(result, gs.Circuit):
-        found |= {"kept": result.is_kept.double(), "order": result.order.double()}
-    return found
+        values |= {"kept": result.is_kept.double(), "order": result.order.double()}
+    return values
 
 
 @cache

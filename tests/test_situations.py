@@ -69,9 +69,9 @@ def facts(result: Any) -> Numbers:
 
 def check_same(result: Any, expected: Numbers, share: float = 1e-4) -> None:
     """Numbers agree within a share of the largest of their kind."""
-    found = facts(result)
-    assert found.keys() == expected.keys()
-    for name, x in found.items():
+    values = facts(result)
+    assert values.keys() == expected.keys()
+    for name, x in values.items():
         y = expected[name]
         size = float(y.nan_to_num().abs().max()) if y.numel() else 0.0
         assert torch.allclose(x, y, rtol=0, atol=share * size + 1e-6, equal_nan=True), name
@@ -104,12 +104,12 @@ def test_what_is_not_a_prompt_is_refused(name: str, form: str, scene: Scene) -> 
 @FUNCTIONS
 def test_counts_of_nothing_are_refused(name: str, scene: Scene) -> None:
     accepted = []
-    for what, arguments in too_small(name, ARGUMENTS[name](scene)):
+    for case, arguments in too_small(name, ARGUMENTS[name](scene)):
         try:
             call(name, arguments)
         except GemmaScopeError:
             continue
-        accepted.append(what)
+        accepted.append(case)
     assert not accepted
 
 
@@ -172,15 +172,15 @@ def test_a_prompt_longer_than_the_context_is_refused(name: str, scene: Scene) ->
 def test_wrong_arguments_have_errors_of_ours(name: str, scene: Scene) -> None:
     """Never one of Python's or torch's; some values do mean something, as None for a default."""
     raw = []
-    for what, arguments in wrong_arguments(name, ARGUMENTS[name](scene)):
-        if what in OUTSIDE:
+    for case, arguments in wrong_arguments(name, ARGUMENTS[name](scene)):
+        if case in OUTSIDE:
             continue
         try:
             call(name, arguments)
         except GemmaScopeError as error:
-            assert len(str(error)) > 20, what
+            assert len(str(error)) > 20, case
         except Exception as error:  # noqa: BLE001
-            raw.append(f"{what}: {error!r}")
+            raw.append(f"{case}: {error!r}")
     assert not raw
 
 
@@ -199,7 +199,7 @@ def test_float16_says_what_float32_says(name: str, half: Scene, scene: Scene) ->
     that all point one way, see ``test_half_precision.py``.
     """
     if name not in ("train", "load", "find", "load_suite", "tiny", "footprint", "plot_comparison"):
-        got, expected = (compared(name, call(name, ARGUMENTS[name](one))) for one in (half, scene))
+        got, expected = (compared(name, call(name, ARGUMENTS[name](run))) for run in (half, scene))
         kind = "activation_patching" if name in METRICS else name
         check_close(kind, got, expected, 80 * 2.0**-12, 2.0**-11)
 

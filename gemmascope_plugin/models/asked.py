@@ -54,17 +54,11 @@ def asked_positions(
 ) -> Iterator[Ends]:
     """Inside the block forward passes give logits ``[row, asked, d_vocab]`` at some positions alone.
 
-    Args:
-        runner: A model, or what runs one as its ``model``.
-        at: A position per prompt, where rows are copies of the prompts, copy after copy; a slice or a
-            list of positions that are the same in every row; or a function from the number of rows to
-            the rows and the positions that are read, one by one. In the first and last case ``asked`` is
-            1, and there is a row for each that is read.
-        tokens: Words to read, ``[row, 1, choice]`` in place of the whole vocabulary: an entry for each
-            row that comes out, or fewer of which they are copies.
-
-    Yields:
-        What the passes leave.
+    ``at`` is a position per prompt, where rows are copies of the prompts, copy after copy; a slice or a
+    list of positions that are the same in every row; or a function from the number of rows to the rows
+    and the positions that are read, one by one. In the first and last case ``asked`` is 1, and there is
+    a row for each that is read. ``tokens`` are words to read in place of the whole vocabulary: an entry
+    for each row that comes out, or fewer of which they are copies.
     """
     ends = Ends()
 

@@ -73,15 +73,10 @@ class Block:
         values: Mapping[str, torch.Tensor],
         made: list[Earlier] | None = None,
     ) -> Float[torch.Tensor, "row some d_model"]:
-        """The stream between attention and MLP.
+        """The stream between attention and MLP, from the one before the block at these rows.
 
-        Args:
-            x: The stream before the block.
-            rows: The positions of it.
-            earlier: Keys and values before them; None where they start at 0.
-            points: What happens on the way.
-            values: Values at points of this block that need not be computed.
-            made: Takes the keys and values that were made.
+        ``earlier`` are keys and values before them, and ``made`` takes those that are made here.
+        ``values`` are those of points that need not be computed.
         """
         name = self._name
         x = points(f"{name}hook_resid_pre", x)

@@ -39,11 +39,7 @@ Check = Callable[[Any, str], object]
 
 
 def gate(**checks: Check) -> Callable[[Function], Function]:
-    """A decorator that checks arguments by name.
-
-    Args:
-        **checks: Name of an argument to what judges it, given the argument and the call in words.
-    """
+    """A decorator that checks arguments by name: what judges one is given it and the call in words."""
 
     def around(function: Function) -> Function:
         signature = inspect.signature(function)
@@ -97,7 +93,7 @@ def call_of(function: Callable[..., Any]) -> str:
 @contextmanager
 def usual_mode(model: object = None) -> Iterator[None]:
     """The block runs outside of inference mode, with the tables of a model mended."""
-    # inside inference mode gradients are off whatever is wanted, so that is no answer
+    # inside inference mode gradients are off whatever is wanted, so that does not answer
     wanted = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(wanted):
         if isinstance(model, torch.nn.Module):
@@ -238,20 +234,10 @@ def _source(value: object) -> Any:
 
 
 _WHOLE = Kind("a whole number", as_index, (int,))
-
-
 _REAL = Kind("a number", _real, (float, int))
-
-
 _SPECIAL = Kind("bos, eos, pad or token ids, one or several", _special)
-
-
 _TEXTS = Kind("a list of texts", _texts)
-
-
 _MARKS = Kind("an array of True and False", _marks)
-
-
 _KINDS = {
     "int": _WHOLE,
     "SupportsIndex": _WHOLE,

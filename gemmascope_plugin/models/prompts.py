@@ -85,20 +85,10 @@ class Prompts:
 
 
 def read_prompts(model: HookedModel, prompts: PromptLike, mask: Any = None) -> Prompts:
-    """One prompt or several as token ids on the model's device.
+    """One prompt or several as token ids on the model's device; texts need a tokenizer.
 
-    Args:
-        model: The model; for texts it needs a tokenizer.
-        prompts: See above.
-        mask: False (or 0) where ids are padding, ``[prompt, pos]``; None to go by PAD, True for a pass
-            that continues others, where every id counts.
-
-    Raises:
-        EmptySelectionError: No prompt, or one without tokens.
-        InputError: Something that is not a prompt.
-        ModelError: Text and no tokenizer, or a prompt longer than the model's context.
-        UnknownNameError: An id outside the vocabulary, or a word that the tokenizer does not know.
-        TaskError: A mask of another shape, or with a hole.
+    ``mask`` is False (or 0) where ids are padding, ``[prompt, pos]``; None to go by PAD, True for a
+    pass that continues others, where every id counts.
     """
     check_model(model)
     if isinstance(prompts, Prompts):
@@ -215,7 +205,7 @@ def _padding(model: HookedModel) -> int | None:
 
 
 def refuse_bytes_and_sets(prompts: PromptLike) -> None:
-    """Refuses what gives numbers or texts one by one that are no ids, or in no order."""
+    """Refuses what gives numbers or texts one by one that are not ids, or in no order."""
     if isinstance(prompts, BYTES):
         raise InputError(
             f"{describe(prompts)} is not a prompt: bytes are neither text nor token ids",

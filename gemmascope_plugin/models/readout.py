@@ -180,18 +180,11 @@ def logits_at(
     normed: bool = False,
     before_cap: bool = False,
 ) -> Float[torch.Tensor, "*any"]:
-    """Logits of residuals, for all words or for some.
+    """Logits of residuals before the final norm, ``[*rows, choice]``; differentiable in ``resid``.
 
-    Args:
-        model: ``HookedTransformer`` or ``TransformerBridge``.
-        resid: The residual stream before the final norm.
-        tokens: Ids ``[choice]`` for every row, or ``[*rows, choice]`` for each its own; None for the
-            whole vocabulary, which is the caller's memory.
-        normed: ``resid`` has been through the norm already, as ``unembed.hook_in`` has.
-        before_cap: Without the final soft-cap.
-
-    Returns:
-        ``[*rows, choice]``, float32 at least; differentiable in ``resid``.
+    ``tokens`` are ids ``[choice]`` for every row, or ``[*rows, choice]`` for each its own; None for
+    the whole vocabulary, which is the caller's memory. ``normed`` residuals have been through the norm
+    already, as ``unembed.hook_in`` has; ``before_cap`` leaves the final soft-cap out.
     """
     out = unembedding(model, before_cap=before_cap)
     x = out.read(resid, normed=normed)

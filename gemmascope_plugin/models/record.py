@@ -162,17 +162,10 @@ def record(
     *,
     fwd_hooks: Hooks = (),
 ) -> dict[str, torch.Tensor]:
-    """Activations by hook name.
+    """Activations by hook name; ``fwd_hooks`` are attached before, so what is read is what they leave.
 
-    Args:
-        runner: A model, whose passes end where the last activation has been read; or what runs one as its
-            ``model``, as with dictionaries, whose passes are whole.
-        tokens: Token ids.
-        names: Hooks to read.
-        fwd_hooks: Attached before, so that what is read is what they leave.
-
-    Raises:
-        HookNotFiredError: A hook that a pass never reached.
+    Passes of a model end where the last activation has been read; those of what runs one as its
+    ``model``, as with dictionaries, are whole.
     """
     names = list(dict.fromkeys(names))
     acts: dict[str, torch.Tensor] = {}
@@ -200,11 +193,7 @@ class _Enough(Exception):  # noqa: N818
 
 
 def check_reached(acts: MutableMapping[str, torch.Tensor], names: Iterable[str]) -> None:
-    """Refuses a pass that left out hooks that were to be read.
-
-    Raises:
-        HookNotFiredError: With their names.
-    """
+    """Refuses a pass that left out hooks that were to be read."""
     silent = [name for name in names if name not in acts]
     if silent:
         raise HookNotFiredError(f"The model ran but never reached {shorten(silent)}")
@@ -222,13 +211,7 @@ def keep(
     key: Key,
     of: Callable[[torch.Tensor], torch.Tensor] | None = torch.Tensor.detach,
 ) -> Callable[..., None]:
-    """Hook that notes an activation.
-
-    Args:
-        acts: Where.
-        key: Under which name.
-        of: What is noted of it; None for the activation with its gradient.
-    """
+    """Hook that notes what ``of`` makes of an activation; None for the activation with its gradient."""
 
     def hook_fn(x: torch.Tensor, hook: object) -> None:
         acts[key] = x if of is None else of(x)

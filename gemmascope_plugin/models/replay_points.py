@@ -13,24 +13,15 @@ from jaxtyping import Float, Int
 from gemmascope_plugin.types import Hooks
 
 QUERIES = ("attn.hook_q", "attn.hook_pattern", "attn.hook_z")
-
-
 AFTER_Z = ("ln1_post.hook_scale", "ln1_post.hook_normalized", "hook_attn_out")
-
-
 AFTER_MID = (
     *("hook_resid_mid", "ln2.hook_in", "ln2.hook_scale", "ln2.hook_normalized"),
     *("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post"),
     *("ln2_post.hook_scale", "ln2_post.hook_normalized", "hook_mlp_out", "hook_resid_post"),
 )
-
-
 _BEFORE = ("hook_resid_pre", "ln1.hook_scale", "ln1.hook_normalized", "attn.hook_k", "attn.hook_v")
-
-
 POINTS = frozenset((*_BEFORE, *QUERIES, *AFTER_Z, *AFTER_MID))
 """Points of a block, as hooks are called behind ``blocks.L.``."""
-
 
 Stage = Literal["pre", "mid", "post"]
 """Where in a layer: at its beginning, between attention and MLP, or behind it."""

@@ -1,7 +1,7 @@
 """Tokens by their number: words to ids, ids to readable labels, and which tokens are special.
 
 A token is known by its id everywhere. Real vocabularies hold most words twice, with a space in front and
-without (``" Paris"`` and ``"Paris"`` of Gemma are 9079 and 50429), and bytes that are no text at all:
+without (``" Paris"`` and ``"Paris"`` of Gemma are 9079 and 50429), and bytes that are not text:
 
 1. A word means the token that is exactly this text. Only where there is none, the one with a space.
 2. Where both exist the prompt decides (``_exact_follows``); where it does not, nothing is guessed.

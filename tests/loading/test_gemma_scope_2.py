@@ -132,7 +132,7 @@ def test_arrays_that_are_not_the_specs(tmp_path) -> None:
         load(affine, local_dir=tmp_path)
 
 
-def test_a_config_that_is_no_json(tmp_path) -> None:
+def test_a_config_that_is_not_json(tmp_path) -> None:
     sae_spec = single_spec()
     path = put_single(tmp_path, sae_spec).with_name("config.json")
     for text in ("", "[1]", "[" * 100_000, '{"type": "sae"'):

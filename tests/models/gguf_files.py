@@ -43,7 +43,7 @@ def write(path: Path, hf: Any, kind: str = "F32", **fields: Any) -> Path:
     arch = "gemma2" if hf.config.model_type == "gemma2" else "gemma3"
     writer = gguf.GGUFWriter(path, arch)
     _describe(writer, hf.config, fields)
-    names = {ours: theirs for theirs, ours in _ROOT.items()}
+    names = {hf_name: gguf_name for gguf_name, hf_name in _ROOT.items()}
     for name, tensor in hf.state_dict().items():
         if name == "lm_head.weight" and hf.config.tie_word_embeddings:
             continue
@@ -62,7 +62,7 @@ def write(path: Path, hf: Any, kind: str = "F32", **fields: Any) -> Path:
 
 def _block_name(name: str) -> str:
     _, _, layer, part = name.removesuffix(".weight").split(".", 3)
-    return f"blk.{layer}.{ {ours: theirs for theirs, ours in _BLOCK.items()}[part] }.weight"
+    return f"blk.{layer}.{ {hf_name: gguf_name for gguf_name, hf_name in _BLOCK.items()}[part] }.weight"
 
 
 def _describe(writer: Any, config: Any, others: dict[str, Any]) -> None:

@@ -43,8 +43,8 @@ def check(model) -> None:
         assert ln1 is not None and ln2 is not None
         normed = ln1(cache[f"{name}hook_resid_pre"])
         for port, weight in (("q", anatomy.W_Q), ("k", anatomy.W_K), ("v", anatomy.W_V)):
-            ours = torch.einsum("bsm,hmd->bshd", normed, weight(layer))
-            assert close(ours, cache[f"{name}attn.hook_{port}"]), (layer, port)
+            projected = torch.einsum("bsm,hmd->bshd", normed, weight(layer))
+            assert close(projected, cache[f"{name}attn.hook_{port}"]), (layer, port)
         z = cache[f"{name}attn.hook_z"]
         total = anatomy.head_sum(layer, z)
         assert close(anatomy.head_results(layer, z).sum(-2), total)
@@ -71,7 +71,7 @@ def test_derivatives_of_the_norm(gain) -> None:
     torch.testing.assert_close(norm.jvp(x[:, None], several)[:, 1], 2 * forward)
 
 
-def test_models_that_are_no_gemma_are_refused() -> None:
+def test_models_that_are_not_a_gemma_are_refused() -> None:
     parallel = copy.deepcopy(tiny_model("gemma2", "hooked"))
     parallel.cfg.parallel_attn_mlp = True
     with pytest.raises(ModelError, match="read the same tensor.*a Gemma model"):

@@ -22,7 +22,7 @@ def metric(logits: torch.Tensor) -> torch.Tensor:
 
 def reference(hf, modules: dict[str, object]) -> dict[str, torch.Tensor]:
     """Gradients at the outputs of transformers modules, by plain forward hooks and autograd."""
-    kept = {}
+    outputs = {}
 
     def keep(name: str):
         def hook(module, args, output):
@@ -30,7 +30,7 @@ def reference(hf, modules: dict[str, object]) -> dict[str, torch.Tensor]:
             if not output.requires_grad:
                 output.requires_grad_(True)
             output.retain_grad()
-            kept[name] = output
+            outputs[name] = output
 
         return hook
 
@@ -41,7 +41,7 @@ def reference(hf, modules: dict[str, object]) -> dict[str, torch.Tensor]:
     finally:
         for handle in handles:
             handle.remove()
-    return {name: output.grad for name, output in kept.items()}
+    return {name: output.grad for name, output in outputs.items()}
 
 
 def test_gradients_are_those_of_transformers(model, hf) -> None:
@@ -62,12 +62,12 @@ def test_both_classes_agree_at_heads() -> None:
     from tests.factories import tiny_model
 
     name = "blocks.1.attn.hook_z"
-    one, other = (
+    hooked, bridge = (
         gradients(tiny_model("gemma2", backend), TOKENS, metric, [name])[name]
         for backend in ("hooked", "bridge")
     )
-    assert one.shape == other.shape == (*TOKENS.shape, 4, 12)
-    assert torch.allclose(one, other, atol=TINY)
+    assert hooked.shape == bridge.shape == (*TOKENS.shape, 4, 12)
+    assert torch.allclose(hooked, bridge, atol=TINY)
 
 
 def test_a_norm_called_three_times_gives_the_sum(hooked2) -> None:

@@ -221,7 +221,7 @@ def test_other_scalings_of_gemma_3_fit_the_bridge_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "meant"),
+    ("name", "repository"),
     [
         ("2b", "google/gemma-2-2b"),
         ("gemma-2-2b", "google/gemma-2-2b"),
@@ -236,8 +236,8 @@ def test_other_scalings_of_gemma_3_fit_the_bridge_only() -> None:
         ("somebody/gemma-2-2b", "somebody/gemma-2-2b"),
     ],
 )
-def test_names_are_those_of_find(given: str, meant: str) -> None:
-    assert hub_name(given) == meant
+def test_names_are_those_of_find(name: str, repository: str) -> None:
+    assert hub_name(name) == repository
 
 
 def test_a_name_of_two_models_is_refused() -> None:

@@ -17,9 +17,9 @@ from tests.tiny_models import BOS_ID, random_tokens
 
 
 def test_models_agree_far_below_the_tolerance(model, hf) -> None:
-    found = parity(model, hf, random_tokens(length=80))
-    assert isinstance(found, Parity) and found.ok and found.check() is found
-    assert found.max_logit_difference < 1e-5 < found.tolerance and found.tokens == 80
+    report = parity(model, hf, random_tokens(length=80))
+    assert isinstance(report, Parity) and report.ok and report.check() is report
+    assert report.max_logit_difference < 1e-5 < report.tolerance and report.tokens == 80
 
 
 @torch.no_grad()
@@ -46,9 +46,9 @@ def test_load_model_reports_it(kind, tmp_path, dtype) -> None:
     tiny_hf(kind[0]).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     model = load_model(tmp_path, backend=kind[1], dtype=dtype, check_parity=True)
-    found = model.gemmascope_parity
-    assert found.ok and found.tokens == 80
-    assert found.max_logit_difference < 0.5 * found.tolerance
+    report = model.gemmascope_parity
+    assert report.ok and report.tokens == 80
+    assert report.max_logit_difference < 0.5 * report.tolerance
     assert not hasattr(load_model(tmp_path, backend=kind[1], dtype=dtype), "gemmascope_parity")
 
 
@@ -66,10 +66,10 @@ def test_wrong_settings_are_seen(fault: str, dtype) -> None:
     else:
         wrong.config.rope_parameters = {**wrong.config.rope_parameters, "rope_theta": 100.0}
     model = hooked_from_hf(wrong, tiny_tokenizer(), "tiny")
-    found = parity(model, hf, fixed_tokens(hf.config))
-    assert not found.ok
+    report = parity(model, hf, fixed_tokens(hf.config))
+    assert not report.ok
     with pytest.raises(ModelError, match="Logits differ from transformers' by .* on 80 tokens"):
-        found.check()
+        report.check()
 
 
 def test_load_model_raises_when_the_comparison_fails(tmp_path, monkeypatch) -> None:
@@ -90,5 +90,5 @@ def test_load_model_raises_when_the_comparison_fails(tmp_path, monkeypatch) -> N
     assert load_model(tmp_path) is not None  # only on request
 
 
-def test_nan_is_no_parity() -> None:
+def test_nan_is_not_parity() -> None:
     assert not Parity(max_logit_difference=float("nan"), tokens=1, tolerance=1.0).ok

@@ -154,10 +154,10 @@ NO_PROMPTS = {
 
 
 @pytest.mark.parametrize("situation", NO_PROMPTS)
-def test_what_is_no_prompt_says_what_to_give(situation: str) -> None:
-    given, error, words = NO_PROMPTS[situation]
+def test_what_is_not_a_prompt_says_what_to_give(situation: str) -> None:
+    prompts, error, words = NO_PROMPTS[situation]
     with pytest.raises(error, match=words):
-        read_prompts(real_like(), given)
+        read_prompts(real_like(), prompts)
 
 
 def test_messages_need_a_template(hooked2) -> None:
@@ -184,7 +184,7 @@ class _Suite:
         self.model = model
 
 
-def test_what_is_no_model_says_what_comes_first(model) -> None:
+def test_what_is_not_a_model_says_what_comes_first(model) -> None:
     assert check_model(model) is model
     sae = factories.residual(factories.tiny_model("gemma2", "hooked"), 1)
     wrong = {
@@ -196,9 +196,9 @@ def test_what_is_no_model_says_what_comes_first(model) -> None:
         (sae, sae): "A tuple of JumpReLUSAE is not a model",
         type(model): "The class .* is not a model",
     }
-    for given, words in wrong.items():
+    for value, words in wrong.items():
         with pytest.raises(InputError, match=words):
-            check_model(given, "f(m)")
+            check_model(value, "f(m)")
 
 
 def test_the_gate_is_the_first_thing_that_a_prompt_meets() -> None:

@@ -80,7 +80,7 @@ def test_special_names_become_ids(hooked2) -> None:
     assert special_ids(hooked2, ()) == frozenset()
 
 
-def test_a_special_token_that_the_tokenizer_lacks_is_no_id(hooked2) -> None:
+def test_a_special_token_that_the_tokenizer_lacks_is_not_an_id(hooked2) -> None:
     bare = copy.copy(hooked2)
     bare.tokenizer = SimpleNamespace(bos_token_id=2, eos_token_id=1, pad_token_id=None)
     assert special_ids(bare, ("bos", "pad")) == {2}
@@ -102,7 +102,7 @@ def test_words_and_strings(hooked2) -> None:
 
 
 @pytest.mark.parametrize("word", ["w17x", "w17 w18", "nothing"])
-def test_a_word_that_is_no_single_token_is_an_error(hooked2, word: str) -> None:
+def test_a_word_that_is_not_a_single_token_is_an_error(hooked2, word: str) -> None:
     with pytest.raises(UnknownNameError, match="is not a single token.*give the token id"):
         token_id(hooked2, word)
 

@@ -79,38 +79,38 @@ def test_divergence(model, run) -> None:
 
 
 @pytest.mark.usefixtures("tiled")
-@pytest.mark.parametrize("what", ["loss", "divergence", "mean", "logits"])
-def test_gradients(model, run, what: str) -> None:
+@pytest.mark.parametrize("quantity", ["loss", "divergence", "mean", "logits"])
+def test_gradients(model, run, quantity: str) -> None:
     resid = run[0][:, :-1]
     weights = torch.randn(resid.shape[:-1], generator=torch.Generator().manual_seed(1))
 
     def fast(x: torch.Tensor) -> torch.Tensor:
-        if what == "loss":
+        if quantity == "loss":
             return readout.cross_entropy(model, x, TOKENS[:, 1:])
-        if what == "divergence":
+        if quantity == "divergence":
             return readout.kl_divergence(model, resid[:1], x)
         out = unembed.unembedding(model)
-        if what == "mean":
+        if quantity == "mean":
             return unembed.mean_logit(out, out.read(x))
         return readout.logits_at(model, x)[..., 3:9].square().sum(-1)
 
     def slow(x: torch.Tensor) -> torch.Tensor:
         logits = _slow_logits(model, x)
         log = logits.log_softmax(-1)
-        if what == "loss":
+        if quantity == "loss":
             return -log.gather(-1, TOKENS[:, 1:, None])[..., 0]
-        if what == "divergence":
+        if quantity == "divergence":
             p = log[:1].detach()
             return (p.exp() * (p - log)).sum(-1)
-        return logits.mean(-1) if what == "mean" else logits[..., 3:9].square().sum(-1)
+        return logits.mean(-1) if quantity == "mean" else logits[..., 3:9].square().sum(-1)
 
-    found = []
+    pairs = []
     for fn in (fast, slow):
         x = resid.clone().requires_grad_(True)
         value = fn(x)
         (value * weights.to(value.dtype)).sum().backward()
-        found.append((value.detach(), x.grad))
-    (value, gradient), (other, wanted) = found
+        pairs.append((value.detach(), x.grad))
+    (value, gradient), (other, wanted) = pairs
     assert wanted is not None and float(wanted.abs().max()) > 1e-5
     scale = float(wanted.abs().max())
     assert torch.allclose(value, other.to(value.dtype), atol=TINY, rtol=1e-5)
