@@ -185,15 +185,13 @@ class Scores:
         values = {
             name: plain_values(getattr(self, name)) for name in (*_NUMBERS, *_LISTS, "metadata")
         }
-        labels = circuit.to_frame(circuit.n_units)
+        rows = circuit.to_frame(circuit.n_units).query("kept")
         return {
             "circuit": {
                 "unit": circuit.graph.unit,
                 "size": circuit.size,
                 "n_units": circuit.n_units,
-                "kept": plain_values(
-                    labels[labels["kept"]].drop(columns="kept").to_dict("records")
-                ),
+                "kept": plain_values(rows.drop(columns="kept").to_dict("records")),
             },
             **values,
             "by_errors": {

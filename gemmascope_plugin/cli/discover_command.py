@@ -236,8 +236,8 @@ def _record(question: Question, circuit: Circuit, scores: Scores | None) -> dict
         "n_units": circuit.n_units,
         "size": circuit.size,
     }
-    frame = circuit.to_frame()
-    units = json.loads(frame[frame["kept"]].drop(columns="kept").to_json(orient="records"))
+    frame = circuit.to_frame().query("kept").drop(columns="kept")
+    units = json.loads(str(frame.to_json(orient="records")))
     if scores is None:
         return {**record, "kept": units, "scores": None}
     return {

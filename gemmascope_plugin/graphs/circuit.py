@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Int64
@@ -36,6 +36,12 @@ from gemmascope_plugin.graphs.node import PORTS, Node, Reader
 from gemmascope_plugin.graphs.pruning import without_dead_ends
 from gemmascope_plugin.graphs.read_json import read_graph
 from gemmascope_plugin.models.gate import gate
+
+if TYPE_CHECKING:
+    import networkx as nx
+    import pandas as pd
+
+    from gemmascope_plugin.figures.layered_graph import Figure
 
 ROLES = {1: "supports", 0: "", -1: "opposes"}
 """What the sign of a score says of a unit and the metric."""
@@ -230,7 +236,7 @@ class Circuit:
         rank: Any = selection[1]
         return cls(Graph(*parts), torch.from_numpy(selection[0]), rank)
 
-    def to_networkx(self) -> Any:
+    def to_networkx(self) -> nx.MultiDiGraph:
         """A ``networkx.MultiDiGraph``; see ``frames.py``.
 
         Raises:
@@ -238,7 +244,7 @@ class Circuit:
         """
         return units_to_networkx(self.graph, self.is_kept)
 
-    def to_frame(self, n: int | None = None) -> Any:
+    def to_frame(self, n: int | None = None) -> pd.DataFrame:
         """A DataFrame, one row per unit, most important first.
 
         Its ``role`` says whether a unit supports the metric or opposes it, by the sign of its score.
@@ -252,7 +258,7 @@ class Circuit:
         frame["kept"] = self.is_kept[order].numpy()
         return frame
 
-    def edges_to_frame(self, n: int | None = None) -> Any:
+    def edges_to_frame(self, n: int | None = None) -> pd.DataFrame:
         """A DataFrame of :attr:`edges`, one row each, most important first.
 
         Args:
@@ -271,7 +277,7 @@ class Circuit:
         """
         return replace(self, graph=self.graph.with_labels(labels))
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """A plotly figure of what is kept: edges between layers, nodes with their edges, or bars."""
         title = f"Circuit for {self.metadata.get('task')}: {self._count}"
         title += f", {self.n_against} against the metric" if self.n_against else ""
@@ -283,7 +289,7 @@ class Circuit:
         against = self.graph.unit_scores[self.is_kept] < 0
         return int(against.sum()) if self.graph.has_signs else 0
 
-    def _frame(self, units: Int64[torch.Tensor, " some"]) -> Any:
+    def _frame(self, units: Int64[torch.Tensor, " some"]) -> pd.DataFrame:
         """Rows of some units, with what their sign means where scores have one."""
         frame = self.graph.to_frame(units)
         if self.graph.has_signs:

@@ -28,10 +28,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 
-from gemmascope_plugin.errors import (
-    EmptySelectionError,
-    UnknownNameError,
-)
+from gemmascope_plugin.errors import EmptySelectionError, UnknownNameError
 from gemmascope_plugin.graphs.adjacency import Adjacency, EdgeList
 from gemmascope_plugin.graphs.components_json import components_to_json
 from gemmascope_plugin.graphs.edge_map import EdgeMap, finite_scores
