@@ -110,6 +110,10 @@ class ModelOptions:
     backend: BackendName = "hooked"
     device: Device = "auto"
 
+    def check(self) -> None:
+        """Refuses a backend that does not exist."""
+        check_choice("backend", self.backend, get_args(Backend))
+
     def load(self) -> HookedModel:
         """The model; an error where there is none of this name."""
         return load_named(self.model, self.backend, self.device)
@@ -155,7 +159,7 @@ class Question(ModelOptions):
         """Refuses what cannot be asked."""
         if self.metric is not None:
             check_choice("metric", self.metric, _READS)
-        check_choice("backend", self.backend, get_args(Backend))
+        super().check()
         texts = [
             f"--{name}" for name in ("clean", "corrupt", "answer", "wrong") if self._typed(name)
         ]

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -41,7 +41,6 @@ from gemmascope_plugin.errors import (
     check_choice,
     shorten,
 )
-from gemmascope_plugin.types import Backend
 
 if TYPE_CHECKING:
     from gemmascope_plugin.catalog import SaeSpec
@@ -128,7 +127,7 @@ def trace_command(
     """
     from gemmascope_plugin.graphs.viewer_files import check_slug
 
-    check_choice("backend", choice.backend, get_args(Backend))
+    choice.check()
     check_out(out)
     check_out(as_json, "--json")
     if as_json is not None:

@@ -27,6 +27,7 @@ from gemmascope_plugin.errors import (
 
 if TYPE_CHECKING:
     from gemmascope_plugin.training import TrainSpec
+    from gemmascope_plugin.types import SAE
 
 _DOCUMENTS = 2000
 """Of the generated corpus."""
@@ -165,7 +166,7 @@ def _generated() -> Any:
     return make_corpus(_DOCUMENTS, TRAIN_SEED).tokens
 
 
-def _report(sae: Any, spec: TrainSpec, out: Path) -> list[str]:
+def _report(sae: SAE, spec: TrainSpec, out: Path) -> list[str]:
     """What came out, and how to load it."""
     metadata = sae.cfg.metadata
     read, written = metadata.hook_name, metadata.hook_name_out or metadata.hook_name

@@ -179,12 +179,12 @@ def _train_layer(
         yield entry, load(entry, local_dir=home)
 
 
-def label_corpus(model: HookedModel, sae: Any, corpus: Corpus) -> dict[int, Label]:
+def label_corpus(model: HookedModel, sae: SAE, corpus: Corpus) -> dict[int, Label]:
     """Labels of a dictionary's features on a corpus with known concepts."""
     hook = sae.cfg.metadata.hook_name
     x = collect_activations(model, corpus.tokens, [hook])[hook]
     names, concepts = corpus.concept_matrix()
-    return label_features(saes.encode(sae, x) > 0, _kept(model, corpus, concepts), names)
+    return label_features(saes.encode(weights_of(sae), x) > 0, _kept(model, corpus, concepts), names)
 
 
 def _kept(
@@ -211,7 +211,7 @@ def task_scores(model: HookedModel, *, split: Split = "held_out", n: int = 256) 
 
 
 def dictionary_scores(
-    model: HookedModel, sae: Any, tokens: Int[torch.Tensor, "document pos"]
+    model: HookedModel, sae: SAE, tokens: Int[torch.Tensor, "document pos"]
 ) -> dict[str, float]:
     """L0, FVU, share of the ablation loss, dead share of one dictionary."""
     measures = measure(model, sae, tokens, batch_size=128, n_positions=0)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -36,6 +35,7 @@ from gemmascope_plugin.loading.sources import is_here
 from gemmascope_plugin.models import load_model
 from gemmascope_plugin.models.protocol import HookedModel, device_of, weights_of
 from gemmascope_plugin.pages import prepare
+from gemmascope_plugin.types import SAE
 
 N_STEPS = 8
 N_PROMPTS = 8
@@ -140,7 +140,7 @@ def _spread(specs: Sequence[SaeSpec]) -> list[SaeSpec]:
 
 
 def _words(
-    model: HookedModel, saes: dict[SaeSpec, Any], features: Features
+    model: HookedModel, saes: dict[SaeSpec, SAE], features: Features
 ) -> dict[tuple[str, int], tuple[str, ...]]:
     """What the most active features write towards, where they write to the stream itself."""
     decoders = {spec.hook_out: sae.W_dec for spec, sae in saes.items() if spec.site != "att"}

@@ -35,6 +35,7 @@ from gemmascope_plugin.pages.effects_page import Comparison
 from gemmascope_plugin.pages.walkthrough import Ablation
 from gemmascope_plugin.splice import Ablate, Add, Steering, splice, steer
 from gemmascope_plugin.splice.edit import Edit
+from gemmascope_plugin.types import SAE
 
 TASK = "ioi"
 N_TRAIN, N_RANDOM, SEED = 64, 20, 0
@@ -53,7 +54,7 @@ STRENGTHS = (4.0, 8.0, 16.0, 32.0)
 STEERED = 0.9
 """Steering is strong enough when the wanted word has this probability."""
 
-Dictionaries = dict[SaeSpec, Any]
+Dictionaries = dict[SaeSpec, SAE]
 """Loaded dictionaries by their spec."""
 Labels = dict[FeatureId, Label]
 _BAR = "{desc:<32} |{bar}| {n_fmt}/{total_fmt} {elapsed}"
@@ -139,7 +140,7 @@ def splice_difference(model: HookedModel, saes: Dictionaries, task: Task) -> flo
 
 @torch.no_grad()
 def logit_change(
-    model: HookedModel, saes: Sequence[Any], prompts: str | Int[torch.Tensor, "prompt pos"]
+    model: HookedModel, saes: Sequence[SAE], prompts: str | Int[torch.Tensor, "prompt pos"]
 ) -> float:
     """Largest change of a logit when dictionaries are spliced in and the error is kept."""
     bare = model(prompts)
@@ -187,7 +188,7 @@ def choose(features: Features, labels: Labels, always: FeatureId) -> tuple[Featu
     return tuple(sorted(list(best.values())[:N_COLOURED], key=lambda f: peak[f]))
 
 
-def rank_features(model: HookedModel, task: Task, saes: list[Any]) -> Comparison:
+def rank_features(model: HookedModel, task: Task, saes: list[SAE]) -> Comparison:
     """Exact effects of the features that attribution puts first.
 
     Each gets its corrupted activation in the clean run, so a feature that the answer needs has a
@@ -226,7 +227,7 @@ def ablate_best(
 
 @torch.no_grad()
 def answer_probabilities(
-    model: HookedModel, sae: Any, task: Task, *edits: Edit
+    model: HookedModel, sae: SAE, task: Task, *edits: Edit
 ) -> Float[torch.Tensor, " prompt"]:
     """Probability of the right answer of every prompt."""
     bound = replace(task, metric=probability(task.metric.answer)).bind(model)
@@ -236,7 +237,7 @@ def answer_probabilities(
 
 @torch.no_grad()
 def next_word(
-    model: HookedModel, sae: Any, prompt: str, *edits: Edit
+    model: HookedModel, sae: SAE, prompt: str, *edits: Edit
 ) -> Float[torch.Tensor, " d_vocab"]:
     """Probability of every word as the next one."""
     with splice(model, sae, edits=edits) as spliced:
@@ -273,7 +274,7 @@ def steer_both(model: HookedModel, suite: TinySuite, task: Task) -> tuple[Steeri
 
 
 def steer_towards(
-    model: HookedModel, sae: Any, labels: dict[int, Label], prompt: str, wanted: dict[str, str]
+    model: HookedModel, sae: SAE, labels: dict[int, Label], prompt: str, wanted: dict[str, str]
 ) -> Steering:
     """Steers with the feature that makes its word the next one with the least strength.
 
@@ -288,7 +289,7 @@ def steer_towards(
 
 
 def _best_option(
-    model: HookedModel, sae: Any, prompt: str, options: list[tuple[int, str]], strength: float
+    model: HookedModel, sae: SAE, prompt: str, options: list[tuple[int, str]], strength: float
 ) -> tuple[float, int]:
     """Highest probability of a wanted word, and the feature that gives it."""
     edits = [(Add(features=i, amount=strength), token_id(model, word)) for i, word in options]

@@ -31,7 +31,7 @@ from gemmascope_plugin.models import load_model
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, describe
 from gemmascope_plugin.splice.hooked_sae import check_sae
-from gemmascope_plugin.types import Backend
+from gemmascope_plugin.types import SAE, Backend
 
 MODEL = "gemma-2-tiny"
 MODEL_FOLDER, SUITE_FILE, LABELS_FILE = "model", "suite.json", "labels.json"
@@ -132,7 +132,7 @@ class TinySuite:
     def _place(self) -> dict[str, Any]:
         return {"device": self.device, "dtype": self.dtype}
 
-    def labels_of(self, sae: Any) -> dict[int, Label]:
+    def labels_of(self, sae: SAE | SaeSpec) -> dict[int, Label]:
         """Feature to label for a dictionary of this suite, or its spec.
 
         Raises:
@@ -151,7 +151,7 @@ class TinySuite:
             )
         return self.labels[key]
 
-    def meanings(self, saes: Sequence[Any]) -> dict[str, dict[int, str]]:
+    def meanings(self, saes: Sequence[SAE]) -> dict[str, dict[int, str]]:
         """Output hook of each dictionary to feature to concept, as ``discover(..., labels=)`` takes them.
 
         Args:
@@ -168,7 +168,7 @@ class TinySuite:
             texts[hook] = {feature: label.concept for feature, label in labels.items()}
         return texts
 
-    def feature(self, sae: Any, concept: str) -> int:
+    def feature(self, sae: SAE | SaeSpec, concept: str) -> int:
         """The feature whose label is ``concept``, the best one if there are several.
 
         Raises:

@@ -91,7 +91,7 @@ class _Entries:
         return mask
 
 
-def _check_active(active: Any, call: str = "") -> None:
+def _check_active(active: object, call: str = "") -> None:
     """Refuses what does not say where features are active."""
     is_table = isinstance(active, torch.Tensor) and active.ndim == 2
     if not is_table and not isinstance(active, SparseActs):

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -231,7 +230,7 @@ def _batch(
 ) -> list[torch.Tensor]:
     read, seen = reading(model, hooked.hook_in), {}
 
-    def start(y: torch.Tensor, hook: Any) -> torch.Tensor:
+    def start(y: torch.Tensor, hook: object) -> torch.Tensor:
         seen["y"] = y.detach().requires_grad_(True)
         return seen["y"]
 
