@@ -184,7 +184,9 @@ def label_corpus(model: HookedModel, sae: SAE, corpus: Corpus) -> dict[int, Labe
     hook = sae.cfg.metadata.hook_name
     x = collect_activations(model, corpus.tokens, [hook])[hook]
     names, concepts = corpus.concept_matrix()
-    return label_features(saes.encode(weights_of(sae), x) > 0, _kept(model, corpus, concepts), names)
+    return label_features(
+        saes.encode(weights_of(sae), x) > 0, _kept(model, corpus, concepts), names
+    )
 
 
 def _kept(

@@ -43,6 +43,8 @@ from gemmascope_plugin.saes.training.step_parts import paired_step
 class CrossLayerTrainingConfig(CrossLayerSAEConfig, JumpReLUTrainingSAEConfig):
     """Layers, and SAELens' settings of JumpReLU training."""
 
+    inference: ClassVar[type[CrossLayerSAEConfig]]
+    """The config of what is saved, without the settings of training."""
     apply_b_dec_to_input: bool = False
     decoder_init_norm: float | None = 1.0
     """Of decoder rows and encoder columns at the beginning, as in Gemma Scope."""
@@ -55,6 +57,17 @@ class CrossLayerTrainingConfig(CrossLayerSAEConfig, JumpReLUTrainingSAEConfig):
                 fix="decoder_init_norm=1.0",
             )
 
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        """SAELens' name of what is saved."""
+        return cls.inference.architecture()
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        """The config of what is saved."""
+        return self.inference
+
     @property
     def batch_width(self) -> int:
         """Width of a batch: of what a crosscoder reads and writes, of a CLT's inputs and outputs."""
@@ -66,17 +79,7 @@ class CrossCoderTrainingConfig(CrossLayerTrainingConfig):
     """Of a crosscoder."""
 
     kind: ClassVar[str] = CrossCoderSAEConfig.kind
-
-    @override
-    @classmethod
-    def architecture(cls) -> str:
-        """``"jumprelu_crosscoder"``."""
-        return CrossCoderSAEConfig.architecture()
-
-    @override
-    def get_inference_config_class(self) -> type[SAEConfig]:
-        """Without the settings of training."""
-        return CrossCoderSAEConfig
+    inference: ClassVar[type[CrossLayerSAEConfig]] = CrossCoderSAEConfig
 
 
 @dataclass(kw_only=True)
@@ -84,17 +87,7 @@ class CLTTrainingConfig(CrossLayerTrainingConfig):
     """Of a cross-layer transcoder."""
 
     kind: ClassVar[str] = CLTSAEConfig.kind
-
-    @override
-    @classmethod
-    def architecture(cls) -> str:
-        """``"jumprelu_clt"``."""
-        return CLTSAEConfig.architecture()
-
-    @override
-    def get_inference_config_class(self) -> type[SAEConfig]:
-        """Without the settings of training."""
-        return CLTSAEConfig
+    inference: ClassVar[type[CrossLayerSAEConfig]] = CLTSAEConfig
 
 
 class CrossLayerTrainingSAE(CrossLayerWeights[Any], JumpReLUTrainingSAE):
