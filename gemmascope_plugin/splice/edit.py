@@ -80,12 +80,7 @@ class Edit(ABC):
         return (ids,) if isinstance(ids, int) else ids
 
     def bind(self, acts_hook: str, d_sae: int) -> Edit:
-        """This edit, checked, for the dictionary whose features are at ``acts_hook``.
-
-        Raises:
-            FeatureIndexError: An index is negative or too large.
-            EmptySelectionError: No feature is named.
-        """
+        """This edit, checked, for the dictionary whose features are at ``acts_hook``."""
         if self.indices == ():
             raise EmptySelectionError(f"{type(self).__name__} names no feature")
         for index in self.indices or ():

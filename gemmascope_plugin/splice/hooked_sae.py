@@ -253,7 +253,7 @@ Saes = SAE | Hooked | Iterable[Any] | Mapping[Any, Any] | None
 """One dictionary, hooked or not, a sequence of them, or a mapping whose values they are."""
 
 
-def check_saes(saes: Saes, call: str = "") -> None:
+def check_saes(saes: object, call: str = "") -> None:
     """Refuses what is not one dictionary or several; None passes, where they may be left out."""
     if saes is None or hasattr(saes, "specs") and isinstance(saes, Mapping):
         return  # a suite opens its dictionaries when they are asked for
@@ -273,7 +273,7 @@ def check_sae(sae: object, call: str = "") -> None:
     raise _no_dictionary(sae, call)
 
 
-def as_list(saes: Saes, call: str = "") -> list[Any]:
+def as_list(saes: object, call: str = "") -> list[Any]:
     """One dictionary, a sequence or a mapping as a list, which is not empty."""
     if isinstance(saes, torch.nn.Module):
         return [saes]
