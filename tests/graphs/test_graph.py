@@ -22,7 +22,7 @@ from gemmascope_plugin.graphs.adjacency import EdgeList
 from gemmascope_plugin.graphs.edge_map import EdgeMap
 from gemmascope_plugin.graphs.frames import MAX_BARS
 from gemmascope_plugin.graphs.graph import SIGN
-from gemmascope_plugin.graphs.node import PORTS, Node, Reader
+from gemmascope_plugin.graphs.node import PORTS, FeatureId, Node, Reader
 from tests.graphs.graphs import EDGE_MAP, META, edge_graph, node_graph
 
 SMALL = EdgeMap(1, 2, 1)
@@ -222,6 +222,13 @@ def test_a_circuit_of_nodes() -> None:
     assert set(Circuit(circuit.graph, is_kept).nodes) == {
         circuit.graph.components[i] for i in (0, 4, 5)
     }
+
+
+def test_a_head_is_not_a_feature_of_its_site() -> None:
+    feature = Node.of_feature(FeatureId("blocks.0.attn.hook_z", 3))
+    graph = Graph.of_nodes([Node.head(0, 3), feature], [1.0, 2.0])
+    for labels in ({("blocks.0.attn.hook_z", 3): "x"}, {"blocks.0.attn.hook_z": {3: "x"}}):
+        assert graph.with_labels(labels).meanings == {feature: "x"}
 
 
 def test_equal_scores_keep_the_order_of_the_graph() -> None:
