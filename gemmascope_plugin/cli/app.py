@@ -8,7 +8,7 @@ The functions below the commands advise in Python; the line is in the words of t
 1. ``name=value`` becomes ``--name value`` for every option that the command has;
 2. calls that hold nothing but options lose their brackets, and ``find(...)`` with words behind it
    becomes ``gemmascope find ...``;
-3. a metric that is called becomes ``--metric NAME``;
+3. a metric that is called becomes ``--metric NAME``, options of an architecture ``--set``;
 4. advice that remains a call is marked as Python.
 """
 
@@ -155,6 +155,8 @@ def _translated(text: str, names: dict[str, Any], of_find: dict[str, Any]) -> st
 
     if "metric" in names:
         text = re.sub(rf"(?:\bmetric=)?\b({_METRICS})\([^()]*\)", r"--metric \1", text)
+    if "settings" in names:
+        text = text.replace("options={...}", "--set options.KEY=VALUE")
     text = re.sub(r"\bfind\(((?:\w+=[^()=.]+)?)\)((?: (?!or )[a-z]+)?)", searched, text)
     text = _with_options(text, names)
     text = re.sub(r"\bwithout (\w+)=", r"without --\1", text)

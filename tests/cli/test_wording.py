@@ -30,6 +30,7 @@ TINY = ("--model", "gemma-2-tiny", "--site", "res", "--layer", "2", "--l0", "can
         ("find", "l0=71, l0=(50, 100) or l0=[38, 71]", "--l0 71, --l0 50-100 or --l0 38"),
         ("find", "model='a-b' or model='c'", "--model a-b or --model c"),
         ("find", "find(affine=False)", "--no-affine"),
+        ("train", "options={...} for further fields", "--set options.KEY=VALUE for further"),
         ("trace", "find(site='mlp')", "gemmascope find --site mlp"),
         ("trace", "memory_budget='3 GB', or shorter prompts", "--memory-budget '3 GB', or shorter"),
         ("steer", "kind=one of 'sae', 'clt' or width='16k'", "--kind (sae, clt) or --width 16k"),
