@@ -59,7 +59,9 @@ class SequenceLogprob(Metric):
         wrong = None if self.wrong is None else [self.wrong[i] for i in index]
         return replace(self, answer=answer, wrong=wrong)
 
-    def rows(self, model: HookedModel, pair: tuple[Any, Any], lengths: Any) -> _Rows:
+    def rows(
+        self, model: HookedModel, pair: tuple[Any, Any], lengths: Int[torch.Tensor, " prompt"]
+    ) -> _Rows:
         """Clean and corrupted prompts with answers behind them."""
         kinds = [self._ids(model, "answer", self.answer, pair[0], lengths)]
         if self.wrong is not None:
@@ -72,7 +74,9 @@ class SequenceLogprob(Metric):
             clean, corrupt, lengths[source] + sizes - 1, self._bound(answers, lengths[source])
         )
 
-    def _bound(self, answers: Sequence[Sequence[int]], starts: Any) -> BoundSequences:
+    def _bound(
+        self, answers: Sequence[Sequence[int]], starts: Int[torch.Tensor, " row"]
+    ) -> BoundSequences:
         device, per_prompt = starts.device, 1 if self.wrong is None else 2
         places = [
             (i, int(starts[i]) - 1 + j) for i, ids in enumerate(answers) for j in range(len(ids))
@@ -94,7 +98,12 @@ class SequenceLogprob(Metric):
         )
 
     def _ids(
-        self, model: HookedModel, noun: str, texts: Sequence[Text], prompts: Any, lengths: Any
+        self,
+        model: HookedModel,
+        noun: str,
+        texts: Sequence[Text],
+        prompts: Int[torch.Tensor, "prompt pos"],
+        lengths: Int[torch.Tensor, " prompt"],
     ) -> list[list[int]]:
         if len(texts) != len(lengths):
             raise TaskError(

@@ -17,13 +17,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 
 from gemmascope_plugin.causes.bound_task import MIN_GAP, BoundTask
-from gemmascope_plugin.causes.components import layer_of, patchable
+from gemmascope_plugin.causes.components import Runner, layer_of, patchable
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.replace import Replacement, replaced
 from gemmascope_plugin.causes.replayed import Part, joined, replayed
@@ -116,7 +115,7 @@ def ablator(
 
 @torch.no_grad()
 def node_metric(
-    runner: Any,
+    runner: Runner,
     bound: BoundTask,
     nodes: Sequence[Node],
     is_kept: Bool[torch.Tensor, "circuit node"],

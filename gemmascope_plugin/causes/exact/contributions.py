@@ -243,7 +243,9 @@ def heads(run: AnswerRun) -> list[Contribution]:
     return _parts(run, _heads)
 
 
-def _parts(run: AnswerRun, attention: Any) -> list[Contribution]:
+def _parts(
+    run: AnswerRun, attention: Callable[[AnswerRun, int], list[Contribution]]
+) -> list[Contribution]:
     def component(label: str, hook: str, when: int) -> Contribution:
         return Contribution(label, hook, when, (run.at[hook] * run.readout).sum(-1))
 
