@@ -261,7 +261,7 @@ ELSEWHERE = {
     **dict.fromkeys(("edge_frame", "mcs_parents"), "tests/measures/test_hierarchy.py"),
     **dict.fromkeys(
         ("chance_recovery", "concept_order", "tree_recovery"),
-        "tests/measures/test_tree_recovery.py",
+        "tests/measures/test_forest_scores.py",
     ),
     "probe_edges": "tests/measures/test_probe.py",
     "sibling_overlap": "tests/measures/test_forest.py",
