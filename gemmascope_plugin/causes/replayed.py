@@ -22,8 +22,8 @@ from jaxtyping import Bool, Float, Int
 from gemmascope_plugin.causes.bound_task import BoundTask
 from gemmascope_plugin.causes.components import Runner
 from gemmascope_plugin.models.arithmetic import Arithmetic
-from gemmascope_plugin.models.module_replay import ModuleReplay, model_of
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.module_replay import ModuleReplay
+from gemmascope_plugin.models.protocol import HookedModel, model_of
 from gemmascope_plugin.models.readout import OfResiduals
 from gemmascope_plugin.models.record import check_reached, keeping
 from gemmascope_plugin.models.replay import Replay

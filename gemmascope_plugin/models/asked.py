@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from gemmascope_plugin.models.points import can_restart
-from gemmascope_plugin.models.protocol import HookedModel, Runner
+from gemmascope_plugin.models.protocol import HookedModel, Runner, model_of
 from gemmascope_plugin.models.readout import OfLogits, OfResiduals, Readout, cross_entropy
 from gemmascope_plugin.models.unembed import Unembedding, all_logits, unembedding
 
@@ -127,12 +127,6 @@ def no_logits(runner: Runner) -> Iterator[None]:
 def has_hooks(point: Any) -> bool:
     """Whether anybody listens at a hook point, forwards or backwards."""
     return bool(point.fwd_hooks or point.bwd_hooks or point._forward_hooks)
-
-
-def model_of(runner: Runner) -> HookedModel:
-    """The model itself; those that run it have no unembedding of their own."""
-    model: Any = runner
-    return model if hasattr(model, "unembed") else model.model
 
 
 @contextmanager

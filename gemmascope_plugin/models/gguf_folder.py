@@ -30,7 +30,7 @@ import torch
 from gemmascope_plugin.errors import BadFileError
 from gemmascope_plugin.files.home import home
 from gemmascope_plugin.files.lock import folder_lock
-from gemmascope_plugin.files.whole import whole_folder, write_text_whole
+from gemmascope_plugin.files.whole import sha256_of, whole_folder, write_text_whole
 from gemmascope_plugin.models.gguf_config import (
     architecture,
     hf_config,
@@ -48,7 +48,6 @@ PACKAGE_VERSION = "1.0.0"
 PACKAGE_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 PACKAGE_MODEL = "gemma-3-270m"
 _PARTS = 4
-_CHUNK = 1 << 24
 _SHARD = 4 << 30
 _QUANTISATION = re.compile(r"[-_.](i?q\d\w*|f16|f32|bf16|fp16|fp32|qat)$", re.IGNORECASE)
 
@@ -128,17 +127,9 @@ def _checksum(path: Path) -> str:
     record = _json(memo)
     if {key: record.get(key) for key in stamp} == stamp and isinstance(record.get("sha256"), str):
         return record["sha256"]
-    checksum = _sha256(path)
+    checksum = sha256_of(path)
     write_text_whole(memo, json.dumps({**stamp, "sha256": checksum}))
     return checksum
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -166,7 +157,7 @@ def _is_unchanged(path: Path, entry: dict[str, Any]) -> bool:
     status = path.stat()
     if status.st_size != entry["size"]:
         return False
-    return status.st_mtime_ns == entry["mtime_ns"] or _sha256(path) == entry["sha256"]
+    return status.st_mtime_ns == entry["mtime_ns"] or sha256_of(path) == entry["sha256"]
 
 
 def _check_tensors(file: GgufFile, config: Any) -> None:
@@ -261,7 +252,7 @@ def _record(folder: Path, file: GgufFile, checksum: str) -> dict[str, Any]:
         files[path.name] = {
             "size": status.st_size,
             "mtime_ns": status.st_mtime_ns,
-            "sha256": _sha256(path),
+            "sha256": sha256_of(path),
         }
     return {
         "format": FORMAT,

@@ -23,18 +23,12 @@ from jaxtyping import Float, Int
 
 from gemmascope_plugin.models.asked import no_logits
 from gemmascope_plugin.models.points import can_restart, n_layers
-from gemmascope_plugin.models.protocol import HookedModel, Runner
+from gemmascope_plugin.models.protocol import HookedModel, Runner, model_of
 from gemmascope_plugin.models.record import hooking, keeping, put
 from gemmascope_plugin.models.replay_points import Entry
 from gemmascope_plugin.models.threads import threads_for_tokens
 from gemmascope_plugin.models.unembed import soft_cap
 from gemmascope_plugin.types import Hooks
-
-
-def model_of(runner: Runner) -> Any:
-    """The model that runs, of one with dictionaries spliced in."""
-    model: Any = runner
-    return model.model if hasattr(model, "sites") else model
 
 
 @dataclass(eq=False)

@@ -39,11 +39,9 @@ class Runner(Protocol):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward pass."""
-        ...
 
     def hooks(self, fwd_hooks: Hooks = ..., bwd_hooks: Hooks = ...) -> Any:
         """Context manager that attaches hooks and removes them."""
-        ...
 
 
 @runtime_checkable
@@ -58,35 +56,33 @@ class HookedModel(Protocol):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward pass; token ids in, logits ``[batch, pos, d_vocab]`` out."""
-        ...
 
     def hooks(self, fwd_hooks: Hooks = ..., bwd_hooks: Hooks = ...) -> Any:
         """Context manager that attaches hooks and removes them."""
-        ...
 
     def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
         """Forward pass that also returns activations by hook name."""
-        ...
 
     def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """Forward pass with temporary hooks."""
-        ...
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Sample a continuation."""
-        ...
 
     def parameters(self) -> Any:
         """All parameters."""
-        ...
 
     def register_forward_hook(self, hook: HookFn, *, always_call: bool = ...) -> Any:
         """Calls ``hook`` after every forward pass."""
-        ...
 
     def register_forward_pre_hook(self, hook: HookFn, *, with_kwargs: bool = ...) -> Any:
         """Calls ``hook`` before every forward pass."""
-        ...
+
+
+def model_of(runner: Runner) -> HookedModel:
+    """The model itself; those that run it have no unembedding of their own."""
+    model: Any = runner
+    return model if hasattr(model, "unembed") else model.model
 
 
 def device_of(model: HookedModel) -> torch.device:

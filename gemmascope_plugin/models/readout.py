@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 
-from gemmascope_plugin.models.protocol import HookedModel
+from gemmascope_plugin.models.protocol import HookedModel, wide
 from gemmascope_plugin.models.unembed import (
     Reference,
     Rows,
@@ -131,7 +131,7 @@ class OfLogits(Readout):
     @classmethod
     def of(cls, logits: Float[torch.Tensor, "row d_vocab"]) -> OfLogits:
         """In float32 at least."""
-        return cls(logits if logits.dtype == torch.float64 else logits.float())
+        return cls(wide(logits))
 
     def __len__(self) -> int:
         return len(self.logits)

@@ -20,8 +20,8 @@ from gemmascope_plugin.causes.components import Runner, acts_hook, is_z, sites_i
 from gemmascope_plugin.causes.names import Stream
 from gemmascope_plugin.errors import TaskError, UnknownNameError, check_choice, check_feature
 from gemmascope_plugin.graphs.node import Node
-from gemmascope_plugin.models.asked import model_of
 from gemmascope_plugin.models.points import restore_heads
+from gemmascope_plugin.models.protocol import model_of
 from gemmascope_plugin.models.record import hooking
 from gemmascope_plugin.splice.hooked_site import HookedSite
 from gemmascope_plugin.splice.spliced_model import SplicedModel

@@ -48,9 +48,8 @@ from gemmascope_plugin.causes.replayed import Part, inside, position_axis, start
 from gemmascope_plugin.causes.task import Task
 from gemmascope_plugin.errors import TaskError
 from gemmascope_plugin.models.gradients import frozen, gradients_of
-from gemmascope_plugin.models.module_replay import model_of
 from gemmascope_plugin.models.points import n_layers
-from gemmascope_plugin.models.protocol import wide
+from gemmascope_plugin.models.protocol import model_of, wide
 from gemmascope_plugin.models.record import put, record
 from gemmascope_plugin.models.replay import Replay
 from gemmascope_plugin.models.replay_points import Entry
