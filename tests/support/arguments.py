@@ -265,6 +265,7 @@ ELSEWHERE = {
     ),
     "probe_edges": "tests/measures/test_probe.py",
     "sibling_overlap": "tests/measures/test_forest.py",
+    "top_tokens": "tests/tracing/test_top_tokens.py",
 }
 """Functions that neither run a model nor choose anything, or work on results, and their tests."""
 METRICS = (
