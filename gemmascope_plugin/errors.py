@@ -100,11 +100,11 @@ class MissingExtraError(GemmaScopeError):
     """An optional library that is not installed."""
 
 
-def nearest(name: str, options: Iterable[str], n: int = 3) -> str | None:
-    """The options most like ``name``, quoted and joined by "or"; None when nothing is close."""
+def nearest(name: str, options: Iterable[str]) -> str | None:
+    """The options most like ``name``, at most three, quoted and joined by "or"; None if none is close."""
     lowered = {option.lower(): option for option in options}
-    close = difflib.get_close_matches(str(name).lower(), list(lowered), n=n, cutoff=0.5)
-    contained = [o for o in lowered if str(name).lower() in o][:n] if not close else []
+    close = difflib.get_close_matches(str(name).lower(), list(lowered), n=3, cutoff=0.5)
+    contained = [o for o in lowered if str(name).lower() in o][:3] if not close else []
     return " or ".join(repr(lowered[match]) for match in close or contained) or None
 
 

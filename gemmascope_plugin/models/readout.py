@@ -199,10 +199,9 @@ def token_log_probs(
     tokens: Int[torch.Tensor, "*rows choice"],
     *,
     normed: bool = False,
-    before_cap: bool = False,
 ) -> Float[torch.Tensor, "*rows choice"]:
-    """Log-probabilities of some tokens at each residual, in nats; arguments as for :func:`logits_at`."""
-    out = unembedding(model, before_cap=before_cap)
+    """Log-probabilities of some tokens at each residual, in nats; ``normed`` as for :func:`logits_at`."""
+    out = unembedding(model)
     x = out.read(resid, normed=normed)
     return out.logits_each(x, tokens) - log_normaliser(out, x)[..., None]
 
@@ -213,39 +212,25 @@ def cross_entropy(
     targets: Int[torch.Tensor, "*rows"],
     *,
     normed: bool = False,
-    before_cap: bool = False,
 ) -> Values:
     """Minus the log-probability of one token at each residual, in nats."""
-    log_probs = token_log_probs(
-        model, resid, targets[..., None], normed=normed, before_cap=before_cap
-    )
-    return -log_probs[..., 0]
+    return -token_log_probs(model, resid, targets[..., None], normed=normed)[..., 0]
 
 
-def kl_divergence(
-    model: HookedModel,
-    p_resid: Reference,
-    q_resid: Rows,
-    *,
-    normed: bool = False,
-    before_cap: bool = False,
-) -> Values:
+def kl_divergence(model: HookedModel, p_resid: Reference, q_resid: Rows) -> Values:
     """``sum_v p(v) log(p(v) / q(v))`` in nats; differentiable in ``q_resid``, ``p`` is held.
 
     Two rows that are equal give exactly 0.
     """
-    out = unembedding(model, before_cap=before_cap)
-    p, q = (out.read(x, normed=normed) for x in (p_resid, q_resid))
-    return divergence(out, p, q)
+    out = unembedding(model)
+    return divergence(out, out.read(p_resid), out.read(q_resid))
 
 
 @torch.no_grad()
-def entropy(
-    model: HookedModel, resid: Rows, *, normed: bool = False, before_cap: bool = False
-) -> Values:
+def entropy(model: HookedModel, resid: Rows) -> Values:
     """Entropy of the next token at each residual, in nats."""
-    out = unembedding(model, before_cap=before_cap)
-    x = out.read(resid, normed=normed)
+    out = unembedding(model)
+    x = out.read(resid)
     flat = x.reshape(-1, x.shape[-1])
     sums = Sums(len(flat), flat)
     for part, _, _, logits in out.each_tile(flat):
@@ -255,15 +240,9 @@ def entropy(
 
 @torch.no_grad()
 def top_tokens(
-    model: HookedModel,
-    resid: Rows,
-    k: int,
-    *,
-    normed: bool = False,
-    before_cap: bool = False,
+    model: HookedModel, resid: Rows, k: int
 ) -> tuple[Float[torch.Tensor, "*rows k"], Int[torch.Tensor, "*rows k"]]:
     """Log-probabilities and ids of the ``k`` most probable tokens, the best first."""
-    out = unembedding(model, before_cap=before_cap)
-    x = out.read(resid, normed=normed)
-    best, ids, lse = top_logits(out, x, k)
+    out = unembedding(model)
+    best, ids, lse = top_logits(out, out.read(resid), k)
     return best - lse[..., None], ids

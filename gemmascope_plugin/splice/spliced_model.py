@@ -189,7 +189,7 @@ class SplicedModel:
             text: The prompts.
             max_new_tokens: Longest continuation.
             stop: Words or ids of tokens that end a continuation, beside those that end one for this model
-                (``models/stops.py``).
+                (``models/chat.py``).
             **kwargs: For the model's ``generate``.
 
         Returns:
