@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -38,6 +38,8 @@ _WORDS = {"pos": "position"}
 At = int | slice | tuple[int, ...]
 """One coordinate, all of them, or some."""
 NamedHooks = list[tuple[str, Callable[..., Any]]]
+Features = FeatureId | SupportsIndex | Iterable[FeatureId | SupportsIndex | tuple[str, int]]
+"""Features with their sites, or indices of the only dictionary, in a list, an array or a tensor."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Choice:
     heads: Sequence[int] | None = None
     positions: Sequence[int] | None = None
     neurons: Sequence[int] | None = None
-    features: Sequence[FeatureId | int] | None = None
+    features: Features | None = None
 
     def of(self, dim: str) -> Sequence[int] | None:
         """The coordinates that are wanted along a dimension; None for all."""

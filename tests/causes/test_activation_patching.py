@@ -372,7 +372,7 @@ def test_features_of_one_dictionary_are_known_by_their_index(hooked2, patching, 
 def test_features_that_nobody_can_tell_apart_are_an_error(hooked2, features) -> None:
     saes = [factories.residual(hooked2, 0), factories.residual(hooked2, 1)]
     with pytest.raises(FeatureIndexError, match="which dictionary.*blocks.0.*Try: features=.Feat"):
-        activation_patching(hooked2, TASK, "feature", saes=saes, features=features)
+        unchecked(activation_patching)(hooked2, TASK, "feature", saes=saes, features=features)
 
 
 def test_two_dictionaries_at_one_site_are_told_apart(hooked2) -> None:

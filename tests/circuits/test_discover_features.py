@@ -284,7 +284,7 @@ def test_evaluation_with_the_wrong_dictionaries(circuit, hooked2) -> None:
     with pytest.raises(WidthMismatchError, match="has 64 features, the circuit's has 96"):
         evaluate(hooked2, circuit, TASK, saes=other)
     with pytest.raises(UnknownNameError, match="Unknown treatment of errors 'keep'.*kept"):
-        unchecked(evaluate)(circuit, hooked2, TASK, saes=saes, errors="keep")
+        unchecked(evaluate)(hooked2, circuit, TASK, saes=saes, errors="keep")
     plain = discover(hooked2, TASK, nodes="mlp", method="atp")
     with pytest.raises(TaskError, match="errors='kept' plays no part"):
         evaluate(hooked2, plain, TASK, errors="kept")

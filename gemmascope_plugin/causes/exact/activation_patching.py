@@ -30,12 +30,11 @@ from jaxtyping import Bool, Float
 from gemmascope_plugin.causes.components import COMPONENTS, layer_of
 from gemmascope_plugin.causes.effects import Effects
 from gemmascope_plugin.causes.experiment import Experiment, experiment
-from gemmascope_plugin.causes.grid import Choice, Patch, inserting
+from gemmascope_plugin.causes.grid import Choice, Features, Patch, inserting
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.replace import PatchReplacement
 from gemmascope_plugin.causes.replayed import Part, inside, starting_at
 from gemmascope_plugin.causes.task import Task, check_task
-from gemmascope_plugin.graphs.node import FeatureId
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.points import n_layers
 from gemmascope_plugin.models.protocol import HookedModel, check_model
@@ -66,7 +65,7 @@ def activation_patching(
     neurons: Sequence[int] | None = None,
     per_position: bool = True,
     saes: Saes = None,
-    features: Sequence[FeatureId | int] | None = None,
+    features: Features | None = None,
     replacement: PatchReplacement = "other",
     seed: int | None = None,
     max_rows: int = MAX_ROWS,

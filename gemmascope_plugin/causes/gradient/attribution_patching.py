@@ -32,12 +32,11 @@ from gemmascope_plugin.causes.gradient.slopes import (
     ignore_bridge_norm_warning,
     parts_of,
 )
-from gemmascope_plugin.causes.grid import Choice
+from gemmascope_plugin.causes.grid import Choice, Features
 from gemmascope_plugin.causes.memory import Limit
 from gemmascope_plugin.causes.method import pick, table_of
 from gemmascope_plugin.causes.replace import PatchReplacement
 from gemmascope_plugin.causes.task import Task, check_task
-from gemmascope_plugin.graphs.node import FeatureId
 from gemmascope_plugin.models.gate import gate
 from gemmascope_plugin.models.protocol import HookedModel, check_model
 from gemmascope_plugin.splice.hooked_sae import Saes, check_saes
@@ -61,7 +60,7 @@ def attribution_patching(
     rules: RelpRules | None = None,
     direction: Direction = "denoising",
     saes: Saes = None,
-    features: Sequence[FeatureId | int] | None = None,
+    features: Features | None = None,
     per_position: bool = True,
     axes: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
