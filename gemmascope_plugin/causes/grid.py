@@ -38,8 +38,8 @@ _WORDS = {"pos": "position"}
 At = int | slice | tuple[int, ...]
 """One coordinate, all of them, or some."""
 NamedHooks = list[tuple[str, Callable[..., Any]]]
-Features = FeatureId | SupportsIndex | Iterable[FeatureId | SupportsIndex | tuple[str, int]]
-"""Features with their sites, or indices of the only dictionary, in a list, an array or a tensor."""
+Features = FeatureId | SupportsIndex | Iterable[Any]
+"""Features as people give them: with their sites, or as indices of the only dictionary."""
 
 
 @dataclass(frozen=True)
