@@ -2,7 +2,8 @@
 
 1. No variable, argument or attribute is called by a determiner (``own``, ``found``, ``kept``, ...): it
    says nothing about what it holds, and cannot be searched for.
-2. No two files of the package share a name, ``__init__`` and ``__main__`` aside.
+2. No two files of the package share a name, ``__init__`` and ``__main__`` aside, and none is longer than
+   350 lines.
 3. The floors in CONTRIBUTING.md are those of the import contract in pyproject.toml; ``--draw`` prints
    them.
 """
@@ -18,9 +19,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "gemmascope_plugin"
+TESTS = ROOT / "tests"
 CONTRIBUTING = ROOT / ".github" / "CONTRIBUTING.md"
 DETERMINERS = frozenset("own given found known kept one there what theirs ours".split())
 SAME_NAME = ("__init__.py", "__main__.py")
+MAX_LINES = 350
 _LAYERS = re.compile(r"^layers = \[\n(.*?)^\]", re.MULTILINE | re.DOTALL)
 _DRAWN = re.compile(r"<!-- floors -->\n```\n(.*?)```", re.DOTALL)
 ROOMS = {
@@ -55,7 +58,7 @@ def stored_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def determiners() -> Iterator[str]:
     """Places where something is called by a determiner."""
-    for folder in (PACKAGE, ROOT / ".ci"):
+    for folder in (PACKAGE, TESTS, ROOT / ".ci"):
         for path in sorted(folder.rglob("*.py")):
             if ".ci-venv" in path.parts:
                 continue
@@ -72,6 +75,14 @@ def shared_file_names() -> Iterator[str]:
     for name, paths in sorted(places.items()):
         if len(paths) > 1 and name not in SAME_NAME:
             yield f"{name} stands at {' and '.join(sorted(paths))}"
+
+
+def long_files() -> Iterator[str]:
+    """Files that should be two."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        n_lines = len(path.read_text(encoding="utf-8").splitlines())
+        if n_lines > MAX_LINES:
+            yield f"{path.relative_to(ROOT)} has {n_lines} lines, more than {MAX_LINES}"
 
 
 def drawing() -> str:
@@ -98,7 +109,7 @@ def main() -> None:
     if "--draw" in sys.argv:
         print(drawing(), end="")
         return
-    faults = [*determiners(), *shared_file_names(), *drawn_otherwise()]
+    faults = [*determiners(), *shared_file_names(), *long_files(), *drawn_otherwise()]
     print(*faults, sep="\n")
     raise SystemExit(1 if faults else 0)
 

@@ -94,13 +94,11 @@ def _parse_row(shared: dict[str, Any], group: dict[str, Any], row: list[Any]) ->
     )
 
 
-def dump_release(
-    specs: Sequence[SaeSpec], *, canonical_release: str | None = None, folder: Path = TABLES
-) -> Path:
+def dump_release(specs: Sequence[SaeSpec], *, folder: Path = TABLES) -> Path:
     """Writes the table of one bundled release, to a temporary name that is then renamed.
 
     Ids must equal paths, and paths follow Gemma Scope's ``layer_{L}/width_{W}/average_l0_{N}`` (or
-    ``embedding/...``) with ``l0`` rounded. ``canonical_release`` lists the canonical rows again.
+    ``embedding/...``) with ``l0`` rounded.
     """
     if len({(s.release, s.repo_id, s.model) for s in specs}) != 1:
         raise GemmaScopeError("a table needs specs of exactly one release, repository and model")
@@ -114,7 +112,7 @@ def dump_release(
     file = {
         "format": FORMAT,
         "release": first.release,
-        "canonical_release": canonical_release,
+        "canonical_release": None,
         "repo_id": first.repo_id,
         "model": first.model,
         "groups": list(groups.values()),

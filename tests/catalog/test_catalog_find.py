@@ -71,6 +71,12 @@ def test_lists_ranges_and_pairs_of_numbers() -> None:
     assert {s.d_in for s in find(d_in=[640, 2560])} == {640, 2560}
 
 
+def test_what_an_l0_is() -> None:
+    big = find(model="270m", l0_label="big", l0_is="target")
+    assert len(big) > 0 and {(s.l0_label, s.l0_is) for s in big} == {("big", "target")}
+    assert {s.l0_is for s in find(model="2b", l0_is="measured")} == {"measured"}
+
+
 def test_gemma_scope_2_by_label_affine_variant_and_provenance() -> None:
     medium = find(model="4b", site="res", layer=17, width="262k", l0="medium")
     assert [(s.kind, s.variant) for s in medium] == [("sae", None), ("sae", "seed_1")]

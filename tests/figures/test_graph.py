@@ -59,6 +59,11 @@ def test_edges_go_up_and_untouched_nodes_are_left_out() -> None:
     assert heights == [0, 1, 2, 3, 4]
 
 
+def test_only_the_largest_edges_are_drawn() -> None:
+    assert names(draw(max_edges=2)) == names(draw())[-2:]
+    assert set(nodes(draw(max_edges=2))) == {"embed", "L0KV0", "MLP0", "logits"}
+
+
 def test_nodes_of_one_row_stand_apart_and_centred() -> None:
     n = 30
     figure = layered_graph(

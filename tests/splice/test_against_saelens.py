@@ -427,6 +427,29 @@ def test_the_gradient_upstream_is_that_of_the_real_model(hooked2, peer_model2) -
     assert torch.cosine_similarity(wrong.flatten(), bare.flatten(), dim=0) < 0.9
 
 
+def test_backward_hooks_see_the_gradient_of_features(hooked2) -> None:
+    """Hooks of a single run, on the model and on the dictionary alike, get what ``gradients`` gives."""
+    sae, names = (
+        factories.residual(hooked2, 1),
+        ["blocks.0.hook_resid_post", f"{SITE}.hook_sae_error"],
+    )
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(gradient: torch.Tensor, hook: Any) -> None:
+        seen[hook.name] = gradient.clone()
+
+    def with_gradient(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        return x.requires_grad_()
+
+    with splice(hooked2, sae, exclude=()) as spliced:
+        expected = gradients(spliced, TOKENS, metric, names)
+        hooks = [(name, keep) for name in names]
+        start = [("hook_embed", with_gradient)]
+        metric(spliced.run_with_hooks(TOKENS, fwd_hooks=start, bwd_hooks=hooks)).sum().backward()
+    assert seen.keys() == expected.keys()
+    assert all(largest(seen[name] - expected[name]) < 1e-6 for name in names)
+
+
 def test_the_error_has_a_gradient(hooked2, peer_model2) -> None:
     """F16: SAELens makes the error without a graph, so backward hooks on it never fire."""
     sae, name = factories.residual(hooked2, 1), f"{SITE}.hook_sae_error"
