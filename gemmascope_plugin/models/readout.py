@@ -1,8 +1,7 @@
 """What some rows say about the next token, computed when somebody asks: named words, or all of them.
 
 ``OfResiduals`` knows the end of the residual stream and goes through the vocabulary in tiles, see
-``unembed.py``; ``OfLogits`` has the logits, where somebody else's hook has made them. The functions do
-the same for residuals of a model, for all words or for some.
+``unembed.py``; ``OfLogits`` has the logits, where somebody else's hook has made them.
 """
 
 from __future__ import annotations
@@ -15,9 +14,7 @@ from jaxtyping import Float, Int
 
 from gemmascope_plugin.models.protocol import HookedModel, wide
 from gemmascope_plugin.models.unembed import (
-    Reference,
     Rows,
-    Sums,
     Unembedding,
     Values,
     all_logits,
@@ -172,40 +169,6 @@ class OfLogits(Readout):
         return self.logits.device
 
 
-def logits_at(
-    model: HookedModel,
-    resid: Rows,
-    tokens: Int[torch.Tensor, "*which"] | None = None,
-    *,
-    normed: bool = False,
-    before_cap: bool = False,
-) -> Float[torch.Tensor, "*any"]:
-    """Logits of residuals before the final norm, ``[*rows, choice]``; differentiable in ``resid``.
-
-    ``tokens`` are ids ``[choice]`` for every row, or ``[*rows, choice]`` for each its own; None for
-    the whole vocabulary, which is the caller's memory. ``normed`` residuals have been through the norm
-    already, as ``unembed.hook_in`` has; ``before_cap`` leaves the final soft-cap out.
-    """
-    out = unembedding(model, before_cap=before_cap)
-    x = out.read(resid, normed=normed)
-    if tokens is None:
-        return all_logits(out, x)
-    return out.logits(x, tokens) if tokens.ndim <= 1 else out.logits_each(x, tokens)
-
-
-def token_log_probs(
-    model: HookedModel,
-    resid: Rows,
-    tokens: Int[torch.Tensor, "*rows choice"],
-    *,
-    normed: bool = False,
-) -> Float[torch.Tensor, "*rows choice"]:
-    """Log-probabilities of some tokens at each residual, in nats; ``normed`` as for :func:`logits_at`."""
-    out = unembedding(model)
-    x = out.read(resid, normed=normed)
-    return out.logits_each(x, tokens) - log_normaliser(out, x)[..., None]
-
-
 def cross_entropy(
     model: HookedModel,
     resid: Rows,
@@ -213,36 +176,10 @@ def cross_entropy(
     *,
     normed: bool = False,
 ) -> Values:
-    """Minus the log-probability of one token at each residual, in nats."""
-    return -token_log_probs(model, resid, targets[..., None], normed=normed)[..., 0]
+    """Minus the log-probability of one token at each residual, in nats.
 
-
-def kl_divergence(model: HookedModel, p_resid: Reference, q_resid: Rows) -> Values:
-    """``sum_v p(v) log(p(v) / q(v))`` in nats; differentiable in ``q_resid``, ``p`` is held.
-
-    Two rows that are equal give exactly 0.
+    ``normed`` residuals have been through the final norm already, as ``unembed.hook_in`` has.
     """
     out = unembedding(model)
-    return divergence(out, out.read(p_resid), out.read(q_resid))
-
-
-@torch.no_grad()
-def entropy(model: HookedModel, resid: Rows) -> Values:
-    """Entropy of the next token at each residual, in nats."""
-    out = unembedding(model)
-    x = out.read(resid)
-    flat = x.reshape(-1, x.shape[-1])
-    sums = Sums(len(flat), flat)
-    for part, _, _, logits in out.each_tile(flat):
-        sums.add(part, logits, logits)
-    return (sums.log() - sums.mean()).view(x.shape[:-1])
-
-
-@torch.no_grad()
-def top_tokens(
-    model: HookedModel, resid: Rows, k: int
-) -> tuple[Float[torch.Tensor, "*rows k"], Int[torch.Tensor, "*rows k"]]:
-    """Log-probabilities and ids of the ``k`` most probable tokens, the best first."""
-    out = unembedding(model)
-    best, ids, lse = top_logits(out, out.read(resid), k)
-    return best - lse[..., None], ids
+    x = out.read(resid, normed=normed)
+    return log_normaliser(out, x) - out.logits_each(x, targets[..., None])[..., 0]

@@ -63,7 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def position(model: Any, rounds: int) -> None:
     """One position, three ways."""
-    from gemmascope_plugin.models.readout import logits_at
+    from gemmascope_plugin.models.unembed import all_logits, unembedding
+
+    def here(x: torch.Tensor) -> torch.Tensor:
+        out = unembedding(model)
+        return all_logits(out, out.read(x, normed=True))
 
     x = torch.randn(1, 1, model.cfg.d_model, dtype=next(model.parameters()).dtype)
     layout = model.unembed.W_U.data
@@ -71,9 +75,9 @@ def position(model: Any, rounds: int) -> None:
     with torch.no_grad():
         for way in ("warm", *("row-major", "transposed", "here") * rounds):
             model.unembed.W_U.data = layout.contiguous() if way == "row-major" else layout
-            run = logits_at if way == "here" else None
+            run = here if way == "here" else model.unembed
             start = time.perf_counter()
-            run(model, x, normed=True) if run else model.unembed(x)
+            run(x)
             seconds.setdefault(way, []).append(time.perf_counter() - start)
     model.unembed.W_U.data = layout
     median = {way: statistics.median(times) for way, times in seconds.items()}

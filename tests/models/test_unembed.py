@@ -35,36 +35,43 @@ def run(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return cache[last], logits
 
 
+def logits_at(model: Any, resid: torch.Tensor, *, before_cap: bool = False) -> torch.Tensor:
+    """All logits of residuals before the final norm."""
+    out = unembed.unembedding(model, before_cap=before_cap)
+    return unembed.all_logits(out, out.read(resid))
+
+
 def test_all_logits_and_those_of_some_words(model, run) -> None:
     resid, logits = run
-    assert torch.allclose(readout.logits_at(model, resid), logits, atol=TINY)
-    some = readout.logits_at(model, resid[:, -1], WORDS)
+    assert torch.allclose(logits_at(model, resid), logits, atol=TINY)
+    out = unembed.unembedding(model)
+    some = out.logits_each(out.read(resid[:, -1]), WORDS)
     assert torch.allclose(some, logits[:, -1].gather(-1, WORDS), atol=TINY)
-    shared = readout.logits_at(model, resid, torch.tensor([3, 250]))
+    shared = out.logits(out.read(resid), torch.tensor([3, 250]))
     assert torch.allclose(shared, logits[..., [3, 250]], atol=TINY)
 
 
 def test_before_the_soft_cap(model, run) -> None:
     cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0.0
-    before = readout.logits_at(model, run[0], before_cap=True)
+    before = logits_at(model, run[0], before_cap=True)
     after = cap * torch.tanh(before / cap) if cap > 0 else before
     assert torch.allclose(after, run[1], atol=TINY)
 
 
 @pytest.mark.usefixtures("tiled")
-def test_losses_entropy_and_best_words(model, run) -> None:
+def test_losses_and_best_words(model, run) -> None:
     resid, logits = run
     log = logits.double().log_softmax(-1)
     losses = readout.cross_entropy(model, resid[:, :-1], TOKENS[:, 1:])
     assert torch.allclose(losses.double(), -log[:, :-1].gather(-1, TOKENS[:, 1:, None])[..., 0])
-    picked = readout.token_log_probs(model, resid[:, -1], WORDS)
+    out = unembed.unembedding(model)
+    last = readout.OfResiduals(out, out.read(resid[:, -1]))
+    picked = last.log_probs(WORDS)
     assert torch.allclose(picked.double(), log[:, -1].gather(-1, WORDS), atol=1e-5)
-    entropy = -(log.exp() * log).sum(-1)
-    assert torch.allclose(readout.entropy(model, resid).double(), entropy, atol=1e-5)
-    best, ids = readout.top_tokens(model, resid, 12)
-    values, places = log.topk(12)
+    best, ids, normaliser = last.top(12)
+    values, places = log[:, -1].topk(12)
     assert torch.equal(ids, places)
-    assert torch.allclose(best.double(), values, atol=1e-5)
+    assert torch.allclose((best - normaliser[:, None]).double(), values, atol=1e-5)
 
 
 @pytest.mark.usefixtures("tiled")
@@ -72,7 +79,8 @@ def test_divergence(model, run) -> None:
     resid, logits = run
     p, q = logits[:1].double().log_softmax(-1), logits.double().log_softmax(-1)
     slow = (p.exp() * (p - q)).sum(-1)
-    fast = readout.kl_divergence(model, resid[:1], resid)
+    out = unembed.unembedding(model)
+    fast = unembed.divergence(out, out.read(resid[:1]), out.read(resid))
     assert torch.equal(fast[0], torch.zeros(7))
     assert torch.allclose(fast.double(), slow, atol=TINY)
     assert fast[1:, 1:].min() > 1e-3
@@ -87,12 +95,12 @@ def test_gradients(model, run, quantity: str) -> None:
     def fast(x: torch.Tensor) -> torch.Tensor:
         if quantity == "loss":
             return readout.cross_entropy(model, x, TOKENS[:, 1:])
-        if quantity == "divergence":
-            return readout.kl_divergence(model, resid[:1], x)
         out = unembed.unembedding(model)
+        if quantity == "divergence":
+            return unembed.divergence(out, out.read(resid[:1]), out.read(x))
         if quantity == "mean":
             return unembed.mean_logit(out, out.read(x))
-        return readout.logits_at(model, x)[..., 3:9].square().sum(-1)
+        return logits_at(model, x)[..., 3:9].square().sum(-1)
 
     def slow(x: torch.Tensor) -> torch.Tensor:
         logits = _slow_logits(model, x)
@@ -129,16 +137,13 @@ def test_in_bfloat16_the_weights_are_read_and_nothing_else_is_rounded(model, run
     half = copy.deepcopy(model).to(torch.bfloat16)
     wide = copy.deepcopy(half).to(torch.float32)
     x = run[0].bfloat16()
-    for name in ("cross_entropy", "logits_at"):
-        args = () if name == "logits_at" else (TOKENS,)
-        got, wanted = (
-            getattr(readout, name)(m, y, *args) for m, y in ((half, x), (wide, x.float()))
-        )
+    for function, args in ((readout.cross_entropy, (TOKENS,)), (logits_at, ())):
+        got, wanted = (function(m, y, *args) for m, y in ((half, x), (wide, x.float())))
         assert got.dtype == torch.float32
         # the gain of the norm is added up in bfloat16 on one of the classes
         assert torch.allclose(got, wanted, atol=2e-2)
     # what the model itself says carries eight bits
-    assert torch.allclose(readout.logits_at(half, x), _slow_logits(half, x).float(), atol=0.1)
+    assert torch.allclose(logits_at(half, x), _slow_logits(half, x).float(), atol=0.1)
 
 
 def test_words_in_the_other_layout_and_a_bias(hooked2) -> None:
@@ -147,9 +152,9 @@ def test_words_in_the_other_layout_and_a_bias(hooked2) -> None:
     weight = other.unembed.W_U.data
     other.unembed.W_U.data = weight.contiguous()
     assert other.unembed.W_U.stride() != weight.T.contiguous().T.stride()
-    assert torch.allclose(readout.logits_at(other, x), readout.logits_at(hooked2, x), atol=TINY)
+    assert torch.allclose(logits_at(other, x), logits_at(hooked2, x), atol=TINY)
     other.unembed.b_U.data = torch.linspace(-1, 1, VOCABULARY)
-    assert torch.allclose(readout.logits_at(other, x), _slow_logits(other, x[None])[0], atol=TINY)
+    assert torch.allclose(logits_at(other, x), _slow_logits(other, x[None])[0], atol=TINY)
     targets = torch.tensor([0, 1, 2, 255])
     slow = torch.nn.functional.cross_entropy(
         _slow_logits(other, x[None])[0], targets, reduction="none"
