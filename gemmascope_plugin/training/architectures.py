@@ -23,12 +23,12 @@ from sae_lens.saes.sae import SAEMetadata
 
 import gemmascope_plugin.saes as saes
 from gemmascope_plugin.errors import GemmaScopeError, UnknownNameError, check_choice, nearest
-from gemmascope_plugin.training.train_spec import Scale, TrainSpec
-from gemmascope_plugin.training.transcoder import (
+from gemmascope_plugin.saes.training.transcoder_training import (
     JumpReLUTrainingTranscoder,
     SkipTranscoderConfig,
     TranscoderConfig,
 )
+from gemmascope_plugin.training.train_spec import Scale, TrainSpec
 from gemmascope_plugin.types import Kind
 
 if TYPE_CHECKING:

@@ -172,13 +172,15 @@ def test_overflow_of_exponentials_and_nan() -> None:
     assert bool(lse[1].isnan())
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "kl_divergence", "entropy", "top_tokens"])
-def test_no_tensor_of_all_logits_is_ever_made(model, run, name: str, monkeypatch) -> None:
+@pytest.mark.parametrize("quantity", ["log_probs", "divergence_from", "top"])
+def test_no_tensor_of_all_logits_is_ever_made(model, run, quantity: str, monkeypatch) -> None:
     monkeypatch.setattr(unembed, "TILE", 4 * VOCABULARY)
-    x = run[0].clone().requires_grad_(name in ("cross_entropy", "kl_divergence"))
-    more = {"cross_entropy": (TOKENS,), "kl_divergence": (x,), "entropy": (), "top_tokens": (3,)}
+    x = run[0].flatten(0, 1).clone().requires_grad_(quantity != "top")
+    out = unembed.unembedding(model)
     with LargestTensor(width=VOCABULARY // 8) as largest:
-        value = getattr(readout, name)(model, x, *more[name])
+        rows = readout.OfResiduals(out, out.read(x))
+        argument: Any = {"log_probs": TOKENS.flatten()[:, None], "divergence_from": rows}
+        value = getattr(rows, quantity)(argument.get(quantity, 3))
         if x.requires_grad:
             value.sum().backward()
     assert 0 < largest.numel <= 4 * VOCABULARY, largest.shape
